@@ -1,0 +1,32 @@
+"""lorakit: LoRA fine-tuning of language models on Lightning, PEFT and Hydra.
+
+Importing this package loads no torch: the names below resolve at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LoRADataModule": "lorakit.data.datamodule",
+    "LoRAModule": "lorakit.training.module",
+    "LoRASpec": "lorakit.lora.spec",
+    "TrainOnWhat": "lorakit.data.render",
+    "LorakitError": "lorakit.errors",
+    "types": "lorakit.types",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
+    module = importlib.import_module(_HOMES[name])
+    return module if name == "types" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""``python -m lorakit`` is ``lorakit``."""
+
+from lorakit.cli.main import main
+
+main()

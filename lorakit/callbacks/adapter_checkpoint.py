@@ -1,0 +1,136 @@
+"""Checkpoints while training, and a clean end at Ctrl-C."""
+
+from __future__ import annotations
+
+import random
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lorakit.weights.checkpoint import list_checkpoints, prune, save_checkpoint
+
+
+class AdapterCheckpoint(L.Callback):
+    """Writes a checkpoint every ``every_steps`` optimiser steps, after each evaluation, and at the end.
+
+    A write that fails (a full disk) leaves the last good checkpoint in force and says so. The random state is part of a
+    checkpoint. At the first Ctrl-C the step is finished, a checkpoint written and the fit ended; at the second it stops at once.
+
+    Args:
+        folder: where ``step-000100`` and so on are written.
+        every_steps: 0 writes only after evaluations and at the end.
+        keep_last, keep_best: how many stay, newest and by evaluation loss.
+    """
+
+    def __init__(self, folder: str | Path, *, every_steps: int = 100, keep_last: int = 2, keep_best: int = 1) -> None:
+        self.folder = Path(folder)
+        self.every_steps, self.keep_last, self.keep_best = every_steps, keep_last, keep_best
+        self.was_interrupted = False
+        self._saved_step = -1
+        self._random_state: dict[str, Any] | None = None
+        self._old_handler: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved_step = trainer.global_step
+        try:
+            self._old_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        except ValueError:  # not in the main thread: whoever runs us there handles Ctrl-C
+            self._old_handler = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._random_state is not None:
+            _set_random_state(self._random_state)
+            self._random_state = None
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self._saved_step or trainer.fit_loop._should_accumulate():
+            return
+        if self.was_interrupted:
+            trainer.should_stop = True
+            self._save(trainer, pl_module)
+        elif self.every_steps and trainer.global_step % self.every_steps == 0 and not _will_validate(trainer):
+            self._save(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.global_step != self._saved_step:
+            loss = trainer.callback_metrics.get("val/loss")
+            self._save(trainer, pl_module, val_loss=None if loss is None else float(loss))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.global_step != self._saved_step:
+            self._save(trainer, pl_module)
+        self._restore_handler()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._restore_handler()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"random": _get_random_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._random_state = state_dict["random"]
+
+    def _save(self, trainer: L.Trainer, pl_module: Any, val_loss: float | None = None) -> None:
+        step = trainer.global_step
+        try:
+            save_checkpoint(
+                self.folder, step=step, model=pl_module.model, save_state=trainer.save_checkpoint, val_loss=val_loss
+            )
+        except (OSError, RuntimeError) as error:  # torch.save wraps a full disk into a RuntimeError
+            if isinstance(error, RuntimeError) and not _is_write_failure(error):
+                raise
+            steps = [checkpoint.step for checkpoint in list_checkpoints(self.folder)]
+            in_force = f"step {steps[-1]} stays in force" if steps else "there is none yet"
+            rank_zero_warn(f"checkpoint of step {step} could not be written ({error}); the last good one: {in_force}")
+            return
+        self._saved_step = step
+        prune(self.folder, keep_last=self.keep_last, keep_best=self.keep_best)
+
+    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
+        self.was_interrupted = True
+        self._restore_handler()
+
+    def _restore_handler(self) -> None:
+        if self._old_handler is not None:
+            signal.signal(signal.SIGINT, self._old_handler)
+            self._old_handler = None
+
+
+def _will_validate(trainer: L.Trainer) -> bool:
+    """Whether an evaluation follows this batch; the checkpoint then waits for its loss."""
+    every = trainer.val_check_batch
+    if not trainer.enable_validation or not isinstance(every, int):
+        return False
+    return (trainer.fit_loop.total_batch_idx + 1) % every == 0
+
+
+def _is_write_failure(error: RuntimeError) -> bool:
+    text = str(error)
+    return "PytorchStreamWriter" in text or "unexpected pos" in text or "file write failed" in text
+
+
+def _get_random_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": list(random.getstate()[1]),
+        "numpy": {"kind": str(kind), "keys": torch.from_numpy(np.array(keys)), "rest": [int(position), int(has_gauss), float(gauss)]},
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    random.setstate((3, tuple(state["python"]), None))
+    position, has_gauss, gauss = state["numpy"]["rest"]
+    np.random.set_state((state["numpy"]["kind"], state["numpy"]["keys"].numpy(), position, has_gauss, gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([tensor.cpu() for tensor in state["cuda"]])

@@ -1,0 +1,50 @@
+"""How evenly the experts of each layer are used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+
+from lorakit.model.families import router_modules
+
+
+class ExpertLoad(L.Callback):
+    """Logs, per layer, the busiest expert's share of tokens times the number of experts: 1 is even, E is all on one."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, torch.Tensor] = {}
+        self._handles: list[Any] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        routers = router_modules(pl_module.model)
+        for layer, (_, router) in enumerate(routers):
+            self._handles.append(router.register_forward_hook(self._make_hook(f"{layer:02d}")))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return
+        for layer, counts in self._counts.items():
+            load = counts.float() / counts.sum().clamp(min=1) * len(counts)
+            pl_module.log(f"expert_load/layer_{layer}_max", load.max())
+        self._counts.clear()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._counts.clear()
+
+    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _make_hook(self, layer: str) -> Any:
+        def hook(router: torch.nn.Module, inputs: Any, output: Any) -> None:
+            if not router.training or not isinstance(output, tuple):
+                return
+            indices = next((tensor for tensor in output if not tensor.is_floating_point()), None)
+            if indices is not None:
+                counts = torch.bincount(indices.flatten(), minlength=router.weight.shape[0])  # type: ignore[union-attr]
+                self._counts[layer] = self._counts.get(layer, torch.zeros_like(counts)) + counts
+
+        return hook

@@ -1,0 +1,64 @@
+"""Every step's figures in the run folder, and the loss curve as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lorakit.weights.files import write_whole
+from lorakit.weights.run import History
+
+
+class RunHistory(L.Callback):
+    """Appends each step's metrics to ``history.jsonl`` and draws ``loss.png`` from it at the end."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.history = History(self.folder)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.history.cut_behind(trainer.global_step)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not trainer.fit_loop._should_accumulate():
+            epoch = batch.cursor.epoch if batch.cursor else 0
+            self._append(trainer, {"epoch": epoch}, prefix_out="val/")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._append(trainer, {}, prefix_in="val/")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        draw_losses(self.history.read(), self.folder / "loss.png")
+
+    def _append(self, trainer: L.Trainer, record: dict[str, Any], *, prefix_in: str = "", prefix_out: str = "\0") -> None:
+        metrics = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(prefix_in) and not name.startswith(prefix_out)
+        }
+        if metrics:
+            self.history.append({"step": trainer.global_step, **record, **metrics})
+
+
+def draw_losses(records: list[dict[str, Any]], path: Path) -> None:
+    """Draw training and evaluation loss over the steps into ``path``, a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, label, style in (("train/loss", "training", "-"), ("val/loss", "held out", "o-")):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
+    values = [record["train/loss"] for record in records if record.get("train/loss", 0) > 0]
+    if values and max(values) / min(values) > 20:
+        axes.set_yscale("log")
+    axes.set(xlabel="optimiser step", ylabel="loss per trained token (nats)", title=f"{path.parent.name}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    write_whole(path, lambda aside: figure.savefig(aside, format="png"))

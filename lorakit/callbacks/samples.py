@@ -1,0 +1,65 @@
+"""What the model writes, at every evaluation: the fixed prompts, in the run folder and as a table in W&B."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lorakit.data.encode import Encoder
+from lorakit.sampling.generate import generate
+from lorakit.types import SamplingParams
+
+
+class Samples(L.Callback):
+    """Generates from fixed prompts at every evaluation into ``samples.jsonl``, and into a table where W&B logs.
+
+    Args:
+        folder: the run folder.
+        prompts: texts; None takes the first ``num_prompts`` evaluation rows, up to where their training begins.
+        max_tokens, temperature: of the samples; temperature 0 is greedy.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        prompts: Sequence[str] | None = None,
+        num_prompts: int = 4,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        stop: str | Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.path = Path(folder) / "samples.jsonl"
+        self.prompts, self.num_prompts = prompts, num_prompts
+        self.params = SamplingParams(max_tokens=max_tokens, temperature=temperature, stop=stop, seed=seed)
+        self._rows: list[list[Any]] = []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        tokenizer = pl_module.tokenizer
+        prompts = self._prompt_tokens(trainer, tokenizer)
+        if not prompts:
+            return
+        samples = generate(pl_module.model, tokenizer, prompts, self.params)
+        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        rows = [[trainer.global_step, text, sample.text] for text, sample in zip(texts, samples, strict=True)]
+        with self.path.open("a", encoding="utf-8") as file:
+            for step, prompt, text in rows:
+                file.write(json.dumps({"step": step, "prompt": prompt, "sample": text}, ensure_ascii=False) + "\n")
+        self._rows += rows
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_table"):
+                logger.log_table("samples", columns=["step", "prompt", "sample"], data=self._rows, step=trainer.global_step)
+
+    def _prompt_tokens(self, trainer: L.Trainer, tokenizer: Any) -> list[list[int]]:
+        if self.prompts is not None:
+            encoder = Encoder(tokenizer)
+            return [encoder.encode_prompt(text) for text in self.prompts]
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        return datamodule.val_prompts(self.num_prompts) if hasattr(datamodule, "val_prompts") else []

@@ -1,0 +1,202 @@
+"""A resolved config, as plain values, to the objects of a run."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lorakit.callbacks.history import RunHistory
+from lorakit.callbacks.packing_guard import PackingGuard
+from lorakit.callbacks.progress import StepProgress
+from lorakit.data.datamodule import LoRADataModule
+from lorakit.errors import ConfigError
+from lorakit.lora.inject import LoRAPlan, inject
+from lorakit.lora.spec import LoRASpec
+from lorakit.loss import LOSSES
+from lorakit.model.load import base_name, load_model
+from lorakit.training.module import LoRAModule
+from lorakit.training.precision import base_dtype, resolve_accelerator, resolve_precision
+from lorakit.weights.adapter import start_from
+
+Config = dict[str, Any]
+
+
+def build(config: Config, key: str, **runtime: Any) -> Any:
+    """Return the object that ``config`` describes: ``_target_`` called with the other entries; ``_partial_`` waits for more.
+
+    Raises:
+        ConfigError: the target cannot be imported, or does not take an argument; the nearest right name is given.
+    """
+    settings = {name: value for name, value in config.items() if name not in ("_target_", "_partial_")}
+    target = _import(config["_target_"], key)
+    parameters = inspect.signature(target).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for name in settings:
+            if name not in parameters:
+                near = difflib.get_close_matches(name, parameters, n=1)
+                hint = f"; did you mean {key}.{near[0]}?" if near else ""
+                raise ConfigError(f"unknown key {key}.{name}: {config['_target_']} takes no such argument{hint}")
+    if config.get("_partial_"):
+        return functools.partial(target, **settings, **runtime)
+    try:
+        return target(**settings, **runtime)
+    except TypeError as error:
+        raise ConfigError(f"{key}: {config['_target_']} refuses its settings: {error}") from error
+
+
+def build_datamodule(config: Config) -> LoRADataModule:
+    """The DataModule, nothing read yet."""
+    return build(config["data"], "data")
+
+
+def build_spec(config: Config) -> LoRASpec:
+    """The LoRASpec."""
+    return build(config["lora"], "lora")
+
+
+def resolve_total_steps(config: Config, datamodule: LoRADataModule) -> tuple[int, bool]:
+    """Return (optimiser steps of the run, whether that is an estimate)."""
+    max_steps, accumulate = config["trainer"]["max_steps"], config["trainer"]["accumulate_grad_batches"]
+    batches = datamodule.estimate_num_batches()
+    if batches is None:
+        if max_steps < 0:
+            raise ConfigError("data.epochs=null goes on for ever; set trainer.max_steps, or data.epochs to a number")
+        return max_steps, False
+    steps = math.ceil(batches / accumulate)
+    return (max_steps, False) if 0 <= max_steps <= steps else (steps, True)
+
+
+def build_module(
+    config: Config, spec: LoRASpec, *, lr: float, total_steps: int, tokenizer: Any, device: str, precision: str
+) -> LoRAModule:
+    """The LoRAModule; its model is loaded when Lightning calls ``configure_model``."""
+    optimizer = {name: value for name, value in config["optim"].items() if name != "clip_norm"} | {"lr": lr}
+    name = config["loss"]["name"]
+    if name not in LOSSES:
+        raise ConfigError(f"loss.name={name} is unknown; there are: {', '.join(LOSSES)}")
+    return LoRAModule(
+        functools.partial(build_model, config, spec, device=device, precision=precision),
+        optimizer=build(optimizer, "optim"),
+        schedule=build(config["schedule"], "schedule"),
+        total_steps=total_steps,
+        loss=name,
+        clip_norm=config["optim"]["clip_norm"],
+        max_bad_steps=config["trainer"]["max_bad_steps"],
+        tokenizer=tokenizer,
+    )
+
+
+def build_model(config: Config, spec: LoRASpec, *, device: str, precision: str) -> Any:
+    """Load the base, inject LoRA, start from another adapter where asked."""
+    settings = config["model"]
+    base = load_model(
+        settings["path"],
+        dtype=base_dtype(settings["dtype"], precision),
+        attention=settings["attention"],
+        revision=settings["revision"],
+        trust_remote_code=settings["trust_remote_code"],
+        device=device if device != "cpu" else None,
+    )
+    if config["trainer"]["activation_checkpointing"]:
+        enable_checkpointing(base)
+    model = inject(base, spec, base_name=base_name(settings["path"]))
+    if spec.init_from:
+        start_from(model, spec, base=base_name(settings["path"]))
+    return model
+
+
+def enable_checkpointing(base: Any) -> None:
+    """Activation checkpointing, by whichever name this version of transformers has for it."""
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: str, total_steps: int, is_estimate: bool,
+                  has_val: bool) -> L.Trainer:  # fmt: skip
+    """Lightning's Trainer, with the callbacks and loggers of the config and those that every run has."""
+    settings, checkpoint = config["trainer"], config["checkpoint"]
+    accumulate = settings["accumulate_grad_batches"]
+    eval_every = settings["eval_every_steps"] or max(1, math.ceil(total_steps / 10))
+    callbacks: list[L.Callback] = [
+        build(entry, f"callbacks.{name}") for name, entry in (config["callbacks"] or {}).items() if entry is not None
+    ]
+    callbacks += [PackingGuard(), RunHistory(folder), AdapterCheckpoint(folder / "checkpoints", **checkpoint)]
+    callbacks.append(StepProgress(total_steps))
+    return L.Trainer(
+        default_root_dir=folder,
+        accelerator=accelerator,
+        devices=settings["devices"],
+        precision=precision,  # type: ignore[arg-type]
+        max_steps=-1 if is_estimate else total_steps,
+        max_epochs=1,  # the stream holds all epochs
+        accumulate_grad_batches=accumulate,
+        check_val_every_n_epoch=None,
+        val_check_interval=eval_every * accumulate,
+        limit_val_batches=None if has_val else 0,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=settings["log_every_n_steps"],
+        deterministic=settings["deterministic"],
+        use_distributed_sampler=False,
+        logger=build_loggers(config["logger"] or {}),
+        callbacks=callbacks,
+    )
+
+
+def build_loggers(configs: Config) -> list[Any]:
+    """The loggers; W&B is offline where it has no key, and never asks for one."""
+    loggers = []
+    for name, entry in configs.items():
+        if entry is None:
+            continue
+        if entry.get("offline") == "auto":
+            entry = {**entry, "offline": not _has_wandb_key()}
+        if entry["_target_"].endswith("WandbLogger"):
+            os.environ.setdefault("WANDB_SILENT", "true")
+        loggers.append(build(entry, f"logger.{name}"))
+    return loggers
+
+
+def check_disk(folder: Path, planned: LoRAPlan, *, keep_last: int, keep_best: int) -> None:
+    """Refuse a run whose checkpoints will not fit: each holds adapter and two moments in float32, one more while it is written."""
+    needed = planned.num_params * 4 * 3 * (keep_last + keep_best + 1) + planned.num_params * 2
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ConfigError(
+            f"{existing}: {free / 1e9:.2f} GB free, but checkpoints need {needed / 1e9:.2f} GB; "
+            "free some, set paths.runs to another disk, or lower checkpoint.keep_last"
+        )
+
+
+def resolve_devices(config: Config) -> tuple[str, str]:
+    """Return (accelerator, precision) as Lightning names them."""
+    accelerator = resolve_accelerator(config["trainer"]["accelerator"])
+    return accelerator, resolve_precision(config["trainer"]["precision"], accelerator)
+
+
+def _import(dotted: str, key: str) -> Callable[..., Any]:
+    module, _, name = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{key}._target_={dotted} cannot be imported: {error}") from error
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path.home() / ".netrc"
+    return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")

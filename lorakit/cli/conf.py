@@ -1,0 +1,12 @@
+"""Where the config files lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def conf_dir() -> Path:
+    """Return conf/ inside the package (a wheel), else beside it (an editable install or a checkout)."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"

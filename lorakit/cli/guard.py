@@ -1,0 +1,48 @@
+"""One clear message and exit code 2 for what a user can mend; LORAKIT_DEBUG=1 shows the traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from lorakit.errors import LorakitError
+
+
+def run_command(main: Callable[[list[str]], Any]) -> None:
+    """Call ``main`` with the command's arguments and turn its exceptions into messages and exit codes."""
+    try:
+        main(sys.argv[1:])
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `lorakit … | head` is no error
+    except KeyboardInterrupt:
+        _fail("interrupted", code=130)
+    except LorakitError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+    except Exception as error:
+        if (message := _explain_foreign(error)) is None:
+            raise
+        _fail(message)
+
+
+def _explain_foreign(error: Exception) -> str | None:
+    """The message for a user error that a library raised, or None where it is a defect of ours."""
+    module = type(error).__module__.split(".")[0]
+    if module in ("hydra", "omegaconf"):
+        return " ".join(str(error).split("\n")[0:2])
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "out of memory on the device. Lower data.batch_size or data.max_tokens, raise trainer.accumulate_grad_batches, "
+            "or set trainer.activation_checkpointing=true"
+        )
+    return None
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    if os.environ.get("LORAKIT_DEBUG") == "1":
+        raise
+    print(f"lorakit: {message}", file=sys.stderr)
+    raise SystemExit(code)

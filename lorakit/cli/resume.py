@@ -1,0 +1,74 @@
+"""Which run folder a training writes to: a new one, or one to go on with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorakit.errors import CheckpointError, ConfigError, report
+from lorakit.weights.run import Run, create_run, describe_environment, free_name, list_runs, open_run
+
+# What may differ between a run and its continuation without changing what is computed.
+_FREE_KEYS = ("run", "resume", "paths.", "logger.", "checkpoint.", "callbacks.")
+
+
+def choose_run(config: dict[str, Any], root: Path, *, experiment: str, data_fingerprint: str, command: str) -> tuple[Run, bool]:
+    """Return the run and whether it continues.
+
+    Raises:
+        CheckpointError: the run to continue is missing, finished, or was made from another config or other data.
+    """
+    resume, name = config["resume"], config["run"]
+    if resume not in (True, False, "auto"):
+        raise ConfigError(f"resume={resume} is unknown; choose true, false or auto")
+    if name is not None and ("/" in str(name) or "=" in str(name) or str(name).startswith(".")):
+        raise ConfigError(f"run={name}: a run's name holds no / and no =, and does not begin with a dot")
+    if resume:
+        run = _find_unfinished(root, name, experiment)
+        if run is not None:
+            _check_same(run, config, data_fingerprint)
+            return run, True
+        if resume is True:
+            what = f"run {name!r}" if name else f"unfinished run of experiment {experiment}"
+            raise CheckpointError(f"resume=true, but there is no {what} in {root.resolve()}; resume=auto would start one")
+    info = {"experiment": experiment, "base": config["model"]["path"], "command": command, "data_fingerprint": data_fingerprint}
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    chosen = str(name) if name else free_name(root, experiment)
+    return create_run(root, chosen, config_text=text, info={**info, **describe_environment()}), False
+
+
+def _find_unfinished(root: Path, name: str | None, experiment: str) -> Run | None:
+    if name:
+        if not (root / str(name)).is_dir():
+            return None
+        run = open_run(root / str(name))
+        if run.is_finished:
+            raise CheckpointError(f"{run.folder} is finished, so there is nothing to resume; choose another run=NAME")
+        return run
+    unfinished = [run for run in list_runs(root) if not run.is_finished and run.info.get("experiment") == experiment]
+    return unfinished[-1] if unfinished else None
+
+
+def _check_same(run: Run, config: dict[str, Any], data_fingerprint: str) -> None:
+    then, now = _flatten(yaml.safe_load(run.config_text())), _flatten(config)
+    problems = [
+        f"{key}: {then.get(key, 'not set')!r} then, {now.get(key, 'not set')!r} now"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key) and not key.startswith(_FREE_KEYS)
+    ]
+    if not problems and run.info.get("data_fingerprint") != data_fingerprint:
+        problems.append(f"data: the rows of {config['data']['path']} are not those that the run began with")
+    if problems:
+        remedy = "Set these as they were, or start a new run with another run=NAME."
+        raise CheckpointError(report(f"{run.folder} cannot be continued with this config:", problems, remedy=remedy))
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict) or not node:
+        return {prefix.rstrip("."): node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flatten(value, f"{prefix}{key}.")
+    return flat

@@ -1,0 +1,71 @@
+"""``lorakit train``: compose, check, plan, then train. A bad row or a wrong key costs seconds, not a download."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.cli.compose import run_hydra
+from lorakit.cli.guard import run_command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from lorakit.cli.training_run import Outcome
+
+HELP = """\
+usage: lorakit train [key=value …] [--config-dir DIR] [-m] [--cfg job]
+
+  lorakit train                                          the pig latin demo
+  lorakit train model.path=… data.path=… lora.rank=32    your model, your rows
+  lorakit train experiment=chat_sft model.path=… data.path=…
+  lorakit train … resume=true                            go on with the newest unfinished run
+  lorakit train … -m optim.lr=1e-4,3e-4                  a sweep
+  lorakit train … --cfg job                              print the whole config, with each key's meaning in conf/
+
+Values of path keys are taken verbatim: spaces, commas, quotes and = need no escape."""
+
+
+def main(arguments: list[str]) -> None:
+    """Train as ``arguments`` say."""
+    if {"-h", "--help"} & set(arguments):
+        print(HELP)
+        return
+    run_hydra(train, arguments, config_name="train")
+
+
+def train(config: DictConfig) -> Outcome:
+    """Hydra's task: one run."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from lorakit.cli.training_run import train_run
+
+    experiment = HydraConfig.get().runtime.choices.get("experiment") or "run"
+    config = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # free of Hydra's struct flag
+    config.paths.run = "."  # made by train_run, when the run has a folder
+    return train_run(to_plain(config), experiment=str(experiment))
+
+
+def to_plain(config: DictConfig) -> dict[str, Any]:
+    """The config as plain values, interpolations resolved. Raises ConfigError for a key that is still ``???``."""
+    from omegaconf import OmegaConf
+
+    from lorakit.errors import ConfigError
+
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError("these keys have no default and must be set: " + ", ".join(f"{key}=…" for key in missing))
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return plain  # type: ignore[return-value]
+
+
+def command_line() -> str:
+    """What was typed, for the run folder."""
+    return " ".join(["lorakit", Path(sys.argv[0]).stem, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,212 @@
+"""One run from a plain config: data, tokenizer, plan, disk, folder, weights, fit, adapter."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from rich.console import Console
+
+from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lorakit.callbacks.throughput import Throughput
+from lorakit.cli import assemble
+from lorakit.cli.reports import print_data_report
+from lorakit.cli.resume import choose_run
+from lorakit.data.datamodule import LoRADataModule
+from lorakit.errors import ConfigError
+from lorakit.lora.inject import LoRAPlan, plan
+from lorakit.lora.spec import LoRASpec
+from lorakit.model.families import packing_is_doubtful
+from lorakit.model.load import base_name, load_config, load_skeleton, load_tokenizer, quiet_transformers
+from lorakit.training.module import LoRAModule
+from lorakit.training.optim import LR_SOURCE, auto_lr
+from lorakit.weights.adapter import save_adapter
+from lorakit.weights.checkpoint import STATE_FILE, newest_whole
+from lorakit.weights.files import whole_folder
+from lorakit.weights.run import Run
+
+log = logging.getLogger("lorakit")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves behind."""
+
+    run: Run
+    module: LoRAModule
+    datamodule: LoRADataModule
+    plan: LoRAPlan
+    seconds: float
+    tokens_per_second: float
+    adapter_bytes: int
+    was_interrupted: bool
+
+
+def train_run(config: dict[str, Any], *, experiment: str, console: Console | None = None) -> Outcome:
+    """Train as the resolved ``config`` says and return what came of it. Raises LorakitError."""
+    console = console or Console(soft_wrap=True)
+    _quiet_libraries()
+    if config["trainer"]["threads"]:
+        torch.set_num_threads(config["trainer"]["threads"])
+    datamodule, tokenizer = _check_data(config, console)
+    spec, model_config, planned = _plan(config, console)
+    accelerator, precision = assemble.resolve_devices(config)
+    if datamodule.packing and (reason := packing_is_doubtful(model_config)):
+        log.warning("data.packing is off, rows are padded instead: %s", reason)
+        datamodule.packing = False
+    lr = _resolve_lr(config, model_config, spec, console)
+    total_steps, is_estimate = assemble.resolve_total_steps(config, datamodule)
+    root, kept = Path(config["paths"]["runs"]), config["checkpoint"]
+    assemble.check_disk(root, planned, keep_last=kept["keep_last"], keep_best=kept["keep_best"])
+    run, resumes = choose_run(config, root, experiment=experiment, data_fingerprint=datamodule.fingerprint, command=_command())
+    console.print(
+        f"run {run.folder}: {total_steps:,}{' steps (about)' if is_estimate else ' steps'}, {precision} on {accelerator}"
+    )
+    config = _with_run_folder(config, run)
+    module = assemble.build_module(
+        config, spec, lr=lr, total_steps=total_steps, tokenizer=tokenizer, device=accelerator, precision=precision
+    )
+    trainer = assemble.build_trainer(
+        config, run.folder, precision=precision, accelerator=accelerator, total_steps=total_steps, is_estimate=is_estimate,
+        has_val=len(datamodule.val_indices) > 0,
+    )  # fmt: skip
+    L.seed_everything(config["seed"], verbose=False)
+    return _fit(run, trainer, module, datamodule, planned, resumes=resumes, total_steps=total_steps, console=console)
+
+
+def _check_data(config: dict[str, Any], console: Console) -> tuple[LoRADataModule, Any]:
+    datamodule = assemble.build_datamodule(config)
+    datamodule.check_rows()
+    settings = config["model"]
+    tokenizer = load_tokenizer(settings["path"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"])
+    datamodule.set_tokenizer(tokenizer)
+    datamodule.check_tokens()
+    print_data_report(datamodule, console)
+    return datamodule, tokenizer
+
+
+def _plan(config: dict[str, Any], console: Console) -> tuple[LoRASpec, Any, LoRAPlan]:
+    spec, settings = assemble.build_spec(config), config["model"]
+    options = {"revision": settings["revision"], "trust_remote_code": settings["trust_remote_code"]}
+    model_config = load_config(settings["path"], **options)
+    planned = plan(load_skeleton(settings["path"], **options), spec)
+    console.print(planned.table())
+    console.print(planned.summary())
+    return spec, model_config, planned
+
+
+def _resolve_lr(config: dict[str, Any], model_config: Any, spec: LoRASpec, console: Console) -> float:
+    lr = config["optim"]["lr"]
+    if lr != "auto":
+        if isinstance(lr, bool) or not isinstance(lr, (int, float)) or lr < 0:
+            raise ConfigError(f"optim.lr={lr} must be a number that is not negative, or auto")
+        return float(lr)
+    lr = auto_lr(model_config, spec)
+    console.print(f"optim.lr=auto: {lr:.3g} ({LR_SOURCE})")
+    return lr
+
+
+def _fit(
+    run: Run, trainer: L.Trainer, module: LoRAModule, datamodule: LoRADataModule, planned: LoRAPlan, *, resumes: bool,
+    total_steps: int, console: Console,
+) -> Outcome:  # fmt: skip
+    checkpoint = newest_whole(run.checkpoints, lambda text: console.print(text)) if resumes else None
+    if resumes:
+        console.print(f"resuming from step {checkpoint.step}" if checkpoint else "no checkpoint yet: starting from step 0")
+    state = checkpoint.folder / STATE_FILE if checkpoint else None
+    run.update(status="running", total_steps=total_steps)
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=state, weights_only=True if state else None)
+    except BaseException as error:
+        run.update(status="failed", error=f"{type(error).__name__}: {error}"[:500])
+        raise
+    was_interrupted = any(isinstance(c, AdapterCheckpoint) and c.was_interrupted for c in trainer.callbacks)  # type: ignore[attr-defined]
+    with whole_folder(run.adapter) as aside:
+        adapter_bytes = save_adapter(module.model, aside, dtype=torch.bfloat16)
+    throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    run = run.update(
+        status="interrupted" if was_interrupted else "finished",
+        step=trainer.global_step,
+        loss=metrics.get("train/loss"),
+        val_loss=metrics.get("val/loss"),
+        adapter_bytes=adapter_bytes,
+        bad_steps=module.num_bad_steps,
+        empty_windows=module.num_empty_windows,
+        cuts=vars(datamodule.train_examples.cuts),
+        skipped_rows=datamodule.train_examples.num_skipped + datamodule.source.num_skipped,
+    )
+    outcome = Outcome(
+        run, module, datamodule, planned, throughput.seconds if throughput else 0.0,
+        throughput.tokens_per_second if throughput else 0.0, adapter_bytes, was_interrupted,
+    )  # fmt: skip
+    _print_end(outcome, trainer, metrics, console)
+    return outcome
+
+
+def _print_end(outcome: Outcome, trainer: L.Trainer, metrics: dict[str, float], console: Console) -> None:
+    run, module = outcome.run, outcome.module
+    figures = [f"loss {metrics['train/loss']:.4f}"] if "train/loss" in metrics else []
+    figures += [f"held out {metrics['val/loss']:.4f}"] if "val/loss" in metrics else []
+    figures += [f"{outcome.tokens_per_second:,.0f} tokens/s"] if outcome.tokens_per_second else []
+    state = "interrupted after" if outcome.was_interrupted else "finished"
+    console.print(f"{state} {trainer.global_step:,} steps in {outcome.seconds:.1f} s: {', '.join(figures)}")
+    if module.num_bad_steps or module.num_empty_windows:
+        console.print(f"skipped: {module.num_bad_steps} steps not finite, {module.num_empty_windows} windows without a weight")
+    fp32_bytes = outcome.plan.num_params * 4
+    console.print(
+        f"adapter {run.adapter}: {outcome.adapter_bytes / 1e6:.2f} MB in bf16 ({fp32_bytes / 1e6:.2f} MB in checkpoints)"
+    )
+    console.print(f"loss curve {run.folder / 'loss.png'}")
+    if outcome.was_interrupted:
+        console.print(f"continue with: the same command and run={run.name} resume=true")
+    else:
+        console.print(f"next: lorakit sample {run.name} -- 'your prompt'    or: lorakit merge {run.name}")
+
+
+def _with_run_folder(config: dict[str, Any], run: Run) -> dict[str, Any]:
+    """The config with ``${paths.run}`` and ``${run}`` filled in, now that the run has its folder."""
+    text = yaml.safe_dump({"callbacks": config["callbacks"], "logger": config["logger"]})
+    filled = yaml.safe_load(text)
+    _replace(filled, "folder", str(run.folder))
+    _replace(filled, "save_dir", str(run.folder))
+    for entry in filled["logger"].values():
+        if entry and "name" in entry and entry["name"] is None:
+            entry["name"] = run.name
+    return {**config, **filled}
+
+
+def _replace(node: Any, key: str, value: str) -> None:
+    for inner in node.values() if isinstance(node, dict) else ():
+        if isinstance(inner, dict):
+            if inner.get(key) == ".":
+                inner[key] = value
+            _replace(inner, key, value)
+
+
+def _command() -> str:
+    return " ".join(["lorakit", Path(sys.argv[0]).stem, *sys.argv[1:]])
+
+
+def _quiet_libraries() -> None:
+    """Warnings that a user can do nothing about stay away; those of lorakit and errors remain."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (".*does not have many workers.*", ".*`is_gradient_checkpointing`.*", ".*tree_map.*", ".*isinstance.treespec.*",
+                 ".*Checkpoint directory.*exists and is not empty.*", ".*modules in eval mode.*", ".*tensorboardX.*",
+                 ".*Experiment logs directory.*", ".*`training_step`.*batch size.*", ".*infer the `batch_size`.*",
+                 ".*resuming from a checkpoint that ended before the epoch.*", ".*IterableDataset.*__len__.*"):  # fmt: skip
+        warnings.filterwarnings("ignore", message=text)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("lorakit: %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False

@@ -1,0 +1,55 @@
+"""Datums to a Batch of tensors. Nothing else in lorakit pads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lorakit.types import Batch, Datum
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
+
+def collate(rows: Sequence[Sequence[Datum]], pad_token_id: int) -> Batch:
+    """Return the Batch of ``rows``, each a list of Datums laid end to end and padded on the right.
+
+    Padding has weight 0 and can change nothing: attention is causal, so no token sees what stands to its right. Rows with
+    several Datums get ``position_ids`` that restart with each; the padding counts as a document of its own.
+    """
+    import torch
+
+    length = max(sum(len(datum) for datum in row) for row in rows)
+    shape = (len(rows), length)
+    names = [name for name in rows[0][0].loss_fn_inputs if name not in ("target_tokens", "weights")]
+    inputs, targets = np.full(shape, pad_token_id, np.int64), np.full(shape, pad_token_id, np.int64)
+    weights, extras = np.zeros(shape, np.float32), {name: np.zeros(shape, np.float32) for name in names}
+    positions = np.zeros(shape, np.int64)
+    spans: list[tuple[int, int, int]] = []
+    for number, row in enumerate(rows):
+        start = 0
+        for datum in row:
+            end = start + len(datum)
+            inputs[number, start:end] = datum.model_input.to_ints()
+            targets[number, start:end], weights[number, start:end] = datum.targets, datum.weights
+            positions[number, start:end] = _count_up(len(datum), np.int64)
+            for name in names:
+                extras[name][number, start:end] = datum.loss_fn_inputs[name]
+            spans.append((number, start, end))
+            start = end
+        positions[number, start:] = _count_up(length - start, np.int64)
+    is_packed = len(spans) > len(rows)
+    return Batch(
+        input_ids=torch.from_numpy(inputs),
+        targets=torch.from_numpy(targets),
+        weights=torch.from_numpy(weights),
+        position_ids=torch.from_numpy(positions) if is_packed else None,
+        spans=tuple(spans),
+        extras={name: torch.from_numpy(array) for name, array in extras.items()},
+    )
+
+
+def _count_up(length: int, dtype: DTypeLike) -> np.ndarray:
+    return np.arange(length, dtype=dtype)

@@ -1,0 +1,262 @@
+"""The one DataModule: a file becomes batches, with exact resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+
+from lorakit.data.datum import OnLong
+from lorakit.data.examples import DataReport, Examples, survey
+from lorakit.data.render import Renderer, TrainOnWhat
+from lorakit.data.sources import Source, open_source
+from lorakit.data.stream import BatchStream
+from lorakit.errors import ConfigError
+from lorakit.types import Batch, Cursor
+
+
+class LoRADataModule(L.LightningDataModule):
+    """Masked causal-LM batches from a file, a folder, a glob or a data set of the hub.
+
+    ``check_rows()`` needs no tokenizer and is called first; ``set_tokenizer`` and ``check_tokens()`` come next; Lightning asks
+    for loaders last. Each step finds its own kind of bad input, all of it at once, before anything expensive is started.
+
+    Args:
+        path: where the rows are; see ``open_source``.
+        val_path: rows for evaluation; or ``val_fraction`` of the training rows are set aside by ``seed``.
+        train_on: which tokens are trained; see ``TrainOnWhat``.
+        stop: strings at which sampling will stop; plain rows that end with one need no EOS.
+        max_tokens: longest example in tokens; ``on_long`` says what happens to longer ones.
+        packing: ``true`` puts several examples in a row of ``pack_tokens`` positions (default: ``max_tokens``).
+        batch_size: rows per micro-batch; a row is a pack, or one example without packing.
+        epochs: passes over the rows; None goes on until the trainer's ``max_steps``.
+        check_token_rows: rows whose tokens are checked before training; the others are checked as they stream.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        val_path: str | None = None,
+        val_fraction: float = 0.0,
+        val_rows: int | None = None,
+        format: str | None = None,
+        split: str = "train",
+        train_on: str = TrainOnWhat.ALL_ASSISTANT_MESSAGES,
+        append_eos: bool | str = "auto",
+        stop: str | Sequence[str] | None = None,
+        max_tokens: int = 1024,
+        on_long: str = OnLong.ERROR,
+        on_error: Literal["raise", "skip"] = "raise",
+        packing: bool = False,
+        pack_tokens: int | None = None,
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        epochs: int | None = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        window_rows: int = 1024,
+        check_token_rows: int = 20_000,
+    ) -> None:
+        super().__init__()
+        _check_settings(on_error=on_error, val_path=val_path, val_fraction=val_fraction, batch_size=batch_size)
+        self.path, self.val_path, self.val_fraction, self.val_rows = path, val_path, val_fraction, val_rows
+        self.format, self.split, self.on_error = format, split, on_error
+        self.train_on = _one_of(TrainOnWhat, train_on, "data.train_on")
+        self.on_long = _one_of(OnLong, on_long, "data.on_long")
+        self.append_eos, self.stop, self.max_tokens = append_eos, stop, max_tokens
+        self.packing, self.pack_tokens = packing, pack_tokens or max_tokens
+        if self.packing and self.pack_tokens < max_tokens:
+            raise ConfigError(f"data.pack_tokens={pack_tokens} is less than data.max_tokens={max_tokens}")
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
+        self.epochs, self.shuffle, self.seed, self.window_rows = epochs, shuffle, seed, window_rows
+        self.check_token_rows = check_token_rows
+        self.tokenizer: Any = None
+        self.report: DataReport | None = None
+        self.val_report: DataReport | None = None
+        self._cursor: Cursor | None = None
+
+    # ---- in the order in which they are called
+
+    def check_rows(self) -> None:
+        """Read and check every row. Raises DataError with all problems."""
+        self.source  # noqa: B018
+        self.val_source  # noqa: B018
+
+    def set_tokenizer(self, tokenizer: Any) -> None:
+        """Use ``tokenizer`` for everything that follows."""
+        self.tokenizer = tokenizer
+
+    def check_tokens(self) -> DataReport:
+        """Render the rows and return their figures. Raises DataError with all problems."""
+        self.report = survey(self.train_examples, self.train_indices, self.check_token_rows)
+        if len(self.val_indices):
+            self.val_report = survey(self.val_examples, self.val_indices, self.check_token_rows)
+        return self.report
+
+    def setup(self, stage: str | None = None) -> None:
+        """Lightning's hook: do what was not done yet."""
+        if self.tokenizer is None:
+            tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
+            if tokenizer is None:
+                raise ConfigError("LoRADataModule has no tokenizer; call set_tokenizer(tokenizer) first")
+            self.set_tokenizer(tokenizer)
+        if self.report is None:
+            self.check_tokens()
+
+    def train_dataloader(self) -> BatchStream:
+        """Batches of the whole fit, from where a resumed run stopped."""
+        return BatchStream(
+            self.train_examples,
+            self.train_indices,
+            pad_token_id=self._pad_token_id,
+            batch_size=self.batch_size,
+            row_tokens=self.pack_tokens if self.packing else None,
+            accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
+            num_epochs=self.epochs,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            window_rows=self.window_rows,
+            cursor=self._cursor,
+        )
+
+    def val_dataloader(self) -> BatchStream | list[Any]:
+        """Batches for evaluation, in the order of the rows; empty where there are none."""
+        if not len(self.val_indices):
+            return []
+        return BatchStream(
+            self.val_examples,
+            self.val_indices,
+            pad_token_id=self._pad_token_id,
+            batch_size=self.val_batch_size,
+            row_tokens=None,
+            shuffle=False,
+            window_rows=self.window_rows,
+        )
+
+    def val_prompts(self, count: int) -> list[list[int]]:
+        """Tokens of the first ``count`` evaluation examples, up to where their training begins."""
+        prompts = []
+        for index in self.val_indices[:count]:
+            for datum in self.val_examples.datums(int(index))[:1]:
+                first = int(np.flatnonzero(datum.weights)[0])
+                prompts.append(datum.model_input.to_ints()[: first + 1])
+        return prompts
+
+    # ---- state
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Lightning's hook, called for a batch when its step begins; remembers how far training has come."""
+        if self.trainer and self.trainer.training and batch.cursor is not None:
+            self._cursor = batch.cursor
+        return batch.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor behind the last batch that was trained."""
+        return {"cursor": (self._cursor or Cursor()).to_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on behind that batch."""
+        self._cursor = Cursor(**state_dict["cursor"])
+
+    # ---- facts
+
+    @cached_property
+    def source(self) -> Source:
+        """The rows, checked."""
+        return open_source(self.path, format=self.format, on_error=self.on_error, split=self.split)
+
+    @cached_property
+    def val_source(self) -> Source:
+        """The rows for evaluation: of ``val_path``, or the training rows themselves, of which ``val_indices`` picks some."""
+        if self.val_path is None:
+            return self.source
+        return open_source(self.val_path, format=self.format, on_error=self.on_error, split=self.split)
+
+    @cached_property
+    def train_examples(self) -> Examples:
+        return self._make_examples(self.source)
+
+    @cached_property
+    def val_examples(self) -> Examples:
+        return self._make_examples(self.val_source)
+
+    @cached_property
+    def train_indices(self) -> np.ndarray:
+        """Rows to train on."""
+        return np.sort(self._split()[self._num_set_aside :])
+
+    @cached_property
+    def val_indices(self) -> np.ndarray:
+        """Rows to evaluate on, at most ``val_rows``."""
+        chosen = np.arange(len(self.val_source)) if self.val_path else np.sort(self._split()[: self._num_set_aside])
+        return chosen[: self.val_rows]
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the rows and of every setting that decides what is trained in which order."""
+        settings = [
+            self.source.fingerprint, self.format, self.train_on, self.append_eos, self.stop, self.max_tokens, self.on_long,
+            self.on_error, self.packing, self.pack_tokens, self.batch_size, self.shuffle, self.seed, self.window_rows,
+            self.val_fraction,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(settings, default=list).encode()).hexdigest()[:16]
+
+    def estimate_num_batches(self) -> int | None:
+        """Micro-batches of all epochs, from the rows surveyed; None where epochs do not end. Exact without packing."""
+        if self.epochs is None or self.report is None:
+            return None
+        num_examples = len(self.train_indices) * self.report.examples_per_row
+        if self.packing:
+            mean = self.report.num_tokens / self.report.num_examples
+            num_rows = num_examples / max(self.pack_tokens // mean, 1)
+            return max(1, round(num_rows / self.batch_size)) * self.epochs
+        windows, rest = divmod(num_examples, self.window_rows * self.report.examples_per_row)
+        per_window = math.ceil(self.window_rows * self.report.examples_per_row / self.batch_size)
+        return round(windows * per_window + math.ceil(round(rest, 6) / self.batch_size)) * self.epochs
+
+    def _make_examples(self, source: Source) -> Examples:
+        renderer = Renderer(self.tokenizer, train_on=self.train_on, append_eos=self.append_eos, stop=self.stop)
+        return Examples(source, renderer, self.max_tokens, self.on_long, self.on_error)
+
+    def _split(self) -> np.ndarray:
+        num_rows = len(self.source)
+        return np.random.default_rng(self.seed).permutation(num_rows) if self._num_set_aside else np.arange(num_rows)
+
+    @property
+    def _num_set_aside(self) -> int:
+        if not self.val_fraction or self.val_path:
+            return 0
+        if len(self.source) < 2:
+            raise ConfigError(f"data.val_fraction={self.val_fraction} needs at least 2 rows; {self.path} has {len(self.source)}")
+        return min(max(1, round(self.val_fraction * len(self.source))), len(self.source) - 1)
+
+    @property
+    def _pad_token_id(self) -> int:
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return pad if pad is not None else eos if eos is not None else 0  # padding weighs 0 whatever it is
+
+
+def _check_settings(*, on_error: str, val_path: str | None, val_fraction: float, batch_size: int) -> None:
+    if on_error not in ("raise", "skip"):
+        raise ConfigError(f"data.on_error={on_error} is unknown; choose raise or skip")
+    if val_path and val_fraction:
+        raise ConfigError("data.val_path and data.val_fraction are both set; choose one")
+    if not 0 <= val_fraction < 1:
+        raise ConfigError(f"data.val_fraction={val_fraction} must be at least 0 and less than 1")
+    if batch_size < 1:
+        raise ConfigError(f"data.batch_size={batch_size} must be at least 1")
+
+
+def _one_of(enum: Any, value: str, key: str) -> Any:
+    try:
+        return enum(value)
+    except ValueError:
+        raise ConfigError(f"{key}={value} is unknown; choose one of {', '.join(enum)}") from None

@@ -1,0 +1,56 @@
+"""Text to token ids, the same in training as in sampling: prompts with the tokenizer's special tokens, what follows without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ANCHOR = "\n"
+
+
+class Encoder:
+    """Wraps a tokenizer. ``encode_prompt(a) + encode_continuation(b)`` are the tokens of ``a`` followed by ``b``.
+
+    A special token that the tokenizer would put behind a prompt (some append EOS) is left away: the text goes on there.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        bare = self._ids("a")
+        full = list(tokenizer("a", add_special_tokens=True)["input_ids"])
+        self.prefix: list[int] = full[: _find(full, bare)]
+        # Tokenizers in SentencePiece's manner put a space before any text; in the middle of a text that is one too many.
+        self._anchor = self._ids(_ANCHOR)
+        self._has_dummy_prefix = self._ids(_ANCHOR + "a") != self._anchor + bare
+        self.eos_token_id: int | None = tokenizer.eos_token_id
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of ``text`` with special tokens in front, and never a second BOS where the text brings its own."""
+        ids = self._ids(text)
+        return ids if self.prefix and ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of ``text`` as it reads behind other text: no special tokens, no leading space that is not there."""
+        if not text:
+            return []
+        if not self._has_dummy_prefix:
+            return self._ids(text)
+        anchored = self._ids(_ANCHOR + text)
+        return anchored[len(self._anchor) :] if anchored[: len(self._anchor)] == self._anchor else self._ids(text)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of the beginning of a text that a chat template wrote, special tokens and all."""
+        return self._ids(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of ``tokens``, special tokens included."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _find(full: list[int], bare: list[int]) -> int:
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return start
+    return 0

@@ -1,0 +1,131 @@
+"""Rows to Datums, on demand: render, fit, shift; and the figures of a whole data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lorakit.data.datum import Cuts, OnLong, fit, make_datum
+from lorakit.data.render import Rendered, Renderer
+from lorakit.data.sources import Source
+from lorakit.errors import DataError, report
+from lorakit.types import Datum
+
+
+@dataclass
+class Examples:
+    """The examples of a source, made when asked for. Counts what is cut, dropped and skipped as rows stream by."""
+
+    source: Source
+    renderer: Renderer
+    max_tokens: int
+    on_long: OnLong = OnLong.ERROR
+    on_error: str = "raise"
+    cuts: Cuts = field(default_factory=Cuts)
+    num_skipped: int = 0
+
+    def rendered(self, index: int) -> list[Rendered]:
+        """Return the examples of row ``index`` before the shift. Raises DataError that names file and line."""
+        try:
+            examples = self.renderer.render(self.source.row(index))
+            fitted = [fit(example, self.max_tokens, self.on_long, self.cuts) for example in examples]
+        except DataError as error:
+            raise DataError(f"{self.source.where(index)}: {error}") from error
+        return [example for example in fitted if example]
+
+    def datums(self, index: int) -> list[Datum]:
+        """Return the Datums of row ``index``; none where it is dropped or, under ``on_error=skip``, cannot be used."""
+        try:
+            examples = self.rendered(index)
+        except DataError:
+            if self.on_error == "raise":
+                raise
+            self.num_skipped += 1
+            return []
+        return [make_datum(example.tokens, example.weights) for example in examples]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """The figures of a data set, from the rows that were looked at (all of them in a set that is not large)."""
+
+    num_rows: int
+    num_rows_surveyed: int
+    num_rows_skipped: int
+    num_examples: int
+    lengths: np.ndarray  # tokens per example
+    num_trained_tokens: int
+    num_without_stop: int  # examples whose last trained token ends nothing
+    cuts: Cuts
+    formats: list[str]
+    fingerprint: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the rows surveyed."""
+        return int(self.lengths.sum())
+
+    @property
+    def trained_share(self) -> float:
+        """Share of tokens with a weight other than 0."""
+        return self.num_trained_tokens / max(self.num_tokens, 1)
+
+    @property
+    def examples_per_row(self) -> float:
+        """More than 1 where the chat template makes one example per assistant turn, less where rows are dropped."""
+        return self.num_examples / max(self.num_rows_surveyed, 1)
+
+    def histogram(self, num_bins: int = 8) -> list[tuple[int, int, int]]:
+        """Return (from, to, examples) over the lengths, bins of equal width."""
+        counts, edges = np.histogram(self.lengths, bins=min(num_bins, max(int(np.ptp(self.lengths)), 1)))
+        return [(int(edges[i]), int(edges[i + 1]), int(count)) for i, count in enumerate(counts)]
+
+
+def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: int) -> DataReport:
+    """Render the first ``max_rows`` of ``indices`` and return their figures; the rest is checked as it streams.
+
+    Raises:
+        DataError: under ``on_error=raise``, one report of all rows that give no usable example.
+    """
+    chosen = indices[:max_rows]
+    counted = Examples(examples.source, examples.renderer, examples.max_tokens, examples.on_long)
+    lengths: list[int] = []
+    problems: list[str] = []
+    num_trained = num_without_stop = 0
+    for index in chosen:
+        try:
+            rendered = counted.rendered(int(index))
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        for example in rendered:
+            lengths.append(len(example.tokens))
+            num_trained += sum(1 for weight in example.weights if weight)
+            num_without_stop += not _ends_with_stop(example, examples.renderer)
+    if problems and examples.on_error == "raise":
+        remedy = "Mend these rows, or set data.on_error=skip to leave them out (they are counted)."
+        raise DataError(report(f"{len(problems):,} of {len(chosen):,} rows cannot be trained on:", problems, remedy=remedy))
+    if not lengths:
+        raise DataError(f"none of the {len(chosen):,} rows looked at gives an example; see data.on_long and data.train_on")
+    return DataReport(
+        num_rows=len(indices),
+        num_rows_surveyed=len(chosen),
+        num_rows_skipped=examples.source.num_skipped + len(problems),
+        num_examples=len(lengths),
+        lengths=np.array(lengths),
+        num_trained_tokens=num_trained,
+        num_without_stop=num_without_stop,
+        cuts=counted.cuts,
+        formats=examples.source.formats,
+        fingerprint=examples.source.fingerprint,
+    )
+
+
+def _ends_with_stop(example: Rendered, renderer: Renderer) -> bool:
+    last = next(i for i in range(len(example.weights) - 1, -1, -1) if example.weights[i])
+    token = example.tokens[last]
+    if token == renderer.encoder.eos_token_id or token in renderer.tokenizer.all_special_ids:
+        return True
+    return bool(renderer.stop) and renderer.encoder.decode(example.tokens[max(0, last - 15) : last + 1]).endswith(renderer.stop)

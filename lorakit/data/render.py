@@ -1,0 +1,261 @@
+"""Rows to tokens and per-token weights: the one place that decides what is trained.
+
+Chat spans come from rendering the conversation prefix by prefix with the model's own template, never from a search for marker
+strings. What is trained of an assistant message is what the model must write itself: everything from the generation prompt's end
+to the end-of-turn token, which is included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from lorakit.data.encode import Encoder
+from lorakit.data.rows import Alpaca, Chat, Conversations, Message, PromptCompletion, Row, Text, Tokens, to_chat
+from lorakit.errors import ConfigError, DataError
+
+# Stanford Alpaca's prompts (github.com/tatsu-lab/stanford_alpaca, README), for models without a chat template.
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+class TrainOnWhat(StrEnum):
+    """Which tokens of a row have a weight other than 0.
+
+    A message's own ``weight`` scales what is chosen here; under WEIGHTS_GIVEN only messages that carry one are trained.
+    """
+
+    LAST_ASSISTANT_MESSAGE = "last_assistant_message"
+    ALL_ASSISTANT_MESSAGES = "all_assistant_messages"
+    ALL_MESSAGES = "all_messages"
+    ALL_TOKENS = "all_tokens"
+    WEIGHTS_GIVEN = "weights_given"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Tokens and their weights, not yet shifted."""
+
+    tokens: list[int]
+    weights: list[float]
+    num_prefix: int = 0  # leading special tokens, which truncation keeps
+
+
+@dataclass(frozen=True)
+class _Span:
+    start: int  # characters of the rendered text
+    end: int
+    weight: float
+
+
+class Renderer:
+    """Turns rows into ``Rendered`` examples, by one tokenizer and one policy.
+
+    Args:
+        append_eos: ``auto`` ends plain rows with EOS unless they already end with one of ``stop``; True or False force it.
+        stop: strings at which sampling will stop.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        train_on: TrainOnWhat | str = TrainOnWhat.ALL_ASSISTANT_MESSAGES,
+        append_eos: bool | str = "auto",
+        stop: str | Sequence[str] | None = None,
+    ) -> None:
+        self.encoder = Encoder(tokenizer)
+        self.tokenizer = tokenizer
+        self.train_on = TrainOnWhat(train_on)
+        self.append_eos = append_eos
+        self.stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        self.vocab_size = len(tokenizer)
+        if append_eos not in (True, False, "auto"):
+            raise ConfigError(f"data.append_eos={append_eos} is unknown; choose auto, true or false")
+        if append_eos is True and tokenizer.eos_token_id is None:
+            raise ConfigError("data.append_eos=true, but the tokenizer has no EOS token; set it, or use data.stop")
+
+    def render(self, row: Row) -> list[Rendered]:
+        """Return the examples of ``row``: one, or one per assistant turn where the template rewrites earlier turns.
+
+        Raises:
+            DataError: no token is trained, or the template cannot render the row; the message names the turn.
+        """
+        if isinstance(row, Conversations):
+            row = to_chat(row)
+        if isinstance(row, Alpaca):
+            row = self._from_alpaca(row)
+        if isinstance(row, Tokens):
+            examples = [self._render_tokens(row)]
+        elif isinstance(row, Chat):
+            examples = self._render_chat(row)
+        elif isinstance(row, Text):
+            examples = [self._render_plain("", row.text, trains_all=True)]
+        else:
+            assert isinstance(row, PromptCompletion)
+            examples = [self._render_plain(row.prompt, row.completion)]
+        for example in examples:
+            if not any(example.weights[1:]):  # the first token has nothing before it to be predicted from
+                raise DataError(f"no trained token under data.train_on={self.train_on}")
+        return examples
+
+    def _from_alpaca(self, row: Alpaca) -> Chat | PromptCompletion:
+        if self.tokenizer.chat_template:
+            question = f"{row.instruction}\n{row.input}" if row.input else row.instruction
+            return Chat([Message("user", question), Message("assistant", row.output)])
+        template = ALPACA_WITH_INPUT if row.input else ALPACA_WITHOUT_INPUT
+        return PromptCompletion(template.format(instruction=row.instruction, input=row.input), row.output)
+
+    def _render_tokens(self, row: Tokens) -> Rendered:
+        if max(row.tokens) >= self.vocab_size:
+            raise DataError(f"`tokens` holds the id {max(row.tokens)}, but the tokenizer has {self.vocab_size} tokens")
+        return Rendered(row.tokens, row.weights)
+
+    def _render_plain(self, prompt: str, completion: str, *, trains_all: bool = False) -> Rendered:
+        trains_all = trains_all or self.train_on in (TrainOnWhat.ALL_TOKENS, TrainOnWhat.ALL_MESSAGES)
+        prefix = len(self.encoder.prefix)
+        if prompt:
+            prompt_ids = self.encoder.encode_prompt(prompt)
+            completion_ids = self.encoder.encode_continuation(completion)
+        else:
+            ids = self.encoder.encode_prompt(completion)
+            prompt_ids, completion_ids = ids[:prefix], ids[prefix:]
+        if self._wants_eos(completion, completion_ids):
+            completion_ids = [*completion_ids, self.encoder.eos_token_id]  # type: ignore[list-item]
+        prompt_weights = [1.0 if trains_all and i >= prefix else 0.0 for i in range(len(prompt_ids))]
+        return Rendered(prompt_ids + completion_ids, prompt_weights + [1.0] * len(completion_ids), prefix)
+
+    def _wants_eos(self, text: str, ids: list[int]) -> bool:
+        eos = self.encoder.eos_token_id
+        if self.append_eos is False or eos is None:
+            return False
+        if ids and ids[-1] == eos:
+            return False
+        return self.append_eos is True or not text.endswith(self.stop or ("\0",))
+
+    # ---- chat
+
+    def _render_chat(self, row: Chat) -> list[Rendered]:
+        if not self.tokenizer.chat_template:
+            raise ConfigError(
+                "the tokenizer has no chat template, so `messages` cannot be rendered; use prompt/completion rows, "
+                "or a model with a chat template (the -Instruct variant of most families)"
+            )
+        messages = [_to_plain(message) for message in row.messages]
+        weights = self._message_weights(row.messages)
+        text = self._template(messages, row.tools, turn=len(messages) - 1)
+        if self.train_on is TrainOnWhat.ALL_TOKENS:
+            return [self._encode_spans(text, [_Span(0, len(text), 1.0)])]
+        trained = [index for index, weight in enumerate(weights) if weight]
+        spans = [self._find_span(text, messages, row.tools, index, weights[index]) for index in trained]
+        if all(spans):
+            return [self._encode_spans(text, [span for span in spans if span])]
+        return [self._render_turn(messages, row.tools, index, weights[index]) for index in trained]
+
+    def _message_weights(self, messages: list[Message]) -> list[float]:
+        last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
+        weights = []
+        for index, message in enumerate(messages):
+            if self.train_on is TrainOnWhat.WEIGHTS_GIVEN:
+                weights.append(message.weight or 0.0)
+                continue
+            chosen = (
+                self.train_on in (TrainOnWhat.ALL_MESSAGES, TrainOnWhat.ALL_TOKENS)
+                or (self.train_on is TrainOnWhat.ALL_ASSISTANT_MESSAGES and message.role == "assistant")
+                or (self.train_on is TrainOnWhat.LAST_ASSISTANT_MESSAGE and index == last)
+            )
+            weights.append((1.0 if message.weight is None else message.weight) if chosen else 0.0)
+        return weights
+
+    def _find_span(self, text: str, messages: list[dict], tools: Any, index: int, weight: float) -> _Span | None:
+        """Where message ``index`` stands in ``text``, or None where a rendered prefix is not a prefix of the whole."""
+        before = self._header(messages, tools, index)
+        after = self._template(messages[: index + 1], tools, turn=index)
+        if not text.startswith(before) or not text.startswith(after) or not after.startswith(before):
+            return None
+        return _Span(len(before), len(after), weight)
+
+    def _render_turn(self, messages: list[dict], tools: Any, index: int, weight: float) -> Rendered:
+        """Message ``index`` as an example of its own: the conversation as the model saw it when it had to answer."""
+        before = self._header(messages, tools, index)
+        after = self._template(messages[: index + 1], tools, turn=index)
+        if not after.startswith(before):
+            raise DataError(
+                f"message {index} ({messages[index]['role']}): the chat template writes the conversation before this turn "
+                "differently once the turn is there, so what to train cannot be told exactly"
+            )
+        return self._encode_spans(after, [_Span(len(before), len(after), weight)])
+
+    def _header(self, messages: list[dict], tools: Any, index: int) -> str:
+        """The rendered text up to where the content of message ``index`` begins."""
+        if messages[index]["role"] == "assistant":
+            return self._template(messages[:index], tools, turn=index, generation_prompt=True)
+        # No generation prompt exists for other roles: what two different contents have in common in front is the header.
+        variants = []
+        for content in ("A", "B"):
+            changed = [*messages[:index], {**messages[index], "content": content}]
+            variants.append(self._template(changed, tools, turn=index))
+        return _common_prefix(*variants)
+
+    def _template(self, messages: list[dict], tools: Any, *, turn: int, generation_prompt: bool = False) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
+                )
+            )
+        except Exception as error:  # templates raise whatever jinja or their author likes
+            raise DataError(f"message {turn}: the chat template refuses the conversation up to here: {error}") from error
+
+    def _encode_spans(self, text: str, spans: list[_Span]) -> Rendered:
+        """Encode ``text`` piece by piece, so that a piece's tokens are those that sampling sees and makes."""
+        tokens: list[int] = []
+        weights: list[float] = []
+        position = 0
+        for span in spans:
+            before = text[position : span.start]
+            tokens += self.encoder.encode_continuation(before) if position else self.encoder.encode_rendered(before)
+            weights += [0.0] * (len(tokens) - len(weights))
+            tokens += self.encoder.encode_continuation(text[span.start : span.end])
+            weights += [span.weight] * (len(tokens) - len(weights))
+            if self.train_on is not TrainOnWhat.ALL_TOKENS:
+                self._untrain_tail(tokens, weights)
+            position = span.end
+        tokens += self.encoder.encode_continuation(text[position:])
+        weights += [0.0] * (len(tokens) - len(weights))
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and tokens[:2] == [bos, bos]:
+            tokens, weights = tokens[1:], weights[1:]
+        return Rendered(tokens, weights, num_prefix=int(bos is not None and tokens[:1] == [bos]))
+
+    def _untrain_tail(self, tokens: list[int], weights: list[float]) -> None:
+        """White space behind the end-of-turn token belongs to nobody: generation has stopped before it."""
+        special = set(self.tokenizer.all_special_ids)
+        end = len(tokens)
+        while end and tokens[end - 1] not in special and not self.encoder.decode([tokens[end - 1]]).strip():
+            end -= 1
+        if end and tokens[end - 1] in special:
+            weights[end:] = [0.0] * (len(weights) - end)
+
+
+def _to_plain(message: Message) -> dict[str, Any]:
+    plain = {key: value for key, value in msgspec.to_builtins(message).items() if key != "weight"}
+    if isinstance(message.content, list):
+        plain["content"] = "".join(part["text"] for part in message.content)
+    return plain | ({"content": ""} if "content" not in plain else {})
+
+
+def _common_prefix(a: str, b: str) -> str:
+    length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return a[:length]

@@ -1,0 +1,186 @@
+"""What a row of a data set may look like. Each format is a typed record; the types are the schema that rows are checked by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import msgspec
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class PromptCompletion(msgspec.Struct, forbid_unknown_fields=False):
+    """``{"prompt": …, "completion": …}``: the completion is trained."""
+
+    prompt: str
+    completion: str
+
+
+class Message(msgspec.Struct, omit_defaults=True):
+    """A message as the OpenAI interface writes it; ``weight`` scales the loss of this message."""
+
+    role: Role
+    content: str | list[dict[str, Any]] | None = None
+    weight: float | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class Chat(msgspec.Struct):
+    """``{"messages": [{"role": …, "content": …}, …]}``."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+class Turn(msgspec.Struct):
+    """A ShareGPT turn."""
+
+    speaker: str = msgspec.field(name="from")
+    value: str
+    weight: float | None = None
+
+
+class Conversations(msgspec.Struct):
+    """``{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}``."""
+
+    conversations: list[Turn]
+    system: str | None = None
+
+
+class Alpaca(msgspec.Struct):
+    """``{"instruction": …, "input": …, "output": …}``."""
+
+    instruction: str
+    output: str
+    input: str | None = None
+
+
+class Text(msgspec.Struct):
+    """``{"text": …}``: every token is trained."""
+
+    text: str
+
+
+class Tokens(msgspec.Struct):
+    """``{"tokens": […], "weights": […]}``: taken as they are."""
+
+    tokens: list[int]
+    weights: list[float]
+
+
+Row = PromptCompletion | Chat | Conversations | Alpaca | Text | Tokens
+# In the order in which they are recognised: the first whose required columns are all there.
+FORMATS: dict[str, type[Row]] = {
+    "tokens": Tokens,
+    "messages": Chat,
+    "conversations": Conversations,
+    "prompt_completion": PromptCompletion,
+    "alpaca": Alpaca,
+    "text": Text,
+}
+SPEAKERS: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bard": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+def required_columns(row_type: type[Row]) -> list[str]:
+    """The columns without which ``row_type`` cannot be read."""
+    return [field.encode_name for field in msgspec.structs.fields(row_type) if field.required]
+
+
+def recognise(columns: Iterable[str]) -> str | None:
+    """Return the name of the format that ``columns`` belong to, or None."""
+    present = set(columns)
+    return next((name for name, kind in FORMATS.items() if present.issuperset(required_columns(kind))), None)
+
+
+def to_chat(row: Conversations) -> Chat:
+    """Return a ShareGPT row as messages. Raises KeyError for an unknown speaker."""
+    messages = [Message(SPEAKERS[turn.speaker], turn.value, turn.weight) for turn in row.conversations]
+    if row.system:
+        messages.insert(0, Message("system", row.system))
+    return Chat(messages)
+
+
+def find_problem(row: Row) -> str | None:
+    """Return what is wrong with a row that has the right columns and types, or None."""
+    kind = type(row)
+    if kind is PromptCompletion:
+        return None if row.completion else "`completion` is empty: no trained token"  # type: ignore[union-attr]
+    if isinstance(row, Chat):
+        return _find_message_problem(row.messages)
+    if isinstance(row, Conversations):
+        unknown = next((turn.speaker for turn in row.conversations if turn.speaker not in SPEAKERS), None)
+        if unknown is not None:
+            return f"unknown speaker {unknown!r} in `conversations` (known: {', '.join(SPEAKERS)})"
+        return _find_message_problem(to_chat(row).messages)
+    if isinstance(row, Alpaca):
+        return None if row.output else "`output` is empty: no trained token"
+    if isinstance(row, Text):
+        return None if row.text else "`text` is empty: no trained token"
+    assert isinstance(row, Tokens)
+    return _find_token_problem(row)
+
+
+def _find_token_problem(row: Tokens) -> str | None:
+    if len(row.tokens) != len(row.weights):
+        return f"{len(row.tokens)} `tokens` but {len(row.weights)} `weights`"
+    if not all(math.isfinite(weight) for weight in row.weights):
+        return "`weights` holds a value that is not finite"
+    if min(row.tokens, default=0) < 0:
+        return f"`tokens` holds the negative id {min(row.tokens)}"
+    if not any(row.weights[1:]):
+        return "no trained token: all `weights` after the first are 0"
+    return None
+
+
+def _find_message_problem(messages: list[Message]) -> str | None:
+    """Roles must follow one another as a conversation does."""
+    previous: str | None = None
+    for index, message in enumerate(messages):
+        role = message.role
+        if problem := _find_order_problem(role, previous, index):
+            return f"roles out of order: message {index} ({role}) {problem}"
+        if message.content is None and not message.tool_calls:
+            return f"message {index} ({role}) has neither `content` nor `tool_calls`"
+        if isinstance(message.content, list) and (problem := _find_part_problem(message.content)):
+            return f"message {index} ({role}): {problem}"
+        if message.weight is not None and not math.isfinite(message.weight):
+            return f"message {index} ({role}): `weight` is not finite"
+        previous = role
+    return None if messages else "no messages: no trained token"
+
+
+def _find_order_problem(role: str, previous: str | None, index: int) -> str | None:
+    if role in ("system", "developer"):
+        return "must come first" if index else None
+    if role == "assistant" and previous not in ("user", "tool"):
+        return f"must follow a user or tool message, not {previous or 'the beginning'}"
+    if role == "tool" and previous not in ("assistant", "tool"):
+        return f"must follow an assistant message, not {previous or 'the beginning'}"
+    if role == "user" and previous == "user":
+        return "follows another user message"
+    return None
+
+
+def _find_part_problem(parts: list[dict[str, Any]]) -> str | None:
+    for number, part in enumerate(parts):
+        if part.get("type") != "text":
+            return f"content part {number} has type {part.get('type')!r}; this version trains on text parts only"
+        if not isinstance(part.get("text"), str):
+            return f"content part {number} has no `text`"
+    return None

@@ -1,0 +1,82 @@
+"""The order of training: epochs, windows, batches, accumulation windows; a stream that can go on from any batch."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from lorakit.data.collate import collate
+from lorakit.data.examples import Examples
+from lorakit.data.packing import plan_batches
+from lorakit.types import Batch, Cursor
+
+
+class BatchStream:
+    """All batches of a fit, over all its epochs, in an order that depends on nothing but the arguments.
+
+    Rows are shuffled over the whole epoch; packing and length grouping work within windows of ``window_rows`` of that order.
+    Each batch knows the weight of its accumulation window (so that the loss can be divided by it at once) and the cursor with
+    which a new stream goes on behind it. Cursors are exact at the end of accumulation windows, where optimiser steps are.
+
+    Args:
+        row_tokens: positions of a packed row; None pads each Datum in a row of its own.
+        num_epochs: None goes on for ever.
+        shuffle: False keeps the source's order and groups nothing.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        indices: np.ndarray,
+        *,
+        pad_token_id: int,
+        batch_size: int,
+        row_tokens: int | None,
+        accumulate: int = 1,
+        num_epochs: int | None = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        window_rows: int = 1024,
+        cursor: Cursor | None = None,
+    ) -> None:
+        self.examples, self.indices = examples, indices
+        self.pad_token_id, self.batch_size, self.row_tokens = pad_token_id, batch_size, row_tokens
+        self.accumulate, self.num_epochs = accumulate, num_epochs
+        self.shuffle, self.seed, self.window_rows = shuffle, seed, window_rows
+        self.cursor = cursor or Cursor()
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = self._batches(self.cursor)
+        while group := list(itertools.islice(batches, self.accumulate)):
+            weight = sum(batch.weight for batch in group)
+            for batch in group:
+                yield replace(batch, window_weight=weight)
+
+    def _batches(self, cursor: Cursor) -> Iterator[Batch]:
+        epochs = itertools.count(cursor.epoch) if self.num_epochs is None else range(cursor.epoch, self.num_epochs)
+        for epoch in epochs:
+            resumes = epoch == cursor.epoch
+            order = self._order(epoch)
+            num_batches = 0
+            for start in range(cursor.window_start if resumes else 0, len(order), self.window_rows):
+                skip = cursor.batches_done if resumes and start == cursor.window_start else 0
+                for batch in self._window(epoch, order, start, skip):
+                    num_batches += 1
+                    yield batch
+            if not (num_batches or resumes):
+                return  # an epoch without a batch would be followed by infinitely many
+
+    def _window(self, epoch: int, order: np.ndarray, start: int, skip: int) -> Iterator[Batch]:
+        datums = [d for index in order[start : start + self.window_rows] for d in self.examples.datums(int(index))]
+        rng = random.Random(f"{self.seed} {epoch} {start}") if self.shuffle else None
+        plan = plan_batches(datums, batch_size=self.batch_size, row_tokens=self.row_tokens, rng=rng)
+        for number, rows in enumerate(plan[skip:], start=skip + 1):
+            batch = collate(rows, self.pad_token_id)
+            yield replace(batch, cursor=Cursor(epoch, start, number))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.indices) if self.shuffle else self.indices

@@ -1,0 +1,194 @@
+"""Find the targets, plan, wrap, freeze. PEFT is the container: its config, its modules, its file format."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorakit.errors import ConfigError
+from lorakit.lora.spec import LoRASpec
+from lorakit.model.families import FAMILIES, Target, find_targets
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class LoRAPlan:
+    """Which matrices get an adapter. Made from a model that may lie on the meta device; nothing is changed."""
+
+    spec: LoRASpec
+    targets: tuple[Target, ...]
+    target_modules: tuple[str, ...]  # how PEFT finds the linear modules among them, and no other
+    target_parameters: tuple[str, ...]  # how PEFT finds the stacked parameters among them, and no other
+    num_base_params: int
+    is_tied: bool  # whether the unembedding shares its matrix with the embedding
+
+    @property
+    def num_params(self) -> int:
+        """Trainable parameters."""
+        dora = sum(target.out_features for target in self.targets) if self.spec.dora else 0
+        return dora + sum(target.num_adapter_params(self.spec.rank) for target in self.targets)
+
+    @property
+    def trainable_share(self) -> float:
+        return self.num_params / (self.num_base_params + self.num_params)
+
+    def megabytes(self, bytes_per_param: int) -> float:
+        """Size of the adapter file, in 10^6 bytes."""
+        return self.num_params * bytes_per_param / 1e6
+
+    def by_family(self) -> dict[str, list[Target]]:
+        """Targets by family, in the order of the table."""
+        groups: dict[str, list[Target]] = {}
+        for target in self.targets:
+            groups.setdefault(target.family, []).append(target)
+        return groups
+
+    def summary(self) -> str:
+        """One line: parameters, share, size."""
+        return (
+            f"{self.num_params:,} trainable parameters, {self.trainable_share:.2%} of the model; "
+            f"adapter {self.megabytes(4):.1f} MB in checkpoints (float32), {self.megabytes(2):.1f} MB exported (bf16)"
+        )
+
+    def table(self) -> Table:
+        """The plan as a table: one line per family and kind of matrix."""
+        from rich.table import Table
+
+        table = Table(title=f"LoRA plan: rank {self.spec.rank}, scale {self.spec.scale:g}", title_justify="left")
+        for column in ("family", "matrix", "count", "experts", "in", "out", "parameters"):
+            table.add_column(column, justify="left" if column in ("family", "matrix") else "right")
+        kinds: dict[tuple[Any, ...], int] = {}
+        for target in self.targets:
+            leaf = target.parameter or target.module.rsplit(".", 1)[-1]
+            key = (target.family, leaf, target.num_experts, target.in_features, target.out_features)
+            kinds[key] = kinds.get(key, 0) + 1
+        for (family, leaf, experts, in_features, out_features), count in kinds.items():
+            num = count * experts * self.spec.rank * (in_features + out_features)
+            cells = (count, experts if experts > 1 else "", in_features, out_features, f"{num:,}")
+            table.add_row(family, leaf, *(str(cell) for cell in cells))
+        return table
+
+
+def plan(model: Any, spec: LoRASpec) -> LoRAPlan:
+    """Return which matrices of ``model`` get an adapter under ``spec``.
+
+    Raises:
+        ConfigError: a family that is switched on, or a pattern, matches nothing; or PEFT cannot do what is asked.
+    """
+    found = find_targets(model)
+    chosen = _by_pattern(found, spec.targets) if spec.targets else _by_family(found, spec)
+    experts = [target for target in chosen if target.parameter]
+    if experts and spec.dropout:
+        raise ConfigError(
+            f"lora.dropout={spec.dropout} does not work on stacked experts ({experts[0].name}); "
+            "set lora.dropout=0 or lora.experts=false"
+        )
+    if experts and spec.dora:
+        raise ConfigError(f"lora.dora=true does not work on stacked experts ({experts[0].name}); set lora.experts=false")
+    if experts and spec.init in ("pissa", "olora"):
+        raise ConfigError(f"lora.init={spec.init} does not work on stacked experts ({experts[0].name}); set lora.experts=false")
+    num_base_params = sum(parameter.numel() for parameter in model.parameters())
+    return LoRAPlan(
+        spec,
+        tuple(chosen),
+        _shorten([target.name for target in chosen if not target.parameter], [name for name, _ in model.named_modules()]),
+        _shorten([target.name for target in experts], [name for name, _ in model.named_parameters()], depth=3),
+        num_base_params,
+        is_tied=_is_tied(model),
+    )
+
+
+def inject(model: Any, spec: LoRASpec, *, base_name: str | None = None, adapter_name: str = "default") -> PeftModel:
+    """Return ``model`` wrapped by PEFT, with exactly the planned adapters trainable and everything else frozen.
+
+    The base's parameters are not copied. The global random state is as before.
+    """
+    import peft
+
+    planned = plan(model, spec)
+    model.requires_grad_(False)
+    config = to_peft_config(planned, base_name=base_name)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about the base's name, which is set below
+        torch.manual_seed(spec.seed)
+        wrapped = peft.get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=False)
+    wrapped.peft_config[adapter_name].base_model_name_or_path = base_name  # PEFT puts the folder it was loaded from
+    dtype = getattr(torch, spec.dtype)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    num_trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    assert num_trainable == planned.num_params, (num_trainable, planned.num_params)
+    return wrapped  # type: ignore[return-value]
+
+
+def to_peft_config(planned: LoRAPlan, *, base_name: str | None = None) -> LoraConfig:
+    """Return the PEFT config that wraps exactly the planned targets."""
+    import peft
+
+    spec = planned.spec
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+        r=spec.rank,
+        lora_alpha=spec.alpha if spec.alpha % 1 else int(spec.alpha),
+        use_rslora=spec.rslora,
+        use_dora=spec.dora,
+        lora_dropout=spec.dropout,
+        init_lora_weights=True if spec.init == "default" else spec.init,  # type: ignore[arg-type]
+        target_modules=list(planned.target_modules) or None,
+        target_parameters=list(planned.target_parameters) or None,
+    )
+
+
+def _by_family(found: list[Target], spec: LoRASpec) -> list[Target]:
+    present = {target.family for target in found}
+    switches = {family: getattr(spec, family) for family in FAMILIES}
+    missing = [family for family, switch in switches.items() if switch is True and family not in present]
+    if missing:
+        there = ", ".join(sorted(present & set(FAMILIES))) or "none"
+        settings = ", ".join(f"lora.{family}=true" for family in missing)
+        raise ConfigError(f"{settings}: this model has no such matrices (it has: {there}); set to false or auto")
+    chosen = [target for target in found if switches.get(target.family)]
+    if not chosen:
+        raise ConfigError("LoRA would adapt nothing: switch on lora.attention, lora.mlp, lora.experts or lora.unembedding")
+    return chosen
+
+
+def _by_pattern(found: list[Target], patterns: Iterable[str]) -> list[Target]:
+    chosen: dict[str, Target] = {}
+    for pattern in patterns:
+        matched = [target for target in found if _matches(target.name, pattern) or _matches(target.module, pattern)]
+        if not matched:
+            leaves = sorted({target.name.removeprefix("model.") for target in found} | {t.name.rsplit(".", 1)[-1] for t in found})
+            near = difflib.get_close_matches(pattern, leaves, n=3, cutoff=0.3)
+            raise ConfigError(f"lora.targets: {pattern!r} matches nothing in this model (near: {', '.join(near) or 'nothing'})")
+        chosen |= {target.name: target for target in matched}
+    return [target for target in found if target.name in chosen]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if any(char in pattern for char in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def _is_tied(model: Any) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and embedding is not None and head.weight is embedding.weight
+
+
+def _shorten(names: list[str], all_names: list[str], depth: int = 1) -> tuple[str, ...]:
+    """Suffixes of ``depth`` parts that match exactly ``names`` among ``all_names``, as other tools expect them, else ``names``."""
+    suffixes = tuple(sorted({".".join(name.split(".")[-depth:]) for name in names}))
+    matched = {name for name in all_names if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)}
+    return suffixes if matched == set(names) else tuple(names)

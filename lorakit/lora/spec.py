@@ -1,0 +1,72 @@
+"""What the user says about LoRA, and its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lorakit.errors import ConfigError
+
+Switch = bool | Literal["auto"]
+INITS = ("default", "gaussian", "orthogonal", "pissa", "olora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRASpec:
+    """Which matrices get an adapter, and how it is made.
+
+    Args:
+        rank: inner width of A and B.
+        alpha: the adapter's output is scaled by ``alpha / rank`` (by ``alpha / sqrt(rank)`` with ``rslora``).
+        dropout: probability of zeroing an input of A while training.
+        init: how A and B start; ``default`` is Kaiming-uniform A and zero B.
+        dora: decompose into magnitude and direction (PEFT's DoRA), on linear layers only.
+        attention, mlp, experts, unembedding: families of matrices. True must match something, ``auto`` may match nothing.
+        targets: names, suffixes or patterns (``*.layers.0.*``) of matrices; where given, they alone decide.
+        dtype: of the adapter while training.
+        seed: of the initialisation.
+        init_from: a PEFT adapter folder to start from.
+        any_base: let ``init_from`` come from a base of another name.
+    """
+
+    rank: int = 32
+    alpha: float = 32.0
+    rslora: bool = False
+    dropout: float = 0.0
+    init: str = "default"
+    dora: bool = False
+    attention: Switch = True
+    mlp: Switch = "auto"
+    experts: Switch = "auto"
+    unembedding: Switch = False
+    targets: Sequence[str] | None = None
+    dtype: str = "float32"
+    seed: int = 0
+    init_from: str | None = None
+    any_base: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.rank < 1:
+            problems.append(f"lora.rank={self.rank} must be at least 1")
+        if self.alpha <= 0:
+            problems.append(f"lora.alpha={self.alpha} must be more than 0")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"lora.dropout={self.dropout} must be at least 0 and less than 1")
+        if self.init not in INITS:
+            problems.append(f"lora.init={self.init} is unknown; choose one of {', '.join(INITS)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            problems.append(f"lora.dtype={self.dtype} is unknown; choose float32 or bfloat16")
+        for family in ("attention", "mlp", "experts", "unembedding"):
+            if getattr(self, family) not in (True, False, "auto"):
+                problems.append(f"lora.{family}={getattr(self, family)} is unknown; choose true, false or auto")
+        if isinstance(self.targets, str):
+            problems.append(f"lora.targets={self.targets} must be a list, for instance [{self.targets}]")
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    @property
+    def scale(self) -> float:
+        """The factor s of ``y = W x + s B A x``."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)

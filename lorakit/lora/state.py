@@ -1,0 +1,40 @@
+"""Adapter tensors in and out of a model, under PEFT's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lorakit.errors import AdapterError, report
+
+
+def adapter_state(model: Any) -> dict[str, torch.Tensor]:
+    """Return the adapter's tensors by the names that PEFT writes into a file (detached, not copied)."""
+    import peft
+
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def load_adapter_state(model: Any, tensors: Mapping[str, torch.Tensor], *, source: str) -> None:
+    """Copy ``tensors`` into the adapter of ``model``, which must have exactly these, in these shapes.
+
+    Raises:
+        AdapterError: names or shapes differ, in either direction; nothing is changed then.
+    """
+    own = adapter_state(model)
+    problems = [f"only in {source}: {name}" for name in tensors if name not in own]
+    problems += [f"only in the plan: {name}" for name in own if name not in tensors]
+    problems += [
+        f"{name}: {tuple(tensors[name].shape)} in {source}, {tuple(own[name].shape)} in the plan"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if problems:
+        remedy = "Set rank and targets of lora.* as the adapter has them; its adapter_config.json names them."
+        raise AdapterError(report(f"{source} does not fit the LoRA plan:", problems, remedy=remedy))
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])

@@ -1,0 +1,139 @@
+"""A base model by path, by hub name, or by the name of a bundled one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import ConfigError
+
+BUNDLED = {"tiny": Path(__file__).parent / "tiny" / "text"}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def resolve_model_path(path: str) -> str:
+    """Return the folder of a bundled model, an existing folder, or ``path`` itself as a name of the hub.
+
+    Raises:
+        ConfigError: ``path`` looks like a folder and there is none, or the folder holds no model.
+    """
+    if path in BUNDLED:
+        return str(BUNDLED[path])
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.path={path}: this folder holds no config.json, so it is not a model in the hub's layout")
+        return str(folder)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
+        raise ConfigError(f"model.path={path}: no such folder (bundled models: {', '.join(BUNDLED)})")
+    return path
+
+
+def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Return the model's transformers config."""
+    from transformers import AutoConfig
+
+    with _explained(path):
+        return AutoConfig.from_pretrained(resolve_model_path(path), revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Return the model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    with _explained(path):
+        return AutoTokenizer.from_pretrained(resolve_model_path(path), revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+) -> Any:
+    """Return the causal language model in ``dtype``, in evaluation mode, every parameter frozen."""
+    import torch
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"model.dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
+    with _explained(path), quiet_transformers():
+        model = model_class(load_config(path, revision=revision, trust_remote_code=trust_remote_code)).from_pretrained(
+            resolve_model_path(path),
+            revision=revision,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            device_map=device,
+        )
+    return model.requires_grad_(False).eval()
+
+
+def model_class(config: Any) -> Any:
+    """The auto class that builds a model with a language model's head from ``config``."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if is_causal or hasattr(config, "auto_map") else AutoModelForImageTextToText
+
+
+def load_skeleton(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Return the model on the meta device, from its config alone: every shape, no weight."""
+    import torch
+
+    config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    with _explained(path), torch.device("meta"):
+        model = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return model
+
+
+def base_name(path: str) -> str:
+    """What adapters and reports call the model: the bundled name, the hub name, or the absolute folder."""
+    return str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() and path not in BUNDLED else path
+
+
+def needed_files(path: str) -> dict[str, int]:
+    """Bytes of each weight file of a model on disk; empty for one of the hub that is not here."""
+    folder = Path(resolve_model_path(path))
+    return {file.name: file.stat().st_size for file in folder.glob("*.safetensors")} if folder.is_dir() else {}
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep the progress bars of transformers off a run's output for models that load at once."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turn what transformers and the hub raise into one message that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(str(error).split())[:400]
+        remedy = ""
+        if not Path(path).expanduser().is_dir() and path not in BUNDLED:
+            offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+            remedy = (
+                "\nHF_HUB_OFFLINE=1 is set, so nothing is downloaded." if offline
+                else f"\nCheck the name and the network; for a gated model log in with `hf auth login`, then `hf download {path}`."
+            )  # fmt: skip
+        elif "trust_remote_code" in str(error):
+            remedy = "\nThe model brings its own code. If you trust it, set model.trust_remote_code=true."
+        raise ConfigError(f"model.path={path}: cannot be loaded: {reason}{remedy}") from error

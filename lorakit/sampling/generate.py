@@ -1,0 +1,119 @@
+"""Generate from a model: one implementation for the command line, the callbacks and, later, the service."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lorakit.types import Sample, SamplingParams
+
+MAX_BATCH = 128
+
+
+@torch.no_grad()
+def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
+    """Return one Sample for each of ``prompts`` (token ids).
+
+    Temperature 0 is greedy. The global random state and the model's mode are as before; the same ``seed`` gives the same samples.
+    """
+    was_training = model.training
+    model.eval()
+    samples: list[Sample | None] = [None] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    try:
+        with _seeded(params.seed, model):
+            for start in range(0, len(prompts), MAX_BATCH):
+                indices = by_length[start : start + MAX_BATCH]
+                batch = _generate_batch(model, tokenizer, [list(prompts[index]) for index in indices], params)
+                for index, sample in zip(indices, batch, strict=True):
+                    samples[index] = sample
+    finally:
+        model.train(was_training)
+    return [sample for sample in samples if sample is not None]
+
+
+def _generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]], params: SamplingParams) -> list[Sample]:
+    width = max(len(prompt) for prompt in prompts)
+    end_ids = end_token_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids[0] if end_ids else 0)
+    # Generation continues at the right end, so here, and only here, padding stands on the left, behind a mask.
+    input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    stop = stop_strings(params)
+    is_open_ended = params.stop is not None and not stop
+    options: dict[str, Any] = {"do_sample": params.temperature > 0}
+    if params.temperature > 0:
+        top_k = params.top_k if params.top_k > 0 else 0
+        options |= {"temperature": params.temperature, "top_p": params.top_p, "top_k": top_k}
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=mask,
+        max_new_tokens=params.max_tokens,
+        pad_token_id=pad,
+        eos_token_id=None if is_open_ended else end_ids or None,
+        stopping_criteria=[_StopStrings(tokenizer, stop, width)] if stop else None,
+        **options,
+    )
+    return [_finish(tokenizer, row[width:].tolist(), [] if is_open_ended else end_ids, stop) for row in output]
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the tokenizer's EOS and those of the model's generation config."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *ids) if i is not None))
+
+
+def stop_strings(params: SamplingParams) -> tuple[str, ...]:
+    """``params.stop`` as a tuple."""
+    return (params.stop,) if isinstance(params.stop, str) else tuple(params.stop or ())
+
+
+class _StopStrings:
+    """Ends each row whose new text holds a stop string. Only the tail is decoded: a stop string is short."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], width: int) -> None:
+        self.tokenizer, self.stop, self.width = tokenizer, stop, width
+        self.num_tail_tokens = max(len(text.encode()) for text in stop) + 4
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        tails = input_ids[:, max(self.width, input_ids.shape[1] - self.num_tail_tokens) :].tolist()
+        found = [any(text in self.tokenizer.decode(tail) for text in self.stop) for tail in tails]
+        return torch.tensor(found, device=input_ids.device)
+
+
+def _finish(tokenizer: Any, tokens: list[int], end_ids: list[int], stop: tuple[str, ...]) -> Sample:
+    """Cut a row at its end token or stop string; what generation padded behind it goes."""
+    reason = "length"
+    for index, token in enumerate(tokens):
+        if token in end_ids:
+            tokens, reason = tokens[: index + 1], "stop"
+            break
+    text = tokenizer.decode(tokens[:-1] if reason == "stop" else tokens, skip_special_tokens=False)
+    cut = min((place for place in (text.find(word) for word in stop) if place >= 0), default=-1)
+    if cut >= 0:
+        text, reason = text[:cut], "stop"
+        tokens = _tokens_within(tokenizer, tokens, stop)
+    return Sample(tuple(tokens), text, reason)
+
+
+def _tokens_within(tokenizer: Any, tokens: list[int], stop: tuple[str, ...]) -> list[int]:
+    """The tokens up to the one that completes a stop string."""
+    for length in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:length])
+        if any(word in text for word in stop):
+            return tokens[:length]
+    return tokens
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, model: Any) -> Iterator[None]:
+    """Draw from a random state of our own, so that sampling while training does not move the training's."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield

@@ -1,0 +1,167 @@
+"""The one LightningModule: a frozen base with LoRA, trained on weighted causal-LM batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from lorakit.errors import CheckpointError, TrainingError
+from lorakit.loss import LOSSES
+from lorakit.training.step import compute_loss
+from lorakit.types import Batch, LossOutput
+
+
+class LoRAModule(L.LightningModule):
+    """Trains the adapter of a model.
+
+    Args:
+        build_model: makes the PEFT-wrapped model; called once, in ``configure_model``, so that a strategy can shard it.
+        optimizer: makes the optimiser of the trainable parameters, for instance ``partial(torch.optim.AdamW, lr=5e-4)``.
+        schedule: makes its schedule from (optimizer, total_steps=…); None keeps the learning rate.
+        total_steps: optimiser steps of the whole fit, for the schedule; None asks the trainer.
+        loss: a name in ``LOSSES``, or a function of (logprobs, batch).
+        clip_norm: largest L2 norm of the gradient, 0 for none. The norm is logged before clipping.
+        max_bad_steps: so many steps in a row with a loss or gradient that is not finite end the run.
+
+    The loss is ``sum(loss) / sum(|weight|)`` over the whole accumulation window: how the window is cut into micro-batches
+    does not change the gradient.
+    """
+
+    def __init__(
+        self,
+        build_model: Callable[[], Any],
+        *,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        schedule: Callable[..., Any] | None = None,
+        total_steps: int | None = None,
+        loss: str | Callable[..., LossOutput] = "cross_entropy",
+        clip_norm: float = 1.0,
+        max_bad_steps: int = 5,
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # a checkpoint holds the adapter only; load_state_dict below checks it both ways
+        self._build_model, self._optimizer, self._schedule = build_model, optimizer, schedule
+        self.total_steps, self.clip_norm, self.max_bad_steps = total_steps, clip_norm, max_bad_steps
+        self.loss = LOSSES[loss] if isinstance(loss, str) else loss
+        self.tokenizer = tokenizer
+        self.model: Any = None
+        self.num_bad_steps = self.num_bad_in_a_row = self.num_empty_windows = 0
+        self._window: list[Batch] = []
+        self._window_loss: torch.Tensor | float = 0.0
+        self._val_sums = [0.0, 0.0]
+
+    # ---- model
+
+    def configure_model(self) -> None:
+        """Build the base and inject LoRA, once."""
+        if self.model is None:
+            self.model = self._build_model()
+
+    def on_fit_start(self) -> None:
+        self.model.train()
+
+    def configure_optimizers(self) -> Any:
+        """One optimiser over the adapter, one schedule that is stepped with it."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = self._optimizer(parameters)
+        if self._schedule is None:
+            return optimizer
+        total_steps = self.total_steps or int(self.trainer.estimated_stepping_batches)
+        schedule = self._schedule(optimizer, total_steps=total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ---- training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """Return this micro-batch's share of the window's loss (Lightning divides by the window's length; undone here)."""
+        output = compute_loss(self.model, batch, self.loss)
+        loss = output.loss_sum / (batch.window_weight or 1.0)
+        self._window.append(batch)
+        self._window_loss = self._window_loss + loss.detach()
+        return loss * self.trainer.accumulate_grad_batches
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, log, and skip the step where nothing is trained or something is not finite.
+
+        A skipped step leaves every gradient None, so that the optimiser changes neither parameters nor its own state.
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
+        window, loss = self._window, torch.as_tensor(self._window_loss, dtype=torch.float32)
+        self._window, self._window_loss = [], 0.0
+        is_empty = window[-1].window_weight == 0
+        is_bad = not (torch.isfinite(norm) and torch.isfinite(loss))
+        if is_empty or is_bad:
+            optimizer.zero_grad(set_to_none=True)
+        if is_empty:
+            self.num_empty_windows += 1
+            self.log("train/empty_windows", float(self.num_empty_windows))
+            return
+        self.num_bad_in_a_row = self.num_bad_in_a_row + 1 if is_bad else 0
+        self.num_bad_steps += is_bad
+        if is_bad:
+            self.log("train/bad_steps", float(self.num_bad_steps))
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/grad_norm", norm)
+        self.log("train/lr", optimizer.param_groups[0]["lr"], prog_bar=True)
+        if self.num_bad_in_a_row >= self.max_bad_steps:
+            self._stop_for_bad_steps(window)
+
+    def _stop_for_bad_steps(self, window: list[Batch]) -> None:
+        path = Path(self.trainer.default_root_dir) / "bad_batches.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save([{"input_ids": b.input_ids, "targets": b.targets, "weights": b.weights} for b in window], path)
+        raise TrainingError(
+            f"loss or gradient not finite in {self.num_bad_in_a_row} steps in a row (step {self.trainer.global_step}); the last "
+            f"window's batches are in {path}. Lower optim.lr, lengthen the warm-up, or set trainer.precision=32-true."
+        )
+
+    # ---- evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        self._val_sums = [0.0, 0.0]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add this batch to the loss over all evaluation tokens."""
+        output = compute_loss(self.model, batch, self.loss)
+        self._val_sums[0] += float(output.loss_sum)
+        self._val_sums[1] += batch.weight
+
+    def on_validation_epoch_end(self) -> None:
+        loss_sum, weight = self._val_sums
+        self.log("val/loss", loss_sum / weight if weight else float("nan"), prog_bar=True)
+
+    # ---- state: the adapter and nothing else
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The trainable tensors by their names in this module."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load exactly the trainable tensors. Raises CheckpointError where names differ."""
+        own = self.state_dict()
+        if own.keys() != state_dict.keys():
+            differing = sorted(own.keys() ^ state_dict.keys())
+            raise CheckpointError(f"the checkpoint's adapter does not fit this run's: {', '.join(differing[:5])} …")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state_dict[name])
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the counts of skipped steps."""
+        checkpoint["lorakit_counts"] = [self.num_bad_steps, self.num_bad_in_a_row, self.num_empty_windows]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        counts = checkpoint.get("lorakit_counts", [0, 0, 0])
+        self.num_bad_steps, self.num_bad_in_a_row, self.num_empty_windows = counts

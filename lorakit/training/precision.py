@@ -1,0 +1,46 @@
+"""Which number formats a run computes in."""
+
+from __future__ import annotations
+
+import torch
+
+from lorakit.errors import ConfigError
+
+_BASE_DTYPES = {"bf16-mixed": "bfloat16", "16-mixed": "float16", "32-true": "float32"}
+
+
+def resolve_precision(precision: str, accelerator: str) -> str:
+    """Return Lightning's name of ``precision``; ``auto`` is bf16 where it is native, else fp16 on GPUs, else fp32.
+
+    Under the mixed precisions the products run in 16 bit; adapters, gradients and the optimiser stay float32.
+    """
+    if precision != "auto":
+        if precision not in _BASE_DTYPES:
+            raise ConfigError(
+                f"trainer.precision={precision} is unknown; choose auto, {', '.join(_BASE_DTYPES)} "
+                "(the -true variants would put the adapter itself into 16 bit)"
+            )
+        return precision
+    if accelerator == "cuda":
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+    if accelerator == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return "bf16-mixed"
+    return "32-true"
+
+
+def resolve_accelerator(accelerator: str) -> str:
+    """Return ``cuda``, ``mps`` or ``cpu``; ``auto`` takes the best that is there."""
+    if accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if accelerator in ("cuda", "gpu"):
+        if not torch.cuda.is_available():
+            raise ConfigError(f"trainer.accelerator={accelerator}, but this torch ({torch.__version__}) sees no GPU")
+        return "cuda"
+    if accelerator not in ("cpu", "mps"):
+        raise ConfigError(f"trainer.accelerator={accelerator} is unknown; choose auto, cpu, cuda or mps")
+    return accelerator
+
+
+def base_dtype(dtype: str, precision: str) -> str:
+    """Return the dtype of the frozen base: ``auto`` follows the precision, so that no product casts it."""
+    return _BASE_DTYPES[precision] if dtype == "auto" else dtype

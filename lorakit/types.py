@@ -1,0 +1,183 @@
+"""The records that travel through lorakit, and the legend of shapes.
+
+Shape suffixes: ``B`` rows of a batch, ``L`` positions of a row, ``N`` trained positions, ``V`` vocabulary, ``E`` experts,
+``R`` LoRA rank, ``I`` inputs of a matrix, ``O`` outputs of a matrix. So ``logits_NV`` is (trained positions, vocabulary).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES: dict[str, Any] = {"target_tokens": np.int64}
+
+
+@dataclass(frozen=True)
+class EncodedTextChunk:
+    """A run of token ids."""
+
+    tokens: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What the model reads, as chunks. Text is the only kind of chunk so far."""
+
+    chunks: tuple[EncodedTextChunk, ...] = ()
+
+    @classmethod
+    def from_ints(cls, tokens: Sequence[int]) -> ModelInput:
+        """Return the input that holds ``tokens`` as one chunk."""
+        return cls((EncodedTextChunk(tuple(int(token) for token in tokens)),))
+
+    def to_ints(self) -> list[int]:
+        """Return the token ids of all chunks in order."""
+        return [token for chunk in self.chunks for token in chunk.tokens]
+
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return sum(chunk.length for chunk in self.chunks)
+
+
+class Datum:
+    """One example in Tinker's shape: what the model reads, and per position what the loss needs.
+
+    ``loss_fn_inputs`` holds arrays of ``model_input.length`` entries: ``target_tokens`` (already shifted: the token that
+    position i must predict) and ``weights``. They are read-only here; a Datum is never changed after it is made.
+
+    >>> Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7], "weights": [0, 1]}).weights.tolist()
+    [0.0, 1.0]
+    """
+
+    __slots__ = ("loss_fn_inputs", "model_input")
+
+    def __init__(self, model_input: ModelInput, loss_fn_inputs: dict[str, Any]) -> None:
+        self.model_input = model_input
+        self.loss_fn_inputs: dict[str, np.ndarray] = {}
+        for name, values in loss_fn_inputs.items():
+            array = np.array(values, dtype=_DTYPES.get(name, np.float32))
+            if array.shape != (model_input.length,):
+                raise ValueError(
+                    f"loss_fn_inputs[{name!r}] has shape {array.shape}, but model_input has {model_input.length} positions"
+                )
+            array.flags.writeable = False
+            self.loss_fn_inputs[name] = array
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Token to predict at each position, (L,) int64."""
+        return self.loss_fn_inputs["target_tokens"]
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Loss weight of each position, (L,) float32."""
+        return self.loss_fn_inputs["weights"]
+
+    def __len__(self) -> int:
+        return self.model_input.length
+
+    def __repr__(self) -> str:
+        return f"Datum({len(self)} positions, {', '.join(self.loss_fn_inputs)})"
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a stream of batches stands: enough to go on from exactly there."""
+
+    epoch: int = 0
+    window_start: int = 0  # rows of the epoch's order that lie before the current window
+    batches_done: int = 0  # batches of that window already given out
+
+    def to_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "window_start": self.window_start, "batches_done": self.batches_done}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Datums as tensors. Padding is on the right, with weight 0; a row may hold several documents.
+
+    ``position_ids`` is None for rows of one document, else it restarts at 0 with each document (and with the padding),
+    which is how transformers isolates packed documents from one another (attention mask and cache must be absent).
+    """
+
+    input_ids: torch.Tensor  # (B, L) int64
+    targets: torch.Tensor  # (B, L) int64
+    weights: torch.Tensor  # (B, L) float32
+    position_ids: torch.Tensor | None  # (B, L) int64
+    spans: tuple[tuple[int, int, int], ...]  # per Datum: row, first position, one past the last
+    window_weight: float = 0.0  # sum of |weights| over the whole accumulation window: the loss's denominator
+    cursor: Cursor | None = None  # the stream's state after this batch
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)  # further loss inputs, (B, L)
+
+    @property
+    def weight(self) -> float:
+        """Sum of |weights| of this batch."""
+        return float(self.weights.abs().sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that hold a token of some document."""
+        return sum(end - start for _, start, end in self.spans)
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """Positions with a weight other than 0."""
+        return int((self.weights != 0).sum())
+
+    @property
+    def padding_share(self) -> float:
+        """Share of positions that hold only padding."""
+        return 1.0 - self.num_tokens / self.input_ids.numel()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return this batch on ``device``."""
+        position_ids = None if self.position_ids is None else self.position_ids.to(device)
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            targets=self.targets.to(device),
+            weights=self.weights.to(device),
+            position_ids=position_ids,
+            extras={name: tensor.to(device) for name, tensor in self.extras.items()},
+        )
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a loss returns: a sum, never a mean, so that one place can divide by the weight of the whole window."""
+
+    loss_sum: torch.Tensor  # scalar, with graph
+    logprobs: torch.Tensor  # (B, L) float32, log-probability of each target; 0 where the weight is 0; detached
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample. ``stop`` None ends at EOS; a list of strings ends there as well (``[]``: nothing ends it but length)."""
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion: its tokens, its text without the stop string, and why it ended (``stop`` or ``length``)."""
+
+    tokens: tuple[int, ...]
+    text: str
+    stop_reason: str

@@ -1,0 +1,105 @@
+"""PEFT's adapter folder, read and written. `peft` itself loads what is written here, and the other way round."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lorakit.errors import AdapterError, report
+from lorakit.lora.spec import LoRASpec
+from lorakit.lora.state import adapter_state, load_adapter_state
+
+CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter folder: its config as plain data, and its tensors when asked for."""
+
+    folder: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> AdapterFiles:
+        """Read the config of the adapter in ``folder``. Raises AdapterError where there is none that can be used."""
+        folder = Path(folder).expanduser()
+        for name in (CONFIG_FILE, TENSOR_FILE):
+            if not (folder / name).is_file():
+                raise AdapterError(f"{folder}: no {name} here, so this is not a PEFT adapter in safetensors format")
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise AdapterError(f"{folder / CONFIG_FILE}: cannot be read: {error}") from error
+        if config.get("peft_type") != "LORA":
+            raise AdapterError(f"{folder}: peft_type is {config.get('peft_type')!r}, but only LORA can be used")
+        return cls(folder, config)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return all tensors by PEFT's names. Raises AdapterError for a torn file."""
+        try:
+            with safe_open(self.folder / TENSOR_FILE, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(f"{self.folder / TENSOR_FILE}: torn or not a safetensors file: {error}") from error
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor file."""
+        return (self.folder / TENSOR_FILE).stat().st_size
+
+
+def save_adapter(model: Any, folder: Path, *, dtype: torch.dtype | None = None) -> int:
+    """Write the adapter of ``model`` to the existing ``folder`` and return the bytes of its tensors' file.
+
+    The same adapter gives the same bytes. ``dtype`` None keeps float32 as trained.
+    """
+    tensors = {
+        name: tensor.to("cpu", dtype or tensor.dtype).contiguous().clone() for name, tensor in adapter_state(model).items()
+    }
+    save_file(dict(sorted(tensors.items())), folder / TENSOR_FILE, metadata={"format": "pt"})
+    config = model.peft_config[model.active_adapter].to_dict() | {"inference_mode": True}
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    return (folder / TENSOR_FILE).stat().st_size
+
+
+def start_from(model: Any, spec: LoRASpec, *, base: str) -> None:
+    """Load ``spec.init_from`` into the adapter of ``model`` after checking base, rank, scale, targets and tensors.
+
+    Raises:
+        AdapterError: with every difference between the adapter and the plan.
+    """
+    assert spec.init_from is not None
+    adapter = AdapterFiles.open(spec.init_from)
+    config, problems = adapter.config, []
+    theirs = str(config.get("base_model_name_or_path") or "")
+    if not spec.any_base and _last_part(theirs) != _last_part(base):
+        problems.append(f"it was trained on base {theirs!r}, this run has {base!r} (lora.any_base=true accepts that)")
+    if config.get("r") != spec.rank:
+        problems.append(f"it has rank {config.get('r')}, this run lora.rank={spec.rank}")
+    if config.get("lora_alpha") != spec.alpha:
+        problems.append(f"it has alpha {config.get('lora_alpha')}, this run lora.alpha={spec.alpha:g}")
+    for key, ours in (("use_rslora", spec.rslora), ("use_dora", spec.dora)):
+        if bool(config.get(key)) != ours:
+            problems.append(f"it has {key}={bool(config.get(key))}, this run {ours}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            problems.append(f"it has a {key}, which lora.init_from does not support")
+    if problems:
+        raise AdapterError(report(f"lora.init_from={spec.init_from} does not fit this run:", problems))
+    load_adapter_state(model, adapter.tensors(), source=str(adapter.folder))
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)

@@ -1,0 +1,106 @@
+"""Checkpoints of a run: a PEFT adapter folder beside Lightning's training state, whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import CheckpointError
+from lorakit.weights.adapter import save_adapter
+from lorakit.weights.files import ASIDE, whole_folder
+
+STATE_FILE, MANIFEST_FILE = "training_state.ckpt", "checkpoint.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One folder ``step-000100``."""
+
+    folder: Path
+    step: int
+    val_loss: float | None
+    digests: dict[str, str]
+
+    @property
+    def state_file(self) -> Path:
+        return self.folder / STATE_FILE
+
+    def find_damage(self) -> str | None:
+        """Return what is wrong with the files, compared with their digests, or None."""
+        for name, digest in self.digests.items():
+            path = self.folder / name
+            if not path.is_file():
+                return f"{path} is missing"
+            if _digest(path) != digest:
+                return f"{path} is not as it was written"
+        return None
+
+
+def save_checkpoint(
+    root: Path, *, step: int, model: Any, save_state: Callable[[Path], Any], val_loss: float | None
+) -> Checkpoint:
+    """Write ``root/step-<step>``: adapter, training state, and a manifest with the digests of both. Raises OSError."""
+    folder = root / f"step-{step:06d}"
+    with whole_folder(folder) as aside:
+        save_adapter(model, aside)
+        save_state(aside / STATE_FILE)
+        digests = {path.name: _digest(path) for path in sorted(aside.iterdir())}
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "val_loss": val_loss, "sha256": digests}
+        (aside / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return Checkpoint(folder, step, val_loss, digests)
+
+
+def list_checkpoints(root: Path) -> list[Checkpoint]:
+    """Return the checkpoints in ``root``, oldest first. Folders that were being written when the run died are not among them."""
+    found = []
+    for folder in sorted(root.glob("step-*")):
+        try:
+            manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+            if manifest["format_version"] > FORMAT_VERSION:
+                raise CheckpointError(f"{folder} was written by a newer lorakit (format {manifest['format_version']})")
+            found.append(Checkpoint(folder, manifest["step"], manifest["val_loss"], manifest["sha256"]))
+        except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+    return found
+
+
+def newest_whole(root: Path, say: Callable[[str], Any]) -> Checkpoint | None:
+    """Return the newest checkpoint whose files are as they were written; ``say`` hears of each that is passed over."""
+    for checkpoint in reversed(list_checkpoints(root)):
+        damage = checkpoint.find_damage()
+        if damage is None:
+            return checkpoint
+        say(f"checkpoint passed over: {damage}")
+    return None
+
+
+def prune(root: Path, *, keep_last: int, keep_best: int) -> None:
+    """Remove all but the newest ``keep_last`` and the ``keep_best`` with the lowest evaluation loss, and what was never finished."""
+    checkpoints = list_checkpoints(root)
+    scored = sorted((c for c in checkpoints if c.val_loss is not None), key=lambda c: (c.val_loss, -c.step))
+    kept = {c.folder for c in checkpoints[-max(keep_last, 1) :]} | {c.folder for c in scored[:keep_best]}
+    for checkpoint in checkpoints:
+        if checkpoint.folder not in kept:
+            # The manifest goes first: a folder without one is no checkpoint, whatever a crash leaves of it.
+            (checkpoint.folder / MANIFEST_FILE).unlink(missing_ok=True)
+            shutil.rmtree(checkpoint.folder, ignore_errors=True)
+    for leftover in root.glob(f"{ASIDE}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def best(root: Path) -> Checkpoint | None:
+    """Return the checkpoint with the lowest evaluation loss, or None where none was evaluated."""
+    scored = [c for c in list_checkpoints(root) if c.val_loss is not None]
+    return min(scored, key=lambda c: (c.val_loss, -c.step)) if scored else None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

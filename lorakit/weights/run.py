@@ -1,0 +1,168 @@
+"""A run's folder: what was asked, with what, how far it came, and where its results lie."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import CheckpointError
+from lorakit.weights.files import write_json, write_whole
+
+FORMAT_VERSION = 1
+RUN_FILE, CONFIG_FILE, HISTORY_FILE, ADAPTER_FOLDER = "run.json", "config.yaml", "history.jsonl", "adapter"
+PACKAGES = ("lorakit", "torch", "lightning", "transformers", "peft", "hydra-core", "omegaconf", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. ``info`` is what ``run.json`` said when it was read."""
+
+    folder: Path
+    info: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The finished adapter, a PEFT folder in bf16."""
+        return self.folder / ADAPTER_FOLDER
+
+    @property
+    def is_finished(self) -> bool:
+        return self.info.get("status") == "finished"
+
+    def update(self, **changes: Any) -> Run:
+        """Write ``changes`` into ``run.json`` and return the run as it is now."""
+        info = {**self.info, **changes}
+        write_json(self.folder / RUN_FILE, info)
+        return Run(self.folder, info)
+
+    def config_text(self) -> str:
+        """The resolved config, as YAML."""
+        return (self.folder / CONFIG_FILE).read_text(encoding="utf-8")
+
+
+def create_run(root: Path, name: str, *, config_text: str, info: dict[str, Any]) -> Run:
+    """Make ``root/name`` with config and facts. Raises CheckpointError where it exists: no run is overwritten."""
+    folder = root / name
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise CheckpointError(
+            f"{folder} exists, and a run is never overwritten; choose another run=NAME, or resume=true to continue it"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made: {error.strerror}; set paths.runs to a folder you can write") from error
+    write_whole(folder / CONFIG_FILE, lambda path: path.write_text(config_text, encoding="utf-8"))
+    run = Run(folder, {"format_version": FORMAT_VERSION, "name": name, "status": "running", **info})
+    return run.update()
+
+
+def open_run(folder: Path) -> Run:
+    """Read the run in ``folder``. Raises CheckpointError where there is none."""
+    try:
+        info = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: not a run of lorakit (no readable {RUN_FILE})") from error
+    if info.get("format_version", 0) > FORMAT_VERSION:
+        raise CheckpointError(f"{folder} was written by a newer lorakit (format {info['format_version']}); upgrade to read it")
+    return Run(folder, info)
+
+
+def list_runs(root: Path) -> list[Run]:
+    """Return the runs in ``root``, oldest first."""
+    runs = [open_run(path.parent) for path in root.glob(f"*/{RUN_FILE}")]
+    return sorted(runs, key=lambda run: (run.info.get("created", ""), run.name))
+
+
+def find_run(root: Path, wanted: str | None) -> Run:
+    """Return the run called ``wanted`` (a name below ``root`` or a folder), or the last run that has an adapter."""
+    if wanted:
+        for folder in (root / wanted, Path(wanted).expanduser()):
+            if (folder / RUN_FILE).is_file():
+                return open_run(folder)
+        names = ", ".join(run.name for run in list_runs(root)[-5:]) or "none"
+        raise CheckpointError(f"no run called {wanted!r} in {root} (last runs: {names})")
+    with_adapter = [run for run in list_runs(root) if run.adapter.is_dir()]
+    if not with_adapter:
+        raise CheckpointError(f"no finished run in {root.resolve()}; train one with `lorakit train`, or name its folder")
+    return with_adapter[-1]
+
+
+def free_name(root: Path, stem: str) -> str:
+    """Return ``stem-1122-1934``, with a number behind it where that is taken."""
+    base = f"{stem}-{datetime.datetime.now():%m%d-%H%M}"
+    names = (base, *(f"{base}-{number}" for number in range(2, 10_000)))
+    return next(name for name in names if not (root / name).exists())
+
+
+def describe_environment() -> dict[str, Any]:
+    """Facts for ``run.json``: time, git state, versions."""
+    return {
+        "created": datetime.datetime.now().astimezone().isoformat(timespec="microseconds"),
+        "git": _git_state(),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+    }
+
+
+class History:
+    """``history.jsonl``: one line of figures per step, in full precision; read back as a list of dicts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / HISTORY_FILE
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return all whole lines; one that a crash tore is left out."""
+        return list(_parse(self.path.read_text(encoding="utf-8").splitlines())) if self.path.exists() else []
+
+    def cut_behind(self, step: int) -> None:
+        """Remove what lies behind ``step``: a resumed run goes through it again."""
+        kept = [record for record in self.read() if record["step"] <= step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        write_whole(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _parse(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any] | None:
+    def git(*arguments: str) -> str:
+        return subprocess.run(("git", *arguments), capture_output=True, text=True, check=True, timeout=5, cwd=os.getcwd()).stdout
+
+    try:
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
+    except (OSError, subprocess.SubprocessError):
+        return None
