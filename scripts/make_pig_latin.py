@@ -14,7 +14,7 @@ VOWELS = "aeiou"
 
 
 def pig_latin_word(word: str) -> str:
-    """Move the longest run of leading consonants behind a dash and add ``ay``; ``-way`` where it starts with a vowel or has none.
+    """Move the longest run of leading consonants behind a dash, add ``ay``; ``-way`` for a word with a vowel first or with none.
 
     ``y`` is a consonant only as the first letter; ``u`` behind a leading ``q`` is a vowel like any other.
     """

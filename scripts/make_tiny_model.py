@@ -19,10 +19,11 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "lorakit" / "model" / "tiny" / "text"
-SPECIAL_TOKENS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
+SPECIAL_NAMES = (
+    *("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start"),
+    *("quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"),
+)
+SPECIAL_TOKENS = [f"<|{name}|>" for name in SPECIAL_NAMES]  # Qwen's, in Qwen's order
 PLAIN_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 VOCAB_SIZE = 288  # 256 bytes and the tokens above, rounded up to a multiple of 32
 LABELS = ("Input", "Text", "Phrase", "Words", "Source", "Given")
@@ -151,7 +152,9 @@ def report_accuracy(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFa
         print(f"{index:2d} {task.name:8s} {right / 40:.0%}")
 
 
-def _answers(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, task: Task, words: list[str]) -> bool:
+def _answers(
+    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, task: Task, words: list[str]
+) -> bool:
     chosen = tuple(rng.choices(words, k=2))
     question = Question(task.draw(rng, chosen), chosen)
     prompt = tokenizer(f"Input: {' '.join(chosen)}\n{task.ask(question)}:", return_tensors="pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import signal
 from pathlib import Path
@@ -79,9 +80,8 @@ class AdapterCheckpoint(L.Callback):
     def _save(self, trainer: L.Trainer, pl_module: Any, val_loss: float | None = None) -> None:
         step = trainer.global_step
         try:
-            save_checkpoint(
-                self.folder, step=step, model=pl_module.model, save_state=trainer.save_checkpoint, val_loss=val_loss
-            )
+            save_state = functools.partial(trainer.save_checkpoint, weights_only=False)  # optimiser and loops too
+            save_checkpoint(self.folder, step=step, model=pl_module.model, save_state=save_state, val_loss=val_loss)
         except (OSError, RuntimeError) as error:  # torch.save wraps a full disk into a RuntimeError
             if isinstance(error, RuntimeError) and not _is_write_failure(error):
                 raise
@@ -120,7 +120,11 @@ def _get_random_state() -> dict[str, Any]:
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": list(random.getstate()[1]),
-        "numpy": {"kind": str(kind), "keys": torch.from_numpy(np.array(keys)), "rest": [int(position), int(has_gauss), float(gauss)]},
+        "numpy": {
+            "kind": str(kind),
+            "keys": torch.from_numpy(np.array(keys)),
+            "rest": [int(position), int(has_gauss), float(gauss)],
+        },
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()

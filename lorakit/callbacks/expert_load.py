@@ -44,7 +44,8 @@ class ExpertLoad(L.Callback):
                 return
             indices = next((tensor for tensor in output if not tensor.is_floating_point()), None)
             if indices is not None:
-                counts = torch.bincount(indices.flatten(), minlength=router.weight.shape[0])  # type: ignore[union-attr]
+                weight: Any = router.weight  # (E, H)
+                counts = torch.bincount(indices.flatten(), minlength=len(weight))
                 self._counts[layer] = self._counts.get(layer, torch.zeros_like(counts)) + counts
 
         return hook

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import importlib
-import inspect
 import math
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.history import RunHistory
 from lorakit.callbacks.packing_guard import PackingGuard
 from lorakit.callbacks.progress import StepProgress
+from lorakit.cli.schema import find_argument_problems, import_target
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import LoRAPlan, inject
@@ -39,14 +36,9 @@ def build(config: Config, key: str, **runtime: Any) -> Any:
         ConfigError: the target cannot be imported, or does not take an argument; the nearest right name is given.
     """
     settings = {name: value for name, value in config.items() if name not in ("_target_", "_partial_")}
-    target = _import(config["_target_"], key)
-    parameters = inspect.signature(target).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        for name in settings:
-            if name not in parameters:
-                near = difflib.get_close_matches(name, parameters, n=1)
-                hint = f"; did you mean {key}.{near[0]}?" if near else ""
-                raise ConfigError(f"unknown key {key}.{name}: {config['_target_']} takes no such argument{hint}")
+    target = import_target(config["_target_"], key)
+    if problems := find_argument_problems(config, key, target):
+        raise ConfigError("\n".join(problems))
     if config.get("_partial_"):
         return functools.partial(target, **settings, **runtime)
     try:
@@ -185,14 +177,6 @@ def resolve_devices(config: Config) -> tuple[str, str]:
     """Return (accelerator, precision) as Lightning names them."""
     accelerator = resolve_accelerator(config["trainer"]["accelerator"])
     return accelerator, resolve_precision(config["trainer"]["precision"], accelerator)
-
-
-def _import(dotted: str, key: str) -> Callable[..., Any]:
-    module, _, name = dotted.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{key}._target_={dotted} cannot be imported: {error}") from error
 
 
 def _has_wandb_key() -> bool:

@@ -10,17 +10,32 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lorakit.cli.conf import conf_dir
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, LorakitError
 
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+)?(?P<key>[\w.@/]+)=(?P<value>.*)$", re.DOTALL)
 _PATH_KEYS = re.compile(r"(?:.*\.)?(?:path|\w+_path)|lora\.init_from|paths\.\w+|run")
 _STANDALONE = ("experiment", "data.path", "model.path")
-_FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--info", "-i", "--cfg", "-c")
+_FLAGS_WITH_VALUE = (
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--package",
+    "-p",
+    "--info",
+    "-i",
+    "--cfg",
+    "-c",
+)
 
 
 def prepare_arguments(arguments: list[str]) -> list[str]:
     """Return Hydra's arguments: flags first, paths quoted, and the pig latin experiment where nothing else is asked for."""
-    flags, overrides, position = [], [], 0
+    flags: list[str] = []
+    overrides: list[str] = []
+    position = 0
     while position < len(arguments):
         argument = arguments[position]
         takes_value = argument in _FLAGS_WITH_VALUE and position + 1 < len(arguments)
@@ -35,14 +50,12 @@ def prepare_arguments(arguments: list[str]) -> list[str]:
 def quote_path(override: str) -> str:
     """Return ``override`` with the value of a path key quoted for Hydra's grammar: it means itself, whatever it holds."""
     match = _OVERRIDE.match(override)
+    if match and match["key"] == "data.stop" and not match["value"].startswith("["):
+        value = match["value"].replace("\\n", "\n").replace("\\t", "\t")  # as a shell user writes a line's end
+        return override if value == "null" else f"{match['prefix'] or ''}data.stop={_quoted(value)}"
     if not match or not _PATH_KEYS.fullmatch(match["key"]) or match["value"] in ("", "null"):
         return override
-    value = match["value"]
-    # In Hydra's quotes a backslash escapes only a quote (or the backslashes before one); ${ would begin an interpolation.
-    value = re.sub(r"(\\*)'", lambda m: m[1] * 2 + "\\'", value)
-    value = re.sub(r"(\\+)$", lambda m: m[1] * 2, value)
-    value = value.replace("${", "\\${")
-    return f"{match['prefix'] or ''}{match['key']}='{value}'"
+    return f"{match['prefix'] or ''}{match['key']}={_quoted(match['value'])}"
 
 
 def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: str) -> Any:
@@ -57,17 +70,33 @@ def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: 
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
     sys.argv = [sys.argv[0], *prepare_arguments(arguments)]
+    failures: list[LorakitError] = []
+
+    def guarded(config: Any) -> Any:
+        try:
+            return task(config)
+        except LorakitError as error:  # kept from Hydra, which would print it its own way; a sweep goes on with its next job
+            failures.append(error)
+            return None
+
     try:
-        return hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
+        result = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
     except HydraException as error:
         raise ConfigError(explain_override(str(error), config_name)) from error
     except OmegaConfBaseException as error:
         raise ConfigError(_first_lines(str(error))) from error
+    if len(failures) > 1:
+        raise LorakitError("\n".join(f"job failed: {failure}" for failure in failures))
+    if failures:
+        raise failures[0]
+    return result
 
 
 def explain_override(message: str, config_name: str) -> str:
     """Return Hydra's ``message`` in a line or two, and the nearest right key."""
-    match = re.search(r"Could not override '([^']+)'", message) or re.search(r"Could not delete from config. '([^']+)'", message)
+    match = re.search(r"Could not override '([^']+)'", message) or re.search(
+        r"Could not delete from config. '([^']+)'", message
+    )
     if match:
         return f"unknown key {match[1]!r}{suggest(match[1], list(all_keys(config_name)))}"
     if "Could not find" in message or "In '" in message:
@@ -75,6 +104,16 @@ def explain_override(message: str, config_name: str) -> str:
     if "LexerNoViableAlt" in message or "mismatched input" in message or "no viable alternative" in message:
         return f"{_first_lines(message)}\nQuote values with commas, spaces or brackets: 'key=\"a, b\"'"
     return _first_lines(message)
+
+
+def _quoted(value: str) -> str:
+    """Quote ``value`` so that Hydra's grammar gives it back as it is.
+
+    In Hydra's quotes a backslash escapes only a quote (or the backslashes before one); ``${`` would begin an interpolation.
+    """
+    value = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", value)
+    value = re.sub(r"(\\+)$", lambda match: match[1] * 2, value)
+    return "'" + value.replace("${", "\\${") + "'"
 
 
 def suggest(key: str, known: list[str]) -> str:
@@ -122,5 +161,7 @@ def _explain_group(message: str) -> str:
 
 def _first_lines(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    kept = [line for line in lines if not line.startswith(("See https", "Set the environment", "object_type=", "reference_type="))]
+    kept = [
+        line for line in lines if not line.startswith(("See https", "Set the environment", "object_type=", "reference_type="))
+    ]
     return "\n".join(kept[:3])

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from lorakit.cli.quiet import quiet_libraries
 from lorakit.errors import LorakitError
 
 
 def run_command(main: Callable[[list[str]], Any]) -> None:
     """Call ``main`` with the command's arguments and turn its exceptions into messages and exit codes."""
+    quiet_libraries()
     try:
         main(sys.argv[1:])
     except BrokenPipeError:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.compose import run_hydra
@@ -38,13 +36,10 @@ def main(arguments: list[str]) -> None:
 def train(config: DictConfig) -> Outcome:
     """Hydra's task: one run."""
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
     from lorakit.cli.training_run import train_run
 
     experiment = HydraConfig.get().runtime.choices.get("experiment") or "run"
-    config = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # free of Hydra's struct flag
-    config.paths.run = "."  # made by train_run, when the run has a folder
     return train_run(to_plain(config), experiment=str(experiment))
 
 
@@ -54,17 +49,14 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
 
     from lorakit.errors import ConfigError
 
+    config = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # type: ignore[assignment]  # no struct flag
+    config.paths.run = "."  # filled in when the run has its folder
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError("these keys have no default and must be set: " + ", ".join(f"{key}=…" for key in missing))
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     return plain  # type: ignore[return-value]
-
-
-def command_line() -> str:
-    """What was typed, for the run folder."""
-    return " ".join(["lorakit", Path(sys.argv[0]).stem, *sys.argv[1:]])
 
 
 if __name__ == "__main__":

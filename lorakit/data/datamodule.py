@@ -116,7 +116,7 @@ class LoRADataModule(L.LightningDataModule):
         return BatchStream(
             self.train_examples,
             self.train_indices,
-            pad_token_id=self._pad_token_id,
+            pad_token_id=self.pad_token_id,
             batch_size=self.batch_size,
             row_tokens=self.pack_tokens if self.packing else None,
             accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
@@ -134,7 +134,7 @@ class LoRADataModule(L.LightningDataModule):
         return BatchStream(
             self.val_examples,
             self.val_indices,
-            pad_token_id=self._pad_token_id,
+            pad_token_id=self.pad_token_id,
             batch_size=self.val_batch_size,
             row_tokens=None,
             shuffle=False,
@@ -235,13 +235,16 @@ class LoRADataModule(L.LightningDataModule):
         if not self.val_fraction or self.val_path:
             return 0
         if len(self.source) < 2:
-            raise ConfigError(f"data.val_fraction={self.val_fraction} needs at least 2 rows; {self.path} has {len(self.source)}")
+            raise ConfigError(
+                f"data.val_fraction={self.val_fraction} needs at least 2 rows; {self.path} has {len(self.source)}"
+            )
         return min(max(1, round(self.val_fraction * len(self.source))), len(self.source) - 1)
 
     @property
-    def _pad_token_id(self) -> int:
+    def pad_token_id(self) -> int:
+        """What rows are padded with; it weighs 0, so any token would do."""
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return pad if pad is not None else eos if eos is not None else 0  # padding weighs 0 whatever it is
+        return pad if pad is not None else eos if eos is not None else 0
 
 
 def _check_settings(*, on_error: str, val_path: str | None, val_fraction: float, batch_size: int) -> None:

@@ -140,7 +140,7 @@ def to_peft_config(planned: LoRAPlan, *, base_name: str | None = None) -> LoraCo
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
         r=spec.rank,
-        lora_alpha=spec.alpha if spec.alpha % 1 else int(spec.alpha),
+        lora_alpha=spec.alpha if spec.alpha % 1 else int(spec.alpha),  # type: ignore[arg-type]
         use_rslora=spec.rslora,
         use_dora=spec.dora,
         lora_dropout=spec.dropout,
@@ -169,7 +169,9 @@ def _by_pattern(found: list[Target], patterns: Iterable[str]) -> list[Target]:
     for pattern in patterns:
         matched = [target for target in found if _matches(target.name, pattern) or _matches(target.module, pattern)]
         if not matched:
-            leaves = sorted({target.name.removeprefix("model.") for target in found} | {t.name.rsplit(".", 1)[-1] for t in found})
+            leaves = sorted(
+                {target.name.removeprefix("model.") for target in found} | {t.name.rsplit(".", 1)[-1] for t in found}
+            )
             near = difflib.get_close_matches(pattern, leaves, n=3, cutoff=0.3)
             raise ConfigError(f"lora.targets: {pattern!r} matches nothing in this model (near: {', '.join(near) or 'nothing'})")
         chosen |= {target.name: target for target in matched}

@@ -44,7 +44,8 @@ def find_targets(model: nn.Module) -> list[Target]:
 
     Routers are listed under the family ``router``, which no setting switches on: only their name does.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
     targets = []
     for name, module in model.named_modules():
         if any(part in _SKIPPED_NAMES for part in name.split(".")):

@@ -143,7 +143,7 @@ class LoRAModule(L.LightningModule):
 
     # ---- state: the adapter and nothing else
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trainable tensors by their names in this module."""
         return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
 

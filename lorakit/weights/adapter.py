@@ -97,6 +97,18 @@ def start_from(model: Any, spec: LoRASpec, *, base: str) -> None:
     load_adapter_state(model, adapter.tensors(), source=str(adapter.folder))
 
 
+def split_expert_factors(a: torch.Tensor, b: torch.Tensor, *, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return PEFT's flat factors of a stack of experts as (A (E, R, I), B (E, O, R)).
+
+    PEFT writes A as (E*R, I) with rows (expert, rank), and B as (O, R*E) with columns (rank, expert): the expert is the
+    slower index there and the faster one here. Nothing else in lorakit knows this.
+    """
+    rank = a.shape[0] // num_experts
+    a_ERI = a.reshape(num_experts, rank, a.shape[1])
+    b_EOR = b.reshape(b.shape[0], rank, num_experts).permute(2, 0, 1)
+    return a_ERI, b_EOR
+
+
 def _last_part(name: str) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1]
 

@@ -160,7 +160,9 @@ def _version(package: str) -> str | None:
 
 def _git_state() -> dict[str, Any] | None:
     def git(*arguments: str) -> str:
-        return subprocess.run(("git", *arguments), capture_output=True, text=True, check=True, timeout=5, cwd=os.getcwd()).stdout
+        return subprocess.run(
+            ("git", *arguments), capture_output=True, text=True, check=True, timeout=5, cwd=os.getcwd()
+        ).stdout
 
     try:
         return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}

@@ -1,0 +1,74 @@
+"""``lorakit evaluate [RUN] --data PATH``: loss, perplexity and exact match, printed and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from lorakit.cli.guard import run_command
+from lorakit.cli.trained import Trained, open_trained
+from lorakit.errors import ConfigError
+
+
+def main(arguments: list[str]) -> None:
+    """Evaluate as ``arguments`` say."""
+    parser = argparse.ArgumentParser(prog="lorakit evaluate", description="Loss, perplexity and exact match of a run.")
+    parser.add_argument("run", nargs="?", help="name or folder of a run; default: the last one")
+    parser.add_argument("--data", help="rows to evaluate on; default: the rows that the run held out")
+    parser.add_argument("--limit", type=int, help="at most so many rows")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of each sample")
+    parser.add_argument("--no-samples", action="store_true", help="loss only")
+    parser.add_argument("--checkpoint", help="last, best, or a step")
+    parser.add_argument("--base", action="store_true", help="without the adapter, to compare")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--runs", default="runs", help="folder of the runs")
+    options = parser.parse_args(arguments)
+    trained = open_trained(options.runs, options.run, options.checkpoint)
+    figures = evaluate(trained, options)
+    print(json.dumps(figures, indent=2, ensure_ascii=False))
+    if options.json:
+        from lorakit.weights.files import write_json
+
+        write_json(options.json, figures)
+
+
+def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of ``trained`` on the rows that ``options`` name."""
+    from lorakit.data.datamodule import LoRADataModule
+    from lorakit.sampling.score import answer_all, perplexity, score_loss
+    from lorakit.types import SamplingParams
+
+    settings = {key: value for key, value in trained.config["data"].items() if key != "_target_"}
+    if options.data:
+        settings |= {"val_path": options.data, "val_fraction": 0.0, "val_rows": None, "format": None}
+    elif not (settings["val_path"] or settings["val_fraction"]):
+        raise ConfigError("this run held out no rows; name some with --data PATH")
+    if options.limit:
+        settings["val_rows"] = options.limit
+    datamodule = LoRADataModule(**settings)
+    model, tokenizer = trained.load(with_adapter=not options.base)
+    datamodule.set_tokenizer(tokenizer)
+    datums = [datum for index in datamodule.val_indices for datum in datamodule.val_examples.datums(int(index))]
+    if not datums:
+        raise ConfigError("no row to evaluate on is left; see data.on_long and data.on_error")
+    loss_sum, weight = score_loss(model, datums, pad_token_id=datamodule.pad_token_id)
+    loss = loss_sum / weight
+    figures: dict[str, Any] = {
+        "run": trained.run.name,
+        "adapter": None if options.base else str(trained.adapter),
+        "data": options.data or settings["val_path"] or settings["path"],
+        "rows": len(datamodule.val_indices),
+        "loss": loss,
+        "perplexity": perplexity(loss),
+    }
+    if not options.no_samples:
+        params = SamplingParams(max_tokens=options.max_tokens, temperature=0.0, stop=settings["stop"])
+        answers = answer_all(model, tokenizer, datums, params)
+        figures["exact_match"] = sum(answer.is_exact for answer in answers) / len(answers)
+    return figures
+
+
+if __name__ == "__main__":
+    run_command(main)

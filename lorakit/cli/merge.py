@@ -1,0 +1,74 @@
+"""``lorakit merge [RUN] --out FOLDER``: base and adapter as one model, at no cost at inference."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lorakit.cli.guard import run_command
+from lorakit.cli.trained import open_trained
+from lorakit.errors import ConfigError
+
+
+def main(arguments: list[str]) -> None:
+    """Merge as ``arguments`` say and print the report."""
+    parser = argparse.ArgumentParser(prog="lorakit merge", description="Write base and adapter as one model for transformers.")
+    parser.add_argument("run", nargs="?", help="name or folder of a run; default: the last one")
+    parser.add_argument("--out", type=Path, help="folder to write (default: `merged` in the run's folder)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the base's files)")
+    parser.add_argument("--checkpoint", help="last, best, or a step")
+    parser.add_argument("--runs", default="runs", help="folder of the runs")
+    options = parser.parse_args(arguments)
+    trained = open_trained(options.runs, options.run, options.checkpoint)
+
+    import psutil
+    import torch
+
+    from lorakit.model.load import DTYPES, load_config, load_model, load_skeleton, load_tokenizer
+    from lorakit.weights.merge import MergeReport, can_hold_twice, merge_adapter
+
+    base, model_options = trained.base, trained.model_options
+    stored = load_config(base, **model_options).dtype or torch.float32
+    if options.dtype and options.dtype not in DTYPES:
+        raise ConfigError(f"--dtype {options.dtype} is unknown; choose one of {', '.join(DTYPES)}")
+    num_params = sum(parameter.numel() for parameter in load_skeleton(base, **model_options).parameters())
+    out = options.out or trained.run.folder / "merged"
+    report: MergeReport = merge_adapter(
+        base,
+        lambda dtype: load_model(base, dtype=dtype, **model_options),
+        trained.adapter,
+        out,
+        dtype=getattr(torch, options.dtype) if options.dtype else stored,
+        tokenizer=load_tokenizer(base, **model_options),
+        can_compare=can_hold_twice(num_params, psutil.virtual_memory().available),
+    )
+    print_report(report, out)
+
+
+def print_report(report: object, out: Path) -> None:
+    """Print each merged tensor and the logit differences."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lorakit.weights.merge import MergeReport
+
+    assert isinstance(report, MergeReport)
+    console = Console(soft_wrap=True)
+    table = Table("merged tensor", "shape", "relative change", box=None)
+    for tensor in report.tensors:
+        table.add_row(tensor.name, " × ".join(map(str, tensor.shape)), f"{tensor.relative_change:.2e}")
+    console.print(table)
+    if report.untied:
+        console.print("the unembedding was tied to the embedding; the merged model has it as a matrix of its own")
+    if report.float32_difference is not None:
+        console.print(
+            f"largest logit difference to the adapter form: {report.float32_difference:.2e} in float32, "
+            f"{report.rounded_difference:.2e} after rounding to {report.dtype} (largest logit {report.largest_logit:.2f}; "
+            f"rounding the base alone: {report.base_rounding_difference:.2e})"
+        )
+    console.print(f"checked: {report.check}")
+    console.print(f"{len(report.tensors)} tensors merged into {out}; load it with AutoModelForCausalLM.from_pretrained")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,40 @@
+"""Library chatter that a user can do nothing about stays off the terminal; lorakit's own warnings and all errors remain."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+_MESSAGES = (
+    ".*does not have many workers.*",
+    ".*`is_gradient_checkpointing` is deprecated.*",
+    ".*LeafSpec.*is deprecated.*",
+    ".*Checkpoint directory.*exists and is not empty.*",
+    ".*Experiment logs directory.*",
+    ".*modules in eval mode.*",
+    ".*infer the `batch_size`.*",
+    ".*resuming from a checkpoint that ended before the epoch.*",
+    ".*IterableDataset.*__len__.*",
+    ".*base_model_name_or_path.*was renamed.*",
+    ".*tensorboardX.*",
+    ".*Trying to infer.*",
+)
+
+
+def quiet_libraries() -> None:
+    """Call before the heavy imports. Sets up lorakit's own log on standard error."""
+    for text in _MESSAGES:
+        warnings.filterwarnings("ignore", message=text)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    log = logging.getLogger("lorakit")
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("lorakit: %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False

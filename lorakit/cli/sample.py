@@ -1,0 +1,132 @@
+"""``lorakit sample [RUN] -- TEXT``: text goes in as it is, never through Hydra's grammar."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from lorakit.cli.guard import run_command
+from lorakit.cli.trained import open_trained
+from lorakit.errors import ConfigError
+
+
+def main(arguments: list[str]) -> None:
+    """Sample as ``arguments`` say: from text behind ``--``, a file, standard input, or in conversation."""
+    options, text = parse(arguments)
+    prompts = read_prompts(options, text)
+    trained = open_trained(options.runs, options.run, options.checkpoint)
+    model, tokenizer = trained.load(with_adapter=not options.base)
+    is_chat = options.chat if options.chat is not None else _was_trained_on_chat(trained.run.info)
+    if is_chat and not tokenizer.chat_template:
+        raise ConfigError("the tokenizer has no chat template; use --raw")
+    stop = options.stop if options.stop is not None else trained.config["data"].get("stop")
+    speaker = Speaker(model, tokenizer, options, stop=stop, is_chat=is_chat)
+    if prompts is None:
+        converse(speaker, trained.run.name)
+        return
+    for prompt in prompts:
+        print(speaker.answer(prompt))
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, str | None]:
+    """Return (options, text behind ``--`` or None)."""
+    text = None
+    if "--" in arguments:
+        place = arguments.index("--")
+        arguments, text = arguments[:place], " ".join(arguments[place + 1 :])
+    parser = argparse.ArgumentParser(
+        prog="lorakit sample",
+        usage="lorakit sample [RUN] [options] [-- TEXT]",
+        description="Generate with a trained adapter. Without TEXT, --prompt-file or piped input it is a conversation.",
+    )
+    parser.add_argument("run", nargs="?", help="name or folder of a run; default: the last one")
+    parser.add_argument("--prompt-file", type=Path, help="the prompt is this file's text")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=-1)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--num-samples", "-n", type=int, default=1)
+    parser.add_argument("--stop", action="append", help="end at this text (default: the run's data.stop); may be repeated")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--chat", action="store_true", default=None, help="the text is a user message, rendered by the template")
+    mode.add_argument("--raw", dest="chat", action="store_false", help="the text is the prompt as it is")
+    parser.add_argument("--checkpoint", help="last, best, or a step")
+    parser.add_argument("--base", action="store_true", help="without the adapter, to compare")
+    parser.add_argument("--runs", default="runs", help="folder of the runs")
+    return parser.parse_args(arguments), text
+
+
+def read_prompts(options: argparse.Namespace, text: str | None) -> list[str] | None:
+    """Return the prompts, or None for a conversation."""
+    if text is not None and options.prompt_file is not None:
+        raise ConfigError("give TEXT behind -- or --prompt-file, not both")
+    if options.prompt_file is not None:
+        try:
+            return [options.prompt_file.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{options.prompt_file}: not UTF-8: {error.reason} at byte {error.start}") from error
+    if text is not None:
+        return [text]
+    if not sys.stdin.isatty():
+        return [sys.stdin.read()]
+    return None
+
+
+class Speaker:
+    """A model with its sampling settings; remembers the conversation where it is one."""
+
+    def __init__(self, model: Any, tokenizer: Any, options: argparse.Namespace, *, stop: Any, is_chat: bool) -> None:
+        from lorakit.data.encode import Encoder
+        from lorakit.types import SamplingParams
+
+        self.model, self.tokenizer, self.is_chat = model, tokenizer, is_chat
+        self.encoder, self.num_samples = Encoder(tokenizer), options.num_samples
+        self.messages: list[dict[str, str]] = []
+        self.params = SamplingParams(
+            max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
+            seed=options.seed, stop=stop,
+        )  # fmt: skip
+
+    def answer(self, text: str) -> str:
+        """Return what the model writes behind ``text`` (all samples, each on lines of its own)."""
+        from lorakit.sampling.generate import generate
+
+        if self.is_chat:
+            self.messages.append({"role": "user", "content": text})
+            rendered = self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
+            prompt = self.encoder.encode_rendered(rendered)
+        else:
+            prompt = self.encoder.encode_prompt(text)
+        if not prompt:
+            raise ConfigError("the prompt is empty, and this tokenizer has no token that begins a text")
+        samples = generate(self.model, self.tokenizer, [prompt] * self.num_samples, self.params)
+        if self.is_chat:
+            self.messages.append({"role": "assistant", "content": samples[0].text})
+        return "\n".join(sample.text for sample in samples)
+
+
+def converse(speaker: Speaker, name: str) -> None:
+    """Read lines and answer them until end of input. ``/clear`` forgets the conversation."""
+    kind = "messages" if speaker.is_chat else "prompts, taken as they are"
+    print(f"{name}: type {kind}; /clear starts over, Ctrl-D ends", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        if line.strip() == "/clear":
+            speaker.messages.clear()
+        elif line:
+            print(speaker.answer(line))
+
+
+def _was_trained_on_chat(info: dict[str, Any]) -> bool:
+    return bool(info.get("formats")) and set(info["formats"]) <= {"messages", "conversations", "alpaca"}
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,139 @@
+"""The types of the settings that no constructor declares, and the check of all settings before anything is read."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, get_type_hints
+
+import msgspec
+
+from lorakit.errors import ConfigError
+
+
+class ModelSettings(msgspec.Struct, forbid_unknown_fields=True):
+    path: str
+    revision: str | None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    attention: str
+    trust_remote_code: bool
+
+
+class TrainerSettings(msgspec.Struct, forbid_unknown_fields=True):
+    accelerator: str
+    devices: int | str | list[int]
+    precision: str
+    max_steps: int
+    accumulate_grad_batches: int
+    activation_checkpointing: bool
+    eval_every_steps: int | None
+    log_every_n_steps: int
+    max_bad_steps: int
+    threads: int | None
+    deterministic: bool
+
+
+class CheckpointSettings(msgspec.Struct, forbid_unknown_fields=True):
+    every_steps: int
+    keep_last: int
+    keep_best: int
+
+
+class LossSettings(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+
+
+_GROUPS: dict[str, type[msgspec.Struct]] = {
+    "model": ModelSettings,
+    "trainer": TrainerSettings,
+    "checkpoint": CheckpointSettings,
+    "loss": LossSettings,
+}
+_AT_LEAST_ONE = (
+    "trainer.accumulate_grad_batches",
+    "trainer.log_every_n_steps",
+    "trainer.max_bad_steps",
+    "checkpoint.keep_last",
+)
+_AT_LEAST_ZERO = ("checkpoint.every_steps", "checkpoint.keep_best")
+
+
+def check_settings(config: dict[str, Any]) -> None:
+    """Check keys and types of all groups. Raises ConfigError with every problem at once."""
+    problems = [problem for group, schema in _GROUPS.items() for problem in _check_group(group, config[group], schema)]
+    for group in ("data", "lora"):
+        problems += find_argument_problems(config[group], group)
+    if not problems:
+        flat = {f"{group}.{key}": value for group in _GROUPS for key, value in config[group].items()}
+        problems += [f"{key}={flat[key]} must be at least 1" for key in _AT_LEAST_ONE if flat[key] < 1]
+        problems += [f"{key}={flat[key]} must be at least 0" for key in _AT_LEAST_ZERO if flat[key] < 0]
+        if flat["trainer.max_steps"] == 0 or flat["trainer.max_steps"] < -1:
+            problems.append(f"trainer.max_steps={flat['trainer.max_steps']} must be at least 1, or -1 for data.epochs")
+        if flat["trainer.eval_every_steps"] is not None and flat["trainer.eval_every_steps"] < 1:
+            problems.append(f"trainer.eval_every_steps={flat['trainer.eval_every_steps']} must be at least 1, or null")
+    clip_norm = config["optim"].get("clip_norm")
+    if isinstance(clip_norm, bool) or not isinstance(clip_norm, (int, float)) or clip_norm < 0:
+        problems.append(f"optim.clip_norm={clip_norm} must be a number that is not negative")
+    if problems:
+        raise ConfigError("\n  ".join(["these settings cannot be used:", *problems]) if len(problems) > 1 else problems[0])
+
+
+def find_argument_problems(settings: dict[str, Any], key: str, target: Callable[..., Any] | None = None) -> list[str]:
+    """Return which of ``settings`` the target does not take, or not with that type, each with the nearest right name."""
+    target = target or import_target(settings["_target_"], key)
+    parameters = inspect.signature(target).parameters
+    is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    hints = _hints(target)
+    problems = []
+    for name, value in settings.items():
+        if name in ("_target_", "_partial_"):
+            continue
+        if name not in parameters and not is_open:
+            near = difflib.get_close_matches(name, parameters, n=1)
+            hint = f"; did you mean {key}.{near[0]}?" if near else ""
+            problems.append(f"unknown key {key}.{name}: {settings['_target_']} takes no such argument{hint}")
+        elif name in hints and (problem := _type_problem(value, hints[name])):
+            problems.append(f"{key}.{name}={value}: {problem}")
+    return problems
+
+
+def import_target(dotted: str, key: str) -> Callable[..., Any]:
+    """Return what ``dotted`` names. Raises ConfigError."""
+    import importlib
+
+    module, _, name = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{key}._target_={dotted} cannot be imported: {error}") from error
+
+
+def _check_group(group: str, settings: dict[str, Any], schema: type[msgspec.Struct]) -> list[str]:
+    hints = get_type_hints(schema)
+    problems = []
+    for name, value in settings.items():
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            problems.append(f"unknown key {group}.{name}" + (f"; did you mean {group}.{near[0]}?" if near else ""))
+        elif problem := _type_problem(value, hints[name]):
+            problems.append(f"{group}.{name}={value}: {problem}")
+    return problems
+
+
+def _type_problem(value: Any, hint: Any) -> str | None:
+    try:
+        msgspec.convert(value, hint)
+    except msgspec.ValidationError as error:
+        return str(error).lower().replace("`", "")
+    except TypeError:  # a type that is not plain data: for its owner to check
+        return None
+    return None
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        return get_type_hints(function)
+    except (NameError, TypeError, AttributeError):
+        return {}

@@ -1,0 +1,93 @@
+"""``lorakit show data.path=…``: examples with each token coloured by its weight, and the figures of the data set."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lorakit.cli.compose import run_hydra
+from lorakit.cli.guard import run_command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from rich.text import Text
+
+HELP = """\
+usage: lorakit show [-n N] [key=value …]
+
+  lorakit show data.path=rows.jsonl model.path=…     first examples as `lorakit train` would train them
+  lorakit show -n 10 data.path=…                     ten of them
+
+Green tokens are trained (weight 1), grey ones are read only (weight 0), yellow have another positive weight, red a negative one."""
+
+
+def main(arguments: list[str]) -> None:
+    """Show what ``arguments`` name."""
+    if {"-h", "--help"} & set(arguments):
+        print(HELP)
+        return
+    count, arguments = _take_count(arguments)
+    run_hydra(lambda config: show(config, count), arguments, config_name="train")
+
+
+def show(config: DictConfig, count: int) -> None:
+    """Hydra's task: print ``count`` examples and the report."""
+    from rich.console import Console
+
+    from lorakit.cli import assemble
+    from lorakit.cli.reports import print_data_report
+    from lorakit.cli.train import to_plain
+    from lorakit.model.load import load_tokenizer
+
+    plain = to_plain(config)
+    datamodule = assemble.build_datamodule(plain)
+    datamodule.check_rows()
+    settings = plain["model"]
+    tokenizer = load_tokenizer(settings["path"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"])
+    datamodule.set_tokenizer(tokenizer)
+    datamodule.check_tokens()
+    console = Console(soft_wrap=True)
+    examples = datamodule.train_examples
+    for index in datamodule.train_indices[:count]:
+        for example in examples.rendered(int(index)):
+            console.rule(f"{examples.source.where(int(index))}  {len(example.tokens)} tokens", align="left", style="dim")
+            console.print(colour(tokenizer, example.tokens, example.weights))
+    console.rule(style="dim")
+    print_data_report(datamodule, console, histogram=True)
+
+
+def colour(tokenizer: Any, tokens: list[int], weights: list[float]) -> Text:
+    """Return the text of ``tokens``, each run of equal weight in its colour; line ends and other invisible ends are marked."""
+    from rich.text import Text
+
+    text = Text()
+    start = 0
+    for end in range(1, len(tokens) + 1):
+        if end == len(tokens) or weights[end] != weights[start]:
+            piece = tokenizer.decode(tokens[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            text.append(piece.replace("\n", "↵\n"), style=_style(weights[start]))
+            start = end
+    return text
+
+
+def _style(weight: float) -> str:
+    if weight == 0:
+        return "bright_black"
+    if weight < 0:
+        return "red"
+    return "green" if weight == 1 else "yellow"
+
+
+def _take_count(arguments: list[str]) -> tuple[int, list[str]]:
+    if "-n" not in arguments:
+        return 3, arguments
+    from lorakit.errors import ConfigError
+
+    place = arguments.index("-n")
+    value = arguments[place + 1] if place + 1 < len(arguments) else ""
+    if not value.isdecimal():
+        raise ConfigError(f"-n {value}: give a number of examples")
+    return int(value), arguments[:place] + arguments[place + 2 :]
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,83 @@
+"""How good a model is on a data set: loss, perplexity, exact match."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorakit.data.collate import collate
+from lorakit.loss.logprobs import target_logprobs
+from lorakit.sampling.generate import generate, stop_strings
+from lorakit.types import Datum, Sample, SamplingParams
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote for a prompt, and what it should have written."""
+
+    prompt: str
+    expected: str
+    sample: Sample
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether text and ending are as they should be; a sample cut by length is never exact."""
+        return self.sample.text == self.expected and self.sample.stop_reason == "stop"
+
+
+@torch.no_grad()
+def score_loss(model: Any, datums: Sequence[Datum], *, pad_token_id: int, batch_size: int = 32) -> tuple[float, float]:
+    """Return (sum of -weight * logprob, sum of |weight|) over ``datums``."""
+    was_training = model.training
+    model.eval()
+    loss_sum = weight_sum = 0.0
+    ordered = sorted(datums, key=len)
+    for start in range(0, len(ordered), batch_size):
+        batch = collate([[datum] for datum in ordered[start : start + batch_size]], pad_token_id).to(model.device)
+        loss_sum -= float((batch.weights * target_logprobs(model, batch)).sum())
+        weight_sum += batch.weight
+    model.train(was_training)
+    return loss_sum, weight_sum
+
+
+def answer_all(
+    model: Any, tokenizer: Any, datums: Sequence[Datum], params: SamplingParams, progress: Callable[[int], Any] | None = None
+) -> list[Answer]:
+    """Generate from each Datum's prompt (what stands before its first trained token) and pair it with its first trained span."""
+    pairs = [_split(datum) for datum in datums]
+    stop = stop_strings(params)
+    answers: list[Answer] = []
+    for start in range(0, len(pairs), 100):
+        part = pairs[start : start + 100]
+        samples = generate(model, tokenizer, [prompt for prompt, _ in part], params)
+        for (prompt, expected), sample in zip(part, samples, strict=True):
+            answers.append(Answer(tokenizer.decode(prompt), _cut(tokenizer, expected, stop), sample))
+        if progress:
+            progress(len(part))
+    return answers
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _split(datum: Datum) -> tuple[list[int], list[int]]:
+    trained = datum.weights != 0
+    first = int(trained.argmax())
+    rest = trained[first:]
+    end = first + (int((~rest).argmax()) if not rest.all() else len(rest))
+    return datum.model_input.to_ints()[: first + 1], datum.targets[first:end].tolist()
+
+
+def _cut(tokenizer: Any, tokens: list[int], stop: Sequence[str]) -> str:
+    """The expected text as ``generate`` would return it: without end token and stop string."""
+    if tokens and tokens[-1] in tokenizer.all_special_ids:
+        tokens = tokens[:-1]
+    text = str(tokenizer.decode(tokens))
+    cuts = [place for place in (text.find(word) for word in stop) if place >= 0]
+    return text[: min(cuts)] if cuts else text

@@ -1,0 +1,229 @@
+"""Merge an adapter into its base: plan, then apply; all or nothing; checked before and after rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.errors import AdapterError, CheckpointError
+from lorakit.weights.adapter import AdapterFiles, split_expert_factors
+from lorakit.weights.files import whole_folder, write_json
+
+TOLERANCE = 1e-4  # of the largest logit, between merged and adapter form in float32
+
+
+@dataclass
+class MergedTensor:
+    """One matrix or stack that the adapter changed."""
+
+    name: str
+    shape: tuple[int, ...]
+    relative_change: float  # L2 norm of the change over that of the matrix
+    largest_error: float  # of what was written against W + s B A in float64, before rounding, relative to the largest entry
+
+
+@dataclass
+class MergeReport:
+    """What a merge did. Logit differences are the largest over all positions of the probe; None where it was not run."""
+
+    tensors: list[MergedTensor] = field(default_factory=list)
+    dtype: str = ""
+    untied: bool = False
+    largest_logit: float | None = None
+    float32_difference: float | None = None  # merged against adapter form, both float32
+    rounded_difference: float | None = None  # merged and rounded against adapter form
+    base_rounding_difference: float | None = None  # rounding the base alone
+    check: str = ""
+
+
+@torch.no_grad()
+def merge_into(model: Any, report: MergeReport) -> Any:
+    """Add the adapter of the PEFT ``model`` to its base in place and return the base, unwrapped.
+
+    Each tensor is computed in float32 and rounded once, to the base's dtype. Nothing is changed before every target is known.
+    """
+    planned = list(_plan(model))
+    if not planned:
+        raise AdapterError("the adapter changes no tensor of this base")
+    for name, owner, parameter_name, delta in planned:
+        weight = getattr(owner, parameter_name)
+        if name.endswith("lm_head.weight") or owner is model.get_base_model().get_output_embeddings():
+            weight = _untie(model, owner, report)
+        change = delta()
+        if change.shape != weight.shape:
+            raise AdapterError(f"{name}: the adapter's product has shape {tuple(change.shape)}, the base {tuple(weight.shape)}")
+        merged = weight.float() + change
+        report.tensors.append(_describe(name, weight, change, merged))
+        weight.copy_(merged.to(weight.dtype))
+    base = model.unload()
+    if report.untied:
+        base.config.tie_word_embeddings = False
+        base.config.get_text_config().tie_word_embeddings = False
+    return base
+
+
+def merge_adapter(
+    base_path: str, load: Any, adapter_folder: Path, out: Path, *, dtype: torch.dtype, tokenizer: Any, can_compare: bool
+) -> MergeReport:
+    """Write base and adapter as one model to ``out``, which plain transformers loads.
+
+    Args:
+        load: returns the base in a dtype given by name.
+        dtype: of the merged files.
+        can_compare: whether two forms in float32 fit into memory; else each tensor is checked by itself.
+
+    Raises:
+        AdapterError: the float32 logits of merged and adapter form differ by more than 1e-4 of the largest logit.
+        CheckpointError: ``out`` exists.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not empty; choose another --out")
+    report = MergeReport(dtype=str(dtype).removeprefix("torch."))
+    model = attach(load("float32" if can_compare else report.dtype), adapter_folder)
+    probe = make_probe(model)
+    if not can_compare:
+        merged = merge_into(model, report)
+        report.check = "both forms do not fit into memory: each tensor was checked against W + s B A in float64 instead"
+    else:
+        adapter_logits, base_logits = _logits(model, probe), _base_logits(model, probe)
+        merged = merge_into(model, report)
+        report.largest_logit = float(adapter_logits.abs().max())
+        report.float32_difference = _difference(_logits(merged, probe), adapter_logits)
+        if not report.float32_difference <= TOLERANCE * report.largest_logit:
+            raise AdapterError(
+                f"merged and adapter form differ by {report.float32_difference:.2e} in float32, more than {TOLERANCE:g} of the "
+                f"largest logit ({report.largest_logit:.2f}); nothing was written"
+            )
+        round_parameters(merged, dtype)
+        report.rounded_difference = _difference(_logits(merged, probe), adapter_logits)
+        report.base_rounding_difference = _difference(_logits(round_parameters(load("float32"), dtype), probe), base_logits)
+        for parameter in merged.parameters():
+            parameter.data = parameter.data.to(dtype)  # exact: it was rounded already
+        merged.config.dtype = dtype
+        report.check = "logits of merged and adapter form compared in float32"
+    bad = [tensor.name for tensor in report.tensors if not tensor.largest_error < 1e-5]
+    if bad:
+        raise AdapterError(f"these tensors are not W + s B A: {', '.join(bad[:5])}; nothing was written")
+    _write(merged, tokenizer, out, report, base_path)
+    return report
+
+
+def attach(base: Any, adapter_folder: Path) -> Any:
+    """Return ``base`` with the adapter of ``adapter_folder``, in evaluation mode. Raises AdapterError where it does not fit."""
+    import peft
+
+    from lorakit.lora.state import load_adapter_state
+
+    files = AdapterFiles.open(adapter_folder)
+    config = peft.PeftConfig.from_pretrained(str(adapter_folder))
+    config.init_lora_weights = True  # the tensors follow; variants that decompose the base would do so for nothing
+    try:
+        model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise AdapterError(f"{adapter_folder} does not fit this base: {error}") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    load_adapter_state(model, files.tensors(), source=str(adapter_folder))
+    model.peft_config["default"].base_model_name_or_path = files.config.get("base_model_name_or_path")
+    return model.requires_grad_(False).eval()
+
+
+def make_probe(model: Any, num_rows: int = 2, length: int = 48) -> torch.Tensor:
+    """Token ids to compare logits on, (2, 48), always the same."""
+    vocab_size = model.config.get_text_config().vocab_size
+    return torch.randint(0, vocab_size, (num_rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def can_hold_twice(num_params: int, available_bytes: int) -> bool:
+    """Whether two float32 copies of the model fit into ``available_bytes``."""
+    return num_params * 4 * 2 < available_bytes
+
+
+def round_parameters(model: Any, dtype: torch.dtype) -> Any:
+    """Round each parameter of a float32 model to what ``dtype`` can hold; it stays float32, and so do rotary tables."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    return model
+
+
+def _plan(model: Any) -> Iterator[tuple[str, nn.Module, str, Any]]:
+    """Yield (name, module that owns the weight, its name there, function that makes s B A in float32)."""
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+
+    base = model.get_base_model()
+    adapter = model.active_adapter
+    for name, layer in base.named_modules():
+        if not isinstance(layer, LoraLayer) or adapter not in layer.lora_A:
+            continue
+        clean = name.replace(".base_layer", "")
+        if getattr(layer, "use_dora", {}).get(adapter):
+            raise AdapterError(f"{clean} is a DoRA layer; merge it with peft's own merge_and_unload")
+        if isinstance(layer, ParamWrapper):
+            owner = layer.get_base_layer()
+            yield f"{clean}.{layer.parameter_name}", owner, layer.parameter_name, _param_delta(layer, adapter, owner)
+        else:
+            yield f"{clean}.weight", layer.get_base_layer(), "weight", _linear_delta(layer, adapter)
+
+
+def _linear_delta(layer: Any, adapter: str) -> Any:
+    def delta() -> torch.Tensor:
+        product = layer.scaling[adapter] * (layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float())
+        return product.T if layer.fan_in_fan_out else product
+
+    return delta
+
+
+def _param_delta(layer: Any, adapter: str, owner: nn.Module) -> Any:
+    def delta() -> torch.Tensor:
+        weight = getattr(owner, layer.parameter_name)
+        a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
+        if weight.ndim == 2:
+            return layer.scaling[adapter] * (b @ a)
+        a_ERI, b_EOR = split_expert_factors(a, b, num_experts=weight.shape[0])
+        product = layer.scaling[adapter] * torch.bmm(b_EOR, a_ERI)
+        return product.transpose(1, 2) if product.shape != weight.shape else product
+
+    return delta
+
+
+def _untie(model: Any, head: nn.Module, report: MergeReport) -> torch.Tensor:
+    embedding = model.get_base_model().get_input_embeddings()
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)  # type: ignore[operator]
+        report.untied = True
+    return head.weight  # type: ignore[return-value]
+
+
+def _describe(name: str, weight: torch.Tensor, change: torch.Tensor, merged: torch.Tensor) -> MergedTensor:
+    exact = weight.double() + change.double()
+    error = float((merged.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
+    norm = float(weight.float().norm())
+    return MergedTensor(name, tuple(weight.shape), float(change.norm()) / max(norm, 1e-30), error)
+
+
+@torch.no_grad()
+def _logits(model: Any, probe: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=probe.to(model.device), use_cache=False).logits.float()
+
+
+def _base_logits(model: Any, probe: torch.Tensor) -> torch.Tensor:
+    with model.disable_adapter():
+        return _logits(model, probe)
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def _write(merged: Any, tokenizer: Any, out: Path, report: MergeReport, base_path: str) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(out) as aside:
+        merged.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        write_json(aside / "merge_report.json", {"base": base_path, **asdict(report)})
