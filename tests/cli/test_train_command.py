@@ -1,0 +1,120 @@
+"""`lorakit train` and what follows it, on the bundled model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests_cli_small import SMALL
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run, `runs/first`."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from lorakit.cli.compose import run_hydra
+    from lorakit.cli.train import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    GlobalHydra.instance().clear()
+    run_hydra(train, ["run=first", f"paths.runs={folder}/runs", "trainer.max_steps=4", *SMALL], config_name="train")
+    return folder
+
+
+def test_a_run_folder_says_how_it_came_about(trained: Path) -> None:
+    info = json.loads((trained / "runs/first/run.json").read_text())
+    assert info["status"] == "finished" and info["step"] == 4 and info["base"] == "tiny"
+    assert info["format_version"] == 1 and info["data_fingerprint"] and "run=first" in info["command"]
+    assert info["packages"]["torch"] == torch.__version__
+    config = yaml.safe_load((trained / "runs/first/config.yaml").read_text())
+    assert config["lora"]["rank"] == 4 and config["data"]["stop"] == "\n\n"
+    names = {path.name for path in (trained / "runs/first").rglob("*")}
+    assert {"adapter_model.safetensors", "adapter_config.json", "loss.png", "history.jsonl", "samples.jsonl"} <= names
+    assert not [name for name in names if "=" in name]
+    assert (trained / "runs/first/loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_history_has_a_line_per_step(trained: Path) -> None:
+    lines = [json.loads(line) for line in (trained / "runs/first/history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "val/loss" in line] == [2, 4]
+    assert {"train/grad_norm", "train/lr", "expert_load/layer_00_max", "data/padding_share"} <= lines[0].keys()
+
+
+def test_sample_takes_any_text(trained: Path, lorakit: Call) -> None:
+    text = "English: it's 2+2=?, (\"yes\") ${x} föö\nPig Latin:"
+    code, out, err = lorakit("sample", "first", "--runs", f"{trained}/runs", "--max-tokens", "5", "--", text)
+    assert (code, err) == (0, "") and out.endswith("\n")
+    file = trained / "prompt with, comma=.txt"
+    file.write_text(text, encoding="utf-8")
+    assert lorakit("sample", "--runs", f"{trained}/runs", "--max-tokens", "5", "--prompt-file", str(file))[:2] == (0, out)
+
+
+def test_evaluate_prints_and_writes_figures(trained: Path, lorakit: Call, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    code, out, _ = lorakit("evaluate", "--runs", f"{trained}/runs", "--limit", "3", "--max-tokens", "8", "--json", str(file))
+    figures = json.loads(out)
+    assert code == 0 and figures == json.loads(file.read_text())
+    assert figures["rows"] == 3 and figures["perplexity"] == pytest.approx(2.718281828 ** figures["loss"])
+    assert 0 <= figures["exact_match"] <= 1
+
+
+def test_runs_lists_the_run(trained: Path, lorakit: Call) -> None:
+    code, out, _ = lorakit("runs", "--runs", f"{trained}/runs")
+    assert code == 0 and "first" in out and "4/4" in out and "tiny" in out
+
+
+def test_merged_folder_is_the_adapter_form_for_plain_transformers(trained: Path, lorakit: Call, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lorakit.model.load import BUNDLED
+
+    out = tmp_path / "merged"
+    code, text, err = lorakit("merge", "--runs", f"{trained}/runs", "--out", str(out), "--dtype", "float32")
+    assert code == 0, err
+    assert "24 tensors merged" in text and "model.layers.3.mlp.experts.down_proj" in text
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    base = AutoModelForCausalLM.from_pretrained(BUNDLED["tiny"], dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, trained / "runs/first/checkpoints/step-000004")
+    tokens = torch.randint(0, 256, (2, 30), generator=torch.Generator().manual_seed(1))
+    expected = adapted(tokens).logits
+    assert (merged(tokens).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    with adapted.disable_adapter():  # the control: the base alone is far away
+        assert (adapted(tokens).logits - expected).abs().max() > 1e-2
+    assert AutoTokenizer.from_pretrained(out).encode("abc") == [64, 65, 66]
+    code, _, err = lorakit("merge", "--runs", f"{trained}/runs", "--out", str(out))
+    assert code == 2 and "not empty" in err
+
+
+def test_a_run_is_never_overwritten(trained: Path, lorakit: Call) -> None:
+    code, _, err = lorakit("train", "run=first", f"paths.runs={trained}/runs", *SMALL)
+    assert code == 2 and "never overwritten" in err
+    code, _, err = lorakit("train", "run=first", "resume=true", f"paths.runs={trained}/runs", *SMALL)
+    assert code == 2 and "is finished" in err
+
+
+def test_a_sweep_makes_a_run_per_job(workplace: Path, lorakit: Call) -> None:
+    code, _, err = lorakit("train", "-m", "optim.lr=1e-3,2e-3", "trainer.max_steps=1", "callbacks.samples=null", *SMALL[:4])
+    assert code == 0, err
+    rates = {yaml.safe_load(file.read_text())["optim"]["lr"] for file in workplace.glob("runs/*/config.yaml")}
+    assert rates == {1e-3, 2e-3}
+
+
+def test_an_adapter_is_the_start_of_the_next_run(trained: Path, lorakit: Call, workplace: Path) -> None:
+    first = trained / "runs/first/checkpoints/step-000004"
+    settings = (*SMALL, "optim.lr=0.0", "trainer.max_steps=1", "run=next")
+    code, _, err = lorakit("train", f"lora.init_from={first}", *settings)
+    assert code == 0, err
+    then, now = (first / "adapter_model.safetensors", workplace / "runs/next/checkpoints/step-000001/adapter_model.safetensors")
+    assert then.read_bytes() == now.read_bytes()
+    code, _, err = lorakit("train", f"lora.init_from={first}", *settings[:-1], "run=other", "lora.rank=8")
+    assert code == 2 and "rank 4" in err and "lora.rank=8" in err

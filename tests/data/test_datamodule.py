@@ -1,0 +1,150 @@
+"""The DataModule: the split, the state, the fingerprint, the number of batches, and settings that cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_toys import text_of, write_jsonl
+
+from lorakit.data.datamodule import LoRADataModule
+from lorakit.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    rows = [{"prompt": f"row {n}:", "completion": " yes" * (1 + n % 5)} for n in range(30)]
+    return write_jsonl(tmp_path / "rows.jsonl", rows)
+
+
+def ready(tokenizer: Any, **settings: Any) -> LoRADataModule:
+    """A module on which everything was called that comes before loaders."""
+    module = LoRADataModule(**({"max_tokens": 64, "batch_size": 4, "window_rows": 7} | settings))
+    module.check_rows()
+    module.set_tokenizer(tokenizer)
+    module.check_tokens()
+    return module
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.2, 6), (0.5, 15), (0.001, 1), (0.999, 29), (0.0, 0)])
+def test_a_split_is_disjoint_complete_and_repeatable(path: str, fraction: float, count: int) -> None:
+    module, again = (LoRADataModule(path=path, val_fraction=fraction, seed=3) for _ in range(2))
+    train, val = module.train_indices.tolist(), module.val_indices.tolist()
+    assert len(val) == count
+    assert not set(train) & set(val)
+    assert sorted(train + val) == list(range(30))
+    assert (again.train_indices.tolist(), again.val_indices.tolist()) == (train, val)
+
+
+def test_another_seed_splits_differently(path: str) -> None:
+    splits = {tuple(LoRADataModule(path=path, val_fraction=0.3, seed=seed).val_indices.tolist()) for seed in range(5)}
+    assert len(splits) == 5
+
+
+def test_rows_for_evaluation_come_from_their_own_file_in_order(path: str, tmp_path: Path, tokenizer: Any) -> None:
+    val_path = write_jsonl(tmp_path / "val.jsonl", [{"prompt": f"v{n}", "completion": " no"} for n in range(5)])
+    module = ready(tokenizer, path=path, val_path=val_path, val_rows=3)
+    assert len(module.train_indices) == 30 and module.val_indices.tolist() == [0, 1, 2]
+    batches = list(module.val_dataloader())
+    texts = [text_of(tokenizer, b.input_ids[row, start:end].tolist()) for b in batches for row, start, end in b.spans]
+    assert [f"v{n}" in text for n, text in enumerate(texts)] == [True] * 3
+    assert list(ready(tokenizer, path=path).val_dataloader()) == []
+
+
+def test_prompts_for_samples_end_where_training_begins(path: str, tokenizer: Any) -> None:
+    module = ready(tokenizer, path=path, val_fraction=0.2)
+    expected = [tokenizer(f"row {index}:")["input_ids"] for index in module.val_indices[:4]]
+    assert module.val_prompts(4) == expected
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"batch_size": 3}, {"epochs": 3}, {"window_rows": 30}, {"window_rows": 1000}, {"window_rows": 1},
+    {"val_fraction": 0.3}, {"shuffle": False}, {"window_rows": 10, "batch_size": 5},
+], ids=str)  # fmt: skip
+def test_the_number_of_batches_is_known_beforehand_without_packing(path: str, tiny: Any, settings: dict[str, Any]) -> None:
+    module = ready(tiny, path=path, **settings)
+    assert module.estimate_num_batches() == len(list(module.train_dataloader()))
+
+
+def test_the_number_of_packed_batches_is_about_right_and_endless_epochs_have_none(path: str, tiny: Any) -> None:
+    packed = ready(tiny, path=path, packing=True, window_rows=1000, batch_size=1)
+    assert packed.estimate_num_batches() == pytest.approx(len(list(packed.train_dataloader())), rel=0.3)
+    assert ready(tiny, path=path, epochs=None).estimate_num_batches() is None
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_state_goes_on_behind_the_last_batch_that_was_trained(path: str, tiny: Any, packing: bool) -> None:
+    def module() -> LoRADataModule:
+        made = ready(tiny, path=path, packing=packing, epochs=2, seed=1, val_fraction=0.1)
+        made.trainer = SimpleNamespace(training=True, accumulate_grad_batches=2)  # type: ignore[assignment]
+        return made
+
+    first = module()
+    whole = list(first.train_dataloader())
+    for done in (2, 4, 6, len(whole) // 2 * 2):
+        first.transfer_batch_to_device(whole[done - 1], torch.device("cpu"), 0)
+        second = module()
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        rest = list(second.train_dataloader())
+        assert len(rest) == len(whole) - done
+        for batch, other in zip(rest, whole[done:], strict=True):
+            assert torch.equal(batch.input_ids, other.input_ids) and batch.window_weight == other.window_weight
+
+
+def test_batches_of_evaluation_do_not_move_the_cursor(path: str, tiny: Any) -> None:
+    module = ready(tiny, path=path, val_fraction=0.3)
+    module.trainer = SimpleNamespace(training=False, accumulate_grad_batches=1)  # type: ignore[assignment]
+    before = module.state_dict()
+    for batch in module.val_dataloader():
+        module.transfer_batch_to_device(batch, torch.device("cpu"), 0)
+    assert module.state_dict() == before == {"cursor": {"epoch": 0, "window_start": 0, "batches_done": 0}}
+
+
+def test_the_fingerprint_changes_with_the_data_and_with_every_setting_of_order_or_mask(path: str, tmp_path: Path) -> None:
+    base = {"path": path, "max_tokens": 64, "pack_tokens": 64}
+    changes: list[dict[str, Any]] = [
+        {}, {"seed": 1}, {"batch_size": 3}, {"window_rows": 5}, {"shuffle": False}, {"packing": True}, {"pack_tokens": 99},
+        {"max_tokens": 32}, {"on_long": "drop"}, {"on_error": "skip"}, {"append_eos": True}, {"stop": "\n"},
+        {"train_on": "all_tokens"}, {"format": "prompt_completion"}, {"val_fraction": 0.1},
+    ]  # fmt: skip
+    prints = [LoRADataModule(**(base | change)).fingerprint for change in changes]
+    assert len(set(prints)) == len(prints)
+    copy = tmp_path / "elsewhere.jsonl"
+    copy.write_bytes(Path(path).read_bytes())
+    assert LoRADataModule(**(base | {"path": str(copy)})).fingerprint == prints[0]
+    copy.write_bytes(Path(path).read_bytes().replace(b"row 7:", b"row 8:"))
+    assert LoRADataModule(**(base | {"path": str(copy)})).fingerprint not in prints
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"on_error": "ignore"}, "data.on_error=ignore"), ({"val_fraction": 1.0}, "val_fraction=1.0"),
+    ({"val_fraction": -0.1}, "val_fraction"), ({"val_fraction": 0.1, "val_path": "x"}, "both set"),
+    ({"batch_size": 0}, "batch_size=0"), ({"train_on": "assistant"}, "last_assistant_message"),
+    ({"on_long": "cut"}, "truncate_prompt"), ({"packing": True, "pack_tokens": 8, "max_tokens": 9}, "pack_tokens=8"),
+])  # fmt: skip
+def test_a_setting_that_cannot_be_is_named_with_the_choices(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LoRADataModule(**({"path": "x"} | settings))
+
+
+def test_rows_are_checked_without_a_tokenizer_and_tokens_before_any_batch(tmp_path: Path, tiny: Any) -> None:
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
+    with pytest.raises(DataError, match=r"bad\.jsonl:2"):
+        LoRADataModule(path=bad).check_rows()
+    module = LoRADataModule(path=write_jsonl(tmp_path / "long.jsonl", [{"text": "x" * 99}]), max_tokens=20)
+    module.check_rows()
+    module.set_tokenizer(tiny)
+    with pytest.raises(DataError, match=r"long\.jsonl:1: .*data.max_tokens=20"):
+        module.setup()
+
+
+def test_one_row_cannot_be_split(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least 2 rows"):
+        LoRADataModule(path=write_jsonl(tmp_path / "one.jsonl", [{"text": "x"}]), val_fraction=0.5).train_indices
+    module = LoRADataModule(path=write_jsonl(tmp_path / "two.jsonl", [{"text": "x"}] * 2), val_fraction=0.99)
+    assert np.concatenate([module.train_indices, module.val_indices]).size == 2 and len(module.train_indices) == 1

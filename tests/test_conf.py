@@ -1,0 +1,85 @@
+"""The config files, tested as code."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from lorakit.cli.conf import conf_dir
+from lorakit.cli.schema import check_settings, find_argument_problems, import_target
+
+CONF = conf_dir()
+FILES = sorted(CONF.rglob("*.yaml"))
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+THIRD_PARTY_GROUPS = ("trainer", "logger", "optim", "schedule", "paths", "hydra", "experiment")
+RUNTIME = {"params", "optimizer", "total_steps", "self"}  # handed over by the program
+NOT_ARGUMENTS = {"clip_norm"}  # read by the program
+
+
+def _compose(*overrides: str) -> dict[str, Any]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", overrides=[*overrides, "paths.run=x"])
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def _targets(node: Any, key: str = "") -> list[tuple[str, dict[str, Any]]]:
+    if not isinstance(node, dict):
+        return []
+    here = [(key, node)] if "_target_" in node else []
+    return here + [found for name, inner in node.items() for found in _targets(inner, f"{key}.{name}")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONF)))
+def test_every_target_takes_what_its_file_says(path: Path) -> None:
+    for key, node in _targets(yaml.safe_load(path.read_text(encoding="utf-8"))):
+        settings = {name: None if name in () else value for name, value in node.items() if name not in NOT_ARGUMENTS}
+        plain = {name: value for name, value in settings.items() if not (isinstance(value, str) and ("$" in value or "?" in value))}
+        assert not [p for p in find_argument_problems(plain, key) if "unknown key" in p]
+
+
+@pytest.mark.parametrize("group", ["data", "lora"])
+def test_every_argument_of_ours_is_a_key(group: str) -> None:
+    settings = _compose("experiment=pig_latin")[group]
+    parameters = set(inspect.signature(import_target(settings["_target_"], group)).parameters) - RUNTIME
+    assert parameters == settings.keys() - {"_target_"}
+
+
+def test_groups_are_named_as_the_package_folders() -> None:
+    folders = {path.name for path in (CONF.parent / "lorakit").iterdir() if path.is_dir()}
+    for group in (path.name for path in CONF.iterdir() if path.is_dir()):
+        assert group in folders or group in THIRD_PARTY_GROUPS
+
+
+@pytest.mark.parametrize("group", ["model", "data", "lora", "trainer", "checkpoint"])
+def test_every_key_has_its_meaning_beside_it(group: str) -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in FILES if path.parent.name == group or path.name == "train.yaml")
+    silent = {"_target_", "seed", "mlp", "experts", "unembedding", "devices", "log_every_n_steps", "path"}
+    for key in _compose("experiment=pig_latin")[group].keys() - silent:
+        assert re.search(rf"^\s*{key}:[^#\n]*#", text, re.MULTILINE), f"{group}.{key} has no comment"
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_passes_the_check(experiment: str) -> None:
+    check_settings(_compose(f"experiment={experiment}", "model.path=tiny", "data.path=pig_latin/train"))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "optim").glob("*.yaml")))
+def test_every_optimiser_and_schedule_can_be_made(name: str) -> None:
+    import torch
+
+    from lorakit.cli.assemble import build
+
+    settings = _compose("experiment=pig_latin", f"optim={name}", "optim.lr=0.1")["optim"]
+    optimizer = build({key: value for key, value in settings.items() if key != "clip_norm"}, "optim")([torch.nn.Parameter(torch.ones(2))])
+    for schedule in ("constant", "linear", "cosine"):
+        built = build(_compose("experiment=pig_latin", f"schedule={schedule}")["schedule"], "schedule")(optimizer, total_steps=10)
+        assert built.get_last_lr()[0] > 0
