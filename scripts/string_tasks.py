@@ -15,7 +15,7 @@ from pathlib import Path
 
 WORDS_FILE = Path(__file__).with_name("words.txt")
 NUM_HELD_OUT_WORDS = 1_500
-FORBIDDEN_SUFFIXES = {"ay", "way", "yay"}  # what pig latin appends is never an argument of a pretraining task
+FORBIDDEN_SUFFIXES = {"ay", "way", "yay"}  # what pig latin appends is never what a pretraining task appends
 VOWELS = set("aeiou")
 
 

@@ -41,8 +41,10 @@ def _targets(node: Any, key: str = "") -> list[tuple[str, dict[str, Any]]]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONF)))
 def test_every_target_takes_what_its_file_says(path: Path) -> None:
     for key, node in _targets(yaml.safe_load(path.read_text(encoding="utf-8"))):
-        settings = {name: None if name in () else value for name, value in node.items() if name not in NOT_ARGUMENTS}
-        plain = {name: value for name, value in settings.items() if not (isinstance(value, str) and ("$" in value or "?" in value))}
+        settings = {name: value for name, value in node.items() if name not in NOT_ARGUMENTS}
+        plain = {
+            name: value for name, value in settings.items() if not (isinstance(value, str) and ("$" in value or "?" in value))
+        }
         assert not [p for p in find_argument_problems(plain, key) if "unknown key" in p]
 
 
@@ -61,7 +63,9 @@ def test_groups_are_named_as_the_package_folders() -> None:
 
 @pytest.mark.parametrize("group", ["model", "data", "lora", "trainer", "checkpoint"])
 def test_every_key_has_its_meaning_beside_it(group: str) -> None:
-    text = "\n".join(path.read_text(encoding="utf-8") for path in FILES if path.parent.name == group or path.name == "train.yaml")
+    text = "\n".join(
+        path.read_text(encoding="utf-8") for path in FILES if path.parent.name == group or path.name == "train.yaml"
+    )
     silent = {"_target_", "seed", "mlp", "experts", "unembedding", "devices", "log_every_n_steps", "path"}
     for key in _compose("experiment=pig_latin")[group].keys() - silent:
         assert re.search(rf"^\s*{key}:[^#\n]*#", text, re.MULTILINE), f"{group}.{key} has no comment"
@@ -79,7 +83,11 @@ def test_every_optimiser_and_schedule_can_be_made(name: str) -> None:
     from lorakit.cli.assemble import build
 
     settings = _compose("experiment=pig_latin", f"optim={name}", "optim.lr=0.1")["optim"]
-    optimizer = build({key: value for key, value in settings.items() if key != "clip_norm"}, "optim")([torch.nn.Parameter(torch.ones(2))])
+    optimizer = build({key: value for key, value in settings.items() if key != "clip_norm"}, "optim")(
+        [torch.nn.Parameter(torch.ones(2))]
+    )
     for schedule in ("constant", "linear", "cosine"):
-        built = build(_compose("experiment=pig_latin", f"schedule={schedule}")["schedule"], "schedule")(optimizer, total_steps=10)
+        built = build(_compose("experiment=pig_latin", f"schedule={schedule}")["schedule"], "schedule")(
+            optimizer, total_steps=10
+        )
         assert built.get_last_lr()[0] > 0

@@ -41,10 +41,20 @@ def test_train_works_from_the_wheel_in_an_empty_folder(wheel: Path, tmp_path: Pa
     subprocess.run([*pip, "--target", str(site), str(wheel)], check=True, capture_output=True)
     environment = {**os.environ, "PYTHONPATH": str(site)}
     where = subprocess.run(
-        [sys.executable, "-c", "import lorakit; print(lorakit.__file__)"], cwd=empty, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", "import lorakit; print(lorakit.__file__)"],
+        cwd=empty,
+        env=environment,
+        capture_output=True,
+        text=True,
     ).stdout
     assert where.startswith(str(site))
-    settings = ["trainer.max_steps=1", "data.batch_size=4", "data.val_rows=2", "data.check_token_rows=50", "callbacks.samples=null"]
+    settings = [
+        "trainer.max_steps=1",
+        "data.batch_size=4",
+        "data.val_rows=2",
+        "data.check_token_rows=50",
+        "callbacks.samples=null",
+    ]
     command = [sys.executable, "-m", "lorakit", "train", "run=one", *settings]
     result = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

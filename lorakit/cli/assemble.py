@@ -20,7 +20,6 @@ from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import LoRAPlan, inject
 from lorakit.lora.spec import LoRASpec
-from lorakit.loss import LOSSES
 from lorakit.model.load import base_name, load_model
 from lorakit.training.module import LoRAModule
 from lorakit.training.precision import base_dtype, resolve_accelerator, resolve_precision
@@ -74,15 +73,12 @@ def build_module(
 ) -> LoRAModule:
     """The LoRAModule; its model is loaded when Lightning calls ``configure_model``."""
     optimizer = {name: value for name, value in config["optim"].items() if name != "clip_norm"} | {"lr": lr}
-    name = config["loss"]["name"]
-    if name not in LOSSES:
-        raise ConfigError(f"loss.name={name} is unknown; there are: {', '.join(LOSSES)}")
     return LoRAModule(
         functools.partial(build_model, config, spec, device=device, precision=precision),
         optimizer=build(optimizer, "optim"),
         schedule=build(config["schedule"], "schedule"),
         total_steps=total_steps,
-        loss=name,
+        loss=config["loss"]["name"],
         clip_norm=config["optim"]["clip_norm"],
         max_bad_steps=config["trainer"]["max_bad_steps"],
         tokenizer=tokenizer,

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_type_hints
 import msgspec
 
 from lorakit.errors import ConfigError
+from lorakit.loss import LOSSES
 
 
 class ModelSettings(msgspec.Struct, forbid_unknown_fields=True):
@@ -75,6 +76,14 @@ def check_settings(config: dict[str, Any]) -> None:
     clip_norm = config["optim"].get("clip_norm")
     if isinstance(clip_norm, bool) or not isinstance(clip_norm, (int, float)) or clip_norm < 0:
         problems.append(f"optim.clip_norm={clip_norm} must be a number that is not negative")
+    for group in ("optim", "schedule"):
+        problems += find_argument_problems({key: value for key, value in config[group].items() if key != "clip_norm"}, group)
+    for group in ("callbacks", "logger"):
+        for name, entry in (config[group] or {}).items():
+            if entry is not None and entry.get("offline") != "auto":
+                problems += find_argument_problems(entry, f"{group}.{name}")
+    if config["loss"]["name"] not in LOSSES:
+        problems.append(f"loss.name={config['loss']['name']} is unknown; there are: {', '.join(LOSSES)}")
     if problems:
         raise ConfigError("\n  ".join(["these settings cannot be used:", *problems]) if len(problems) > 1 else problems[0])
 

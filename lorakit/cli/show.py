@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> None:
 
 def show(config: DictConfig, count: int) -> None:
     """Hydra's task: print ``count`` examples and the report."""
+    from omegaconf import OmegaConf
     from rich.console import Console
 
     from lorakit.cli import assemble
@@ -38,6 +39,10 @@ def show(config: DictConfig, count: int) -> None:
     from lorakit.cli.train import to_plain
     from lorakit.model.load import load_tokenizer
 
+    console = Console(soft_wrap=True)
+    if OmegaConf.is_missing(config.model, "path"):
+        console.print("model.path is not set: shown with the tokenizer of the bundled model, tiny")
+        OmegaConf.update(config, "model.path", "tiny")
     plain = to_plain(config)
     datamodule = assemble.build_datamodule(plain)
     datamodule.check_rows()
@@ -45,7 +50,6 @@ def show(config: DictConfig, count: int) -> None:
     tokenizer = load_tokenizer(settings["path"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"])
     datamodule.set_tokenizer(tokenizer)
     datamodule.check_tokens()
-    console = Console(soft_wrap=True)
     examples = datamodule.train_examples
     for index in datamodule.train_indices[:count]:
         for example in examples.rendered(int(index)):

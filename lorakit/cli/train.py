@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.compose import run_hydra
@@ -30,17 +32,18 @@ def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(HELP)
         return
-    run_hydra(train, arguments, config_name="train")
+    command = shlex.join(["lorakit", "train", *arguments])
+    run_hydra(functools.partial(train, command=command), arguments, config_name="train")
 
 
-def train(config: DictConfig) -> Outcome:
+def train(config: DictConfig, *, command: str = "") -> Outcome:
     """Hydra's task: one run."""
     from hydra.core.hydra_config import HydraConfig
 
     from lorakit.cli.training_run import train_run
 
     experiment = HydraConfig.get().runtime.choices.get("experiment") or "run"
-    return train_run(to_plain(config), experiment=str(experiment))
+    return train_run(to_plain(config), experiment=str(experiment), command=command)
 
 
 def to_plain(config: DictConfig) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Outcome:
     was_interrupted: bool
 
 
-def train_run(config: dict[str, Any], *, experiment: str, console: Console | None = None) -> Outcome:
+def train_run(config: dict[str, Any], *, experiment: str, command: str = "", console: Console | None = None) -> Outcome:
     """Train as the resolved ``config`` says and return what came of it. Raises LorakitError."""
     console = console or Console(soft_wrap=True)
     check_settings(config)
@@ -70,7 +70,7 @@ def train_run(config: dict[str, Any], *, experiment: str, console: Console | Non
     total_steps, is_estimate = assemble.resolve_total_steps(config, datamodule)
     root, kept = Path(config["paths"]["runs"]), config["checkpoint"]
     assemble.check_disk(root, planned, keep_last=kept["keep_last"], keep_best=kept["keep_best"])
-    run, resumes = choose_run(config, root, experiment=experiment, data_fingerprint=datamodule.fingerprint, command=_command())
+    run, resumes = choose_run(config, root, experiment=experiment, data_fingerprint=datamodule.fingerprint, command=command)
     run = run.update(formats=datamodule.source.formats)
     console.print(
         f"run {run.folder}: {total_steps:,}{' steps (about)' if is_estimate else ' steps'}, {precision} on {accelerator}"
@@ -127,7 +127,7 @@ def _fit(
     if resumes:
         console.print(f"resuming from step {checkpoint.step}" if checkpoint else "no checkpoint yet: starting from step 0")
     state = checkpoint.folder / STATE_FILE if checkpoint else None
-    run.update(status="running", total_steps=total_steps)
+    run = run.update(status="running", total_steps=total_steps)
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=state, weights_only=True if state else None)
     except BaseException as error:
@@ -203,7 +203,3 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-
-
-def _command() -> str:
-    return " ".join(["lorakit", Path(sys.argv[0]).stem, *sys.argv[1:]])

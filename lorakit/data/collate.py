@@ -23,6 +23,9 @@ def collate(rows: Sequence[Sequence[Datum]], pad_token_id: int) -> Batch:
 
     length = max(sum(len(datum) for datum in row) for row in rows)
     shape = (len(rows), length)
+    kinds = {tuple(sorted(datum.loss_fn_inputs)) for row in rows for datum in row}
+    if len(kinds) > 1:
+        raise ValueError(f"the Datums of a batch have different loss_fn_inputs: {sorted(kinds)}")
     names = [name for name in rows[0][0].loss_fn_inputs if name not in ("target_tokens", "weights")]
     inputs, targets = np.full(shape, pad_token_id, np.int64), np.full(shape, pad_token_id, np.int64)
     weights, extras = np.zeros(shape, np.float32), {name: np.zeros(shape, np.float32) for name in names}

@@ -66,7 +66,11 @@ class LoRADataModule(L.LightningDataModule):
         check_token_rows: int = 20_000,
     ) -> None:
         super().__init__()
-        _check_settings(on_error=on_error, val_path=val_path, val_fraction=val_fraction, batch_size=batch_size)
+        _check_settings(on_error=on_error, val_path=val_path, val_fraction=val_fraction)
+        _check_counts(
+            batch_size=batch_size, val_batch_size=val_batch_size, epochs=epochs, val_rows=val_rows, window_rows=window_rows,
+            check_token_rows=check_token_rows, max_tokens=max_tokens, pack_tokens=pack_tokens,
+        )  # fmt: skip
         self.path, self.val_path, self.val_fraction, self.val_rows = path, val_path, val_fraction, val_rows
         self.format, self.split, self.on_error = format, split, on_error
         self.train_on = _one_of(TrainOnWhat, train_on, "data.train_on")
@@ -210,7 +214,10 @@ class LoRADataModule(L.LightningDataModule):
         return hashlib.sha256(json.dumps(settings, default=list).encode()).hexdigest()[:16]
 
     def estimate_num_batches(self) -> int | None:
-        """Micro-batches of all epochs, from the rows surveyed; None where epochs do not end. Exact without packing."""
+        """Micro-batches of all epochs, from the rows surveyed; None where epochs do not end.
+
+        Exact where nothing is packed and each row gives one example.
+        """
         if self.epochs is None or self.report is None:
             return None
         num_examples = len(self.train_indices) * self.report.examples_per_row
@@ -247,15 +254,19 @@ class LoRADataModule(L.LightningDataModule):
         return pad if pad is not None else eos if eos is not None else 0
 
 
-def _check_settings(*, on_error: str, val_path: str | None, val_fraction: float, batch_size: int) -> None:
+def _check_counts(**counts: int | None) -> None:
+    bad = [f"data.{name}={value}" for name, value in counts.items() if value is not None and value < 1]
+    if bad:
+        raise ConfigError(f"{', '.join(bad)}: must be at least 1")
+
+
+def _check_settings(*, on_error: str, val_path: str | None, val_fraction: float) -> None:
     if on_error not in ("raise", "skip"):
         raise ConfigError(f"data.on_error={on_error} is unknown; choose raise or skip")
     if val_path and val_fraction:
         raise ConfigError("data.val_path and data.val_fraction are both set; choose one")
     if not 0 <= val_fraction < 1:
         raise ConfigError(f"data.val_fraction={val_fraction} must be at least 0 and less than 1")
-    if batch_size < 1:
-        raise ConfigError(f"data.batch_size={batch_size} must be at least 1")
 
 
 def _one_of(enum: Any, value: str, key: str) -> Any:

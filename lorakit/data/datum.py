@@ -28,6 +28,12 @@ class Cuts:
     num_truncated: int = 0
     num_tokens_cut: int = 0
 
+    def add(self, other: Cuts) -> None:
+        """Count what ``other`` counted as well."""
+        self.num_dropped += other.num_dropped
+        self.num_truncated += other.num_truncated
+        self.num_tokens_cut += other.num_tokens_cut
+
 
 def make_datum(tokens: Sequence[int], weights: Sequence[float]) -> Datum:
     """Shift once: position i reads token i and is to predict token i+1 with that token's weight.
@@ -73,9 +79,10 @@ def fit(example: Rendered, max_tokens: int, policy: OnLong, cuts: Cuts) -> Rende
 def _cut_prompt(example: Rendered, excess: int) -> Rendered:
     start = example.num_prefix
     prompt_end = next(i for i, weight in enumerate(example.weights) if weight)
-    if prompt_end - start < excess:
+    to_cut = prompt_end - max(start, 1)  # something must stay for the first trained token to be predicted from
+    if to_cut < excess:
         raise DataError(
-            f"{excess:,} tokens too long, but the prompt has only {max(prompt_end - start, 0):,} to cut "
+            f"{excess:,} tokens too long, but the prompt has only {max(to_cut, 0):,} to cut "
             "(raise data.max_tokens, or choose data.on_long=truncate_right or drop)"
         )
     keep_from = start + excess

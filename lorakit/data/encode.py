@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_ANCHOR = "\n"
+_ANCHORS = ("\n", "a", ":", ".")  # texts to put before a continuation; the first that merges with nothing of it serves
 
 
 class Encoder:
@@ -19,9 +19,11 @@ class Encoder:
         full = list(tokenizer("a", add_special_tokens=True)["input_ids"])
         self.prefix: list[int] = full[: _find(full, bare)]
         # Tokenizers in SentencePiece's manner put a space before any text; in the middle of a text that is one too many.
-        self._anchor = self._ids(_ANCHOR)
-        self._has_dummy_prefix = self._ids(_ANCHOR + "a") != self._anchor + bare
+        self._has_dummy_prefix = self._ids("\na") != self._ids("\n") + bare
         self.eos_token_id: int | None = tokenizer.eos_token_id
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        # A template's end of turn may be special without having one of the names that `all_special_ids` knows.
+        self.special_ids = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of ``text`` with special tokens in front, and never a second BOS where the text brings its own."""
@@ -34,8 +36,11 @@ class Encoder:
             return []
         if not self._has_dummy_prefix:
             return self._ids(text)
-        anchored = self._ids(_ANCHOR + text)
-        return anchored[len(self._anchor) :] if anchored[: len(self._anchor)] == self._anchor else self._ids(text)
+        for anchor in _ANCHORS:
+            before, anchored = self._ids(anchor), self._ids(anchor + text)
+            if anchored[: len(before)] == before:
+                return anchored[len(before) :]
+        return self._ids(text)
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of the beginning of a text that a chat template wrote, special tokens and all."""

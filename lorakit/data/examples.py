@@ -30,9 +30,11 @@ class Examples:
         """Return the examples of row ``index`` before the shift. Raises DataError that names file and line."""
         try:
             examples = self.renderer.render(self.source.row(index))
-            fitted = [fit(example, self.max_tokens, self.on_long, self.cuts) for example in examples]
+            cuts = Cuts()
+            fitted = [fit(example, self.max_tokens, self.on_long, cuts) for example in examples]
         except DataError as error:
             raise DataError(f"{self.source.where(index)}: {error}") from error
+        self.cuts.add(cuts)
         return [example for example in fitted if example]
 
     def datums(self, index: int) -> list[Datum]:
@@ -102,7 +104,7 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
             continue
         for example in rendered:
             lengths.append(len(example.tokens))
-            num_trained += sum(1 for weight in example.weights if weight)
+            num_trained += sum(1 for weight in example.weights[1:] if weight)  # nothing predicts the first
             num_without_stop += not _ends_with_stop(example, examples.renderer)
     if problems and examples.on_error == "raise":
         remedy = "Mend these rows, or set data.on_error=skip to leave them out (they are counted)."
@@ -126,6 +128,6 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
 def _ends_with_stop(example: Rendered, renderer: Renderer) -> bool:
     last = next(i for i in range(len(example.weights) - 1, -1, -1) if example.weights[i])
     token = example.tokens[last]
-    if token == renderer.encoder.eos_token_id or token in renderer.tokenizer.all_special_ids:
+    if token == renderer.encoder.eos_token_id or token in renderer.encoder.special_ids:
         return True
     return bool(renderer.stop) and renderer.encoder.decode(example.tokens[max(0, last - 15) : last + 1]).endswith(renderer.stop)

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from lorakit.data.rows import FORMATS, Row, Text, find_problem, recognise, required_columns
-from lorakit.errors import DataError
+from lorakit.errors import DataError, report
 
 Progress = Callable[[int], None]  # is told how many more bytes were read
 _PROGRESS_BYTES = 4 << 20
@@ -55,16 +55,24 @@ class LineFile:
             return "text"
         if wanted:
             return wanted
-        for line in _lines_of(self.path):
+        problems: list[str] = []
+        columns: str | None = None
+        for number, line in _lines_of(self.path):
             try:
                 row = msgspec.json.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                continue  # reported by the pass over all lines
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                problems.append(f"{self.path}:{number}: {explain(error, Text)}")
+                continue
             if isinstance(row, dict) and (found := recognise(row)):
-                return found
-            columns = ", ".join(row) if isinstance(row, dict) else f"a JSON {type(row).__name__}"
+                return found  # lines of another kind before it are reported by the pass over all lines
+            if isinstance(row, dict) and columns is None:
+                columns = ", ".join(row)
+            problems.append(f"{self.path}:{number}: not a row of a known format")
+        if columns is not None:
             raise DataError(unrecognised(str(self.path), columns))
-        raise DataError(f"{self.path}: no row in this file (it is empty, or no line is a JSON object)")
+        if problems:
+            raise DataError(report(f"{self.path}: no line is a row:", problems))
+        raise DataError(f"{self.path}: no row in this file (it is empty)")
 
     def _make_decoder(self) -> Callable[[bytes], Row]:
         if self.path.suffix == ".txt":
@@ -103,7 +111,7 @@ def explain(error: Exception, row_type: type[Row]) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8: {error.reason} at byte {error.start}"
     if not isinstance(error, msgspec.ValidationError):
-        return f"malformed JSON: {error}"
+        return f"malformed JSON: {str(error).removeprefix('JSON is malformed: ')}"
     text = str(error)
     if "missing required field" in text:
         return f"{text} (this format needs the columns {', '.join(required_columns(row_type))})"
@@ -116,12 +124,12 @@ def unrecognised(where: str, columns: str) -> str:
     return f"{where}: columns not recognised (found: {columns}). A row needs the columns of one of these formats:\n{known}"
 
 
-def _lines_of(path: Path) -> Iterator[bytes]:
+def _lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
-        for number, line in enumerate(file):
-            line = line.removeprefix(_BOM) if number == 0 else line
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(_BOM) if number == 1 else line
             if line and not line.isspace():
-                yield line
+                yield number, line
 
 
 def _map(path: Path) -> mmap.mmap | bytes:

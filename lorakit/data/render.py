@@ -18,7 +18,7 @@ from lorakit.data.encode import Encoder
 from lorakit.data.rows import Alpaca, Chat, Conversations, Message, PromptCompletion, Row, Text, Tokens, to_chat
 from lorakit.errors import ConfigError, DataError
 
-# Stanford Alpaca's prompts (github.com/tatsu-lab/stanford_alpaca, README), for models without a chat template.
+# After Stanford Alpaca's prompts (github.com/tatsu-lab/stanford_alpaca, README), for models without a chat template.
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -79,7 +79,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.train_on = TrainOnWhat(train_on)
         self.append_eos = append_eos
-        self.stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        self.stop = tuple(text for text in ((stop,) if isinstance(stop, str) else stop or ()) if text)
         self.vocab_size = len(tokenizer)
         if append_eos not in (True, False, "auto"):
             raise ConfigError(f"data.append_eos={append_eos} is unknown; choose auto, true or false")
@@ -142,7 +142,7 @@ class Renderer:
             return False
         if ids and ids[-1] == eos:
             return False
-        return self.append_eos is True or not text.endswith(self.stop or ("\0",))
+        return self.append_eos is True or not (self.stop and text.endswith(self.stop))
 
     # ---- chat
 
@@ -225,9 +225,9 @@ class Renderer:
         position = 0
         for span in spans:
             before = text[position : span.start]
-            tokens += self.encoder.encode_continuation(before) if position else self.encoder.encode_rendered(before)
+            tokens += self._encode_piece(before, is_start=position == 0)
             weights += [0.0] * (len(tokens) - len(weights))
-            tokens += self.encoder.encode_continuation(text[span.start : span.end])
+            tokens += self._encode_piece(text[span.start : span.end], is_start=span.start == 0)
             weights += [span.weight] * (len(tokens) - len(weights))
             if self.train_on is not TrainOnWhat.ALL_TOKENS:
                 self._untrain_tail(tokens, weights)
@@ -239,9 +239,12 @@ class Renderer:
             tokens, weights = tokens[1:], weights[1:]
         return Rendered(tokens, weights, num_prefix=int(bos is not None and tokens[:1] == [bos]))
 
+    def _encode_piece(self, text: str, *, is_start: bool) -> list[int]:
+        return self.encoder.encode_rendered(text) if is_start else self.encoder.encode_continuation(text)
+
     def _untrain_tail(self, tokens: list[int], weights: list[float]) -> None:
         """White space behind the end-of-turn token belongs to nobody: generation has stopped before it."""
-        special = set(self.tokenizer.all_special_ids)
+        special = self.encoder.special_ids
         end = len(tokens)
         while end and tokens[end - 1] not in special and not self.encoder.decode([tokens[end - 1]]).strip():
             end -= 1

@@ -139,8 +139,8 @@ def find_problem(row: Row) -> str | None:
 def _find_token_problem(row: Tokens) -> str | None:
     if len(row.tokens) != len(row.weights):
         return f"{len(row.tokens)} `tokens` but {len(row.weights)} `weights`"
-    if not all(math.isfinite(weight) for weight in row.weights):
-        return "`weights` holds a value that is not finite"
+    if problem := next((problem for weight in row.weights if (problem := _find_weight_problem(weight))), None):
+        return f"`weights` holds a value that {problem}"
     if min(row.tokens, default=0) < 0:
         return f"`tokens` holds the negative id {min(row.tokens)}"
     if not any(row.weights[1:]):
@@ -159,10 +159,16 @@ def _find_message_problem(messages: list[Message]) -> str | None:
             return f"message {index} ({role}) has neither `content` nor `tool_calls`"
         if isinstance(message.content, list) and (problem := _find_part_problem(message.content)):
             return f"message {index} ({role}): {problem}"
-        if message.weight is not None and not math.isfinite(message.weight):
-            return f"message {index} ({role}): `weight` is not finite"
+        if message.weight is not None and (problem := _find_weight_problem(message.weight)):
+            return f"message {index} ({role}): `weight` {problem}"
         previous = role
     return None if messages else "no messages: no trained token"
+
+
+def _find_weight_problem(weight: float) -> str | None:
+    if not math.isfinite(weight):
+        return "is not finite"
+    return None if weight == 0 or 1e-30 < abs(weight) < 1e30 else "is too large or too small for float32"
 
 
 def _find_order_problem(role: str, previous: str | None, index: int) -> str | None:

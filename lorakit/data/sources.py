@@ -88,13 +88,15 @@ def open_source(
 
 def find_files(path: str) -> list[Path] | None:
     """Return the files that ``path`` names, in order; None where it can only be a name of the hub."""
+    if not path:
+        raise ConfigError("data.path is empty; give a file, a folder, a glob or a name")
     here, bundled = Path(path).expanduser(), BUNDLED / f"{path}.jsonl"
     if here.is_file():
         if here.suffix not in SUFFIXES:
             raise DataError(f"{path}: unknown file type {here.suffix!r}; known: {', '.join(SUFFIXES)}")
         return [here]
     if here.is_dir():
-        files = sorted(file for file in here.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        files = sorted(file for file in here.rglob("*") if _is_data_file(file.relative_to(here)) and file.is_file())
         if not files:
             raise DataError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
         return files
@@ -110,6 +112,12 @@ def find_files(path: str) -> list[Path] | None:
         there = f" (the folder has: {near})" if near else ""
         raise DataError(f"{path}: no such file{there}")
     return None
+
+
+def _is_data_file(path: Path) -> bool:
+    """Whether a file of a folder holds rows: by its ending, not hidden, and no README or LICENSE."""
+    is_hidden = any(part.startswith(".") for part in path.parts)
+    return path.suffix in SUFFIXES and not is_hidden and not path.name.upper().startswith(("README", "LICENSE"))
 
 
 def _open_file(path: Path, format: str | None, progress: Progress | None) -> LineFile | Table:

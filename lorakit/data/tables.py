@@ -1,9 +1,11 @@
-"""Tables that `datasets` reads: ``.json .csv .parquet`` files and data sets of the hub."""
+"""Tables: ``.json`` arrays, ``.csv``, ``.parquet`` and data sets of the hub; `datasets` holds all but the first, off memory."""
 
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +16,170 @@ from lorakit.data.rows import FORMATS, Row, find_problem, recognise
 from lorakit.errors import DataError
 
 _CHECK_ROWS = 1_000
+Records = Any  # a list of dicts, or a datasets.Dataset
 
 
 class Table:
-    """Rows of a `datasets` table, checked like the lines of a file; a row is named by its number."""
+    """Rows of a table, checked like the lines of a file; a row is named by its number, counted from 1 without the header."""
 
-    def __init__(self, name: str, table: Any, digest: str, *, format: str | None = None) -> None:
-        self.path, self.digest, self._table = Path(name), digest, table
-        self.num_rows_seen = len(table)
+    def __init__(
+        self, name: str, records: Records, columns: list[str], digest: str, *, format: str | None = None,
+        bad_rows: dict[int, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.path, self.digest, self._records = Path(name), digest, records
+        self.num_rows_seen = len(records)
         self.problems: list[tuple[int, str]] = []
-        found = format or recognise(table.column_names)
+        found = format or recognise(columns)
         if found is None:
-            raise DataError(unrecognised(name, ", ".join(table.column_names)))
+            raise DataError(unrecognised(name, ", ".join(columns)))
         self.format = found
-        self._columns = [column for column in _columns_of(found) if column in table.column_names]
-        self._table = table.select_columns(self._columns)
-        self._rows = self._check()
+        if not isinstance(records, list):
+            known = [field.encode_name for field in msgspec.structs.fields(FORMATS[found])]
+            self._records = records.select_columns([column for column in columns if column in known])
+        self._rows = self._check(bad_rows or {})
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def row(self, index: int) -> Row:
         """Return row ``index`` of those without a problem."""
-        return self._convert(self._table[self._rows[index]])
+        return self._convert(self._records[self._rows[index]])
 
     def where(self, index: int) -> str:
-        """Name row ``index`` as ``file: row N``, counted from 1 without the header."""
+        """Name row ``index`` as ``file: row N``."""
         return f"{self.path}: row {self._rows[index] + 1}"
 
-    def _convert(self, row: dict[str, Any]) -> Row:
-        return msgspec.convert(_without_nulls(row), FORMATS[self.format])
+    def _convert(self, record: Any) -> Row:
+        return msgspec.convert(_without_nulls(record), FORMATS[self.format])
 
-    def _check(self) -> list[int]:
+    def _check(self, bad_rows: dict[int, str]) -> list[int]:
         good = []
-        for start in range(0, len(self._table), _CHECK_ROWS):
-            columns = self._table[start : start + _CHECK_ROWS]
-            for number in range(len(next(iter(columns.values()), []))):
-                row = {name: values[number] for name, values in columns.items()}
-                try:
-                    problem = find_problem(self._convert(row))
-                except msgspec.ValidationError as error:
-                    problem = explain(error, FORMATS[self.format])
-                if problem:
-                    self.problems.append((start + number + 1, problem))
-                else:
-                    good.append(start + number)
+        for number, record in enumerate(_records_of(self._records)):
+            problem = bad_rows.get(number)
+            try:
+                problem = problem or find_problem(self._convert(record))
+            except msgspec.ValidationError as error:
+                problem = explain(error, FORMATS[self.format])
+            if problem:
+                self.problems.append((number + 1, problem))
+            else:
+                good.append(number)
         return good
 
 
-def _columns_of(format: str) -> list[str]:
-    return [field.encode_name for field in msgspec.structs.fields(FORMATS[format])]
+def load_table(path: Path, *, format: str | None = None, progress: Progress | None = None) -> Table:
+    """Read a ``.json``, ``.csv`` or ``.parquet`` file. CSV cells are text, never guessed to be numbers or nulls."""
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    table = {".json": _load_json, ".csv": _load_csv, ".parquet": _load_parquet}[path.suffix](path, digest, format)
+    if progress:
+        progress(path.stat().st_size)
+    return table
+
+
+def load_hub_table(name: str, split: str, *, format: str | None = None) -> Table:
+    """Read a data set of the hub by its name, for instance ``HuggingFaceH4/no_robots``."""
+    import datasets
+
+    _quiet()
+    try:
+        records = datasets.load_dataset(name, split=split)
+    except Exception as error:  # datasets and the hub raise a zoo of types
+        raise DataError(_foreign(name, error)) from error
+    return Table(f"{name} ({split})", records, records.column_names, str(records._fingerprint), format=format)
+
+
+def _load_json(path: Path, digest: str, format: str | None) -> Table:
+    try:
+        records = msgspec.json.decode(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a data set: {explain(error, FORMATS['text'])}") from error
+    if not isinstance(records, list):
+        raise DataError(f"{path}: a .json file holds an array of rows, or one row per line")
+    first = next((record for record in records if isinstance(record, dict)), {})
+    return Table(str(path), records, list(first), digest, format=format)
+
+
+def _load_csv(path: Path, digest: str, format: str | None) -> Table:
+    import datasets
+
+    _quiet()
+    try:
+        bad_rows, header = _check_csv(path)
+        features = datasets.Features({name: datasets.Value("string") for name in header if name})
+        records = datasets.Dataset.from_generator(
+            _csv_records, features=features, gen_kwargs={"path": str(path), "digest": digest}, cache_dir=_cache(digest)
+        )
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from error
+    except csv.Error as error:
+        raise DataError(f"{path}: malformed CSV: {error}") from error
+    return Table(str(path), records, records.column_names, digest, format=format, bad_rows=bad_rows)
+
+
+def _check_csv(path: Path) -> tuple[dict[int, str], list[str]]:
+    """Return (what is wrong, by row, with rows that have another number of cells than the header; the header)."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        twice = sorted({name for name in header if name and header.count(name) > 1})
+        if twice:
+            raise DataError(f"{path}: the header names {', '.join(twice)} twice")
+        bad, num_rows = {}, 0
+        for row in reader:
+            if row and len(row) != len(header):
+                bad[num_rows] = f"{len(row)} cells, but the header has {len(header)} (a comma outside of quotes?)"
+            num_rows += bool(row)
+    if not num_rows:
+        raise DataError(f"{path}: no row behind the header")
+    return bad, header
+
+
+def _csv_records(path: str, digest: str) -> Iterator[dict[str, str]]:
+    """The records of a CSV; ``digest`` is part of the key of datasets' cache, so that no stale rows come from it."""
+    with Path(path).open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        for row in reader:
+            if row:
+                cells = [*row, *[""] * (len(header) - len(row))]
+                yield {name: cell for name, cell in zip(header, cells, strict=False) if name}
+
+
+def _load_parquet(path: Path, digest: str, format: str | None) -> Table:
+    import datasets
+
+    _quiet()
+    try:
+        records = datasets.Dataset.from_parquet(glob.escape(str(path)), cache_dir=_cache(digest))
+    except Exception as error:  # down to Arrow's own
+        raise DataError(_foreign(str(path), error)) from error
+    return Table(str(path), records, records.column_names, digest, format=format)
+
+
+def _quiet() -> None:
+    """No progress bars of `datasets`; ours counts bytes of all files."""
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+def _cache(digest: str) -> str:
+    import datasets
+
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "lorakit" / digest[:16])
+
+
+def _records_of(records: Records) -> Iterator[Any]:
+    if isinstance(records, list):
+        yield from records
+        return
+    for start in range(0, len(records), _CHECK_ROWS):
+        columns = records[start : start + _CHECK_ROWS]
+        for number in range(len(next(iter(columns.values()), []))):
+            yield {name: values[number] for name, values in columns.items()}
 
 
 def _without_nulls(value: Any) -> Any:
@@ -75,43 +191,6 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def load_table(path: Path, *, format: str | None = None, progress: Progress | None = None) -> Table:
-    """Read a ``.json``, ``.csv`` or ``.parquet`` file. CSV cells are text, never guessed to be numbers or nulls."""
-    kind = path.suffix.removeprefix(".")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty")
-    options: dict[str, Any] = {}
-    if kind == "csv":
-        options = {"features": _text_features(path), "keep_default_na": False}
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    table = _load(kind, str(path), data_files=str(path), split="train", **options)
-    if progress:
-        progress(path.stat().st_size)
-    return Table(str(path), table, digest, format=format)
-
-
-def load_hub_table(name: str, split: str, *, format: str | None = None) -> Table:
-    """Read a data set of the hub by its name, for instance ``HuggingFaceH4/no_robots``."""
-    table = _load(name, name, split=split)
-    return Table(f"{name} ({split})", table, str(table._fingerprint), format=format)
-
-
-def _load(kind: str, where: str, **options: Any) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(kind, **options)
-    except Exception as error:  # datasets raises a zoo of types, down to pandas' and Arrow's own
-        cause = error.__cause__ or error
-        message = " ".join(str(cause).split()) or type(cause).__name__
-        raise DataError(f"{where}: cannot be read as a data set: {message}") from error
-
-
-def _text_features(path: Path) -> Any:
-    import datasets
-
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        header = next(csv.reader(file), [])
-    return datasets.Features({name: datasets.Value("string") for name in header})
+def _foreign(where: str, error: Exception) -> str:
+    cause = error.__cause__ or error
+    return f"{where}: cannot be read as a data set: {' '.join(str(cause).split()) or type(cause).__name__}"

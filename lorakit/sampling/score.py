@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lorakit.data.collate import collate
+from lorakit.data.encode import Encoder
 from lorakit.loss.logprobs import target_logprobs
 from lorakit.sampling.generate import generate, stop_strings
 from lorakit.types import Datum, Sample, SamplingParams
@@ -76,7 +77,7 @@ def _split(datum: Datum) -> tuple[list[int], list[int]]:
 
 def _cut(tokenizer: Any, tokens: list[int], stop: Sequence[str]) -> str:
     """The expected text as ``generate`` would return it: without end token and stop string."""
-    if tokens and tokens[-1] in tokenizer.all_special_ids:
+    if tokens and tokens[-1] in Encoder(tokenizer).special_ids:
         tokens = tokens[:-1]
     text = str(tokenizer.decode(tokens))
     cuts = [place for place in (text.find(word) for word in stop) if place >= 0]

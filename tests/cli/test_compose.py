@@ -10,7 +10,18 @@ from omegaconf import OmegaConf
 
 from lorakit.cli.compose import prepare_arguments, quote_path
 
-AWKWARD = ["it's, a (file) = x.jsonl", "a b", "${oc.env:HOME}", "föö/日本.jsonl", "back\\slash\\", "2+2=?", "[x]", "{y: 1}", '"q"', "a\\'b"]
+AWKWARD = [
+    "it's, a (file) = x.jsonl",
+    "a b",
+    "${oc.env:HOME}",
+    "föö/日本.jsonl",
+    "back\\slash\\",
+    "2+2=?",
+    "[x]",
+    "{y: 1}",
+    '"q"',
+    "a\\'b",
+]
 
 
 @pytest.mark.parametrize("path", AWKWARD)

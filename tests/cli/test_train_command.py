@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-
 from tests_cli_small import SMALL
 
 Call = Callable[..., tuple[int, str, str]]
@@ -20,12 +19,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one finished run, `runs/first`."""
     from hydra.core.global_hydra import GlobalHydra
 
-    from lorakit.cli.compose import run_hydra
-    from lorakit.cli.train import train
+    from lorakit.cli.train import main
 
     folder = tmp_path_factory.mktemp("trained")
     GlobalHydra.instance().clear()
-    run_hydra(train, ["run=first", f"paths.runs={folder}/runs", "trainer.max_steps=4", *SMALL], config_name="train")
+    main(["run=first", f"paths.runs={folder}/runs", "trainer.max_steps=4", *SMALL])
     return folder
 
 
@@ -50,7 +48,7 @@ def test_the_history_has_a_line_per_step(trained: Path) -> None:
 
 
 def test_sample_takes_any_text(trained: Path, lorakit: Call) -> None:
-    text = "English: it's 2+2=?, (\"yes\") ${x} föö\nPig Latin:"
+    text = 'English: it\'s 2+2=?, ("yes") ${x} föö\nPig Latin:'
     code, out, err = lorakit("sample", "first", "--runs", f"{trained}/runs", "--max-tokens", "5", "--", text)
     assert (code, err) == (0, "") and out.endswith("\n")
     file = trained / "prompt with, comma=.txt"

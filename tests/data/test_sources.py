@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 from typing import Any, NoReturn
@@ -204,3 +205,45 @@ def test_the_fingerprint_follows_the_bytes_and_not_the_place(tmp_path: Path) -> 
     assert (
         open_source(write(tmp_path / "a.csv", ROWS)).fingerprint != open_source(write(tmp_path / "b.csv", ROWS[:2])).fingerprint
     )
+
+
+def test_a_csv_row_with_too_many_cells_is_a_problem_and_shifts_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\nX,a,b\nY,c\n")
+    with pytest.raises(DataError, match="row 1: 3 cells, but the header has 2"):
+        open_source(str(tmp_path / "a.csv"))
+    source = open_source(str(tmp_path / "a.csv"), on_error="skip")
+    assert (source.row(0).prompt, source.row(0).completion, source.num_skipped) == ("Y", "c", 1)
+
+
+def test_a_csv_rewritten_under_the_same_time_stamp_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    for word in ("old", "new"):
+        path.write_text(f"prompt,completion\nq,{word}\n")
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        assert open_source(str(path)).row(0).completion == word
+
+
+def test_a_csv_with_brackets_in_its_name_is_itself(tmp_path: Path) -> None:
+    for name in ("data1.csv", "data[1].csv"):
+        (tmp_path / name).write_text(f"prompt,completion,\nq,{name},3\n")
+    assert open_source(str(tmp_path / "data[1].csv")).row(0).completion == "data[1].csv"
+
+
+def test_a_csv_that_is_not_utf8_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"prompt,completion\nq,caf\xe9\n")
+    with pytest.raises(DataError, match=r"a\.csv: not UTF-8"):
+        open_source(str(tmp_path / "a.csv"))
+
+
+def test_dates_in_a_json_array_stay_text(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"prompt": "2024-01-01", "completion": "2024-01-02"}]')
+    assert open_source(str(tmp_path / "a.json")).row(0).prompt == "2024-01-01"
+
+
+def test_a_parquet_file_is_read_and_its_rows_are_named(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": ""}]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "a[0].parquet"))
+    with pytest.raises(DataError, match="row 2: `completion` is empty"):
+        open_source(str(tmp_path / "a[0].parquet"))

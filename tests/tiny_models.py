@@ -1,0 +1,179 @@
+"""Tiny random models, batches and adapters for the tests. Nothing here calls lorakit's model or LoRA code.
+
+Hidden width, expert width and twice that are all different, so that a transposed matrix cannot pass unseen.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+import transformers
+
+from lorakit.data.collate import collate
+from lorakit.data.datum import make_datum
+from lorakit.types import Batch, Cursor, Datum
+
+torch.set_num_threads(1)  # two threads on shared cores make tiny models 20 times slower, and results repeat with one
+
+VOCAB = 64
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "intermediate_size": 48,
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "qwen3": ("Qwen3Config", {"intermediate_size": 48, "tie_word_embeddings": True}),
+    "llama": ("LlamaConfig", {"intermediate_size": 48, "tie_word_embeddings": False}),
+    "mistral": ("MistralConfig", {"intermediate_size": 48, "sliding_window": 6}),
+    "gemma2": ("Gemma2Config", {"intermediate_size": 48, "sliding_window": 6, "query_pre_attn_scalar": 8}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            "intermediate_size": 48,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+}
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """The transformers config of a family's tiny model."""
+    name, settings = _CONFIGS[family]
+    return getattr(transformers, name)(**{**_COMMON, **settings, **changes})
+
+
+@functools.cache
+def _built(family: str, dtype: str) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # large enough that attention and experts decide the logits
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model.to(getattr(torch, dtype)).requires_grad_(False).eval()
+
+
+def make_model(family: str = "qwen3_moe", dtype: str = "float32") -> Any:
+    """A fresh copy of the family's tiny model, frozen, in evaluation mode."""
+    return copy.deepcopy(_built(family, dtype))
+
+
+@torch.no_grad()
+def randomise(model: Any, seed: int = 0, std: float = 0.05) -> Any:
+    """Give every trainable tensor random values (B starts at zero, which hides A's gradient), and return the model."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
+
+
+def trainable(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of the trainable tensors by name."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of the gradients by name."""
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def relative_l2(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """L2 distance over all tensors together, relative to the length of ``theirs``."""
+    assert ours.keys() == theirs.keys() and ours
+    distance = sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in ours)
+    return (distance / sum(float(tensor.double().square().sum()) for tensor in theirs.values())) ** 0.5
+
+
+def make_datums(count: int = 8, seed: int = 0, vocab: int = VOCAB) -> list[Datum]:
+    """Datums of very different lengths, with prompt positions, fractional and negative weights."""
+    generator = torch.Generator().manual_seed(seed)
+    datums = []
+    for number in range(count):
+        length = 4 + (number * 5) % 19
+        tokens = torch.randint(3, vocab, (length,), generator=generator).tolist()
+        weights = torch.tensor([0.0, 1.0, 0.5, -0.25, 2.0])[torch.randint(0, 5, (length,), generator=generator)]
+        weights[: 1 + number % 3], weights[-1] = 0.0, 1.0
+        datums.append(make_datum(tokens, weights.tolist()))
+    return datums
+
+
+def make_batches(datums: Sequence[Datum], rows_each: int, accumulate: int) -> list[Batch]:
+    """Padded batches of ``rows_each`` rows whose accumulation windows know their weight, computed here by hand."""
+    groups = [datums[start : start + rows_each] for start in range(0, len(datums), rows_each)]
+    batches = []
+    for start in range(0, len(groups), accumulate):
+        window = groups[start : start + accumulate]
+        weight = float(sum(abs(datum.weights).sum() for group in window for datum in group))
+        for number, group in enumerate(window, start=start + 1):
+            batch = collate([[datum] for datum in group], pad_token_id=0)
+            batches.append(Batch(**{**vars(batch), "window_weight": weight, "cursor": Cursor(0, 0, number)}))
+    return batches
+
+
+class Loader:
+    """A loader without a length, as lorakit's stream is one."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+def make_trainer(folder: Any, **options: Any) -> L.Trainer:
+    """A silent Trainer of one epoch on the CPU."""
+    defaults: dict[str, Any] = {
+        "default_root_dir": folder,
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+        "use_distributed_sampler": False,
+    }
+    return L.Trainer(**{**defaults, **options})
+
+
+def sgd(lr: float = 0.1, **options: Any) -> Any:
+    """A maker of SGD, whose step shows the gradient itself."""
+    return functools.partial(torch.optim.SGD, lr=lr, **options)
+
+
+def adamw(lr: float = 1e-2) -> Any:
+    """A maker of AdamW."""
+    return functools.partial(torch.optim.AdamW, lr=lr)
