@@ -140,6 +140,13 @@ class Batch:
         """Share of positions that hold only padding."""
         return 1.0 - self.num_tokens / self.input_ids.numel()
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name, on the CPU."""
+        named = {"input_ids": self.input_ids, "targets": self.targets, "weights": self.weights, **self.extras}
+        if self.position_ids is not None:
+            named["position_ids"] = self.position_ids
+        return {name: tensor.detach().cpu() for name, tensor in named.items()}
+
     def to(self, device: torch.device | str) -> Batch:
         """Return this batch on ``device``."""
         position_ids = None if self.position_ids is None else self.position_ids.to(device)

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 
 from lorakit.model.families import router_modules
+from lorakit.types import Batch
 
 
 class ExpertLoad(L.Callback):
@@ -16,11 +17,18 @@ class ExpertLoad(L.Callback):
     def __init__(self) -> None:
         self._counts: dict[str, torch.Tensor] = {}
         self._handles: list[Any] = []
+        self._is_token: torch.Tensor | None = None  # (B * L,): False where there is only padding
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         routers = router_modules(pl_module.model)
         for layer, (_, router) in enumerate(routers):
             self._handles.append(router.register_forward_hook(self._make_hook(f"{layer:02d}")))
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        is_token_BL = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
+        for row, start, end in batch.spans:
+            is_token_BL[row, start:end] = True
+        self._is_token = is_token_BL.flatten().to(batch.input_ids.device)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.fit_loop._should_accumulate():
@@ -44,6 +52,8 @@ class ExpertLoad(L.Callback):
                 return
             indices = next((tensor for tensor in output if not tensor.is_floating_point()), None)
             if indices is not None:
+                if self._is_token is not None and len(indices) == len(self._is_token):
+                    indices = indices[self._is_token]
                 weight: Any = router.weight  # (E, H)
                 counts = torch.bincount(indices.flatten(), minlength=len(weight))
                 self._counts[layer] = self._counts.get(layer, torch.zeros_like(counts)) + counts

@@ -24,7 +24,9 @@ class RunHistory(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not trainer.fit_loop._should_accumulate():
             epoch = batch.cursor.epoch if batch.cursor else 0
-            self._append(trainer, {"epoch": epoch}, prefix_out="val/")
+            # callback_metrics keep what earlier steps logged; a window that was skipped has no loss of its own.
+            stale = ("train/loss", "train/grad_norm") if batch.window_weight == 0 else ()
+            self._append(trainer, {"epoch": epoch}, prefix_out=("val/", *stale))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
@@ -33,7 +35,9 @@ class RunHistory(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         draw_losses(self.history.read(), self.folder / "loss.png")
 
-    def _append(self, trainer: L.Trainer, record: dict[str, Any], *, prefix_in: str = "", prefix_out: str = "\0") -> None:
+    def _append(
+        self, trainer: L.Trainer, record: dict[str, Any], *, prefix_in: str = "", prefix_out: tuple[str, ...] = ()
+    ) -> None:
         metrics = {
             name: float(value)
             for name, value in trainer.callback_metrics.items()
@@ -60,5 +64,6 @@ def draw_losses(records: list[dict[str, Any]], path: Path) -> None:
         axes.set_yscale("log")
     axes.set(xlabel="optimiser step", ylabel="loss per trained token (nats)", title=f"{path.parent.name}")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
     write_whole(path, lambda aside: figure.savefig(aside, format="png"))

@@ -39,6 +39,14 @@ class Samples(L.Callback):
         self.params = SamplingParams(max_tokens=max_tokens, temperature=temperature, stop=stop, seed=seed)
         self._rows: list[list[Any]] = []
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Forget what lies behind the step from which a run is resumed."""
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            self.path.write_text(
+                "".join(line for line in lines if json.loads(line)["step"] <= trainer.global_step), encoding="utf-8"
+            )
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return

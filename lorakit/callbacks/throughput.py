@@ -13,34 +13,34 @@ from lorakit.types import Batch
 
 
 class Throughput(L.Callback):
-    """Logs tokens/s, trained tokens/s, padding share and memory. Evaluation, samples and checkpoints do not count as time."""
+    """Logs tokens/s, trained tokens/s, padding share and memory.
+
+    What counts as time is making batches and stepping on them; not evaluation, samples, checkpoints and other callbacks.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.num_tokens = self.num_trained_tokens = self.num_positions = 0
         self._window = (0.0, 0, 0, 0)
-        self._started = 0.0
+        self._started = self._making_batches = 0.0
 
     @property
     def tokens_per_second(self) -> float:
         """Over the whole fit."""
         return self.num_tokens / max(self.seconds, 1e-9)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        now = time.perf_counter()
-        self.seconds += now - self._started
-        self._started = now
+        making_batches = getattr(trainer.train_dataloader, "seconds", 0.0)
+        self.seconds += time.perf_counter() - self._started + making_batches - self._making_batches
+        self._making_batches = making_batches
         self.num_tokens += batch.num_tokens
         self.num_trained_tokens += batch.num_trained_tokens
         self.num_positions += batch.input_ids.numel()
         if not trainer.fit_loop._should_accumulate():
             self._log(pl_module)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._started = time.perf_counter()
 
     def _log(self, pl_module: L.LightningModule) -> None:
         totals = (self.seconds, self.num_tokens, self.num_trained_tokens, self.num_positions)

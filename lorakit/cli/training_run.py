@@ -30,7 +30,7 @@ from lorakit.model.load import load_config, load_skeleton, load_tokenizer
 from lorakit.training.module import LoRAModule
 from lorakit.training.optim import LR_SOURCE, auto_lr
 from lorakit.weights.adapter import save_adapter
-from lorakit.weights.checkpoint import STATE_FILE, newest_whole
+from lorakit.weights.checkpoint import STATE_FILE, newest_whole, remove_behind
 from lorakit.weights.files import whole_folder
 from lorakit.weights.run import Run
 
@@ -126,6 +126,7 @@ def _fit(
     checkpoint = newest_whole(run.checkpoints, lambda text: console.print(text)) if resumes else None
     if resumes:
         console.print(f"resuming from step {checkpoint.step}" if checkpoint else "no checkpoint yet: starting from step 0")
+        remove_behind(run.checkpoints, checkpoint.step if checkpoint else 0)
     state = checkpoint.folder / STATE_FILE if checkpoint else None
     run = run.update(status="running", total_steps=total_steps)
     try:

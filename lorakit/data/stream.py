@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -48,10 +49,16 @@ class BatchStream:
         self.accumulate, self.num_epochs = accumulate, num_epochs
         self.shuffle, self.seed, self.window_rows = shuffle, seed, window_rows
         self.cursor = cursor or Cursor()
+        self.seconds = 0.0  # spent on making batches so far
 
     def __iter__(self) -> Iterator[Batch]:
         batches = self._batches(self.cursor)
-        while group := list(itertools.islice(batches, self.accumulate)):
+        while True:
+            started = time.perf_counter()
+            group = list(itertools.islice(batches, self.accumulate))
+            self.seconds += time.perf_counter() - started
+            if not group:
+                return
             weight = sum(batch.weight for batch in group)
             for batch in group:
                 yield replace(batch, window_weight=weight)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit.errors import ConfigError
-from lorakit.lora.spec import LoRASpec
+from lorakit.lora.spec import BASE_CHANGING_INITS, LoRASpec
 from lorakit.model.families import FAMILIES, Target, find_targets
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def plan(model: Any, spec: LoRASpec) -> LoRAPlan:
         )
     if experts and spec.dora:
         raise ConfigError(f"lora.dora=true does not work on stacked experts ({experts[0].name}); set lora.experts=false")
-    if experts and spec.init in ("pissa", "olora"):
+    if experts and spec.init in ("orthogonal", *BASE_CHANGING_INITS):
         raise ConfigError(f"lora.init={spec.init} does not work on stacked experts ({experts[0].name}); set lora.experts=false")
     num_base_params = sum(parameter.numel() for parameter in model.parameters())
     return LoRAPlan(
@@ -168,6 +168,10 @@ def _by_pattern(found: list[Target], patterns: Iterable[str]) -> list[Target]:
     chosen: dict[str, Target] = {}
     for pattern in patterns:
         matched = [target for target in found if _matches(target.name, pattern) or _matches(target.module, pattern)]
+        if any(char in pattern for char in "*?["):  # a router only where it is written out
+            leaf = pattern.rsplit(".", 1)[-1]
+            routers = [t for t in matched if t.family == "router" and leaf not in (t.module.rsplit(".", 1)[-1], t.parameter)]
+            matched = [target for target in matched if target not in routers]
         if not matched:
             leaves = sorted(
                 {target.name.removeprefix("model.") for target in found} | {t.name.rsplit(".", 1)[-1] for t in found}

@@ -9,6 +9,7 @@ from typing import Literal
 from lorakit.errors import ConfigError
 
 Switch = bool | Literal["auto"]
+BASE_CHANGING_INITS = ("pissa", "olora")  # these take the adapter's start out of the base's weights
 INITS = ("default", "gaussian", "orthogonal", "pissa", "olora")
 
 

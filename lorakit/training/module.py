@@ -79,6 +79,10 @@ class LoRAModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Return this micro-batch's share of the window's loss (Lightning divides by the window's length; undone here)."""
+        if batch.window_weight == 0 and batch.weight > 0:
+            raise ValueError(
+                "Batch.window_weight is 0, but the batch has weights; set it to the weight of the accumulation window"
+            )
         output = compute_loss(self.model, batch, self.loss)
         loss = output.loss_sum / (batch.window_weight or 1.0)
         self._window.append(batch)
@@ -120,7 +124,7 @@ class LoRAModule(L.LightningModule):
     def _stop_for_bad_steps(self, window: list[Batch]) -> None:
         path = Path(self.trainer.default_root_dir) / "bad_batches.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save([{"input_ids": b.input_ids, "targets": b.targets, "weights": b.weights} for b in window], path)
+        torch.save([batch.tensors() for batch in window], path)
         raise TrainingError(
             f"loss or gradient not finite in {self.num_bad_in_a_row} steps in a row (step {self.trainer.global_step}); the last "
             f"window's batches are in {path}. Lower optim.lr, lengthen the warm-up, or set trainer.precision=32-true."
@@ -153,6 +157,9 @@ class LoRAModule(L.LightningModule):
         if own.keys() != state_dict.keys():
             differing = sorted(own.keys() ^ state_dict.keys())
             raise CheckpointError(f"the checkpoint's adapter does not fit this run's: {', '.join(differing[:5])} …")
+        shapes = [name for name, tensor in own.items() if tensor.shape != state_dict[name].shape]
+        if shapes:
+            raise CheckpointError(f"the checkpoint's adapter has other shapes than this run's: {', '.join(shapes[:5])} …")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state_dict[name])

@@ -69,6 +69,8 @@ def cosine(
 
 def resolve_warmup(warmup_steps: float, total_steps: int) -> int:
     """Return ``warmup_steps`` as steps; a number below 1 is a share of ``total_steps``."""
+    if warmup_steps < 0:
+        raise ConfigError(f"schedule.warmup_steps={warmup_steps} must not be negative")
     return round(warmup_steps * total_steps) if warmup_steps < 1 else int(warmup_steps)
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lorakit.errors import AdapterError, report
-from lorakit.lora.spec import LoRASpec
+from lorakit.lora.spec import BASE_CHANGING_INITS, LoRASpec
 from lorakit.lora.state import adapter_state, load_adapter_state
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -62,7 +62,10 @@ def save_adapter(model: Any, folder: Path, *, dtype: torch.dtype | None = None) 
     tensors = {
         name: tensor.to("cpu", dtype or tensor.dtype).contiguous().clone() for name, tensor in adapter_state(model).items()
     }
-    save_file(dict(sorted(tensors.items())), folder / TENSOR_FILE, metadata={"format": "pt"})
+    try:
+        save_file(dict(sorted(tensors.items())), folder / TENSOR_FILE, metadata={"format": "pt"})
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(f"{folder / TENSOR_FILE}: {error}") from error
     config = model.peft_config[model.active_adapter].to_dict() | {"inference_mode": True}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
@@ -86,6 +89,11 @@ def start_from(model: Any, spec: LoRASpec, *, base: str) -> None:
         problems.append(f"it has rank {config.get('r')}, this run lora.rank={spec.rank}")
     if config.get("lora_alpha") != spec.alpha:
         problems.append(f"it has alpha {config.get('lora_alpha')}, this run lora.alpha={spec.alpha:g}")
+    their_init, our_init = _init_of(config.get("init_lora_weights")), _init_of(spec.init)
+    if their_init != our_init and {their_init, our_init} & set(BASE_CHANGING_INITS):
+        problems.append(
+            f"it was made with init {their_init}, which fits a base that was changed to match; this run has {our_init}"
+        )
     for key, ours in (("use_rslora", spec.rslora), ("use_dora", spec.dora)):
         if bool(config.get(key)) != ours:
             problems.append(f"it has {key}={bool(config.get(key))}, this run {ours}")
@@ -107,6 +115,10 @@ def split_expert_factors(a: torch.Tensor, b: torch.Tensor, *, num_experts: int) 
     a_ERI = a.reshape(num_experts, rank, a.shape[1])
     b_EOR = b.reshape(b.shape[0], rank, num_experts).permute(2, 0, 1)
     return a_ERI, b_EOR
+
+
+def _init_of(value: Any) -> str:
+    return value.split("_", maxsplit=1)[0] if isinstance(value, str) else "default"
 
 
 def _last_part(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,24 +57,30 @@ def save_checkpoint(
     return Checkpoint(folder, step, val_loss, digests)
 
 
-def list_checkpoints(root: Path) -> list[Checkpoint]:
-    """Return the checkpoints in ``root``, oldest first. Folders that were being written when the run died are not among them."""
+def list_checkpoints(root: Path, say: Callable[[str], Any] = lambda text: None) -> list[Checkpoint]:
+    """Return the checkpoints in ``root``, oldest first; ``say`` hears of folders whose manifest cannot be read.
+
+    What was being written when a run died bears another name and is not among them.
+    """
     found = []
-    for folder in sorted(root.glob("step-*")):
+    for folder in root.glob("step-*"):
         try:
             manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+            if not isinstance(manifest, dict):
+                raise ValueError("not a JSON object")
             if manifest["format_version"] > FORMAT_VERSION:
                 raise CheckpointError(f"{folder} was written by a newer lorakit (format {manifest['format_version']})")
             found.append(Checkpoint(folder, manifest["step"], manifest["val_loss"], manifest["sha256"]))
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, CheckpointError):
                 raise
-    return found
+            say(f"checkpoint passed over: {folder / MANIFEST_FILE} cannot be read ({error})")
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 def newest_whole(root: Path, say: Callable[[str], Any]) -> Checkpoint | None:
     """Return the newest checkpoint whose files are as they were written; ``say`` hears of each that is passed over."""
-    for checkpoint in reversed(list_checkpoints(root)):
+    for checkpoint in reversed(list_checkpoints(root, say)):
         damage = checkpoint.find_damage()
         if damage is None:
             return checkpoint
@@ -84,21 +91,36 @@ def newest_whole(root: Path, say: Callable[[str], Any]) -> Checkpoint | None:
 def prune(root: Path, *, keep_last: int, keep_best: int) -> None:
     """Remove all but the newest ``keep_last`` and the ``keep_best`` with the lowest evaluation loss, and what was never finished."""
     checkpoints = list_checkpoints(root)
-    scored = sorted((c for c in checkpoints if c.val_loss is not None), key=lambda c: (c.val_loss, -c.step))
+    scored = _by_loss(checkpoints)
     kept = {c.folder for c in checkpoints[-max(keep_last, 1) :]} | {c.folder for c in scored[:keep_best]}
     for checkpoint in checkpoints:
         if checkpoint.folder not in kept:
-            # The manifest goes first: a folder without one is no checkpoint, whatever a crash leaves of it.
-            (checkpoint.folder / MANIFEST_FILE).unlink(missing_ok=True)
-            shutil.rmtree(checkpoint.folder, ignore_errors=True)
+            _remove(checkpoint)
     for leftover in root.glob(f"{ASIDE}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def best(root: Path) -> Checkpoint | None:
     """Return the checkpoint with the lowest evaluation loss, or None where none was evaluated."""
-    scored = [c for c in list_checkpoints(root) if c.val_loss is not None]
-    return min(scored, key=lambda c: (c.val_loss, -c.step)) if scored else None
+    return next((c for c in _by_loss(list_checkpoints(root)) if c.find_damage() is None), None)
+
+
+def remove_behind(root: Path, step: int) -> None:
+    """Remove the checkpoints behind ``step``, from which a run goes on: they are damaged, or soon written anew."""
+    for checkpoint in list_checkpoints(root):
+        if checkpoint.step > step:
+            _remove(checkpoint)
+
+
+def _by_loss(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    scored = [c for c in checkpoints if c.val_loss is not None and math.isfinite(c.val_loss)]
+    return sorted(scored, key=lambda c: (c.val_loss or 0.0, -c.step))
+
+
+def _remove(checkpoint: Checkpoint) -> None:
+    # The manifest goes first: a folder without one is no checkpoint, whatever a crash leaves of it.
+    (checkpoint.folder / MANIFEST_FILE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint.folder, ignore_errors=True)
 
 
 def _digest(path: Path) -> str:

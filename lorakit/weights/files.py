@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 ASIDE = ".writing-"  # prefix of what is being written; whatever bears it can be deleted
+OLD = ".replaced-"  # prefix of what is being replaced
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to write into; it takes the name ``folder`` when the block ends well, and is removed when it does not.
 
-    An existing ``folder`` is replaced. After a crash at any moment either the old or the new one is in force.
+    An existing ``folder`` is replaced. After a crash at any moment either the old or the new one is in force, or, between two
+    renames, both lie aside; the next call, and ``recover``, then give the old one its name back.
     """
+    recover(folder.parent)
     aside = folder.with_name(f"{ASIDE}{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -26,18 +29,29 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield aside
         for path in (*aside.rglob("*"), aside):
             _sync(path)
+        old = folder.with_name(f"{OLD}{folder.name}")
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            old = folder.with_name(f"{ASIDE}old-{folder.name}")
-            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
+        try:
             aside.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            aside.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
         _sync(folder.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def recover(parent: Path) -> None:
+    """Give replaced folders in ``parent`` their names back where a crash came before the new ones had them."""
+    for old in parent.glob(f"{OLD}*"):
+        folder = old.with_name(old.name.removeprefix(OLD))
+        if not folder.exists():
+            old.rename(folder)
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -1,0 +1,83 @@
+"""Targets are found by looking at the model; routers, heads and vision towers are told apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import make_model, tiny_config
+
+from lorakit.model.families import find_targets, packing_is_doubtful, router_modules
+
+
+def leaves(family: str) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for target in find_targets(make_model(family)):
+        found.setdefault(target.family, set()).add(target.parameter or target.module.rsplit(".", 1)[-1])
+    return found
+
+
+def test_a_mixture_of_experts_has_attention_experts_router_and_head() -> None:
+    assert leaves("qwen3_moe") == {
+        "attention": {"q_proj", "k_proj", "v_proj", "o_proj"},
+        "experts": {"gate_up_proj", "down_proj"},
+        "router": {"weight"},
+        "unembedding": {"lm_head"},
+    }
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "mistral", "gemma2"])
+def test_a_dense_model_has_attention_mlp_and_head(family: str) -> None:
+    assert leaves(family) == {
+        "attention": {"q_proj", "k_proj", "v_proj", "o_proj"},
+        "mlp": {"gate_proj", "up_proj", "down_proj"},
+        "unembedding": {"lm_head"},
+    }
+
+
+def test_the_shapes_are_those_of_the_matrices() -> None:
+    targets = {target.name.split("layers.0.")[-1]: target for target in find_targets(make_model("qwen3_moe"))}
+    shapes = {name: (t.num_experts, t.in_features, t.out_features) for name, t in targets.items() if "layers.1" not in name}
+    assert shapes == {
+        "self_attn.q_proj": (1, 32, 32),
+        "self_attn.k_proj": (1, 32, 16),
+        "self_attn.v_proj": (1, 32, 16),
+        "self_attn.o_proj": (1, 32, 32),
+        "mlp.experts.gate_up_proj": (4, 32, 48),
+        "mlp.experts.down_proj": (4, 24, 32),
+        "mlp.gate.weight": (1, 32, 4),
+        "lm_head": (1, 32, 64),
+    }
+
+
+def test_gpt2_keeps_its_matrices_transposed_and_the_target_says_so() -> None:
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    target = next(target for target in find_targets(model) if target.name.endswith("c_attn"))
+    assert (target.family, target.in_features, target.out_features) == ("attention", 32, 96)
+
+
+def test_routers_are_listed_in_the_models_order() -> None:
+    assert [name for name, _ in router_modules(make_model("qwen3_moe"))] == [
+        "model.layers.0.mlp.gate",
+        "model.layers.1.mlp.gate",
+    ]
+    assert router_modules(make_model("qwen3")) == []
+
+
+def test_the_gates_of_a_shared_expert_are_routers_and_its_matrices_an_mlp() -> None:
+    targets = {target.name.removeprefix("model.layers.1."): target.family for target in find_targets(make_model("qwen3_next"))}
+    assert targets["mlp.shared_expert_gate"] == targets["mlp.gate.weight"] == "router"
+    assert targets["mlp.shared_expert.gate_proj"] == "mlp"
+    assert targets["mlp.experts.gate_up_proj"] == "experts"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3", "llama", "mistral", "gemma2"])
+def test_full_and_sliding_attention_can_be_packed(family: str) -> None:
+    assert packing_is_doubtful(tiny_config(family)) is None
+
+
+def test_linear_attention_cannot() -> None:
+    assert "linear_attention" in str(packing_is_doubtful(tiny_config("qwen3_next")))
