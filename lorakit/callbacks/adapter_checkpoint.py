@@ -54,6 +54,7 @@ class AdapterCheckpoint(L.Callback):
             return
         if self.was_interrupted:
             trainer.should_stop = True
+            trainer.limit_val_batches = 0  # else Lightning evaluates once more before it stops
             self._save(trainer, pl_module)
         elif self.every_steps and trainer.global_step % self.every_steps == 0 and not _will_validate(trainer):
             self._save(trainer, pl_module)

@@ -157,6 +157,14 @@ def build_loggers(configs: Config) -> list[Any]:
     return loggers
 
 
+def finish_loggers(loggers: list[Any]) -> None:
+    """End what stays open behind a run: W&B keeps one run per process until it is told."""
+    if any(type(logger).__name__ == "WandbLogger" for logger in loggers):
+        import wandb
+
+        wandb.finish()
+
+
 def check_disk(folder: Path, planned: LoRAPlan, *, keep_last: int, keep_best: int) -> None:
     """Refuse a run whose checkpoints will not fit: each holds adapter and two moments in float32, one more while it is written."""
     needed = planned.num_params * 4 * 3 * (keep_last + keep_best + 1) + planned.num_params * 2

@@ -118,6 +118,8 @@ def _quoted(value: str) -> str:
 
 def suggest(key: str, known: list[str]) -> str:
     """Return ``; did you mean …?`` for the nearest of ``known``, or nothing where none is near."""
+    if key in known:
+        return ": it lies below a key that is null here"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not near:
         leaf = key.rsplit(".", 1)[-1]

@@ -37,13 +37,16 @@ def main(arguments: list[str]) -> None:
 
 
 def train(config: DictConfig, *, command: str = "") -> Outcome:
-    """Hydra's task: one run."""
+    """Hydra's task: one run. Raises KeyboardInterrupt behind a run that Ctrl-C ended, so that a sweep ends with it."""
     from hydra.core.hydra_config import HydraConfig
 
     from lorakit.cli.training_run import train_run
 
     experiment = HydraConfig.get().runtime.choices.get("experiment") or "run"
-    return train_run(to_plain(config), experiment=str(experiment), command=command)
+    outcome = train_run(to_plain(config), experiment=str(experiment), command=command)
+    if outcome.was_interrupted:
+        raise KeyboardInterrupt
+    return outcome
 
 
 def to_plain(config: DictConfig) -> dict[str, Any]:

@@ -83,6 +83,8 @@ def train_run(config: dict[str, Any], *, experiment: str, command: str = "", con
         config, run.folder, precision=precision, accelerator=accelerator, total_steps=total_steps, is_estimate=is_estimate,
         has_val=len(datamodule.val_indices) > 0,
     )  # fmt: skip
+    for logger in trainer.loggers:
+        logger.log_hyperparams(config)
     L.seed_everything(config["seed"], verbose=False)
     return _fit(run, trainer, module, datamodule, planned, resumes=resumes, total_steps=total_steps, console=console)
 
@@ -134,6 +136,8 @@ def _fit(
     except BaseException as error:
         run.update(status="failed", error=f"{type(error).__name__}: {error}"[:500])
         raise
+    finally:
+        assemble.finish_loggers(trainer.loggers)
     was_interrupted = any(isinstance(c, AdapterCheckpoint) and c.was_interrupted for c in trainer.callbacks)  # type: ignore[attr-defined]
     with whole_folder(run.adapter) as aside:
         adapter_bytes = save_adapter(module.model, aside, dtype=torch.bfloat16)

@@ -15,6 +15,10 @@ class Encoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
+        if self._backend is not None:  # called without transformers around it, which is ten times slower for short texts
+            self._backend.no_truncation()
+            self._backend.no_padding()
         bare = self._ids("a")
         full = list(tokenizer("a", add_special_tokens=True)["input_ids"])
         self.prefix: list[int] = full[: _find(full, bare)]
@@ -51,6 +55,8 @@ class Encoder:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _ids(self, text: str) -> list[int]:
+        if self._backend is not None:
+            return self._backend.encode(text, add_special_tokens=False).ids
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

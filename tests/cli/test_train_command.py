@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tests_cli_small import SMALL
+from small import SMALL
 
 Call = Callable[..., tuple[int, str, str]]
 

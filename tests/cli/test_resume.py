@@ -1,0 +1,143 @@
+"""Killed at any moment, then resumed: the same losses and the same bytes as a run that nobody killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from program import start
+from small import SMALL
+
+Call = Callable[..., tuple[int, str, str]]
+SETTINGS = (
+    *SMALL,
+    *("trainer.max_steps=10", "trainer.accumulate_grad_batches=2", "trainer.threads=1", "checkpoint.every_steps=1"),
+    *("lora.dropout=0.1", "lora.experts=false", "trainer.eval_every_steps=4"),
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = start("train", "run=whole", *SETTINGS, cwd=folder)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return folder / "runs/whole"
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(whole: Path, tmp_path: Path) -> None:
+    _kill_when(start("train", "run=cut", *SETTINGS, cwd=tmp_path), lambda: len(_history(tmp_path / "runs/cut")) >= 5)
+    assert json.loads((tmp_path / "runs/cut/run.json").read_text())["status"] == "running"
+    process = start("train", "run=cut", *SETTINGS, "resume=true", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "resuming from step" in out
+    _assert_same(whole, tmp_path / "runs/cut")
+
+
+def test_ctrl_c_ends_cleanly_with_a_checkpoint(whole: Path, tmp_path: Path) -> None:
+    process = start("train", "run=cut", *SETTINGS, "checkpoint.every_steps=0", cwd=tmp_path)
+    _wait_for(lambda: len(_history(tmp_path / "runs/cut")) >= 2, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert "interrupted after" in out and "resume=true" in out
+    assert json.loads((tmp_path / "runs/cut/run.json").read_text())["status"] == "interrupted"
+    assert list((tmp_path / "runs/cut/checkpoints").glob("step-*"))
+    process = start("train", *SETTINGS, "checkpoint.every_steps=0", "resume=true", cwd=tmp_path)  # the newest unfinished one
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    _assert_same(whole, tmp_path / "runs/cut")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5])
+def test_a_storm_of_kills_changes_nothing(whole: Path, tmp_path: Path, delay: float) -> None:
+    run = tmp_path / "runs/cut"
+    for count in (2, 4, 6, 8, 10, 12):
+        process = start("train", "run=cut", *SETTINGS, "resume=auto", cwd=tmp_path)
+        reached = _kill_when(process, lambda count=count: len(_history(run)) >= count, delay=delay)
+        if not reached:
+            break
+    process = start("train", "run=cut", *SETTINGS, "resume=auto", cwd=tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 or "is finished" in err, err
+    _assert_same(whole, run)
+
+
+@pytest.mark.slow
+def test_killed_within_the_writing_of_a_checkpoint_the_last_one_stays(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs/cut"
+    for _ in range(6):
+        process = start("train", "run=cut", *SETTINGS, "resume=auto", cwd=tmp_path)
+        if not _kill_when(process, lambda: bool(list(run.glob("checkpoints/.writing-*"))), poll=0.0):
+            break
+    process = start("train", "run=cut", *SETTINGS, "resume=auto", cwd=tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 or "is finished" in err, err
+    _assert_same(whole, run)
+
+
+def test_another_config_is_refused_and_the_keys_are_named(workplace: Path, lorakit: Call) -> None:
+    settings = (*SMALL, "trainer.max_steps=2", "run=one", "callbacks.samples=null")
+    assert lorakit("train", *settings)[0] == 0
+    file = workplace / "runs/one/run.json"
+    file.write_text(file.read_text().replace('"finished"', '"running"'))  # as a kill right at the end leaves it
+    code, _, err = lorakit("train", *settings, "resume=true", "lora.rank=8", "optim.lr=1e-3")
+    assert code == 2 and "lora.rank: 4 then, 8 now" in err and "optim.lr: 0.005 then, 0.001 now" in err
+    file.write_text(file.read_text().replace('"data_fingerprint": "', '"data_fingerprint": "0'))
+    code, _, err = lorakit("train", *settings, "resume=true")
+    assert code == 2 and "are not those that the run began with" in err
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(workplace: Path, lorakit: Call) -> None:
+    settings = (*SMALL, "trainer.max_steps=4", "run=one", "callbacks.samples=null", "checkpoint.every_steps=1")
+    assert lorakit("train", *settings)[0] == 0
+    before = (workplace / "runs/one/adapter/adapter_model.safetensors").read_bytes()
+    file = workplace / "runs/one/run.json"
+    file.write_text(file.read_text().replace('"finished"', '"running"'))
+    state = workplace / "runs/one/checkpoints/step-000004/training_state.ckpt"
+    state.write_bytes(state.read_bytes()[:1000])
+    code, out, _ = lorakit("train", *settings, "resume=true")
+    assert code == 0 and "step-000004/training_state.ckpt is not as it was written" in out and "resuming from step 3" in out
+    assert (workplace / "runs/one/adapter/adapter_model.safetensors").read_bytes() == before
+
+
+def _history(run: Path) -> list[dict[str, Any]]:
+    file = run / "history.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+
+
+def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], poll: float = 0.01) -> bool:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(poll)
+    return False
+
+
+def _kill_when(process: subprocess.Popen[str], condition: Callable[[], bool], *, delay: float = 0, poll: float = 0.01) -> bool:
+    reached = _wait_for(condition, process, poll)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    return reached
+
+
+def _assert_same(whole: Path, cut: Path) -> None:
+    def figures(run: Path) -> list[tuple[Any, ...]]:
+        return [
+            (line["step"], line.get("train/loss"), line.get("train/grad_norm"), line.get("val/loss")) for line in _history(run)
+        ]
+
+    assert figures(cut) == figures(whole)
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/step-000010/adapter_model.safetensors"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
