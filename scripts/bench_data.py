@@ -14,7 +14,8 @@ from pathlib import Path
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.model.load import load_tokenizer
 
-WORDS = "the quick brown fox jumps over a lazy dog while rain falls on the roof of an old house by the sea".split()
+SENTENCE = "the quick brown fox jumps over a lazy dog while rain falls on the roof of an old house by the sea"
+WORDS = SENTENCE.split()
 
 
 def private_megabytes() -> float:

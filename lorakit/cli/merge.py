@@ -63,7 +63,8 @@ def print_report(report: object, out: Path) -> None:
     if report.float32_difference is not None:
         console.print(
             f"largest logit difference to the adapter form: {report.float32_difference:.2e} in float32, "
-            f"{report.rounded_difference:.2e} after rounding to {report.dtype} (largest logit {report.largest_logit:.2f}; "
+            f"{report.rounded_difference:.2e} after rounding to {report.dtype} ({report.rounded_median_difference:.2e} at the median "
+            f"position; largest logit {report.largest_logit:.2f}; "
             f"rounding the base alone: {report.base_rounding_difference:.2e})"
         )
     console.print(f"checked: {report.check}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit.errors import ConfigError
-from lorakit.lora.spec import BASE_CHANGING_INITS, LoRASpec
+from lorakit.lora.spec import LoRASpec
 from lorakit.model.families import FAMILIES, Target, find_targets
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def plan(model: Any, spec: LoRASpec) -> LoRAPlan:
         )
     if experts and spec.dora:
         raise ConfigError(f"lora.dora=true does not work on stacked experts ({experts[0].name}); set lora.experts=false")
-    if experts and spec.init in ("orthogonal", *BASE_CHANGING_INITS):
+    if experts and spec.init == "orthogonal":
         raise ConfigError(f"lora.init={spec.init} does not work on stacked experts ({experts[0].name}); set lora.experts=false")
     num_base_params = sum(parameter.numel() for parameter in model.parameters())
     return LoRAPlan(

@@ -9,8 +9,10 @@ from typing import Literal
 from lorakit.errors import ConfigError
 
 Switch = bool | Literal["auto"]
-BASE_CHANGING_INITS = ("pissa", "olora")  # these take the adapter's start out of the base's weights
-INITS = ("default", "gaussian", "orthogonal", "pissa", "olora")
+# PEFT's inits that take the adapter's start out of the base's weights: the adapter then fits only that changed base, so that
+# sampling, merging or serving it on the original gives wrong logits without a word.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
+INITS = ("default", "gaussian", "orthogonal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,8 @@ class LoRASpec:
         if not 0 <= self.dropout < 1:
             problems.append(f"lora.dropout={self.dropout} must be at least 0 and less than 1")
         if self.init not in INITS:
-            problems.append(f"lora.init={self.init} is unknown; choose one of {', '.join(INITS)}")
+            why = "changes the base, which then is no longer the model's" if self.init in BASE_CHANGING_INITS else "is unknown"
+            problems.append(f"lora.init={self.init} {why}; choose one of {', '.join(INITS)}")
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(f"lora.dtype={self.dtype} is unknown; choose float32 or bfloat16")
         for family in ("attention", "mlp", "experts", "unembedding"):

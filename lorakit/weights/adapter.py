@@ -48,6 +48,13 @@ class AdapterFiles:
         except (SafetensorError, OSError) as error:
             raise AdapterError(f"{self.folder / TENSOR_FILE}: torn or not a safetensors file: {error}") from error
 
+    def find_init_problem(self) -> str | None:
+        """Return why the adapter does not fit the original base, or None."""
+        init = str(self.config.get("init_lora_weights")).lower()
+        if init.startswith(BASE_CHANGING_INITS):
+            return f"it was made with init {init}, which fits only a base that was changed to match; convert it with peft first"
+        return None
+
     @property
     def num_bytes(self) -> int:
         """Size of the tensor file."""
@@ -89,11 +96,8 @@ def start_from(model: Any, spec: LoRASpec, *, base: str) -> None:
         problems.append(f"it has rank {config.get('r')}, this run lora.rank={spec.rank}")
     if config.get("lora_alpha") != spec.alpha:
         problems.append(f"it has alpha {config.get('lora_alpha')}, this run lora.alpha={spec.alpha:g}")
-    their_init, our_init = _init_of(config.get("init_lora_weights")), _init_of(spec.init)
-    if their_init != our_init and {their_init, our_init} & set(BASE_CHANGING_INITS):
-        problems.append(
-            f"it was made with init {their_init}, which fits a base that was changed to match; this run has {our_init}"
-        )
+    if problem := adapter.find_init_problem():
+        problems.append(problem)
     for key, ours in (("use_rslora", spec.rslora), ("use_dora", spec.dora)):
         if bool(config.get(key)) != ours:
             problems.append(f"it has {key}={bool(config.get(key))}, this run {ours}")
@@ -115,10 +119,6 @@ def split_expert_factors(a: torch.Tensor, b: torch.Tensor, *, num_experts: int) 
     a_ERI = a.reshape(num_experts, rank, a.shape[1])
     b_EOR = b.reshape(b.shape[0], rank, num_experts).permute(2, 0, 1)
     return a_ERI, b_EOR
-
-
-def _init_of(value: Any) -> str:
-    return value.split("_", maxsplit=1)[0] if isinstance(value, str) else "default"
 
 
 def _last_part(name: str) -> str:

@@ -37,6 +37,7 @@ class MergeReport:
     largest_logit: float | None = None
     float32_difference: float | None = None  # merged against adapter form, both float32
     rounded_difference: float | None = None  # merged and rounded against adapter form
+    rounded_median_difference: float | None = None  # the same at the median position; one flipped expert makes a large maximum
     base_rounding_difference: float | None = None  # rounding the base alone
     check: str = ""
 
@@ -100,7 +101,8 @@ def merge_adapter(
                 f"largest logit ({report.largest_logit:.2f}); nothing was written"
             )
         round_parameters(merged, dtype)
-        report.rounded_difference = _difference(_logits(merged, probe), adapter_logits)
+        per_position = (_logits(merged, probe) - adapter_logits).abs().amax(dim=-1)
+        report.rounded_difference, report.rounded_median_difference = float(per_position.max()), float(per_position.median())
         report.base_rounding_difference = _difference(_logits(round_parameters(load("float32"), dtype), probe), base_logits)
         for parameter in merged.parameters():
             parameter.data = parameter.data.to(dtype)  # exact: it was rounded already
@@ -120,6 +122,8 @@ def attach(base: Any, adapter_folder: Path) -> Any:
     from lorakit.lora.state import load_adapter_state
 
     files = AdapterFiles.open(adapter_folder)
+    if problem := files.find_init_problem():
+        raise AdapterError(f"{adapter_folder}: {problem}")
     config = peft.PeftConfig.from_pretrained(str(adapter_folder))
     config.init_lora_weights = True  # the tensors follow; variants that decompose the base would do so for nothing
     try:
@@ -163,8 +167,8 @@ def _plan(model: Any) -> Iterator[tuple[str, nn.Module, str, Any]]:
             continue
         clean = name.replace(".base_layer", "")
         if getattr(layer, "use_dora", {}).get(adapter):
-            raise AdapterError(f"{clean} is a DoRA layer; merge it with peft's own merge_and_unload")
-        if isinstance(layer, ParamWrapper):
+            yield f"{clean}.weight", layer.get_base_layer(), "weight", _dora_delta(layer, clean)
+        elif isinstance(layer, ParamWrapper):
             owner = layer.get_base_layer()
             yield f"{clean}.{layer.parameter_name}", owner, layer.parameter_name, _param_delta(layer, adapter, owner)
         else:
@@ -175,6 +179,23 @@ def _linear_delta(layer: Any, adapter: str) -> Any:
     def delta() -> torch.Tensor:
         product = layer.scaling[adapter] * (layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float())
         return product.T if layer.fan_in_fan_out else product
+
+    return delta
+
+
+def _dora_delta(layer: Any, name: str) -> Any:
+    """DoRA rescales rows of W + s B A, so the change is PEFT's own merge of a copy, less the weight."""
+
+    def delta() -> torch.Tensor:
+        weight = layer.get_base_layer().weight
+        if weight.dtype != torch.float32:
+            raise AdapterError(f"{name} is a DoRA layer, which is merged in float32 only; this base does not fit in it")
+        before = weight.clone()
+        layer.merge()
+        merged = weight.clone()
+        weight.copy_(before)
+        layer.merged_adapters.clear()
+        return merged - before
 
     return delta
 
