@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lorakit.weights.files import write_whole
 from lorakit.weights.run import History
@@ -43,8 +44,12 @@ class RunHistory(L.Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith(prefix_in) and not name.startswith(prefix_out)
         }
-        if metrics:
+        if not metrics:
+            return
+        try:
             self.history.append({"step": trainer.global_step, **record, **metrics})
+        except OSError as error:
+            rank_zero_warn(f"{self.history.path}: step {trainer.global_step} could not be written: {error.strerror}")
 
 
 def draw_losses(records: list[dict[str, Any]], path: Path) -> None:

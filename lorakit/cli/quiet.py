@@ -18,6 +18,8 @@ _MESSAGES = (
     ".*resuming from a checkpoint that ended before the epoch.*",
     ".*IterableDataset.*__len__.*",
     ".*base_model_name_or_path.*was renamed.*",
+    ".*a tied layer is part of the adapter.*",
+    ".*Could not find a config file in.*",
     ".*tensorboardX.*",
     ".*Trying to infer.*",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -22,7 +23,7 @@ from lorakit.cli.reports import print_data_report
 from lorakit.cli.resume import choose_run
 from lorakit.cli.schema import check_settings
 from lorakit.data.datamodule import LoRADataModule
-from lorakit.errors import ConfigError
+from lorakit.errors import CheckpointError, ConfigError
 from lorakit.lora.inject import LoRAPlan, plan
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.families import packing_is_doubtful
@@ -134,7 +135,14 @@ def _fit(
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=state, weights_only=True if state else None)
     except BaseException as error:
-        run.update(status="failed", error=f"{type(error).__name__}: {error}"[:500])
+        with contextlib.suppress(OSError):  # a full disk may be what ended the run
+            run.update(status="failed", error=f"{type(error).__name__}: {error}"[:500])
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            raise CheckpointError(
+                f"{where}{error.strerror or error}; the last good checkpoint in {run.checkpoints} stays in force: "
+                f"mend the cause and go on with run={run.name} resume=true"
+            ) from error
         raise
     finally:
         assemble.finish_loggers(trainer.loggers)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lorakit.errors import AdapterError, CheckpointError
+from lorakit.model.load import quiet_transformers
 from lorakit.weights.adapter import AdapterFiles, split_expert_factors
 from lorakit.weights.files import whole_folder, write_json
 
@@ -244,7 +245,7 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _write(merged: Any, tokenizer: Any, out: Path, report: MergeReport, base_path: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_folder(out) as aside:
+    with whole_folder(out) as aside, quiet_transformers():
         merged.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         write_json(aside / "merge_report.json", {"base": base_path, **asdict(report)})
