@@ -29,6 +29,8 @@ def quiet_libraries() -> None:
     """Call before the heavy imports. Sets up lorakit's own log on standard error."""
     for text in _MESSAGES:
         warnings.filterwarnings("ignore", message=text)
+    # A user wants the message, not which line of ours it came from.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # type: ignore[assignment]
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
