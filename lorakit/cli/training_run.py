@@ -107,6 +107,8 @@ def _plan(config: dict[str, Any], console: Console) -> tuple[LoRASpec, Any, LoRA
     model_config = load_config(settings["path"], **options)
     planned = plan(load_skeleton(settings["path"], **options), spec)
     console.print(planned.table())
+    if planned.note:
+        console.print(planned.note, highlight=False)
     console.print(planned.summary())
     return spec, model_config, planned
 

@@ -30,6 +30,7 @@ class LoRAPlan:
     target_parameters: tuple[str, ...]  # how PEFT finds the stacked parameters among them, and no other
     num_base_params: int
     is_tied: bool  # whether the unembedding shares its matrix with the embedding
+    note: str = ""  # what the plan leaves out, and why
 
     @property
     def num_params(self) -> int:
@@ -86,6 +87,7 @@ def plan(model: Any, spec: LoRASpec) -> LoRAPlan:
     """
     found = find_targets(model)
     chosen = _by_pattern(found, spec.targets) if spec.targets else _by_family(found, spec)
+    chosen, note = _without_misread(model, chosen, spec)
     experts = [target for target in chosen if target.parameter]
     if experts and spec.dropout:
         raise ConfigError(
@@ -104,6 +106,7 @@ def plan(model: Any, spec: LoRASpec) -> LoRAPlan:
         _shorten([target.name for target in experts], [name for name, _ in model.named_parameters()], depth=3),
         num_base_params,
         is_tied=_is_tied(model),
+        note=note,
     )
 
 
@@ -186,6 +189,37 @@ def _matches(name: str, pattern: str) -> bool:
     if any(char in pattern for char in "*?["):
         return fnmatch.fnmatchcase(name, pattern)
     return name == pattern or name.endswith(f".{pattern}")
+
+
+def _without_misread(model: Any, chosen: list[Target], spec: LoRASpec) -> tuple[list[Target], str]:
+    """Leave out linear modules that PEFT would take for something else, where nobody insists on them.
+
+    For some mixtures of experts PEFT reads names like ``gate_proj`` as those of the experts before transformers stacked them, so
+    that an adapter for a shared expert lands on all experts, with twice the rank.
+    """
+    leaves = {target.module.rsplit(".", 1)[-1] for target in chosen if target.parameter is None}
+    misread = {leaf for leaf in leaves if _is_misread(model, leaf)}
+    lost = [t for t in chosen if t.parameter is None and t.module.rsplit(".", 1)[-1] in misread]
+    if not lost:
+        return chosen, ""
+    what = f"{len(lost)} linear modules ({', '.join(sorted(misread))}) such as {lost[0].name}"
+    why = f"PEFT takes these names for the stacked experts of {model.config.model_type}"
+    insisted = spec.targets or any(getattr(spec, target.family, "auto") is True for target in lost)
+    if insisted or len(lost) == len(chosen):
+        raise ConfigError(f"LoRA on {what} is not possible: {why}; set lora.mlp=auto, or leave them out of lora.targets")
+    return [target for target in chosen if target not in lost], f"left out: {what}: {why}"
+
+
+def _is_misread(model: Any, leaf: str) -> bool:
+    import peft
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = peft.LoraConfig(target_modules=[leaf])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # it wants the other half of a fused pair
+        return True
+    return set(config.target_modules or ()) != {leaf}
 
 
 def _is_tied(model: Any) -> bool:

@@ -72,9 +72,14 @@ def test_expert_load_is_the_busiest_experts_share_over_the_window_counted_by_han
     for layer, (_, router) in enumerate(router_modules(model)):
         router.register_forward_hook(lambda module, inputs, output, layer=layer: choices[layer].append(output[-1].tolist()))
     steps = fit(tmp_path, [ExpertLoad()], model=model, accumulate=2)
+    batches = make_batches(DATUMS, 2, 2)
     for step in (0, 1):
         for layer in (0, 1):
-            chosen = [expert for rows in choices[layer][2 * step : 2 * step + 2] for row in rows for expert in row]
+            chosen = []
+            for batch, rows in zip(batches[2 * step :][:2], choices[layer][2 * step :][:2], strict=True):
+                width = batch.input_ids.shape[1]
+                tokens = [row * width + position for row, start, end in batch.spans for position in range(start, end)]
+                chosen += [expert for token in tokens for expert in rows[token]]  # padding is routed, but nobody's token
             counts = [chosen.count(expert) for expert in range(4)]
             expected = max(counts) / sum(counts) * 4
             assert steps[2 * step + 1][f"expert_load/layer_{layer:02d}_max"] == pytest.approx(expected, rel=1e-5)

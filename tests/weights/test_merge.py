@@ -1,0 +1,120 @@
+"""Merged and adapter form are the same model; each matrix is W + s B A, rounded once; nothing is written otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make_model, randomise
+from transformers import AutoModelForCausalLM
+
+from lorakit.errors import AdapterError, CheckpointError
+from lorakit.lora.inject import inject
+from lorakit.lora.spec import LoRASpec
+from lorakit.model.load import load_tokenizer
+from lorakit.weights import merge
+from lorakit.weights.adapter import TENSOR_FILE, AdapterFiles, save_adapter
+from lorakit.weights.merge import MergeReport, merge_adapter
+
+FORMS = [
+    ("qwen3_moe", {}),
+    ("llama", {}),
+    ("qwen3", {"unembedding": True}),
+    ("llama", {"dora": True}),
+    ("qwen3", {"rslora": True}),
+]
+
+
+def _adapter(folder: Path, family: str, **spec: Any) -> Path:
+    model = randomise(inject(make_model(family), LoRASpec(rank=4, alpha=6, **spec)), std=0.1)
+    folder.mkdir(exist_ok=True)
+    save_adapter(model, folder)
+    return folder
+
+
+def _merge(tmp_path: Path, family: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Path, MergeReport]:
+    out = tmp_path / f"merged-{len(list(tmp_path.iterdir()))}"
+    settings = {"dtype": dtype, "tokenizer": load_tokenizer("tiny"), "can_compare": True, **options}
+    report = merge_adapter("base", lambda name: make_model(family, name), tmp_path / "adapter", out, **settings)
+    return out, report
+
+
+@pytest.mark.parametrize(("family", "spec"), FORMS)
+def test_the_merged_folder_has_the_adapter_forms_logits(tmp_path: Path, family: str, spec: dict[str, Any]) -> None:
+    adapted = merge.attach(make_model(family), _adapter(tmp_path / "adapter", family, **spec))
+    out, report = _merge(tmp_path, family)
+    tokens = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(1))
+    expected = adapted(tokens).logits
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert (merged(tokens).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (make_model(family)(tokens).logits - expected).abs().max() > 0.1  # the control
+    assert report.float32_difference is not None and report.float32_difference < 1e-4 * report.largest_logit
+    assert len(report.tensors) == len(AdapterFiles.open(tmp_path / "adapter").tensors()) // (3 if spec.get("dora") else 2)
+
+
+def test_each_matrix_is_w_plus_scaled_ba_in_pefts_interleaving(tmp_path: Path) -> None:
+    factors = AdapterFiles.open(_adapter(tmp_path / "adapter", "qwen3_moe")).tensors()
+    out, _ = _merge(tmp_path, "qwen3_moe")
+    base, merged = make_model(), AutoModelForCausalLM.from_pretrained(out)
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
+    product = 1.5 * factors[name.format("B")].double() @ factors[name.format("A")].double()
+    before, after = (model.model.layers[1].self_attn.q_proj.weight.double() for model in (base, merged))
+    assert (after - before - product).abs().max() < 1e-6
+    experts = [model.model.layers[0].mlp.experts for model in (base, merged)]
+    for kind in ("gate_up_proj", "down_proj"):
+        before, after = (getattr(module, kind).double() for module in experts)
+        names = [
+            key
+            for key in factors
+            if "layers.0.mlp.experts" in key and "lora_A" in key and factors[key].shape[1] == before.shape[2]
+        ]
+        (a_name,) = names
+        a, b = factors[a_name].double(), factors[a_name.replace("lora_A", "lora_B")].double()
+        for expert in range(4):  # rows (expert, rank) of A; columns (rank, expert) of B
+            product = 1.5 * b[:, expert::4] @ a[4 * expert : 4 * expert + 4]
+            assert (after[expert] - before[expert] - product).abs().max() < 1e-6
+
+
+def test_bf16_output_is_rounded_once_with_or_without_the_comparison(tmp_path: Path) -> None:
+    _adapter(tmp_path / "adapter", "qwen3_moe")
+    rounded, _ = _merge(tmp_path, "qwen3_moe", torch.bfloat16)
+    full, _ = _merge(tmp_path, "qwen3_moe", torch.float32)
+    expected = {name: p.to(torch.bfloat16) for name, p in AutoModelForCausalLM.from_pretrained(full).named_parameters()}
+    found = dict(AutoModelForCausalLM.from_pretrained(rounded, dtype=torch.bfloat16).named_parameters())
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    unseen, report = _merge(tmp_path, "qwen3_moe", torch.float32, can_compare=False)
+    assert report.float32_difference is None and "do not fit" in report.check
+    assert (unseen / "model.safetensors").read_bytes() == (full / "model.safetensors").read_bytes()
+
+
+def test_an_adapted_unembedding_is_untied_and_the_embedding_stays(tmp_path: Path) -> None:
+    _adapter(tmp_path / "adapter", "qwen3", unembedding=True)
+    out, report = _merge(tmp_path, "qwen3")
+    merged, base = AutoModelForCausalLM.from_pretrained(out), make_model("qwen3")
+    assert report.untied and not merged.config.tie_word_embeddings
+    assert torch.equal(merged.get_input_embeddings().weight, base.get_input_embeddings().weight)
+    assert not torch.equal(merged.get_output_embeddings().weight, base.get_output_embeddings().weight)
+
+
+def test_a_merge_that_is_not_exact_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _adapter(tmp_path / "adapter", "llama")
+    right = merge._linear_delta
+    monkeypatch.setattr(merge, "_linear_delta", lambda layer, adapter: lambda: 0.9 * right(layer, adapter)())
+    with pytest.raises(AdapterError, match="nothing was written"):
+        _merge(tmp_path, "llama")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_what_does_not_fit_or_is_in_the_way_is_refused(tmp_path: Path) -> None:
+    _adapter(tmp_path / "adapter", "llama")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    with pytest.raises(CheckpointError, match="not empty"):
+        merge_adapter("base", lambda name: make_model("llama", name), tmp_path / "adapter", tmp_path / "full",
+                      dtype=torch.float32, tokenizer=load_tokenizer("tiny"), can_compare=True)  # fmt: skip
+    file = tmp_path / "adapter" / TENSOR_FILE
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(AdapterError, match="torn"):
+        _merge(tmp_path, "llama")
