@@ -33,6 +33,7 @@ class AdapterCheckpoint(L.Callback):
         self.folder = Path(folder)
         self.every_steps, self.keep_last, self.keep_best = every_steps, keep_last, keep_best
         self.was_interrupted = False
+        self.validated_step = -1
         self._saved_step = -1
         self._random_state: dict[str, Any] | None = None
         self._old_handler: Any = None
@@ -60,7 +61,10 @@ class AdapterCheckpoint(L.Callback):
             self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.global_step != self._saved_step:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self.validated_step = trainer.global_step
+        if trainer.global_step != self._saved_step:
             loss = trainer.callback_metrics.get("val/loss")
             self._save(trainer, pl_module, val_loss=None if loss is None else float(loss))
 

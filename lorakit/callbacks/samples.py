@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import lightning as L
 from lorakit.data.encode import Encoder
 from lorakit.sampling.generate import generate
 from lorakit.types import SamplingParams
+from lorakit.weights.run import History
 
 
 class Samples(L.Callback):
@@ -34,18 +34,14 @@ class Samples(L.Callback):
         stop: str | Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        self.path = Path(folder) / "samples.jsonl"
+        self.history = History(Path(folder), "samples.jsonl")
         self.prompts, self.num_prompts = prompts, num_prompts
         self.params = SamplingParams(max_tokens=max_tokens, temperature=temperature, stop=stop, seed=seed)
         self._rows: list[list[Any]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Forget what lies behind the step from which a run is resumed."""
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            self.path.write_text(
-                "".join(line for line in lines if json.loads(line)["step"] <= trainer.global_step), encoding="utf-8"
-            )
+        self.history.cut_behind(trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -57,9 +53,8 @@ class Samples(L.Callback):
         samples = generate(pl_module.model, tokenizer, prompts, self.params)
         texts = [tokenizer.decode(prompt) for prompt in prompts]
         rows = [[trainer.global_step, text, sample.text] for text, sample in zip(texts, samples, strict=True)]
-        with self.path.open("a", encoding="utf-8") as file:
-            for step, prompt, text in rows:
-                file.write(json.dumps({"step": step, "prompt": prompt, "sample": text}, ensure_ascii=False) + "\n")
+        for step, prompt, text in rows:
+            self.history.append({"step": step, "prompt": prompt, "sample": text})
         self._rows += rows
         for logger in trainer.loggers:
             if hasattr(logger, "log_table"):

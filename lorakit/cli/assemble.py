@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.history import RunHistory
@@ -110,7 +111,7 @@ def enable_checkpointing(base: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: str, total_steps: int, is_estimate: bool,
+def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: str, total_steps: int,
                   has_val: bool) -> L.Trainer:  # fmt: skip
     """Lightning's Trainer, with the callbacks and loggers of the config and those that every run has."""
     settings, checkpoint = config["trainer"], config["checkpoint"]
@@ -121,12 +122,14 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
     ]
     callbacks += [PackingGuard(), RunHistory(folder), AdapterCheckpoint(folder / "checkpoints", **checkpoint)]
     callbacks.append(StepProgress(total_steps))
+    if not has_val and any(isinstance(callback, EarlyStopping) for callback in callbacks):
+        raise ConfigError("callbacks.early_stopping needs rows to evaluate on; set data.val_path or data.val_fraction")
     return L.Trainer(
         default_root_dir=folder,
         accelerator=accelerator,
-        devices=settings["devices"],
+        devices=1,
         precision=precision,  # type: ignore[arg-type]
-        max_steps=-1 if is_estimate else total_steps,
+        max_steps=settings["max_steps"],  # the user's limit itself: an estimate only shapes schedule and bar
         max_epochs=1,  # the stream holds all epochs
         accumulate_grad_batches=accumulate,
         check_val_every_n_epoch=None,

@@ -38,6 +38,8 @@ def demo(config: DictConfig) -> None:
     console = Console(soft_wrap=True)
     started = time.perf_counter()
     outcome = train_run(to_plain(config), experiment="pig_latin", command="lorakit demo", console=console)
+    if outcome.was_interrupted:
+        raise KeyboardInterrupt
     model, tokenizer = outcome.module.model, outcome.module.tokenizer
     datamodule = outcome.datamodule
     datums = [d for i in range(len(datamodule.val_source)) for d in datamodule.val_examples.datums(i)]

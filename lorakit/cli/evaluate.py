@@ -8,24 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.cli.guard import run_command
-from lorakit.cli.trained import Trained, open_trained
+from lorakit.cli.trained import Trained, add_run_arguments, open_trained
 from lorakit.errors import ConfigError
 
 
 def main(arguments: list[str]) -> None:
     """Evaluate as ``arguments`` say."""
     parser = argparse.ArgumentParser(prog="lorakit evaluate", description="Loss, perplexity and exact match of a run.")
-    parser.add_argument("run", nargs="?", help="name or folder of a run; default: the last one")
+    add_run_arguments(parser)
     parser.add_argument("--data", help="rows to evaluate on; default: the rows that the run held out")
     parser.add_argument("--limit", type=int, help="at most so many rows")
     parser.add_argument("--max-tokens", type=int, default=256, help="of each sample")
     parser.add_argument("--no-samples", action="store_true", help="loss only")
-    parser.add_argument("--checkpoint", help="last, best, or a step")
     parser.add_argument("--base", action="store_true", help="without the adapter, to compare")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--runs", default="runs", help="folder of the runs")
     options = parser.parse_args(arguments)
-    trained = open_trained(options.runs, options.run, options.checkpoint)
+    trained = open_trained(options)
     figures = evaluate(trained, options)
     print(json.dumps(figures, indent=2, ensure_ascii=False))
     if options.json:
@@ -41,11 +39,11 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
     from lorakit.types import SamplingParams
 
     settings = {key: value for key, value in trained.config["data"].items() if key != "_target_"}
-    if options.data:
+    if options.data is not None:
         settings |= {"val_path": options.data, "val_fraction": 0.0, "val_rows": None, "format": None}
     elif not (settings["val_path"] or settings["val_fraction"]):
         raise ConfigError("this run held out no rows; name some with --data PATH")
-    if options.limit:
+    if options.limit is not None:
         settings["val_rows"] = options.limit
     datamodule = LoRADataModule(**settings)
     model, tokenizer = trained.load(with_adapter=not options.base)

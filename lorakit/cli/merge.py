@@ -6,20 +6,18 @@ import argparse
 from pathlib import Path
 
 from lorakit.cli.guard import run_command
-from lorakit.cli.trained import open_trained
+from lorakit.cli.trained import add_run_arguments, open_trained
 from lorakit.errors import ConfigError
 
 
 def main(arguments: list[str]) -> None:
     """Merge as ``arguments`` say and print the report."""
     parser = argparse.ArgumentParser(prog="lorakit merge", description="Write base and adapter as one model for transformers.")
-    parser.add_argument("run", nargs="?", help="name or folder of a run; default: the last one")
+    add_run_arguments(parser)
     parser.add_argument("--out", type=Path, help="folder to write (default: `merged` in the run's folder)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the base's files)")
-    parser.add_argument("--checkpoint", help="last, best, or a step")
-    parser.add_argument("--runs", default="runs", help="folder of the runs")
     options = parser.parse_args(arguments)
-    trained = open_trained(options.runs, options.run, options.checkpoint)
+    trained = open_trained(options)
 
     import psutil
     import torch
@@ -39,6 +37,7 @@ def main(arguments: list[str]) -> None:
         trained.adapter,
         out,
         dtype=getattr(torch, options.dtype) if options.dtype else stored,
+        stored=stored,
         tokenizer=load_tokenizer(base, **model_options),
         can_compare=can_hold_twice(num_params, psutil.virtual_memory().available),
     )

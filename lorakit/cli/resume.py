@@ -23,8 +23,8 @@ def choose_run(config: dict[str, Any], root: Path, *, experiment: str, data_fing
     resume, name = config["resume"], config["run"]
     if resume not in (True, False, "auto"):
         raise ConfigError(f"resume={resume} is unknown; choose true, false or auto")
-    if name is not None and ("/" in str(name) or "=" in str(name) or str(name).startswith(".")):
-        raise ConfigError(f"run={name}: a run's name holds no / and no =, and does not begin with a dot")
+    if name is not None and ("/" in str(name) or "=" in str(name) or str(name).startswith(".") or not str(name).isprintable()):
+        raise ConfigError(f"run={name!r}: a run's name holds no /, no = and no line break, and does not begin with a dot")
     if resume:
         run = _find_unfinished(root, name, experiment)
         if run is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.cli.guard import run_command
-from lorakit.cli.trained import open_trained
+from lorakit.cli.trained import add_run_arguments, open_trained
 from lorakit.errors import ConfigError
 
 
@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> None:
     """Sample as ``arguments`` say: from text behind ``--``, a file, standard input, or in conversation."""
     options, text = parse(arguments)
     prompts = read_prompts(options, text)
-    trained = open_trained(options.runs, options.run, options.checkpoint)
+    trained = open_trained(options)
     model, tokenizer = trained.load(with_adapter=not options.base)
     is_chat = options.chat if options.chat is not None else _was_trained_on_chat(trained.run.info)
     if is_chat and not tokenizer.chat_template:
@@ -41,7 +41,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, str | None]:
         usage="lorakit sample [RUN] [options] [-- TEXT]",
         description="Generate with a trained adapter. Without TEXT, --prompt-file or piped input it is a conversation.",
     )
-    parser.add_argument("run", nargs="?", help="name or folder of a run; default: the last one")
+    add_run_arguments(parser)
     parser.add_argument("--prompt-file", type=Path, help="the prompt is this file's text")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -53,10 +53,11 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, str | None]:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--chat", action="store_true", default=None, help="the text is a user message, rendered by the template")
     mode.add_argument("--raw", dest="chat", action="store_false", help="the text is the prompt as it is")
-    parser.add_argument("--checkpoint", help="last, best, or a step")
     parser.add_argument("--base", action="store_true", help="without the adapter, to compare")
-    parser.add_argument("--runs", default="runs", help="folder of the runs")
-    return parser.parse_args(arguments), text
+    options = parser.parse_args(arguments)
+    if options.max_tokens < 1 or options.num_samples < 1 or not 0 < options.top_p <= 1 or options.temperature < 0:
+        parser.error("--max-tokens and -n must be at least 1, --top-p above 0 and at most 1, --temperature not negative")
+    return options, text
 
 
 def read_prompts(options: argparse.Namespace, text: str | None) -> list[str] | None:

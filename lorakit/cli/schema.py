@@ -73,6 +73,11 @@ def check_settings(config: dict[str, Any]) -> None:
             problems.append(f"trainer.max_steps={flat['trainer.max_steps']} must be at least 1, or -1 for data.epochs")
         if flat["trainer.eval_every_steps"] is not None and flat["trainer.eval_every_steps"] < 1:
             problems.append(f"trainer.eval_every_steps={flat['trainer.eval_every_steps']} must be at least 1, or null")
+    if config["trainer"]["devices"] not in (1, "1", "auto"):
+        problems.append(f"trainer.devices={config['trainer']['devices']}: this version trains in one process; set it to 1")
+    seed = config["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        problems.append(f"seed={seed} must be a whole number from 0 to 4294967295")
     clip_norm = config["optim"].get("clip_norm")
     if isinstance(clip_norm, bool) or not isinstance(clip_norm, (int, float)) or clip_norm < 0:
         problems.append(f"optim.clip_norm={clip_norm} must be a number that is not negative")

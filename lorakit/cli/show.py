@@ -37,6 +37,7 @@ def show(config: DictConfig, count: int) -> None:
     from lorakit.cli import assemble
     from lorakit.cli.reports import print_data_report
     from lorakit.cli.train import to_plain
+    from lorakit.errors import DataError
     from lorakit.model.load import load_tokenizer
 
     console = Console(soft_wrap=True)
@@ -52,7 +53,12 @@ def show(config: DictConfig, count: int) -> None:
     datamodule.check_tokens()
     examples = datamodule.train_examples
     for index in datamodule.train_indices[:count]:
-        for example in examples.rendered(int(index)):
+        try:
+            rendered = examples.rendered(int(index))
+        except DataError as error:  # under data.on_error=skip; else check_tokens has raised it
+            console.print(f"skipped: {error}", markup=False)
+            continue
+        for example in rendered:
             console.rule(f"{examples.source.where(int(index))}  {len(example.tokens)} tokens", align="left", style="dim")
             console.print(colour(tokenizer, example.tokens, example.weights))
     console.rule(style="dim")

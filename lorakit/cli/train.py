@@ -11,9 +11,6 @@ from lorakit.cli.guard import run_command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-    from lorakit.cli.training_run import Outcome
-
 HELP = """\
 usage: lorakit train [key=value …] [--config-dir DIR] [-m] [--cfg job]
 
@@ -36,7 +33,7 @@ def main(arguments: list[str]) -> None:
     run_hydra(functools.partial(train, command=command), arguments, config_name="train")
 
 
-def train(config: DictConfig, *, command: str = "") -> Outcome:
+def train(config: DictConfig, *, command: str = "") -> None:
     """Hydra's task: one run. Raises KeyboardInterrupt behind a run that Ctrl-C ended, so that a sweep ends with it."""
     from hydra.core.hydra_config import HydraConfig
 
@@ -45,8 +42,7 @@ def train(config: DictConfig, *, command: str = "") -> Outcome:
     experiment = HydraConfig.get().runtime.choices.get("experiment") or "run"
     outcome = train_run(to_plain(config), experiment=str(experiment), command=command)
     if outcome.was_interrupted:
-        raise KeyboardInterrupt
-    return outcome
+        raise KeyboardInterrupt  # nothing is returned: Hydra would keep every job's model
 
 
 def to_plain(config: DictConfig) -> dict[str, Any]:

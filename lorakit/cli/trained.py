@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import yaml
 
 from lorakit.errors import CheckpointError
-from lorakit.weights.checkpoint import Checkpoint, best, list_checkpoints
+from lorakit.weights.checkpoint import Checkpoint, best, list_checkpoints, newest_whole
 from lorakit.weights.run import Run, find_run
 
 
@@ -20,6 +22,7 @@ class Trained:
     run: Run
     config: dict[str, Any]
     adapter: Path
+    trust_remote_code: bool = False
 
     @property
     def base(self) -> str:
@@ -29,7 +32,7 @@ class Trained:
     def model_options(self) -> dict[str, Any]:
         """What decides which model the base is."""
         settings = self.config["model"]
-        return {"revision": settings.get("revision"), "trust_remote_code": bool(settings.get("trust_remote_code"))}
+        return {"revision": settings.get("revision"), "trust_remote_code": self.trust_remote_code}
 
     def load(self, *, with_adapter: bool = True) -> tuple[Any, Any]:
         """Return (model, tokenizer): float32 on CPU, bf16 on GPU."""
@@ -45,30 +48,35 @@ class Trained:
         return (attach(model, self.adapter) if with_adapter else model), tokenizer
 
 
-def open_trained(runs: str, wanted: str | None, checkpoint: str | None) -> Trained:
-    """Find the run and the adapter in it: ``checkpoint`` is ``last``, ``best``, or a step; None takes what the run ended with."""
-    run = find_run(Path(runs), wanted)
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a run and an adapter of it."""
+    parser.add_argument("run", nargs="?", help="name or folder of a run; default: the last one")
+    parser.add_argument("--checkpoint", help="last, best, or a step; default: what the run ended with")
+    parser.add_argument("--runs", default="runs", help="folder of the runs")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
+
+
+def open_trained(options: argparse.Namespace) -> Trained:
+    """Find the run and the adapter in it that ``options`` name; see ``add_run_arguments``."""
+    run = find_run(Path(options.runs), options.run)
     config = yaml.safe_load(run.config_text())
-    return Trained(run, config, _choose(run, checkpoint))
+    return Trained(run, config, _choose(run, options.checkpoint), options.trust_remote_code)
 
 
 def _choose(run: Run, wanted: str | None) -> Path:
     checkpoints = list_checkpoints(run.checkpoints)
-    if wanted is None:
+    chosen: Checkpoint | None
+    if wanted is None and run.adapter.is_dir():
         # The checkpoint of the last step holds the same adapter in float32.
         last = checkpoints[-1] if checkpoints and checkpoints[-1].step == run.info.get("step") else None
-        if last is None and not run.adapter.is_dir():
-            wanted = "last"
-        else:
-            return last.folder if last else run.adapter
-    chosen: Checkpoint | None
-    if wanted == "last":
-        chosen = checkpoints[-1] if checkpoints else None
+        return last.folder if last and last.find_damage() is None else run.adapter
+    if wanted in (None, "last"):
+        chosen = newest_whole(run.checkpoints, lambda text: print(text, file=sys.stderr))
     elif wanted == "best":
         chosen = best(run.checkpoints)
     else:
-        chosen = next((c for c in checkpoints if str(c.step) == wanted.removeprefix("step-").lstrip("0")), None)
+        chosen = next((c for c in checkpoints if str(c.step) == str(wanted).removeprefix("step-").lstrip("0")), None)
     if chosen is None:
         there = ", ".join(str(c.step) for c in checkpoints) or "none"
-        raise CheckpointError(f"{run.folder} has no checkpoint {wanted!r} (there are steps: {there})")
+        raise CheckpointError(f"{run.folder} has no checkpoint {wanted or 'last'!r} (there are steps: {there})")
     return chosen.folder

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from lorakit.training.optim import LR_SOURCE, auto_lr
 from lorakit.weights.adapter import save_adapter
 from lorakit.weights.checkpoint import STATE_FILE, newest_whole, remove_behind
 from lorakit.weights.files import whole_folder
-from lorakit.weights.run import Run
+from lorakit.weights.run import History, Run
 
 log = logging.getLogger("lorakit")
 SMALL_MODEL_PARAMS = 100_000_000
@@ -81,7 +82,7 @@ def train_run(config: dict[str, Any], *, experiment: str, command: str = "", con
         config, spec, lr=lr, total_steps=total_steps, tokenizer=tokenizer, device=accelerator, precision=precision
     )
     trainer = assemble.build_trainer(
-        config, run.folder, precision=precision, accelerator=accelerator, total_steps=total_steps, is_estimate=is_estimate,
+        config, run.folder, precision=precision, accelerator=accelerator, total_steps=total_steps,
         has_val=len(datamodule.val_indices) > 0,
     )  # fmt: skip
     for logger in trainer.loggers:
@@ -133,9 +134,12 @@ def _fit(
         console.print(f"resuming from step {checkpoint.step}" if checkpoint else "no checkpoint yet: starting from step 0")
         remove_behind(run.checkpoints, checkpoint.step if checkpoint else 0)
     state = checkpoint.folder / STATE_FILE if checkpoint else None
-    run = run.update(status="running", total_steps=total_steps)
+    shutil.rmtree(run.adapter, ignore_errors=True)  # of an interruption; what a killed run has is its checkpoints
+    figures: dict[str, Any] = dict.fromkeys(("step", "loss", "val_loss", "adapter_bytes"))
+    run = run.update(status="running", total_steps=total_steps, **figures)
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=state, weights_only=True if state else None)
+        metrics = _final_metrics(trainer, module, datamodule, run)
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk may be what ended the run
             run.update(status="failed", error=f"{type(error).__name__}: {error}"[:500])
@@ -148,11 +152,10 @@ def _fit(
         raise
     finally:
         assemble.finish_loggers(trainer.loggers)
-    was_interrupted = any(isinstance(c, AdapterCheckpoint) and c.was_interrupted for c in trainer.callbacks)  # type: ignore[attr-defined]
+    was_interrupted = _checkpoints_of(trainer).was_interrupted
     with whole_folder(run.adapter) as aside:
         adapter_bytes = save_adapter(module.model, aside, dtype=torch.bfloat16)
     throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     run = run.update(
         status="interrupted" if was_interrupted else "finished",
         step=trainer.global_step,
@@ -170,6 +173,22 @@ def _fit(
     )  # fmt: skip
     _print_end(outcome, trainer, metrics, console)
     return outcome
+
+
+def _final_metrics(trainer: L.Trainer, module: LoRAModule, datamodule: LoRADataModule, run: Run) -> dict[str, float]:
+    """The metrics at the end; the last step is evaluated where that was not due."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    checkpoints = _checkpoints_of(trainer)
+    if len(datamodule.val_indices) and not checkpoints.was_interrupted and checkpoints.validated_step != trainer.global_step:
+        step = trainer.global_step
+        (found,) = trainer.validate(module, datamodule=datamodule, verbose=False)
+        metrics["val/loss"] = float(found["val/loss"])
+        History(run.folder).append({"step": step, "val/loss": metrics["val/loss"]})
+    return metrics
+
+
+def _checkpoints_of(trainer: L.Trainer) -> AdapterCheckpoint:
+    return next(c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint))  # type: ignore[attr-defined]
 
 
 def _print_end(outcome: Outcome, trainer: L.Trainer, metrics: dict[str, float], console: Console) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from lorakit.data.datum import OnLong
 from lorakit.data.examples import DataReport, Examples, survey
+from lorakit.data.packing import assign_rows
 from lorakit.data.render import Renderer, TrainOnWhat
 from lorakit.data.sources import Source, open_source
 from lorakit.data.stream import BatchStream
@@ -207,9 +208,9 @@ class LoRADataModule(L.LightningDataModule):
     def fingerprint(self) -> str:
         """Digest of the rows and of every setting that decides what is trained in which order."""
         settings = [
-            self.source.fingerprint, self.format, self.train_on, self.append_eos, self.stop, self.max_tokens, self.on_long,
-            self.on_error, self.packing, self.pack_tokens, self.batch_size, self.shuffle, self.seed, self.window_rows,
-            self.val_fraction,
+            self.source.fingerprint, self.val_source.fingerprint, self.format, self.train_on, self.append_eos, self.stop,
+            self.max_tokens, self.on_long, self.on_error, self.packing, self.pack_tokens, self.batch_size, self.shuffle,
+            self.seed, self.window_rows, self.val_fraction,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(settings, default=list).encode()).hexdigest()[:16]
 
@@ -222,9 +223,9 @@ class LoRADataModule(L.LightningDataModule):
             return None
         num_examples = len(self.train_indices) * self.report.examples_per_row
         if self.packing:
-            mean = self.report.num_tokens / self.report.num_examples
-            num_rows = num_examples / max(self.pack_tokens // mean, 1)
-            return max(1, round(num_rows / self.batch_size)) * self.epochs
+            lengths = (self.report.lengths[: self.window_rows] - 1).tolist()  # a window's worth, in positions
+            rows_per_example = len(assign_rows(lengths, self.pack_tokens)) / len(lengths)
+            return max(1, round(num_examples * rows_per_example / self.batch_size)) * self.epochs
         windows, rest = divmod(num_examples, self.window_rows * self.report.examples_per_row)
         per_window = math.ceil(self.window_rows * self.report.examples_per_row / self.batch_size)
         return round(windows * per_window + math.ceil(round(rest, 6) / self.batch_size)) * self.epochs

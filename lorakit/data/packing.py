@@ -14,17 +14,23 @@ def pack_best_fit(datums: Sequence[Datum], row_tokens: int) -> list[list[Datum]]
 
     The longest is placed first, each into the fullest row that still has room. A Datum that is longer than a row has its own.
     """
-    rows: list[list[Datum]] = []
+    return [[datums[index] for index in row] for row in assign_rows([len(datum) for datum in datums], row_tokens)]
+
+
+def assign_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Return which of ``lengths`` share a row, by their indices."""
+    rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (free positions, row number), ascending
-    for datum in sorted(datums, key=len, reverse=True):
-        place = bisect_left(rooms, (len(datum), -1))
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[index]
+        place = bisect_left(rooms, (length, -1))
         if place < len(rooms):
             room, number = rooms.pop(place)
-            rows[number].append(datum)
+            rows[number].append(index)
         else:
-            room, number = max(row_tokens, len(datum)), len(rows)
-            rows.append([datum])
-        insort(rooms, (room - len(datum), number))
+            room, number = max(row_tokens, length), len(rows)
+            rows.append([index])
+        insort(rooms, (room - length, number))
     return rows
 
 

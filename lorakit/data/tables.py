@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lorakit.data.rows import FORMATS, Row, find_problem, recognise
 from lorakit.errors import DataError
 
 _CHECK_ROWS = 1_000
+csv.field_size_limit(sys.maxsize)  # else a cell ends at 128 KB
 Records = Any  # a list of dicts, or a datasets.Dataset
 
 

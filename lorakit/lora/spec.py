@@ -11,7 +11,7 @@ from lorakit.errors import ConfigError
 Switch = bool | Literal["auto"]
 # PEFT's inits that take the adapter's start out of the base's weights: the adapter then fits only that changed base, so that
 # sampling, merging or serving it on the original gives wrong logits without a word.
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 INITS = ("default", "gaussian", "orthogonal")
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lorakit.errors import ConfigError
 
 BUNDLED = {"tiny": Path(__file__).parent / "tiny" / "text"}
@@ -24,8 +26,12 @@ def resolve_model_path(path: str) -> str:
         return str(BUNDLED[path])
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
             raise ConfigError(f"model.path={path}: this folder holds no config.json, so it is not a model in the hub's layout")
+        if (folder / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"model.path={path}: this folder holds an adapter; give its base, and the adapter as lora.init_from"
+            )
         return str(folder)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
         raise ConfigError(f"model.path={path}: no such folder (bundled models: {', '.join(BUNDLED)})")
@@ -63,13 +69,21 @@ def load_model(
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
     with _explained(path), quiet_transformers():
-        model = model_class(load_config(path, revision=revision, trust_remote_code=trust_remote_code)).from_pretrained(
+        build = model_class(load_config(path, revision=revision, trust_remote_code=trust_remote_code))
+        model, info = build.from_pretrained(
             resolve_model_path(path),
             revision=revision,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             device_map=device,
+            output_loading_info=True,
+        )
+    lost = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info.get(kind, ()))
+    if lost:
+        raise ConfigError(
+            f"model.path={path}: {len(lost)} tensors are not in its files, or in another shape, and would be random: "
+            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}"
         )
     return model.requires_grad_(False).eval()
 
@@ -123,7 +137,7 @@ def _explained(path: str) -> Iterator[None]:
     """Turn what transformers and the hub raise into one message that says what to do."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
         reason = " ".join(str(error).split())[:400]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lorakit.data.encode import Encoder
 from lorakit.types import Sample, SamplingParams
 
 MAX_BATCH = 128
@@ -47,29 +48,43 @@ def _generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]], params
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     stop = stop_strings(params)
-    is_open_ended = params.stop is not None and not stop
+    is_open_ended = params.stop is not None and not isinstance(params.stop, str) and len(params.stop) == 0
     options: dict[str, Any] = {"do_sample": params.temperature > 0}
     if params.temperature > 0:
         top_k = params.top_k if params.top_k > 0 else 0
         options |= {"temperature": params.temperature, "top_p": params.top_p, "top_k": top_k}
-    # A config of our own: the model's may bring a repetition penalty or the like, which nobody here asked for.
     config = GenerationConfig(
         max_new_tokens=params.max_tokens, pad_token_id=pad, eos_token_id=None if is_open_ended else end_ids or None, **options
     )
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=mask,
-        generation_config=config,
-        stopping_criteria=[_StopStrings(tokenizer, stop, width)] if stop else None,
-    )
+    with _without_own_settings(model):
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            generation_config=config,
+            stopping_criteria=[_StopStrings(tokenizer, stop, width)] if stop else None,
+        )
     return [_finish(tokenizer, row[width:].tolist(), [] if is_open_ended else end_ids, stop) for row in output]
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: the tokenizer's EOS and those of the model's generation config."""
+    """The tokens that end a text: the tokenizer's EOS, those of the model's generation config, the template's end of turn."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *ids) if i is not None))
+    return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *ids, end_of_turn(tokenizer)) if i is not None))
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes behind an assistant turn, which chat training trains; None without one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        messages = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # a template that wants more than two messages says nothing about its end
+        return None
+    encoder = Encoder(tokenizer)
+    tail = encoder.encode_rendered(text[text.rfind("B") + 1 :])
+    return next((token for token in tail if token in encoder.special_ids), None)
 
 
 def stop_strings(params: SamplingParams) -> tuple[str, ...]:
@@ -113,6 +128,22 @@ def _tokens_within(tokenizer: Any, tokens: list[int], stop: tuple[str, ...]) -> 
         if any(word in text for word in stop):
             return tokens[:length]
     return tokens
+
+
+@contextlib.contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """Put the model's generation config aside: transformers takes from it whatever ours leaves open, a repetition penalty, say."""
+    from transformers import GenerationConfig
+
+    owners = [model] if not hasattr(model, "get_base_model") else [model, model.get_base_model()]
+    before = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, before, strict=True):
+            owner.generation_config = config
 
 
 @contextlib.contextmanager

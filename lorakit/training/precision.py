@@ -20,6 +20,8 @@ def resolve_precision(precision: str, accelerator: str) -> str:
                 f"trainer.precision={precision} is unknown; choose auto, {', '.join(_BASE_DTYPES)} "
                 "(the -true variants would put the adapter itself into 16 bit)"
             )
+        if precision == "16-mixed" and accelerator == "cpu":
+            raise ConfigError("trainer.precision=16-mixed needs a GPU; on the CPU choose bf16-mixed or 32-true")
         return precision
     if accelerator == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"

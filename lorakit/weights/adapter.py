@@ -36,6 +36,8 @@ class AdapterFiles:
             config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise AdapterError(f"{folder / CONFIG_FILE}: cannot be read: {error}") from error
+        if not isinstance(config, dict):
+            raise AdapterError(f"{folder / CONFIG_FILE}: not a JSON object")
         if config.get("peft_type") != "LORA":
             raise AdapterError(f"{folder}: peft_type is {config.get('peft_type')!r}, but only LORA can be used")
         return cls(folder, config)
@@ -64,7 +66,7 @@ class AdapterFiles:
 def save_adapter(model: Any, folder: Path, *, dtype: torch.dtype | None = None) -> int:
     """Write the adapter of ``model`` to the existing ``folder`` and return the bytes of its tensors' file.
 
-    The same adapter gives the same bytes. ``dtype`` None keeps float32 as trained.
+    The same adapter gives the same bytes. ``dtype`` None keeps the adapter's own.
     """
     tensors = {
         name: tensor.to("cpu", dtype or tensor.dtype).contiguous().clone() for name, tensor in adapter_state(model).items()

@@ -11,12 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import torch
+
 from lorakit.errors import CheckpointError
 from lorakit.weights.adapter import save_adapter
 from lorakit.weights.files import ASIDE, whole_folder
 
 STATE_FILE, MANIFEST_FILE = "training_state.ckpt", "checkpoint.json"
 FORMAT_VERSION = 1
+
+
+class _Manifest(msgspec.Struct):
+    format_version: int
+    step: int
+    val_loss: float | None
+    sha256: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ def save_checkpoint(
     """Write ``root/step-<step>``: adapter, training state, and a manifest with the digests of both. Raises OSError."""
     folder = root / f"step-{step:06d}"
     with whole_folder(folder) as aside:
-        save_adapter(model, aside)
+        save_adapter(model, aside, dtype=torch.float32)
         save_state(aside / STATE_FILE)
         digests = {path.name: _digest(path) for path in sorted(aside.iterdir())}
         manifest = {"format_version": FORMAT_VERSION, "step": step, "val_loss": val_loss, "sha256": digests}
@@ -65,16 +75,13 @@ def list_checkpoints(root: Path, say: Callable[[str], Any] = lambda text: None) 
     found = []
     for folder in root.glob("step-*"):
         try:
-            manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-            if not isinstance(manifest, dict):
-                raise ValueError("not a JSON object")
-            if manifest["format_version"] > FORMAT_VERSION:
-                raise CheckpointError(f"{folder} was written by a newer lorakit (format {manifest['format_version']})")
-            found.append(Checkpoint(folder, manifest["step"], manifest["val_loss"], manifest["sha256"]))
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+            manifest = msgspec.json.decode((folder / MANIFEST_FILE).read_bytes(), type=_Manifest)
+        except (OSError, msgspec.MsgspecError) as error:
             say(f"checkpoint passed over: {folder / MANIFEST_FILE} cannot be read ({error})")
+            continue
+        if manifest.format_version > FORMAT_VERSION:
+            raise CheckpointError(f"{folder} was written by a newer lorakit (format {manifest.format_version})")
+        found.append(Checkpoint(folder, manifest.step, manifest.val_loss, manifest.sha256))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ class MergedTensor:
     name: str
     shape: tuple[int, ...]
     relative_change: float  # L2 norm of the change over that of the matrix
-    largest_error: float  # of what was written against W + s B A in float64, before rounding, relative to the largest entry
+    largest_error: float  # of s B A against PEFT's own computation of it, relative to the largest entry
 
 
 @dataclass
@@ -49,10 +50,11 @@ def merge_into(model: Any, report: MergeReport) -> Any:
 
     Each tensor is computed in float32 and rounded once, to the base's dtype. Nothing is changed before every target is known.
     """
+    _refuse_what_no_matrix_holds(model)
     planned = list(_plan(model))
     if not planned:
         raise AdapterError("the adapter changes no tensor of this base")
-    for name, owner, parameter_name, delta in planned:
+    for name, owner, parameter_name, delta, reference in planned:
         weight = getattr(owner, parameter_name)
         if name.endswith("lm_head.weight") or owner is model.get_base_model().get_output_embeddings():
             weight = _untie(model, owner, report)
@@ -60,7 +62,7 @@ def merge_into(model: Any, report: MergeReport) -> Any:
         if change.shape != weight.shape:
             raise AdapterError(f"{name}: the adapter's product has shape {tuple(change.shape)}, the base {tuple(weight.shape)}")
         merged = weight.float() + change
-        report.tensors.append(_describe(name, weight, change, merged))
+        report.tensors.append(_describe(name, weight, change, reference() if reference else None))
         weight.copy_(merged.to(weight.dtype))
     base = model.unload()
     if report.untied:
@@ -70,13 +72,15 @@ def merge_into(model: Any, report: MergeReport) -> Any:
 
 
 def merge_adapter(
-    base_path: str, load: Any, adapter_folder: Path, out: Path, *, dtype: torch.dtype, tokenizer: Any, can_compare: bool
-) -> MergeReport:
+    base_path: str, load: Any, adapter_folder: Path, out: Path, *, dtype: torch.dtype, tokenizer: Any, can_compare: bool,
+    stored: torch.dtype | None = None,
+) -> MergeReport:  # fmt: skip
     """Write base and adapter as one model to ``out``, which plain transformers loads.
 
     Args:
         load: returns the base in a dtype given by name.
         dtype: of the merged files.
+        stored: dtype of the base's files, to round only once from; None is ``dtype``.
         can_compare: whether two forms in float32 fit into memory; else each tensor is checked by itself.
 
     Raises:
@@ -86,11 +90,12 @@ def merge_adapter(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty; choose another --out")
     report = MergeReport(dtype=str(dtype).removeprefix("torch."))
-    model = attach(load("float32" if can_compare else report.dtype), adapter_folder)
+    loaded = str(stored or dtype).removeprefix("torch.")
+    model = attach(load("float32" if can_compare else loaded), adapter_folder)
     probe = make_probe(model)
     if not can_compare:
-        merged = merge_into(model, report)
-        report.check = "both forms do not fit into memory: each tensor was checked against W + s B A in float64 instead"
+        merged = _cast(merge_into(model, report), dtype)
+        report.check = "both forms do not fit into memory: each tensor was checked against W + s B A by PEFT's own code instead"
     else:
         adapter_logits, base_logits = _logits(model, probe), _base_logits(model, probe)
         merged = merge_into(model, report)
@@ -105,11 +110,9 @@ def merge_adapter(
         per_position = (_logits(merged, probe) - adapter_logits).abs().amax(dim=-1)
         report.rounded_difference, report.rounded_median_difference = float(per_position.max()), float(per_position.median())
         report.base_rounding_difference = _difference(_logits(round_parameters(load("float32"), dtype), probe), base_logits)
-        for parameter in merged.parameters():
-            parameter.data = parameter.data.to(dtype)  # exact: it was rounded already
-        merged.config.dtype = dtype
+        _cast(merged, dtype)  # exact: it was rounded already
         report.check = "logits of merged and adapter form compared in float32"
-    bad = [tensor.name for tensor in report.tensors if not tensor.largest_error < 1e-5]
+    bad = [tensor.name for tensor in report.tensors if not tensor.largest_error < 1e-4]
     if bad:
         raise AdapterError(f"these tensors are not W + s B A: {', '.join(bad[:5])}; nothing was written")
     _write(merged, tokenizer, out, report, base_path)
@@ -131,8 +134,8 @@ def attach(base: Any, adapter_folder: Path) -> Any:
         model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
     except ValueError as error:
         raise AdapterError(f"{adapter_folder} does not fit this base: {error}") from error
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # by name: an adapter for inference is frozen from the start
             parameter.data = parameter.data.float()
     load_adapter_state(model, files.tensors(), source=str(adapter_folder))
     model.peft_config["default"].base_model_name_or_path = files.config.get("base_model_name_or_path")
@@ -145,9 +148,25 @@ def make_probe(model: Any, num_rows: int = 2, length: int = 48) -> torch.Tensor:
     return torch.randint(0, vocab_size, (num_rows, length), generator=torch.Generator().manual_seed(0))
 
 
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
 def can_hold_twice(num_params: int, available_bytes: int) -> bool:
     """Whether two float32 copies of the model fit into ``available_bytes``."""
     return num_params * 4 * 2 < available_bytes
+
+
+def _refuse_what_no_matrix_holds(model: Any) -> None:
+    config = model.peft_config[model.active_adapter]
+    extras = [name for name in ("lora_bias", "trainable_token_indices", "modules_to_save") if getattr(config, name, None)]
+    if getattr(config, "bias", "none") != "none":
+        extras.append("bias")
+    if extras:
+        raise AdapterError(f"the adapter has {', '.join(extras)}, which this merge would drop; merge it with peft's own code")
 
 
 def round_parameters(model: Any, dtype: torch.dtype) -> Any:
@@ -157,8 +176,8 @@ def round_parameters(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _plan(model: Any) -> Iterator[tuple[str, nn.Module, str, Any]]:
-    """Yield (name, module that owns the weight, its name there, function that makes s B A in float32)."""
+def _plan(model: Any) -> Iterator[tuple[str, nn.Module, str, Any, Any]]:
+    """Yield (name, module that owns the weight, its name there, what makes s B A in float32, what makes it by PEFT's own code)."""
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
     base = model.get_base_model()
@@ -167,13 +186,14 @@ def _plan(model: Any) -> Iterator[tuple[str, nn.Module, str, Any]]:
         if not isinstance(layer, LoraLayer) or adapter not in layer.lora_A:
             continue
         clean = name.replace(".base_layer", "")
+        reference = functools.partial(layer.get_delta_weight, adapter)  # type: ignore[attr-defined]
         if getattr(layer, "use_dora", {}).get(adapter):
-            yield f"{clean}.weight", layer.get_base_layer(), "weight", _dora_delta(layer, clean)
+            yield f"{clean}.weight", layer.get_base_layer(), "weight", _dora_delta(layer, clean), None
         elif isinstance(layer, ParamWrapper):
             owner = layer.get_base_layer()
-            yield f"{clean}.{layer.parameter_name}", owner, layer.parameter_name, _param_delta(layer, adapter, owner)
+            yield f"{clean}.{layer.parameter_name}", owner, layer.parameter_name, _param_delta(layer, adapter, owner), reference
         else:
-            yield f"{clean}.weight", layer.get_base_layer(), "weight", _linear_delta(layer, adapter)
+            yield f"{clean}.weight", layer.get_base_layer(), "weight", _linear_delta(layer, adapter), reference
 
 
 def _linear_delta(layer: Any, adapter: str) -> Any:
@@ -209,7 +229,8 @@ def _param_delta(layer: Any, adapter: str, owner: nn.Module) -> Any:
             return layer.scaling[adapter] * (b @ a)
         a_ERI, b_EOR = split_expert_factors(a, b, num_experts=weight.shape[0])
         product = layer.scaling[adapter] * torch.bmm(b_EOR, a_ERI)
-        return product.transpose(1, 2) if product.shape != weight.shape else product
+        # By what the family says, never by shape: a square stack would be left the wrong way round.
+        return product.transpose(1, 2) if getattr(owner, "is_transposed", False) else product
 
     return delta
 
@@ -222,9 +243,13 @@ def _untie(model: Any, head: nn.Module, report: MergeReport) -> torch.Tensor:
     return head.weight  # type: ignore[return-value]
 
 
-def _describe(name: str, weight: torch.Tensor, change: torch.Tensor, merged: torch.Tensor) -> MergedTensor:
-    exact = weight.double() + change.double()
-    error = float((merged.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
+def _describe(name: str, weight: torch.Tensor, change: torch.Tensor, reference: torch.Tensor | None) -> MergedTensor:
+    error = 0.0
+    if reference is not None:
+        scale = reference.abs().max().clamp(min=1e-30)
+        expected = reference.float().reshape(change.shape)
+        rounding = torch.finfo(reference.dtype).eps * expected.abs()  # PEFT rounds its product to the base's dtype
+        error = float(((change - expected).abs() - rounding).max().clamp(min=0) / scale)
     norm = float(weight.float().norm())
     return MergedTensor(name, tuple(weight.shape), float(change.norm()) / max(norm, 1e-30), error)
 

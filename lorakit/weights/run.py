@@ -13,12 +13,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lorakit import __version__
 from lorakit.errors import CheckpointError
 from lorakit.weights.files import write_json, write_whole
 
 FORMAT_VERSION = 1
 RUN_FILE, CONFIG_FILE, HISTORY_FILE, ADAPTER_FOLDER = "run.json", "config.yaml", "history.jsonl", "adapter"
-PACKAGES = ("lorakit", "torch", "lightning", "transformers", "peft", "hydra-core", "omegaconf", "datasets", "numpy")
+PACKAGES = (
+    *("torch", "lightning", "transformers", "tokenizers", "safetensors", "peft"),
+    *("hydra-core", "omegaconf", "datasets", "numpy", "wandb"),
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ def find_run(root: Path, wanted: str | None) -> Run:
 
 def free_name(root: Path, stem: str) -> str:
     """Return ``stem-1122-1934``, with a number behind it where that is taken."""
+    stem = stem.replace("/", "-")
     base = f"{stem}-{datetime.datetime.now():%m%d-%H%M}"
     names = (base, *(f"{base}-{number}" for number in range(2, 10_000)))
     return next(name for name in names if not (root / name).exists())
@@ -117,38 +122,42 @@ def describe_environment() -> dict[str, Any]:
         "created": datetime.datetime.now().astimezone().isoformat(timespec="microseconds"),
         "git": _git_state(),
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {"lorakit": __version__} | {name: version for name in PACKAGES if (version := _version(name))},
     }
 
 
 class History:
-    """``history.jsonl``: one line of figures per step, in full precision; read back as a list of dicts."""
+    """A file of one JSON object per line, each with its ``step``: ``history.jsonl`` with all figures, ``samples.jsonl``."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / HISTORY_FILE
+    def __init__(self, folder: Path, name: str = HISTORY_FILE) -> None:
+        self.path = folder / name
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """Return all whole lines; one that a crash tore is left out."""
-        return list(_parse(self.path.read_text(encoding="utf-8").splitlines())) if self.path.exists() else []
+        return list(_parse(self.path.read_text(encoding="utf-8").split("\n"))) if self.path.exists() else []
 
     def cut_behind(self, step: int) -> None:
         """Remove what lies behind ``step``: a resumed run goes through it again."""
-        kept = [record for record in self.read() if record["step"] <= step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
+        if not self.path.exists():
+            return
+        kept = [record for record in self.read() if record.get("step", 0) <= step]
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
         write_whole(self.path, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _parse(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
     for line in lines:
         try:
-            yield json.loads(line)
+            record = json.loads(line)
         except ValueError:
-            continue
+            continue  # torn by a crash
+        if isinstance(record, dict):
+            yield record
 
 
 def _version(package: str) -> str | None:

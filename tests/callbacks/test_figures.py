@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from tiny_models import Loader, adamw, make_batches, make_datums, make_model, make_trainer
@@ -17,13 +19,14 @@ from lorakit.callbacks.expert_load import ExpertLoad
 from lorakit.callbacks.history import RunHistory, draw_losses
 from lorakit.callbacks.samples import Samples
 from lorakit.callbacks.throughput import Throughput
+from lorakit.data.stream import BatchStream
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.families import router_modules
 from lorakit.model.load import load_model, load_tokenizer
 from lorakit.sampling.generate import generate
 from lorakit.training.module import LoRAModule
-from lorakit.types import SamplingParams
+from lorakit.types import Batch, SamplingParams
 
 DATUMS = make_datums(8)
 
@@ -39,13 +42,14 @@ class Metrics(L.Callback):
 
 
 def fit(folder: Path, callbacks: list[Any], *, family: str = "qwen3_moe", accumulate: int = 2, evaluate: bool = False,
-        model: Any = None, tokenizer: Any = None) -> list[dict[str, float]]:  # fmt: skip
+        model: Any = None, tokenizer: Any = None, batches: Any = None) -> list[dict[str, float]]:  # fmt: skip
     model, metrics = model or inject(make_model(family), LoRASpec(rank=4)), Metrics()
     module = LoRAModule(lambda: model, optimizer=adamw(), tokenizer=tokenizer)
-    batches = make_batches(DATUMS, 2, accumulate)
+    batches = batches or make_batches(DATUMS, 2, accumulate)
     options = {"check_val_every_n_epoch": None, "val_check_interval": 2, "limit_val_batches": None} if evaluate else {}
     trainer = make_trainer(folder, callbacks=[*callbacks, metrics], accumulate_grad_batches=accumulate, **options)
-    trainer.fit(module, Loader(batches), Loader(make_batches(DATUMS[:3], 2, 1)) if evaluate else None)
+    loader = Loader(batches) if isinstance(batches, list) else batches
+    trainer.fit(module, loader, Loader(make_batches(DATUMS[:3], 2, 1)) if evaluate else None)
     return metrics.steps
 
 
@@ -84,6 +88,53 @@ def test_expert_load_is_the_busiest_experts_share_over_the_window_counted_by_han
             expected = max(counts) / sum(counts) * 4
             assert steps[2 * step + 1][f"expert_load/layer_{layer:02d}_max"] == pytest.approx(expected, rel=1e-5)
             assert 1 <= expected <= 4
+
+
+def wider(batch: Batch, columns: int) -> Batch:
+    """The same documents with more padding behind them."""
+
+    def pad(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor, (0, columns))
+
+    return replace(batch, input_ids=pad(batch.input_ids), targets=pad(batch.targets), weights=pad(batch.weights))
+
+
+def test_expert_load_is_not_moved_by_more_padding(tmp_path: Path) -> None:
+    batches = make_batches(DATUMS, 2, 2)
+    loads = []
+    for given in (batches, [wider(batch, 40) for batch in batches]):
+        steps = fit(tmp_path, [ExpertLoad()], batches=given)
+        loads.append([value for step in steps for name, value in step.items() if name.startswith("expert_load")])
+    assert len(loads[0]) >= 4
+    assert loads[1] == pytest.approx(loads[0], rel=1e-6)
+
+
+def test_throughput_leaves_out_other_callbacks_and_evaluation_and_counts_the_making_of_batches(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(throughput_module.time, "perf_counter", lambda: clock[0])
+
+    class Pause(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            clock[0] += 100
+
+        on_validation_batch_end = on_validation_end = on_train_batch_end
+
+    class Examples:
+        def datums(self, index: int) -> list[Any]:
+            clock[0] += 10
+            return [DATUMS[index]]
+
+    examples: Any = Examples()
+    stream = BatchStream(
+        examples, np.arange(8), pad_token_id=0, batch_size=2, row_tokens=None, accumulate=2, window_rows=4, num_epochs=2
+    )
+    callback = Throughput()
+    fit(tmp_path, [callback, Pause()], family="llama", evaluate=True, batches=stream)
+    assert clock[0] > 1000
+    assert callback.seconds == stream.seconds == 2 * 8 * 10
+    assert callback.num_tokens == 2 * sum(map(len, DATUMS))
 
 
 def test_expert_load_leaves_no_hook_behind_and_says_nothing_of_dense_models(tmp_path: Path) -> None:
@@ -161,3 +212,24 @@ def test_history_behind_the_step_of_a_resumed_run_is_cut_and_a_torn_line_left_ou
 def test_a_curve_of_nothing_or_of_nothing_finite_is_drawn_all_the_same(records: list, tmp_path: Path) -> None:
     draw_losses(records, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_history_has_no_loss_of_a_step_that_was_skipped(tmp_path: Path) -> None:
+    batches = make_batches(DATUMS, 2, 1)[:3]
+    batches[1] = replace(batches[1], weights=torch.zeros_like(batches[1].weights), window_weight=0.0)
+    callback = RunHistory(tmp_path)
+    fit(tmp_path, [callback], family="llama", accumulate=1, batches=batches)
+    first, skipped, last = callback.history.read()
+    assert not {"train/loss", "train/grad_norm"} & skipped.keys()
+    assert skipped["train/empty_windows"] == 1
+    assert first["train/loss"] != last["train/loss"]
+
+
+def test_samples_behind_the_step_of_a_resumed_run_are_cut(tmp_path: Path) -> None:
+    callback = Samples(tmp_path, prompts=["a"])
+    lines = [json.dumps({"step": step, "prompt": "ä", "sample": "b\n"}, ensure_ascii=False) for step in (1, 2, 2, 3)]
+    callback.history.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    callback.on_train_start(SimpleNamespace(global_step=2), None)  # type: ignore[arg-type]
+    assert callback.history.path.read_text(encoding="utf-8") == "".join(line + "\n" for line in lines[:3])
+    callback.on_train_start(SimpleNamespace(global_step=0), None)  # type: ignore[arg-type]
+    assert callback.history.path.read_text(encoding="utf-8") == ""

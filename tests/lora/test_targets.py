@@ -13,8 +13,8 @@ from lorakit.lora.spec import LoRASpec
 @pytest.mark.parametrize("pattern", ["*", "*.layers.0.*", "*mlp*"])
 def test_a_wildcard_never_wraps_the_router(pattern: str) -> None:
     assert not [target for target in plan(make_model(), LoRASpec(targets=[pattern])).targets if target.family == "router"]
-    named = plan(make_model(), LoRASpec(targets=["*.mlp.gate"])).targets
-    assert {target.family for target in named} == {"router"}
+    for name in ("*.mlp.gate", "*.gate", "mlp.gate"):
+        assert {target.family for target in plan(make_model(), LoRASpec(targets=[name])).targets} == {"router"}
 
 
 def test_a_convolution_is_no_expert() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from tiny_models import make_model, tiny_config
 
 from lorakit.model.families import find_targets, packing_is_doubtful, router_modules
@@ -50,8 +51,6 @@ def test_the_shapes_are_those_of_the_matrices() -> None:
 
 
 def test_gpt2_keeps_its_matrices_transposed_and_the_target_says_so() -> None:
-    import transformers
-
     config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -81,3 +80,16 @@ def test_full_and_sliding_attention_can_be_packed(family: str) -> None:
 
 def test_linear_attention_cannot() -> None:
     assert "linear_attention" in str(packing_is_doubtful(tiny_config("qwen3_next")))
+
+
+@pytest.mark.parametrize("name", ["OPT", "Bloom", "Mpt", "GptOss"])
+def test_models_that_look_past_their_positions_cannot(name: str) -> None:
+    config = getattr(transformers, f"{name}Config")()
+    assert "does not isolate documents" in str(packing_is_doubtful(config))
+
+
+def test_a_convolutions_kernel_is_no_stack_of_experts() -> None:
+    model = make_model("qwen3_next")
+    kernels = [name for name, parameter in model.named_parameters() if "conv1d" in name and parameter.ndim == 3]
+    assert kernels
+    assert not {target.name for target in find_targets(model)} & {*kernels, *(name.removesuffix(".weight") for name in kernels)}

@@ -143,3 +143,27 @@ def test_samples_come_in_the_order_of_the_prompts() -> None:
     samples = generate(model, NoEnd(), prompts, SamplingParams(max_tokens=2, temperature=0))
     for number in (0, 1, 77, 139):
         assert samples[number] == generate(model, NoEnd(), [prompts[number]], SamplingParams(max_tokens=2, temperature=0))[0]
+
+
+def test_no_seed_gives_new_samples_each_time() -> None:
+    model = make_model("llama")
+    model.generation_config.eos_token_id = None
+    torch.manual_seed(4)
+    samples = []
+    for _ in range(3):
+        samples += generate(model, NoEnd(), [[5, 9, 3]], SamplingParams(max_tokens=16, temperature=1.0, seed=None))
+        torch.manual_seed(4)  # nor does the global state decide
+    assert len({sample.tokens for sample in samples}) == 3
+
+
+def test_an_empty_text_is_no_stop() -> None:
+    model = make_model("llama")
+    model.generation_config.eos_token_id = None
+
+    def sample(stop: Any) -> Any:
+        return generate(model, NoEnd(), [[5, 9, 3]], SamplingParams(max_tokens=10, temperature=0, stop=stop))[0]
+
+    free = sample(None)
+    assert (len(free.tokens), free.stop_reason) == (10, "length")
+    assert sample("") == sample([""]) == sample(["", "never"]) == free
+    assert sample(["", free.text[4:6]]) == sample(free.text[4:6]) != free

@@ -23,7 +23,8 @@ from tiny_models import (
     trainable,
 )
 
-from lorakit.errors import TrainingError
+from lorakit.data.collate import collate
+from lorakit.errors import CheckpointError, TrainingError
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.cross_entropy import cross_entropy
@@ -172,3 +173,33 @@ def test_under_bf16_mixed_adapter_gradient_and_optimiser_stay_float32(tmp_path: 
     assert {tensor.dtype for tensor in record.adapters[-1].values()} == {torch.float32}
     assert {state[name].dtype for state in record.states[-1].values() for name in ("exp_avg", "exp_avg_sq")} == {torch.float32}
     assert {p.dtype for name, p in model.named_parameters() if "lora_" not in name} == {torch.bfloat16}
+
+
+def test_the_saved_batches_of_packed_rows_hold_their_positions(tmp_path: Path) -> None:
+    short, long, other = make_datums(3)
+    batch = collate([[short, long], [other]], pad_token_id=0)
+    with pytest.raises(TrainingError):
+        fit(tmp_path, [replace(batch, window_weight=batch.weight)], loss=nan_in(0), max_bad_steps=1)
+    (saved,) = torch.load(tmp_path / "bad_batches.pt", weights_only=True)
+    assert torch.equal(saved["position_ids"], batch.position_ids)
+    assert saved["position_ids"][0, len(short)] == 0  # the second document counts anew
+    assert saved.keys() == {"input_ids", "targets", "weights", "position_ids"}
+
+
+def test_a_window_without_its_weight_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="window_weight is 0, but the batch has weights"):
+        fit(tmp_path, [replace(BATCHES[0], window_weight=0.0)])
+
+
+def test_a_state_of_other_shapes_or_names_is_refused_and_changes_nothing() -> None:
+    module = LoRAModule(lambda: randomise(inject(make_model("llama"), LoRASpec(rank=4))), optimizer=adamw())
+    module.configure_model()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    first, *_, last = before
+    for name, tensor in ((last, before[last][:1]), (first, before[first][:, :1])):  # both would be broadcast by copy_
+        other = {**{name: torch.ones_like(tensor) for name, tensor in before.items()}, name: tensor}
+        with pytest.raises(CheckpointError, match=f"other shapes.*{name}"):
+            module.load_state_dict(other)
+    with pytest.raises(CheckpointError, match=f"does not fit.*{last}"):
+        module.load_state_dict({name: tensor for name, tensor in before.items() if name != last})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())

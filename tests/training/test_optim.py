@@ -78,7 +78,9 @@ def test_auto_precision_is_bf16_where_it_is_native(accelerator: str, native: boo
 
 
 def test_precisions_that_would_put_the_adapter_into_16_bit_are_refused() -> None:
-    assert precision.resolve_precision("16-mixed", "cpu") == "16-mixed"
+    assert precision.resolve_precision("16-mixed", "cuda") == "16-mixed"
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        precision.resolve_precision("16-mixed", "cpu")
     with pytest.raises(ConfigError, match=r"trainer\.precision=bf16-true.*bf16-mixed"):
         precision.resolve_precision("bf16-true", "cpu")
 
@@ -100,3 +102,10 @@ def test_an_accelerator_that_is_not_there_is_an_error(monkeypatch: Any) -> None:
         precision.resolve_accelerator("cuda")
     with pytest.raises(ConfigError, match="tpu is unknown"):
         precision.resolve_accelerator("tpu")
+
+
+@pytest.mark.parametrize("schedule", [constant, linear, cosine])
+@pytest.mark.parametrize("warmup_steps", [-1, -0.1])
+def test_a_negative_warm_up_is_an_error(schedule: Any, warmup_steps: float) -> None:
+    with pytest.raises(ConfigError, match=rf"schedule\.warmup_steps={warmup_steps}"):
+        rates(schedule, 1, total_steps=4, warmup_steps=warmup_steps)

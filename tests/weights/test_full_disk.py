@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import warnings
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,34 @@ def test_room_that_comes_back_is_used(tmp_path: Path, monkeypatch: Any) -> None:
     _, said = fit(tmp_path, before_step)
     assert len(said) == 2
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "checkpoints")] == [5, 6]
+
+
+@pytest.mark.parametrize("torn", ["adapter_model.safetensors", "training_state.ckpt"])
+def test_training_goes_on_where_the_kernel_refuses_the_bytes(torn: str, tmp_path: Path) -> None:
+    """Real failures: safetensors reports them by an error of its own, torch.save by a RuntimeError."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Disk(AdapterCheckpoint):
+        def _save(self, trainer: Any, *arguments: Any, **options: Any) -> None:
+            room = limits[0]
+            if trainer.global_step >= 3:
+                adapter = self.folder / "step-000001" / "adapter_model.safetensors"
+                room = 4096 if torn == adapter.name else adapter.stat().st_size + 4096
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            try:
+                super()._save(trainer, *arguments, **options)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    module = LoRAModule(lambda: inject(make_model("llama"), LoRASpec(rank=4)), optimizer=adamw())
+    trainer = make_trainer(tmp_path, callbacks=[Disk(tmp_path / "checkpoints", every_steps=1)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, Loader(BATCHES))
+    said = [str(warning.message) for warning in caught if "could not be written" in str(warning.message)]
+    assert trainer.global_step == 6
+    assert len(said) >= 4
+    assert "step 3" in said[0] and "step 2 stays in force" in said[0]
+    assert ("adapter_model" in said[0]) == (torn == "adapter_model.safetensors"), said[0]
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "checkpoints")] == [1, 2]
+    assert not list((tmp_path / "checkpoints").glob(".writing-*"))

@@ -50,13 +50,18 @@ def test_damaged_checkpoints_never_push_out_good_ones(tmp_path: Path, model: obj
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [75]
 
 
-@pytest.mark.parametrize("text", ["null", "{", ""])
-def test_a_manifest_that_cannot_be_read_is_passed_over_and_said(tmp_path: Path, model: object, text: str) -> None:
+@pytest.mark.parametrize("text", ["null", "[]", "{", "", "{}", None])
+def test_a_manifest_that_cannot_be_read_is_passed_over_and_said(tmp_path: Path, model: object, text: str | None) -> None:
     _save(tmp_path, model, {1: None, 2: None})
-    (tmp_path / "step-000002/checkpoint.json").write_text(text)
+    manifest = tmp_path / "step-000002/checkpoint.json"
+    manifest.unlink()
+    if text is not None:
+        manifest.write_text(text)
     said: list[str] = []
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path, said.append)] == [1]
-    assert "step-000002" in said[0]
+    assert len(said) == 1 and "step-000002" in said[0]
+    found = newest_whole(tmp_path, said.append)
+    assert found is not None and found.step == 1
 
 
 def test_checkpoints_are_sorted_by_number(tmp_path: Path, model: object) -> None:

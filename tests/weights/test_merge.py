@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from tiny_models import make_model, randomise
 from transformers import AutoModelForCausalLM
 
@@ -27,17 +31,27 @@ FORMS = [
 ]
 
 
-def _adapter(folder: Path, family: str, **spec: Any) -> Path:
+GPT2_LEAVES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+def _adapter(folder: Path, family: str, adapter_dtype: torch.dtype | None = None, **spec: Any) -> Path:
     model = randomise(inject(make_model(family), LoRASpec(rank=4, alpha=6, **spec)), std=0.1)
     folder.mkdir(exist_ok=True)
-    save_adapter(model, folder)
+    save_adapter(model, folder, dtype=adapter_dtype)
     return folder
 
 
-def _merge(tmp_path: Path, family: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Path, MergeReport]:
+def _merge(
+    tmp_path: Path, family: str, dtype: torch.dtype = torch.float32, *, base: Any = None, **options: Any
+) -> tuple[Path, MergeReport]:
+    """Merge ``tmp_path/adapter`` into ``base``, as a stored model that is loaded in the dtype asked for."""
+
+    def load(name: str) -> Any:
+        return copy.deepcopy(base).to(getattr(torch, name)) if base else make_model(family, name)
+
     out = tmp_path / f"merged-{len(list(tmp_path.iterdir()))}"
     settings = {"dtype": dtype, "tokenizer": load_tokenizer("tiny"), "can_compare": True, **options}
-    report = merge_adapter("base", lambda name: make_model(family, name), tmp_path / "adapter", out, **settings)
+    report = merge_adapter("base", load, tmp_path / "adapter", out, **settings)
     return out, report
 
 
@@ -118,3 +132,94 @@ def test_what_does_not_fit_or_is_in_the_way_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(AdapterError, match="torn"):
         _merge(tmp_path, "llama")
+
+
+def test_the_report_names_every_tensor_and_says_what_changed(tmp_path: Path) -> None:
+    _adapter(tmp_path / "adapter", "qwen3_moe", unembedding=True)
+    out, report = _merge(tmp_path, "qwen3_moe")
+    before, after = make_model().state_dict(), AutoModelForCausalLM.from_pretrained(out).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert {tensor.name: tensor.shape for tensor in report.tensors} == {name: tuple(before[name].shape) for name in changed}
+    assert len(report.tensors) == 2 * (4 + 2) + 1
+    assert not any("gate.weight" in name or "norm" in name or "embed" in name for name in changed)
+    for tensor in report.tensors:
+        change = (after[tensor.name] - before[tensor.name]).norm() / before[tensor.name].norm()
+        assert tensor.relative_change == pytest.approx(float(change), rel=1e-4)
+    saved = json.loads((out / "merge_report.json").read_text())
+    assert [tensor["name"] for tensor in saved["tensors"]] == [tensor.name for tensor in report.tensors]
+    assert (saved["base"], saved["dtype"]) == ("base", "float32")
+
+
+def test_a_difference_over_the_tolerance_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _adapter(tmp_path / "adapter", "llama")
+    monkeypatch.setattr(merge, "TOLERANCE", -1.0)
+    with pytest.raises(AdapterError, match="nothing was written"):
+        _merge(tmp_path, "llama")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("can_compare", [True, False])
+def test_a_base_in_bf16_becomes_w_plus_scaled_ba_rounded_once(tmp_path: Path, can_compare: bool) -> None:
+    folder = tmp_path / "adapter"
+    _adapter(folder, "qwen3", unembedding=True, adapter_dtype=torch.bfloat16)  # as a run exports it
+    base, factors = make_model("qwen3", "bfloat16"), AdapterFiles.open(folder).tensors()
+    out, report = _merge(tmp_path, "qwen3", torch.bfloat16, base=base, can_compare=can_compare)
+    assert (report.float32_difference is not None) is can_compare
+    merged = load_file(out / "model.safetensors")
+    assert merged.keys() == base.state_dict().keys()
+    for name, weight in base.state_dict().items():
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        if f"{key}A.weight" in factors:
+            a, b = (factors[f"{key}{letter}.weight"].float() for letter in "AB")
+            weight = (weight.float() + 1.5 * (b @ a)).to(torch.bfloat16)
+        assert merged[name].dtype == torch.bfloat16
+        assert torch.equal(merged[name], weight), name
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3", "llama"])
+def test_a_base_in_bf16_gives_the_same_files_with_and_without_the_comparison(tmp_path: Path, family: str) -> None:
+    _adapter(tmp_path / "adapter", family, unembedding=True, adapter_dtype=torch.bfloat16)
+    files = []
+    for can_compare in (True, False):
+        out, _ = _merge(tmp_path, family, torch.bfloat16, base=make_model(family, "bfloat16"), can_compare=can_compare)
+        files.append({path.name: path.read_bytes() for path in out.iterdir() if path.name != "merge_report.json"})
+    assert "model.safetensors" in files[0]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("can_compare", [True, False])
+def test_gpt2s_transposed_matrices_merge_right(tmp_path: Path, can_compare: bool) -> None:
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    )
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    for parameter in base.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted = randomise(inject(copy.deepcopy(base), LoRASpec(rank=4, alpha=6)), std=0.1).eval()
+    (tmp_path / "adapter").mkdir()
+    save_adapter(adapted, tmp_path / "adapter")
+    expected_names = {f"transformer.h.{i}.{leaf}.weight" for i in (0, 1) for leaf in GPT2_LEAVES}
+    out, report = _merge(tmp_path, "gpt2", base=base, can_compare=can_compare)
+    assert {tensor.name for tensor in report.tensors} == expected_names
+    merged, tokens = AutoModelForCausalLM.from_pretrained(out), torch.arange(20)[None]
+    expected = adapted(tokens).logits
+    assert (merged(tokens).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    factors = AdapterFiles.open(tmp_path / "adapter").tensors()
+    for leaf in ("c_attn", "c_proj"):  # c_proj is square: no shape would tell
+        a, b = (factors[f"base_model.model.transformer.h.0.attn.{leaf}.lora_{letter}.weight"].double() for letter in "AB")
+        before, after = (getattr(model.transformer.h[0].attn, leaf).weight.double() for model in (base, merged))
+        assert (after - before - 1.5 * (b @ a).T).abs().max() < 1e-6
+
+
+def test_an_empty_folder_is_written_to_and_a_file_is_not(tmp_path: Path) -> None:
+    _adapter(tmp_path / "adapter", "llama")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    options = {"dtype": torch.float32, "tokenizer": load_tokenizer("tiny"), "can_compare": False}
+    with pytest.raises(CheckpointError, match="choose another --out"):
+        merge_adapter("base", lambda name: make_model("llama", name), tmp_path / "adapter", tmp_path / "file", **options)
+    merge_adapter("base", lambda name: make_model("llama", name), tmp_path / "adapter", tmp_path / "empty", **options)
+    assert (tmp_path / "empty/config.json").is_file() and (tmp_path / "file").read_bytes() == b""
