@@ -14,8 +14,10 @@ from lorakit.weights.run import Run, create_run, describe_environment, free_name
 _FREE_KEYS = ("run", "resume", "paths.", "logger.", "checkpoint.", "callbacks.")
 
 
-def choose_run(config: dict[str, Any], root: Path, *, experiment: str, data_fingerprint: str, command: str) -> tuple[Run, bool]:
-    """Return the run and whether it continues.
+def choose_run(
+    config: dict[str, Any], root: Path, *, experiment: str, data_fingerprint: str, command: str, resolved: dict[str, Any]
+) -> tuple[Run, bool]:
+    """Return the run and whether it continues. ``resolved`` is what the settings that say ``auto`` came to on this machine.
 
     Raises:
         CheckpointError: the run to continue is missing, finished, or was made from another config or other data.
@@ -28,12 +30,13 @@ def choose_run(config: dict[str, Any], root: Path, *, experiment: str, data_fing
     if resume:
         run = _find_unfinished(root, name, experiment)
         if run is not None:
-            _check_same(run, config, data_fingerprint)
+            _check_same(run, config, data_fingerprint, resolved)
             return run, True
         if resume is True:
             what = f"run {name!r}" if name else f"unfinished run of experiment {experiment}"
             raise CheckpointError(f"resume=true, but there is no {what} in {root.resolve()}; resume=auto would start one")
     info = {"experiment": experiment, "base": config["model"]["path"], "command": command, "data_fingerprint": data_fingerprint}
+    info["resolved"] = resolved
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     chosen = str(name) if name else free_name(root, experiment)
     return create_run(root, chosen, config_text=text, info={**info, **describe_environment()}), False
@@ -51,12 +54,17 @@ def _find_unfinished(root: Path, name: str | None, experiment: str) -> Run | Non
     return unfinished[-1] if unfinished else None
 
 
-def _check_same(run: Run, config: dict[str, Any], data_fingerprint: str) -> None:
+def _check_same(run: Run, config: dict[str, Any], data_fingerprint: str, resolved: dict[str, Any]) -> None:
     then, now = _flatten(yaml.safe_load(run.config_text())), _flatten(config)
     problems = [
         f"{key}: {then.get(key, 'not set')!r} then, {now.get(key, 'not set')!r} now"
         for key in sorted(then.keys() | now.keys())
         if then.get(key) != now.get(key) and not key.startswith(_FREE_KEYS)
+    ]
+    problems += [
+        f"{key}: auto was {value} then, and is {resolved[key]} on this machine; set it"
+        for key, value in run.info.get("resolved", {}).items()
+        if key in resolved and resolved[key] != value and not any(problem.startswith(f"{key}:") for problem in problems)
     ]
     if not problems and run.info.get("data_fingerprint") != data_fingerprint:
         problems.append(f"data: the rows of {config['data']['path']} are not those that the run began with")

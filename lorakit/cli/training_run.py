@@ -34,7 +34,7 @@ from lorakit.training.optim import LR_SOURCE, auto_lr
 from lorakit.weights.adapter import save_adapter
 from lorakit.weights.checkpoint import STATE_FILE, newest_whole, remove_behind
 from lorakit.weights.files import whole_folder
-from lorakit.weights.run import History, Run
+from lorakit.weights.run import History, Run, hold
 
 log = logging.getLogger("lorakit")
 SMALL_MODEL_PARAMS = 100_000_000
@@ -72,7 +72,11 @@ def train_run(config: dict[str, Any], *, experiment: str, command: str = "", con
     total_steps, is_estimate = assemble.resolve_total_steps(config, datamodule)
     root, kept = Path(config["paths"]["runs"]), config["checkpoint"]
     assemble.check_disk(root, planned, keep_last=kept["keep_last"], keep_best=kept["keep_best"])
-    run, resumes = choose_run(config, root, experiment=experiment, data_fingerprint=datamodule.fingerprint, command=command)
+    run, resumes = choose_run(
+        config, root, experiment=experiment, data_fingerprint=datamodule.fingerprint, command=command,
+        resolved={"trainer.accelerator": accelerator, "trainer.precision": precision, "optim.lr": lr},
+    )  # fmt: skip
+    lock = hold(run)
     run = run.update(formats=datamodule.source.formats)
     console.print(
         f"run {run.folder}: {total_steps:,}{' steps (about)' if is_estimate else ' steps'}, {precision} on {accelerator}"
@@ -88,7 +92,8 @@ def train_run(config: dict[str, Any], *, experiment: str, command: str = "", con
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
     L.seed_everything(config["seed"], verbose=False)
-    return _fit(run, trainer, module, datamodule, planned, resumes=resumes, total_steps=total_steps, console=console)
+    with lock:
+        return _fit(run, trainer, module, datamodule, planned, resumes=resumes, total_steps=total_steps, console=console)
 
 
 def _check_data(config: dict[str, Any], console: Console) -> tuple[LoRADataModule, Any]:
@@ -200,6 +205,14 @@ def _print_end(outcome: Outcome, trainer: L.Trainer, metrics: dict[str, float], 
     console.print(f"{state} {trainer.global_step:,} steps in {outcome.seconds:.1f} s: {', '.join(figures)}")
     if module.num_bad_steps or module.num_empty_windows:
         console.print(f"skipped: {module.num_bad_steps} steps not finite, {module.num_empty_windows} windows without a weight")
+    cuts = vars(outcome.datamodule.train_examples.cuts)
+    if any(cuts.values()):
+        console.print(
+            f"cut while training, over all epochs: {cuts['num_dropped']:,} examples dropped, {cuts['num_truncated']:,} truncated "
+            f"by {cuts['num_tokens_cut']:,} tokens"
+        )
+    if skipped := outcome.datamodule.train_examples.num_skipped:
+        console.print(f"rows skipped while training, over all epochs: {skipped:,}")
     fp32_bytes = outcome.plan.num_params * 4
     console.print(
         f"adapter {run.adapter}: {outcome.adapter_bytes / 1e6:.2f} MB in bf16 ({fp32_bytes / 1e6:.2f} MB in checkpoints)"

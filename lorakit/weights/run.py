@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lorakit import __version__
 from lorakit.errors import CheckpointError
@@ -86,6 +86,23 @@ def open_run(folder: Path) -> Run:
     if info.get("format_version", 0) > FORMAT_VERSION:
         raise CheckpointError(f"{folder} was written by a newer lorakit (format {info['format_version']}); upgrade to read it")
     return Run(folder, info)
+
+
+def hold(run: Run) -> IO[str]:
+    """Keep other processes from training the same run until the returned file is closed. Raises CheckpointError."""
+    file = (run.folder / ".lock").open("w", encoding="utf-8")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # not on this system
+        pass
+    except OSError:
+        file.close()
+        raise CheckpointError(
+            f"{run.folder} is being trained by another process; wait for it, or choose another run=NAME"
+        ) from None
+    return file
 
 
 def list_runs(root: Path) -> list[Run]:

@@ -14,6 +14,9 @@ import pytest
 from program import start
 from small import SMALL
 
+from lorakit.errors import CheckpointError
+from lorakit.weights.run import create_run, hold
+
 Call = Callable[..., tuple[int, str, str]]
 SETTINGS = (
     *SMALL,
@@ -141,3 +144,19 @@ def _assert_same(whole: Path, cut: Path) -> None:
     assert figures(cut) == figures(whole)
     for name in ("adapter/adapter_model.safetensors", "checkpoints/step-000010/adapter_model.safetensors"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_two_processes_never_train_one_run(tmp_path: Path) -> None:
+    run = create_run(tmp_path, "one", config_text="", info={})
+    with hold(run), pytest.raises(CheckpointError, match="being trained by another process"):
+        hold(run)
+    hold(run).close()
+
+
+def test_what_auto_came_to_is_part_of_the_run(workplace: Path, lorakit: Call) -> None:
+    settings = (*SMALL, "trainer.max_steps=1", "run=one", "callbacks.samples=null")
+    assert lorakit("train", *settings)[0] == 0
+    file = workplace / "runs/one/run.json"
+    file.write_text(file.read_text().replace('"finished"', '"running"').replace('"32-true"', '"bf16-mixed"'))
+    code, _, err = lorakit("train", *settings, "resume=true")
+    assert code == 2 and "trainer.precision: auto was bf16-mixed then, and is 32-true on this machine" in err
