@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from lorakit.errors import ConfigError
 
 BUNDLED = {"tiny": Path(__file__).parent / "tiny" / "text"}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -50,6 +51,11 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     """Return the model's tokenizer."""
     from transformers import AutoTokenizer
 
+    folder = Path(resolve_model_path(path))
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ConfigError(
+            f"model.path={path}: no tokenizer in this folder ({', '.join(_TOKENIZER_FILES)}); copy the model's there"
+        )
     with _explained(path):
         return AutoTokenizer.from_pretrained(resolve_model_path(path), revision=revision, trust_remote_code=trust_remote_code)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 from tiny_models import make_model, tiny_config
 
+from lorakit.errors import ConfigError
 from lorakit.model.families import find_targets, packing_is_doubtful, router_modules
+from lorakit.model.load import load_model, load_tokenizer
 
 
 def leaves(family: str) -> dict[str, set[str]]:
@@ -93,3 +97,17 @@ def test_a_convolutions_kernel_is_no_stack_of_experts() -> None:
     kernels = [name for name, parameter in model.named_parameters() if "conv1d" in name and parameter.ndim == 3]
     assert kernels
     assert not {target.name for target in find_targets(model)} & {*kernels, *(name.removesuffix(".weight") for name in kernels)}
+
+
+def test_a_folder_without_a_tokenizer_or_with_lost_tensors_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = make_model("llama")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no tokenizer in this folder"):
+        load_tokenizer(str(tmp_path))
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"1 tensors are not in its files.*layers\.1\.self_attn\.q_proj"):
+        load_model(str(tmp_path))
