@@ -28,7 +28,7 @@ def _compose(*overrides: str) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", overrides=[*overrides, "paths.run=x"])
-    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+    return OmegaConf.to_container(config, resolve=True)
 
 
 def _targets(node: Any, key: str = "") -> list[tuple[str, dict[str, Any]]]:

@@ -20,7 +20,7 @@ class PackingGuard(L.Callback):
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        datamodule: Any = getattr(trainer, "datamodule", None)
         if not getattr(datamodule, "packing", False):
             return
         reason = packing_is_doubtful(pl_module.model.config)

@@ -64,5 +64,5 @@ class Samples(L.Callback):
         if self.prompts is not None:
             encoder = Encoder(tokenizer)
             return [encoder.encode_prompt(text) for text in self.prompts]
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        datamodule: Any = getattr(trainer, "datamodule", None)
         return datamodule.val_prompts(self.num_prompts) if hasattr(datamodule, "val_prompts") else []

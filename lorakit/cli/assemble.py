@@ -21,7 +21,7 @@ from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import LoRAPlan, inject
 from lorakit.lora.spec import LoRASpec
-from lorakit.model.load import base_name, load_model
+from lorakit.model.load import base_name, load_model, load_tokenizer
 from lorakit.training.module import LoRAModule
 from lorakit.training.precision import base_dtype, resolve_accelerator, resolve_precision
 from lorakit.weights.adapter import start_from
@@ -50,6 +50,16 @@ def build(config: Config, key: str, **runtime: Any) -> Any:
 def build_datamodule(config: Config) -> LoRADataModule:
     """The DataModule, nothing read yet."""
     return build(config["data"], "data")
+
+
+def load_data(config: Config) -> tuple[LoRADataModule, Any]:
+    """The DataModule with rows and tokens checked, and the tokenizer. Raises LorakitError with all problems of a step."""
+    datamodule, settings = build_datamodule(config), config["model"]
+    datamodule.check_rows()
+    tokenizer = load_tokenizer(settings["path"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"])
+    datamodule.set_tokenizer(tokenizer)
+    datamodule.check_tokens()
+    return datamodule, tokenizer
 
 
 def build_spec(config: Config) -> LoRASpec:
@@ -128,7 +138,7 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
         default_root_dir=folder,
         accelerator=accelerator,
         devices=1,
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]  # Lightning lists literals; resolve_precision gives one of them
         max_steps=settings["max_steps"],  # the user's limit itself: an estimate only shapes schedule and bar
         max_epochs=1,  # the stream holds all epochs
         accumulate_grad_batches=accumulate,

@@ -30,7 +30,7 @@ def quiet_libraries() -> None:
     for text in _MESSAGES:
         warnings.filterwarnings("ignore", message=text)
     # A user wants the message, not which line of ours it came from.
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # type: ignore[assignment]
+    warnings.formatwarning = _format_warning
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -42,3 +42,9 @@ def quiet_libraries() -> None:
         handler.setFormatter(logging.Formatter("lorakit: %(message)s"))
         log.addHandler(handler)
         log.propagate = False
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"warning: {message}\n"

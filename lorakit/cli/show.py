@@ -36,21 +36,17 @@ def show(config: DictConfig, count: int) -> None:
 
     from lorakit.cli import assemble
     from lorakit.cli.reports import print_data_report
+    from lorakit.cli.schema import check_settings
     from lorakit.cli.train import to_plain
     from lorakit.errors import DataError
-    from lorakit.model.load import load_tokenizer
 
     console = Console(soft_wrap=True)
     if OmegaConf.is_missing(config.model, "path"):
         console.print("model.path is not set: shown with the tokenizer of the bundled model, tiny")
         OmegaConf.update(config, "model.path", "tiny")
     plain = to_plain(config)
-    datamodule = assemble.build_datamodule(plain)
-    datamodule.check_rows()
-    settings = plain["model"]
-    tokenizer = load_tokenizer(settings["path"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"])
-    datamodule.set_tokenizer(tokenizer)
-    datamodule.check_tokens()
+    check_settings(plain)
+    datamodule, tokenizer = assemble.load_data(plain)
     examples = datamodule.train_examples
     for index in datamodule.train_indices[:count]:
         try:

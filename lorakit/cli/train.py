@@ -51,14 +51,13 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
 
     from lorakit.errors import ConfigError
 
-    config = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # type: ignore[assignment]  # no struct flag
-    config.paths.run = "."  # filled in when the run has its folder
-    missing = sorted(OmegaConf.missing_keys(config))
+    free: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # a copy without Hydra's struct flag
+    free.paths.run = "."  # filled in when the run has its folder
+    missing = sorted(OmegaConf.missing_keys(free))
     if missing:
         raise ConfigError("these keys have no default and must be set: " + ", ".join(f"{key}=…" for key in missing))
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    return plain  # type: ignore[return-value]
+    plain: Any = OmegaConf.to_container(free, resolve=True)
+    return plain
 
 
 if __name__ == "__main__":

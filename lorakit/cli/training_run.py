@@ -10,7 +10,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -28,7 +28,7 @@ from lorakit.errors import CheckpointError, ConfigError
 from lorakit.lora.inject import LoRAPlan, plan
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.families import packing_is_doubtful
-from lorakit.model.load import load_config, load_skeleton, load_tokenizer
+from lorakit.model.load import load_config, load_skeleton
 from lorakit.training.module import LoRAModule
 from lorakit.training.optim import LR_SOURCE, auto_lr
 from lorakit.weights.adapter import save_adapter
@@ -38,6 +38,7 @@ from lorakit.weights.run import History, Run, hold
 
 log = logging.getLogger("lorakit")
 SMALL_MODEL_PARAMS = 100_000_000
+Found = TypeVar("Found", bound=L.Callback)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def train_run(config: dict[str, Any], *, experiment: str, command: str = "", con
     check_settings(config)
     if config["trainer"]["threads"]:
         torch.set_num_threads(config["trainer"]["threads"])
-    datamodule, tokenizer = _check_data(config, console)
+    datamodule, tokenizer = assemble.load_data(config)
+    print_data_report(datamodule, console)
     spec, model_config, planned = _plan(config, console)
     accelerator, precision = assemble.resolve_devices(config)
     if datamodule.packing and (reason := packing_is_doubtful(model_config)):
@@ -94,17 +96,6 @@ def train_run(config: dict[str, Any], *, experiment: str, command: str = "", con
     L.seed_everything(config["seed"], verbose=False)
     with lock:
         return _fit(run, trainer, module, datamodule, planned, resumes=resumes, total_steps=total_steps, console=console)
-
-
-def _check_data(config: dict[str, Any], console: Console) -> tuple[LoRADataModule, Any]:
-    datamodule = assemble.build_datamodule(config)
-    datamodule.check_rows()
-    settings = config["model"]
-    tokenizer = load_tokenizer(settings["path"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"])
-    datamodule.set_tokenizer(tokenizer)
-    datamodule.check_tokens()
-    print_data_report(datamodule, console)
-    return datamodule, tokenizer
 
 
 def _plan(config: dict[str, Any], console: Console) -> tuple[LoRASpec, Any, LoRAPlan]:
@@ -160,7 +151,7 @@ def _fit(
     was_interrupted = _checkpoints_of(trainer).was_interrupted
     with whole_folder(run.adapter) as aside:
         adapter_bytes = save_adapter(module.model, aside, dtype=torch.bfloat16)
-    throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+    throughput = _find_callback(trainer, Throughput)
     run = run.update(
         status="interrupted" if was_interrupted else "finished",
         step=trainer.global_step,
@@ -193,7 +184,13 @@ def _final_metrics(trainer: L.Trainer, module: LoRAModule, datamodule: LoRADataM
 
 
 def _checkpoints_of(trainer: L.Trainer) -> AdapterCheckpoint:
-    return next(c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint))  # type: ignore[attr-defined]
+    found = _find_callback(trainer, AdapterCheckpoint)
+    assert found is not None  # build_trainer gives every run one
+    return found
+
+
+def _find_callback(trainer: Any, kind: type[Found]) -> Found | None:
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
 
 
 def _print_end(outcome: Outcome, trainer: L.Trainer, metrics: dict[str, float], console: Console) -> None:

@@ -131,8 +131,9 @@ class Renderer:
         else:
             ids = self.encoder.encode_prompt(completion)
             prompt_ids, completion_ids = ids[:prefix], ids[prefix:]
-        if self._wants_eos(completion, completion_ids):
-            completion_ids = [*completion_ids, self.encoder.eos_token_id]  # type: ignore[list-item]
+        eos = self.encoder.eos_token_id
+        if eos is not None and self._wants_eos(completion, completion_ids):
+            completion_ids = [*completion_ids, eos]
         prompt_weights = [1.0 if trains_all and i >= prefix else 0.0 for i in range(len(prompt_ids))]
         return Rendered(prompt_ids + completion_ids, prompt_weights + [1.0] * len(completion_ids), prefix)
 

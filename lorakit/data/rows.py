@@ -118,9 +118,8 @@ def to_chat(row: Conversations) -> Chat:
 
 def find_problem(row: Row) -> str | None:
     """Return what is wrong with a row that has the right columns and types, or None."""
-    kind = type(row)
-    if kind is PromptCompletion:
-        return None if row.completion else "`completion` is empty: no trained token"  # type: ignore[union-attr]
+    if isinstance(row, PromptCompletion):
+        return None if row.completion else "`completion` is empty: no trained token"
     if isinstance(row, Chat):
         return _find_message_problem(row.messages)
     if isinstance(row, Conversations):

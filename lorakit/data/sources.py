@@ -6,7 +6,7 @@ import glob
 import hashlib
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,5 +166,4 @@ def _progress_of(files: list[Path]) -> Iterator[Progress | None]:
     columns = (TextColumn("checking rows"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
-        advance: Callable[[int], None] = lambda num_bytes: bar.advance(task, num_bytes)  # noqa: E731
-        yield advance
+        yield lambda num_bytes: bar.advance(task, num_bytes)

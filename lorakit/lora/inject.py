@@ -123,7 +123,7 @@ def inject(model: Any, spec: LoRASpec, *, base_name: str | None = None, adapter_
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about the base's name, which is set below
         torch.manual_seed(spec.seed)
-        wrapped = peft.get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=False)
+        wrapped: Any = peft.get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=False)
     wrapped.peft_config[adapter_name].base_model_name_or_path = base_name  # PEFT puts the folder it was loaded from
     dtype = getattr(torch, spec.dtype)
     for parameter in wrapped.parameters():
@@ -131,7 +131,7 @@ def inject(model: Any, spec: LoRASpec, *, base_name: str | None = None, adapter_
             parameter.data = parameter.data.to(dtype)
     num_trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     assert num_trainable == planned.num_params, (num_trainable, planned.num_params)
-    return wrapped  # type: ignore[return-value]
+    return wrapped
 
 
 def to_peft_config(planned: LoRAPlan, *, base_name: str | None = None) -> LoraConfig:
@@ -139,15 +139,17 @@ def to_peft_config(planned: LoRAPlan, *, base_name: str | None = None) -> LoraCo
     import peft
 
     spec = planned.spec
+    alpha: Any = spec.alpha if spec.alpha % 1 else int(spec.alpha)  # PEFT says int and takes both
+    init: Any = True if spec.init == "default" else spec.init  # PEFT's name for its default is True
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
         r=spec.rank,
-        lora_alpha=spec.alpha if spec.alpha % 1 else int(spec.alpha),  # type: ignore[arg-type]
+        lora_alpha=alpha,
         use_rslora=spec.rslora,
         use_dora=spec.dora,
         lora_dropout=spec.dropout,
-        init_lora_weights=True if spec.init == "default" else spec.init,  # type: ignore[arg-type]
+        init_lora_weights=init,
         target_modules=list(planned.target_modules) or None,
         target_parameters=list(planned.target_parameters) or None,
     )

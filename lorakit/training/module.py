@@ -147,7 +147,7 @@ class LoRAModule(L.LightningModule):
 
     # ---- state: the adapter and nothing else
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it for a destination, which nobody gives
         """The trainable tensors by their names in this module."""
         return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
 

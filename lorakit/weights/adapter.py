@@ -46,7 +46,7 @@ class AdapterFiles:
         """Return all tensors by PEFT's names. Raises AdapterError for a torn file."""
         try:
             with safe_open(self.folder / TENSOR_FILE, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # the file is no dict: it cannot be iterated
         except (SafetensorError, OSError) as error:
             raise AdapterError(f"{self.folder / TENSOR_FILE}: torn or not a safetensors file: {error}") from error
 

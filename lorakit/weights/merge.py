@@ -128,10 +128,10 @@ def attach(base: Any, adapter_folder: Path) -> Any:
     files = AdapterFiles.open(adapter_folder)
     if problem := files.find_init_problem():
         raise AdapterError(f"{adapter_folder}: {problem}")
-    config = peft.PeftConfig.from_pretrained(str(adapter_folder))
+    config: Any = peft.PeftConfig.from_pretrained(str(adapter_folder))
     config.init_lora_weights = True  # the tensors follow; variants that decompose the base would do so for nothing
     try:
-        model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+        model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise AdapterError(f"{adapter_folder} does not fit this base: {error}") from error
     for name, parameter in model.named_parameters():
@@ -182,11 +182,12 @@ def _plan(model: Any) -> Iterator[tuple[str, nn.Module, str, Any, Any]]:
 
     base = model.get_base_model()
     adapter = model.active_adapter
-    for name, layer in base.named_modules():
-        if not isinstance(layer, LoraLayer) or adapter not in layer.lora_A:
+    layers: list[tuple[str, Any]] = [(name, layer) for name, layer in base.named_modules() if isinstance(layer, LoraLayer)]
+    for name, layer in layers:
+        if adapter not in layer.lora_A:
             continue
         clean = name.replace(".base_layer", "")
-        reference = functools.partial(layer.get_delta_weight, adapter)  # type: ignore[attr-defined]
+        reference = functools.partial(layer.get_delta_weight, adapter)
         if getattr(layer, "use_dora", {}).get(adapter):
             yield f"{clean}.weight", layer.get_base_layer(), "weight", _dora_delta(layer, clean), None
         elif isinstance(layer, ParamWrapper):
@@ -235,12 +236,12 @@ def _param_delta(layer: Any, adapter: str, owner: nn.Module) -> Any:
     return delta
 
 
-def _untie(model: Any, head: nn.Module, report: MergeReport) -> torch.Tensor:
+def _untie(model: Any, head: Any, report: MergeReport) -> torch.Tensor:
     embedding = model.get_base_model().get_input_embeddings()
     if head.weight is embedding.weight:
-        head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)  # type: ignore[operator]
+        head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
         report.untied = True
-    return head.weight  # type: ignore[return-value]
+    return head.weight
 
 
 def _describe(name: str, weight: torch.Tensor, change: torch.Tensor, reference: torch.Tensor | None) -> MergedTensor:

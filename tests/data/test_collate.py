@@ -46,7 +46,10 @@ def test_further_loss_inputs_travel_along_padded_with_0() -> None:
 def rows_of_datums(draw: st.DrawFn) -> list[list[Datum]]:
     shape = draw(st.lists(st.lists(st.integers(2, 8), min_size=1, max_size=4), min_size=1, max_size=4))
     rng = random.Random(draw(st.integers(0, 99)))
-    make = lambda n: make_datum(rng.choices(range(50), k=n), rng.choices([0.0, 1.0, -0.25], k=n))  # noqa: E731
+
+    def make(n: int) -> Datum:
+        return make_datum(rng.choices(range(50), k=n), rng.choices([0.0, 1.0, -0.25], k=n))
+
     return [[make(length) for length in row] for row in shape]
 
 

@@ -81,7 +81,7 @@ def test_the_number_of_packed_batches_is_about_right_and_endless_epochs_have_non
 def test_the_state_goes_on_behind_the_last_batch_that_was_trained(path: str, tiny: Any, packing: bool) -> None:
     def module() -> LoRADataModule:
         made = ready(tiny, path=path, packing=packing, epochs=2, seed=1, val_fraction=0.1)
-        made.trainer = SimpleNamespace(training=True, accumulate_grad_batches=2)  # type: ignore[assignment]
+        made.trainer = SimpleNamespace(training=True, accumulate_grad_batches=2)
         return made
 
     first = module()
@@ -98,7 +98,7 @@ def test_the_state_goes_on_behind_the_last_batch_that_was_trained(path: str, tin
 
 def test_batches_of_evaluation_do_not_move_the_cursor(path: str, tiny: Any) -> None:
     module = ready(tiny, path=path, val_fraction=0.3)
-    module.trainer = SimpleNamespace(training=False, accumulate_grad_batches=1)  # type: ignore[assignment]
+    module.trainer = SimpleNamespace(training=False, accumulate_grad_batches=1)
     before = module.state_dict()
     for batch in module.val_dataloader():
         module.transfer_batch_to_device(batch, torch.device("cpu"), 0)

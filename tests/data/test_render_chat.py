@@ -28,7 +28,7 @@ TRAINED = {
 
 
 def chat_of(*turns: tuple[str, str]) -> Chat:
-    return Chat([Message(role, content) for role, content in turns])  # type: ignore[arg-type]
+    return Chat([Message(role, content) for role, content in turns])
 
 
 @pytest.mark.parametrize("policy", TRAINED)

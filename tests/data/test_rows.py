@@ -106,7 +106,7 @@ def test_a_tool_call_needs_no_content() -> None:
 
 def test_sharegpt_becomes_messages_turn_by_turn_with_weights() -> None:
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": -0.5}]
-    converted = to_chat(msgspec.convert({"conversations": turns, "system": "s"}, FORMATS["conversations"]))  # type: ignore[arg-type]
+    converted = to_chat(msgspec.convert({"conversations": turns, "system": "s"}, FORMATS["conversations"]))
     assert [(m.role, m.content, m.weight) for m in converted.messages] == [
         ("system", "s", None), ("user", "q", None), ("assistant", "a", -0.5),
     ]  # fmt: skip

@@ -118,6 +118,6 @@ def test_what_peft_cannot_do_on_stacked_experts_is_refused(change: dict) -> None
 
 def test_all_problems_of_a_spec_come_in_one_report() -> None:
     with pytest.raises(ConfigError) as caught:
-        LoRASpec(rank=0, alpha=-1, dropout=1.0, init="zero", dtype="int8", mlp="yes", targets="q_proj")  # type: ignore[arg-type]
+        LoRASpec(rank=0, alpha=-1, dropout=1.0, init="zero", dtype="int8", mlp="yes", targets="q_proj")
     for word in ("rank", "alpha", "dropout", "init", "dtype", "mlp", "targets"):
         assert f"lora.{word}=" in str(caught.value)

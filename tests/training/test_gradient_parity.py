@@ -69,7 +69,7 @@ def plain_gradient(family: str, groups: list[list[Datum]]) -> dict[str, torch.Te
     """Mean over ``groups`` of sum / sum(|weight|): one group is the true normalisation, several are the well-known mistake."""
     model = plain_model(family)
     losses = [sum(row_loss(model, d) for d in group) / float(sum(abs(d.weights).sum() for d in group)) for group in groups]
-    (sum(losses) / len(losses)).backward()  # type: ignore[union-attr]
+    (sum(losses) / len(losses)).backward()
     return gradients(model)
 
 

@@ -95,7 +95,7 @@ def test_prune_keeps_the_last_and_the_best(model: Any, tmp_path: Path) -> None:
         save(tmp_path, model, step, loss)
     prune(tmp_path, keep_last=2, keep_best=2)
     assert steps(tmp_path) == [2, 3, 5, 6]
-    assert best(tmp_path).step == 2  # type: ignore[union-attr]
+    assert best(tmp_path).step == 2
     prune(tmp_path, keep_last=0, keep_best=0)
     assert steps(tmp_path) == [6]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000006"]

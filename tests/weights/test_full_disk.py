@@ -65,7 +65,7 @@ def test_training_goes_on_and_the_last_good_checkpoint_is_in_force(place: str, t
     assert "No space left" in said[0]
     assert "step 2 stays in force" in said[0]
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "checkpoints")] == [1, 2]
-    assert newest_whole(tmp_path / "checkpoints", said.append).step == 2  # type: ignore[union-attr]
+    assert newest_whole(tmp_path / "checkpoints", said.append).step == 2
     assert not list((tmp_path / "checkpoints").glob(".writing-*"))
 
 
