@@ -40,6 +40,8 @@ class AdapterCheckpoint(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_step = trainer.global_step
+        # A run that was killed behind its last checkpoint had decided to stop, which EarlyStopping itself does not remember.
+        trainer.should_stop |= any(stopper.wait_count >= stopper.patience for stopper in trainer.early_stopping_callbacks)
         try:
             self._old_handler = signal.signal(signal.SIGINT, self._on_interrupt)
         except ValueError:  # not in the main thread: whoever runs us there handles Ctrl-C

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 
 from lorakit.data.encode import Encoder
+from lorakit.data.rows import are_chats
 from lorakit.sampling.generate import generate
 from lorakit.types import SamplingParams
 from lorakit.weights.run import History
@@ -19,7 +20,8 @@ class Samples(L.Callback):
 
     Args:
         folder: the run folder.
-        prompts: texts; None takes the first ``num_prompts`` evaluation rows, up to where their training begins.
+        prompts: texts, each a user's message where the run trains on chats; None takes the first ``num_prompts`` evaluation
+            rows, up to where their training begins.
         max_tokens, temperature: of the samples; temperature 0 is greedy.
     """
 
@@ -61,8 +63,11 @@ class Samples(L.Callback):
                 logger.log_table("samples", columns=["step", "prompt", "sample"], data=self._rows, step=trainer.global_step)
 
     def _prompt_tokens(self, trainer: L.Trainer, tokenizer: Any) -> list[list[int]]:
+        datamodule: Any = getattr(trainer, "datamodule", None)
         if self.prompts is not None:
             encoder = Encoder(tokenizer)
+            is_chat = are_chats(datamodule.source.formats) if hasattr(datamodule, "source") else False
+            if is_chat and tokenizer.chat_template:
+                return [encoder.encode_chat([{"role": "user", "content": text}]) for text in self.prompts]
             return [encoder.encode_prompt(text) for text in self.prompts]
-        datamodule: Any = getattr(trainer, "datamodule", None)
         return datamodule.val_prompts(self.num_prompts) if hasattr(datamodule, "val_prompts") else []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
@@ -83,17 +84,32 @@ def build_module(
     config: Config, spec: LoRASpec, *, lr: float, total_steps: int, tokenizer: Any, device: str, precision: str
 ) -> LoRAModule:
     """The LoRAModule; its model is loaded when Lightning calls ``configure_model``."""
-    optimizer = {name: value for name, value in config["optim"].items() if name != "clip_norm"} | {"lr": lr}
+    optimizer, schedule = build_optimization(config, lr=lr, total_steps=total_steps)
     return LoRAModule(
         functools.partial(build_model, config, spec, device=device, precision=precision),
-        optimizer=build(optimizer, "optim"),
-        schedule=build(config["schedule"], "schedule"),
+        optimizer=optimizer,
+        schedule=schedule,
         total_steps=total_steps,
         loss=config["loss"]["name"],
         clip_norm=config["optim"]["clip_norm"],
         max_bad_steps=config["trainer"]["max_bad_steps"],
         tokenizer=tokenizer,
     )
+
+
+def build_optimization(config: Config, *, lr: float, total_steps: int) -> tuple[Any, Any]:
+    """What makes the optimiser and its schedule, tried on one number. Raises ConfigError where a value is refused."""
+    settings = {name: value for name, value in config["optim"].items() if name != "clip_norm"} | {"lr": lr}
+    optimizer, schedule = build(settings, "optim"), build(config["schedule"], "schedule")
+    try:
+        tried = optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optim: {settings['_target_']} refuses its settings: {error}") from error
+    try:
+        schedule(tried, total_steps=total_steps)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"schedule: {config['schedule']['_target_']} refuses its settings: {error}") from error
+    return optimizer, schedule
 
 
 def build_model(config: Config, spec: LoRASpec, *, device: str, precision: str) -> Any:

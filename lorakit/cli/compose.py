@@ -49,6 +49,8 @@ def prepare_arguments(arguments: list[str]) -> list[str]:
 
 def quote_path(override: str) -> str:
     """Return ``override`` with the value of a path key quoted for Hydra's grammar: it means itself, whatever it holds."""
+    if override in ("logger=null", "callbacks=null"):
+        return override.replace("null", "none")  # Hydra knows no empty group, but these have one
     match = _OVERRIDE.match(override)
     if match and match["key"] == "data.stop" and not match["value"].startswith("["):
         value = match["value"].replace("\\n", "\n").replace("\\t", "\t")  # as a shell user writes a line's end
@@ -83,6 +85,12 @@ def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: 
         result = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
     except HydraException as error:
         raise ConfigError(explain_override(str(error), config_name)) from error
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):
+            raise
+        raise ConfigError(
+            "a config group cannot be null; leave it out, or name one of its files (conf/GROUP/NAME.yaml)"
+        ) from error
     except OmegaConfBaseException as error:
         raise ConfigError(_first_lines(str(error))) from error
     if len(failures) > 1:

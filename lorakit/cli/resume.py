@@ -11,7 +11,8 @@ from lorakit.errors import CheckpointError, ConfigError, report
 from lorakit.weights.run import Run, create_run, describe_environment, free_name, list_runs, open_run
 
 # What may differ between a run and its continuation without changing what is computed.
-_FREE_KEYS = ("run", "resume", "paths.", "logger.", "checkpoint.", "callbacks.")
+_FREE_KEYS = ("run", "resume", "paths.", "logger.", "checkpoint.", "callbacks.", "data.on_error")
+RUN_FOLDER = "{the run's folder}"  # stands for ``${paths.run}`` until the run has its folder
 
 
 def choose_run(
@@ -37,9 +38,18 @@ def choose_run(
             raise CheckpointError(f"resume=true, but there is no {what} in {root.resolve()}; resume=auto would start one")
     info = {"experiment": experiment, "base": config["model"]["path"], "command": command, "data_fingerprint": data_fingerprint}
     info["resolved"] = resolved
-    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     chosen = str(name) if name else free_name(root, experiment)
+    text = yaml.safe_dump(fill_run_folder(config, root / chosen), sort_keys=False, allow_unicode=True)
     return create_run(root, chosen, config_text=text, info={**info, **describe_environment()}), False
+
+
+def fill_run_folder(node: Any, folder: Path) -> Any:
+    """Return the plain config ``node`` with ``${paths.run}`` filled in, wherever it was used."""
+    if isinstance(node, dict):
+        return {key: fill_run_folder(value, folder) for key, value in node.items()}
+    if isinstance(node, list):
+        return [fill_run_folder(value, folder) for value in node]
+    return node.replace(RUN_FOLDER, str(folder)) if isinstance(node, str) else node
 
 
 def _find_unfinished(root: Path, name: str | None, experiment: str) -> Run | None:
@@ -55,7 +65,7 @@ def _find_unfinished(root: Path, name: str | None, experiment: str) -> Run | Non
 
 
 def _check_same(run: Run, config: dict[str, Any], data_fingerprint: str, resolved: dict[str, Any]) -> None:
-    then, now = _flatten(yaml.safe_load(run.config_text())), _flatten(config)
+    then, now = _flatten(yaml.safe_load(run.config_text())), _flatten(fill_run_folder(config, run.folder))
     problems = [
         f"{key}: {then.get(key, 'not set')!r} then, {now.get(key, 'not set')!r} now"
         for key in sorted(then.keys() | now.keys())

@@ -9,6 +9,7 @@ from typing import Any
 
 from lorakit.cli.guard import run_command
 from lorakit.cli.trained import add_run_arguments, open_trained
+from lorakit.data.rows import are_chats
 from lorakit.errors import ConfigError
 
 
@@ -18,7 +19,7 @@ def main(arguments: list[str]) -> None:
     prompts = read_prompts(options, text)
     trained = open_trained(options)
     model, tokenizer = trained.load(with_adapter=not options.base)
-    is_chat = options.chat if options.chat is not None else _was_trained_on_chat(trained.run.info)
+    is_chat = options.chat if options.chat is not None else are_chats(trained.run.info.get("formats") or ())
     if is_chat and not tokenizer.chat_template:
         raise ConfigError("the tokenizer has no chat template; use --raw")
     stop = options.stop if options.stop is not None else trained.config["data"].get("stop")
@@ -70,10 +71,19 @@ def read_prompts(options: argparse.Namespace, text: str | None) -> list[str] | N
         except UnicodeDecodeError as error:
             raise ConfigError(f"{options.prompt_file}: not UTF-8: {error.reason} at byte {error.start}") from error
     if text is not None:
-        return [text]
+        return [_checked(text, "TEXT")]
     if not sys.stdin.isatty():
-        return [sys.stdin.read()]
+        return [_checked(sys.stdin.buffer.read().decode("utf-8", "surrogateescape"), "standard input")]
     return None
+
+
+def _checked(text: str, source: str) -> str:
+    """``text`` itself. Raises ConfigError where it holds bytes that are not UTF-8, which Python lets through as surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{source}: not UTF-8 at character {error.start}") from error
+    return text
 
 
 class Speaker:
@@ -97,8 +107,7 @@ class Speaker:
 
         if self.is_chat:
             self.messages.append({"role": "user", "content": text})
-            rendered = self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
-            prompt = self.encoder.encode_rendered(rendered)
+            prompt = self.encoder.encode_chat(self.messages)
         else:
             prompt = self.encoder.encode_prompt(text)
         if not prompt:
@@ -123,10 +132,6 @@ def converse(speaker: Speaker, name: str) -> None:
             speaker.messages.clear()
         elif line:
             print(speaker.answer(line))
-
-
-def _was_trained_on_chat(info: dict[str, Any]) -> bool:
-    return bool(info.get("formats")) and set(info["formats"]) <= {"messages", "conversations", "alpaca"}
 
 
 if __name__ == "__main__":

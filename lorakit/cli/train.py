@@ -49,10 +49,11 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
     """The config as plain values, interpolations resolved. Raises ConfigError for a key that is still ``???``."""
     from omegaconf import OmegaConf
 
+    from lorakit.cli.resume import RUN_FOLDER
     from lorakit.errors import ConfigError
 
     free: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # a copy without Hydra's struct flag
-    free.paths.run = "."  # filled in when the run has its folder
+    free.paths.run = RUN_FOLDER
     missing = sorted(OmegaConf.missing_keys(free))
     if missing:
         raise ConfigError("these keys have no default and must be set: " + ", ".join(f"{key}=…" for key in missing))

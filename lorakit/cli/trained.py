@@ -44,7 +44,8 @@ class Trained:
         on_gpu = torch.cuda.is_available()
         dtype = "bfloat16" if on_gpu else "float32"
         tokenizer = load_tokenizer(self.base, **self.model_options)
-        model = load_model(self.base, dtype=dtype, device="cuda" if on_gpu else None, **self.model_options)
+        attention = self.config["model"].get("attention", "sdpa")
+        model = load_model(self.base, dtype=dtype, attention=attention, device="cuda" if on_gpu else None, **self.model_options)
         return (attach(model, self.adapter) if with_adapter else model), tokenizer
 
 

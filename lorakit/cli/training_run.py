@@ -14,14 +14,13 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
-import yaml
 from rich.console import Console
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.throughput import Throughput
 from lorakit.cli import assemble
 from lorakit.cli.reports import print_data_report
-from lorakit.cli.resume import choose_run
+from lorakit.cli.resume import choose_run, fill_run_folder
 from lorakit.cli.schema import check_settings
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import CheckpointError, ConfigError
@@ -37,6 +36,7 @@ from lorakit.weights.files import whole_folder
 from lorakit.weights.run import History, Run, hold
 
 log = logging.getLogger("lorakit")
+DEFAULT_THREADS = torch.get_num_threads()
 SMALL_MODEL_PARAMS = 100_000_000
 Found = TypeVar("Found", bound=L.Callback)
 
@@ -59,8 +59,7 @@ def train_run(config: dict[str, Any], *, experiment: str, command: str = "", con
     """Train as the resolved ``config`` says and return what came of it. Raises LorakitError."""
     console = console or Console(soft_wrap=True)
     check_settings(config)
-    if config["trainer"]["threads"]:
-        torch.set_num_threads(config["trainer"]["threads"])
+    torch.set_num_threads(config["trainer"]["threads"] or DEFAULT_THREADS)  # of this job, not of the sweep's last one
     datamodule, tokenizer = assemble.load_data(config)
     print_data_report(datamodule, console)
     spec, model_config, planned = _plan(config, console)
@@ -72,6 +71,7 @@ def train_run(config: dict[str, Any], *, experiment: str, command: str = "", con
         keep_freed_memory()
     lr = _resolve_lr(config, model_config, spec, console)
     total_steps, is_estimate = assemble.resolve_total_steps(config, datamodule)
+    assemble.build_optimization(config, lr=lr, total_steps=total_steps)  # refuses bad settings before there is a folder
     root, kept = Path(config["paths"]["runs"]), config["checkpoint"]
     assemble.check_disk(root, planned, keep_last=kept["keep_last"], keep_best=kept["keep_best"])
     run, resumes = choose_run(
@@ -116,6 +116,8 @@ def _resolve_lr(config: dict[str, Any], model_config: Any, spec: LoRASpec, conso
         if isinstance(lr, bool) or not isinstance(lr, (int, float)) or lr < 0:
             raise ConfigError(f"optim.lr={lr} must be a number that is not negative, or auto")
         return float(lr)
+    if "Adam" not in config["optim"]["_target_"]:
+        raise ConfigError(f"optim.lr=auto is a rule for Adam and AdamW, not for {config['optim']['_target_']}; set optim.lr")
     lr = auto_lr(model_config, spec)
     console.print(f"optim.lr=auto: {lr:.3g} ({LR_SOURCE})")
     return lr
@@ -222,23 +224,12 @@ def _print_end(outcome: Outcome, trainer: L.Trainer, metrics: dict[str, float], 
 
 
 def _with_run_folder(config: dict[str, Any], run: Run) -> dict[str, Any]:
-    """The config with ``${paths.run}`` and ``${run}`` filled in, now that the run has its folder."""
-    text = yaml.safe_dump({"callbacks": config["callbacks"], "logger": config["logger"]})
-    filled = yaml.safe_load(text)
-    _replace(filled, "folder", str(run.folder))
-    _replace(filled, "save_dir", str(run.folder))
+    """The config with ``${paths.run}`` filled in, and the run's name where a logger has none."""
+    filled = fill_run_folder(config, run.folder)
     for entry in filled["logger"].values():
         if entry and "name" in entry and entry["name"] is None:
             entry["name"] = run.name
-    return {**config, **filled}
-
-
-def _replace(node: Any, key: str, value: str) -> None:
-    for inner in node.values() if isinstance(node, dict) else ():
-        if isinstance(inner, dict):
-            if inner.get(key) == ".":
-                inner[key] = value
-            _replace(inner, key, value)
+    return filled
 
 
 def keep_freed_memory() -> None:

@@ -50,6 +50,11 @@ class Encoder:
         """Token ids of the beginning of a text that a chat template wrote, special tokens and all."""
         return self._ids(text)
 
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation by the model's template, up to where the assistant begins to write."""
+        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.encode_rendered(rendered)
+
     def decode(self, tokens: list[int]) -> str:
         """The text of ``tokens``, special tokens included."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from lorakit.data.rows import FORMATS, Row, Text, find_problem, recognise, required_columns
+from lorakit.data.rows import FORMATS, Message, Row, Text, find_problem, recognise, required_columns
 from lorakit.errors import DataError, report
 
 Progress = Callable[[int], None]  # is told how many more bytes were read
@@ -52,6 +52,8 @@ class LineFile:
 
     def _resolve_format(self, wanted: str | None) -> str:
         if self.path.suffix == ".txt":
+            if wanted not in (None, "text"):
+                raise DataError(f"{self.path}: data.format={wanted}, but a .txt file holds plain text, one row per line")
             return "text"
         if wanted:
             return wanted
@@ -115,6 +117,9 @@ def explain(error: Exception, row_type: type[Row]) -> str:
     text = str(error)
     if "missing required field" in text:
         return f"{text} (this format needs the columns {', '.join(required_columns(row_type))})"
+    if "unknown field" in text:
+        known = ", ".join(field.encode_name for field in msgspec.structs.fields(Message))
+        return f"{text}: lorakit would not train on it; rename or remove it (a message has: {known})"
     return f"wrong type: {text}"
 
 

@@ -254,7 +254,7 @@ class Renderer:
 
 
 def _to_plain(message: Message) -> dict[str, Any]:
-    plain = {key: value for key, value in msgspec.to_builtins(message).items() if key != "weight"}
+    plain = {key: value for key, value in msgspec.to_builtins(message).items() if key not in ("weight", "id")}
     if isinstance(message.content, list):
         plain["content"] = "".join(part["text"] for part in message.content)
     return plain | ({"content": ""} if "content" not in plain else {})

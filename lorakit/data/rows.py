@@ -11,15 +11,18 @@ import msgspec
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
-class PromptCompletion(msgspec.Struct, forbid_unknown_fields=False):
+class PromptCompletion(msgspec.Struct):
     """``{"prompt": …, "completion": …}``: the completion is trained."""
 
     prompt: str
     completion: str
 
 
-class Message(msgspec.Struct, omit_defaults=True):
-    """A message as the OpenAI interface writes it; ``weight`` scales the loss of this message."""
+class Message(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """A message as the OpenAI interface writes it; ``weight`` scales the loss of this message.
+
+    A field that is not listed is an error: it might hold text that its author believes is trained.
+    """
 
     role: Role
     content: str | list[dict[str, Any]] | None = None
@@ -28,6 +31,11 @@ class Message(msgspec.Struct, omit_defaults=True):
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    # What the interface's answers carry beside the text; these hold nothing to train on.
+    id: str | int | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
 
 
 class Chat(msgspec.Struct):
@@ -106,6 +114,11 @@ def recognise(columns: Iterable[str]) -> str | None:
     """Return the name of the format that ``columns`` belong to, or None."""
     present = set(columns)
     return next((name for name, kind in FORMATS.items() if present.issuperset(required_columns(kind))), None)
+
+
+def are_chats(formats: Iterable[str]) -> bool:
+    """Whether rows of these formats are conversations, which a chat template renders."""
+    return bool(found := set(formats)) and found <= {"messages", "conversations", "alpaca"}
 
 
 def to_chat(row: Conversations) -> Chat:

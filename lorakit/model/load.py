@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import socket
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,28 @@ def resolve_model_path(path: str) -> str:
         return str(folder)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
         raise ConfigError(f"model.path={path}: no such folder (bundled models: {', '.join(BUNDLED)})")
+    _refuse_unreachable(path)
     return path
+
+
+@functools.cache
+def _refuse_unreachable(name: str) -> None:
+    """Raise ConfigError at once where a name of the hub is not in the cache and the hub has no address; it retries for a minute."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE or {"https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"} & os.environ.keys():
+        return
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise ConfigError(
+            f"model.path={name}: no such folder (bundled models: {', '.join(BUNDLED)}), and not in the hub's cache; "
+            f"{host} cannot be reached ({error.strerror}). "
+            f"Give the folder of a model, or download it where there is a network: `hf download {name}`"
+        ) from error
 
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,7 +17,7 @@ from typing import IO, Any
 
 from lorakit import __version__
 from lorakit.errors import CheckpointError
-from lorakit.weights.files import write_json, write_whole
+from lorakit.weights.files import ASIDE, write_json, write_whole
 
 FORMAT_VERSION = 1
 RUN_FILE, CONFIG_FILE, HISTORY_FILE, ADAPTER_FOLDER = "run.json", "config.yaml", "history.jsonl", "adapter"
@@ -62,10 +64,14 @@ class Run:
 
 
 def create_run(root: Path, name: str, *, config_text: str, info: dict[str, Any]) -> Run:
-    """Make ``root/name`` with config and facts. Raises CheckpointError where it exists: no run is overwritten."""
+    """Make ``root/name`` with config and facts.
+
+    Raises:
+        CheckpointError: it exists, and is more than what a run leaves that ended before its first step: no run is overwritten.
+    """
     folder = root / name
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=_holds_nothing(folder))
     except FileExistsError:
         raise CheckpointError(
             f"{folder} exists, and a run is never overwritten; choose another run=NAME, or resume=true to continue it"
@@ -77,13 +83,28 @@ def create_run(root: Path, name: str, *, config_text: str, info: dict[str, Any])
     return run.update()
 
 
+def _holds_nothing(folder: Path) -> bool:
+    """Whether ``folder`` is what a run left that failed or was killed before its first step: no result would be lost."""
+    if not folder.is_dir() or any((folder / name).exists() for name in (HISTORY_FILE, ADAPTER_FOLDER, "checkpoints")):
+        return False
+    if not (folder / RUN_FILE).exists():
+        return {path.name.removeprefix(ASIDE) for path in folder.iterdir()} <= {CONFIG_FILE, RUN_FILE, ".lock"}
+    with contextlib.suppress(CheckpointError):
+        run = open_run(folder)
+        hold(run).close()  # refuses where a process trains it
+        return not run.is_finished
+    return False
+
+
 def open_run(folder: Path) -> Run:
     """Read the run in ``folder``. Raises CheckpointError where there is none."""
     try:
         info = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: not a run of lorakit (no readable {RUN_FILE})") from error
-    if info.get("format_version", 0) > FORMAT_VERSION:
+    if not isinstance(info, dict) or not isinstance(info.get("format_version"), int):
+        raise CheckpointError(f"{folder}: its {RUN_FILE} is not one that lorakit wrote")
+    if info["format_version"] > FORMAT_VERSION:
         raise CheckpointError(f"{folder} was written by a newer lorakit (format {info['format_version']}); upgrade to read it")
     return Run(folder, info)
 
@@ -106,8 +127,13 @@ def hold(run: Run) -> IO[str]:
 
 
 def list_runs(root: Path) -> list[Run]:
-    """Return the runs in ``root``, oldest first."""
-    runs = [open_run(path.parent) for path in root.glob(f"*/{RUN_FILE}")]
+    """Return the runs in ``root``, oldest first; what cannot be read is named on standard error and left out."""
+    runs = []
+    for path in root.glob(f"*/{RUN_FILE}"):
+        try:
+            runs.append(open_run(path.parent))
+        except CheckpointError as error:
+            print(f"left out: {error}", file=sys.stderr)
     return sorted(runs, key=lambda run: (run.info.get("created", ""), run.name))
 
 

@@ -34,12 +34,19 @@ CASES = [
     (["loss.name=mse"], "loss.name=mse is unknown"),
     (["logger.csv._target_=os.nothing"], "cannot be imported"),
     (["data.stop"], "data.stop"),
+    (["optim.betas=[2,3]"], "optim: torch.optim.AdamW refuses its settings"),
+    (["optim=sgd", "optim.lr=auto"], "optim.lr=auto is a rule for Adam and AdamW"),
+    (["data.path=rows.txt", "data.format=messages", "model.path=tiny"], "a .txt file holds plain text"),
+    (["data.path=chat.jsonl", "model.path=tiny"], "lorakit would not train on it; rename or remove it"),
 ]
 
 
 @pytest.mark.parametrize(("overrides", "expected"), CASES, ids=[" ".join(overrides) for overrides, _ in CASES])
 def test_a_wrong_setting_is_one_clear_message(workplace: Path, lorakit: Call, overrides: list[str], expected: str) -> None:
     (workplace / "rows.jsonl").write_text('{"prompt": "abc", "completion": "defghijk"}\n')
+    (workplace / "rows.txt").write_text("a line\n")
+    chat = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "thinking": "c"}]}\n'
+    (workplace / "chat.jsonl").write_text(chat)
     code, _, err = lorakit("train", "data.check_token_rows=50", *overrides)
     assert code == 2, err
     assert expected in err
@@ -76,3 +83,24 @@ def test_debug_shows_the_traceback(workplace: Path, lorakit: Call, monkeypatch: 
     monkeypatch.setenv("LORAKIT_DEBUG", "1")
     with pytest.raises(LorakitError, match="rank"):
         lorakit("train", "lora.rank=0")
+
+
+def test_a_model_that_is_not_there_costs_no_minute_of_retries(
+    workplace: Path, lorakit: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    def no_network(*_: object) -> None:
+        raise OSError(-2, "Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("lorakit.model.load.socket.getaddrinfo", no_network)
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    code, _, err = lorakit("train", "model.path=modelz", "data.path=pig_latin/train", "data.check_token_rows=50")
+    assert code == 2 and "model.path=modelz: no such folder (bundled models: tiny)" in err and "hf download modelz" in err
+
+
+def test_text_that_is_not_utf8_is_named(workplace: Path, lorakit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = lorakit("sample", "--", "caf\udce9")
+    assert code == 2 and "TEXT: not UTF-8 at character 3" in err

@@ -15,7 +15,7 @@ from program import start
 from small import SMALL
 
 from lorakit.errors import CheckpointError
-from lorakit.weights.run import create_run, hold
+from lorakit.weights.run import create_run, hold, list_runs
 
 Call = Callable[..., tuple[int, str, str]]
 SETTINGS = (
@@ -43,6 +43,60 @@ def test_a_killed_run_ends_as_if_it_had_not_been(whole: Path, tmp_path: Path) ->
     assert process.returncode == 0, err
     assert "resuming from step" in out
     _assert_same(whole, tmp_path / "runs/cut")
+
+
+def test_a_run_that_ended_before_its_first_step_gives_its_name_back(tmp_path: Path) -> None:
+    run = create_run(tmp_path, "early", config_text="a: 1", info={})
+    lock = hold(run)
+    with pytest.raises(CheckpointError, match="never overwritten"):  # a process is at it
+        create_run(tmp_path, "early", config_text="a: 2", info={})
+    lock.close()
+    assert create_run(tmp_path, "early", config_text="a: 2", info={}).config_text() == "a: 2"
+    (run.folder / "run.json").unlink()  # killed while the folder was made
+    run = create_run(tmp_path, "early", config_text="a: 3", info={})
+    (run.folder / "history.jsonl").write_text("{}")
+    with pytest.raises(CheckpointError, match="never overwritten"):
+        create_run(tmp_path, "early", config_text="a: 4", info={})
+
+
+def test_a_folder_that_is_no_run_does_not_hide_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    create_run(tmp_path, "good", config_text="", info={})
+    for name, text in (("list", "[]"), ("torn", "{"), ("other", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text)
+    assert [run.name for run in list_runs(tmp_path)] == ["good"]
+    assert capsys.readouterr().err.count("left out: ") == 3
+
+
+def test_paths_run_is_filled_in_wherever_it_is_used(tmp_path: Path) -> None:
+    mine = ("callbacks.samples.prompts=['${paths.run}/y']", "logger=null", "trainer.max_steps=4")
+    process = start("train", "run=other", *SETTINGS, *mine, cwd=tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    samples = (tmp_path / "runs/other/samples.jsonl").read_text()
+    assert "runs/other/y" in samples
+    assert "{the run" not in (tmp_path / "runs/other/config.yaml").read_text()
+
+
+def test_a_run_that_had_decided_to_stop_early_stops_when_resumed(tmp_path: Path) -> None:
+    stopping = (
+        *SETTINGS,
+        "optim.lr=1e-12",
+        "trainer.max_steps=40",
+        "callbacks=[default,early_stopping]",
+        "checkpoint.every_steps=0",
+    )
+    stopping += ("callbacks.early_stopping.patience=1", "callbacks.early_stopping.min_delta=1.0")
+    process = start("train", "run=early", *stopping, cwd=tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    file = tmp_path / "runs/early/run.json"
+    step = json.loads(file.read_text())["step"]
+    file.write_text(file.read_text().replace('"finished"', '"running"'))  # as a kill behind the last checkpoint leaves it
+    process = start("train", "run=early", *stopping, "resume=true", cwd=tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert json.loads(file.read_text())["step"] == step == 8
 
 
 def test_ctrl_c_ends_cleanly_with_a_checkpoint(whole: Path, tmp_path: Path) -> None:
