@@ -1,10 +1,10 @@
-# make demo | test | test-all | check | format. Each sets up .venv by itself, with the versions of constraints.txt.
+# make demo | test | test-all | test-oldest | check | format. Each sets up .venv by itself, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all test-oldest check format clean
 
 demo: $(STAMP)
 	$(BIN)/lorakit demo
@@ -14,6 +14,17 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The fast tests on the lowest versions that pyproject.toml allows (a download of gigabytes: that torch has no build without CUDA).
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -m "not slow"
+
+.venv-oldest/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv torch==2.10.0 setuptools wheel
+	VIRTUAL_ENV=.venv-oldest .venv-oldest/bin/uv pip install --quiet --resolution lowest-direct -e .
+	VIRTUAL_ENV=.venv-oldest .venv-oldest/bin/uv pip install --quiet pytest hypothesis build hatchling
+	touch .venv-oldest/.installed
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -25,7 +36,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist runs outputs
+	rm -rf $(VENV) .venv-oldest build dist runs outputs
 
 # torch comes first and alone: a build of a dependency that looks for torch must find this one.
 $(STAMP): pyproject.toml constraints.txt

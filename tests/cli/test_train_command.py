@@ -31,7 +31,7 @@ def test_a_run_folder_says_how_it_came_about(trained: Path) -> None:
     info = json.loads((trained / "runs/first/run.json").read_text())
     assert info["status"] == "finished" and info["step"] == 4 and info["base"] == "tiny"
     assert info["format_version"] == 1 and info["data_fingerprint"] and "run=first" in info["command"]
-    assert info["packages"]["torch"] == torch.__version__
+    assert info["packages"]["torch"] == torch.__version__.partition("+cu")[0]  # of CUDA builds, the package's version lacks it
     config = yaml.safe_load((trained / "runs/first/config.yaml").read_text())
     assert config["lora"]["rank"] == 4 and config["data"]["stop"] == "\n\n"
     names = {path.name for path in (trained / "runs/first").rglob("*")}
