@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -88,24 +89,45 @@ def make_model(family: str = "qwen3_moe", dtype: str = "float32") -> Any:
     return copy.deepcopy(_built(family, dtype))
 
 
+def as_peft_has_it(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """A trainable tensor's name and values as plain PEFT has them: experts' factors flat, where both stacks are adapted.
+
+    Written from PEFT's source (`ParamWrapper.get_delta_weight`), not by lorakit's code.
+    """
+    match = re.fullmatch(r"(.*\.)lora_([AB])\.(\w+)\.(gate_up_proj|down_proj)", name)
+    if match is None:
+        return name, tensor
+    prefix, which, adapter, matrix = match.groups()
+    flat = torch.cat(list(tensor)) if which == "A" else torch.stack(list(tensor), dim=-1).flatten(1)
+    return f"{prefix}{'base_layer.' if matrix == 'gate_up_proj' else ''}lora_{which}.{adapter}.weight", flat
+
+
 @torch.no_grad()
 def randomise(model: Any, seed: int = 0, std: float = 0.05) -> Any:
-    """Give every trainable tensor random values (B starts at zero, which hides A's gradient), and return the model."""
+    """Give every trainable tensor random values (B starts at zero, which hides A's gradient), and return the model.
+
+    The same adapter gets the same values, whether PEFT's layers hold it or lorakit's.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    named = [(*as_peft_has_it(name, p), p) for name, p in model.named_parameters() if p.requires_grad]
+    for name, flat, parameter in sorted(named, key=lambda entry: entry[0]):
+        values = torch.randn(flat.shape, generator=generator) * std
+        if flat.shape != parameter.shape and "lora_A" in name:
+            values = values.unflatten(0, (len(parameter), -1))
+        elif flat.shape != parameter.shape:
+            values = values.unflatten(1, (-1, len(parameter))).permute(2, 0, 1)
+        parameter.copy_(values)
     return model
 
 
 def trainable(model: Any) -> dict[str, torch.Tensor]:
-    """Copies of the trainable tensors by name."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """Copies of the trainable tensors, as PEFT has them."""
+    return dict(as_peft_has_it(name, p.detach().clone()) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
-    """Copies of the gradients by name."""
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    """Copies of the gradients, by the names and in the shapes of the tensors as PEFT has them."""
+    return dict(as_peft_has_it(name, p.grad.clone()) for name, p in model.named_parameters() if p.grad is not None)
 
 
 def relative_l2(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
 import warnings
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit.errors import ConfigError
-from lorakit.lora.spec import LoRASpec
-from lorakit.model.families import FAMILIES, Target, find_targets
+from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER, LoRASpec
+from lorakit.model.families import FAMILIES, ExpertStack, Target, find_targets
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from rich.table import Table
+
+    from lorakit.lora.experts import ExpertLoraConfig
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,9 @@ class LoRAPlan:
     spec: LoRASpec
     targets: tuple[Target, ...]
     target_modules: tuple[str, ...]  # how PEFT finds the linear modules among them, and no other
-    target_parameters: tuple[str, ...]  # how PEFT finds the stacked parameters among them, and no other
+    target_parameters: tuple[str, ...]  # how PEFT finds the stacked parameters that its own layer adapts
+    expert_parameters: tuple[str, ...]  # the stacked parameters that our factored layer adapts, as PEFT would find them
+    expert_modules: tuple[str, ...]  # how PEFT finds the modules that hold these
     num_base_params: int
     is_tied: bool  # whether the unembedding shares its matrix with the embedding
     note: str = ""  # what the plan leaves out, and why
@@ -36,7 +41,19 @@ class LoRAPlan:
     def num_params(self) -> int:
         """Trainable parameters."""
         dora = sum(target.out_features for target in self.targets) if self.spec.dora else 0
-        return dora + sum(target.num_adapter_params(self.spec.rank) for target in self.targets)
+        return dora + sum(self._num_params_of(target) for target in self.targets)
+
+    @property
+    def num_peft_params(self) -> int:
+        """Parameters of the adapter as PEFT's own layout holds it: more than are trained where factors are shared."""
+        if self.spec.expert_layout != SHARED_OUTER:
+            return self.num_params
+        return sum(target.num_expanded_params(self.spec.rank) for target in self.targets)
+
+    def _num_params_of(self, target: Target) -> int:
+        rank = self.spec.rank
+        shares = self.spec.expert_layout == SHARED_OUTER
+        return target.num_shared_params(rank) if shares else target.num_adapter_params(rank)
 
     @property
     def trainable_share(self) -> float:
@@ -55,25 +72,30 @@ class LoRAPlan:
 
     def summary(self) -> str:
         """One line: parameters, share, size."""
+        expanded = ""
+        if self.num_peft_params != self.num_params:
+            expanded = f"; {self.num_peft_params * 2 / 1e6:.1f} MB (bf16) when expanded to PEFT's layout"
         return (
             f"{self.num_params:,} trainable parameters, {self.trainable_share:.2%} of the model; "
-            f"adapter {self.megabytes(4):.1f} MB in checkpoints (float32), {self.megabytes(2):.1f} MB exported (bf16)"
+            f"adapter {self.megabytes(4):.1f} MB in checkpoints (float32), {self.megabytes(2):.1f} MB exported (bf16){expanded}"
         )
 
     def table(self) -> Table:
         """The plan as a table: one line per family and kind of matrix."""
         from rich.table import Table
 
-        table = Table(title=f"LoRA plan: rank {self.spec.rank}, scale {self.spec.scale:g}", title_justify="left")
+        layout = ", factors on the hidden width shared by all experts" if self.spec.expert_layout == SHARED_OUTER else ""
+        table = Table(title=f"LoRA plan: rank {self.spec.rank}, scale {self.spec.scale:g}{layout}", title_justify="left")
         for column in ("family", "matrix", "count", "experts", "in", "out", "parameters"):
             table.add_column(column, justify="left" if column in ("family", "matrix") else "right")
         kinds: dict[tuple[Any, ...], int] = {}
         for target in self.targets:
             leaf = target.parameter or target.module.rsplit(".", 1)[-1]
-            key = (target.family, leaf, target.num_experts, target.in_features, target.out_features)
+            size = (target.num_experts, target.in_features, target.out_features)
+            key = (target.family, leaf, *size, self._num_params_of(target))
             kinds[key] = kinds.get(key, 0) + 1
-        for (family, leaf, experts, in_features, out_features), count in kinds.items():
-            num = count * experts * self.spec.rank * (in_features + out_features)
+        for (family, leaf, experts, in_features, out_features, num_params), count in kinds.items():
+            num = count * num_params
             cells = (count, experts if experts > 1 else "", in_features, out_features, f"{num:,}")
             table.add_row(family, leaf, *(str(cell) for cell in cells))
         return table
@@ -89,10 +111,16 @@ def plan(model: Any, spec: LoRASpec) -> LoRAPlan:
     chosen = _by_pattern(found, spec.targets) if spec.targets else _by_family(found, spec)
     chosen, note = _without_misread(model, chosen, spec)
     experts = [target for target in chosen if target.parameter]
-    if experts and spec.dropout:
+    factored = [target for target in experts if target.outer]
+    folded = [target for target in experts if not target.outer]  # PEFT's own layer serves these
+    if folded and spec.dropout:
         raise ConfigError(
-            f"lora.dropout={spec.dropout} does not work on stacked experts ({experts[0].name}); "
-            "set lora.dropout=0 or lora.experts=false"
+            f"lora.dropout={spec.dropout} does not work on {folded[0].name}, which PEFT's own layer adapts; "
+            "set lora.dropout=0, or leave it out of lora.targets"
+        )
+    if spec.expert_layout == SHARED_OUTER and not factored:
+        raise ConfigError(
+            "lora.expert_layout=shared_outer: this model has no experts that it could serve; set it to per_expert"
         )
     if experts and spec.dora:
         raise ConfigError(f"lora.dora=true does not work on stacked experts ({experts[0].name}); set lora.experts=false")
@@ -103,7 +131,9 @@ def plan(model: Any, spec: LoRASpec) -> LoRAPlan:
         spec,
         tuple(chosen),
         _shorten([target.name for target in chosen if not target.parameter], [name for name, _ in model.named_modules()]),
-        _shorten([target.name for target in experts], [name for name, _ in model.named_parameters()], depth=3),
+        _shorten([target.name for target in folded], [name for name, _ in model.named_parameters()], depth=3),
+        _shorten([target.name for target in factored], [name for name, _ in model.named_parameters()], depth=3),
+        _shorten([target.module for target in factored], [name for name, _ in model.named_modules()], depth=2),
         num_base_params,
         is_tied=_is_tied(model),
         note=note,
@@ -120,6 +150,7 @@ def inject(model: Any, spec: LoRASpec, *, base_name: str | None = None, adapter_
     planned = plan(model, spec)
     model.requires_grad_(False)
     config = to_peft_config(planned, base_name=base_name)
+    config.register(model)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about the base's name, which is set below
         torch.manual_seed(spec.seed)
@@ -134,14 +165,14 @@ def inject(model: Any, spec: LoRASpec, *, base_name: str | None = None, adapter_
     return wrapped
 
 
-def to_peft_config(planned: LoRAPlan, *, base_name: str | None = None) -> LoraConfig:
+def to_peft_config(planned: LoRAPlan, *, base_name: str | None = None) -> ExpertLoraConfig:
     """Return the PEFT config that wraps exactly the planned targets."""
-    import peft
+    from lorakit.lora.experts import ExpertLoraConfig
 
     spec = planned.spec
     alpha: Any = spec.alpha if spec.alpha % 1 else int(spec.alpha)  # PEFT says int and takes both
     init: Any = True if spec.init == "default" else spec.init  # PEFT's name for its default is True
-    return peft.LoraConfig(
+    return ExpertLoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
         r=spec.rank,
@@ -150,9 +181,45 @@ def to_peft_config(planned: LoRAPlan, *, base_name: str | None = None) -> LoraCo
         use_dora=spec.dora,
         lora_dropout=spec.dropout,
         init_lora_weights=init,
-        target_modules=list(planned.target_modules) or None,
+        target_modules=[*planned.target_modules, *planned.expert_modules] or None,
         target_parameters=list(planned.target_parameters) or None,
+        expert_parameters=list(planned.expert_parameters),
+        expert_layout=spec.expert_layout,
     )
+
+
+def as_expert_config(config: LoraConfig, model: Any, matrices: Iterable[str] = ()) -> ExpertLoraConfig:
+    """Return PEFT's ``config`` of an adapter so that our layer, and not PEFT's, serves the stacks that it can serve.
+
+    Args:
+        matrices: of a shared-outer adapter, the names of its expert matrices (``…mlp.experts.gate_proj``).
+    """
+    from lorakit.lora.experts import ExpertLoraConfig
+
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
+    stacks = [target for target in find_targets(model) if target.outer]
+    if matrices:
+        wanted = set(matrices)
+        chosen = [
+            t
+            for t in stacks
+            if any(f"{t.module}.{m}" in wanted for m in ExpertStack.matrices_of(str(t.parameter), t.num_matrices))
+        ]
+        leaves = {name.rpartition(".")[2] for name in matrices}
+        modules = set(settings["target_modules"] or ()) - leaves
+    else:
+        names = set(settings["target_parameters"] or ())
+        chosen = [target for target in stacks if any(_matches(target.name, name) for name in names)]
+        served = {name for name in names if any(_matches(target.name, name) for target in chosen)}
+        settings["target_parameters"] = sorted(names - served) or None
+        modules = settings["target_modules"] or set()
+    if not isinstance(modules, str):
+        settings["target_modules"] = sorted({*modules, *(target.module for target in chosen)}) or None
+    parameters = [target.name for target in chosen]
+    layout = SHARED_OUTER if matrices else PER_EXPERT
+    found = ExpertLoraConfig(**settings, expert_parameters=parameters, expert_layout=layout)
+    found.register(model)
+    return found
 
 
 def _by_family(found: list[Target], spec: LoRASpec) -> list[Target]:

@@ -12,6 +12,7 @@ Switch = bool | Literal["auto"]
 # PEFT's inits that take the adapter's start out of the base's weights: the adapter then fits only that changed base, so that
 # sampling, merging or serving it on the original gives wrong logits without a word.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+LAYOUTS = PER_EXPERT, SHARED_OUTER = ("per_expert", "shared_outer")  # of the factors of stacked experts
 INITS = ("default", "gaussian", "orthogonal")
 
 
@@ -26,6 +27,8 @@ class LoRASpec:
         init: how A and B start; ``default`` is Kaiming-uniform A and zero B.
         dora: decompose into magnitude and direction (PEFT's DoRA), on linear layers only.
         attention, mlp, experts, unembedding: families of matrices. True must match something, ``auto`` may match nothing.
+        expert_layout: ``per_expert`` gives each expert its own A and B, as PEFT does; ``shared_outer`` shares the factor that
+            touches the hidden width among all experts of a layer, as Tinker does: far fewer parameters.
         targets: names, suffixes or patterns (``*.layers.0.*``) of matrices; where given, they alone decide.
         dtype: of the adapter while training.
         seed: of the initialisation.
@@ -43,6 +46,7 @@ class LoRASpec:
     mlp: Switch = "auto"
     experts: Switch = "auto"
     unembedding: Switch = False
+    expert_layout: str = "per_expert"
     targets: Sequence[str] | None = None
     dtype: str = "float32"
     seed: int = 0
@@ -60,6 +64,8 @@ class LoRASpec:
         if self.init not in INITS:
             why = "changes the base, which then is no longer the model's" if self.init in BASE_CHANGING_INITS else "is unknown"
             problems.append(f"lora.init={self.init} {why}; choose one of {', '.join(INITS)}")
+        if self.expert_layout not in LAYOUTS:
+            problems.append(f"lora.expert_layout={self.expert_layout} is unknown; choose one of {', '.join(LAYOUTS)}")
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(f"lora.dtype={self.dtype} is unknown; choose float32 or bfloat16")
         for family in ("attention", "mlp", "experts", "unembedding"):

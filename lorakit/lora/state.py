@@ -36,5 +36,7 @@ def load_adapter_state(model: Any, tensors: Mapping[str, torch.Tensor], *, sourc
     if problems:
         remedy = "Set rank and targets of lora.* as the adapter has them; its adapter_config.json names them."
         raise AdapterError(report(f"{source} does not fit the LoRA plan:", problems, remedy=remedy))
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
+    adapter = model.active_adapter
+    state = {name.removesuffix(".weight") + f".{adapter}.weight": tensor for name, tensor in tensors.items()}
+    result = model.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys, result.unexpected_keys

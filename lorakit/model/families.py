@@ -7,10 +7,12 @@ says attention belongs to the attention family, and so on.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
+Shape = tuple[int, ...]
 FAMILIES = ("attention", "mlp", "experts", "unembedding")
 _ATTENTION_NAMES = ("attn", "attention")
 _SKIPPED_NAMES = ("visual", "vision_tower", "vision_model", "audio_tower", "multi_modal_projector")
@@ -29,6 +31,9 @@ class Target:
     num_experts: int
     in_features: int
     out_features: int
+    # Of a stack behind the experts interface: which side is the model's hidden width, and how many matrices share it.
+    outer: Literal["in", "out"] | None = None
+    num_matrices: int = 1
 
     @property
     def name(self) -> str:
@@ -37,6 +42,17 @@ class Target:
     def num_adapter_params(self, rank: int) -> int:
         """Parameters of A (rank x in) and B (out x rank), for each expert."""
         return self.num_experts * rank * (self.in_features + self.out_features)
+
+    def num_shared_params(self, rank: int) -> int:
+        """The same where the factor on the outer side is one for all experts, and each matrix of the stack has its own pair."""
+        if self.outer is None:
+            return self.num_adapter_params(rank)
+        outer, inner = (self.in_features, self.out_features) if self.outer == "in" else (self.out_features, self.in_features)
+        return rank * (self.num_matrices * outer + self.num_experts * inner)
+
+    def num_expanded_params(self, rank: int) -> int:
+        """Parameters of a shared-outer adapter written as one pair per expert: the matrices' ranks add up."""
+        return self.num_matrices * self.num_adapter_params(rank)
 
 
 def find_targets(model: nn.Module) -> list[Target]:
@@ -60,11 +76,117 @@ def find_targets(model: nn.Module) -> list[Target]:
                 num_experts, first, second = parameter.shape
                 is_transposed = bool(getattr(module, "is_transposed", False))
                 in_features, out_features = (first, second) if is_transposed else (second, first)
-                targets.append(Target("experts", name, parameter_name, num_experts, in_features, out_features))
+                outer, num_matrices = _outer_side(module, parameter_name)
+                size = (num_experts, in_features, out_features)
+                targets.append(Target("experts", name, parameter_name, *size, outer, num_matrices))
             elif parameter.ndim == 2 and parameter_name == "weight" and _looks_like_router(name, module):
                 out_features, in_features = parameter.shape
                 targets.append(Target("router", name, parameter_name, 1, in_features, out_features))
     return targets
+
+
+def _outer_side(module: nn.Module, parameter: str) -> tuple[Literal["in", "out"] | None, int]:
+    if not ExpertStack.supports(module):
+        return None, 1
+    stack = ExpertStack(module)
+    if parameter == stack.second:
+        return "out", 1
+    return ("in", 2 if stack.module.has_gate else 1) if parameter == stack.first else (None, 1)
+
+
+class ExpertStack:
+    """The facts of a module that holds stacked experts behind transformers' experts interface.
+
+    What differs between families (orientation, interleaving, gate, biases, activation) that interface declares on the class
+    itself (`transformers.integrations.moe.use_experts_implementation`); this reads it, under the field's names.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+        self.first = "gate_up_proj" if self.module.has_gate else "up_proj"
+        self.second = "down_proj"
+
+    @staticmethod
+    def supports(module: nn.Module) -> bool:
+        """Whether ``module`` has that interface, and nothing behind the second product that would need its result."""
+        declared = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated"))
+        if not declared or getattr(module, "has_post_expert_norm", False):
+            return False
+        stack = ExpertStack(module)
+        return all(isinstance(getattr(module, name, None), nn.Parameter) for name in (stack.first, stack.second))
+
+    @property
+    def num_experts(self) -> int:
+        return int(shape_of(self.weight(self.second))[0])
+
+    def weight(self, parameter: str) -> nn.Parameter:
+        """A stack as it is stored."""
+        found = getattr(self.module, parameter)
+        assert isinstance(found, nn.Parameter)
+        return found
+
+    def as_EOI(self, stacked: torch.Tensor) -> torch.Tensor:
+        """Turn between a stack as it is stored and (E, out, in); either way round."""
+        return stacked.mT if self.module.is_transposed else stacked
+
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both stacks as (E, in, out) views."""
+        return self.as_EOI(self.weight(self.first)).mT, self.as_EOI(self.weight(self.second)).mT
+
+    def biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Both biases, (E, out), or None."""
+        if not self.module.has_bias:
+            return None, None
+        return getattr(self.module, f"{self.first}_bias"), getattr(self.module, f"{self.second}_bias")
+
+    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What stands between the two products."""
+        return self.module._apply_gate(hidden) if self.module.has_gate else self.module.act_fn(hidden)
+
+    def parameter_of(self, matrix: str) -> str:
+        """The stack that holds a matrix: gate_proj and up_proj share one where there is a gate."""
+        return self.first if matrix in ("gate_proj", "up_proj") else matrix
+
+    @staticmethod
+    def matrices_of(parameter: str, num_matrices: int) -> tuple[str, ...]:
+        """The matrices that a stack holds."""
+        return ("gate_proj", "up_proj") if num_matrices == 2 else (parameter,)
+
+    def columns(self, matrix: str) -> slice:
+        """Where the outputs of a matrix lie among those of its stack."""
+        if not self.module.has_gate or matrix not in ("gate_proj", "up_proj"):
+            return slice(None)
+        if not self.module.is_concatenated:  # gate0, up0, gate1, up1, …
+            return slice(int(matrix == "up_proj"), None, 2)
+        width = self.out_features(self.first) // 2
+        return slice(0, width) if matrix == "gate_proj" else slice(width, None)
+
+    def out_features(self, parameter: str) -> int:
+        return int(shape_of(self.weight(parameter))[2 if self.module.is_transposed else 1])
+
+    def in_features(self, parameter: str) -> int:
+        return int(shape_of(self.weight(parameter))[1 if self.module.is_transposed else 2])
+
+    def factor_shapes(self, ranks: dict[str, int], *, shares_outer: bool) -> dict[str, tuple[str, Shape, Shape]]:
+        """Return matrix -> (its stack, shape of A, shape of B) for the stacks in ``ranks``."""
+        num_experts = self.num_experts
+        shapes: dict[str, tuple[str, Shape, Shape]] = {}
+        for parameter, rank in ranks.items():
+            num_in, num_out = self.in_features(parameter), self.out_features(parameter)
+            if not shares_outer:
+                shapes[parameter] = (parameter, (num_experts, rank, num_in), (num_experts, num_out, rank))
+            elif parameter == self.second:
+                shapes[parameter] = (parameter, (num_experts, rank, num_in), (1, num_out, rank))
+            else:
+                matrices = ("gate_proj", "up_proj") if self.module.has_gate else ("up_proj",)
+                for matrix in matrices:
+                    shapes[matrix] = (parameter, (1, rank, num_in), (num_experts, num_out // len(matrices), rank))
+        return shapes
+
+
+def shape_of(parameter: torch.Tensor) -> Shape:
+    """The shape of a parameter, also where ZeRO-3 has left an empty one in its place."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def packing_is_doubtful(config: Any) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lorakit.errors import AdapterError, report
-from lorakit.lora.spec import BASE_CHANGING_INITS, LoRASpec
+from lorakit.lora.spec import BASE_CHANGING_INITS, PER_EXPERT, SHARED_OUTER, LoRASpec
 from lorakit.lora.state import adapter_state, load_adapter_state
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -44,11 +46,25 @@ class AdapterFiles:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return all tensors by PEFT's names. Raises AdapterError for a torn file."""
+        with self._opened() as file:
+            return {_to_field_names(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # as above
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
         try:
             with safe_open(self.folder / TENSOR_FILE, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # the file is no dict: it cannot be iterated
+                yield file
         except (SafetensorError, OSError) as error:
             raise AdapterError(f"{self.folder / TENSOR_FILE}: torn or not a safetensors file: {error}") from error
+
+    def expert_matrices(self) -> list[str]:
+        """Of a shared-outer adapter, the names of its expert matrices (``…mlp.experts.gate_proj``); else nothing."""
+        ending, names = ".lora_A.weight", []
+        with self._opened() as file:
+            for name in file.keys():  # noqa: SIM118  # the file is no dict: it cannot be iterated
+                if name.endswith(ending) and len(file.get_slice(name).get_shape()) == 3:
+                    names.append(_to_field_names(name).removeprefix("base_model.model.").removesuffix(ending))
+        return names
 
     def find_init_problem(self) -> str | None:
         """Return why the adapter does not fit the original base, or None."""
@@ -103,6 +119,9 @@ def start_from(model: Any, spec: LoRASpec, *, base: str) -> None:
     for key, ours in (("use_rslora", spec.rslora), ("use_dora", spec.dora)):
         if bool(config.get(key)) != ours:
             problems.append(f"it has {key}={bool(config.get(key))}, this run {ours}")
+    theirs = SHARED_OUTER if adapter.expert_matrices() else PER_EXPERT
+    if theirs != spec.expert_layout and (theirs == SHARED_OUTER or config.get("target_parameters")):
+        problems.append(f"its experts have the layout {theirs}, this run lora.expert_layout={spec.expert_layout}")
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
             problems.append(f"it has a {key}, which lora.init_from does not support")
@@ -111,16 +130,18 @@ def start_from(model: Any, spec: LoRASpec, *, base: str) -> None:
     load_adapter_state(model, adapter.tensors(), source=str(adapter.folder))
 
 
-def split_expert_factors(a: torch.Tensor, b: torch.Tensor, *, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return PEFT's flat factors of a stack of experts as (A (E, R, I), B (E, O, R)).
+_TINKER_NAMES = {
+    ".experts.w1.": ".experts.gate_proj.",
+    ".experts.w3.": ".experts.up_proj.",
+    ".experts.w2.": ".experts.down_proj.",
+}
 
-    PEFT writes A as (E*R, I) with rows (expert, rank), and B as (O, R*E) with columns (rank, expert): the expert is the
-    slower index there and the faster one here. Nothing else in lorakit knows this.
-    """
-    rank = a.shape[0] // num_experts
-    a_ERI = a.reshape(num_experts, rank, a.shape[1])
-    b_EOR = b.reshape(b.shape[0], rank, num_experts).permute(2, 0, 1)
-    return a_ERI, b_EOR
+
+def _to_field_names(name: str) -> str:
+    """Return a tensor's name with experts' matrices called as the model calls them."""
+    for theirs, ours in _TINKER_NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 def _last_part(name: str) -> str:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from lorakit.errors import AdapterError, CheckpointError
+from lorakit.lora.layouts import split_a, split_b
 from lorakit.model.load import quiet_transformers
-from lorakit.weights.adapter import AdapterFiles, split_expert_factors
+from lorakit.weights.adapter import AdapterFiles
 from lorakit.weights.files import whole_folder, write_json
 
 TOLERANCE = 1e-4  # of the largest logit, between merged and adapter form in float32
@@ -123,12 +124,14 @@ def attach(base: Any, adapter_folder: Path) -> Any:
     """Return ``base`` with the adapter of ``adapter_folder``, in evaluation mode. Raises AdapterError where it does not fit."""
     import peft
 
+    from lorakit.lora.inject import as_expert_config
     from lorakit.lora.state import load_adapter_state
 
     files = AdapterFiles.open(adapter_folder)
     if problem := files.find_init_problem():
         raise AdapterError(f"{adapter_folder}: {problem}")
     config: Any = peft.PeftConfig.from_pretrained(str(adapter_folder))
+    config = as_expert_config(config, base, files.expert_matrices())
     config.init_lora_weights = True  # the tensors follow; variants that decompose the base would do so for nothing
     try:
         model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
@@ -180,6 +183,8 @@ def _plan(model: Any) -> Iterator[tuple[str, nn.Module, str, Any, Any]]:
     """Yield (name, module that owns the weight, its name there, what makes s B A in float32, what makes it by PEFT's own code)."""
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
+    from lorakit.lora.experts import ExpertLora
+
     base = model.get_base_model()
     adapter = model.active_adapter
     layers: list[tuple[str, Any]] = [(name, layer) for name, layer in base.named_modules() if isinstance(layer, LoraLayer)]
@@ -187,6 +192,11 @@ def _plan(model: Any) -> Iterator[tuple[str, nn.Module, str, Any, Any]]:
         if adapter not in layer.lora_A:
             continue
         clean = name.replace(".base_layer", "")
+        if isinstance(layer, ExpertLora):
+            for parameter in layer.adapted_parameters(adapter):
+                delta = functools.partial(layer.delta_weight, adapter, parameter)
+                yield f"{clean}.{parameter}", layer.get_base_layer(), parameter, delta, _peft_delta(layer, adapter, parameter)
+            continue
         reference = functools.partial(layer.get_delta_weight, adapter)
         if getattr(layer, "use_dora", {}).get(adapter):
             yield f"{clean}.weight", layer.get_base_layer(), "weight", _dora_delta(layer, clean), None
@@ -195,6 +205,18 @@ def _plan(model: Any) -> Iterator[tuple[str, nn.Module, str, Any, Any]]:
             yield f"{clean}.{layer.parameter_name}", owner, layer.parameter_name, _param_delta(layer, adapter, owner), reference
         else:
             yield f"{clean}.weight", layer.get_base_layer(), "weight", _linear_delta(layer, adapter), reference
+
+
+def _peft_delta(layer: Any, adapter: str, parameter: str) -> Any:
+    """s B A of a stack from the flat form that PEFT reads, by PEFT's own formula (`ParamWrapper.get_delta_weight`)."""
+
+    def delta() -> torch.Tensor:
+        a, b, scale = layer.peft_factors(adapter, parameter)
+        num_experts = layer.stack.num_experts
+        b_ORE, a_ERI = b.reshape(b.shape[0], -1, num_experts), a.reshape(num_experts, -1, a.shape[1])
+        return layer.stack.as_EOI(torch.einsum("ore,eri->eoi", b_ORE, a_ERI) * scale)
+
+    return delta
 
 
 def _linear_delta(layer: Any, adapter: str) -> Any:
@@ -228,8 +250,8 @@ def _param_delta(layer: Any, adapter: str, owner: nn.Module) -> Any:
         a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
         if weight.ndim == 2:
             return layer.scaling[adapter] * (b @ a)
-        a_ERI, b_EOR = split_expert_factors(a, b, num_experts=weight.shape[0])
-        product = layer.scaling[adapter] * torch.bmm(b_EOR, a_ERI)
+        num_experts = weight.shape[0]
+        product = layer.scaling[adapter] * torch.bmm(split_b(b, num_experts), split_a(a, num_experts))
         # By what the family says, never by shape: a square stack would be left the wrong way round.
         return product.transpose(1, 2) if getattr(owner, "is_transposed", False) else product
 

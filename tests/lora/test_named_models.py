@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ TEXT: dict[str, Any] = {
     "decoder_sparse_step": 1,
     "tie_word_embeddings": False,
 }
-# q, k, v, o and, for each of 128 experts, gate_up and down: in + out of each, in each of 48 layers
-PARAMS_PER_RANK = 48 * ((2048 + 4096) + 2 * (2048 + 512) + (4096 + 2048) + 128 * ((2048 + 1536) + (768 + 2048)))
+# In each of 48 layers: in + out of q, k, v, o; and of gate_up and down, for each of 128 experts ...
+ATTENTION_PER_RANK = 48 * ((2048 + 4096) + 2 * (2048 + 512) + (4096 + 2048))
+EXPERTS_PER_RANK = 48 * 128 * ((2048 + 1536) + (768 + 2048))
+# ... or of gate, up and down, with one factor on the hidden width (2048) for all experts: the figure that Tinker publishes.
+SHARED_EXPERTS_PER_RANK = 14_450_688
 
 
 def _config(name: str) -> Any:
@@ -51,13 +55,20 @@ def test_the_preset_adapts_the_language_model_and_counts_as_by_hand(name: str) -
     config = _config(name)
     with torch.device("meta"):
         model = model_class(config).from_config(config)
-    planned = plan(model, _spec(name))
-    assert PARAMS_PER_RANK == 40_157_184
-    assert planned.num_params == 3 * PARAMS_PER_RANK
-    assert planned.megabytes(2) == pytest.approx(240.9, abs=0.1)
+    spec = _spec(name)
+    planned = plan(model, spec)
+    assert SHARED_EXPERTS_PER_RANK == 48 * (2 * (2048 + 128 * 768) + (2048 + 128 * 768))
+    assert planned.num_params == 8 * (SHARED_EXPERTS_PER_RANK + ATTENTION_PER_RANK)
+    assert planned.megabytes(2) == pytest.approx(244.6, abs=0.1)
+    fused = 48 * 128 * (2 * (2048 + 1536) + (768 + 2048))  # gate and up as one pair of rank 2r
+    assert planned.num_peft_params == 8 * (fused + ATTENTION_PER_RANK)
+    assert [plan(model, replace(spec, rank=rank)).megabytes(2) <= 300 for rank in (9, 10)] == [True, False]
+    per_expert = [plan(model, replace(spec, rank=rank, expert_layout="per_expert")) for rank in (3, 4)]
+    assert [found.num_params for found in per_expert] == [rank * (EXPERTS_PER_RANK + ATTENTION_PER_RANK) for rank in (3, 4)]
+    assert [found.megabytes(2) <= 300 for found in per_expert] == [True, False]
     assert {target.family for target in planned.targets} == {"attention", "experts"}
     assert not [target.name for target in planned.targets if "visual" in target.name or target.module.endswith("gate")]
     assert len(planned.targets) == 48 * 6
     assert sum(p.numel() for p in model.parameters()) > 30e9
-    config = to_peft_config(planned)
-    assert all("experts" in name for name in config.target_parameters)
+    config = to_peft_config(per_expert[0])
+    assert config.to_dict()["target_parameters"] == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]

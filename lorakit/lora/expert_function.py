@@ -1,0 +1,305 @@
+"""A layer of stacked experts with LoRA, forward and backward, that never makes a tensor of the size of the stack.
+
+For a row x of expert e, with W the frozen matrices and A, B the factors of each adapter (LoRA, arXiv 2106.09685, section 4.1):
+
+    h = W1_e x + s B1_e A1_e x        a = act(h)        y = W2_e a + s B2_e A2_e a        out = sum over experts of weight_e y
+
+A factor with one entry for all experts is applied to tokens instead of rows. Kept for the backward are x, h and the rows of rank
+width; everything else is computed again, because it costs a gather or an activation, and h makes a of it. The gradient of the
+router's weight needs no y: <g, W2 a + s B2 A2 a> = <W2' g + s A2' B2' g, a>, and the left factor is what the activation needs.
+
+Shapes: T tokens, S = T * top_k rows sorted by expert, H hidden, I expert width, N = 2I (I without a gate), r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from lorakit.lora.grouped import AllExperts, OneExpert, SortedRows, can_group, pad_rank
+
+
+@dataclass(frozen=True)
+class Part:
+    """One pair of factors: A (E, r, in) and B (E, out, r), at ``2 * index`` and ``2 * index + 1`` of all factors.
+
+    The factor that touches H may have one entry for all experts: ``is_shared``, then A (1, r, H) on the way in, B (1, H, r) out.
+    """
+
+    index: int
+    columns: slice  # of the product that B adds to
+    scale: float
+    is_shared: bool = False
+    dropout: float = 0.0
+    seed: int = 0  # of the dropout of this call
+
+
+@dataclass(frozen=True)
+class ExpertCall:
+    """What one call of a layer is made of, apart from tensors that may have a gradient."""
+
+    weights: Callable[[], tuple[torch.Tensor, torch.Tensor]]  # (E, H, N) and (E, I, H), views of the frozen stacks
+    biases: Callable[[], tuple[torch.Tensor | None, torch.Tensor | None]]  # (E, N) and (E, H)
+    activate: Callable[[torch.Tensor], torch.Tensor]  # (S, N) -> (S, I)
+    experts_TK: torch.Tensor  # the router's choices
+    num_experts: int
+    first: tuple[Part, ...]  # factors on the way in
+    second: tuple[Part, ...]  # factors on the way out
+    keeps: bool = True  # whether a backward may follow
+    products: str = "auto"  # or: loop, grouped
+
+
+class ExpertFunction(torch.autograd.Function):
+    """``apply(x_TH, weights_TK, call, *factors)`` -> out_TH. Gradients: of x, of the router's weights, of each factor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TH: torch.Tensor, weights_TK: torch.Tensor, call: ExpertCall, *factors: torch.Tensor
+    ) -> torch.Tensor:
+        with torch.autocast(x_TH.device.type, enabled=False):  # it would cast the frozen stacks
+            layer = _Layer(call, factors)
+            x = x_TH.to(layer.dtype)
+            weights_S = weights_TK.reshape(-1)[layer.rows.order_S].to(layer.dtype)
+            keeps = call.keeps and any(ctx.needs_input_grad)
+            out_TH, hidden_SN, narrow = layer.forward(x, weights_S, keeps=keeps)
+        if keeps:
+            ctx.call, ctx.num_factors = call, len(factors)
+            ctx.save_for_backward(x, weights_TK, hidden_SN, *narrow, *factors)
+        return out_TH.to(x_TH.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weights_TK, hidden_SN, *rest = ctx.saved_tensors
+        narrow, factors = rest[: len(rest) - ctx.num_factors], rest[len(rest) - ctx.num_factors :]
+        wants_x, wants_weights, _, *wants = ctx.needs_input_grad
+        with torch.autocast(grad_TH.device.type, enabled=False):
+            layer = _Layer(ctx.call, factors)
+            weights_S = weights_TK.reshape(-1)[layer.rows.order_S].to(layer.dtype)
+            grads = layer.backward(grad_TH.to(layer.dtype), x, weights_S, hidden_SN, narrow, wants_x=wants_x, wants=wants)
+        grad_x, grad_weights_S, grad_factors = grads
+        grad_weights = None
+        if wants_weights:
+            grad_weights = torch.empty_like(weights_TK).view(-1)
+            grad_weights[layer.rows.order_S] = grad_weights_S.to(grad_weights.dtype)
+            grad_weights = grad_weights.view_as(weights_TK)
+        return (None if grad_x is None else grad_x.to(grad_TH.dtype), grad_weights, None, *grad_factors)
+
+
+class _Layer:
+    """The mathematics of one call, block by block of rows."""
+
+    def __init__(self, call: ExpertCall, factors: tuple[torch.Tensor, ...] | list[torch.Tensor]) -> None:
+        self.call = call
+        self.w1_EHN, self.w2_EIH = call.weights()
+        self.b1_EN, self.b2_EH = call.biases()
+        self.dtype = self.w1_EHN.dtype
+        self.rows = SortedRows.sort(call.experts_TK, call.num_experts)
+        grouped = call.products == "grouped" or (call.products == "auto" and self.w1_EHN.device.type != "cpu")
+        self.grouped = grouped and can_group(self.rows, self.w1_EHN, self.w2_EIH)
+        if call.products == "grouped" and not self.grouped:
+            raise ValueError(f"grouped products do not take {self.dtype} stacks of {tuple(self.w1_EHN.shape)} here")
+        self.originals = factors
+        self._masks: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+        self.factors = [self._prepare(factor, dim=2 if number % 2 else 1) for number, factor in enumerate(factors)]
+        # Sums over experts are kept in float32 where the products are in 16 bit.
+        self.sum_dtype = torch.float32 if self.dtype.itemsize < 4 else self.dtype
+
+    def forward(
+        self, x_TH: torch.Tensor, weights_S: torch.Tensor, *, keeps: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+        """Return out (T, H), h (S, N) and the rows of rank width of each part; the latter two only where ``keeps``."""
+        num_rows, num_out = len(weights_S), self.w1_EHN.shape[2]
+        out_TH = x_TH.new_zeros((len(x_TH), self.w2_EIH.shape[2]), dtype=self.sum_dtype)
+        hidden_SN = x_TH.new_empty((num_rows, num_out)) if keeps or self.grouped else None
+        narrow = {part.index: self._narrow(part, x_TH, num_rows) for part in (*self.call.first, *self.call.second)}
+        for block in self.rows.blocks(grouped=self.grouped):
+            rows = block.rows
+            h = block.times(x_TH[block.tokens], self.w1_EHN, out=None if hidden_SN is None else hidden_SN[rows])
+            if self.b1_EN is not None:
+                h.add_(block.per_row(self.b1_EN))
+            for part in self.call.first:
+                a, b = self._pair(part)
+                if part.is_shared:
+                    u = narrow[part.index][block.tokens]
+                else:
+                    u = block.times(self._drop_tokens(x_TH, part)[block.tokens], a.mT, out=narrow[part.index][rows])
+                self._add_times(block, h, part.columns, u, b.mT, part.scale)
+            act = self.call.activate(h)
+            y = block.times(act, self.w2_EIH)
+            if self.b2_EH is not None:
+                y.add_(block.per_row(self.b2_EH))
+            for part in self.call.second:
+                a, b = self._pair(part)
+                v = block.times(self._drop_rows(act, part, rows), a.mT, out=narrow[part.index][rows])
+                if not part.is_shared:
+                    block.add_times_(y, v, b.mT, part.scale)
+            block.add_to_tokens_(out_TH, y.mul_(weights_S[rows, None]))
+        for part in self.call.second:
+            _, b = self._pair(part)
+            if part.is_shared:
+                out_TH.addmm_(self._sum_narrow(narrow[part.index], weights_S), b[0].mT.to(self.sum_dtype), alpha=part.scale)
+        return out_TH, hidden_SN, [narrow[part.index] for part in (*self.call.first, *self.call.second)]
+
+    def backward(
+        self, grad_TH: torch.Tensor, x_TH: torch.Tensor, weights_S: torch.Tensor, hidden_SN: torch.Tensor,
+        narrow: list[torch.Tensor], *, wants_x: bool, wants: list[bool],
+    ) -> tuple[torch.Tensor | None, torch.Tensor, list[torch.Tensor | None]]:  # fmt: skip
+        """Return the gradients of x (T, H), of the sorted router weights (S,), and of each factor."""
+        call = self.call
+        rank_rows = {part.index: rows for part, rows in zip((*call.first, *call.second), narrow, strict=True)}
+        sums = [torch.zeros_like(f) if want else None for f, want in zip(self.factors, wants, strict=True)]
+        grad_x = torch.zeros_like(x_TH, dtype=self.sum_dtype) if wants_x else None
+        grad_weights_S = torch.empty_like(weights_S)
+        # Of factors that all experts share: the rank-wide gradients by token.
+        shared = {p.index: x_TH.new_zeros((len(x_TH), self._rank(p)), dtype=self.sum_dtype) for p in call.first if p.is_shared}
+        shared |= {p.index: grad_TH @ self._pair(p)[1][0] for p in call.second if p.is_shared}
+        wants_hidden = wants_x or any(wants[2 * part.index] or wants[2 * part.index + 1] for part in call.first)
+        for block in self.rows.blocks(grouped=self.grouped):
+            rows, tokens = block.rows, block.tokens
+            g, weights = grad_TH[tokens], weights_S[rows, None]
+            act, pull = self._activate(hidden_SN[rows])
+            grad_act = block.times(g, self.w2_EIH.mT)
+            for part in call.second:
+                self._second_part(block, part, act, g, weights, grad_act, rank_rows, shared, sums)
+            grad_weights = torch.linalg.vecdot(grad_act, act)
+            if self.b2_EH is not None:
+                grad_weights = grad_weights + torch.linalg.vecdot(g, block.per_row(self.b2_EH).expand_as(g))
+            grad_weights_S[rows] = grad_weights
+            if not wants_hidden:
+                continue
+            grad_h = pull(grad_act.mul_(weights))
+            grad_rows = block.times(grad_h, self.w1_EHN.mT) if wants_x else None
+            for part in call.first:
+                self._first_part(block, part, x_TH, grad_h, grad_rows, rank_rows, shared, sums)
+            if grad_x is not None and grad_rows is not None:
+                block.add_to_tokens_(grad_x, grad_rows)
+        self._finish_shared(grad_TH, x_TH, weights_S, grad_x, rank_rows, shared, sums)
+        return grad_x, grad_weights_S, [self._restore(number, s) for number, s in enumerate(sums)]
+
+    def _second_part(
+        self, block: OneExpert | AllExperts, part: Part, act: torch.Tensor, g: torch.Tensor, weights: torch.Tensor,
+        grad_act: torch.Tensor, narrow: dict[int, torch.Tensor], shared: dict[int, torch.Tensor], sums: list[Any],
+    ) -> None:  # fmt: skip
+        """Add the part's way back to ``grad_act`` and the sums of its factors' gradients."""
+        a, b = self._pair(part)
+        sum_a, sum_b = sums[2 * part.index], sums[2 * part.index + 1]
+        q = shared[part.index][block.tokens] if part.is_shared else block.times(g, b)
+        dropped = self._drop_rows(act, part, block.rows)
+        if part.dropout:
+            grad_act.add_(self._drop_rows(block.times(q, a), part, block.rows), alpha=part.scale)
+        else:
+            block.add_times_(grad_act, q, a, part.scale)
+        if sum_a is not None:
+            block.put_outer_(sum_a, q * weights, dropped, part.scale)
+        if sum_b is not None and not part.is_shared:
+            block.put_outer_(sum_b, g, narrow[part.index][block.rows] * weights, part.scale)
+
+    def _first_part(
+        self, block: OneExpert | AllExperts, part: Part, x_TH: torch.Tensor, grad_h: torch.Tensor, grad_rows: torch.Tensor | None,
+        narrow: dict[int, torch.Tensor], shared: dict[int, torch.Tensor], sums: list[Any],
+    ) -> None:  # fmt: skip
+        """Add the part's way back to ``grad_rows`` and the sums of its factors' gradients."""
+        a, b = self._pair(part)
+        sum_a, sum_b = sums[2 * part.index], sums[2 * part.index + 1]
+        grad_part = grad_h[:, part.columns]
+        p = block.times(grad_part, b)
+        u = narrow[part.index][block.tokens if part.is_shared else block.rows]
+        if sum_b is not None:
+            block.put_outer_(sum_b, grad_part, u, part.scale)
+        if part.is_shared:
+            block.add_to_tokens_(shared[part.index], p)
+            return
+        if grad_rows is not None:
+            if part.dropout:
+                mask = self._mask(part, x_TH.shape, x_TH)[block.tokens]
+                grad_rows.add_(block.times(p, a).mul_(mask), alpha=part.scale)
+            else:
+                block.add_times_(grad_rows, p, a, part.scale)
+        if sum_a is not None:
+            block.put_outer_(sum_a, p, self._drop_tokens(x_TH, part)[block.tokens], part.scale)
+
+    def _finish_shared(
+        self, grad_TH: torch.Tensor, x_TH: torch.Tensor, weights_S: torch.Tensor, grad_x: torch.Tensor | None,
+        narrow: dict[int, torch.Tensor], shared: dict[int, torch.Tensor], sums: list[Any],
+    ) -> None:  # fmt: skip
+        """The way back through factors that all experts share, over tokens."""
+        for part in self.call.first:
+            if part.is_shared:
+                p_TR, a = shared[part.index].to(self.dtype), self._pair(part)[0][0]
+                if sums[2 * part.index] is not None:
+                    torch.mm(p_TR.t(), self._drop_tokens(x_TH, part), out=sums[2 * part.index][0]).mul_(part.scale)
+                if grad_x is not None:
+                    grad_x.add_(self._drop_tokens(p_TR @ a, part), alpha=part.scale)
+        for part in self.call.second:
+            if part.is_shared and sums[2 * part.index + 1] is not None:
+                v_TR = self._sum_narrow(narrow[part.index], weights_S).to(self.dtype)
+                torch.mm(grad_TH.t(), v_TR, out=sums[2 * part.index + 1][0]).mul_(part.scale)
+
+    # ---- pieces
+
+    def _prepare(self, factor: torch.Tensor, *, dim: int) -> torch.Tensor:
+        factor = factor.to(self.dtype)
+        return pad_rank(factor, dim) if self.grouped else factor
+
+    def _restore(self, number: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        if gradient is None:
+            return None
+        original = self.originals[number]
+        rank_dim = 2 if number % 2 else 1
+        return gradient.narrow(rank_dim, 0, original.shape[rank_dim]).to(original.dtype)
+
+    def _pair(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.factors[2 * part.index], self.factors[2 * part.index + 1]
+
+    def _rank(self, part: Part) -> int:
+        return self._pair(part)[0].shape[1]
+
+    def _narrow(self, part: Part, x_TH: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """Room for the rows of rank width, (S, r); of a shared A the values themselves, (T, r)."""
+        if part.is_shared and part in self.call.first:
+            return self._drop_tokens(x_TH, part) @ self._pair(part)[0][0].mT
+        return x_TH.new_empty((num_rows, self._rank(part)))
+
+    def _sum_narrow(self, rows_SR: torch.Tensor, weights_S: torch.Tensor) -> torch.Tensor:
+        sum_TR = rows_SR.new_zeros((len(self.call.experts_TK), rows_SR.shape[1]), dtype=self.sum_dtype)
+        AllExperts(self.rows).add_to_tokens_(sum_TR, rows_SR * weights_S[:, None])
+        return sum_TR
+
+    @staticmethod
+    def _add_times(
+        block: OneExpert | AllExperts, h: torch.Tensor, columns: slice, u: torch.Tensor, b: torch.Tensor, scale: float
+    ) -> None:
+        target = h[:, columns]
+        if columns.step in (None, 1):
+            block.add_times_(target, u, b, scale)
+        else:  # interleaved gate and up: no product writes there
+            target.add_(block.times(u, b), alpha=scale)
+
+    def _activate(self, h: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """Return act(h), and what pulls a gradient of it back to h."""
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            act = self.call.activate(h)
+        return act.detach(), lambda grad: torch.autograd.grad(act, h, grad)[0]
+
+    def _drop_tokens(self, x_TH: torch.Tensor, part: Part) -> torch.Tensor:
+        return x_TH * self._mask(part, x_TH.shape, x_TH) if part.dropout else x_TH
+
+    def _drop_rows(self, values_SI: torch.Tensor, part: Part, rows: slice) -> torch.Tensor:
+        if not part.dropout:
+            return values_SI
+        return values_SI * self._mask(part, (len(self.rows.order_S), values_SI.shape[1]), values_SI)[rows]
+
+    def _mask(self, part: Part, shape: Any, like: torch.Tensor) -> torch.Tensor:
+        """0, or 1 / (1 - p): the same whenever it is asked for in one call, so that it need not be kept."""
+        key = (part.index, tuple(shape))
+        if key not in self._masks:
+            generator = torch.Generator(like.device).manual_seed(part.seed)
+            keep = torch.rand(shape, generator=generator, device=like.device) >= part.dropout
+            self._masks[key] = keep.to(like.dtype).div_(1 - part.dropout)
+        return self._masks[key]
