@@ -165,7 +165,7 @@ class LossOutput:
     """What a loss returns: a sum, never a mean, so that one place can divide by the weight of the whole window."""
 
     loss_sum: torch.Tensor  # scalar, with graph
-    logprobs: torch.Tensor  # (B, L) float32, log-probability of each target; 0 where the weight is 0; detached
+    logprobs: torch.Tensor  # (B, L) float32, log-probability of each target; NaN where it was not computed; detached
     metrics: dict[str, float] = field(default_factory=dict)
 
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "sample": "generate with a trained adapter: lorakit sample [RUN] -- TEXT",
     "evaluate": "loss, perplexity and exact match of a run on a data set",
     "merge": "write base and adapter as one model for plain transformers",
+    "export": "write an adapter in PEFT's own layout",
     "runs": "list the runs",
 }
 

@@ -38,6 +38,8 @@ class ExpertLoraConfig(peft.LoraConfig):
         """The config as plain data, as it is written: what a plain LoraConfig says of the same adapter."""
         plain = super().to_dict()
         parameters, layout = plain.pop("expert_parameters"), plain.pop("expert_layout")
+        if parameters:
+            plain["lora_dropout"] = 0.0  # matters in training only, and PEFT refuses to load stacked parameters with it
         modules = {name.rpartition(".")[0] for name in parameters}
         others = [name for name in plain["target_modules"] or () if not any(f".{m}".endswith(f".{name}") for m in modules)]
         plain["target_modules"] = sorted(others) or None

@@ -1,28 +1,97 @@
-"""Log-probabilities of the target tokens, for the positions that have a weight and no others."""
+"""Log-probabilities of a batch's targets under a model: the model up to its unembedding, then the head in chunks."""
 
 from __future__ import annotations
 
+import logging
+import weakref
 from typing import Any
 
 import torch
+from torch import nn
 
+from lorakit.loss.head import Head, head_logprobs
 from lorakit.types import Batch
 
+log = logging.getLogger("lorakit")
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # unembedding -> whether Head describes it
 
-def target_logprobs(model: Any, batch: Batch) -> torch.Tensor:
-    """Return log p(target | what stands before it) for each position, (B, L) float32, with graph; 0 where the weight is 0.
 
-    The unembedding runs only at positions where some row has a weight. No attention mask and no cache are given, and position
-    ids only for packed rows: this is what isolates packed documents from one another in transformers.
+def target_logprobs(model: Any, batch: Batch, *, all_positions: bool = False) -> torch.Tensor:
+    """Return log p(target | what stands before it) for each position, (B, L) float32, with graph.
+
+    Where the weight is 0 it is 0 and costs nothing behind the last layer, unless ``all_positions``. No attention mask and no cache
+    are given, and position ids only for packed rows: this is what isolates packed documents from one another in transformers.
     """
-    trained_BL = batch.weights != 0
-    positions_K = trained_BL.any(dim=0).nonzero().squeeze(1)
-    if len(positions_K) == 0:
-        positions_K = positions_K.new_zeros(1)
+    wanted_BL = torch.ones_like(batch.weights, dtype=torch.bool) if all_positions else batch.weights != 0
+    targets_N = batch.targets[wanted_BL]
+    hidden_BLH, head = hidden_states(model, batch)
+    if hidden_BLH is not None and head is not None:
+        logprobs_N = head_logprobs(hidden_BLH[wanted_BL], head, targets_N[:, None])[:, 0]
+    else:
+        logits_NV = _run(model, batch).logits[wanted_BL].float()
+        logprobs_N = -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+    logprobs_BL = logprobs_N.new_zeros(batch.weights.shape)
+    return logprobs_BL.index_put(wanted_BL.nonzero(as_tuple=True), logprobs_N)
+
+
+def hidden_states(model: Any, batch: Batch) -> tuple[torch.Tensor | None, Head | None]:
+    """Return what the unembedding is given, (B, L, H), and the unembedding; None for both where no ``Head`` describes it."""
+    unembedding = model.get_output_embeddings()
+    head = None if unembedding is None or _CHECKED.get(unembedding) is False else describe_head(model, unembedding)
+    if head is None:
+        return None, None
+    given: list[torch.Tensor] = []
+    num_seen = 0 if unembedding in _CHECKED else 2  # positions that the model's own unembedding gets: to compare, once
+
+    def intercept(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        given.append(args[0])
+        return (args[0][:, :num_seen], *args[1:])
+
+    handle = unembedding.register_forward_pre_hook(intercept)
+    try:
+        logits = _run(model, batch).logits
+    finally:
+        handle.remove()
+    if unembedding not in _CHECKED:
+        _CHECKED[unembedding] = _agrees(head, given[0][:, :num_seen], logits)
+        if not _CHECKED[unembedding]:
+            log.warning("the unembedding of %s is not one that lorakit knows: all logits are held", type(model).__name__)
+            return None, None
+    return given[0], head
+
+
+def describe_head(model: Any, unembedding: Any) -> Head | None:
+    """Return what the unembedding computes, or None where it has a part that ``Head`` has not (DoRA, dropout, a trained weight)."""
+    adapters: tuple[tuple[torch.Tensor, torch.Tensor, float], ...] = ()
+    base = unembedding
+    if hasattr(unembedding, "lora_A"):
+        base = unembedding.get_base_layer()
+        names = [] if unembedding.disable_adapters or unembedding.merged else unembedding.active_adapters
+        names = [name for name in names if name in unembedding.lora_A]
+        if any(name in unembedding.lora_variant or _drops(unembedding.lora_dropout[name]) for name in names):
+            return None
+        adapters = tuple((unembedding.lora_A[n].weight, unembedding.lora_B[n].weight, unembedding.scaling[n]) for n in names)
+    if type(base) is not nn.Linear or base.weight.requires_grad:
+        return None
+    config = model.config.get_text_config()
+    multiplier = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(base.weight, base.bias, adapters, multiplier, getattr(config, "final_logit_softcapping", None))
+
+
+def _run(model: Any, batch: Batch) -> Any:
     options = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-    logits_BKV = model(input_ids=batch.input_ids, logits_to_keep=positions_K, use_cache=False, **options).logits
-    chosen_BK = trained_BL[:, positions_K]
-    targets_N = batch.targets[:, positions_K][chosen_BK]
-    losses_N = torch.nn.functional.cross_entropy(logits_BKV[chosen_BK].float(), targets_N, reduction="none")
-    logprobs_BL = losses_N.new_zeros(batch.weights.shape)
-    return logprobs_BL.index_put(trained_BL.nonzero(as_tuple=True), -losses_N)
+    return model(input_ids=batch.input_ids, use_cache=False, **options)
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
+
+
+@torch.no_grad()
+def _agrees(head: Head, hidden_BLH: torch.Tensor, logits_BLV: torch.Tensor) -> bool:
+    """Whether ``head`` gives the log-probabilities that the model itself gives."""
+    expected = logits_BLV.float().log_softmax(dim=-1).flatten(0, 1)
+    targets = expected.topk(8).indices
+    ours = head_logprobs(hidden_BLH.flatten(0, 1), head, targets)
+    is_exact = head.weight_VH.dtype == torch.float32 and not torch.is_autocast_enabled(hidden_BLH.device.type)
+    return bool((ours - expected.gather(1, targets)).abs().max() < (1e-3 if is_exact else 0.1))

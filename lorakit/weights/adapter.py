@@ -130,17 +130,13 @@ def start_from(model: Any, spec: LoRASpec, *, base: str) -> None:
     load_adapter_state(model, adapter.tensors(), source=str(adapter.folder))
 
 
-_TINKER_NAMES = {
-    ".experts.w1.": ".experts.gate_proj.",
-    ".experts.w3.": ".experts.up_proj.",
-    ".experts.w2.": ".experts.down_proj.",
-}
+TINKER_LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # what tinker's archives call the experts' matrices
 
 
 def _to_field_names(name: str) -> str:
     """Return a tensor's name with experts' matrices called as the model calls them."""
-    for theirs, ours in _TINKER_NAMES.items():
-        name = name.replace(theirs, ours)
+    for theirs, ours in TINKER_LEAVES.items():
+        name = name.replace(f".experts.{theirs}.", f".experts.{ours}.")
     return name
 
 

@@ -116,3 +116,35 @@ def test_an_adapter_is_the_start_of_the_next_run(trained: Path, lorakit: Call, w
     assert then.read_bytes() == now.read_bytes()
     code, _, err = lorakit("train", f"lora.init_from={first}", *settings[:-1], "run=other", "lora.rank=8")
     assert code == 2 and "rank 4" in err and "lora.rank=8" in err
+
+
+def test_a_shared_outer_run_trains_samples_merges_and_exports_for_plain_peft(workplace: Path, lorakit: Call) -> None:
+    code, out, err = lorakit(
+        "train", "run=so", "lora.expert_layout=shared_outer", "lora.dropout=0.1", "trainer.max_steps=3", *SMALL
+    )
+    assert code == 0, err
+    assert "factors on the hidden width shared by all experts" in out and "when expanded to PEFT's layout" in out
+    code, out, err = lorakit("sample", "so", "--max-tokens", "4", "--", "English: a\nPig Latin:")
+    assert code == 0, err
+    code, out, err = lorakit("merge", "so", "--dtype", "float32", "--out", "merged")
+    assert code == 0, err
+    code, out, err = lorakit("export", "so")
+    assert code == 0 and "written out for each expert" in out, err
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    from lorakit.model.load import load_model
+
+    tokens = torch.tensor([list(range(3, 40))])
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)(tokens).logits
+        exported = peft.PeftModel.from_pretrained(load_model("tiny"), "runs/so/peft")(tokens).logits
+    assert (merged - exported).abs().max() < 0.02 * merged.abs().max()  # the export is in bf16
+    code, _, err = lorakit("export", "so")
+    assert code == 2 and "is not empty" in err
+
+
+def test_a_run_in_pefts_layout_is_exported_as_it_is(trained: Path, lorakit: Call, tmp_path: Path) -> None:
+    code, out, err = lorakit("export", "--runs", f"{trained}/runs", "--out", str(tmp_path / "peft"))
+    assert code == 0 and "MB in bf16; load" in out, err
+    assert (tmp_path / "peft/adapter_model.safetensors").read_bytes()

@@ -17,7 +17,7 @@ from lorakit.lora.experts import ExpertLora
 from lorakit.lora.inject import inject, plan, to_peft_config
 from lorakit.lora.spec import LoRASpec
 from lorakit.weights.adapter import AdapterFiles, save_adapter, start_from
-from lorakit.weights.export import expand_to_peft
+from lorakit.weights.export import write_peft
 from lorakit.weights.merge import MergeReport, attach, merge_into
 
 INPUT_IDS = torch.tensor([[3, 8, 44, 16, 23, 42, 50, 6, 19]])
@@ -94,7 +94,7 @@ def _sum_of(specs: dict[str, LoRASpec], names: tuple[str, ...]) -> Any:
 
 
 def test_what_peft_saves_plain_peft_loads(tmp_path: Path) -> None:
-    model = randomise(inject(make_model(), SPEC))
+    model = randomise(inject(make_model(), replace(SPEC, dropout=0.1)))
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(make_model(), tmp_path)
     assert type(loaded.base_model.model.model.layers[0].mlp.experts).__name__ == "ParamWrapper"  # plain PEFT indeed
@@ -142,7 +142,7 @@ def test_a_shared_outer_adapter_is_saved_compact_and_expands_exactly(rslora: boo
     }  # fmt: skip
     assert sum(t.numel() for t in tensors.values()) == plan(make_model(), SHARED).num_params
     assert close(logits(attach(make_model(), tmp_path / "compact")), logits(model))
-    expand_to_peft(AdapterFiles.open(tmp_path / "compact"), make_model(), tmp_path / "peft")
+    write_peft(AdapterFiles.open(tmp_path / "compact"), make_model(), tmp_path / "peft")
     expanded = load_file(tmp_path / "peft/adapter_model.safetensors")
     assert sum(t.numel() for t in expanded.values()) == plan(make_model(), SHARED).num_peft_params
     loaded = peft.PeftModel.from_pretrained(make_model(), tmp_path / "peft")

@@ -12,7 +12,9 @@ from tiny_models import gradients, make_batches, make_datums, make_model, random
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.cross_entropy import cross_entropy
+from lorakit.loss.head import head_logprobs
 from lorakit.loss.logprobs import target_logprobs
+from lorakit.training.step import compute_loss
 from lorakit.types import Batch
 
 FAMILIES = ["qwen3_moe", "qwen3", "llama", "mistral", "gemma2"]
@@ -90,3 +92,43 @@ def test_cross_entropy_is_minus_the_weighted_sum_by_hand() -> None:
     output.loss_sum.backward()
     assert torch.equal(logprobs.grad, -weights)
     assert not output.logprobs.requires_grad
+
+
+def test_a_step_says_nothing_of_what_it_did_not_compute() -> None:
+    batch, model = make_batches(make_datums(5), 5, 1)[0], make()
+    some, everything = (compute_loss(model, batch, cross_entropy, all_positions=flag) for flag in (False, True))
+    assert torch.equal(some.logprobs.isnan(), batch.weights == 0) and not everything.logprobs.isnan().any()
+    torch.testing.assert_close(some.loss_sum, everything.loss_sum)
+    expected = model(input_ids=batch.input_ids).logits.log_softmax(dim=-1).gather(-1, batch.targets[..., None])[..., 0]
+    torch.testing.assert_close(everything.logprobs, expected, atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_trained", [1, 4])
+def test_only_trained_positions_reach_the_unembedding(num_trained: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, model = make_batches(make_datums(5), 5, 1)[0], make()
+    weights = torch.zeros_like(batch.weights)
+    weights[0, :num_trained] = 1
+    seen = []
+
+    def counted(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(len(hidden))
+        return head_logprobs(hidden, *args, **kwargs)
+
+    target_logprobs(model, batch)  # compares the unembedding with the model's own, once
+    monkeypatch.setattr("lorakit.loss.logprobs.head_logprobs", counted)
+    target_logprobs(model, replace(batch, weights=weights))
+    assert seen == [num_trained]
+
+
+def test_an_unembedding_that_is_not_known_is_run_by_the_model_itself(caplog: pytest.LogCaptureFixture) -> None:
+    batch, model = make_batches(make_datums(5), 5, 1)[0], make_model("llama")
+    forward = model.forward
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:  # as a family does whose config lorakit cannot read
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 3.0
+        return output
+
+    model.forward = scaled
+    torch.testing.assert_close(target_logprobs(model, batch), full_logprobs(model, batch), atol=2e-6, rtol=1e-6)
+    assert "not one that lorakit knows" in caplog.text

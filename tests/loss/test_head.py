@@ -1,0 +1,107 @@
+"""The head in chunks against all logits at once: values and gradients, with everything that an unembedding may have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit.loss.head import Head, best_logprobs, head_logprobs
+
+TOKENS, VOCAB, HIDDEN, RANK = 23, 61, 16, 3
+
+
+def make(
+    dtype: torch.dtype = torch.float32, *, adapters: int = 0, bias: bool = False, **options: Any
+) -> tuple[Head, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    pairs = tuple((randn(RANK, HIDDEN).requires_grad_(), randn(VOCAB, RANK).requires_grad_(), 0.5) for _ in range(adapters))
+    head = Head(randn(VOCAB, HIDDEN), randn(VOCAB) if bias else None, pairs, **options)
+    return head, randn(TOKENS, HIDDEN).requires_grad_()
+
+
+def plain(hidden: torch.Tensor, head: Head, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """All logits, log_softmax, gather."""
+    weight = head.weight_VH + sum(scale * b @ a for a, b, scale in head.adapters)
+    logits = hidden @ weight.T + (0 if head.bias_V is None else head.bias_V)
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    logits = logits * head.multiplier
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return (logits / temperature).log_softmax(dim=-1).gather(1, targets)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "adapter": {"adapters": 1},
+    "two adapters": {"adapters": 2},
+    "softcap": {"softcap": 2.0},
+    "scaled": {"multiplier": 0.25},
+    "all": {"bias": True, "adapters": 1, "softcap": 2.0, "multiplier": 0.5},
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("num_targets", [1, 4])
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 64])
+@pytest.mark.parametrize("case", CASES)
+def test_chunks_equal_all_logits_at_once(case: str, chunk_tokens: int, num_targets: int, temperature: float) -> None:
+    head, hidden = make(**CASES[case])
+    targets = torch.randint(VOCAB, (TOKENS, num_targets), generator=torch.Generator().manual_seed(1))
+    factors = [factor for a, b, _ in head.adapters for factor in (a, b)]
+    ours = head_logprobs(hidden, head, targets, temperature=temperature, chunk_tokens=chunk_tokens)
+    theirs = plain(hidden, head, targets, temperature)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
+
+    def loss(logprobs: torch.Tensor) -> torch.Tensor:  # not linear in log-probabilities
+        return (logprobs.exp() * torch.linspace(-1, 2, logprobs.numel()).view_as(logprobs) + 0.1 * logprobs).sum()
+
+    found = torch.autograd.grad(loss(ours), [hidden, *factors])
+    expected = torch.autograd.grad(loss(theirs), [hidden, *factors])
+    for mine, reference in zip(found, expected, strict=True):
+        assert float((mine - reference).norm() / reference.norm()) < 2e-6
+
+
+def test_a_gradient_that_forgets_the_softcap_would_be_seen() -> None:
+    head, hidden = make(softcap=2.0)
+    bare, _ = make()
+    targets = torch.zeros(TOKENS, 1, dtype=torch.long)
+    (capped,) = torch.autograd.grad(head_logprobs(hidden, head, targets).sum(), hidden)
+    (plainly,) = torch.autograd.grad(head_logprobs(hidden, bare, targets).sum(), hidden)
+    assert float((capped - plainly).norm() / plainly.norm()) > 0.1
+
+
+def test_the_best_alternatives_are_those_of_all_logits() -> None:
+    head, hidden = make(adapters=1)
+    everything = plain(hidden, head, torch.arange(VOCAB).repeat(TOKENS, 1))
+    expected = everything.topk(5)
+    values, tokens = best_logprobs(hidden, head, 5, chunk_tokens=7)
+    torch.testing.assert_close(values, expected.values, rtol=1e-6, atol=1e-5)
+    assert torch.equal(tokens, expected.indices)
+
+
+def test_no_token_at_all_is_no_error() -> None:
+    head, hidden = make(adapters=1)
+    logprobs = head_logprobs(hidden[:0], head, torch.zeros(0, 1, dtype=torch.long))
+    assert logprobs.shape == (0, 1)
+    logprobs.sum().backward()
+    assert best_logprobs(hidden[:0], head, 2)[0].shape == (0, 2)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    head, hidden = make(multiplier=1e4)
+    logprobs = head_logprobs(hidden, head, torch.zeros(TOKENS, 1, dtype=torch.long))
+    assert bool(torch.isfinite(logprobs).all()) and bool((logprobs <= 0).all())
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    head, hidden = make()
+    with torch.no_grad():
+        assert not head_logprobs(hidden, head, torch.zeros(TOKENS, 1, dtype=torch.long)).requires_grad
