@@ -1,14 +1,14 @@
-"""Hidden states to log-probabilities of chosen tokens, in chunks: the (tokens, vocabulary) matrix is never held.
+"""Hidden states to log-probabilities of chosen tokens, in blocks: the (tokens, vocabulary) matrix is never held.
 
 With z the logits of a token, p their softmax and t a target, log p_t = z_t - logsumexp(z), and
 
     d log p_t / d hidden = W_t - sum over v of p_v W_v
 
-The sum over the vocabulary is formed in the forward pass, while the chunk's logits are at hand (Wijmans et al., "Cut Your Losses",
-arXiv 2411.09009, section 4, forms it from recomputed logits instead), so that the backward only scales it: the logits are
-computed once, for whatever loss. A trained unembedding needs every p_v again; its chunks are computed a second time.
+The sum over the vocabulary is gathered block by block beside the logsumexp, both rescaled when a larger logit comes: the online
+softmax of FlashAttention (arXiv 2205.14135, section 3.1) with the unembedding in the place of the values. So the logits are computed
+once, for whatever loss, and the backward only scales. A trained unembedding needs every p_v again: its blocks are computed twice.
 
-Shapes: N tokens, V vocabulary, H hidden, K targets per token, R rank of an adapter of the unembedding.
+Shapes: N tokens, V vocabulary, H hidden, K targets per token, R rank of an adapter of the unembedding; n, v of a block.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-# Of float32 logits at a time. Small chunks stay near the processor; a GPU wants large products.
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+MAX_TOKENS = 4096  # of a block
+BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # of float32 logits at a time
 
 
 @dataclass(frozen=True)
@@ -36,53 +36,63 @@ class Head:
 
 
 def head_logprobs(
-    hidden_NH: torch.Tensor, head: Head, targets_NK: torch.Tensor, *, temperature: float = 1.0, chunk_tokens: int | None = None
+    hidden_NH: torch.Tensor, head: Head, targets_NK: torch.Tensor, *, temperature: float = 1.0, block_bytes: int | None = None
 ) -> torch.Tensor:
     """Return log p(target) of each target at each token, (N, K) float32, with gradients to ``hidden_NH`` and the adapters."""
     factors = [factor for a, b, _ in head.adapters for factor in (a, b)]
-    call = _Call(head, temperature, chunk_tokens, torch.is_grad_enabled())
+    call = _Call(head, temperature, block_bytes, torch.is_grad_enabled())
     return _HeadFunction.apply(hidden_NH, targets_NK, call, *factors)
 
 
 @torch.no_grad()
 def best_logprobs(
-    hidden_NH: torch.Tensor, head: Head, num_best: int, *, temperature: float = 1.0, chunk_tokens: int | None = None
+    hidden_NH: torch.Tensor, head: Head, num_best: int, *, temperature: float = 1.0, block_bytes: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ``num_best`` largest log-probabilities at each token and their token ids, both (N, num_best), best first."""
-    call = _Call(head, temperature, chunk_tokens, False)
-    found = [_log_softmax(call.logits(chunk)).topk(num_best) for chunk in call.chunks(hidden_NH)]
-    if not found:
-        return hidden_NH.new_zeros((0, num_best), dtype=torch.float32), hidden_NH.new_zeros((0, num_best), dtype=torch.long)
-    return torch.cat([best.values for best in found]), torch.cat([best.indices for best in found])
+    call = _Call(head, temperature, block_bytes, False)
+    values = hidden_NH.new_full((len(hidden_NH), num_best), float("-inf"), dtype=torch.float32)
+    tokens = torch.zeros_like(values, dtype=torch.long)
+    lse = hidden_NH.new_full((len(hidden_NH), 1), float("-inf"), dtype=torch.float32)
+    for rows in call.row_blocks(hidden_NH):
+        for first, logits in call.logit_blocks(hidden_NH[rows]):
+            lse[rows] = torch.logaddexp(lse[rows], logits.logsumexp(dim=-1, keepdim=True))
+            best = logits.topk(min(num_best, logits.shape[1]))
+            candidates = torch.cat([values[rows], best.values], dim=1)
+            kept = candidates.topk(num_best)
+            values[rows] = kept.values
+            tokens[rows] = torch.cat([tokens[rows], best.indices + first], dim=1).gather(1, kept.indices)
+    return values - lse, tokens
 
 
 @dataclass(frozen=True)
 class _Call:
     head: Head
     temperature: float
-    chunk_tokens: int | None
+    block_bytes: int | None
     keeps: bool  # whether a backward may follow
 
-    def chunks(self, *tensors: torch.Tensor) -> Iterator[Any]:
-        """Yield matching pieces of ``tensors``."""
-        rows_at_once = self.chunk_tokens or self._default_chunk()
-        for pieces in zip(*(tensor.split(rows_at_once) for tensor in tensors), strict=True):
-            if len(pieces[0]):
-                yield pieces if len(pieces) > 1 else pieces[0]
+    def row_blocks(self, hidden_NH: torch.Tensor) -> Iterator[slice]:
+        """Yield slices over the tokens."""
+        size = max(1, min(MAX_TOKENS, self._num_bytes() // 4096))
+        for start in range(0, len(hidden_NH), size):
+            yield slice(start, start + size)
 
-    def _default_chunk(self) -> int:
-        weight = self.head.weight_VH
-        return max(16, CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cuda"]) // (4 * weight.shape[0]))
+    def logit_blocks(self, hidden_nH: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (first token of the vocabulary, logits over temperature (n, v) float32), each to be written over."""
+        vocab = self.head.weight_VH.shape[0]
+        size = max(1, self._num_bytes() // (4 * max(1, len(hidden_nH))))
+        hidden = hidden_nH.to(self.head.weight_VH.dtype)
+        narrow = [hidden @ a.to(hidden.dtype).mT for a, _, _ in self.head.adapters]
+        for first in range(0, vocab, size):
+            yield first, self._logits(hidden, narrow, slice(first, min(vocab, first + size)))
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits of a chunk over temperature, (n, V) float32: a tensor of its own, to be written over."""
+    def _logits(self, hidden: torch.Tensor, narrow: list[torch.Tensor], tokens: slice) -> torch.Tensor:
         head = self.head
-        hidden = hidden.to(head.weight_VH.dtype)
-        logits = hidden @ head.weight_VH.mT
-        for a, b, scale in head.adapters:
-            logits.addmm_(hidden @ a.to(hidden.dtype).mT, b.to(hidden.dtype).mT, alpha=scale)
+        logits = hidden @ head.weight_VH[tokens].mT
+        for inner, (_, b, scale) in zip(narrow, head.adapters, strict=True):
+            logits.addmm_(inner, b[tokens].to(hidden.dtype).mT, alpha=scale)
         if head.bias_V is not None:
-            logits.add_(head.bias_V)
+            logits.add_(head.bias_V[tokens])
         logits = logits.float()
         if head.multiplier != 1:
             logits.mul_(head.multiplier)
@@ -97,21 +107,23 @@ class _Call:
             return constant
         return logits.mul_(self.temperature / self.head.softcap).square_().neg_().add_(1).mul_(constant)
 
-    def pull(self, grad_nV: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of a chunk's products as one of its hidden states, (n, H)."""
-        head = self.head
-        grad = grad_nV.to(head.weight_VH.dtype)
-        pulled = grad @ head.weight_VH
+    def add_pulled_(self, sum_nH: torch.Tensor, grad_nv: torch.Tensor, first: int) -> None:
+        """Add to ``sum_nH`` the gradient of a block's products as one of its hidden states."""
+        head, tokens = self.head, slice(first, first + grad_nv.shape[1])
+        grad = grad_nv.to(head.weight_VH.dtype)
+        _add_product_(sum_nH, grad, head.weight_VH[tokens], 1.0)
         for a, b, scale in head.adapters:
-            pulled.addmm_(grad @ b.to(grad.dtype), a.to(grad.dtype), alpha=scale)
-        return pulled
+            _add_product_(sum_nH, grad @ b[tokens].to(grad.dtype), a.to(grad.dtype), scale)
 
-    def rows(self, tokens_N: torch.Tensor) -> torch.Tensor:
+    def rows_of(self, tokens_N: torch.Tensor) -> torch.Tensor:
         """Return the rows of the whole unembedding for some tokens, (N, H)."""
         rows = self.head.weight_VH[tokens_N]
         for a, b, scale in self.head.adapters:
             rows = rows.addmm(b[tokens_N].to(rows.dtype), a.to(rows.dtype), alpha=scale)
         return rows
+
+    def _num_bytes(self) -> int:
+        return self.block_bytes or BLOCK_BYTES.get(self.head.weight_VH.device.type, BLOCK_BYTES["cuda"])
 
 
 class _HeadFunction(torch.autograd.Function):
@@ -120,29 +132,27 @@ class _HeadFunction(torch.autograd.Function):
         ctx: Any, hidden_NH: torch.Tensor, targets_NK: torch.Tensor, call: _Call, *factors: torch.Tensor
     ) -> torch.Tensor:
         wants_hidden = call.keeps and ctx.needs_input_grad[0]
-        logprobs, means, slopes = [], [], []
+        logprobs = hidden_NH.new_zeros(targets_NK.shape, dtype=torch.float32)
+        lse = hidden_NH.new_zeros((len(hidden_NH), 1), dtype=torch.float32)
+        mean_NH = torch.empty_like(hidden_NH) if wants_hidden else None
+        slope_NK = torch.empty_like(logprobs) if wants_hidden and call.head.softcap else None
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            for hidden, targets in call.chunks(hidden_NH, targets_NK):
-                logits = call.logits(hidden)
-                lse = logits.logsumexp(dim=-1, keepdim=True)
-                logprobs.append(logits.gather(1, targets) - lse)
-                if wants_hidden:
-                    softmax = (logits - lse).exp_() if call.head.softcap else logits.sub_(lse).exp_()
-                    slope = call.slope_(logits)
-                    if isinstance(slope, torch.Tensor):
-                        slopes.append(slope.gather(1, targets))
-                    means.append(call.pull(softmax.mul_(slope)).to(hidden_NH.dtype))
+            for rows in call.row_blocks(hidden_NH):
+                found = _scan(call, hidden_NH[rows], targets_NK[rows], wants_hidden)
+                logprobs[rows], lse[rows] = found.logits_nK - found.lse_n1, found.lse_n1
+                if mean_NH is not None and found.mean_nH is not None:
+                    mean_NH[rows] = found.mean_nH
+                if slope_NK is not None:
+                    slope_NK[rows] = call.slope_(found.logits_nK)  # type: ignore[assignment]  # a tensor where there is a softcap
         ctx.call = call
         if call.keeps:
-            mean_NH = torch.cat(means) if means else None
-            slope_NK = torch.cat(slopes) if slopes else None
-            ctx.save_for_backward(hidden_NH, targets_NK, mean_NH, slope_NK, *factors)
-        return torch.cat(logprobs) if logprobs else hidden_NH.new_zeros(targets_NK.shape, dtype=torch.float32)
+            ctx.save_for_backward(hidden_NH, targets_NK, mean_NH, slope_NK, lse, *factors)
+        return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_NH, targets_NK, mean_NH, slope_NK, *factors = ctx.saved_tensors
+        hidden_NH, targets_NK, mean_NH, slope_NK, lse, *factors = ctx.saved_tensors
         call: _Call = ctx.call
         grad_hidden = None
         with torch.autocast(hidden_NH.device.type, enabled=False):
@@ -151,30 +161,75 @@ class _HeadFunction(torch.autograd.Function):
                 weights_NK = grad_NK * (constant if slope_NK is None else slope_NK)
                 grad_hidden = mean_NH * -grad_NK.sum(dim=1, keepdim=True).to(mean_NH.dtype)
                 for choice in range(targets_NK.shape[1]):
-                    rows = call.rows(targets_NK[:, choice])
+                    rows = call.rows_of(targets_NK[:, choice])
                     grad_hidden.addcmul_(rows, weights_NK[:, choice, None].to(rows.dtype))
             wants = ctx.needs_input_grad[3:]
-            grads = _factor_gradients(call, hidden_NH, targets_NK, grad_NK, factors) if any(wants) else [None] * len(wants)
+            grads: list[Any] = [None] * len(wants)
+            if any(wants):
+                grads = _factor_gradients(call, hidden_NH, targets_NK, grad_NK, lse, factors)
         return (grad_hidden, None, None, *(grad if want else None for grad, want in zip(grads, wants, strict=True)))
 
 
+@dataclass
+class _Scanned:
+    lse_n1: torch.Tensor
+    logits_nK: torch.Tensor  # of the targets
+    mean_nH: torch.Tensor | None  # sum over the vocabulary of p times the unembedding's rows
+
+
+def _scan(call: _Call, hidden: torch.Tensor, targets: torch.Tensor, wants_mean: bool) -> _Scanned:
+    """Go over the vocabulary once, keeping sums relative to the largest logit so far."""
+    top = hidden.new_full((len(hidden), 1), float("-inf"), dtype=torch.float32)
+    total = torch.zeros_like(top)
+    picked = hidden.new_zeros(targets.shape, dtype=torch.float32)
+    mean = torch.zeros_like(hidden, dtype=torch.float32) if wants_mean else None
+    for first, logits in call.logit_blocks(hidden):
+        _pick_(picked, logits, targets, first)
+        new_top = torch.maximum(top, logits.amax(dim=-1, keepdim=True))
+        shrink = (top - new_top).exp_()
+        top = new_top
+        weights = (logits - top).exp_() if call.head.softcap and mean is not None else logits.sub_(top).exp_()
+        total.mul_(shrink).add_(weights.sum(dim=-1, keepdim=True))
+        if mean is not None:
+            call.add_pulled_(mean.mul_(shrink), weights.mul_(call.slope_(logits)), first)
+    return _Scanned(top + total.log(), picked, None if mean is None else mean.div_(total))
+
+
+def _pick_(picked_nK: torch.Tensor, logits_nv: torch.Tensor, targets_nK: torch.Tensor, first: int) -> None:
+    """Copy the logits of those targets that lie in this block."""
+    inside = (targets_nK >= first) & (targets_nK < first + logits_nv.shape[1])
+    local = (targets_nK - first).clamp(0, logits_nv.shape[1] - 1)
+    picked_nK.copy_(torch.where(inside, logits_nv.gather(1, local), picked_nK))
+
+
 def _factor_gradients(
-    call: _Call, hidden_NH: torch.Tensor, targets_NK: torch.Tensor, grad_NK: torch.Tensor, factors: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Compute each chunk once more, for the gradients of the unembedding's adapters."""
+    call: _Call, hidden_NH: torch.Tensor, targets_NK: torch.Tensor, grad_NK: torch.Tensor, lse: torch.Tensor,
+    factors: list[torch.Tensor],
+) -> list[torch.Tensor]:  # fmt: skip
+    """Compute each block once more, for the gradients of the unembedding's adapters."""
     sums = [torch.zeros_like(factor, dtype=torch.float32) for factor in factors]
-    for hidden, targets, grad in call.chunks(hidden_NH, targets_NK, grad_NK):
-        logits = call.logits(hidden)
-        grad_logits = _log_softmax(logits).exp_().mul_(-grad.sum(dim=1, keepdim=True))
-        grad_logits.scatter_add_(1, targets, grad)
-        grad_products = grad_logits.mul_(call.slope_(logits)).to(call.head.weight_VH.dtype)
-        hidden = hidden.to(grad_products.dtype)
-        for number, (a, b, scale) in enumerate(call.head.adapters):
-            narrow = hidden @ a.to(hidden.dtype).mT
-            sums[2 * number].add_((grad_products @ b.to(hidden.dtype)).mT @ hidden, alpha=scale)
-            sums[2 * number + 1].add_(grad_products.mT @ narrow, alpha=scale)
+    for rows in call.row_blocks(hidden_NH):
+        hidden, targets, grad = hidden_NH[rows].to(call.head.weight_VH.dtype), targets_NK[rows], grad_NK[rows]
+        narrow = [hidden @ a.to(hidden.dtype).mT for a, _, _ in call.head.adapters]
+        pulled = [torch.zeros_like(inner, dtype=torch.float32) for inner in narrow]
+        for first, logits in call.logit_blocks(hidden):
+            tokens = slice(first, first + logits.shape[1])
+            grad_logits = (logits - lse[rows]).exp_().mul_(-grad.sum(dim=1, keepdim=True))
+            inside = (targets >= first) & (targets < tokens.stop)
+            local = (targets - first).clamp(0, logits.shape[1] - 1)
+            grad_logits.scatter_add_(1, local, grad * inside)
+            grad_products = grad_logits.mul_(call.slope_(logits)).to(hidden.dtype)
+            for number, (_, b, scale) in enumerate(call.head.adapters):
+                _add_product_(pulled[number], grad_products, b[tokens].to(hidden.dtype), scale)
+                _add_product_(sums[2 * number + 1][tokens], grad_products.mT, narrow[number], scale)
+        for number, total in enumerate(pulled):
+            _add_product_(sums[2 * number], total.to(hidden.dtype).mT, hidden, 1.0)
     return [total.to(factor.dtype) for total, factor in zip(sums, factors, strict=True)]
 
 
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    return logits - logits.logsumexp(dim=-1, keepdim=True)
+def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    """Add ``scale * a @ b`` to the float32 ``total``."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, alpha=scale)
+    else:
+        total.add_(a @ b, alpha=scale)

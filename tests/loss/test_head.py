@@ -1,4 +1,4 @@
-"""The head in chunks against all logits at once: values and gradients, with everything that an unembedding may have."""
+"""The head in blocks against all logits at once: values and gradients, with everything that an unembedding may have."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("num_targets", [1, 4])
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 64])
+@pytest.mark.parametrize("block_bytes", [4, 4 * 7 * TOKENS, 4096 * 7, None])
 @pytest.mark.parametrize("case", CASES)
-def test_chunks_equal_all_logits_at_once(case: str, chunk_tokens: int, num_targets: int, temperature: float) -> None:
+def test_blocks_equal_all_logits_at_once(case: str, block_bytes: int | None, num_targets: int, temperature: float) -> None:
     head, hidden = make(**CASES[case])
     targets = torch.randint(VOCAB, (TOKENS, num_targets), generator=torch.Generator().manual_seed(1))
     factors = [factor for a, b, _ in head.adapters for factor in (a, b)]
-    ours = head_logprobs(hidden, head, targets, temperature=temperature, chunk_tokens=chunk_tokens)
+    ours = head_logprobs(hidden, head, targets, temperature=temperature, block_bytes=block_bytes)
     theirs = plain(hidden, head, targets, temperature)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
@@ -82,7 +82,7 @@ def test_the_best_alternatives_are_those_of_all_logits() -> None:
     head, hidden = make(adapters=1)
     everything = plain(hidden, head, torch.arange(VOCAB).repeat(TOKENS, 1))
     expected = everything.topk(5)
-    values, tokens = best_logprobs(hidden, head, 5, chunk_tokens=7)
+    values, tokens = best_logprobs(hidden, head, 5, block_bytes=4 * 7 * TOKENS)
     torch.testing.assert_close(values, expected.values, rtol=1e-6, atol=1e-5)
     assert torch.equal(tokens, expected.indices)
 

@@ -1,0 +1,77 @@
+"""A contender in a process of its own, kept alive and driven in turn: it times one call and measures its peak memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import contenders
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One call of a contender."""
+
+    seconds: float
+    peak_bytes: int  # resident memory at its highest, above what stood before the call
+    value: float  # what the call computed (a loss), to compare
+
+
+class Worker:
+    """Starts ``contenders.BUILDERS[kind]`` with ``settings`` in a new process."""
+
+    def __init__(self, kind: str, settings: dict[str, Any], threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, kind, settings, threads), daemon=True)
+        self._process.start()
+        self.problem: str | None = self._pipe.recv()
+
+    def call(self) -> Measured:
+        """Run the contender once."""
+        self._pipe.send("go")
+        result = self._pipe.recv()
+        if isinstance(result, str):
+            raise RuntimeError(result)
+        return result
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.join()
+
+
+def _serve(pipe: Connection, kind: str, settings: dict[str, Any], threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        run = contenders.BUILDERS[kind](**settings)
+    except ImportError as error:
+        pipe.send(f"not installed: {error}")
+        return
+    pipe.send(None)
+    while pipe.recv() == "go":
+        before = _reset_peak()
+        start = time.perf_counter()
+        try:
+            value = run()
+        except Exception as error:  # told to the driver, which stops
+            pipe.send(f"{kind} {settings}: {type(error).__name__}: {error}")
+            return
+        seconds = time.perf_counter() - start
+        pipe.send(Measured(seconds, _status("VmHWM") - before, float(value)))
+
+
+def _reset_peak() -> int:
+    """Make the highest resident memory the present one (Linux, /proc/PID/clear_refs) and return it."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
