@@ -1,10 +1,10 @@
-# make demo | test | test-all | test-oldest | check | format. Each sets up .venv by itself, with the versions of constraints.txt.
+# make demo | test | test-all | test-oldest | check | format | bench | bench-quick. Each sets up .venv by itself, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-oldest check format clean
+.PHONY: demo test test-all test-oldest check format bench bench-quick clean
 
 demo: $(STAMP)
 	$(BIN)/lorakit demo
@@ -34,6 +34,11 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# TRL is a contender, not a dependency: it is installed beside the pinned set, which satisfies it.
+bench bench-quick: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps trl==1.16.0
+	$(BIN)/python scripts/bench/bench.py $(if $(filter bench-quick,$@),--quick)
 
 clean:
 	rm -rf $(VENV) .venv-oldest build dist runs outputs

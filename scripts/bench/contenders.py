@@ -17,8 +17,16 @@ SEED = 0
 
 
 def expert_layer(
-    *, who: str, tokens: int, dtype: str = "float32", experts: int = 128, hidden: int = 1024, width: int = 512, top_k: int = 8, rank: int = 16
-) -> Run:  # fmt: skip
+    *,
+    who: str,
+    tokens: int,
+    dtype: str = "float32",
+    experts: int = 128,
+    hidden: int = 1024,
+    width: int = 512,
+    top_k: int = 8,
+    rank: int = 16,
+) -> Run:
     """One layer of experts, forward and backward, with gradients to tokens, router weights and adapter.
 
     ``who``: frozen (transformers, no adapter), peft (target_parameters), lorakit, lorakit_shared (shared_outer).
