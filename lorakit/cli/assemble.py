@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.history import RunHistory
@@ -148,8 +147,6 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
     ]
     callbacks += [PackingGuard(), RunHistory(folder), AdapterCheckpoint(folder / "checkpoints", **checkpoint)]
     callbacks.append(StepProgress(total_steps))
-    if not has_val and any(isinstance(callback, EarlyStopping) for callback in callbacks):
-        raise ConfigError("callbacks.early_stopping needs rows to evaluate on; set data.val_path or data.val_fraction")
     return L.Trainer(
         default_root_dir=folder,
         accelerator=accelerator,

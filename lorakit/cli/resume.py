@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from lorakit.errors import CheckpointError, ConfigError, report
-from lorakit.weights.run import Run, create_run, describe_environment, free_name, list_runs, open_run
+from lorakit.weights.run import History, Run, create_run, describe_environment, free_name, list_runs, open_run
 
 # What may differ between a run and its continuation without changing what is computed.
 _FREE_KEYS = ("run", "resume", "paths.", "logger.", "checkpoint.", "callbacks.", "data.on_error")
@@ -61,7 +61,10 @@ def _find_unfinished(root: Path, name: str | None, experiment: str) -> Run | Non
             raise CheckpointError(f"{run.folder} is finished, so there is nothing to resume; choose another run=NAME")
         return run
     unfinished = [run for run in list_runs(root) if not run.is_finished and run.info.get("experiment") == experiment]
-    return unfinished[-1] if unfinished else None
+    trained = [
+        run for run in unfinished if History(run.folder).path.exists()
+    ]  # what never made a step has nothing to go on with
+    return next(reversed(trained or unfinished), None)
 
 
 def _check_same(run: Run, config: dict[str, Any], data_fingerprint: str, resolved: dict[str, Any]) -> None:

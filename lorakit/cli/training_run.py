@@ -72,6 +72,9 @@ def train_run(config: dict[str, Any], *, experiment: str, command: str = "", con
     lr = _resolve_lr(config, model_config, spec, console)
     total_steps, is_estimate = assemble.resolve_total_steps(config, datamodule)
     assemble.build_optimization(config, lr=lr, total_steps=total_steps)  # refuses bad settings before there is a folder
+    stops_early = any(entry and entry["_target_"].endswith("EarlyStopping") for entry in config["callbacks"].values())
+    if stops_early and not len(datamodule.val_indices):
+        raise ConfigError("callbacks.early_stopping needs rows to evaluate on; set data.val_path or data.val_fraction")
     root, kept = Path(config["paths"]["runs"]), config["checkpoint"]
     assemble.check_disk(root, planned, keep_last=kept["keep_last"], keep_best=kept["keep_best"])
     run, resumes = choose_run(

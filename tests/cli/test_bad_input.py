@@ -35,6 +35,10 @@ CASES = [
     (["loss.name=mse"], "loss.name=mse is unknown"),
     (["logger.csv._target_=os.nothing"], "cannot be imported"),
     (["data.stop"], "data.stop"),
+    (
+        ["model.path=tiny", "data.path=rows.txt", "callbacks=[default,early_stopping]"],
+        "early_stopping needs rows to evaluate on",
+    ),
     (["optim.betas=[2,3]"], "optim: torch.optim.AdamW refuses its settings"),
     (["optim=sgd", "optim.lr=auto"], "optim.lr=auto is a rule for Adam and AdamW"),
     (["data.path=rows.txt", "data.format=messages", "model.path=tiny"], "a .txt file holds plain text"),

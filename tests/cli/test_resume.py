@@ -14,6 +14,7 @@ import pytest
 from program import start
 from small import SMALL
 
+from lorakit.cli.resume import _find_unfinished
 from lorakit.errors import CheckpointError
 from lorakit.weights.run import create_run, hold, list_runs
 
@@ -57,6 +58,14 @@ def test_a_run_that_ended_before_its_first_step_gives_its_name_back(tmp_path: Pa
     (run.folder / "history.jsonl").write_text("{}")
     with pytest.raises(CheckpointError, match="never overwritten"):
         create_run(tmp_path, "early", config_text="a: 4", info={})
+
+
+def test_resume_passes_over_a_newer_run_that_never_made_a_step(tmp_path: Path) -> None:
+    made = create_run(tmp_path, "made", config_text="", info={"experiment": "x", "created": "1"})
+    (made.folder / "history.jsonl").write_text('{"step": 1}\n')
+    create_run(tmp_path, "failed", config_text="", info={"experiment": "x", "created": "2"})
+    found = _find_unfinished(tmp_path, None, "x")
+    assert found is not None and found.name == "made"
 
 
 def test_a_folder_that_is_no_run_does_not_hide_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
