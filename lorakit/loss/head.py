@@ -143,7 +143,7 @@ class _HeadFunction(torch.autograd.Function):
                 if mean_NH is not None and found.mean_nH is not None:
                     mean_NH[rows] = found.mean_nH
                 if slope_NK is not None:
-                    slope_NK[rows] = call.slope_(found.logits_nK)  # type: ignore[assignment]  # a tensor where there is a softcap
+                    slope_NK[rows] = torch.as_tensor(call.slope_(found.logits_nK))
         ctx.call = call
         if call.keeps:
             ctx.save_for_backward(hidden_NH, targets_NK, mean_NH, slope_NK, lse, *factors)

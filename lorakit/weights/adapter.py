@@ -47,7 +47,7 @@ class AdapterFiles:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return all tensors by PEFT's names. Raises AdapterError for a torn file."""
         with self._opened() as file:
-            return {_to_field_names(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # as above
+            return {_to_field_names(name): file.get_tensor(name) for name in list(file.keys())}
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:
@@ -59,12 +59,11 @@ class AdapterFiles:
 
     def expert_matrices(self) -> list[str]:
         """Of a shared-outer adapter, the names of its expert matrices (``…mlp.experts.gate_proj``); else nothing."""
-        ending, names = ".lora_A.weight", []
+        ending = ".lora_A.weight"
         with self._opened() as file:
-            for name in file.keys():  # noqa: SIM118  # the file is no dict: it cannot be iterated
-                if name.endswith(ending) and len(file.get_slice(name).get_shape()) == 3:
-                    names.append(_to_field_names(name).removeprefix("base_model.model.").removesuffix(ending))
-        return names
+            factors = [name for name in list(file.keys()) if name.endswith(ending)]
+            stacked = [name for name in factors if len(file.get_slice(name).get_shape()) == 3]
+        return [_to_field_names(name).removeprefix("base_model.model.").removesuffix(ending) for name in stacked]
 
     def find_init_problem(self) -> str | None:
         """Return why the adapter does not fit the original base, or None."""

@@ -216,7 +216,7 @@ def test_bf16_keeps_the_adapter_that_folding_rounds_away(products: str) -> None:
     assert all(torch.equal(half.weight(name), before) for name, before in weights.items())
 
 
-def test_what_needs_no_gradient_gets_none_and_costs_no_memory() -> None:
+def test_what_needs_no_gradient_gets_none() -> None:
     stack = ExpertStack(make_experts())
     x, experts, weights = make_inputs(torch.float64)
     factors = make_factors(stack, torch.float64)
