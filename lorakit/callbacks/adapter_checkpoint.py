@@ -1,4 +1,4 @@
-"""Checkpoints while training, and a clean end at Ctrl-C."""
+"""Checkpoints while training, and a clean end at Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class AdapterCheckpoint(L.Callback):
     """Writes a checkpoint every ``every_steps`` optimiser steps, after each evaluation, and at the end.
 
     A write that fails (a full disk) leaves the last good checkpoint in force and says so. The random state is part of a
-    checkpoint. At the first Ctrl-C the step is finished, a checkpoint written and the fit ended; at the second it stops at once.
+    checkpoint. At the first Ctrl-C, or SIGTERM (how batch systems announce the end of a job's time), the step is finished, a
+    checkpoint written and the fit ended; at a second Ctrl-C it stops at once.
 
     Args:
         folder: where ``step-000100`` and so on are written.
@@ -32,20 +33,22 @@ class AdapterCheckpoint(L.Callback):
     def __init__(self, folder: str | Path, *, every_steps: int = 100, keep_last: int = 2, keep_best: int = 1) -> None:
         self.folder = Path(folder)
         self.every_steps, self.keep_last, self.keep_best = every_steps, keep_last, keep_best
-        self.was_interrupted = False
+        self.interrupt: int | None = None  # the signal that ended the fit
         self.validated_step = -1
         self._saved_step = -1
         self._random_state: dict[str, Any] | None = None
-        self._old_handler: Any = None
+        self._old_handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_step = trainer.global_step
         # A run that was killed behind its last checkpoint had decided to stop, which EarlyStopping itself does not remember.
         trainer.should_stop |= any(stopper.wait_count >= stopper.patience for stopper in trainer.early_stopping_callbacks)
         try:
-            self._old_handler = signal.signal(signal.SIGINT, self._on_interrupt)
-        except ValueError:  # not in the main thread: whoever runs us there handles Ctrl-C
-            self._old_handler = None
+            self._old_handlers = {
+                number: signal.signal(number, self._on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+            }
+        except ValueError:  # not in the main thread: whoever runs us there handles signals
+            self._old_handlers = {}
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._random_state is not None:
@@ -55,7 +58,7 @@ class AdapterCheckpoint(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._saved_step or trainer.fit_loop._should_accumulate():
             return
-        if self.was_interrupted:
+        if self.interrupt:
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # else Lightning evaluates once more before it stops
             self._save(trainer, pl_module)
@@ -73,10 +76,10 @@ class AdapterCheckpoint(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.global_step != self._saved_step:
             self._save(trainer, pl_module)
-        self._restore_handler()
+        self._restore_handlers()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._restore_handler()
+        self._restore_handlers()
 
     def state_dict(self) -> dict[str, Any]:
         return {"random": _get_random_state()}
@@ -100,13 +103,15 @@ class AdapterCheckpoint(L.Callback):
         prune(self.folder, keep_last=self.keep_last, keep_best=self.keep_best)
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
-        self.was_interrupted = True
-        self._restore_handler()
+        self.interrupt = self.interrupt or signum
+        signal.signal(
+            signal.SIGINT, self._old_handlers[signal.SIGINT]
+        )  # batch systems may send SIGTERM twice; a person means it
 
-    def _restore_handler(self) -> None:
-        if self._old_handler is not None:
-            signal.signal(signal.SIGINT, self._old_handler)
-            self._old_handler = None
+    def _restore_handlers(self) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._old_handlers = {}
 
 
 def _will_validate(trainer: L.Trainer) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -180,15 +181,22 @@ def build_loggers(configs: Config) -> list[Any]:
         if entry["_target_"].endswith("WandbLogger"):
             os.environ.setdefault("WANDB_SILENT", "true")
         loggers.append(build(entry, f"logger.{name}"))
+        getattr(loggers[-1], "_wandb_init", {}).pop("anonymous", None)  # wandb warns of it, and Lightning always passes it
     return loggers
 
 
-def finish_loggers(loggers: list[Any]) -> None:
-    """End what stays open behind a run: W&B keeps one run per process until it is told."""
-    if any(type(logger).__name__ == "WandbLogger" for logger in loggers):
-        import wandb
+def finish_loggers(loggers: list[Any]) -> list[str]:
+    """End what stays open behind a run (W&B keeps one run per process until it is told); return what to tell the user."""
+    if not any(type(logger).__name__ == "WandbLogger" for logger in loggers):
+        return []
+    import wandb
 
-        wandb.finish()
+    notes = []
+    if wandb.run is not None and wandb.run.offline:
+        folder = Path(wandb.run.settings.sync_dir)
+        notes = [f"the W&B run is offline; upload it with: wandb sync {shlex.quote(str(folder))}"]
+    wandb.finish()
+    return notes
 
 
 def check_disk(folder: Path, planned: LoRAPlan, *, keep_last: int, keep_best: int) -> None:

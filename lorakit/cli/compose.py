@@ -10,34 +10,31 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lorakit.cli.conf import conf_dir
+from lorakit.cli.guard import explain_os_error
 from lorakit.errors import ConfigError, LorakitError
 
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+)?(?P<key>[\w.@/]+)=(?P<value>.*)$", re.DOTALL)
 _PATH_KEYS = re.compile(r"(?:.*\.)?(?:path|\w+_path)|lora\.init_from|paths\.\w+|run")
 _STANDALONE = ("experiment", "data.path", "model.path")
 _FLAGS_WITH_VALUE = (
-    "--config-dir",
-    "-cd",
-    "--config-name",
-    "-cn",
-    "--config-path",
-    "-cp",
-    "--package",
-    "-p",
-    "--info",
-    "-i",
-    "--cfg",
-    "-c",
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
+    *("--package", "-p", "--info", "-i", "--cfg", "-c"),
 )
+_FLAGS = (*_FLAGS_WITH_VALUE, "--multirun", "-m", "--resolve", "--hydra-help", "--help", "-h", "--version")
 
 
 def prepare_arguments(arguments: list[str]) -> list[str]:
-    """Return Hydra's arguments: flags first, paths quoted, and the pig latin experiment where nothing else is asked for."""
+    """Return Hydra's arguments: flags first, paths quoted, and the pig latin experiment where nothing else is asked for.
+
+    Raises:
+        ConfigError: an argument is neither a setting nor a flag.
+    """
     flags: list[str] = []
     overrides: list[str] = []
     position = 0
     while position < len(arguments):
         argument = arguments[position]
+        _check_argument(argument)
         takes_value = argument in _FLAGS_WITH_VALUE and position + 1 < len(arguments)
         (flags if argument.startswith("-") else overrides).extend(arguments[position : position + 1 + takes_value])
         position += 1 + takes_value
@@ -47,14 +44,25 @@ def prepare_arguments(arguments: list[str]) -> list[str]:
     return [*flags, *(quote_path(argument) for argument in overrides)]
 
 
+def _check_argument(argument: str) -> None:
+    if argument.startswith("-"):
+        if argument.split("=")[0] not in _FLAGS:
+            hint = f"settings are written without dashes: {argument.lstrip('-').split('=')[0]}=…"
+            raise ConfigError(f"unknown option {argument}; {hint} (options: --cfg job, --config-dir DIR, -m)")
+    elif "=" not in argument and not argument.startswith("~"):
+        is_data = os.path.exists(os.path.expanduser(argument))
+        raise ConfigError(f"{argument}: settings are written key=value" + (f"; data.path={argument}?" if is_data else ""))
+
+
 def quote_path(override: str) -> str:
     """Return ``override`` with the value of a path key quoted for Hydra's grammar: it means itself, whatever it holds."""
     if override in ("logger=null", "callbacks=null"):
         return override.replace("null", "none")  # Hydra knows no empty group, but these have one
     match = _OVERRIDE.match(override)
-    if match and match["key"] == "data.stop" and not match["value"].startswith("["):
+    if match and match["key"] == "data.stop":
         value = match["value"].replace("\\n", "\n").replace("\\t", "\t")  # as a shell user writes a line's end
-        return override if value == "null" else f"{match['prefix'] or ''}data.stop={_quoted(value)}"
+        is_list = value.startswith("[") or value == "null"
+        return f"{match['prefix'] or ''}data.stop={value if is_list else _quoted(value)}"
     if not match or not _PATH_KEYS.fullmatch(match["key"]) or match["value"] in ("", "null"):
         return override
     return f"{match['prefix'] or ''}{match['key']}={_quoted(match['value'])}"
@@ -72,13 +80,14 @@ def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: 
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
     sys.argv = [sys.argv[0], *prepare_arguments(arguments)]
-    failures: list[LorakitError] = []
+    jobs: list[_Job] = []
 
     def guarded(config: Any) -> Any:
+        jobs.append(_Job())
         try:
             return task(config)
-        except LorakitError as error:  # kept from Hydra, which would print it its own way; a sweep goes on with its next job
-            failures.append(error)
+        except Exception as error:  # kept from Hydra, which would print it its own way; a sweep goes on with its next job
+            jobs[-1].error = error
             return None
 
     try:
@@ -93,11 +102,44 @@ def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: 
         ) from error
     except OmegaConfBaseException as error:
         raise ConfigError(_first_lines(str(error))) from error
-    if len(failures) > 1:
-        raise LorakitError("\n".join(f"job failed: {failure}" for failure in failures))
-    if failures:
-        raise failures[0]
+    _raise_failures(jobs)
     return result
+
+
+class _Job:
+    """A job of a sweep, or the only one: what was typed for it, and what it raised."""
+
+    def __init__(self) -> None:
+        self.overrides = typed_overrides()
+        self.error: Exception | None = None
+
+
+def typed_overrides() -> list[str]:
+    """What was typed for this job, interpolations as they were written."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return list(overrides)
+
+
+def _raise_failures(jobs: list[_Job]) -> None:
+    """Raise what the jobs raised: a defect itself, what a user can mend as one message for all jobs."""
+    failed = [job for job in jobs if job.error]
+    defect = next((job.error for job in failed if not isinstance(job.error, LorakitError | OSError)), None)
+    error = defect or (failed[0].error if failed and len(jobs) == 1 else None)
+    if error:
+        raise error
+    if failed:
+        lines = []
+        for number, job in enumerate(jobs, start=1):
+            swept = " ".join(text for text in job.overrides if any(text not in other.overrides for other in jobs))
+            if job.error:
+                text = explain_os_error(job.error) if isinstance(job.error, OSError) else str(job.error)
+                lines.append(f"  job {number} ({swept}): {text}")
+        rest = len(jobs) - len(failed)
+        title = f"{len(failed)} of {len(jobs)} jobs failed{f'; the other {rest} finished' if rest else ''}:"
+        raise LorakitError("\n".join([title, *lines]))
 
 
 def explain_override(message: str, config_name: str) -> str:
@@ -127,13 +169,15 @@ def _quoted(value: str) -> str:
 def suggest(key: str, known: list[str]) -> str:
     """Return ``; did you mean …?`` for the nearest of ``known``, or nothing where none is near."""
     if key in known:
-        return ": it lies below a key that is null here"
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not near:
-        leaf = key.rsplit(".", 1)[-1]
-        by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
-        near = [by_leaf[leaf_name] for leaf_name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
-    return f"; did you mean {near[0]}?" if near else "; `lorakit train --cfg job` prints all keys"
+        return ": it lies below a key that is null here, or belongs to another choice of its group"
+    group, _, leaf = key.rpartition(".")
+    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
+    same_depth = {name: name for name in known if name.count(".") == key.count(".")}
+    anywhere = {name.rpartition(".")[2]: name for name in known}
+    for names, wanted, cutoff in ((beside, leaf, 0.6), (same_depth, key, 0.8), (anywhere, leaf, 0.8)):
+        if near := difflib.get_close_matches(wanted, names, n=1, cutoff=cutoff):
+            return f"; did you mean {names[near[0]]}?"
+    return f"; there are: {', '.join(beside)}" if beside and group else "; `lorakit train --cfg job` prints all keys"
 
 
 def all_keys(config_name: str) -> Iterator[str]:

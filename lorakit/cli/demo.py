@@ -31,15 +31,14 @@ def demo(config: DictConfig) -> None:
     """Hydra's task: train, then compare base and adapter on all held-out phrases."""
     from rich.console import Console
 
-    from lorakit.cli.train import to_plain
+    from lorakit.cli.train import leave_if_interrupted, to_plain
     from lorakit.cli.training_run import train_run
     from lorakit.weights.files import write_json
 
     console = Console(soft_wrap=True)
     started = time.perf_counter()
     outcome = train_run(to_plain(config), experiment="pig_latin", command="lorakit demo", console=console)
-    if outcome.was_interrupted:
-        raise KeyboardInterrupt
+    leave_if_interrupted(outcome.interrupt)
     model, tokenizer = outcome.module.model, outcome.module.tokenizer
     datamodule = outcome.datamodule
     datums = [d for i in range(len(datamodule.val_source)) for d in datamodule.val_examples.datums(i)]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from lorakit.cli.guard import run_command
-from lorakit.cli.trained import Trained, add_run_arguments, open_trained
+from lorakit.cli.trained import Trained, add_run_arguments, open_trained, output_path
 from lorakit.errors import ConfigError
 
 
@@ -21,14 +20,17 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--max-tokens", type=int, default=256, help="of each sample")
     parser.add_argument("--no-samples", action="store_true", help="loss only")
     parser.add_argument("--base", action="store_true", help="without the adapter, to compare")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=output_path, help="write the figures to this file")
     options = parser.parse_args(arguments)
+    if options.json and options.json.is_dir():
+        parser.error(f"argument --json: {options.json} is a folder; name a file in it")
     trained = open_trained(options)
     figures = evaluate(trained, options)
     print(json.dumps(figures, indent=2, ensure_ascii=False))
     if options.json:
         from lorakit.weights.files import write_json
 
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, figures)
 
 

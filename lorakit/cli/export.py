@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from lorakit.cli.guard import run_command
-from lorakit.cli.trained import add_run_arguments, open_trained
+from lorakit.cli.trained import add_run_arguments, open_trained, output_path
 from lorakit.errors import CheckpointError
 
 
@@ -14,7 +13,7 @@ def main(arguments: list[str]) -> None:
     """Write the adapter in PEFT's layout: as it is, or with factors that experts share written out for each of them."""
     parser = argparse.ArgumentParser(prog="lorakit export", description="Write a run's adapter in PEFT's own layout, in bf16.")
     add_run_arguments(parser)
-    parser.add_argument("--out", type=Path, help="folder to write (default: `peft` in the run's folder)")
+    parser.add_argument("--out", type=output_path, help="folder to write (default: `peft` in the run's folder)")
     options = parser.parse_args(arguments)
     trained = open_trained(options)
     out = options.out or trained.run.folder / "peft"

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from lorakit.cli.quiet import quiet_libraries
 from lorakit.errors import LorakitError
+from lorakit.weights.files import ASIDE
 
 
 def run_command(main: Callable[[list[str]], Any]) -> None:
@@ -23,11 +24,17 @@ def run_command(main: Callable[[list[str]], Any]) -> None:
     except LorakitError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+        _fail(explain_os_error(error))
     except Exception as error:
         if (message := _explain_foreign(error)) is None:
             raise
         _fail(message)
+
+
+def explain_os_error(error: OSError) -> str:
+    """What the system refused, and of which file; one that is being written aside bears its final name."""
+    name = str(error.filename or "input/output").replace(ASIDE, "")
+    return f"{name}: {error.strerror or error}"
 
 
 def _explain_foreign(error: Exception) -> str | None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from lorakit.cli.guard import run_command
-from lorakit.cli.trained import add_run_arguments, open_trained
+from lorakit.cli.trained import add_run_arguments, open_trained, output_path
 from lorakit.errors import ConfigError
 
 
@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> None:
     """Merge as ``arguments`` say and print the report."""
     parser = argparse.ArgumentParser(prog="lorakit merge", description="Write base and adapter as one model for transformers.")
     add_run_arguments(parser)
-    parser.add_argument("--out", type=Path, help="folder to write (default: `merged` in the run's folder)")
+    parser.add_argument("--out", type=output_path, help="folder to write (default: `merged` in the run's folder)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the base's files)")
     options = parser.parse_args(arguments)
     trained = open_trained(options)

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import TextIO
 
 _MESSAGES = (
     ".*does not have many workers.*",
@@ -25,6 +26,14 @@ _MESSAGES = (
 )
 
 
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is when a record comes, not to what it was at the start."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def quiet_libraries() -> None:
     """Call before the heavy imports. Sets up lorakit's own log on standard error."""
     for text in _MESSAGES:
@@ -38,7 +47,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     log = logging.getLogger("lorakit")
     if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("lorakit: %(message)s"))
         log.addHandler(handler)
         log.propagate = False

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.data.examples import DataReport
+from lorakit.data.rows import explain_unused
+
+log = logging.getLogger("lorakit")
 
 
 def print_data_report(datamodule: LoRADataModule, console: Console, *, histogram: bool = False) -> None:
@@ -33,13 +39,15 @@ def _print_one(label: str, where: str, report: DataReport, console: Console) -> 
     cuts = report.cuts
     taken = []
     if report.num_rows_skipped:
-        taken.append(f"{report.num_rows_skipped:,} rows skipped (data.on_error=skip)")
+        taken.append(f"{report.num_rows_skipped:,} rows skipped (data.on_error=skip), the first: {report.first_skipped}")
     if cuts.num_dropped:
         taken.append(f"{cuts.num_dropped:,} examples dropped as too long")
     if cuts.num_truncated:
         taken.append(f"{cuts.num_truncated:,} examples truncated by {cuts.num_tokens_cut:,} tokens")
     if taken:
-        console.print(f"  {', '.join(taken)}", highlight=False)
+        console.print(f"  {', '.join(taken)}", markup=False, highlight=False)
+    if report.unused_columns:
+        console.print(f"  columns not used: {', '.join(report.unused_columns)}", markup=False, highlight=False)
 
 
 def warnings_of(report: DataReport, datamodule: LoRADataModule) -> list[str]:
@@ -51,7 +59,26 @@ def warnings_of(report: DataReport, datamodule: LoRADataModule) -> list[str]:
             f"in {share:.0%} of the examples no stop token is trained, so samples may not end; "
             "see data.append_eos and data.stop"
         )
+    for column, format in report.unused_columns.items():
+        if reason := explain_unused(column, format):
+            found.append(f"the column `{column}` is not used by the format {format}: {reason}")
     return found
+
+
+def warn_of_idle_settings(config: dict[str, Any], datamodule: LoRADataModule, total_steps: int) -> None:
+    """Say which settings have no effect on this data."""
+    max_steps = config["trainer"]["max_steps"]
+    if max_steps > total_steps:
+        log.warning(
+            "trainer.max_steps=%d will not be reached: data.epochs=%s ends after about %d steps",
+            max_steps, config["data"]["epochs"], total_steps,
+        )  # fmt: skip
+    if len(datamodule.val_indices):
+        return
+    keys = ("data.val_rows", "data.val_batch_size", "trainer.eval_every_steps")
+    values = {key: config[key.split(".")[0]][key.split(".")[1]] for key in keys}
+    if idle := [f"{key}={value}" for key, value in values.items() if value is not None]:
+        log.warning("no rows are held out, so %s has no effect; see data.val_path and data.val_fraction", ", ".join(idle))
 
 
 def _histogram(report: DataReport) -> Table:

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import glob
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lorakit.errors import CheckpointError, ConfigError, report
-from lorakit.weights.run import History, Run, create_run, describe_environment, free_name, list_runs, open_run
+from lorakit.model.load import BUNDLED
+from lorakit.weights.run import (
+    History,
+    Run,
+    check_name_is_free,
+    create_run,
+    describe_environment,
+    free_name,
+    list_runs,
+    open_run,
+)
 
 # What may differ between a run and its continuation without changing what is computed.
 _FREE_KEYS = ("run", "resume", "paths.", "logger.", "checkpoint.", "callbacks.", "data.on_error")
 RUN_FOLDER = "{the run's folder}"  # stands for ``${paths.run}`` until the run has its folder
 
 
-def choose_run(
-    config: dict[str, Any], root: Path, *, experiment: str, data_fingerprint: str, command: str, resolved: dict[str, Any]
-) -> tuple[Run, bool]:
-    """Return the run and whether it continues. ``resolved`` is what the settings that say ``auto`` came to on this machine.
+def find_run_to_resume(config: dict[str, Any], root: Path, experiment: str) -> Run | None:
+    """Return the run that goes on, or None for a new one; called before anything is read, too.
 
     Raises:
-        CheckpointError: the run to continue is missing, finished, or was made from another config or other data.
+        ConfigError: ``run`` or ``resume`` cannot be used.
+        CheckpointError: the run to continue is missing or finished, or the name of a new one is taken.
     """
     resume, name = config["resume"], config["run"]
     if resume not in (True, False, "auto"):
@@ -30,17 +41,48 @@ def choose_run(
         raise ConfigError(f"run={name!r}: a run's name holds no /, no = and no line break, and does not begin with a dot")
     if resume:
         run = _find_unfinished(root, name, experiment)
-        if run is not None:
-            _check_same(run, config, data_fingerprint, resolved)
-            return run, True
-        if resume is True:
+        if run is None and resume is True:
             what = f"run {name!r}" if name else f"unfinished run of experiment {experiment}"
             raise CheckpointError(f"resume=true, but there is no {what} in {root.resolve()}; resume=auto would start one")
-    info = {"experiment": experiment, "base": config["model"]["path"], "command": command, "data_fingerprint": data_fingerprint}
+        return run
+    if name is not None:
+        check_name_is_free(root, str(name))
+    return None
+
+
+def choose_run(
+    config: dict[str, Any], root: Path, *, experiment: str, data_fingerprint: str, resolved: dict[str, Any],
+    **facts: Any,
+) -> tuple[Run, bool]:  # fmt: skip
+    """Return the run and whether it continues.
+
+    Args:
+        resolved: what the settings that say ``auto`` came to on this machine.
+        facts: what else ``run.json`` shall hold.
+
+    Raises:
+        CheckpointError: as ``find_run_to_resume``, or the run was made from another config or other data.
+    """
+    config = _with_absolute_paths(config)
+    run = find_run_to_resume(config, root, experiment)
+    if run is not None:
+        _check_same(run, config, data_fingerprint, resolved)
+        return run, True
+    info = {"experiment": experiment, "base": config["model"]["path"], "data_fingerprint": data_fingerprint, **facts}
     info["resolved"] = resolved
-    chosen = str(name) if name else free_name(root, experiment)
+    chosen = str(config["run"]) if config["run"] else free_name(root, experiment)
     text = yaml.safe_dump(fill_run_folder(config, root / chosen), sort_keys=False, allow_unicode=True)
     return create_run(root, chosen, config_text=text, info={**info, **describe_environment()}), False
+
+
+def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """The config as it means the same from any folder: names of files and folders that are there, made absolute."""
+    config = copy.deepcopy(config)
+    for group, key in (("model", "path"), ("data", "path"), ("data", "val_path"), ("lora", "init_from")):
+        value = config[group].get(key)
+        if isinstance(value, str) and value not in BUNDLED and (Path(value).expanduser().exists() or glob.glob(value)):
+            config[group][key] = str(Path(value).expanduser().absolute())
+    return config
 
 
 def fill_run_folder(node: Any, folder: Path) -> Any:

@@ -10,14 +10,23 @@ from typing import Any
 from lorakit.cli.guard import run_command
 from lorakit.cli.trained import add_run_arguments, open_trained
 from lorakit.data.rows import are_chats
-from lorakit.errors import ConfigError
+from lorakit.errors import CheckpointError, ConfigError
 
 
 def main(arguments: list[str]) -> None:
     """Sample as ``arguments`` say: from text behind ``--``, a file, standard input, or in conversation."""
     options, text = parse(arguments)
     prompts = read_prompts(options, text)
-    trained = open_trained(options)
+    try:
+        trained = open_trained(options)
+    except CheckpointError as error:
+        if options.run and text is None:
+            raise CheckpointError(
+                f"{error}\nA text to go on from stands behind --: lorakit sample -- {options.run!r}"
+            ) from error
+        raise
+    if prompts is None and not sys.stdin.isatty():
+        prompts = [_checked(sys.stdin.buffer.read().decode("utf-8", "surrogateescape"), "standard input")]
     model, tokenizer = trained.load(with_adapter=not options.base)
     is_chat = options.chat if options.chat is not None else are_chats(trained.run.info.get("formats") or ())
     if is_chat and not tokenizer.chat_template:
@@ -62,7 +71,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, str | None]:
 
 
 def read_prompts(options: argparse.Namespace, text: str | None) -> list[str] | None:
-    """Return the prompts, or None for a conversation."""
+    """Return the prompts of the command line, or None where they come from standard input or a conversation."""
     if text is not None and options.prompt_file is not None:
         raise ConfigError("give TEXT behind -- or --prompt-file, not both")
     if options.prompt_file is not None:
@@ -72,8 +81,6 @@ def read_prompts(options: argparse.Namespace, text: str | None) -> list[str] | N
             raise ConfigError(f"{options.prompt_file}: not UTF-8: {error.reason} at byte {error.start}") from error
     if text is not None:
         return [_checked(text, "TEXT")]
-    if not sys.stdin.isatty():
-        return [_checked(sys.stdin.buffer.read().decode("utf-8", "surrogateescape"), "standard input")]
     return None
 
 

@@ -51,6 +51,10 @@ _GROUPS: dict[str, type[msgspec.Struct]] = {
     "checkpoint": CheckpointSettings,
     "loss": LossSettings,
 }
+_TOP_LEVEL = (
+    *("model", "data", "lora", "loss", "optim", "schedule", "trainer", "callbacks", "logger", "paths", "checkpoint"),
+    *("run", "resume", "seed", "vars"),
+)
 _AT_LEAST_ONE = (
     "trainer.accumulate_grad_batches",
     "trainer.log_every_n_steps",
@@ -61,26 +65,20 @@ _AT_LEAST_ZERO = ("checkpoint.every_steps", "checkpoint.keep_best")
 
 
 def check_settings(config: dict[str, Any]) -> None:
-    """Check keys and types of all groups. Raises ConfigError with every problem at once."""
-    problems = [problem for group, schema in _GROUPS.items() for problem in _check_group(group, config[group], schema)]
+    """Check keys, types and values of all groups. Raises ConfigError with every problem at once."""
+    problems = _find_unknown_keys(config)
+    for group, schema in _GROUPS.items():
+        problems += _check_group(group, config[group], schema)
     for group in ("data", "lora"):
         problems += find_argument_problems(config[group], group)
     if not problems:
-        flat = {f"{group}.{key}": value for group in _GROUPS for key, value in config[group].items()}
-        problems += [f"{key}={flat[key]} must be at least 1" for key in _AT_LEAST_ONE if flat[key] < 1]
-        problems += [f"{key}={flat[key]} must be at least 0" for key in _AT_LEAST_ZERO if flat[key] < 0]
-        if flat["trainer.max_steps"] == 0 or flat["trainer.max_steps"] < -1:
-            problems.append(f"trainer.max_steps={flat['trainer.max_steps']} must be at least 1, or -1 for data.epochs")
-        if flat["trainer.eval_every_steps"] is not None and flat["trainer.eval_every_steps"] < 1:
-            problems.append(f"trainer.eval_every_steps={flat['trainer.eval_every_steps']} must be at least 1, or null")
+        problems += _find_range_problems(config)
     if config["trainer"]["devices"] not in (1, "1", "auto"):
         problems.append(f"trainer.devices={config['trainer']['devices']}: this version trains in one process; set it to 1")
     seed = config["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         problems.append(f"seed={seed} must be a whole number from 0 to 4294967295")
-    clip_norm = config["optim"].get("clip_norm")
-    if isinstance(clip_norm, bool) or not isinstance(clip_norm, (int, float)) or clip_norm < 0:
-        problems.append(f"optim.clip_norm={clip_norm} must be a number that is not negative")
+    problems += _find_optim_problems(config["optim"])
     for group in ("optim", "schedule"):
         problems += find_argument_problems({key: value for key, value in config[group].items() if key != "clip_norm"}, group)
     for group in ("callbacks", "logger"):
@@ -91,6 +89,41 @@ def check_settings(config: dict[str, Any]) -> None:
         problems.append(f"loss.name={config['loss']['name']} is unknown; there are: {', '.join(LOSSES)}")
     if problems:
         raise ConfigError("\n  ".join(["these settings cannot be used:", *problems]) if len(problems) > 1 else problems[0])
+
+
+def _find_unknown_keys(config: dict[str, Any]) -> list[str]:
+    """Keys that ``+key=value`` or a config of the user's brought in, and that nothing reads."""
+    problems = []
+    for prefix, node, known in (("", config, _TOP_LEVEL), ("paths.", config["paths"], ("runs", "run"))):
+        for name in node.keys() - set(known):
+            near = difflib.get_close_matches(name, set(known) - {"run"} if prefix else known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else "values of your own, for ${vars.…}, go below `vars`"
+            problems.append(f"unknown key {prefix}{name}; {hint}")
+    return sorted(problems)
+
+
+def _find_range_problems(config: dict[str, Any]) -> list[str]:
+    flat = {f"{group}.{key}": value for group in _GROUPS for key, value in config[group].items()}
+    problems = [f"{key}={flat[key]} must be at least 1" for key in _AT_LEAST_ONE if flat[key] < 1]
+    problems += [f"{key}={flat[key]} must be at least 0" for key in _AT_LEAST_ZERO if flat[key] < 0]
+    if flat["trainer.max_steps"] == 0 or flat["trainer.max_steps"] < -1:
+        problems.append(f"trainer.max_steps={flat['trainer.max_steps']} must be at least 1, or -1 for data.epochs")
+    if flat["trainer.eval_every_steps"] is not None and flat["trainer.eval_every_steps"] < 1:
+        problems.append(f"trainer.eval_every_steps={flat['trainer.eval_every_steps']} must be at least 1, or null")
+    return problems
+
+
+def _find_optim_problems(optim: dict[str, Any]) -> list[str]:
+    problems = []
+    clip_norm, lr = optim.get("clip_norm"), optim.get("lr")
+    if isinstance(clip_norm, bool) or not isinstance(clip_norm, (int, float)) or clip_norm < 0:
+        problems.append(f"optim.clip_norm={clip_norm} must be a number that is not negative")
+    if lr == "auto":
+        if "Adam" not in optim["_target_"]:
+            problems.append(f"optim.lr=auto is a rule for Adam and AdamW, not for {optim['_target_']}; set optim.lr")
+    elif isinstance(lr, bool) or not isinstance(lr, (int, float)) or lr < 0:
+        problems.append(f"optim.lr={lr} must be a number that is not negative, or auto")
+    return problems
 
 
 def find_argument_problems(settings: dict[str, Any], key: str, target: Callable[..., Any] | None = None) -> list[str]:

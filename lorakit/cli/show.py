@@ -17,7 +17,12 @@ usage: lorakit show [-n N] [key=value …]
   lorakit show data.path=rows.jsonl model.path=…     first examples as `lorakit train` would train them
   lorakit show -n 10 data.path=…                     ten of them
 
-Green tokens are trained (weight 1), grey ones are read only (weight 0), yellow have another positive weight, red a negative one."""
+Green tokens are trained (weight 1), grey ones are read only (weight 0), yellow have another positive weight, red a negative one.
+Where the output has no colour, trained text stands in ⟦ ⟧, with the weight in front where that is not 1."""
+
+
+# Unicode has a picture of each control character; a line's end is shown and kept.
+_VISIBLE = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "␡", ord("\n"): "↵\n", ord("\t"): "→\t"}
 
 
 def main(arguments: list[str]) -> None:
@@ -56,13 +61,14 @@ def show(config: DictConfig, count: int) -> None:
             continue
         for example in rendered:
             console.rule(f"{examples.source.where(int(index))}  {len(example.tokens)} tokens", align="left", style="dim")
-            console.print(colour(tokenizer, example.tokens, example.weights))
+            text = colour(tokenizer, example.tokens, example.weights, has_colour=console.color_system is not None)
+            console.print(text)
     console.rule(style="dim")
     print_data_report(datamodule, console, histogram=True)
 
 
-def colour(tokenizer: Any, tokens: list[int], weights: list[float]) -> Text:
-    """Return the text of ``tokens``, each run of equal weight in its colour; line ends and other invisible ends are marked."""
+def colour(tokenizer: Any, tokens: list[int], weights: list[float], *, has_colour: bool = True) -> Text:
+    """Return the text of ``tokens``, each run of equal weight in its colour or in brackets; what cannot be seen is marked."""
     from rich.text import Text
 
     text = Text()
@@ -70,7 +76,10 @@ def colour(tokenizer: Any, tokens: list[int], weights: list[float]) -> Text:
     for end in range(1, len(tokens) + 1):
         if end == len(tokens) or weights[end] != weights[start]:
             piece = tokenizer.decode(tokens[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            text.append(piece.replace("\n", "↵\n"), style=_style(weights[start]))
+            piece = piece.translate(_VISIBLE)
+            if weights[start] and not has_colour:
+                piece = f"⟦{piece}⟧" if weights[start] == 1 else f"⟦{weights[start]:g}: {piece}⟧"
+            text.append(piece, style=_style(weights[start]))
             start = end
     return text
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import shlex
+import signal
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.compose import run_hydra
+from lorakit.cli.compose import run_hydra, typed_overrides
 from lorakit.cli.guard import run_command
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ usage: lorakit train [key=value …] [--config-dir DIR] [-m] [--cfg job]
   lorakit train … -m optim.lr=1e-4,3e-4                  a sweep
   lorakit train … --cfg job                              print the whole config, with each key's meaning in conf/
 
-Values of path keys are taken verbatim: spaces, commas, quotes and = need no escape."""
+Values of path keys are taken verbatim: spaces, commas, quotes and = need no escape, so a comma in them makes no sweep."""
 
 
 def main(arguments: list[str]) -> None:
@@ -34,15 +35,27 @@ def main(arguments: list[str]) -> None:
 
 
 def train(config: DictConfig, *, command: str = "") -> None:
-    """Hydra's task: one run. Raises KeyboardInterrupt behind a run that Ctrl-C ended, so that a sweep ends with it."""
+    """Hydra's task: one run. Raises KeyboardInterrupt or SystemExit behind a run that a signal ended, so that a sweep ends too."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from lorakit.cli.training_run import train_run
 
-    experiment = HydraConfig.get().runtime.choices.get("experiment") or "run"
-    outcome = train_run(to_plain(config), experiment=str(experiment), command=command)
-    if outcome.was_interrupted:
-        raise KeyboardInterrupt  # nothing is returned: Hydra would keep every job's model
+    hydra = HydraConfig.get()
+    experiment = hydra.runtime.choices.get("experiment") or "run"
+    plain = to_plain(config)
+    if hydra.mode is RunMode.MULTIRUN and plain["run"] is not None:
+        plain["run"] = f"{plain['run']}-{hydra.job.num}"  # a folder for each job
+    outcome = train_run(plain, experiment=str(experiment), command=command, overrides=typed_overrides())
+    leave_if_interrupted(outcome.interrupt)  # nothing is returned: Hydra would keep every job's model
+
+
+def leave_if_interrupted(signum: int | None) -> None:
+    """End the program as the signal would have ended it."""
+    if signum == signal.SIGINT:
+        raise KeyboardInterrupt
+    if signum:
+        raise SystemExit(128 + signum)
 
 
 def to_plain(config: DictConfig) -> dict[str, Any]:

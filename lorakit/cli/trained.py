@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lorakit.errors import CheckpointError
-from lorakit.weights.checkpoint import Checkpoint, best, list_checkpoints, newest_whole
+from lorakit.weights.files import find_write_problem
 from lorakit.weights.run import Run, find_run
 
 
@@ -53,18 +53,32 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that name a run and an adapter of it."""
     parser.add_argument("run", nargs="?", help="name or folder of a run; default: the last one")
     parser.add_argument("--checkpoint", help="last, best, or a step; default: what the run ended with")
-    parser.add_argument("--runs", default="runs", help="folder of the runs")
+    parser.add_argument("--runs", default="runs", help="folder of the runs (default: runs, in the current folder)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
 
 
 def open_trained(options: argparse.Namespace) -> Trained:
     """Find the run and the adapter in it that ``options`` name; see ``add_run_arguments``."""
-    run = find_run(Path(options.runs), options.run)
+    run = find_run(Path(options.runs).expanduser(), options.run)
     config = yaml.safe_load(run.config_text())
-    return Trained(run, config, _choose(run, options.checkpoint), options.trust_remote_code)
+    trained = Trained(run, config, _choose(run, options.checkpoint), options.trust_remote_code)
+    if not run.is_finished:
+        made, planned = run.last_step[0], run.info.get("total_steps", "?")
+        print(f"{run.name} is {run.state} after {made} of {planned} steps: taking {trained.adapter.name}", file=sys.stderr)
+    return trained
+
+
+def output_path(text: str) -> Path:
+    """An argument that names what will be written. Refused at once where that cannot be, not after the work."""
+    path = Path(text).expanduser()
+    if problem := find_write_problem(path):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {problem}")
+    return path
 
 
 def _choose(run: Run, wanted: str | None) -> Path:
+    from lorakit.weights.checkpoint import Checkpoint, best, list_checkpoints, newest_whole  # torch: 2 s
+
     checkpoints = list_checkpoints(run.checkpoints)
     chosen: Checkpoint | None
     if wanted is None and run.adapter.is_dir():

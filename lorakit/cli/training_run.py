@@ -6,8 +6,10 @@ import contextlib
 import ctypes
 import logging
 import os
+import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,20 +21,20 @@ from rich.console import Console
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.throughput import Throughput
 from lorakit.cli import assemble
-from lorakit.cli.reports import print_data_report
-from lorakit.cli.resume import choose_run, fill_run_folder
+from lorakit.cli.reports import print_data_report, warn_of_idle_settings
+from lorakit.cli.resume import choose_run, fill_run_folder, find_run_to_resume
 from lorakit.cli.schema import check_settings
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import CheckpointError, ConfigError
 from lorakit.lora.inject import LoRAPlan, plan
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.families import packing_is_doubtful
-from lorakit.model.load import load_config, load_skeleton
+from lorakit.model.load import base_name, load_config, load_skeleton
 from lorakit.training.module import LoRAModule
 from lorakit.training.optim import LR_SOURCE, auto_lr
-from lorakit.weights.adapter import save_adapter
+from lorakit.weights.adapter import open_init, save_adapter
 from lorakit.weights.checkpoint import STATE_FILE, newest_whole, remove_behind
-from lorakit.weights.files import whole_folder
+from lorakit.weights.files import find_write_problem, whole_folder
 from lorakit.weights.run import History, Run, hold
 
 log = logging.getLogger("lorakit")
@@ -52,13 +54,19 @@ class Outcome:
     seconds: float
     tokens_per_second: float
     adapter_bytes: int
-    was_interrupted: bool
+    interrupt: int | None  # the signal that ended it before its last step
 
 
-def train_run(config: dict[str, Any], *, experiment: str, command: str = "", console: Console | None = None) -> Outcome:
+def train_run(
+    config: dict[str, Any], *, experiment: str, command: str = "", overrides: Sequence[str] = (), console: Console | None = None
+) -> Outcome:
     """Train as the resolved ``config`` says and return what came of it. Raises LorakitError."""
     console = console or Console(soft_wrap=True)
     check_settings(config)
+    root, kept = Path(config["paths"]["runs"]).expanduser(), config["checkpoint"]
+    if problem := find_write_problem(root / "a run"):
+        raise ConfigError(f"paths.runs={root} cannot be used: {problem}")
+    find_run_to_resume(config, root, experiment)  # a name that is taken is told before anything is read
     torch.set_num_threads(config["trainer"]["threads"] or DEFAULT_THREADS)  # of this job, not of the sweep's last one
     datamodule, tokenizer = assemble.load_data(config)
     print_data_report(datamodule, console)
@@ -71,14 +79,14 @@ def train_run(config: dict[str, Any], *, experiment: str, command: str = "", con
         keep_freed_memory()
     lr = _resolve_lr(config, model_config, spec, console)
     total_steps, is_estimate = assemble.resolve_total_steps(config, datamodule)
+    warn_of_idle_settings(config, datamodule, total_steps)
     assemble.build_optimization(config, lr=lr, total_steps=total_steps)  # refuses bad settings before there is a folder
     stops_early = any(entry and entry["_target_"].endswith("EarlyStopping") for entry in config["callbacks"].values())
     if stops_early and not len(datamodule.val_indices):
         raise ConfigError("callbacks.early_stopping needs rows to evaluate on; set data.val_path or data.val_fraction")
-    root, kept = Path(config["paths"]["runs"]), config["checkpoint"]
     assemble.check_disk(root, planned, keep_last=kept["keep_last"], keep_best=kept["keep_best"])
     run, resumes = choose_run(
-        config, root, experiment=experiment, data_fingerprint=datamodule.fingerprint, command=command,
+        config, root, experiment=experiment, data_fingerprint=datamodule.fingerprint, command=command, overrides=list(overrides),
         resolved={"trainer.accelerator": accelerator, "trainer.precision": precision, "optim.lr": lr},
     )  # fmt: skip
     lock = hold(run)
@@ -105,6 +113,8 @@ def _plan(config: dict[str, Any], console: Console) -> tuple[LoRASpec, Any, LoRA
     spec, settings = assemble.build_spec(config), config["model"]
     options = {"revision": settings["revision"], "trust_remote_code": settings["trust_remote_code"]}
     model_config = load_config(settings["path"], **options)
+    if spec.init_from:
+        open_init(spec, base=base_name(settings["path"]))
     planned = plan(load_skeleton(settings["path"], **options), spec)
     console.print(planned.table())
     if planned.note:
@@ -116,11 +126,7 @@ def _plan(config: dict[str, Any], console: Console) -> tuple[LoRASpec, Any, LoRA
 def _resolve_lr(config: dict[str, Any], model_config: Any, spec: LoRASpec, console: Console) -> float:
     lr = config["optim"]["lr"]
     if lr != "auto":
-        if isinstance(lr, bool) or not isinstance(lr, (int, float)) or lr < 0:
-            raise ConfigError(f"optim.lr={lr} must be a number that is not negative, or auto")
         return float(lr)
-    if "Adam" not in config["optim"]["_target_"]:
-        raise ConfigError(f"optim.lr=auto is a rule for Adam and AdamW, not for {config['optim']['_target_']}; set optim.lr")
     lr = auto_lr(model_config, spec)
     console.print(f"optim.lr=auto: {lr:.3g} ({LR_SOURCE})")
     return lr
@@ -152,13 +158,13 @@ def _fit(
             ) from error
         raise
     finally:
-        assemble.finish_loggers(trainer.loggers)
-    was_interrupted = _checkpoints_of(trainer).was_interrupted
+        notes = assemble.finish_loggers(trainer.loggers)
+    interrupt = _checkpoints_of(trainer).interrupt
     with whole_folder(run.adapter) as aside:
         adapter_bytes = save_adapter(module.model, aside, dtype=torch.bfloat16)
     throughput = _find_callback(trainer, Throughput)
     run = run.update(
-        status="interrupted" if was_interrupted else "finished",
+        status="interrupted" if interrupt else "finished",
         step=trainer.global_step,
         loss=metrics.get("train/loss"),
         val_loss=metrics.get("val/loss"),
@@ -170,9 +176,11 @@ def _fit(
     )
     outcome = Outcome(
         run, module, datamodule, planned, throughput.seconds if throughput else 0.0,
-        throughput.tokens_per_second if throughput else 0.0, adapter_bytes, was_interrupted,
+        throughput.tokens_per_second if throughput else 0.0, adapter_bytes, interrupt,
     )  # fmt: skip
     _print_end(outcome, trainer, metrics, console)
+    for note in notes:
+        console.print(note, markup=False)
     return outcome
 
 
@@ -180,7 +188,7 @@ def _final_metrics(trainer: L.Trainer, module: LoRAModule, datamodule: LoRADataM
     """The metrics at the end; the last step is evaluated where that was not due."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     checkpoints = _checkpoints_of(trainer)
-    if len(datamodule.val_indices) and not checkpoints.was_interrupted and checkpoints.validated_step != trainer.global_step:
+    if len(datamodule.val_indices) and not checkpoints.interrupt and checkpoints.validated_step != trainer.global_step:
         step = trainer.global_step
         (found,) = trainer.validate(module, datamodule=datamodule, verbose=False)
         metrics["val/loss"] = float(found["val/loss"])
@@ -203,7 +211,7 @@ def _print_end(outcome: Outcome, trainer: L.Trainer, metrics: dict[str, float], 
     figures = [f"loss {metrics['train/loss']:.4f}"] if "train/loss" in metrics else []
     figures += [f"held out {metrics['val/loss']:.4f}"] if "val/loss" in metrics else []
     figures += [f"{outcome.tokens_per_second:,.0f} tokens/s"] if outcome.tokens_per_second else []
-    state = "interrupted after" if outcome.was_interrupted else "finished"
+    state = "interrupted after" if outcome.interrupt else "finished"
     console.print(f"{state} {trainer.global_step:,} steps in {outcome.seconds:.1f} s: {', '.join(figures)}")
     if module.num_bad_steps or module.num_empty_windows:
         console.print(f"skipped: {module.num_bad_steps} steps not finite, {module.num_empty_windows} windows without a weight")
@@ -220,10 +228,11 @@ def _print_end(outcome: Outcome, trainer: L.Trainer, metrics: dict[str, float], 
         f"adapter {run.adapter}: {outcome.adapter_bytes / 1e6:.2f} MB in bf16 ({fp32_bytes / 1e6:.2f} MB in checkpoints)"
     )
     console.print(f"loss curve {run.folder / 'loss.png'}")
-    if outcome.was_interrupted:
-        console.print(f"continue with: the same command and run={run.name} resume=true")
+    name = shlex.quote(run.name)
+    if outcome.interrupt:
+        console.print(f"continue with: the same command and run={name} resume=true", markup=False)
     else:
-        console.print(f"next: lorakit sample {run.name} -- 'your prompt'    or: lorakit merge {run.name}")
+        console.print(f"next: lorakit sample {name} -- 'your prompt'    or: lorakit merge {name}", markup=False)
 
 
 def _with_run_folder(config: dict[str, Any], run: Run) -> dict[str, Any]:

@@ -78,6 +78,8 @@ class LoRADataModule(L.LightningDataModule):
         self.on_long = _one_of(OnLong, on_long, "data.on_long")
         self.append_eos, self.stop, self.max_tokens = append_eos, stop, max_tokens
         self.packing, self.pack_tokens = packing, pack_tokens or max_tokens
+        if pack_tokens and not packing:
+            raise ConfigError(f"data.pack_tokens={pack_tokens} has no effect without data.packing=true")
         if self.packing and self.pack_tokens < max_tokens:
             raise ConfigError(f"data.pack_tokens={pack_tokens} is less than data.max_tokens={max_tokens}")
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size

@@ -56,12 +56,14 @@ class DataReport:
     num_rows: int
     num_rows_surveyed: int
     num_rows_skipped: int
+    first_skipped: str | None  # where, and why
     num_examples: int
     lengths: np.ndarray  # tokens per example
     num_trained_tokens: int
     num_without_stop: int  # examples whose last trained token ends nothing
     cuts: Cuts
     formats: list[str]
+    unused_columns: dict[str, str]  # with the format of their rows
     fingerprint: str
 
     @property
@@ -115,12 +117,14 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
         num_rows=len(indices),
         num_rows_surveyed=len(chosen),
         num_rows_skipped=examples.source.num_skipped + len(problems),
+        first_skipped=next(iter(problems), examples.source.first_skipped),
         num_examples=len(lengths),
         lengths=np.array(lengths),
         num_trained_tokens=num_trained,
         num_without_stop=num_without_stop,
         cuts=counted.cuts,
         formats=examples.source.formats,
+        unused_columns=examples.source.unused_columns,
         fingerprint=examples.source.fingerprint,
     )
 

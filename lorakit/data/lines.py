@@ -6,19 +6,23 @@ line number. Of each row only its offset and line number stay in memory (12 byte
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import mmap
 from array import array
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Any, get_args
 
 import msgspec
 
-from lorakit.data.rows import FORMATS, Message, Row, Text, find_problem, recognise, required_columns
+from lorakit.data.rows import FORMATS, Message, Role, Row, Text, find_problem, recognise, required_columns, unused_columns
 from lorakit.errors import DataError, report
 
 Progress = Callable[[int], None]  # is told how many more bytes were read
 _PROGRESS_BYTES = 4 << 20
+_NUM_SAMPLED = 200
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -42,13 +46,27 @@ class LineFile:
 
     def row(self, index: int) -> Row:
         """Return row ``index`` of those without a problem."""
+        return self._decode(self._line(index))
+
+    def _line(self, index: int) -> bytes:
         start = self._offsets[index]
         end = self._map.find(b"\n", start)
-        return self._decode(self._map[start : end if end >= 0 else len(self._map)])
+        return self._map[start : end if end >= 0 else len(self._map)]
 
     def where(self, index: int) -> str:
         """Name row ``index`` as ``file:line``."""
         return f"{self.path}:{self._lines[index]}"
+
+    @cached_property
+    def unused_columns(self) -> list[str]:
+        """Columns that are not used, as far as the first rows tell."""
+        if self.path.suffix == ".txt":
+            return []
+        rows = (self._json(index) for index in range(min(len(self), _NUM_SAMPLED)))
+        return unused_columns((column for row in rows for column in row), self.format)
+
+    def _json(self, index: int) -> dict[str, Any]:
+        return msgspec.json.decode(self._line(index))
 
     def _resolve_format(self, wanted: str | None) -> str:
         if self.path.suffix == ".txt":
@@ -59,6 +77,9 @@ class LineFile:
             return wanted
         problems: list[str] = []
         columns: str | None = None
+        with self.path.open("rb") as file:
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise DataError(f"{self.path}: this file is UTF-16; save it as UTF-8")
         for number, line in _lines_of(self.path):
             try:
                 row = msgspec.json.decode(line)
@@ -115,6 +136,8 @@ def explain(error: Exception, row_type: type[Row]) -> str:
     if not isinstance(error, msgspec.ValidationError):
         return f"malformed JSON: {str(error).removeprefix('JSON is malformed: ')}"
     text = str(error)
+    if "Invalid enum value" in text and ".role" in text:
+        return f"unknown role: {text} (known: {', '.join(get_args(Role))})"
     if "missing required field" in text:
         return f"{text} (this format needs the columns {', '.join(required_columns(row_type))})"
     if "unknown field" in text:

@@ -123,6 +123,8 @@ class Renderer:
         return Rendered(row.tokens, row.weights)
 
     def _render_plain(self, prompt: str, completion: str, *, trains_all: bool = False) -> Rendered:
+        if self.train_on is TrainOnWhat.WEIGHTS_GIVEN:
+            raise DataError("data.train_on=weights_given, but rows of this format carry no weights")
         trains_all = trains_all or self.train_on in (TrainOnWhat.ALL_TOKENS, TrainOnWhat.ALL_MESSAGES)
         prefix = len(self.encoder.prefix)
         if prompt:
@@ -156,6 +158,7 @@ class Renderer:
         messages = [_to_plain(message) for message in row.messages]
         weights = self._message_weights(row.messages)
         text = self._template(messages, row.tools, turn=len(messages) - 1)
+        self._check_left_out(text, messages, row.tools)
         if self.train_on is TrainOnWhat.ALL_TOKENS:
             return [self._encode_spans(text, [_Span(0, len(text), 1.0)])]
         trained = [index for index, weight in enumerate(weights) if weight]
@@ -163,6 +166,17 @@ class Renderer:
         if all(spans):
             return [self._encode_spans(text, [span for span in spans if span])]
         return [self._render_turn(messages, row.tools, index, weights[index]) for index in trained]
+
+    def _check_left_out(self, text: str, messages: list[dict], tools: Any) -> None:
+        """Raise DataError where the template writes nothing of the row's tools or of the assistant's calls."""
+        turn = len(messages) - 1
+        if tools and self._template(messages, None, turn=turn) == text:
+            raise DataError("the row has `tools`, but the model's chat template leaves them out")
+        calling = [index for index, message in enumerate(messages) if message.get("tool_calls")]
+        if calling:
+            silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+            if self._template(silent, tools, turn=turn) == text:
+                raise DataError(f"message {calling[0]} has `tool_calls`, but the model's chat template leaves them out")
 
     def _message_weights(self, messages: list[Message]) -> list[float]:
         last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -108,6 +109,23 @@ SPEAKERS: dict[str, Role] = {
 def required_columns(row_type: type[Row]) -> list[str]:
     """The columns without which ``row_type`` cannot be read."""
     return [field.encode_name for field in msgspec.structs.fields(row_type) if field.required]
+
+
+def unused_columns(columns: Iterable[str], format: str) -> list[str]:
+    """The ``columns`` that rows of ``format`` do not have: nothing of them is trained on."""
+    known = {field.encode_name for field in msgspec.structs.fields(FORMATS[format])}
+    return [column for column in dict.fromkeys(columns) if column not in known]
+
+
+def explain_unused(column: str, format: str) -> str | None:
+    """Why an unused column is likely a mistake, or None: it is nearly a column of this format, or means something in another."""
+    optional = [field.encode_name for field in msgspec.structs.fields(FORMATS[format]) if not field.required]
+    if near := difflib.get_close_matches(column, optional, n=1, cutoff=0.7):
+        return f"did you mean `{near[0]}`?"
+    others = [name for name, kind in FORMATS.items() for field in msgspec.structs.fields(kind) if field.encode_name == column]
+    if others:
+        return f"it belongs to the format {others[0]}"
+    return "weights are given per message or per token" if column in ("weight", "loss_weight") else None
 
 
 def recognise(columns: Iterable[str]) -> str | None:

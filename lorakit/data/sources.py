@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import hashlib
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ class Source:
 
     parts: list[LineFile | Table]
     num_skipped: int = 0
+    first_skipped: str | None = None  # where, and why
 
     def __post_init__(self) -> None:
         self._ends: list[int] = []
@@ -52,6 +55,11 @@ class Source:
     def formats(self) -> list[str]:
         """The formats of the rows, without repeats."""
         return list(dict.fromkeys(part.format for part in self.parts))
+
+    @property
+    def unused_columns(self) -> dict[str, str]:
+        """Columns that are not used, each with the format of its rows."""
+        return {column: part.format for part in self.parts for column in part.unused_columns}
 
     @property
     def fingerprint(self) -> str:
@@ -78,6 +86,8 @@ def open_source(
         raise ConfigError(f"data.format={format} is unknown; choose one of {', '.join(FORMATS)}")
     files = find_files(path)
     parts: list[LineFile | Table]
+    if files is not None and split != "train":
+        raise ConfigError(f"data.split={split} has no effect: {path} is not a data set of the hub; name the file of that split")
     if files is None:
         parts = [load_hub_table(path, split, format=format)]
     else:
@@ -96,6 +106,8 @@ def find_files(path: str) -> list[Path] | None:
             raise DataError(f"{path}: unknown file type {here.suffix!r}; known: {', '.join(SUFFIXES)}")
         return [here]
     if here.is_dir():
+        if not os.access(here, os.R_OK | os.X_OK):
+            raise DataError(f"{path}: no permission to read this folder")
         files = sorted(file for file in here.rglob("*") if _is_data_file(file.relative_to(here)) and file.is_file())
         if not files:
             raise DataError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
@@ -108,10 +120,22 @@ def find_files(path: str) -> list[Path] | None:
             raise DataError(f"{path}: this pattern matches no file that ends in {', '.join(SUFFIXES)}")
         return files
     if here.suffix in SUFFIXES or not _HUB_NAME.fullmatch(path):
-        near = ", ".join(sorted(file.name for file in here.parent.glob(f"*{here.suffix}"))[:5]) if here.parent.is_dir() else ""
-        there = f" (the folder has: {near})" if near else ""
-        raise DataError(f"{path}: no such file{there}")
+        raise DataError(f"{path}: no such file{_suggest_file(here)}")
+    if near := difflib.get_close_matches(path, _bundled_names(), n=1, cutoff=0.7):
+        raise DataError(f"{path}: no such data set; did you mean {near[0]}?")
     return None
+
+
+def _suggest_file(path: Path) -> str:
+    """The nearest name in the folder, or the first ones there."""
+    there = sorted(file.name for file in path.parent.glob("*") if file.suffix in SUFFIXES) if path.parent.is_dir() else []
+    if near := difflib.get_close_matches(path.name, there, n=1, cutoff=0.7):
+        return f"; did you mean {path.with_name(near[0])}?"
+    return f" (the folder has: {', '.join(there[:5])})" if there else ""
+
+
+def _bundled_names() -> list[str]:
+    return [str(file.relative_to(BUNDLED).with_suffix("")) for file in BUNDLED.rglob("*.jsonl")]
 
 
 def _is_data_file(path: Path) -> bool:
@@ -145,9 +169,10 @@ def _settle(path: str, parts: list[LineFile | Table], on_error: str) -> Source:
     if problems and on_error == "raise":
         remedy = "Mend these rows, or set data.on_error=skip to leave them out (they are counted)."
         raise DataError(report(f"{path}: {len(problems):,} of {num_rows:,} rows cannot be used:", problems, remedy=remedy))
-    source = Source(parts, num_skipped=len(problems))
+    source = Source(parts, num_skipped=len(problems), first_skipped=problems[0] if problems else None)
     if len(source) == 0:
-        raise DataError(f"{path}: no usable row ({num_rows:,} rows read, {len(problems):,} of them bad)")
+        why = f"{num_rows:,} rows read, all of them bad" if num_rows else "it is empty"
+        raise DataError(f"{path}: no usable row ({why})")
     return source
 
 

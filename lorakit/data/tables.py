@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 
 from lorakit.data.lines import Progress, explain, unrecognised
-from lorakit.data.rows import FORMATS, Row, find_problem, recognise
+from lorakit.data.rows import FORMATS, Row, find_problem, recognise, unused_columns
 from lorakit.errors import DataError
+from lorakit.hub import find_hub_problem
 
 _CHECK_ROWS = 1_000
 csv.field_size_limit(sys.maxsize)  # else a cell ends at 128 KB
@@ -35,9 +36,9 @@ class Table:
         if found is None:
             raise DataError(unrecognised(name, ", ".join(columns)))
         self.format = found
+        self.unused_columns = unused_columns(columns, found)
         if not isinstance(records, list):
-            known = [field.encode_name for field in msgspec.structs.fields(FORMATS[found])]
-            self._records = records.select_columns([column for column in columns if column in known])
+            self._records = records.select_columns([column for column in columns if column not in self.unused_columns])
         self._rows = self._check(bad_rows or {})
 
     def __len__(self) -> int:
@@ -82,10 +83,13 @@ def load_table(path: Path, *, format: str | None = None, progress: Progress | No
 
 
 def load_hub_table(name: str, split: str, *, format: str | None = None) -> Table:
-    """Read a data set of the hub by its name, for instance ``HuggingFaceH4/no_robots``."""
+    """Read a data set of the hub by its name, for instance ``HuggingFaceH4/no_robots``. Raises DataError."""
     import datasets
 
     _quiet()
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
+    if (problem := find_hub_problem()) and not cached.exists():
+        raise DataError(f"{name}: no such file or folder; as a data set of the hub it is not in the cache, and {problem}")
     try:
         records = datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets and the hub raise a zoo of types
@@ -100,8 +104,8 @@ def _load_json(path: Path, digest: str, format: str | None) -> Table:
         raise DataError(f"{path}: cannot be read as a data set: {explain(error, FORMATS['text'])}") from error
     if not isinstance(records, list):
         raise DataError(f"{path}: a .json file holds an array of rows, or one row per line")
-    first = next((record for record in records if isinstance(record, dict)), {})
-    return Table(str(path), records, list(first), digest, format=format)
+    columns = dict.fromkeys(name for record in records[:_CHECK_ROWS] if isinstance(record, dict) for name in record)
+    return Table(str(path), records, list(columns), digest, format=format)
 
 
 def _load_csv(path: Path, digest: str, format: str | None) -> Table:
@@ -136,6 +140,8 @@ def _check_csv(path: Path) -> tuple[dict[int, str], list[str]]:
             num_rows += bool(row)
     if not num_rows:
         raise DataError(f"{path}: no row behind the header")
+    if len(header) == 1 and (separator := next((mark for mark in ";\t|" if mark in header[0]), None)):
+        raise DataError(f"{path}: its cells are separated by {separator!r}; save it with commas")
     return bad, header
 
 

@@ -73,8 +73,21 @@ class LoRASpec:
                 problems.append(f"lora.{family}={getattr(self, family)} is unknown; choose true, false or auto")
         if isinstance(self.targets, str):
             problems.append(f"lora.targets={self.targets} must be a list, for instance [{self.targets}]")
+        problems += self._find_idle()
         if problems:
             raise ConfigError("\n".join(problems))
+
+    def _find_idle(self) -> list[str]:
+        """Settings that another one leaves without effect."""
+        idle = []
+        if self.init_from and self.init != "default":
+            idle.append(f"lora.init={self.init} has no effect beside lora.init_from; leave one of them out")
+        if self.any_base and not self.init_from:
+            idle.append("lora.any_base=true has no effect without lora.init_from")
+        if self.targets:
+            families = [name for name in ("mlp", "experts", "unembedding") if getattr(self, name) is True]
+            idle += [f"lora.{name}=true has no effect beside lora.targets, which alone decide" for name in families]
+        return idle
 
     @property
     def scale(self) -> float:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import socket
-import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,18 +11,21 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lorakit.errors import ConfigError
+from lorakit.hub import find_hub_problem
 
 BUNDLED = {"tiny": Path(__file__).parent / "tiny" / "text"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def resolve_model_path(path: str) -> str:
+def resolve_model_path(path: str, revision: str | None = None) -> str:
     """Return the folder of a bundled model, an existing folder, or ``path`` itself as a name of the hub.
 
     Raises:
-        ConfigError: ``path`` looks like a folder and there is none, or the folder holds no model.
+        ConfigError: ``path`` looks like a folder and there is none, the folder holds no model, or is given a ``revision``.
     """
+    if revision and (path in BUNDLED or Path(path).expanduser().is_dir()):
+        raise ConfigError(f"model.revision={revision} has no effect: model.path={path} is not a model of the hub")
     if path in BUNDLED:
         return str(BUNDLED[path])
     folder = Path(path).expanduser()
@@ -43,24 +43,16 @@ def resolve_model_path(path: str) -> str:
     return path
 
 
-@functools.cache
 def _refuse_unreachable(name: str) -> None:
-    """Raise ConfigError at once where a name of the hub is not in the cache and the hub has no address; it retries for a minute."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    """Raise ConfigError where a name of the hub is neither in the cache nor to be had."""
+    from huggingface_hub import try_to_load_from_cache
 
-    if constants.HF_HUB_OFFLINE or {"https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"} & os.environ.keys():
-        return
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
-    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError as error:
+    problem = find_hub_problem()
+    if problem and not isinstance(try_to_load_from_cache(name, "config.json"), str):
         raise ConfigError(
-            f"model.path={name}: no such folder (bundled models: {', '.join(BUNDLED)}), and not in the hub's cache; "
-            f"{host} cannot be reached ({error.strerror}). "
+            f"model.path={name}: no such folder (bundled models: {', '.join(BUNDLED)}), and not in the hub's cache; {problem}. "
             f"Give the folder of a model, or download it where there is a network: `hf download {name}`"
-        ) from error
+        )
 
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -68,14 +60,16 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
     from transformers import AutoConfig
 
     with _explained(path):
-        return AutoConfig.from_pretrained(resolve_model_path(path), revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(
+            resolve_model_path(path, revision), revision=revision, trust_remote_code=trust_remote_code
+        )
 
 
 def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Return the model's tokenizer."""
     from transformers import AutoTokenizer
 
-    folder = Path(resolve_model_path(path))
+    folder = Path(resolve_model_path(path, revision))
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ConfigError(
             f"model.path={path}: no tokenizer in this folder ({', '.join(_TOKENIZER_FILES)}); copy the model's there"

@@ -103,6 +103,12 @@ def start_from(model: Any, spec: LoRASpec, *, base: str) -> None:
     Raises:
         AdapterError: with every difference between the adapter and the plan.
     """
+    adapter = open_init(spec, base=base)
+    load_adapter_state(model, adapter.tensors(), source=str(adapter.folder))
+
+
+def open_init(spec: LoRASpec, *, base: str) -> AdapterFiles:
+    """Return ``spec.init_from`` after checking base, rank and scale. Raises AdapterError with every difference."""
     assert spec.init_from is not None
     adapter = AdapterFiles.open(spec.init_from)
     config, problems = adapter.config, []
@@ -126,7 +132,7 @@ def start_from(model: Any, spec: LoRASpec, *, base: str) -> None:
             problems.append(f"it has a {key}, which lora.init_from does not support")
     if problems:
         raise AdapterError(report(f"lora.init_from={spec.init_from} does not fit this run:", problems))
-    load_adapter_state(model, adapter.tensors(), source=str(adapter.folder))
+    return adapter
 
 
 TINKER_LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # what tinker's archives call the experts' matrices

@@ -66,6 +66,14 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         raise
 
 
+def find_write_problem(path: Path) -> str | None:
+    """Return why ``path`` cannot be made, as far as the nearest folder that is there tells, or None."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        return f"{parent} is not a folder"
+    return None if os.access(parent, os.W_OK) else f"no permission to write in {parent}"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"

@@ -52,6 +52,20 @@ class Run:
     def is_finished(self) -> bool:
         return self.info.get("status") == "finished"
 
+    @property
+    def state(self) -> str:
+        """``running``, ``interrupted``, ``failed``, ``finished``, or ``killed`` where it was running and no process is at it."""
+        status = str(self.info.get("status", "unknown"))
+        return "killed" if status == "running" and not is_held(self) else status
+
+    @property
+    def last_step(self) -> tuple[int, float | None]:
+        """Return (steps made, loss of the last one), from the history where the run did not end itself."""
+        if (step := self.info.get("step")) is not None:
+            return step, self.info.get("loss")
+        records = [record for record in History(self.folder).read() if "train/loss" in record]
+        return (records[-1]["step"], records[-1]["train/loss"]) if records else (0, None)
+
     def update(self, **changes: Any) -> Run:
         """Write ``changes`` into ``run.json`` and return the run as it is now."""
         info = {**self.info, **changes}
@@ -70,17 +84,23 @@ def create_run(root: Path, name: str, *, config_text: str, info: dict[str, Any])
         CheckpointError: it exists, and is more than what a run leaves that ended before its first step: no run is overwritten.
     """
     folder = root / name
+    check_name_is_free(root, name)
     try:
-        folder.mkdir(parents=True, exist_ok=_holds_nothing(folder))
-    except FileExistsError:
-        raise CheckpointError(
-            f"{folder} exists, and a run is never overwritten; choose another run=NAME, or resume=true to continue it"
-        ) from None
+        folder.mkdir(parents=True, exist_ok=folder.exists())
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be made: {error.strerror}; set paths.runs to a folder you can write") from error
     write_whole(folder / CONFIG_FILE, lambda path: path.write_text(config_text, encoding="utf-8"))
     run = Run(folder, {"format_version": FORMAT_VERSION, "name": name, "status": "running", **info})
     return run.update()
+
+
+def check_name_is_free(root: Path, name: str) -> None:
+    """Raise CheckpointError where ``root/name`` holds anything that a new run would overwrite."""
+    folder = root / name
+    if folder.exists() and not _holds_nothing(folder):
+        raise CheckpointError(
+            f"{folder} exists, and a run is never overwritten; choose another run=NAME, or resume=true to continue it"
+        )
 
 
 def _holds_nothing(folder: Path) -> bool:
@@ -126,6 +146,20 @@ def hold(run: Run) -> IO[str]:
     return file
 
 
+def is_held(run: Run) -> bool:
+    """Whether a process trains ``run`` now."""
+    try:
+        with (run.folder / ".lock").open(encoding="utf-8") as file:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except (OSError, ImportError):
+        return True
+    return False
+
+
 def list_runs(root: Path) -> list[Run]:
     """Return the runs in ``root``, oldest first; what cannot be read is named on standard error and left out."""
     runs = []
@@ -144,7 +178,9 @@ def find_run(root: Path, wanted: str | None) -> Run:
             if (folder / RUN_FILE).is_file():
                 return open_run(folder)
         names = ", ".join(run.name for run in list_runs(root)[-5:]) or "none"
-        raise CheckpointError(f"no run called {wanted!r} in {root} (last runs: {names})")
+        raise CheckpointError(
+            f"no run called {wanted!r} in {root.resolve()} (last runs: {names}); --runs names another folder of runs"
+        )
     with_adapter = [run for run in list_runs(root) if run.adapter.is_dir()]
     if not with_adapter:
         raise CheckpointError(f"no finished run in {root.resolve()}; train one with `lorakit train`, or name its folder")

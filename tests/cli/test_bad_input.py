@@ -43,6 +43,27 @@ CASES = [
     (["optim=sgd", "optim.lr=auto"], "optim.lr=auto is a rule for Adam and AdamW"),
     (["data.path=rows.txt", "data.format=messages", "model.path=tiny"], "a .txt file holds plain text"),
     (["data.path=chat.jsonl", "model.path=tiny"], "lorakit would not train on it; rename or remove it"),
+    (["rows.jsonl"], "settings are written key=value; data.path=rows.jsonl?"),
+    (["--lr=1e-3"], "settings are written without dashes: lr=…"),
+    (["+foo=4"], "unknown key foo"),
+    (["+paths.runz=x"], "unknown key paths.runz; did you mean paths.runs?"),
+    (["trainer.foo=1"], "unknown key 'trainer.foo'; there are: accelerator"),
+    (["schedule=constant", "schedule.final_ratio=0.1"], "belongs to another choice of its group"),
+    (["data.path=pig_latin/tran", "model.path=tiny"], "did you mean pig_latin/train?"),
+    (["data.path=rows.jsnl", "model.path=tiny"], "did you mean rows.jsonl?"),
+    (["data.path=semicolons.csv", "model.path=tiny"], "its cells are separated by ';'"),
+    (["data.path=utf16.jsonl", "model.path=tiny"], "UTF-16; save it as UTF-8"),
+    (["data.path=role.jsonl", "model.path=tiny"], "(known: system, developer, user, assistant, tool)"),
+    (["data.path=tools.jsonl", "model.path=tiny"], "the row has `tools`, but the model's chat template leaves them out"),
+    (["lora.init_from=nowhere"], "nowhere: no adapter_config.json here"),
+    (["resume=maybe"], "choose true, false or auto"),
+    (["data.pack_tokens=99"], "has no effect without data.packing=true"),
+    (["lora.any_base=true"], "has no effect without lora.init_from"),
+    (["lora.init=gaussian", "lora.init_from=x"], "has no effect beside lora.init_from"),
+    (["lora.targets=[q_proj]", "lora.experts=true"], "lora.experts=true has no effect beside lora.targets"),
+    (["model.revision=main"], "model.revision=main has no effect"),
+    (["data.split=test"], "data.split=test has no effect"),
+    (["data.train_on=weights_given"], "carry no weights"),
 ]
 
 
@@ -52,6 +73,10 @@ def test_a_wrong_setting_is_one_clear_message(workplace: Path, lorakit: Call, ov
     (workplace / "rows.txt").write_text("a line\n")
     chat = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "thinking": "c"}]}\n'
     (workplace / "chat.jsonl").write_text(chat)
+    (workplace / "role.jsonl").write_text('{"messages": [{"role": "usr", "content": "a"}]}\n')
+    (workplace / "tools.jsonl").write_text(chat.replace(', "thinking": "c"', "").replace("]}", '], "tools": [{"name": "f"}]}'))
+    (workplace / "semicolons.csv").write_text("prompt;completion\na;b\n")
+    (workplace / "utf16.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-16")
     code, _, err = lorakit("train", "data.check_token_rows=50", *overrides)
     assert code == 2, err
     assert expected in err
@@ -95,17 +120,61 @@ def test_a_model_that_is_not_there_costs_no_minute_of_retries(
 ) -> None:
     from huggingface_hub import constants
 
+    from lorakit.hub import find_hub_problem
+
     def no_network(*_: object) -> None:
         raise OSError(-2, "Name or service not known")
 
+    find_hub_problem.cache_clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("lorakit.model.load.socket.getaddrinfo", no_network)
+    monkeypatch.setattr("lorakit.hub.socket.getaddrinfo", no_network)
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     code, _, err = lorakit("train", "model.path=modelz", "data.path=pig_latin/train", "data.check_token_rows=50")
     assert code == 2 and "model.path=modelz: no such folder (bundled models: tiny)" in err and "hf download modelz" in err
+    code, _, err = lorakit("train", "model.path=tiny", "data.path=nobody/rows")
+    assert code == 2 and "nobody/rows: no such file or folder" in err and "cannot be reached" in err
+    find_hub_problem.cache_clear()
 
 
 def test_text_that_is_not_utf8_is_named(workplace: Path, lorakit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, err = lorakit("sample", "--", "caf\udce9")
     assert code == 2 and "TEXT: not UTF-8 at character 3" in err
+
+
+def test_what_has_no_effect_on_these_rows_is_said(workplace: Path, lorakit: Call) -> None:
+    rows = '{"instruction": "a", "imput": "b", "output": "c", "id": 1}\n' * 4
+    (workplace / "rows.jsonl").write_text(rows + '{"instruction": 1}\n')
+    code, out, err = lorakit(
+        *("train", "model.path=tiny", "data.path=rows.jsonl", "data.on_error=skip", "data.batch_size=2"),
+        *("data.val_rows=3", "trainer.max_steps=9", "lora.rank=2"),
+    )
+    assert code == 0, err
+    assert "1 rows skipped (data.on_error=skip), the first: rows.jsonl:5: " in out
+    assert "columns not used: imput, id" in out and "did you mean `input`?" in out
+    assert "trainer.max_steps=9 will not be reached: data.epochs=1 ends after about 2 steps" in err
+    assert "no rows are held out, so data.val_rows=3 has no effect" in err
+
+
+def test_a_sweep_says_which_job_failed_and_names_a_run_for_each(workplace: Path, lorakit: Call) -> None:
+    code, out, err = lorakit(
+        *("train", "-m", "run=sweep", "optim.lr=1e-3,-1", "trainer.max_steps=1", "callbacks.samples=null"),
+        *("data.check_token_rows=50", "data.batch_size=2", "data.val_rows=2", "lora.rank=2", "data.window_rows=64"),
+    )
+    assert code == 2 and "run runs/sweep-0" in out
+    assert "1 of 2 jobs failed; the other 1 finished:\n  job 2 (optim.lr=-1): optim.lr=-1 must be a number" in err
+
+
+@pytest.mark.parametrize(("command", "flag"), [("merge", "--out"), ("export", "--out"), ("evaluate", "--json")])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    workplace: Path, lorakit: Call, command: str, flag: str
+) -> None:
+    (workplace / "file").write_text("")
+    code, _, err = lorakit(command, flag, "file/below")
+    assert code == 2 and "file/below cannot be written" in err and "is not a folder" in err
+
+
+def test_a_folder_of_runs_that_is_not_there_is_said(workplace: Path, lorakit: Call) -> None:
+    assert lorakit("runs")[:1] == (0,)
+    code, _, err = lorakit("runs", "--runs", "nowhere")
+    assert code == 2 and "--runs nowhere: no such folder" in err

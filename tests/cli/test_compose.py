@@ -47,6 +47,7 @@ def test_other_keys_keep_hydras_grammar() -> None:
 def test_a_stop_text_may_be_written_as_in_a_shell() -> None:
     assert _read_back(quote_path("data.stop=\\n\\n")) == "\n\n"
     assert quote_path("data.stop=[a,b]") == "data.stop=[a,b]"
+    assert _read_back(quote_path('data.stop=["\\n\\n",x]')) == ["\n\n", "x"]
 
 
 def test_the_demo_is_the_default_only_where_nothing_else_is_named() -> None:

@@ -16,7 +16,7 @@ from small import SMALL
 
 from lorakit.cli.resume import _find_unfinished
 from lorakit.errors import CheckpointError
-from lorakit.weights.run import create_run, hold, list_runs
+from lorakit.weights.run import create_run, hold, list_runs, open_run
 
 Call = Callable[..., tuple[int, str, str]]
 SETTINGS = (
@@ -38,7 +38,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_killed_run_ends_as_if_it_had_not_been(whole: Path, tmp_path: Path) -> None:
     _kill_when(start("train", "run=cut", *SETTINGS, cwd=tmp_path), lambda: len(_history(tmp_path / "runs/cut")) >= 5)
-    assert json.loads((tmp_path / "runs/cut/run.json").read_text())["status"] == "running"
+    run = open_run(tmp_path / "runs/cut")
+    assert run.info["status"] == "running" and run.state == "killed"
+    with hold(run):
+        assert run.state == "running"
     process = start("train", "run=cut", *SETTINGS, "resume=true", cwd=tmp_path)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -108,12 +111,13 @@ def test_a_run_that_had_decided_to_stop_early_stops_when_resumed(tmp_path: Path)
     assert json.loads(file.read_text())["step"] == step == 8
 
 
-def test_ctrl_c_ends_cleanly_with_a_checkpoint(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_cleanly_with_a_checkpoint(whole: Path, tmp_path: Path, signum: signal.Signals) -> None:
     process = start("train", "run=cut", *SETTINGS, "checkpoint.every_steps=0", cwd=tmp_path)
     _wait_for(lambda: len(_history(tmp_path / "runs/cut")) >= 2, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err, err
+    assert process.returncode == 128 + signum and "Traceback" not in err, err
     assert "interrupted after" in out and "resume=true" in out
     assert json.loads((tmp_path / "runs/cut/run.json").read_text())["status"] == "interrupted"
     assert list((tmp_path / "runs/cut/checkpoints").glob("step-*"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +93,32 @@ def test_merged_folder_is_the_adapter_form_for_plain_transformers(trained: Path,
     assert AutoTokenizer.from_pretrained(out).encode("abc") == [64, 65, 66]
     code, _, err = lorakit("merge", "--runs", f"{trained}/runs", "--out", str(out))
     assert code == 2 and "not empty" in err
+
+
+def test_a_run_can_be_used_from_any_folder(trained: Path, lorakit: Call, workplace: Path, monkeypatch: Any) -> None:
+    rows = '{"prompt": "a", "completion": "b"}\n' * 4
+    (workplace / "rows.jsonl").write_text(rows)
+    code, _, err = lorakit(
+        "train", "run=here", "model.path=tiny", "data.path=rows.jsonl", "data.val_fraction=0.5", "lora.rank=2"
+    )
+    assert code == 0, err
+    (workplace / "elsewhere").mkdir()
+    monkeypatch.chdir(workplace / "elsewhere")
+    code, out, err = lorakit("evaluate", "../runs/here", "--no-samples")
+    assert code == 0 and json.loads(out)["rows"] == 2, err
+    code, _, err = lorakit("sample", "a text", "--runs", "../runs")
+    assert code == 2 and "lorakit sample -- 'a text'" in err
+
+
+def test_an_unfinished_run_says_so_when_it_is_used(trained: Path, lorakit: Call, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs/first", tmp_path / "runs/cut")
+    file = tmp_path / "runs/cut/run.json"
+    file.write_text(file.read_text().replace('"finished"', '"running"').replace('"step": 4', '"step": null'))
+    shutil.rmtree(tmp_path / "runs/cut/adapter")
+    code, _, err = lorakit("sample", "cut", "--runs", f"{tmp_path}/runs", "--max-tokens", "2", "--", "x")
+    assert code == 0 and "cut is killed after 4 of 4 steps: taking step-000004" in err
+    code, out, _ = lorakit("runs", "--runs", f"{tmp_path}/runs")
+    assert "killed" in out and "4/4" in out
 
 
 def test_a_run_is_never_overwritten(trained: Path, lorakit: Call) -> None:

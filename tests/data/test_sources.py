@@ -13,6 +13,7 @@ from data_toys import write_jsonl
 
 from lorakit.data.sources import Source, open_source
 from lorakit.errors import ConfigError, DataError
+from lorakit.hub import find_hub_problem
 
 ROWS = [
     {"prompt": "NA", "completion": "007"},
@@ -168,7 +169,7 @@ def test_a_bundled_set_is_found_by_its_name() -> None:
 
 
 @pytest.mark.parametrize(("path", "message"), [
-    ("rows.jsonl", "no such file .*row.jsonl"), ("rows.xml", "unknown file type '.xml'"), ("./none/here", "no such file"),
+    ("rows.jsonl", "no such file.*did you mean row.jsonl"), ("rows.xml", "unknown file type '.xml'"), ("./none/here", "no such file"),
 ])  # fmt: skip
 def test_a_path_that_cannot_be_read_says_why(tmp_path: Path, monkeypatch: Any, path: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -192,9 +193,11 @@ def test_a_hub_name_offline_is_one_clear_error_at_once(name: str, monkeypatch: A
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    find_hub_problem.cache_clear()
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    with pytest.raises(DataError, match=f"^{name}: .*(reach|offline)"):
+    with pytest.raises(DataError, match=f"^{name}: .*HF_HUB_OFFLINE=1"):
         open_source(name)
 
 
