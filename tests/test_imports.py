@@ -11,9 +11,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lorakit"
 LAYERS = [
-    {"types", "errors"},
-    {"data", "model", "loss"},
-    {"lora"},
+    {"types", "errors", "hub"},
+    {"data", "model"},
+    {"lora", "loss"},
     {"training", "weights", "sampling"},
     {"callbacks"},
     {"cli"},

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from lorakit.model.attention import attend_by_document, packed_documents
 from lorakit.model.families import packing_is_doubtful
 
 log = logging.getLogger("lorakit")
@@ -16,7 +17,7 @@ log = logging.getLogger("lorakit")
 class PackingGuard(L.Callback):
     """Tests the loaded model before the first step: changing one packed document must leave its neighbour's logits alone.
 
-    Where it does not, the run pads instead and says so.
+    Where it does not, the run pads instead and says so. Attention goes by document where the model's logits stay the same.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -25,6 +26,8 @@ class PackingGuard(L.Callback):
             return
         reason = packing_is_doubtful(pl_module.model.config)
         if reason is None:
+            if problem := attend_by_document(_base_of(pl_module.model)):
+                log.info("attention of packed rows makes a mask over all pairs of positions: %s", problem)
             leak = measure_leak(pl_module.model)
             reason = f"changing one document moved its neighbour's logits by {leak:.1%} of a full leak" if leak > 0.05 else None
         if reason:
@@ -47,9 +50,15 @@ def measure_leak(model: Any, length: int = 12) -> float:
 
     def logits(start: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         input_ids = torch.cat((start, second))[None]
-        return model(input_ids=input_ids, position_ids=positions, use_cache=False).logits[0, length:].float()
+        spans = ((0, 0, length), (0, length, 2 * length)) if positions is packed else None
+        with packed_documents(spans):  # as in training
+            return model(input_ids=input_ids, position_ids=positions, use_cache=False).logits[0, length:].float()
 
     leak = (logits(first, packed) - logits(other, packed)).abs().max()
     full = (logits(first, joined) - logits(other, joined)).abs().max()
     model.train(was_training)
     return float(leak / full.clamp(min=1e-6))
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -44,8 +44,8 @@ def _explain_foreign(error: Exception) -> str | None:
         return " ".join(str(error).split("\n")[0:2])
     if type(error).__name__ == "OutOfMemoryError":
         return (
-            "out of memory on the device. Lower data.batch_size or data.max_tokens, raise trainer.accumulate_grad_batches, "
-            "or set trainer.activation_checkpointing=true"
+            "out of memory on the device. Lower data.batch_size (or data.tokens_per_batch) or data.max_tokens, "
+            "raise trainer.accumulate_grad_batches, or set trainer.activation_checkpointing=true"
         )
     return None
 

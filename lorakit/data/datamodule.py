@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -15,12 +16,14 @@ import torch
 
 from lorakit.data.datum import OnLong
 from lorakit.data.examples import DataReport, Examples, survey
-from lorakit.data.packing import assign_rows
+from lorakit.data.packing import assign_batches
 from lorakit.data.render import Renderer, TrainOnWhat
 from lorakit.data.sources import Source, open_source
 from lorakit.data.stream import BatchStream
 from lorakit.errors import ConfigError
 from lorakit.types import Batch, Cursor
+
+DEFAULT_BATCH_SIZE = 8
 
 
 class LoRADataModule(L.LightningDataModule):
@@ -36,7 +39,8 @@ class LoRADataModule(L.LightningDataModule):
         stop: strings at which sampling will stop; plain rows that end with one need no EOS.
         max_tokens: longest example in tokens; ``on_long`` says what happens to longer ones.
         packing: ``true`` puts several examples in a row of ``pack_tokens`` positions (default: ``max_tokens``).
-        batch_size: rows per micro-batch; a row is a pack, or one example without packing.
+        batch_size: rows per micro-batch (default 8); a row is a pack, or one example without packing.
+        tokens_per_batch: in place of ``batch_size``, positions per micro-batch: as many rows as fit.
         epochs: passes over the rows; None goes on until the trainer's ``max_steps``.
         check_token_rows: rows whose tokens are checked before training; the others are checked as they stream.
     """
@@ -58,7 +62,8 @@ class LoRADataModule(L.LightningDataModule):
         on_error: Literal["raise", "skip"] = "raise",
         packing: bool = False,
         pack_tokens: int | None = None,
-        batch_size: int = 8,
+        batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
         val_batch_size: int | None = None,
         epochs: int | None = 1,
         shuffle: bool = True,
@@ -69,7 +74,8 @@ class LoRADataModule(L.LightningDataModule):
         super().__init__()
         _check_settings(on_error=on_error, val_path=val_path, val_fraction=val_fraction)
         _check_counts(
-            batch_size=batch_size, val_batch_size=val_batch_size, epochs=epochs, val_rows=val_rows, window_rows=window_rows,
+            batch_size=batch_size, val_batch_size=val_batch_size, tokens_per_batch=tokens_per_batch,
+            epochs=epochs, val_rows=val_rows, window_rows=window_rows,
             check_token_rows=check_token_rows, max_tokens=max_tokens, pack_tokens=pack_tokens,
         )  # fmt: skip
         self.path, self.val_path, self.val_fraction, self.val_rows = path, val_path, val_fraction, val_rows
@@ -82,7 +88,16 @@ class LoRADataModule(L.LightningDataModule):
             raise ConfigError(f"data.pack_tokens={pack_tokens} has no effect without data.packing=true")
         if self.packing and self.pack_tokens < max_tokens:
             raise ConfigError(f"data.pack_tokens={pack_tokens} is less than data.max_tokens={max_tokens}")
-        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
+        if batch_size and tokens_per_batch:
+            raise ConfigError("data.batch_size and data.tokens_per_batch are both set; set one of them to null")
+        shortest = self.pack_tokens if self.packing else max_tokens
+        if tokens_per_batch and tokens_per_batch < shortest:
+            raise ConfigError(f"data.tokens_per_batch={tokens_per_batch} is less than one row of {shortest} tokens")
+        self.batch_size, self.tokens_per_batch = (
+            batch_size or (None if tokens_per_batch else DEFAULT_BATCH_SIZE),
+            tokens_per_batch,
+        )
+        self.val_batch_size = val_batch_size or self.batch_size
         self.epochs, self.shuffle, self.seed, self.window_rows = epochs, shuffle, seed, window_rows
         self.check_token_rows = check_token_rows
         self.tokenizer: Any = None
@@ -125,6 +140,7 @@ class LoRADataModule(L.LightningDataModule):
             self.train_indices,
             pad_token_id=self.pad_token_id,
             batch_size=self.batch_size,
+            batch_tokens=self.tokens_per_batch,
             row_tokens=self.pack_tokens if self.packing else None,
             accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
             num_epochs=self.epochs,
@@ -143,6 +159,7 @@ class LoRADataModule(L.LightningDataModule):
             self.val_indices,
             pad_token_id=self.pad_token_id,
             batch_size=self.val_batch_size,
+            batch_tokens=self.tokens_per_batch,
             row_tokens=None,
             shuffle=False,
             window_rows=self.window_rows,
@@ -211,23 +228,28 @@ class LoRADataModule(L.LightningDataModule):
         """Digest of the rows and of every setting that decides what is trained in which order."""
         settings = [
             self.source.fingerprint, self.val_source.fingerprint, self.format, self.train_on, self.append_eos, self.stop,
-            self.max_tokens, self.on_long, self.on_error, self.packing, self.pack_tokens, self.batch_size, self.shuffle,
-            self.seed, self.window_rows, self.val_fraction,
+            self.max_tokens, self.on_long, self.on_error, self.packing, self.pack_tokens, self.batch_size,
+            self.tokens_per_batch, self.shuffle, self.seed, self.window_rows, self.val_fraction,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(settings, default=list).encode()).hexdigest()[:16]
 
     def estimate_num_batches(self) -> int | None:
         """Micro-batches of all epochs, from the rows surveyed; None where epochs do not end.
 
-        Exact where nothing is packed and each row gives one example.
+        Exact where nothing is packed, ``batch_size`` is set and each row gives one example.
         """
         if self.epochs is None or self.report is None:
             return None
         num_examples = len(self.train_indices) * self.report.examples_per_row
-        if self.packing:
+        if self.packing or self.batch_size is None:
             lengths = (self.report.lengths[: self.window_rows] - 1).tolist()  # a window's worth, in positions
-            rows_per_example = len(assign_rows(lengths, self.pack_tokens)) / len(lengths)
-            return max(1, round(num_examples * rows_per_example / self.batch_size)) * self.epochs
+            row_tokens = self.pack_tokens if self.packing else None
+            plan = assign_batches(
+                lengths, batch_size=None if self.batch_size is None else 1, batch_tokens=self.tokens_per_batch,
+                row_tokens=row_tokens, rng=random.Random(0),
+            )  # fmt: skip
+            batches_per_example = len(plan) / len(lengths) / (self.batch_size or 1)
+            return max(1, round(num_examples * batches_per_example)) * self.epochs
         windows, rest = divmod(num_examples, self.window_rows * self.report.examples_per_row)
         per_window = math.ceil(self.window_rows * self.report.examples_per_row / self.batch_size)
         return round(windows * per_window + math.ceil(round(rest, 6) / self.batch_size)) * self.epochs

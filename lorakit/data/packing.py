@@ -35,20 +35,50 @@ def assign_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 
 
 def plan_batches(
-    datums: Sequence[Datum], *, batch_size: int, row_tokens: int | None, rng: random.Random | None
-) -> list[list[list[Datum]]]:
-    """Return batches of rows of Datums over all of ``datums``.
+    datums: Sequence[Datum], *, batch_size: int | None, batch_tokens: int | None = None, row_tokens: int | None,
+    rng: random.Random | None,
+) -> list[list[list[Datum]]]:  # fmt: skip
+    """Return batches of rows of Datums over all of ``datums``; see ``assign_batches``."""
+    lengths = [len(datum) for datum in datums]
+    plan = assign_batches(lengths, batch_size=batch_size, batch_tokens=batch_tokens, row_tokens=row_tokens, rng=rng)
+    return [[[datums[index] for index in row] for row in batch] for batch in plan]
 
-    With ``row_tokens`` rows are packed; without, each row holds one Datum and rows of like length go together. ``rng``
-    shuffles the batches; None keeps the Datums in order and groups nothing, for evaluation.
+
+def assign_batches(
+    lengths: Sequence[int],
+    *,
+    batch_size: int | None,
+    batch_tokens: int | None,
+    row_tokens: int | None,
+    rng: random.Random | None,
+) -> list[list[list[int]]]:
+    """Return which of ``lengths`` share a row, and which rows share a batch, by their indices.
+
+    Args:
+        batch_size: rows of a batch; or else
+        batch_tokens: positions of a batch, padding included. A row that is longer has a batch of its own.
+        row_tokens: rows are packed to so many positions; without, each holds one and rows of like length go together.
+        rng: shuffles the batches; None keeps the order and groups nothing, for evaluation.
     """
     if row_tokens is not None:
-        rows = pack_best_fit(datums, row_tokens)
+        rows = assign_rows(lengths, row_tokens)
         if rng:
             rng.shuffle(rows)
     else:
-        rows = [[datum] for datum in (sorted(datums, key=len) if rng else datums)]
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        indices = range(len(lengths))
+        rows = [[index] for index in (sorted(indices, key=lengths.__getitem__) if rng else indices)]
+    batches: list[list[list[int]]] = []
+    longest = 0
+    for row in rows:
+        length = sum(lengths[index] for index in row)
+        longest = max(longest, length)
+        is_full = not batches or (
+            len(batches[-1]) >= batch_size if batch_size else longest * (len(batches[-1]) + 1) > (batch_tokens or 0)
+        )
+        if is_full:
+            batches.append([])
+            longest = length
+        batches[-1].append(row)
     if rng:
         rng.shuffle(batches)
     return batches

@@ -13,6 +13,7 @@ import numpy as np
 from lorakit.data.collate import collate
 from lorakit.data.examples import Examples
 from lorakit.data.packing import plan_batches
+from lorakit.data.prefetch import prefetch
 from lorakit.types import Batch, Cursor
 
 
@@ -24,6 +25,7 @@ class BatchStream:
     which a new stream goes on behind it. Cursors are exact at the end of accumulation windows, where optimiser steps are.
 
     Args:
+        batch_size, batch_tokens: rows, or positions, of a batch; one of them.
         row_tokens: positions of a packed row; None pads each Datum in a row of its own.
         num_epochs: None goes on for ever.
         shuffle: False keeps the source's order and groups nothing.
@@ -35,7 +37,8 @@ class BatchStream:
         indices: np.ndarray,
         *,
         pad_token_id: int,
-        batch_size: int,
+        batch_size: int | None,
+        batch_tokens: int | None = None,
         row_tokens: int | None,
         accumulate: int = 1,
         num_epochs: int | None = 1,
@@ -45,23 +48,29 @@ class BatchStream:
         cursor: Cursor | None = None,
     ) -> None:
         self.examples, self.indices = examples, indices
-        self.pad_token_id, self.batch_size, self.row_tokens = pad_token_id, batch_size, row_tokens
+        self.pad_token_id, self.row_tokens = pad_token_id, row_tokens
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.accumulate, self.num_epochs = accumulate, num_epochs
         self.shuffle, self.seed, self.window_rows = shuffle, seed, window_rows
         self.cursor = cursor or Cursor()
-        self.seconds = 0.0  # spent on making batches so far
+        self.seconds = 0.0  # spent on waiting for batches so far
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = self._batches(self.cursor)
+        groups = prefetch(self._groups())
         while True:
             started = time.perf_counter()
-            group = list(itertools.islice(batches, self.accumulate))
+            group = next(groups, None)
             self.seconds += time.perf_counter() - started
-            if not group:
+            if group is None:
                 return
+            yield from group
+
+    def _groups(self) -> Iterator[list[Batch]]:
+        """Yield the batches of one accumulation window after the other."""
+        batches = self._batches(self.cursor)
+        while group := list(itertools.islice(batches, self.accumulate)):
             weight = sum(batch.weight for batch in group)
-            for batch in group:
-                yield replace(batch, window_weight=weight)
+            yield [replace(batch, window_weight=weight) for batch in group]
 
     def _batches(self, cursor: Cursor) -> Iterator[Batch]:
         epochs = itertools.count(cursor.epoch) if self.num_epochs is None else range(cursor.epoch, self.num_epochs)
@@ -80,7 +89,9 @@ class BatchStream:
     def _window(self, epoch: int, order: np.ndarray, start: int, skip: int) -> Iterator[Batch]:
         datums = [d for index in order[start : start + self.window_rows] for d in self.examples.datums(int(index))]
         rng = random.Random(f"{self.seed} {epoch} {start}") if self.shuffle else None
-        plan = plan_batches(datums, batch_size=self.batch_size, row_tokens=self.row_tokens, rng=rng)
+        plan = plan_batches(
+            datums, batch_size=self.batch_size, batch_tokens=self.batch_tokens, row_tokens=self.row_tokens, rng=rng
+        )
         for number, rows in enumerate(plan[skip:], start=skip + 1):
             batch = collate(rows, self.pad_token_id)
             yield replace(batch, cursor=Cursor(epoch, start, number))

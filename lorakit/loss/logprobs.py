@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lorakit.loss.head import Head, head_logprobs
+from lorakit.model.attention import packed_documents
 from lorakit.types import Batch
 
 log = logging.getLogger("lorakit")
@@ -79,8 +80,10 @@ def describe_head(model: Any, unembedding: Any) -> Head | None:
 
 
 def _run(model: Any, batch: Batch) -> Any:
-    options = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-    return model(input_ids=batch.input_ids, use_cache=False, **options)
+    if batch.position_ids is None:
+        return model(input_ids=batch.input_ids, use_cache=False)
+    with packed_documents(batch.spans):
+        return model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
 
 
 def _drops(dropout: nn.Module) -> bool:

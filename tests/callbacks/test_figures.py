@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,7 +110,7 @@ def test_expert_load_is_not_moved_by_more_padding(tmp_path: Path) -> None:
     assert loads[1] == pytest.approx(loads[0], rel=1e-6)
 
 
-def test_throughput_leaves_out_other_callbacks_and_evaluation_and_counts_the_making_of_batches(
+def test_throughput_leaves_out_other_callbacks_and_evaluation_and_counts_the_waiting_for_batches(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     clock = [0.0]
@@ -121,19 +122,20 @@ def test_throughput_leaves_out_other_callbacks_and_evaluation_and_counts_the_mak
 
         on_validation_batch_end = on_validation_end = on_train_batch_end
 
-    class Examples:
-        def datums(self, index: int) -> list[Any]:
-            clock[0] += 10
-            return [DATUMS[index]]
+    def prefetch(groups: Iterator[Any]) -> Iterator[Any]:
+        for group in groups:
+            clock[0] += 10  # the step had to wait for it
+            yield group
 
-    examples: Any = Examples()
+    monkeypatch.setattr("lorakit.data.stream.prefetch", prefetch)
+    examples: Any = SimpleNamespace(datums=lambda index: [DATUMS[index]])
     stream = BatchStream(
         examples, np.arange(8), pad_token_id=0, batch_size=2, row_tokens=None, accumulate=2, window_rows=4, num_epochs=2
     )
     callback = Throughput()
     fit(tmp_path, [callback, Pause()], family="llama", evaluate=True, batches=stream)
     assert clock[0] > 1000
-    assert callback.seconds == stream.seconds == 2 * 8 * 10
+    assert callback.seconds == stream.seconds == 4 * 10  # windows of two batches of two rows, in two epochs of eight
     assert callback.num_tokens == 2 * sum(map(len, DATUMS))
 
 

@@ -74,6 +74,8 @@ def test_the_number_of_batches_is_known_beforehand_without_packing(path: str, ti
 def test_the_number_of_packed_batches_is_about_right_and_endless_epochs_have_none(path: str, tiny: Any) -> None:
     packed = ready(tiny, path=path, packing=True, window_rows=1000, batch_size=1)
     assert packed.estimate_num_batches() == pytest.approx(len(list(packed.train_dataloader())), rel=0.3)
+    by_tokens = ready(tiny, path=path, window_rows=20, batch_size=None, tokens_per_batch=200)
+    assert by_tokens.estimate_num_batches() == pytest.approx(len(list(by_tokens.train_dataloader())), rel=0.3)
     assert ready(tiny, path=path, epochs=None).estimate_num_batches() is None
 
 
@@ -109,7 +111,7 @@ def test_the_fingerprint_changes_with_the_data_and_with_every_setting_of_order_o
     base = {"path": path, "max_tokens": 64}
     changes: list[dict[str, Any]] = [
         {}, {"seed": 1}, {"batch_size": 3}, {"window_rows": 5}, {"shuffle": False}, {"packing": True},
-        {"packing": True, "pack_tokens": 99},
+        {"packing": True, "pack_tokens": 99}, {"tokens_per_batch": 256},
         {"max_tokens": 32}, {"on_long": "drop"}, {"on_error": "skip"}, {"append_eos": True}, {"stop": "\n"},
         {"train_on": "all_tokens"}, {"format": "prompt_completion"}, {"val_fraction": 0.1},
     ]  # fmt: skip

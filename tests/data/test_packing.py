@@ -97,3 +97,22 @@ def test_like_lengths_go_together_and_batches_come_in_random_order() -> None:
     assert spreads == [9] * 20
     longest = [max(len(row[0]) for row in batch) for batch in plan]
     assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+@given(LENGTHS, st.integers(50, 120), st.none() | st.integers(25, 50), st.none() | st.integers(0, 5))
+def test_a_batch_of_tokens_is_as_full_as_its_rows_allow(
+    lengths: list[int], batch_tokens: int, row_tokens: int | None, seed: int | None
+) -> None:
+    datums = datums_of(lengths)
+    rng = None if seed is None else random.Random(seed)
+    plan = plan_batches(datums, batch_size=None, batch_tokens=batch_tokens, row_tokens=row_tokens, rng=rng)
+    assert identities([d for batch in plan for row in batch for d in row]) == identities(datums)
+    positions = [len(batch) * max(sum(map(len, row)) for row in batch) for batch in plan]
+    assert all(count <= batch_tokens or len(batch) == 1 for count, batch in zip(positions, plan, strict=True))
+
+
+def test_batches_of_tokens_by_hand() -> None:
+    plan = plan_batches(datums_of([4, 1, 6, 2, 3]), batch_size=None, batch_tokens=8, row_tokens=None, rng=None)
+    assert [[len(row[0]) for row in batch] for batch in plan] == [[4, 1], [6], [2, 3]]
+    plan = plan_batches(datums_of([4, 4, 4, 4, 4, 4]), batch_size=None, batch_tokens=20, row_tokens=8, rng=None)
+    assert [[[len(d) for d in row] for row in batch] for batch in plan] == [[[4, 4], [4, 4]], [[4, 4]]]

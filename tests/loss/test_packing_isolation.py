@@ -14,6 +14,7 @@ from lorakit.data.packing import pack_best_fit
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.logprobs import target_logprobs
+from lorakit.model.attention import attend_by_document
 from lorakit.model.load import load_model
 from lorakit.types import Datum
 
@@ -21,8 +22,10 @@ FAMILIES = ["qwen3_moe", "qwen3", "llama", "mistral", "gemma2"]
 SPEC = LoRASpec(rank=4, alpha=8)
 
 
-def make(family: str) -> Any:
+def make(family: str, *, by_document: bool = False) -> Any:
     base = load_model("tiny") if family == "tiny" else make_model(family)
+    if by_document:
+        attend_by_document(base)
     return randomise(inject(base, SPEC), std=0.02)
 
 
@@ -34,13 +37,14 @@ def document_losses(model: Any, rows: list[list[Datum]]) -> dict[int, torch.Tens
     return {id(datum): terms[row, start:end].sum() for datum, (row, start, end) in zip(datums, batch.spans, strict=True)}
 
 
+@pytest.mark.parametrize("by_document", [False, True])
 @pytest.mark.parametrize("family", [*FAMILIES, "tiny"])
-def test_packed_and_padded_rows_give_the_same_loss_per_document_and_the_same_gradient(family: str) -> None:
+def test_packed_and_padded_rows_give_the_same_loss_per_document_and_the_same_gradient(family: str, by_document: bool) -> None:
     datums = make_datums(9)
     rows = pack_best_fit(datums, 40)
     assert max(len(row) for row in rows) >= 3
     assert len(rows) >= 2
-    packed_model, padded_model = make(family), make(family)
+    packed_model, padded_model = make(family, by_document=by_document), make(family)
     packed = document_losses(packed_model, rows)
     padded = document_losses(padded_model, [[datum] for datum in datums])
     for datum in datums:

@@ -1,0 +1,138 @@
+"""Attention of packed rows, document by document: the mask over all pairs of positions is never made.
+
+transformers isolates packed documents by a (B, 1, L, L) mask, with which scaled_dot_product_attention computes every pair of a
+row. Here the mask that travels to the layers is a list of documents, (D, 3): row, first position, one past the last. Documents of
+like length are laid beside one another, padded on the right (which causal attention never sees), and attended causally at once.
+
+The list is the mask itself, so that a layer that is computed again in the backward pass has it too, and an attention that does not
+know it cannot take it for the absence of a mask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "sdpa_by_document"
+MAX_PADDING = 0.2  # share of a group of documents
+Span = tuple[int, int, int]  # row, first position, one past the last
+
+_documents: contextvars.ContextVar[Sequence[Span] | None] = contextvars.ContextVar("documents", default=None)
+
+
+def attend_by_document(model: Any) -> str | None:
+    """Give ``model`` this attention in the place of sdpa, where its logits stay the same; return why not, or None.
+
+    The logits are compared on a small packed batch with documents of several lengths and padding.
+    """
+    AttentionInterface.register(NAME, attention_by_document)
+    AttentionMaskInterface.register(NAME, document_mask)
+    implementation = getattr(model.config, "_attn_implementation", None)
+    if implementation != "sdpa":
+        return f"model.attention is {implementation}"
+    expected = _packed_logits(model)
+    try:
+        model.set_attn_implementation(NAME)
+        difference = float((_packed_logits(model) - expected).abs().max() / expected.abs().max())
+        tolerance = 1e-4 if model.dtype == torch.float32 else 0.05
+        problem = f"logits differ by {difference:.1e} of the largest" if not difference <= tolerance else None
+    except Exception as error:  # whatever a model does with a mask that it does not know
+        problem = f"{type(error).__name__}: {error}"
+    if problem and model.config._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")
+    return problem
+
+
+@torch.no_grad()
+def _packed_logits(model: Any) -> torch.Tensor:
+    """The logits of two rows of 32 positions: documents of 20, 7 and 3, of 32; and 2 positions of padding."""
+    spans = ((0, 0, 20), (0, 20, 27), (0, 27, 30), (1, 0, 32))
+    positions = torch.zeros((2, 32), dtype=torch.long)
+    for row, start, end in (*spans, (0, 30, 32)):
+        positions[row, start:end] = torch.arange(end - start)
+    vocab_size = model.config.get_text_config().vocab_size
+    tokens = torch.randint(0, vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    was_training = model.training
+    model.eval()
+    try:
+        with packed_documents(spans):
+            given = {"input_ids": tokens.to(model.device), "position_ids": positions.to(model.device)}
+            logits = model(**given, use_cache=False).logits.float()
+    finally:
+        model.train(was_training)
+    return torch.cat([logits[row, start:end] for row, start, end in spans])
+
+
+@contextlib.contextmanager
+def packed_documents(spans: Sequence[Span] | None) -> Iterator[None]:
+    """Within it, models with this attention see each of ``spans`` alone; None leaves masks as transformers makes them."""
+    token = _documents.set(spans)
+    try:
+        yield
+    finally:
+        _documents.reset(token)
+
+
+def document_mask(*, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """The list of documents, (D, 3) int64 on the CPU; transformers' own mask where there are none, or a window is narrower."""
+    spans = _documents.get()
+    if spans is None or (local_size is not None and max(end - start for _, start, end in spans) > local_size):
+        return sdpa_mask(local_size=local_size, **kwargs)
+    return torch.tensor(spans, dtype=torch.long).view(-1, 3)
+
+
+def attention_by_document(
+    module: torch.nn.Module, query_BHLD: torch.Tensor, key_BGLD: torch.Tensor, value_BGLD: torch.Tensor,
+    attention_mask: torch.Tensor | None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """As transformers' sdpa, (B, L, H, D) and None, where ``attention_mask`` may be a list of documents."""
+    if attention_mask is None or attention_mask.dtype != torch.long or attention_mask.dim() != 2:
+        return sdpa_attention_forward(module, query_BHLD, key_BGLD, value_BGLD, attention_mask, **kwargs)
+    batch, heads, length = query_BHLD.shape[:3]
+    tokens = [t.transpose(1, 2).reshape(batch * length, t.shape[1], -1) for t in (query_BHLD, key_BGLD, value_BGLD)]
+    found_THD, place_T = [], []
+    for group in group_by_length([tuple(span) for span in attention_mask.tolist()]):
+        places = _places(group, length).to(query_BHLD.device)
+        inputs = [t.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2) for t in tokens]
+        attended, _ = sdpa_attention_forward(module, inputs[0], inputs[1], inputs[2], None, **{**kwargs, "is_causal": True})
+        kept = _kept(group).to(query_BHLD.device)
+        found_THD.append(attended.flatten(0, 1)[kept] if len(kept) < places.numel() else attended.flatten(0, 1))
+        place_T.append(places.flatten()[kept])
+    out = query_BHLD.new_zeros((batch * length, heads, value_BGLD.shape[-1]))  # padding of the batch belongs to no document
+    return out.index_copy(0, torch.cat(place_T), torch.cat(found_THD)).view(batch, length, heads, -1), None
+
+
+def group_by_length(spans: Sequence[Span]) -> list[list[Span]]:
+    """Return ``spans`` in groups whose padding to the longest is at most ``MAX_PADDING``."""
+    groups: list[list[Span]] = []
+    held = 0
+    for span in sorted(spans, key=lambda span: span[1] - span[2]):
+        length = span[2] - span[1]
+        longest = groups[-1][0][2] - groups[-1][0][1] if groups else 0
+        if not groups or held + length < (1 - MAX_PADDING) * longest * (len(groups[-1]) + 1):
+            groups.append([])
+            held = 0
+        groups[-1].append(span)
+        held += length
+    return groups
+
+
+def _places(group: Sequence[Span], row_length: int) -> torch.Tensor:
+    """Where the tokens of ``group`` lie among all tokens, (documents, longest); padding repeats a document's last token."""
+    longest = max(end - start for _, start, end in group)
+    first = torch.tensor([row * row_length + start for row, start, _ in group])[:, None]
+    last = torch.tensor([row * row_length + end - 1 for row, _, end in group])[:, None]
+    return torch.minimum(first + torch.arange(longest), last)
+
+
+def _kept(group: Sequence[Span]) -> torch.Tensor:
+    """Which of the flattened places hold a token, and not padding."""
+    lengths = [end - start for _, start, end in group]
+    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).flatten().nonzero()[:, 0]

@@ -1,0 +1,50 @@
+"""Items made ahead: the same items, the same errors, and no thread left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from lorakit.data.prefetch import prefetch
+
+
+def test_items_come_in_order_and_are_made_ahead() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(6):
+            made.append(number)
+            yield number
+
+    stream = prefetch(items(), depth=2)
+    assert next(stream) == 0
+    deadline = time.monotonic() + 10
+    while len(made) < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert 3 <= len(made) <= 4  # two wait, one is in hand
+    assert list(stream) == [1, 2, 3, 4, 5]
+
+
+def test_what_making_raises_is_raised_behind_the_items_before_it() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise ValueError("row 2")
+
+    stream = prefetch(items())
+    assert next(stream) == 1
+    with pytest.raises(ValueError, match="row 2"):
+        next(stream)
+
+
+def test_closing_ends_the_thread() -> None:
+    before = threading.active_count()
+    stream = prefetch(iter(range(1_000_000)))
+    assert next(stream) == 0 and threading.active_count() == before + 1
+    stream.close()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
