@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,10 +121,15 @@ class Batch:
     cursor: Cursor | None = None  # the stream's state after this batch
     extras: dict[str, torch.Tensor] = field(default_factory=dict)  # further loss inputs, (B, L)
 
-    @property
+    @cached_property
     def weight(self) -> float:
         """Sum of |weights| of this batch."""
         return float(self.weights.abs().sum())
+
+    @cached_property
+    def trained_positions(self) -> torch.Tensor:
+        """Where in the flattened (B * L) positions the weight is not 0, (N,) int64."""
+        return self.weights.flatten().nonzero()[:, 0]
 
     @property
     def num_tokens(self) -> int:
@@ -133,7 +139,7 @@ class Batch:
     @property
     def num_trained_tokens(self) -> int:
         """Positions with a weight other than 0."""
-        return int((self.weights != 0).sum())
+        return len(self.trained_positions)
 
     @property
     def padding_share(self) -> float:
@@ -148,9 +154,9 @@ class Batch:
         return {name: tensor.detach().cpu() for name, tensor in named.items()}
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return this batch on ``device``."""
+        """Return this batch on ``device``. What would make a device wait is found out before."""
         position_ids = None if self.position_ids is None else self.position_ids.to(device)
-        return replace(
+        moved = replace(
             self,
             input_ids=self.input_ids.to(device),
             targets=self.targets.to(device),
@@ -158,6 +164,8 @@ class Batch:
             position_ids=position_ids,
             extras={name: tensor.to(device) for name, tensor in self.extras.items()},
         )
+        moved.__dict__.update(weight=self.weight, trained_positions=self.trained_positions.to(device))
+        return moved
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ def _explain_foreign(error: Exception) -> str | None:
             "out of memory on the device. Lower data.batch_size (or data.tokens_per_batch) or data.max_tokens, "
             "raise trainer.accumulate_grad_batches, or set trainer.activation_checkpointing=true"
         )
+    if any(kind.__name__ == "InvalidCxxCompiler" for kind in type(error).__mro__) or "InvalidCxxCompiler" in str(error):
+        return "trainer.compile=true needs a C++ compiler on this machine; install g++, or set it to false"
     return None
 
 

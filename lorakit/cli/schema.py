@@ -28,6 +28,7 @@ class TrainerSettings(msgspec.Struct, forbid_unknown_fields=True):
     max_steps: int
     accumulate_grad_batches: int
     activation_checkpointing: bool
+    compile: bool
     eval_every_steps: int | None
     log_every_n_steps: int
     max_bad_steps: int

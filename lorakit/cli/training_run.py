@@ -80,7 +80,9 @@ def train_run(
     lr = _resolve_lr(config, model_config, spec, console)
     total_steps, is_estimate = assemble.resolve_total_steps(config, datamodule)
     warn_of_idle_settings(config, datamodule, total_steps)
-    assemble.build_optimization(config, lr=lr, total_steps=total_steps)  # refuses bad settings before there is a folder
+    assemble.build_optimization(
+        config, lr=lr, total_steps=total_steps, precision=precision
+    )  # refuses bad settings before there is a folder
     stops_early = any(entry and entry["_target_"].endswith("EarlyStopping") for entry in config["callbacks"].values())
     if stops_early and not len(datamodule.val_indices):
         raise ConfigError("callbacks.early_stopping needs rows to evaluate on; set data.val_path or data.val_fraction")

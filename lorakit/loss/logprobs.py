@@ -23,16 +23,18 @@ def target_logprobs(model: Any, batch: Batch, *, all_positions: bool = False) ->
     Where the weight is 0 it is 0 and costs nothing behind the last layer, unless ``all_positions``. No attention mask and no cache
     are given, and position ids only for packed rows: this is what isolates packed documents from one another in transformers.
     """
-    wanted_BL = torch.ones_like(batch.weights, dtype=torch.bool) if all_positions else batch.weights != 0
-    targets_N = batch.targets[wanted_BL]
     hidden_BLH, head = hidden_states(model, batch)
+    logits_BLV = _run(model, batch).logits if hidden_BLH is None else None
+    places_N = torch.arange(batch.weights.numel(), device=batch.weights.device) if all_positions else batch.trained_positions
+    targets_N = batch.targets.flatten()[places_N]
     if hidden_BLH is not None and head is not None:
-        logprobs_N = head_logprobs(hidden_BLH[wanted_BL], head, targets_N[:, None])[:, 0]
+        logprobs_N = head_logprobs(hidden_BLH.flatten(0, 1).index_select(0, places_N), head, targets_N[:, None])[:, 0]
     else:
-        logits_NV = _run(model, batch).logits[wanted_BL].float()
+        assert logits_BLV is not None
+        logits_NV = logits_BLV.flatten(0, 1).index_select(0, places_N).float()
         logprobs_N = -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
-    logprobs_BL = logprobs_N.new_zeros(batch.weights.shape)
-    return logprobs_BL.index_put(wanted_BL.nonzero(as_tuple=True), logprobs_N)
+    logprobs = logprobs_N.new_zeros(batch.weights.numel())
+    return logprobs.index_copy(0, places_N, logprobs_N).view(batch.weights.shape)
 
 
 def hidden_states(model: Any, batch: Batch) -> tuple[torch.Tensor | None, Head | None]:

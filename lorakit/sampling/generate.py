@@ -27,7 +27,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], param
     samples: list[Sample | None] = [None] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     try:
-        with _seeded(params.seed, model):
+        with _seeded(params.seed, model), _uncompiled(model):
             for start in range(0, len(prompts), MAX_BATCH):
                 indices = by_length[start : start + MAX_BATCH]
                 batch = _generate_batch(model, tokenizer, [list(prompts[index]) for index in indices], params)
@@ -36,6 +36,13 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], param
     finally:
         model.train(was_training)
     return [sample for sample in samples if sample is not None]
+
+
+def _uncompiled(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Layers that were compiled for training run as they are: each new length of the cache would be compiled anew."""
+    if any(module._compiled_call_impl for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 def _generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]], params: SamplingParams) -> list[Sample]:
