@@ -3,8 +3,9 @@
     python scripts/bench/bench.py [--quick] [--out FOLDER]
 
 Each contender of a row lives in a process of its own, and they are driven in turn, A B A B, so that a busy machine slows all
-alike. The table gives medians with the spread (largest less smallest), and the ratio to the row's first contender. The floor of a
-row is its operations over the measured rate of a large matrix product. A contender that is not installed is named as such.
+alike. The table gives medians with the spread (largest less smallest), and the ratio to the row's first contender. Beside each row
+stand its floors: operations over the measured rate of a large matrix product, and bytes of weights over the measured rate of a
+copy. A contender that is not installed is named as such. Written to the folder: bench.json, bench.png.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import steps
 import torch
 from rich.console import Console
 from rich.table import Table
 from worker import Measured, Worker
 
 LAYER = {"experts": 128, "hidden": 1024, "width": 512, "top_k": 8, "rank": 16}
+WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a number
+STEP_TOKENS = 4 * 512
 HEAD = {"tokens": 2048, "vocab": 151_936, "hidden": 1024}
 
 
@@ -39,30 +43,52 @@ class Row:
     settings: dict[str, Any]
     contenders: tuple[str, ...]
     operations: float  # multiplications and additions that no contender can do without
+    weight_bytes: float  # of weights that are read, forward and backward
 
 
 def rows(quick: bool, dtypes: tuple[str, ...]) -> Iterator[Row]:
-    """The rows, with their count of operations."""
-    layer = ("frozen", "peft", "lorakit", "lorakit_shared")
+    """The rows, with their counts of operations and bytes."""
     for dtype in dtypes:
         for tokens in (1024,) if quick else (256, 1024, 4096):
-            pairs = tokens * LAYER["top_k"]
-            dense = 2 * 2 * pairs * 3 * LAYER["hidden"] * LAYER["width"]  # forward, and back towards the input
-            yield Row(
-                f"expert layer, {tokens} tokens, {dtype}",
-                "expert_layer",
-                {"tokens": tokens, "dtype": dtype, **LAYER},
-                layer,
-                dense,
-            )
-        for share in (1.0, 0.2):
+            yield layer_row(f"expert layer, {tokens} tokens, {dtype}", dtype, tokens=tokens)
+        if not quick:
+            yield layer_row(f"expert layer, 1024 tokens, 32 experts, {dtype}", dtype, tokens=1024, experts=32)
+            yield layer_row(f"expert layer, 1024 tokens, rank 64, {dtype}", dtype, tokens=1024, rank=64)
+        for share in (0.2,) if quick else (1.0, 0.2):
             operations = 2 * 2 * share * HEAD["tokens"] * HEAD["vocab"] * HEAD["hidden"]
+            weight_bytes = 2 * HEAD["vocab"] * HEAD["hidden"] * WIDTH[dtype]
             settings = {**HEAD, "dtype": dtype, "share": share}
-            yield Row(f"head, {share:.0%} trained, {dtype}", "head", settings, ("full", "lorakit"), operations)
-        for model in ("moe", "dense"):
+            name = f"head, {share:.0%} trained, {dtype}"
+            yield Row(name, "head", settings, ("full", "trl", "lorakit"), operations, weight_bytes)
+        for model in ("moe",) if quick else ("moe", "dense"):
             for share in (1.0, 0.2):
                 settings = {"model": model, "share": share, "dtype": dtype}
-                yield Row(f"whole step, {model}, {share:.0%} trained, {dtype}", "whole_step", settings, ("trl", "lorakit"), 0.0)
+                params = active_params(model, share)
+                name = f"whole step, {model}, {share:.0%} trained, {dtype}"
+                yield Row(name, "whole_step", settings, ("trl", "lorakit"), 2 * 2 * STEP_TOKENS * params, 0.0)
+
+
+def layer_row(name: str, dtype: str, **changes: int) -> Row:
+    """A row of one layer of experts."""
+    layer = {**LAYER, **changes}
+    matrices = 3 * layer["hidden"] * layer["width"]
+    operations = 2 * 2 * layer["tokens"] * layer["top_k"] * matrices  # forward, and back towards the input
+    weight_bytes = 2 * layer["experts"] * matrices * WIDTH[dtype]
+    contenders = ("frozen", "peft", "lorakit", "lorakit_shared")
+    return Row(name, "expert_layer", {"dtype": dtype, **layer}, contenders, operations, weight_bytes)
+
+
+def active_params(model: str, share: float) -> float:
+    """Parameters that a token meets in products; of the head, as many as the ``share`` of trained tokens meets."""
+    built = steps.make_model(model, torch.float32)
+    config = built.config
+    stacked = {name for name, p in built.named_parameters() if p.dim() == 3}
+    active = 0.0
+    for name, parameter in built.named_parameters():
+        if parameter.dim() > 1 and "embed" not in name:
+            used = config.num_experts_per_tok / config.num_experts if name in stacked else 1.0
+            active += used * parameter.numel()
+    return active + share * config.vocab_size * config.hidden_size
 
 
 def measure(row: Row, repeats: int, threads: int, console: Console) -> dict[str, Any]:
@@ -102,9 +128,22 @@ def product_rate(threads: int, size: int = 2048) -> float:
     return 2 * size**3 / min(times)
 
 
-def show(row: Row, found: dict[str, Any], rate: float) -> Table:
+def copy_rate(threads: int, num_bytes: int = 1 << 28) -> float:
+    """Bytes per second that a copy reads."""
+    torch.set_num_threads(threads)
+    source, target = torch.ones(num_bytes // 4), torch.empty(num_bytes // 4)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    return num_bytes / min(times)
+
+
+def show(row: Row, found: dict[str, Any], rate: float, bytes_rate: float) -> Table:
     """One row's table."""
-    floor = f"; floor {row.operations / rate:.2f} s" if row.operations else ""
+    floor = f"; floor {row.operations / rate:.3f} s of products"
+    floor += f", {row.weight_bytes / bytes_rate:.3f} s of reading weights" if row.weight_bytes else ""
     table = Table(title=f"{row.name}{floor}", title_justify="left", box=None)
     for column in ("contender", "seconds", "spread", "times as fast", "peak MB above", "of its memory"):
         table.add_column(column, justify="left" if column == "contender" else "right")
@@ -130,20 +169,53 @@ def main() -> None:
     has_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if not has_bf16:
         console.print("this processor has no bf16 products: the bf16 rows are left out, since they would time an emulation")
-    rate = product_rate(options.threads)
-    console.print(f"float32 products: {rate / 1e9:.0f} GFLOP/s on {options.threads} threads")
+    rate, bytes_rate = product_rate(options.threads), copy_rate(options.threads)
+    console.print(
+        f"float32 products: {rate / 1e9:.0f} GFLOP/s, copies: {bytes_rate / 1e9:.1f} GB/s, on {options.threads} threads"
+    )
     results = []
     for row in rows(options.quick, ("float32", "bfloat16") if has_bf16 else ("float32",)):
         if options.only in row.name:
             found = measure(row, options.repeats or (3 if options.quick else 5), options.threads, console)
-            console.print(show(row, found, rate))
+            console.print(show(row, found, rate, bytes_rate))
             results.append({"row": asdict(row), "found": found})
     packages = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
     about = {"date": datetime.date.today().isoformat(), "python": platform.python_version(), "packages": packages}
     options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**about, "threads": options.threads, "product_rate": rate, "rows": results}, indent=2)
+    text = json.dumps(
+        {**about, "threads": options.threads, "product_rate": rate, "copy_rate": bytes_rate, "rows": results}, indent=2
+    )
     (options.out / "bench.json").write_text(text + "\n", encoding="utf-8")
-    console.print(f"written: {options.out / 'bench.json'}")
+    draw(results, options.out / "bench.png")
+    console.print(f"written: {options.out / 'bench.json'}, {options.out / 'bench.png'}")
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw time and memory of each contender beside those of its row's first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(13, 1.5 + 0.8 * len(results)), sharey=True)
+    colours = dict(
+        zip(sorted({who for result in results for who in result["found"]}), plt.get_cmap("tab10").colors, strict=False)
+    )
+    for axis, field, title in zip(axes, ("seconds", "peak_bytes"), ("time", "peak memory above the weights"), strict=True):
+        for number, result in enumerate(results):
+            first = next(iter(result["found"].values()))
+            height = 0.8 / len(result["found"])
+            for place, (who, figures) in enumerate(result["found"].items()):
+                ratio = figures[field] / max(first[field], 1e-9)
+                bar = axis.barh(number + place * height, ratio, height, color=colours[who])
+                axis.bar_label(bar, [f" {who} {ratio:.2f}"], fontsize=7)
+        axis.set_yticks([number + 0.3 for number in range(len(results))], [result["row"]["name"] for result in results])
+        axis.set_title(f"{title}, first contender = 1")
+        axis.margins(x=0.25)
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
