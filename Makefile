@@ -1,10 +1,10 @@
-# make demo | test | test-all | test-oldest | check | format | bench | bench-quick. Each sets up .venv by itself, with the versions of constraints.txt.
+# make demo | test | test-all | test-oldest | check | format | bench | bench-quick | bench-gpu. Each sets up .venv by itself, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-oldest check format bench bench-quick clean
+.PHONY: demo test test-all test-oldest check format bench bench-quick bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/lorakit demo
@@ -39,6 +39,10 @@ format: $(STAMP)
 bench bench-quick: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps trl==1.16.0
 	$(BIN)/python scripts/bench/bench.py $(if $(filter bench-quick,$@),--quick)
+
+# On a machine with a GPU: runs in whatever environment has its torch (PYTHON), not in .venv, whose torch is for the CPU.
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) scripts/bench/gpu.py
 
 clean:
 	rm -rf $(VENV) .venv-oldest build dist runs outputs

@@ -10,6 +10,7 @@ from pathlib import Path
 import hypothesis
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts" / "bench"))
 
 _cache = tempfile.TemporaryDirectory(prefix="lorakit-tests-")  # removed when the process ends
 os.environ["HF_DATASETS_CACHE"] = _cache.name

@@ -22,6 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.lora.grouped import AllExperts, OneExpert, SortedRows, can_group, pad_rank
 
+FEW_ROWS = 32  # per expert: measured on two cores, 16 rows take 0.75 of the time in groups, 64 rows the same
+
 
 @dataclass(frozen=True)
 class Part:
@@ -99,7 +101,7 @@ class _Layer:
         self.b1_EN, self.b2_EH = call.biases()
         self.dtype = self.w1_EHN.dtype
         self.rows = SortedRows.sort(call.experts_TK, call.num_experts)
-        grouped = call.products == "grouped" or (call.products == "auto" and self.w1_EHN.device.type != "cpu")
+        grouped = call.products == "grouped" or (call.products == "auto" and self._prefers_groups())
         self.grouped = grouped and can_group(self.rows, self.w1_EHN, self.w2_EIH)
         if call.products == "grouped" and not self.grouped:
             raise ValueError(f"grouped products do not take {self.dtype} stacks of {tuple(self.w1_EHN.shape)} here")
@@ -241,6 +243,12 @@ class _Layer:
                 torch.mm(grad_TH.t(), v_TR, out=sums[2 * part.index + 1][0]).mul_(part.scale)
 
     # ---- pieces
+
+    def _prefers_groups(self) -> bool:
+        """Always on a GPU. On a CPU one expert at a time keeps what it makes in the cache, until calls cost more than products."""
+        if self.w1_EHN.device.type != "cpu":
+            return True
+        return self.dtype == torch.float32 and len(self.rows.order_S) < FEW_ROWS * self.call.num_experts
 
     def _prepare(self, factor: torch.Tensor, *, dim: int) -> torch.Tensor:
         factor = factor.to(self.dtype)

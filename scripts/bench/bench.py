@@ -201,7 +201,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     colours = dict(
         zip(sorted({who for result in results for who in result["found"]}), plt.get_cmap("tab10").colors, strict=False)
     )
-    for axis, field, title in zip(axes, ("seconds", "peak_bytes"), ("time", "peak memory above the weights"), strict=True):
+    for axis, field, title in zip(
+        axes, ("seconds", "peak_bytes"), ("time", "peak memory above what stood before"), strict=True
+    ):
         for number, result in enumerate(results):
             first = next(iter(result["found"].values()))
             height = 0.8 / len(result["found"])

@@ -5,6 +5,7 @@ All contenders of a row get the same weights, dtype, tokens and trainable parame
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -106,7 +107,7 @@ def head(
         return -logprobs[0].sum()
 
     if who == "trl":
-        import trl.kernels  # told now where it is not installed
+        importlib.import_module("trl.kernels")  # told now where it is not installed
     loss_of = {"full": full, "trl": tiles, "lorakit": ours}[who]
 
     def run() -> float:
