@@ -21,6 +21,7 @@ from lorakit.callbacks.progress import StepProgress
 from lorakit.cli.schema import find_argument_problems, import_target
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import ConfigError
+from lorakit.lora.experts import ExpertLora
 from lorakit.lora.inject import LoRAPlan, inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.load import base_name, load_model, load_tokenizer
@@ -149,6 +150,9 @@ def compile_layers(model: Any) -> None:
         raise ConfigError("trainer.compile=true: this model has no layers that could be compiled one by one; set it to false")
     for layer in layers:
         layer.compile(dynamic=True)
+    for module in model.modules():
+        if isinstance(module, ExpertLora):  # its blocks depend on what the router chose
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]  # of this one module
 
 
 def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: str, total_steps: int,

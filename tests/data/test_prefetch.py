@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -48,3 +50,12 @@ def test_closing_ends_the_thread() -> None:
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+def test_a_program_ends_while_items_wait() -> None:
+    code = (
+        "import itertools; from lorakit.data.prefetch import prefetch; stream = prefetch(itertools.count()); "
+        "print(next(stream)); raise KeyboardInterrupt"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "0\n" and done.returncode in (1, 130, -2) and "terminate called" not in done.stderr

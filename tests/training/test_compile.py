@@ -13,6 +13,7 @@ from lorakit.errors import ConfigError
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.cross_entropy import cross_entropy
+from lorakit.model.attention import attend_by_document
 from lorakit.model.load import load_tokenizer
 from lorakit.sampling.generate import generate
 from lorakit.training.step import compute_loss
@@ -24,6 +25,7 @@ from lorakit.types import SamplingParams
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_a_compiled_model_gives_the_same_losses_gradients_and_samples(family: str) -> None:
     plain, compiled = (randomise(inject(make_model(family), LoRASpec(rank=4)), std=0.02).train() for _ in range(2))
+    assert attend_by_document(compiled.get_base_model()) is None
     compile_layers(compiled)
     datums = make_datums(6)
     for rows in ([datums[:1], datums[1:2]], [datums[2:3], datums[3:4], datums[4:5]], [datums[4:6], datums[:1]]):
