@@ -21,7 +21,6 @@ from lorakit.callbacks.progress import StepProgress
 from lorakit.cli.schema import find_argument_problems, import_target
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import ConfigError
-from lorakit.lora.experts import ExpertLora
 from lorakit.lora.inject import LoRAPlan, inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.load import base_name, load_model, load_tokenizer
@@ -143,16 +142,13 @@ def enable_checkpointing(base: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def compile_layers(model: Any) -> None:
+def compile_layers(model: Any, *, backend: str = "inductor") -> None:
     """Compile each layer of the model by itself: in seconds rather than minutes, for rows of any length."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError("trainer.compile=true: this model has no layers that could be compiled one by one; set it to false")
     for layer in layers:
-        layer.compile(dynamic=True)
-    for module in model.modules():
-        if isinstance(module, ExpertLora):  # its blocks depend on what the router chose
-            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]  # of this one module
+        layer.compile(dynamic=True, backend=backend)
 
 
 def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: str, total_steps: int,

@@ -201,6 +201,7 @@ class ExpertLora(nn.Module, LoraLayer):
 
     # ---- forward
 
+    @torch.compiler.disable  # its blocks depend on what the router chose
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """Return the experts' output for (T, H) tokens, their (T, top_k) experts and the router's weights."""
         if self.disable_adapters and self.merged:

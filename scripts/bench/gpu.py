@@ -28,10 +28,10 @@ import peft
 import torch
 import transformers
 
-from lorakit.callbacks.packing_guard import attend_by_document
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.cross_entropy import cross_entropy
+from lorakit.model.attention import attend_by_document
 from lorakit.training.step import compute_loss
 from lorakit.types import Batch
 
@@ -78,13 +78,13 @@ def wrap(model: Any, who: str, rank: int) -> Any:
 
 
 def build_step(model: Any, batch: Batch) -> Step:
-    """A training step: forward, loss, backward, clip, AdamW."""
+    """A training step: forward, loss, backward, clip, AdamW; under autocast where the base is in bf16."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-    kind = batch.input_ids.device.type
+    is_mixed = model.dtype == torch.bfloat16
 
     def step() -> float:
-        with torch.autocast(kind, dtype=torch.bfloat16, enabled=model.dtype == torch.bfloat16 or kind == "cuda"):
+        with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=is_mixed):
             loss = compute_loss(model, batch, cross_entropy).loss_sum / batch.weight
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

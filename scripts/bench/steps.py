@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import gpu
 import peft
 import torch
 import transformers
@@ -43,25 +44,12 @@ def build_lorakit(model: Any, data: tuple[torch.Tensor, torch.Tensor], rank: int
     from lorakit.data.datum import make_datum
     from lorakit.lora.inject import inject
     from lorakit.lora.spec import LoRASpec
-    from lorakit.loss.cross_entropy import cross_entropy
-    from lorakit.training.step import compute_loss
 
     wrapped = _same_start(inject(model.requires_grad_(False), LoRASpec(rank=rank, alpha=rank, experts="auto", mlp="auto")))
     wrapped.train()
-    parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
     tokens, trained = data
     batch = collate([[make_datum(t.tolist(), w.float().tolist())] for t, w in zip(tokens, trained, strict=True)], 0)
-
-    def run() -> float:
-        loss = compute_loss(wrapped, batch, cross_entropy).loss_sum / batch.weight
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    return run
+    return gpu.build_step(wrapped, batch)
 
 
 def build_trl(model: Any, data: tuple[torch.Tensor, torch.Tensor], rank: int) -> Callable[[], float]:
