@@ -122,8 +122,9 @@ def pretrain(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, num
     """Train ``model`` in place; everything random comes from seeds."""
     rng, (words, _) = random.Random(1), load_words()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05)
+    warmup_share = max(0.05, 2 / num_steps)  # a warm-up of fewer than two steps divides by zero in OneCycleLR
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=3e-3, total_steps=num_steps, pct_start=0.05, final_div_factor=100
+        optimizer, max_lr=3e-3, total_steps=num_steps, pct_start=warmup_share, final_div_factor=100
     )
     started = time.perf_counter()
     batches = make_batches(rng, tokenizer, words, num_rows)

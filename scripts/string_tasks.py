@@ -71,7 +71,8 @@ def _letter_set(rng: random.Random, words: tuple[str, ...]) -> tuple[str, ...]:
         letters = set(rng.sample(string.ascii_lowercase, k=rng.randint(2, 8)))
         letters.add(rng.choice(rng.choice(words)))
         if letters & VOWELS != VOWELS:
-            return ("".join(sorted(letters, key=lambda _: rng.random())),)
+            # Sorted before it is shuffled: a set of strings has another order in every process.
+            return ("".join(rng.sample(sorted(letters), k=len(letters))),)
 
 
 def _counts_and_suffix(rng: random.Random, words: tuple[str, ...]) -> tuple[str, ...]:

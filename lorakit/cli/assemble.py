@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.history import RunHistory
@@ -23,6 +22,7 @@ from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import LoRAPlan, inject
 from lorakit.lora.spec import LoRASpec
+from lorakit.model.layers import compile_layers, enable_checkpointing
 from lorakit.model.load import base_name, load_model, load_tokenizer
 from lorakit.training.module import LoRAModule
 from lorakit.training.precision import base_dtype, resolve_accelerator, resolve_precision
@@ -134,21 +134,6 @@ def build_model(config: Config, spec: LoRASpec, *, device: str, precision: str) 
     if spec.init_from:
         start_from(model, spec, base=base_name(settings["path"]))
     return model
-
-
-def enable_checkpointing(base: Any) -> None:
-    """Activation checkpointing, by whichever name this version of transformers has for it."""
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def compile_layers(model: Any, *, backend: str = "inductor") -> None:
-    """Compile each layer of the model by itself: in seconds rather than minutes, for rows of any length."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ConfigError("trainer.compile=true: this model has no layers that could be compiled one by one; set it to false")
-    for layer in layers:
-        layer.compile(dynamic=True, backend=backend)
 
 
 def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: str, total_steps: int,

@@ -98,6 +98,16 @@ def test_the_state_goes_on_behind_the_last_batch_that_was_trained(path: str, tin
             assert torch.equal(batch.input_ids, other.input_ids) and batch.window_weight == other.window_weight
 
 
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"tokens_per_batch": 63}, "tokens_per_batch=63 is less than one row of 64 tokens"),
+    ({"tokens_per_batch": 127, "packing": True, "pack_tokens": 128}, "less than one row of 128 tokens"),
+    ({"tokens_per_batch": 64, "batch_size": 1}, "both set; set one of them to null"),
+], ids=str)  # fmt: skip
+def test_a_micro_batch_that_holds_no_row_is_refused(path: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LoRADataModule(path=path, max_tokens=64, **settings)
+
+
 def test_batches_of_evaluation_do_not_move_the_cursor(path: str, tiny: Any) -> None:
     module = ready(tiny, path=path, val_fraction=0.3)
     module.trainer = SimpleNamespace(training=False, accumulate_grad_batches=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import gradients, make_datums, make_model, randomise, relative_l2, tiny_config
 
-from lorakit.cli.assemble import enable_checkpointing
+from lorakit.model.layers import enable_checkpointing
 from lorakit.data.collate import collate
 from lorakit.data.packing import pack_best_fit
 from lorakit.lora.inject import inject

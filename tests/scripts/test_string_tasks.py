@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import string
+import subprocess
+import sys
 from pathlib import Path
 
 import make_pig_latin
@@ -12,7 +15,8 @@ import pytest
 import string_tasks
 from string_tasks import TASKS, Question
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "lorakit" / "examples" / "pig_latin"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+EXAMPLES = SCRIPTS.parent / "lorakit" / "examples" / "pig_latin"
 PREFIX, SUFFIX = "English: ", "\nPig Latin:"
 
 
@@ -83,6 +87,24 @@ def test_no_letter_set_of_a_cut_holds_all_vowels() -> None:
     for _ in range(5_000):
         for task in cuts:
             assert not set("aeiou") <= set(task.draw(rng, ("aeiou", "uoiea"))[0])
+
+
+def test_the_same_questions_are_drawn_in_every_process() -> None:
+    code = """if True:
+        import random, string_tasks
+        rng, words = random.Random(1), string_tasks.load_words()[0]
+        print([string_tasks.draw_question(rng, words)[1] for _ in range(200)])"""
+    drawn = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(SCRIPTS), "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert drawn[0] == drawn[1] and drawn[0].count("Question") == 200
 
 
 def test_held_out_words_are_seen_neither_in_pretraining_nor_in_the_demo() -> None:

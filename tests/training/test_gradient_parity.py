@@ -20,7 +20,7 @@ from tiny_models import (
     trainable,
 )  # fmt: skip
 
-from lorakit.cli.assemble import enable_checkpointing
+from lorakit.model.layers import enable_checkpointing
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.training.module import LoRAModule

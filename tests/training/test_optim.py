@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorakit.cli.assemble import build_optimization
 from lorakit.errors import ConfigError
 from lorakit.lora.spec import LoRASpec
 from lorakit.training import precision
@@ -75,6 +76,16 @@ def test_auto_precision_is_bf16_where_it_is_native(accelerator: str, native: boo
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
     assert precision.resolve_precision("auto", accelerator) == expected
+
+
+@pytest.mark.parametrize(("precision", "step"), [("32-true", "fused"), ("bf16-mixed", "fused"), ("16-mixed", "foreach")])
+def test_the_optimiser_steps_fused_except_where_gradients_are_scaled(precision: str, step: str) -> None:
+    optim = {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": "auto", "fused": True, "clip_norm": 1.0}
+    schedule = {"_target_": "lorakit.training.optim.constant", "_partial_": True}
+    make, _ = build_optimization({"optim": optim, "schedule": schedule}, lr=1e-3, total_steps=2, precision=precision)
+    made = make([torch.nn.Parameter(torch.zeros(1))]).defaults
+    assert made["lr"] == 1e-3
+    assert [name for name in ("fused", "foreach") if made[name]] == [step]
 
 
 def test_precisions_that_would_put_the_adapter_into_16_bit_are_refused() -> None:

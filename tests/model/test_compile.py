@@ -7,7 +7,7 @@ import shutil
 import pytest
 from tiny_models import gradients, make_datums, make_model, randomise, relative_l2
 
-from lorakit.cli.assemble import compile_layers
+from lorakit.model.layers import compile_layers
 from lorakit.data.collate import collate
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import inject
