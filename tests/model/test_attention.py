@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny_models import gradients, make_datums, make_model, randomise, relative_l2, tiny_config
 
-from lorakit.model.layers import enable_checkpointing
 from lorakit.data.collate import collate
 from lorakit.data.packing import pack_best_fit
 from lorakit.lora.inject import inject
@@ -16,6 +15,7 @@ from lorakit.lora.spec import LoRASpec
 from lorakit.loss.logprobs import target_logprobs
 from lorakit.model import attention
 from lorakit.model.attention import attend_by_document, group_by_length, packed_documents
+from lorakit.model.layers import enable_checkpointing
 
 FAMILIES = ["qwen3_moe", "qwen3", "llama", "mistral"]
 ROWS = pack_best_fit(make_datums(11), 40)

@@ -7,13 +7,13 @@ import shutil
 import pytest
 from tiny_models import gradients, make_datums, make_model, randomise, relative_l2
 
-from lorakit.model.layers import compile_layers
 from lorakit.data.collate import collate
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.cross_entropy import cross_entropy
 from lorakit.model.attention import attend_by_document
+from lorakit.model.layers import compile_layers
 from lorakit.model.load import load_tokenizer
 from lorakit.sampling.generate import generate
 from lorakit.training.step import compute_loss

@@ -20,9 +20,9 @@ from tiny_models import (
     trainable,
 )  # fmt: skip
 
-from lorakit.model.layers import enable_checkpointing
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
+from lorakit.model.layers import enable_checkpointing
 from lorakit.training.module import LoRAModule
 from lorakit.types import Datum
 
