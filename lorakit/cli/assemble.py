@@ -126,9 +126,9 @@ def build_model(config: Config, spec: LoRASpec, *, device: str, precision: str) 
         trust_remote_code=settings["trust_remote_code"],
         device=device if device != "cpu" else None,
     )
-    if config["trainer"]["activation_checkpointing"]:
-        enable_checkpointing(base)
     model = inject(base, spec, base_name=base_name(settings["path"]))
+    if config["trainer"]["activation_checkpointing"]:
+        enable_checkpointing(model)
     if config["trainer"]["compile"]:
         compile_layers(model)
     if spec.init_from:

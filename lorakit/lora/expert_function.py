@@ -20,9 +20,15 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from lorakit.lora.grouped import AllExperts, OneExpert, SortedRows, can_group, pad_rank
-
-FEW_ROWS = 32  # per expert: measured on two cores, 16 rows take 0.75 of the time in groups, 64 rows the same
+from lorakit.lora.grouped import (
+    MAX_ADJACENT_ROWS,
+    AdjacentExperts,
+    AllExperts,
+    SortedRows,
+    can_group,
+    emulates_products,
+    pad_rank,
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class ExpertFunction(torch.autograd.Function):
         with torch.autocast(x_TH.device.type, enabled=False):  # it would cast the frozen stacks
             layer = _Layer(call, factors)
             x = x_TH.to(layer.dtype)
-            weights_S = weights_TK.reshape(-1)[layer.rows.order_S].to(layer.dtype)
+            weights_S = layer.rows.take(weights_TK).to(layer.dtype)
             keeps = call.keeps and any(ctx.needs_input_grad)
             out_TH, hidden_SN, narrow = layer.forward(x, weights_S, keeps=keeps)
         if keeps:
@@ -81,14 +87,12 @@ class ExpertFunction(torch.autograd.Function):
         wants_x, wants_weights, _, *wants = ctx.needs_input_grad
         with torch.autocast(grad_TH.device.type, enabled=False):
             layer = _Layer(ctx.call, factors)
-            weights_S = weights_TK.reshape(-1)[layer.rows.order_S].to(layer.dtype)
+            weights_S = layer.rows.take(weights_TK).to(layer.dtype)
             grads = layer.backward(grad_TH.to(layer.dtype), x, weights_S, hidden_SN, narrow, wants_x=wants_x, wants=wants)
         grad_x, grad_weights_S, grad_factors = grads
         grad_weights = None
         if wants_weights:
-            grad_weights = torch.empty_like(weights_TK).view(-1)
-            grad_weights[layer.rows.order_S] = grad_weights_S.to(grad_weights.dtype)
-            grad_weights = grad_weights.view_as(weights_TK)
+            grad_weights = layer.rows.put_back(grad_weights_S, weights_TK)
         return (None if grad_x is None else grad_x.to(grad_TH.dtype), grad_weights, None, *grad_factors)
 
 
@@ -100,11 +104,13 @@ class _Layer:
         self.w1_EHN, self.w2_EIH = call.weights()
         self.b1_EN, self.b2_EH = call.biases()
         self.dtype = self.w1_EHN.dtype
-        self.rows = SortedRows.sort(call.experts_TK, call.num_experts)
-        grouped = call.products == "grouped" or (call.products == "auto" and self._prefers_groups())
-        self.grouped = grouped and can_group(self.rows, self.w1_EHN, self.w2_EIH)
+        # On a CPU a few experts at a time keep what they make in the cache.
+        prefers_groups = call.products == "grouped" or (call.products == "auto" and self.w1_EHN.device.type != "cpu")
+        self.grouped = prefers_groups and can_group(call.experts_TK.numel(), self.w1_EHN, self.w2_EIH)
         if call.products == "grouped" and not self.grouped:
             raise ValueError(f"grouped products do not take {self.dtype} stacks of {tuple(self.w1_EHN.shape)} here")
+        max_rows = 0 if emulates_products(self.w1_EHN) else MAX_ADJACENT_ROWS  # not a run of experts in float32
+        self.rows = SortedRows.sort(call.experts_TK, call.num_experts, grouped=self.grouped, max_rows=max_rows)
         self.originals = factors
         self._masks: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
         self.factors = [self._prepare(factor, dim=2 if number % 2 else 1) for number, factor in enumerate(factors)]
@@ -119,7 +125,7 @@ class _Layer:
         out_TH = x_TH.new_zeros((len(x_TH), self.w2_EIH.shape[2]), dtype=self.sum_dtype)
         hidden_SN = x_TH.new_empty((num_rows, num_out)) if keeps or self.grouped else None
         narrow = {part.index: self._narrow(part, x_TH, num_rows) for part in (*self.call.first, *self.call.second)}
-        for block in self.rows.blocks(grouped=self.grouped):
+        for block in self.rows.blocks():
             rows = block.rows
             h = block.times(x_TH[block.tokens], self.w1_EHN, out=None if hidden_SN is None else hidden_SN[rows])
             if self.b1_EN is not None:
@@ -161,7 +167,7 @@ class _Layer:
         shared = {p.index: x_TH.new_zeros((len(x_TH), self._rank(p)), dtype=self.sum_dtype) for p in call.first if p.is_shared}
         shared |= {p.index: grad_TH @ self._pair(p)[1][0] for p in call.second if p.is_shared}
         wants_hidden = wants_x or any(wants[2 * part.index] or wants[2 * part.index + 1] for part in call.first)
-        for block in self.rows.blocks(grouped=self.grouped):
+        for block in self.rows.blocks():
             rows, tokens = block.rows, block.tokens
             g, weights = grad_TH[tokens], weights_S[rows, None]
             act, pull = self._activate(hidden_SN[rows])
@@ -184,7 +190,7 @@ class _Layer:
         return grad_x, grad_weights_S, [self._restore(number, s) for number, s in enumerate(sums)]
 
     def _second_part(
-        self, block: OneExpert | AllExperts, part: Part, act: torch.Tensor, g: torch.Tensor, weights: torch.Tensor,
+        self, block: AdjacentExperts | AllExperts, part: Part, act: torch.Tensor, g: torch.Tensor, weights: torch.Tensor,
         grad_act: torch.Tensor, narrow: dict[int, torch.Tensor], shared: dict[int, torch.Tensor], sums: list[Any],
     ) -> None:  # fmt: skip
         """Add the part's way back to ``grad_act`` and the sums of its factors' gradients."""
@@ -202,7 +208,7 @@ class _Layer:
             block.put_outer_(sum_b, g, narrow[part.index][block.rows] * weights, part.scale)
 
     def _first_part(
-        self, block: OneExpert | AllExperts, part: Part, x_TH: torch.Tensor, grad_h: torch.Tensor, grad_rows: torch.Tensor | None,
+        self, block: AdjacentExperts | AllExperts, part: Part, x_TH: torch.Tensor, grad_h: torch.Tensor, grad_rows: torch.Tensor | None,
         narrow: dict[int, torch.Tensor], shared: dict[int, torch.Tensor], sums: list[Any],
     ) -> None:  # fmt: skip
         """Add the part's way back to ``grad_rows`` and the sums of its factors' gradients."""
@@ -244,12 +250,6 @@ class _Layer:
 
     # ---- pieces
 
-    def _prefers_groups(self) -> bool:
-        """Always on a GPU. On a CPU one expert at a time keeps what it makes in the cache, until calls cost more than products."""
-        if self.w1_EHN.device.type != "cpu":
-            return True
-        return self.dtype == torch.float32 and len(self.rows.order_S) < FEW_ROWS * self.call.num_experts
-
     def _prepare(self, factor: torch.Tensor, *, dim: int) -> torch.Tensor:
         factor = factor.to(self.dtype)
         return pad_rank(factor, dim) if self.grouped else factor
@@ -274,13 +274,11 @@ class _Layer:
         return x_TH.new_empty((num_rows, self._rank(part)))
 
     def _sum_narrow(self, rows_SR: torch.Tensor, weights_S: torch.Tensor) -> torch.Tensor:
-        sum_TR = rows_SR.new_zeros((len(self.call.experts_TK), rows_SR.shape[1]), dtype=self.sum_dtype)
-        AllExperts(self.rows).add_to_tokens_(sum_TR, rows_SR * weights_S[:, None])
-        return sum_TR
+        return self.rows.sum_tokens(rows_SR * weights_S[:, None], self.sum_dtype)
 
     @staticmethod
     def _add_times(
-        block: OneExpert | AllExperts, h: torch.Tensor, columns: slice, u: torch.Tensor, b: torch.Tensor, scale: float
+        block: AdjacentExperts | AllExperts, h: torch.Tensor, columns: slice, u: torch.Tensor, b: torch.Tensor, scale: float
     ) -> None:
         target = h[:, columns]
         if columns.step in (None, 1):

@@ -9,10 +9,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lorakit.errors import ConfigError
 
 
-def enable_checkpointing(base: Any) -> None:
-    """Activation checkpointing, by whichever name this version of transformers has for it."""
+def enable_checkpointing(model: Any) -> None:
+    """Activation checkpointing of a model with adapters, by whichever name this version of transformers has for it.
+
+    transformers and PEFT then ask for gradients of the embeddings, which only re-entrant checkpointing needs, and with which every
+    layer below the first adapter would make a graph: that is taken back.
+    """
+    base = model.get_base_model()
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    base.disable_input_require_grads()
 
 
 def compile_layers(model: Any, *, backend: str = "inductor") -> None:

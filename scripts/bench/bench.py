@@ -66,6 +66,11 @@ def rows(quick: bool, dtypes: tuple[str, ...]) -> Iterator[Row]:
                 params = active_params(model, share)
                 name = f"whole step, {model}, {share:.0%} trained, {dtype}"
                 yield Row(name, "whole_step", settings, ("trl", "lorakit"), 2 * 2 * STEP_TOKENS * params, 0.0)
+        if not quick:
+            settings = {"model": "dense", "dtype": dtype, "rows": 1, "length": STEP_TOKENS, "document": 128}
+            name = f"whole step, dense, a row of {STEP_TOKENS} packed from documents of 128, {dtype}"
+            operations = 2 * 2 * STEP_TOKENS * active_params("dense", 1.0)
+            yield Row(name, "whole_step", settings, ("mask", "lorakit"), operations, 0.0)
 
 
 def layer_row(name: str, dtype: str, **changes: int) -> Row:

@@ -120,15 +120,18 @@ def head(
 
 
 def whole_step(
-    *, who: str, model: str, share: float = 1.0, dtype: str = "float32", rows: int = 4, length: int = 512, rank: int = 16
-) -> Run:
+    *, who: str, model: str, share: float = 1.0, dtype: str = "float32", rows: int = 4, length: int = 512, rank: int = 16,
+    **options: int,
+) -> Run:  # fmt: skip
     """A training step on ``rows`` x ``length`` tokens: forward, loss, backward, AdamW, of an adapter on all matrices.
 
-    ``model``: moe (91 M parameters) or dense. ``who``: trl (TRL's SFTTrainer with PEFT), lorakit.
+    ``model``: moe (91 M parameters) or dense. ``who``: trl (TRL's SFTTrainer with PEFT), lorakit, mask (lorakit with transformers'
+    mask over all pairs of positions). ``options``: ``document``, the length of what rows are packed from.
     """
     import steps
 
-    return steps.BUILDERS[who](steps.make_model(model, getattr(torch, dtype)), steps.make_rows(rows, length, share), rank)
+    data = steps.make_rows(rows, length, share)
+    return steps.BUILDERS[who](steps.make_model(model, getattr(torch, dtype)), data, rank, **options)
 
 
 BUILDERS: dict[str, Callable[..., Run]] = {"expert_layer": expert_layer, "head": head, "whole_step": whole_step}

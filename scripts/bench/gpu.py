@@ -32,6 +32,7 @@ from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.cross_entropy import cross_entropy
 from lorakit.model.attention import attend_by_document
+from lorakit.model.layers import enable_checkpointing
 from lorakit.training.step import compute_loss
 from lorakit.types import Batch
 
@@ -163,7 +164,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             try:
                 model = wrap(make_model(config, options.device, dtype), who, rank)
                 if checkpointing:
-                    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+                    enable_checkpointing(model)
                 if who != "peft":
                     attend_by_document(model.get_base_model())
                 for tokens in options.tokens:

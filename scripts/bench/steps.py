@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -38,17 +39,26 @@ def make_rows(rows: int, length: int, share: float) -> tuple[torch.Tensor, torch
     return tokens, trained
 
 
-def build_lorakit(model: Any, data: tuple[torch.Tensor, torch.Tensor], rank: int) -> Callable[[], float]:
-    """lorakit: its injection, its loss, its clipping."""
+def build_lorakit(
+    model: Any, data: tuple[torch.Tensor, torch.Tensor], rank: int, document: int | None = None, *, by_document: bool = True
+) -> Callable[[], float]:
+    """lorakit: its injection, its loss, its clipping. Rows may be packed, of documents of ``document`` tokens."""
     from lorakit.data.collate import collate
     from lorakit.data.datum import make_datum
     from lorakit.lora.inject import inject
     from lorakit.lora.spec import LoRASpec
+    from lorakit.model.attention import attend_by_document
 
     wrapped = _same_start(inject(model.requires_grad_(False), LoRASpec(rank=rank, alpha=rank, experts="auto", mlp="auto")))
     wrapped.train()
-    tokens, trained = data
-    batch = collate([[make_datum(t.tolist(), w.float().tolist())] for t, w in zip(tokens, trained, strict=True)], 0)
+    if by_document and (problem := attend_by_document(wrapped.get_base_model())):
+        raise RuntimeError(problem)
+    size = document or data[0].shape[1]
+    rows = [
+        [make_datum(t.tolist(), w.float().tolist()) for t, w in zip(tokens.split(size), trained.split(size), strict=True)]
+        for tokens, trained in zip(*data, strict=True)
+    ]
+    batch = collate(rows, 0)
     return gpu.build_step(wrapped, batch)
 
 
@@ -108,4 +118,4 @@ def _same_start(wrapped: Any) -> Any:
     return wrapped
 
 
-BUILDERS = {"lorakit": build_lorakit, "trl": build_trl}
+BUILDERS = {"lorakit": build_lorakit, "mask": functools.partial(build_lorakit, by_document=False), "trl": build_trl}

@@ -25,9 +25,9 @@ def step(family: str, *, by_document: bool, checkpointing: bool = False) -> tupl
     base = make_model(family)
     if by_document:
         assert attend_by_document(base) is None
-    if checkpointing:
-        enable_checkpointing(base)
     model = randomise(inject(base, LoRASpec(rank=4, alpha=8)), std=0.02).train()
+    if checkpointing:
+        enable_checkpointing(model)
     batch = collate(ROWS, pad_token_id=0)
     logprobs = target_logprobs(model, batch)
     (logprobs * batch.weights).sum().backward()

@@ -20,10 +20,13 @@ from tiny_models import (
     trainable,
 )  # fmt: skip
 
+from lorakit.data.collate import collate
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
+from lorakit.loss.cross_entropy import cross_entropy
 from lorakit.model.layers import enable_checkpointing
 from lorakit.training.module import LoRAModule
+from lorakit.training.step import compute_loss
 from lorakit.types import Datum
 
 LR = 2.0**14  # so large that the parameter before the step is lost in the rounding of the step itself
@@ -35,10 +38,9 @@ def trained_gradient(
     folder: Any, family: str, rows_each: int, accumulate: int, checkpointing: bool = False
 ) -> dict[str, torch.Tensor]:
     """One SGD step of a real Trainer over all rows; the gradient is read back from the change of the parameters."""
-    base = make_model(family)
+    model = randomise(inject(make_model(family), SPEC))
     if checkpointing:
-        enable_checkpointing(base)
-    model = randomise(inject(base, SPEC))
+        enable_checkpointing(model)
     before = trainable(model)
     module = LoRAModule(lambda: model, optimizer=sgd(LR), clip_norm=0.0)
     trainer = make_trainer(folder, accumulate_grad_batches=accumulate)
@@ -105,3 +107,20 @@ def test_activation_checkpointing_gives_the_same_gradient(family: str, tmp_path:
     plain = trained_gradient(tmp_path, family, rows_each=4, accumulate=2)
     again = trained_gradient(tmp_path, family, rows_each=4, accumulate=2, checkpointing=True)
     assert relative_l2(again, plain) < 1e-6
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama"])
+def test_nothing_below_the_first_adapter_makes_a_graph(family: str, checkpointing: bool) -> None:
+    base = make_model(family)
+    model = inject(base, LoRASpec(rank=4, targets=["*.layers.1.*"])).train()
+    if checkpointing:
+        enable_checkpointing(model)
+    seen: dict[str, bool] = {}
+    for name in ("embed_tokens", "layers.0", "layers.1"):
+        base.model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: seen.__setitem__(name, output.requires_grad)
+        )
+    compute_loss(model, collate([DATUMS[:1]], pad_token_id=0), cross_entropy).loss_sum.backward()
+    assert seen == {"embed_tokens": False, "layers.0": False, "layers.1": True}
+    assert all(gradient.abs().sum() > 0 for name, gradient in gradients(model).items() if "lora_B" in name)

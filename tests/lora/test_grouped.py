@@ -1,0 +1,62 @@
+"""Runs of experts: every row once, padding bounded, and values by row and by choice the same ones."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorakit.lora.grouped import MAX_PADDING, READ_ROWS, Run, SortedRows, plan_runs
+
+
+def test_experts_of_about_equal_load_go_together_up_to_the_largest_run() -> None:
+    assert plan_runs([60, 64, 62, 64], max_rows=1024) == [Run(0, 4, 64)]
+    assert plan_runs([60, 64, 62, 64], max_rows=130) == [Run(0, 2, 64), Run(2, 2, 64)]
+    assert plan_runs([60, 64], max_rows=0) == [Run(0, 1, 60), Run(1, 1, 64)]
+
+
+def test_an_expert_that_gets_most_rows_goes_alone_and_one_that_gets_none_is_left_out() -> None:
+    assert plan_runs([0, 10, 900, 10, 10, 0]) == [Run(1, 1, 10), Run(2, 1, 900), Run(3, 2, 10)]
+    assert plan_runs([0, 0]) == [] == plan_runs([])
+
+
+@given(st.lists(st.integers(0, 300), max_size=40), st.sampled_from([0, 100, 1024]))
+@settings(deadline=None)
+def test_runs_hold_every_row_and_little_else(counts: list[int], max_rows: int) -> None:
+    runs = plan_runs(counts, max_rows=max_rows)
+    assert all(any(_holds(run, expert) for run in runs) for expert, count in enumerate(counts) if count)
+    assert all(one.first + one.num_experts <= other.first for one, other in itertools.pairwise(runs))
+    for run in runs:
+        loads = counts[run.first : run.first + run.num_experts]
+        assert run.rows_each == max(loads) > 0
+        assert run.num_experts == 1 or run.num_experts * run.rows_each <= max_rows
+        cost = sum(load + READ_ROWS for load in loads if load)
+        assert run.num_experts * (run.rows_each + READ_ROWS) <= MAX_PADDING * cost or run.num_experts == 1
+
+
+def test_values_by_choice_come_back_from_padded_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    experts_TK = torch.rand(50, 7, generator=generator).topk(3).indices
+    values_TK = torch.rand(50, 3, generator=generator)
+    for grouped in (False, True):
+        rows = SortedRows.sort(experts_TK, 9, grouped=grouped)
+        taken = rows.take(values_TK)
+        is_padding = rows.order_S == 150
+        assert bool(is_padding.any()) != grouped
+        assert bool((taken[is_padding] == 0).all())
+        assert torch.equal(rows.put_back(taken, values_TK), values_TK)
+        assert torch.equal(rows.sum_tokens(taken[:, None], torch.float32)[:, 0], values_TK.sum(dim=1))
+        for block in rows.blocks():
+            expected = torch.arange(9.0)[:, None] if grouped else None
+            assert expected is None or torch.equal(block.per_row(expected)[:, 0].long(), experts_TK.flatten().sort().values)
+    padded = SortedRows.sort(experts_TK, 9, grouped=False)
+    for block in padded.blocks():
+        numbers = block.per_row(torch.arange(9)[:, None])[:, 0]
+        for place, expert in zip(padded.order_S[block.rows].tolist(), numbers.tolist(), strict=True):
+            assert place == 150 or int(experts_TK.flatten()[place]) == expert
+
+
+def _holds(run: Run, expert: int) -> bool:
+    return run.first <= expert < run.first + run.num_experts
