@@ -21,7 +21,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lorakit.lora.grouped import (
-    MAX_ADJACENT_ROWS,
+    MAX_RUN_BYTES,
     AdjacentExperts,
     AllExperts,
     SortedRows,
@@ -109,7 +109,8 @@ class _Layer:
         self.grouped = prefers_groups and can_group(call.experts_TK.numel(), self.w1_EHN, self.w2_EIH)
         if call.products == "grouped" and not self.grouped:
             raise ValueError(f"grouped products do not take {self.dtype} stacks of {tuple(self.w1_EHN.shape)} here")
-        max_rows = 0 if emulates_products(self.w1_EHN) else MAX_ADJACENT_ROWS  # not a run of experts in float32
+        row_bytes = self.w1_EHN.shape[2] * self.w1_EHN.element_size()
+        max_rows = 0 if emulates_products(self.w1_EHN) else MAX_RUN_BYTES // row_bytes  # not a run of experts in float32
         self.rows = SortedRows.sort(call.experts_TK, call.num_experts, grouped=self.grouped, max_rows=max_rows)
         self.originals = factors
         self._masks: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}

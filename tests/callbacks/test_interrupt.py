@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.training.module import LoRAModule
 from lorakit.weights.checkpoint import list_checkpoints
+
+
+@pytest.fixture(autouse=True)
+def python_handles_ctrl_c() -> Iterator[None]:
+    """A shell starts what it puts into the background with SIGINT ignored; here Python's own handler stands."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Press(L.Callback):

@@ -18,8 +18,8 @@ def test_experts_of_about_equal_load_go_together_up_to_the_largest_run() -> None
 
 
 def test_an_expert_that_gets_most_rows_goes_alone_and_one_that_gets_none_is_left_out() -> None:
-    assert plan_runs([0, 10, 900, 10, 10, 0]) == [Run(1, 1, 10), Run(2, 1, 900), Run(3, 2, 10)]
-    assert plan_runs([0, 0]) == [] == plan_runs([])
+    assert plan_runs([0, 10, 900, 10, 10, 0], max_rows=1024) == [Run(1, 1, 10), Run(2, 1, 900), Run(3, 2, 10)]
+    assert plan_runs([0, 0], max_rows=9) == [] == plan_runs([], max_rows=9)
 
 
 @given(st.lists(st.integers(0, 300), max_size=40), st.sampled_from([0, 100, 1024]))
@@ -41,7 +41,7 @@ def test_values_by_choice_come_back_from_padded_rows() -> None:
     experts_TK = torch.rand(50, 7, generator=generator).topk(3).indices
     values_TK = torch.rand(50, 3, generator=generator)
     for grouped in (False, True):
-        rows = SortedRows.sort(experts_TK, 9, grouped=grouped)
+        rows = SortedRows.sort(experts_TK, 9, grouped=grouped, max_rows=1024)
         taken = rows.take(values_TK)
         is_padding = rows.order_S == 150
         assert bool(is_padding.any()) != grouped
@@ -51,7 +51,7 @@ def test_values_by_choice_come_back_from_padded_rows() -> None:
         for block in rows.blocks():
             expected = torch.arange(9.0)[:, None] if grouped else None
             assert expected is None or torch.equal(block.per_row(expected)[:, 0].long(), experts_TK.flatten().sort().values)
-    padded = SortedRows.sort(experts_TK, 9, grouped=False)
+    padded = SortedRows.sort(experts_TK, 9, grouped=False, max_rows=1024)
     for block in padded.blocks():
         numbers = block.per_row(torch.arange(9)[:, None])[:, 0]
         for place, expert in zip(padded.order_S[block.rows].tolist(), numbers.tolist(), strict=True):

@@ -22,6 +22,11 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=INPUT_IDS, use_cache=False).logits
 
 
+def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """As a share of the largest logit: products in another order round otherwise."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3", "llama"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_only_lora_is_trainable_in_float32_and_the_logits_are_the_bases(family: str, dtype: str) -> None:
@@ -39,14 +44,14 @@ def test_only_lora_is_trainable_in_float32_and_the_logits_are_the_bases(family: 
     )
     assert max(parameter.abs().max().item() for name, parameter in own.items() if "lora_B" in name) == 0
     assert min(parameter.abs().max().item() for name, parameter in own.items() if "lora_A" in name) > 0
-    assert torch.equal(logits(model), before)
-    assert not torch.equal(logits(randomise(model)), before)
+    assert largest_difference(logits(model), before) < 2e-6
+    assert largest_difference(logits(randomise(model)), before) > 1e-3
 
 
 def test_the_bundled_model_computes_what_it_did() -> None:
     base = load_model("tiny")
     before = logits(base)
-    assert torch.equal(logits(inject(base, LoRASpec(rank=8))), before)
+    assert largest_difference(logits(inject(base, LoRASpec(rank=8))), before) < 2e-6
 
 
 def test_lora_dtype_changes_the_adapter_alone() -> None:
