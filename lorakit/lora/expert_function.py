@@ -109,8 +109,10 @@ class _Layer:
         self.grouped = prefers_groups and can_group(call.experts_TK.numel(), self.w1_EHN, self.w2_EIH)
         if call.products == "grouped" and not self.grouped:
             raise ValueError(f"grouped products do not take {self.dtype} stacks of {tuple(self.w1_EHN.shape)} here")
-        row_bytes = self.w1_EHN.shape[2] * self.w1_EHN.element_size()
-        max_rows = 0 if emulates_products(self.w1_EHN) else MAX_RUN_BYTES // row_bytes  # not a run of experts in float32
+        # No run where experts are given in float32, one at a time, nor in float16, in which padding (a token at an expert that was
+        # not chosen for it) may overflow, and infinity times a weight of 0 is not 0.
+        is_single = emulates_products(self.w1_EHN) or self.dtype == torch.float16
+        max_rows = 0 if is_single else MAX_RUN_BYTES // (self.w1_EHN.shape[2] * self.w1_EHN.element_size())
         self.rows = SortedRows.sort(call.experts_TK, call.num_experts, grouped=self.grouped, max_rows=max_rows)
         self.originals = factors
         self._masks: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}

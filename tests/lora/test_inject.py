@@ -44,8 +44,8 @@ def test_only_lora_is_trainable_in_float32_and_the_logits_are_the_bases(family: 
     )
     assert max(parameter.abs().max().item() for name, parameter in own.items() if "lora_B" in name) == 0
     assert min(parameter.abs().max().item() for name, parameter in own.items() if "lora_A" in name) > 0
-    assert largest_difference(logits(model), before) < 2e-6
-    assert largest_difference(logits(randomise(model)), before) > 1e-3
+    assert largest_difference(logits(model), before) < (2e-6 if dtype == "float32" else 0.02)  # bf16 may round at each product
+    assert largest_difference(logits(randomise(model)), before) > (1e-3 if dtype == "float32" else 0.02)
 
 
 def test_the_bundled_model_computes_what_it_did() -> None:
