@@ -97,7 +97,7 @@ def active_params(model: str, share: float) -> float:
 
 
 def measure(row: Row, repeats: int, threads: int, console: Console) -> dict[str, Any]:
-    """Run the contenders of ``row`` in turn; the first round warms up and is left out."""
+    """Run the contenders of ``row`` in turn: a round to warm up, ``repeats`` for times, and two for memory."""
     workers = {who: Worker(row.kind, {"who": who, **row.settings}, threads) for who in row.contenders}
     found: dict[str, list[Measured]] = {who: [] for who, worker in workers.items() if worker.problem is None}
     for who, worker in workers.items():
@@ -108,13 +108,14 @@ def measure(row: Row, repeats: int, threads: int, console: Console) -> dict[str,
             result = workers[who].call()
             if number:
                 found[who].append(result)
+    peaks = {who: max(workers[who].call(trim=True).peak_bytes for _ in range(2)) for who in found}
     for worker in workers.values():
         worker.stop()
     return {
         who: {
             "seconds": statistics.median(m.seconds for m in results),
             "spread_seconds": max(m.seconds for m in results) - min(m.seconds for m in results),
-            "peak_bytes": max(m.peak_bytes for m in results),
+            "peak_bytes": peaks[who],
             "first_value": results[0].value,
         }
         for who, results in found.items()
