@@ -19,7 +19,7 @@ class Measured:
     """One call of a contender."""
 
     seconds: float
-    peak_bytes: int  # resident memory at its highest, above what stood before the call; of a trimmed call alone it means something
+    peak_bytes: int  # resident memory at its highest above what stood before; means something of a trimmed call alone
     value: float  # what the call computed (a loss), to compare
 
 
