@@ -14,3 +14,4 @@ if TYPE_CHECKING:
 
 Loss = Callable[["torch.Tensor", "Batch"], "LossOutput"]
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy}
+WEIGHTED_SUMS: tuple[Loss, ...] = (cross_entropy,)  # a multiple of the sum of batch.weights times logprobs

@@ -6,14 +6,17 @@ With z the logits of a token, p their softmax and t a target, log p_t = z_t - lo
 
 The sum over the vocabulary is gathered block by block beside the logsumexp, both rescaled when a larger logit comes: the online
 softmax of FlashAttention (arXiv 2205.14135, section 3.1) with the unembedding in the place of the values. So the logits are computed
-once, for whatever loss, and the backward only scales. A trained unembedding needs every p_v again: its blocks are computed twice.
+once, for whatever loss, and the backward only scales.
+
+A trained unembedding needs every p_v. Where the loss is a weighted sum whose weights are known, few tokens at a time meet the whole
+vocabulary and its gradient is summed while p is at hand, to be scaled in the backward; for another loss its blocks are computed twice.
 
 Shapes: N tokens, V vocabulary, H hidden, K targets per token, R rank of an adapter of the unembedding; n, v of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 MAX_TOKENS = 4096  # of a block
 BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # of float32 logits at a time
+WHOLE_BLOCKS = 4  # times as much where a block holds the whole vocabulary: products of few tokens are slow
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,16 @@ class Head:
 
 
 def head_logprobs(
-    hidden_NH: torch.Tensor, head: Head, targets_NK: torch.Tensor, *, temperature: float = 1.0, block_bytes: int | None = None
-) -> torch.Tensor:
-    """Return log p(target) of each target at each token, (N, K) float32, with gradients to ``hidden_NH`` and the adapters."""
+    hidden_NH: torch.Tensor, head: Head, targets_NK: torch.Tensor, *, temperature: float = 1.0, block_bytes: int | None = None,
+    weights_NK: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Return log p(target) of each target at each token, (N, K) float32, with gradients to ``hidden_NH`` and the adapters.
+
+    ``weights_NK``: the loss will be the sum of these times the log-probabilities, or a multiple of it. It spares a trained
+    unembedding the second computation of its logits; where the loss turns out to be another one, they are computed all the same.
+    """
     factors = [factor for a, b, _ in head.adapters for factor in (a, b)]
-    call = _Call(head, temperature, block_bytes, torch.is_grad_enabled())
+    call = _Call(head, temperature, block_bytes, torch.is_grad_enabled(), weights_NK)
     return _HeadFunction.apply(hidden_NH, targets_NK, call, *factors)
 
 
@@ -70,17 +79,23 @@ class _Call:
     temperature: float
     block_bytes: int | None
     keeps: bool  # whether a backward may follow
+    weights_NK: torch.Tensor | None = None  # the expected gradient of the log-probabilities, but for one factor
 
-    def row_blocks(self, hidden_NH: torch.Tensor) -> Iterator[slice]:
-        """Yield slices over the tokens."""
-        size = max(1, min(MAX_TOKENS, self._num_bytes() // 4096))
+    def row_blocks(self, hidden_NH: torch.Tensor, *, whole: bool = False) -> Iterator[slice]:
+        """Yield slices over the tokens: few enough for ``logit_blocks`` to be one block with ``whole``."""
+        size = max(1, min(MAX_TOKENS, self.max_whole_rows if whole else self._num_bytes() // 4096))
         for start in range(0, len(hidden_NH), size):
             yield slice(start, start + size)
 
-    def logit_blocks(self, hidden_nH: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    @property
+    def max_whole_rows(self) -> int:
+        """The number of tokens whose logits over the whole vocabulary may be held; it can be 0."""
+        return WHOLE_BLOCKS * self._num_bytes() // (4 * self.head.weight_VH.shape[0])
+
+    def logit_blocks(self, hidden_nH: torch.Tensor, *, whole: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (first token of the vocabulary, logits over temperature (n, v) float32), each to be written over."""
         vocab = self.head.weight_VH.shape[0]
-        size = max(1, self._num_bytes() // (4 * max(1, len(hidden_nH))))
+        size = vocab if whole else max(1, self._num_bytes() // (4 * max(1, len(hidden_nH))))
         hidden = hidden_nH.to(self.head.weight_VH.dtype)
         narrow = [hidden @ a.to(hidden.dtype).mT for a, _, _ in self.head.adapters]
         for first in range(0, vocab, size):
@@ -136,23 +151,33 @@ class _HeadFunction(torch.autograd.Function):
         lse = hidden_NH.new_zeros((len(hidden_NH), 1), dtype=torch.float32)
         mean_NH = torch.empty_like(hidden_NH) if wants_hidden else None
         slope_NK = torch.empty_like(logprobs) if wants_hidden and call.head.softcap else None
+        is_summed = wants_hidden and any(ctx.needs_input_grad[3:]) and call.weights_NK is not None and call.max_whole_rows > 0
+        sums = [torch.zeros_like(factor, dtype=torch.float32) for factor in factors] if is_summed else []
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            for rows in call.row_blocks(hidden_NH):
-                found = _scan(call, hidden_NH[rows], targets_NK[rows], wants_hidden)
+            for rows in call.row_blocks(hidden_NH, whole=is_summed):
+                found = _scan(call, hidden_NH[rows], targets_NK[rows], wants_hidden, whole=is_summed)
                 logprobs[rows], lse[rows] = found.logits_nK - found.lse_n1, found.lse_n1
                 if mean_NH is not None and found.mean_nH is not None:
                     mean_NH[rows] = found.mean_nH
+                slope_nK = call.slope_(found.logits_nK)
                 if slope_NK is not None:
-                    slope_NK[rows] = torch.as_tensor(call.slope_(found.logits_nK))
+                    slope_NK[rows] = torch.as_tensor(slope_nK)
+                if call.weights_NK is not None and is_summed:
+                    weights_nK = call.weights_NK[rows].float()
+                    grad = found.pulling_nv.mul_(weights_nK.sum(dim=1, keepdim=True).neg_() / found.total_n1)
+                    grad.scatter_add_(1, targets_NK[rows], weights_nK * slope_nK)
+                    _add_factor_gradients_(sums, call, hidden_NH[rows], [(0, grad)])
         ctx.call = call
+        ctx.num_factors = len(factors)
         if call.keeps:
-            ctx.save_for_backward(hidden_NH, targets_NK, mean_NH, slope_NK, lse, *factors)
+            ctx.save_for_backward(hidden_NH, targets_NK, mean_NH, slope_NK, lse, *factors, *sums)
         return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_NH, targets_NK, mean_NH, slope_NK, lse, *factors = ctx.saved_tensors
+        hidden_NH, targets_NK, mean_NH, slope_NK, lse, *rest = ctx.saved_tensors
+        factors, sums = rest[: ctx.num_factors], rest[ctx.num_factors :]
         call: _Call = ctx.call
         grad_hidden = None
         with torch.autocast(hidden_NH.device.type, enabled=False):
@@ -165,25 +190,31 @@ class _HeadFunction(torch.autograd.Function):
                     grad_hidden.addcmul_(rows, weights_NK[:, choice, None].to(rows.dtype))
             wants = ctx.needs_input_grad[3:]
             grads: list[Any] = [None] * len(wants)
-            if any(wants):
-                grads = _factor_gradients(call, hidden_NH, targets_NK, grad_NK, lse, factors)
+            multiple = _multiple_of(call.weights_NK, grad_NK) if sums else None
+            if multiple is not None:
+                grads = [(total * multiple).to(factor.dtype) for total, factor in zip(sums, factors, strict=True)]
+            elif any(wants):
+                grads = _factor_gradients(call, hidden_NH, targets_NK, grad_NK, lse, factors, whole=bool(sums))
         return (grad_hidden, None, None, *(grad if want else None for grad, want in zip(grads, wants, strict=True)))
 
 
 @dataclass
 class _Scanned:
     lse_n1: torch.Tensor
+    total_n1: torch.Tensor  # sum of exp(logit - largest)
     logits_nK: torch.Tensor  # of the targets
     mean_nH: torch.Tensor | None  # sum over the vocabulary of p times the unembedding's rows
+    pulling_nv: torch.Tensor  # of the last block: exp(logit - largest), times d logits / d product where there is a mean
 
 
-def _scan(call: _Call, hidden: torch.Tensor, targets: torch.Tensor, wants_mean: bool) -> _Scanned:
+def _scan(call: _Call, hidden: torch.Tensor, targets: torch.Tensor, wants_mean: bool, *, whole: bool = False) -> _Scanned:
     """Go over the vocabulary once, keeping sums relative to the largest logit so far."""
     top = hidden.new_full((len(hidden), 1), float("-inf"), dtype=torch.float32)
     total = torch.zeros_like(top)
     picked = hidden.new_zeros(targets.shape, dtype=torch.float32)
     mean = torch.zeros_like(hidden, dtype=torch.float32) if wants_mean else None
-    for first, logits in call.logit_blocks(hidden):
+    weights = total
+    for first, logits in call.logit_blocks(hidden, whole=whole):
         _pick_(picked, logits, targets, first)
         new_top = torch.maximum(top, logits.amax(dim=-1, keepdim=True))
         shrink = (top - new_top).exp_()
@@ -192,7 +223,7 @@ def _scan(call: _Call, hidden: torch.Tensor, targets: torch.Tensor, wants_mean: 
         total.mul_(shrink).add_(weights.sum(dim=-1, keepdim=True))
         if mean is not None:
             call.add_pulled_(mean.mul_(shrink), weights.mul_(call.slope_(logits)), first)
-    return _Scanned(top + total.log(), picked, None if mean is None else mean.div_(total))
+    return _Scanned(top + total.log(), total, picked, None if mean is None else mean.div_(total), weights)
 
 
 def _pick_(picked_nK: torch.Tensor, logits_nv: torch.Tensor, targets_nK: torch.Tensor, first: int) -> None:
@@ -202,29 +233,60 @@ def _pick_(picked_nK: torch.Tensor, logits_nv: torch.Tensor, targets_nK: torch.T
     picked_nK.copy_(torch.where(inside, logits_nv.gather(1, local), picked_nK))
 
 
+def _multiple_of(weights_NK: torch.Tensor | None, grad_NK: torch.Tensor) -> float | None:
+    """Return the number that ``grad_NK`` is ``weights_NK`` times, or None where it is no multiple. On a GPU it waits for both."""
+    if weights_NK is None or not weights_NK.numel():
+        return None
+    weights = weights_NK.to(grad_NK.dtype)
+    multiple = (grad_NK * weights).sum() / weights.square().sum()
+    is_multiple = (grad_NK - multiple * weights).abs().max() <= 1e-6 * grad_NK.abs().max()
+    return float(multiple) if bool(is_multiple) else None
+
+
 def _factor_gradients(
     call: _Call, hidden_NH: torch.Tensor, targets_NK: torch.Tensor, grad_NK: torch.Tensor, lse: torch.Tensor,
-    factors: list[torch.Tensor],
+    factors: list[torch.Tensor], *, whole: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Compute each block once more, for the gradients of the unembedding's adapters."""
+    """Compute each block once more, for the gradients of the unembedding's adapters.
+
+    In the blocks of the forward: a product in another shape rounds otherwise, and logits that differ from those in ``lse`` give
+    probabilities whose sum is not 1.
+    """
     sums = [torch.zeros_like(factor, dtype=torch.float32) for factor in factors]
-    for rows in call.row_blocks(hidden_NH):
-        hidden, targets, grad = hidden_NH[rows].to(call.head.weight_VH.dtype), targets_NK[rows], grad_NK[rows]
-        narrow = [hidden @ a.to(hidden.dtype).mT for a, _, _ in call.head.adapters]
-        pulled = [torch.zeros_like(inner, dtype=torch.float32) for inner in narrow]
-        for first, logits in call.logit_blocks(hidden):
-            tokens = slice(first, first + logits.shape[1])
-            grad_logits = (logits - lse[rows]).exp_().mul_(-grad.sum(dim=1, keepdim=True))
-            inside = (targets >= first) & (targets < tokens.stop)
-            local = (targets - first).clamp(0, logits.shape[1] - 1)
-            grad_logits.scatter_add_(1, local, grad * inside)
-            grad_products = grad_logits.mul_(call.slope_(logits)).to(hidden.dtype)
-            for number, (_, b, scale) in enumerate(call.head.adapters):
-                _add_product_(pulled[number], grad_products, b[tokens].to(hidden.dtype), scale)
-                _add_product_(sums[2 * number + 1][tokens], grad_products.mT, narrow[number], scale)
-        for number, total in enumerate(pulled):
-            _add_product_(sums[2 * number], total.to(hidden.dtype).mT, hidden, 1.0)
+    for rows in call.row_blocks(hidden_NH, whole=whole):
+        blocks = _gradient_blocks(call, hidden_NH[rows], targets_NK[rows], grad_NK[rows], lse[rows], whole=whole)
+        _add_factor_gradients_(sums, call, hidden_NH[rows], blocks)
     return [total.to(factor.dtype) for total, factor in zip(sums, factors, strict=True)]
+
+
+def _gradient_blocks(
+    call: _Call, hidden: torch.Tensor, targets: torch.Tensor, grad: torch.Tensor, lse: torch.Tensor, *, whole: bool
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (first token of the vocabulary, gradient of the products (n, v) float32)."""
+    for first, logits in call.logit_blocks(hidden, whole=whole):
+        grad_logits = (logits - lse).exp_().mul_(-grad.sum(dim=1, keepdim=True))
+        inside = (targets >= first) & (targets < first + logits.shape[1])
+        local = (targets - first).clamp(0, logits.shape[1] - 1)
+        grad_logits.scatter_add_(1, local, grad * inside)
+        yield first, grad_logits.mul_(call.slope_(logits))
+
+
+def _add_factor_gradients_(
+    sums: list[torch.Tensor], call: _Call, hidden: torch.Tensor, blocks: Iterable[tuple[int, torch.Tensor]]
+) -> None:
+    """Add to ``sums`` (A, B, A, B, ... float32) what the tokens of ``hidden`` give, by the gradients of their products."""
+    adapters = call.head.adapters
+    hidden = hidden.to(call.head.weight_VH.dtype)
+    narrow = [hidden @ a.to(hidden.dtype).mT for a, _, _ in adapters]
+    pulled = [torch.zeros_like(inner, dtype=torch.float32) for inner in narrow]
+    for first, block in blocks:
+        grad_products = block.to(hidden.dtype)
+        tokens = slice(first, first + grad_products.shape[1])
+        for number, (_, b, scale) in enumerate(adapters):
+            _add_product_(pulled[number], grad_products, b[tokens].to(hidden.dtype), scale)
+            _add_product_(sums[2 * number + 1][tokens], grad_products.mT, narrow[number], scale)
+    for number, total in enumerate(pulled):
+        _add_product_(sums[2 * number], total.to(hidden.dtype).mT, hidden, 1.0)
 
 
 def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:

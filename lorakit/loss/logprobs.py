@@ -17,18 +17,21 @@ log = logging.getLogger("lorakit")
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # unembedding -> whether Head describes it
 
 
-def target_logprobs(model: Any, batch: Batch, *, all_positions: bool = False) -> torch.Tensor:
+def target_logprobs(model: Any, batch: Batch, *, all_positions: bool = False, is_weighted_sum: bool = False) -> torch.Tensor:
     """Return log p(target | what stands before it) for each position, (B, L) float32, with graph.
 
     Where the weight is 0 it is 0 and costs nothing behind the last layer, unless ``all_positions``. No attention mask and no cache
     are given, and position ids only for packed rows: this is what isolates packed documents from one another in transformers.
+    ``is_weighted_sum``: the loss will sum them by the batch's weights, which spares a trained unembedding its logits a second time.
     """
     hidden_BLH, head = hidden_states(model, batch)
     logits_BLV = _run(model, batch).logits if hidden_BLH is None else None
     places_N = torch.arange(batch.weights.numel(), device=batch.weights.device) if all_positions else batch.trained_positions
     targets_N = batch.targets.flatten()[places_N]
     if hidden_BLH is not None and head is not None:
-        logprobs_N = head_logprobs(hidden_BLH.flatten(0, 1).index_select(0, places_N), head, targets_N[:, None])[:, 0]
+        weights_NK = batch.weights.flatten()[places_N, None] if is_weighted_sum else None
+        hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, places_N)
+        logprobs_N = head_logprobs(hidden_NH, head, targets_N[:, None], weights_NK=weights_NK)[:, 0]
     else:
         assert logits_BLV is not None
         logits_NV = logits_BLV.flatten(0, 1).index_select(0, places_N).float()

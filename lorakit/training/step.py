@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lorakit.loss import Loss
+from lorakit.loss import WEIGHTED_SUMS, Loss
 from lorakit.loss.logprobs import target_logprobs
 from lorakit.types import Batch, LossOutput
 
@@ -16,7 +16,8 @@ def compute_loss(model: Any, batch: Batch, loss: Loss, *, all_positions: bool = 
     Positions of weight 0 never reach the unembedding, and their log-probability is NaN, unless ``all_positions``. The loss itself
     is given 0 there.
     """
-    output = loss(target_logprobs(model, batch, all_positions=all_positions), batch)
+    logprobs = target_logprobs(model, batch, all_positions=all_positions, is_weighted_sum=loss in WEIGHTED_SUMS)
+    output = loss(logprobs, batch)
     if all_positions:
         return output
     return replace(output, logprobs=output.logprobs.masked_fill(batch.weights == 0, float("nan")))

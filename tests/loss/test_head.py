@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import lorakit.loss.head
 from lorakit.loss.head import Head, best_logprobs, head_logprobs
 
 TOKENS, VOCAB, HIDDEN, RANK = 23, 61, 16, 3
@@ -41,6 +42,11 @@ def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float(((ours - theirs).abs().max() / theirs.abs().max()).detach())
 
 
+def curved(logprobs: torch.Tensor) -> torch.Tensor:
+    """A loss that is not linear in log-probabilities."""
+    return (logprobs.exp() * torch.linspace(-1, 2, logprobs.numel()).view_as(logprobs) + 0.1 * logprobs).sum()
+
+
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias": {"bias": True},
@@ -64,13 +70,37 @@ def test_blocks_equal_all_logits_at_once(case: str, block_bytes: int | None, num
     theirs = plain(hidden, head, targets, temperature)
     assert ours.dtype == torch.float32
     assert largest_difference(ours, theirs) < 1e-6
-
-    def loss(logprobs: torch.Tensor) -> torch.Tensor:  # not linear in log-probabilities
-        return (logprobs.exp() * torch.linspace(-1, 2, logprobs.numel()).view_as(logprobs) + 0.1 * logprobs).sum()
-
-    found = torch.autograd.grad(loss(ours), [hidden, *factors])
-    expected = torch.autograd.grad(loss(theirs), [hidden, *factors])
+    found = torch.autograd.grad(curved(ours), [hidden, *factors])
+    expected = torch.autograd.grad(curved(theirs), [hidden, *factors])
     for mine, reference in zip(found, expected, strict=True):
+        assert float((mine - reference).norm() / reference.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("num_targets", [1, 4])
+@pytest.mark.parametrize("block_bytes", [4, VOCAB * 4, VOCAB * 4 * 2 + 60, None])
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case].get("adapters")])
+def test_a_weighted_sum_whose_weights_are_known_computes_its_logits_once(
+    monkeypatch: pytest.MonkeyPatch, case: str, block_bytes: int | None, num_targets: int
+) -> None:
+    head, hidden = make(**CASES[case])
+    targets = torch.randint(VOCAB, (TOKENS, num_targets), generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(TOKENS, num_targets, generator=torch.Generator().manual_seed(2))
+    factors = [factor for a, b, _ in head.adapters for factor in (a, b)]
+    again: list[int] = []
+    twice = lorakit.loss.head._factor_gradients
+    monkeypatch.setattr(
+        lorakit.loss.head, "_factor_gradients", lambda *args, **options: again.append(1) or twice(*args, **options)
+    )
+    ours = head_logprobs(hidden, head, targets, temperature=0.7, block_bytes=block_bytes, weights_NK=weights)
+    theirs = plain(hidden, head, targets, 0.7)
+    assert largest_difference(ours, theirs) < 1e-6
+    found = torch.autograd.grad(-(weights * ours).sum() / 7, [hidden, *factors], retain_graph=True)
+    assert not again or block_bytes == 4  # which does not hold the logits of one token
+    expected = torch.autograd.grad(-(weights * theirs).sum() / 7, [hidden, *factors], retain_graph=True)
+    other = torch.autograd.grad(curved(ours), [hidden, *factors])  # a loss that is not what was told
+    assert again
+    expected += torch.autograd.grad(curved(theirs), [hidden, *factors])
+    for mine, reference in zip([*found, *other], expected, strict=True):
         assert float((mine - reference).norm() / reference.norm()) < 2e-6
 
 
