@@ -31,6 +31,7 @@ from worker import Measured, Worker
 LAYER = {"experts": 128, "hidden": 1024, "width": 512, "top_k": 8, "rank": 16}
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a number
 STEP_TOKENS = 4 * 512
+ROW_SECONDS, MIN_ROUNDS = 60, 2  # a row that has taken so long ends after so many measured rounds
 HEAD = {"tokens": 2048, "vocab": 151_936, "hidden": 1024}
 
 
@@ -97,17 +98,20 @@ def active_params(model: str, share: float) -> float:
 
 
 def measure(row: Row, repeats: int, threads: int, console: Console) -> dict[str, Any]:
-    """Run the contenders of ``row`` in turn: a round to warm up, ``repeats`` for times, and two for memory."""
+    """Run the contenders of ``row`` in turn: a round to warm up, ``repeats`` for times (fewer of a slow row), and two for memory."""
     workers = {who: Worker(row.kind, {"who": who, **row.settings}, threads) for who in row.contenders}
     found: dict[str, list[Measured]] = {who: [] for who, worker in workers.items() if worker.problem is None}
     for who, worker in workers.items():
         if worker.problem:
             console.print(f"{row.name}: {who} left out ({worker.problem})")
-    for number in range(repeats + 1):
+    for who in found:
+        workers[who].call()
+    start = time.perf_counter()
+    for number in range(repeats):
+        if number >= MIN_ROUNDS and time.perf_counter() - start > ROW_SECONDS:
+            break
         for who in found:
-            result = workers[who].call()
-            if number:
-                found[who].append(result)
+            found[who].append(workers[who].call())
     peaks = {who: max(workers[who].call(trim=True).peak_bytes for _ in range(2)) for who in found}
     for worker in workers.values():
         worker.stop()
@@ -115,6 +119,7 @@ def measure(row: Row, repeats: int, threads: int, console: Console) -> dict[str,
         who: {
             "seconds": statistics.median(m.seconds for m in results),
             "spread_seconds": max(m.seconds for m in results) - min(m.seconds for m in results),
+            "rounds": len(results),
             "peak_bytes": peaks[who],
             "first_value": results[0].value,
         }
@@ -166,7 +171,7 @@ def main() -> None:
     """Measure all rows and write ``bench.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rows and repeats")
-    parser.add_argument("--repeats", type=int, help="measured rounds of each row (default 5, quick 3)")
+    parser.add_argument("--repeats", type=int, help="measured rounds of a row at most (default 5, quick 3)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="rows whose name holds this text")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for bench.json")
