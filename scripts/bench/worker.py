@@ -23,11 +23,18 @@ class Measured:
     value: float  # what the call computed (a loss), to compare
 
 
+IMPORTED_ONCE = ("contenders", "steps", "peft.tuners.lora", "trl", "lorakit.lora.inject", "lorakit.loss.head")
+
+
 class Worker:
-    """Starts ``contenders.BUILDERS[kind]`` with ``settings`` in a new process."""
+    """Starts ``contenders.BUILDERS[kind]`` with ``settings`` in a new process.
+
+    It is forked from a server that has imported the libraries and done nothing with them: an import takes longer than many a row.
+    """
 
     def __init__(self, kind: str, settings: dict[str, Any], threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(IMPORTED_ONCE))  # what is not installed is passed over
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, kind, settings, threads), daemon=True)
         self._process.start()
