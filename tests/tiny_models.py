@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.data.collate import collate
 from lorakit.data.datum import make_datum
@@ -199,3 +200,19 @@ def sgd(lr: float = 0.1, **options: Any) -> Any:
 def adamw(lr: float = 1e-2) -> Any:
     """A maker of AdamW."""
     return functools.partial(torch.optim.AdamW, lr=lr)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
+                self.num_elements = max(self.num_elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorakit.loss.head import Head, head_logprobs
+from lorakit.loss.head import Head, HeadAdapter, head_logprobs
 from lorakit.model.attention import packed_documents
 from lorakit.types import Batch
 
@@ -43,11 +45,15 @@ def target_logprobs(model: Any, batch: Batch, *, all_positions: bool = False, is
 def hidden_states(model: Any, batch: Batch) -> tuple[torch.Tensor | None, Head | None]:
     """Return what the unembedding is given, (B, L, H), and the unembedding; None for both where no ``Head`` describes it."""
     unembedding = model.get_output_embeddings()
-    head = None if unembedding is None or _CHECKED.get(unembedding) is False else describe_head(model, unembedding)
+    if unembedding is None or _CHECKED.get(unembedding) is False:
+        return None, None
+    head = describe_head(model, unembedding)
     if head is None:
+        _warn_of_all_logits(type(model).__name__)
         return None, None
     given: list[torch.Tensor] = []
-    num_seen = 0 if unembedding in _CHECKED else 2  # positions that the model's own unembedding gets: to compare, once
+    is_new, was_training = unembedding not in _CHECKED, unembedding.training
+    num_seen = 2 if is_new else 0  # positions that the model's own unembedding gets: to compare, once
 
     def intercept(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         given.append(args[0])
@@ -55,28 +61,45 @@ def hidden_states(model: Any, batch: Batch) -> tuple[torch.Tensor | None, Head |
 
     handle = unembedding.register_forward_pre_hook(intercept)
     try:
+        unembedding.train(was_training and not is_new)  # no dropout in what is compared
         logits = _run(model, batch).logits
+        if is_new:
+            without_dropout = replace(head, adapters=tuple(adapter._replace(dropout=None) for adapter in head.adapters))
+            _CHECKED[unembedding] = _agrees(without_dropout, given[0][:, :num_seen], logits)
+            if not _CHECKED[unembedding]:
+                _warn_of_all_logits(type(model).__name__)
+                return None, None
     finally:
         handle.remove()
-    if unembedding not in _CHECKED:
-        _CHECKED[unembedding] = _agrees(head, given[0][:, :num_seen], logits)
-        if not _CHECKED[unembedding]:
-            log.warning("the unembedding of %s is not one that lorakit knows: all logits are held", type(model).__name__)
-            return None, None
+        unembedding.train(was_training)
     return given[0], head
 
 
+@functools.cache  # once
+def _warn_of_all_logits(model_name: str) -> None:
+    log.warning(
+        "the unembedding of %s is not one that lorakit knows (DoRA on it, or another computation): all logits are held",
+        model_name,
+    )
+
+
 def describe_head(model: Any, unembedding: Any) -> Head | None:
-    """Return what the unembedding computes, or None where it has a part that ``Head`` has not (DoRA, dropout, a trained weight)."""
-    adapters: tuple[tuple[torch.Tensor, torch.Tensor, float], ...] = ()
+    """Return what the unembedding computes, or None where it has a part that ``Head`` has not (DoRA, a trained weight)."""
+    adapters: tuple[HeadAdapter, ...] = ()
     base = unembedding
     if hasattr(unembedding, "lora_A"):
         base = unembedding.get_base_layer()
         names = [] if unembedding.disable_adapters or unembedding.merged else unembedding.active_adapters
         names = [name for name in names if name in unembedding.lora_A]
-        if any(name in unembedding.lora_variant or _drops(unembedding.lora_dropout[name]) for name in names):
+        if any(name in unembedding.lora_variant for name in names):
             return None
-        adapters = tuple((unembedding.lora_A[n].weight, unembedding.lora_B[n].weight, unembedding.scaling[n]) for n in names)
+        adapters = tuple(
+            HeadAdapter(
+                unembedding.lora_A[name].weight, unembedding.lora_B[name].weight, unembedding.scaling[name],
+                unembedding.lora_dropout[name] if _drops(unembedding.lora_dropout[name]) else None,
+            )
+            for name in names
+        )  # fmt: skip
     if type(base) is not nn.Linear or base.weight.requires_grad:
         return None
     config = model.config.get_text_config()

@@ -97,8 +97,8 @@ def active_params(model: str, share: float) -> float:
     return active + share * config.vocab_size * config.hidden_size
 
 
-def measure(row: Row, repeats: int, threads: int, console: Console) -> dict[str, Any]:
-    """Run the contenders of ``row`` in turn: a round to warm up, ``repeats`` for times (fewer of a slow row), and two for memory."""
+def measure(row: Row, repeats: int, num_peaks: int, threads: int, console: Console) -> dict[str, Any]:
+    """Run the contenders in turn: a round to warm up, ``repeats`` for times (fewer of a slow row), ``num_peaks`` for memory."""
     workers = {who: Worker(row.kind, {"who": who, **row.settings}, threads) for who in row.contenders}
     found: dict[str, list[Measured]] = {who: [] for who, worker in workers.items() if worker.problem is None}
     for who, worker in workers.items():
@@ -112,7 +112,7 @@ def measure(row: Row, repeats: int, threads: int, console: Console) -> dict[str,
             break
         for who in found:
             found[who].append(workers[who].call())
-    peaks = {who: max(workers[who].call(trim=True).peak_bytes for _ in range(2)) for who in found}
+    peaks = {who: max(workers[who].call(trim=True).peak_bytes for _ in range(num_peaks)) for who in found}
     for worker in workers.values():
         worker.stop()
     return {
@@ -125,6 +125,28 @@ def measure(row: Row, repeats: int, threads: int, console: Console) -> dict[str,
         }
         for who, results in found.items()
     }
+
+
+def find_differing_values(row: Row, found: dict[str, Any]) -> str | None:
+    """Name the contenders whose loss differs by more than 1e-4 from the first one's, in float32; whole steps have stepped before."""
+    values = {who: figures["first_value"] for who, figures in found.items()}
+    first = next(iter(values.values()))
+    if row.settings["dtype"] != "float32" or all(abs(value - first) <= 1e-4 * abs(first) for value in values.values()):
+        return None
+    return f"{row.name}: " + ", ".join(f"{who} {value:.6g}" for who, value in values.items())
+
+
+def processor_name() -> str:
+    """The processor as Linux calls it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def product_rate(threads: int, size: int = 2048) -> float:
@@ -171,12 +193,12 @@ def main() -> None:
     """Measure all rows and write ``bench.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rows and repeats")
-    parser.add_argument("--repeats", type=int, help="measured rounds of a row at most (default 5, quick 3)")
+    parser.add_argument("--repeats", type=int, help="measured rounds of a row at most (default 5, quick 2)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="rows whose name holds this text")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for bench.json")
     options = parser.parse_args()
-    console = Console(soft_wrap=True)
+    console, start = Console(soft_wrap=True), time.perf_counter()
     has_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if not has_bf16:
         console.print("this processor has no bf16 products: the bf16 rows are left out, since they would time an emulation")
@@ -187,18 +209,27 @@ def main() -> None:
     results = []
     for row in rows(options.quick, ("float32", "bfloat16") if has_bf16 else ("float32",)):
         if options.only in row.name:
-            found = measure(row, options.repeats or (3 if options.quick else 5), options.threads, console)
+            found = measure(
+                row, options.repeats or (2 if options.quick else 5), 1 if options.quick else 2, options.threads, console
+            )
             console.print(show(row, found, rate, bytes_rate))
+            if differing := find_differing_values(row, found):
+                console.print(f"NOT THE SAME WORK: {differing}")
             results.append({"row": asdict(row), "found": found})
-    packages = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-    about = {"date": datetime.date.today().isoformat(), "python": platform.python_version(), "packages": packages}
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "processor": processor_name(),
+        "python": platform.python_version(),
+        "packages": {name: version_of(name) for name in ("torch", "transformers", "peft", "trl")},
+        "minutes": round((time.perf_counter() - start) / 60, 1),
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(
         {**about, "threads": options.threads, "product_rate": rate, "copy_rate": bytes_rate, "rows": results}, indent=2
     )
     (options.out / "bench.json").write_text(text + "\n", encoding="utf-8")
     draw(results, options.out / "bench.png")
-    console.print(f"written: {options.out / 'bench.json'}, {options.out / 'bench.png'}")
+    console.print(f"{about['minutes']} minutes; written: {options.out / 'bench.json'}, {options.out / 'bench.png'}")
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -212,9 +243,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     colours = dict(
         zip(sorted({who for result in results for who in result["found"]}), plt.get_cmap("tab10").colors, strict=False)
     )
-    for axis, field, title in zip(
-        axes, ("seconds", "peak_bytes"), ("time", "peak memory above what stood before"), strict=True
-    ):
+    for axis, field, title in zip(axes, ("seconds", "peak_bytes"), ("time", "peak memory"), strict=True):
         for number, result in enumerate(results):
             first = next(iter(result["found"].values()))
             height = 0.8 / len(result["found"])

@@ -113,8 +113,7 @@ def test_peft_loads_a_second_adapter_into_our_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("spec", [SPEC, replace(SPEC, targets=["experts.gate_up_proj"]), replace(SPEC, rslora=True)])
 def test_gradients_are_those_of_plain_peft(spec: LoRASpec) -> None:
     ours = randomise(inject(make_model(), spec))
-    config = peft.LoraConfig(**{k: v for k, v in to_peft_config(plan(make_model(), spec)).to_dict().items() if k in _PLAIN})
-    theirs = randomise(peft.get_peft_model(make_model(), config))
+    theirs = randomise(peft.get_peft_model(make_model(), _plain_config(spec)))
     for model in (ours, theirs):
         model(input_ids=INPUT_IDS, use_cache=False).logits.square().sum().backward()
     found, expected = gradients(ours), gradients(theirs)
@@ -123,7 +122,11 @@ def test_gradients_are_those_of_plain_peft(spec: LoRASpec) -> None:
     assert relative_l2(found, expected) < 1e-5
 
 
-_PLAIN = ("r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "task_type")
+def _plain_config(spec: LoRASpec) -> peft.LoraConfig:
+    """The same adapter for PEFT's own layers."""
+    names = ("r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "task_type")
+    settings = to_peft_config(plan(make_model(), spec)).to_dict()
+    return peft.LoraConfig(**{name: settings[name] for name in names})
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -192,12 +195,16 @@ def test_activation_checkpointing_changes_nothing_dropout_included(spec: LoRASpe
     assert relative_l2(found[1], found[0]) < 1e-6
 
 
-@pytest.mark.parametrize("spec", [SPEC, SHARED])
-def test_dropout_is_unbiased_and_its_gradient_is_that_of_finite_differences(spec: LoRASpec) -> None:
-    model = randomise(inject(make_model(), replace(spec, dropout=0.5, targets=["experts"]))).double()
-    layer = layers(model)[0]
+def _alone(spec: LoRASpec, **changes: Any) -> tuple[ExpertLora, tuple[Any, ...]]:
+    """The first layer of experts in float64, and what it is called with."""
+    model = randomise(inject(make_model(), replace(spec, **changes))).double()
     x = torch.randn(6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    experts, weights = torch.tensor([[0, 1], [2, 3]] * 3), torch.full((6, 2), 0.5, dtype=torch.float64)
+    return layers(model)[0], (x, torch.tensor([[0, 1], [2, 3]] * 3), torch.full((6, 2), 0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("spec", [SPEC, SHARED])
+def test_dropout_has_the_gradient_of_finite_differences(spec: LoRASpec) -> None:
+    layer, (x, experts, weights) = _alone(spec, dropout=0.5, targets=["experts"])
     exact = layer.eval()(x, experts, weights).detach()
     layer.train()
 
@@ -208,6 +215,53 @@ def test_dropout_is_unbiased_and_its_gradient_is_that_of_finite_differences(spec
     assert not torch.allclose(with_seed(x), exact, atol=1e-3)
     first = [p for name, p in layer.named_parameters() if "lora_" in name]
     assert torch.autograd.gradcheck(with_seed, (x, *first), eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [SPEC, SHARED])
+def test_dropout_is_right_on_average(spec: LoRASpec) -> None:
+    """On the way out the output is linear in what is dropped, so that its mean is the output without dropout."""
+    layer, inputs = _alone(spec, dropout=0.3, targets=["experts.down_proj"])
+    with torch.no_grad():
+        exact = layer.eval()(*inputs)
+        without = layer.train() and torch.stack([layer(*inputs) for _ in range(3000)])
+    error = (without.mean(dim=0) - exact) / (without.std(dim=0) / 3000**0.5)
+    assert float(error.abs().max()) < 5  # of a standard error, over 192 numbers
+    assert float(without.std(dim=0).min()) > 0
+
+
+def test_routers_that_score_all_experts_alike_choose_as_in_plain_peft() -> None:
+    found = []
+    for wrap in (lambda model: inject(model, SPEC), lambda model: peft.get_peft_model(model, _plain_config(SPEC))):
+        model = make_model()
+        for layer in model.model.layers:
+            torch.nn.init.zeros_(layer.mlp.gate.weight)
+        model = randomise(wrap(model))
+        output = model(input_ids=INPUT_IDS, use_cache=False).logits
+        output.square().sum().backward()
+        found.append((output.detach(), gradients(model)))
+    assert close(found[0][0], found[1][0])
+    assert relative_l2(found[0][1], found[1][1]) < 1e-5
+
+
+def test_two_adapters_at_once_have_the_gradients_of_their_sum() -> None:
+    _, inputs = _alone(SPEC)
+    model = inject(make_model(), replace(SPEC, targets=["experts"]), adapter_name="one")
+    model.add_adapter("two", to_peft_config(plan(make_model(), replace(SHARED, rank=5, targets=["experts"]))))
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        randomise(model, seed=len(name))
+    model = model.double()
+    layer = layers(model)[0]
+    named = {name: p for name, p in layer.named_parameters() if "lora_" in name}
+    found = {}
+    for active in (["one"], ["two"], ["one", "two"]):
+        model.base_model.set_adapter(active)
+        for p in named.values():
+            p.requires_grad_(True)
+        found[tuple(active)] = layer(*inputs)
+    both = found["one", "two"]
+    difference = torch.autograd.gradcheck(lambda *factors: layer(*inputs), tuple(named.values()), eps=1e-6, atol=1e-6)
+    assert difference and not torch.allclose(both, found["one",]) and not torch.allclose(both, found["two",])
 
 
 @pytest.mark.parametrize("spec", [SPEC, SHARED])

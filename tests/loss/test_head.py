@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import LargestTensor
 
 import lorakit.loss.head
-from lorakit.loss.head import Head, best_logprobs, head_logprobs
+from lorakit.loss.head import Head, HeadAdapter, best_logprobs, head_logprobs
 
 TOKENS, VOCAB, HIDDEN, RANK = 23, 61, 16, 3
 
@@ -21,14 +23,16 @@ def make(
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    pairs = tuple((randn(RANK, HIDDEN).requires_grad_(), randn(VOCAB, RANK).requires_grad_(), 0.5) for _ in range(adapters))
+    pairs = tuple(
+        HeadAdapter(randn(RANK, HIDDEN).requires_grad_(), randn(VOCAB, RANK).requires_grad_(), 0.5) for _ in range(adapters)
+    )
     head = Head(randn(VOCAB, HIDDEN), randn(VOCAB) if bias else None, pairs, **options)
     return head, randn(TOKENS, HIDDEN).requires_grad_()
 
 
 def plain(hidden: torch.Tensor, head: Head, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """All logits, log_softmax, gather."""
-    weight = head.weight_VH + sum(scale * b @ a for a, b, scale in head.adapters)
+    weight = head.weight_VH + sum(scale * b @ a for a, b, scale, _ in head.adapters)
     logits = hidden @ weight.T + (0 if head.bias_V is None else head.bias_V)
     logits = logits.float() if logits.dtype != torch.float64 else logits
     logits = logits * head.multiplier
@@ -65,7 +69,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_blocks_equal_all_logits_at_once(case: str, block_bytes: int | None, num_targets: int, temperature: float) -> None:
     head, hidden = make(**CASES[case])
     targets = torch.randint(VOCAB, (TOKENS, num_targets), generator=torch.Generator().manual_seed(1))
-    factors = [factor for a, b, _ in head.adapters for factor in (a, b)]
+    factors = [factor for adapter in head.adapters for factor in adapter[:2]]
     ours = head_logprobs(hidden, head, targets, temperature=temperature, block_bytes=block_bytes)
     theirs = plain(hidden, head, targets, temperature)
     assert ours.dtype == torch.float32
@@ -85,12 +89,10 @@ def test_a_weighted_sum_whose_weights_are_known_computes_its_logits_once(
     head, hidden = make(**CASES[case])
     targets = torch.randint(VOCAB, (TOKENS, num_targets), generator=torch.Generator().manual_seed(1))
     weights = torch.randn(TOKENS, num_targets, generator=torch.Generator().manual_seed(2))
-    factors = [factor for a, b, _ in head.adapters for factor in (a, b)]
+    factors = [factor for adapter in head.adapters for factor in adapter[:2]]
     again: list[int] = []
-    twice = lorakit.loss.head._factor_gradients
-    monkeypatch.setattr(
-        lorakit.loss.head, "_factor_gradients", lambda *args, **options: again.append(1) or twice(*args, **options)
-    )
+    twice = lorakit.loss.head._gradients
+    monkeypatch.setattr(lorakit.loss.head, "_gradients", lambda *args, **options: again.append(1) or twice(*args, **options))
     ours = head_logprobs(hidden, head, targets, temperature=0.7, block_bytes=block_bytes, weights_NK=weights)
     theirs = plain(hidden, head, targets, 0.7)
     assert largest_difference(ours, theirs) < 1e-6
@@ -136,7 +138,50 @@ def test_large_logits_do_not_overflow() -> None:
     assert bool(torch.isfinite(logprobs).all()) and bool((logprobs <= 0).all())
 
 
-def test_without_gradients_nothing_is_kept() -> None:
+def test_without_gradients_nothing_is_kept_nor_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     head, hidden = make()
+    monkeypatch.setattr(lorakit.loss.head, "_add_product_", None)  # what would be pulled towards the vocabulary
     with torch.no_grad():
         assert not head_logprobs(hidden, head, torch.zeros(TOKENS, 1, dtype=torch.long)).requires_grad
+    with pytest.raises(TypeError):  # the control
+        head_logprobs(hidden, head, torch.zeros(TOKENS, 1, dtype=torch.long))
+
+
+def test_a_frozen_unembedding_computes_its_logits_once_for_whatever_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, hidden = make()
+    blocks: list[int] = []
+    compute = lorakit.loss.head._Call._logits
+    monkeypatch.setattr(lorakit.loss.head._Call, "_logits", lambda *args: blocks.append(1) or compute(*args))
+    logprobs = head_logprobs(hidden, head, torch.zeros(TOKENS, 1, dtype=torch.long), block_bytes=4096 * 7)
+    assert len(blocks) == 4  # 23 tokens, 7 at a time, that meet all 61 of the vocabulary
+    curved(logprobs).backward()
+    assert len(blocks) == 4
+
+
+@pytest.mark.parametrize("weights", [None, torch.ones(64, 1)])
+@pytest.mark.parametrize("adapters", [0, 1])
+def test_tokens_times_vocabulary_is_never_held(adapters: int, weights: torch.Tensor | None) -> None:
+    vocab, tokens, hidden_size = 4096, 64, 16
+    a, b = torch.randn(RANK, hidden_size, requires_grad=True), torch.randn(vocab, RANK, requires_grad=True)
+    head = Head(torch.randn(vocab, hidden_size), None, (HeadAdapter(a, b, 0.5),) * adapters)
+    hidden, targets = torch.randn(tokens, hidden_size, requires_grad=True), torch.zeros(tokens, 1, dtype=torch.long)
+    with LargestTensor() as ours:
+        curved(head_logprobs(hidden, head, targets, block_bytes=4 * 4096 * 4, weights_NK=weights)).backward()
+    with LargestTensor() as theirs:  # the control
+        curved(plain(hidden, head, targets)).backward()
+    assert ours.num_elements < 0.3 * tokens * vocab <= tokens * vocab <= theirs.num_elements
+
+
+def test_dropout_falls_on_what_the_adapter_is_given() -> None:
+    head, hidden = make(adapters=1)
+    kept = (torch.arange(HIDDEN) % 3 > 0) * 1.5
+    dropped = replace(head, adapters=(head.adapters[0]._replace(dropout=lambda x: x * kept),))
+    targets = torch.randint(VOCAB, (TOKENS, 1), generator=torch.Generator().manual_seed(1))
+    a, b, scale, _ = head.adapters[0]
+    logits = hidden @ head.weight_VH.T + scale * (hidden * kept) @ a.T @ b.T
+    theirs = logits.log_softmax(dim=-1).gather(1, targets)
+    ours = head_logprobs(hidden, dropped, targets)
+    assert largest_difference(ours, theirs) < 1e-6
+    found, expected = (torch.autograd.grad(curved(logprobs), [hidden, a, b]) for logprobs in (ours, theirs))
+    for mine, reference in zip(found, expected, strict=True):
+        assert float((mine - reference).norm() / reference.norm()) < 2e-6

@@ -13,7 +13,7 @@ from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.cross_entropy import cross_entropy
 from lorakit.loss.head import head_logprobs
-from lorakit.loss.logprobs import target_logprobs
+from lorakit.loss.logprobs import _warn_of_all_logits, target_logprobs
 from lorakit.training.step import compute_loss
 from lorakit.types import Batch
 
@@ -42,6 +42,28 @@ def test_they_equal_log_softmax_and_gather_with_gradients(family: str) -> None:
     (values * batch.weights).sum().backward()
     (expected * batch.weights).sum().backward()
     assert relative_l2(gradients(ours), gradients(theirs)) < 1e-6
+
+
+class _SameDropout(torch.nn.Dropout):
+    """Drops the same third of a vector everywhere."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (torch.arange(x.shape[-1]) % 3 > 0) * 1.5 if self.training else x
+
+
+def test_dropout_on_the_unembedding_holds_no_logits_either(caplog: pytest.LogCaptureFixture) -> None:
+    batch = make_batches(make_datums(5), 5, 1)[0]
+    found = []
+    for compute in (target_logprobs, full_logprobs):
+        model = make().train()
+        model.get_output_embeddings().lora_dropout["default"] = _SameDropout(1 / 3)
+        values = compute(model, batch)
+        (values * batch.weights).sum().backward()
+        found.append((values, gradients(model)))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=2e-6, rtol=1e-6)
+    assert relative_l2(found[0][1], found[1][1]) < 1e-6
+    assert (found[0][0] - target_logprobs(make(), batch)).abs().max() > 0.01  # it does something
+    assert not caplog.text
 
 
 def test_a_shifted_target_would_be_seen() -> None:
@@ -121,6 +143,7 @@ def test_only_trained_positions_reach_the_unembedding(num_trained: int, monkeypa
 
 
 def test_an_unembedding_that_is_not_known_is_run_by_the_model_itself(caplog: pytest.LogCaptureFixture) -> None:
+    _warn_of_all_logits.cache_clear()
     batch, model = make_batches(make_datums(5), 5, 1)[0], make_model("llama")
     forward = model.forward
 
