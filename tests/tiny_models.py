@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning as L
+import peft
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +36,19 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_EXPERTS = {
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+_LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": (
         "Qwen3MoeConfig",
@@ -50,19 +64,27 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"intermediate_size": 48, "tie_word_embeddings": False}),
     "mistral": ("MistralConfig", {"intermediate_size": 48, "sliding_window": 6}),
     "gemma2": ("Gemma2Config", {"intermediate_size": 48, "sliding_window": 6, "query_pre_attn_scalar": 8}),
-    "qwen3_next": (
-        "Qwen3NextConfig",
+    "qwen3_next": ("Qwen3NextConfig", {"intermediate_size": 48, **_EXPERTS, **_LINEAR_ATTENTION}),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**_EXPERTS, **_LINEAR_ATTENTION}),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoeConfig",
         {
-            "intermediate_size": 48,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 24,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention"],
+            "text_config": {
+                **_COMMON,
+                **_EXPERTS,
+                "intermediate_size": 48,
+                "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]},
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 16,
+                "num_heads": 2,
+                "intermediate_size": 16,
+                "out_hidden_size": 32,
+                "deepstack_visual_indexes": [],
+                "patch_size": 4,
+            },
+            "tie_word_embeddings": False,
         },
     ),
 }
@@ -71,14 +93,16 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 def tiny_config(family: str, **changes: Any) -> Any:
     """The transformers config of a family's tiny model."""
     name, settings = _CONFIGS[family]
-    return getattr(transformers, name)(**{**_COMMON, **settings, **changes})
+    common = {} if "text_config" in settings else _COMMON
+    return getattr(transformers, name)(**{**common, **settings, **changes})
 
 
 @functools.cache
 def _built(family: str, dtype: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
+        auto = transformers.AutoModelForImageTextToText if "_vl_" in family else transformers.AutoModelForCausalLM
+        model = auto.from_config(tiny_config(family))
         for parameter in model.parameters():
             if parameter.ndim > 1:  # large enough that attention and experts decide the logits
                 torch.nn.init.normal_(parameter, std=0.2)
@@ -88,6 +112,19 @@ def _built(family: str, dtype: str) -> Any:
 def make_model(family: str = "qwen3_moe", dtype: str = "float32") -> Any:
     """A fresh copy of the family's tiny model, frozen, in evaluation mode."""
     return copy.deepcopy(_built(family, dtype))
+
+
+def plain_peft_config(family: str, **changes: Any) -> peft.LoraConfig:
+    """What plain PEFT is told to adapt attention, dense MLPs and experts of a family, as lorakit does without being told."""
+    modules, parameters = ["q_proj", "k_proj", "v_proj", "o_proj"], None
+    if family.endswith("moe"):
+        parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    if family == "qwen3_5_moe":
+        modules += [f"in_proj_{name}" for name in ("qkv", "z", "b", "a")] + ["out_proj"]
+    if not family.endswith("moe") or family == "qwen3_5_moe":  # which has experts that every token meets
+        modules += ["gate_proj", "up_proj", "down_proj"]
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": modules, "target_parameters": parameters, **changes}
+    return peft.LoraConfig(task_type="CAUSAL_LM", **settings)
 
 
 def as_peft_has_it(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:

@@ -170,6 +170,31 @@ def test_files_with_the_names_of_tinkers_archives_are_read(tmp_path: Path) -> No
     assert close(logits(again), logits(model))
 
 
+def test_a_file_of_sglangs_contract_written_by_hand_means_what_it_says(tmp_path: Path) -> None:
+    """gate, up and down with one entry where the factor touches the hidden width; the matrices are changed by hand beside it."""
+    generator, rank, scale = torch.Generator().manual_seed(0), 3, 8 / 3
+    tensors, by_hand = {}, make_model()
+    for number, layer in enumerate(by_hand.model.layers):
+        prefix = f"base_model.model.model.layers.{number}.mlp.experts."
+
+        def draw(name: str, *shape: int, prefix: str = prefix) -> torch.Tensor:
+            tensors[prefix + name] = torch.randn(shape, generator=generator) * 0.1
+            return tensors[prefix + name]
+
+        experts = layer.mlp.experts
+        for name, rows in (("gate_proj", slice(0, 24)), ("up_proj", slice(24, 48))):
+            a, b = draw(f"{name}.lora_A.weight", 1, rank, 32), draw(f"{name}.lora_B.weight", 4, 24, rank)
+            for expert in range(4):
+                experts.gate_up_proj.data[expert, rows] += scale * b[expert] @ a[0]
+        a, b = draw("down_proj.lora_A.weight", 4, rank, 24), draw("down_proj.lora_B.weight", 1, 32, rank)
+        for expert in range(4):
+            experts.down_proj.data[expert] += scale * b[0] @ a[expert]
+    save_adapter(inject(make_model(), replace(SHARED, targets=["experts"]), base_name="some/base"), tmp_path)  # for its config
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    assert close(logits(attach(make_model(), tmp_path)), logits(by_hand))
+    assert not close(logits(by_hand), logits(make_model()))
+
+
 def test_trained_tensors_and_optimiser_state_exist_once() -> None:
     model = randomise(inject(make_model(), SHARED))
     parameters = [p for p in model.parameters() if p.requires_grad]

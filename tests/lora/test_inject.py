@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny_models import make_model, randomise, relative_l2, trainable
+from tiny_models import make_model, plain_peft_config, randomise, relative_l2, trainable
 
 from lorakit.lora.inject import inject, plan
 from lorakit.lora.spec import LoRASpec
@@ -71,14 +71,9 @@ def test_the_global_random_state_is_untouched_and_the_seed_decides() -> None:
     assert relative_l2(trainable(inject(make_model(), LoRASpec(rank=4, seed=4))), first) > 0.1
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3", "qwen3_vl_moe", "qwen3_5_moe"])
 def test_state_and_logits_are_those_of_plain_peft(family: str) -> None:
-    modules = ["q_proj", "k_proj", "v_proj", "o_proj"] + (
-        [] if family == "qwen3_moe" else ["gate_proj", "up_proj", "down_proj"]
-    )
-    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if family == "qwen3_moe" else None
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules, target_parameters=parameters, task_type="CAUSAL_LM")
-    theirs = randomise(peft.get_peft_model(make_model(family), config))
+    theirs = randomise(peft.get_peft_model(make_model(family), plain_peft_config(family)))
     ours = randomise(inject(make_model(family), LoRASpec(rank=4, alpha=8)))
     expected = peft.get_peft_model_state_dict(theirs)
     assert adapter_state(ours).keys() == expected.keys()

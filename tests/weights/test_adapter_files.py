@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import make_model, randomise, trainable
+from tiny_models import make_model, plain_peft_config, randomise, trainable
 
 from lorakit.errors import AdapterError
 from lorakit.lora.inject import inject
@@ -21,7 +21,7 @@ from lorakit.weights.adapter import AdapterFiles, save_adapter, start_from
 
 INPUT_IDS = torch.tensor([[3, 8, 44, 16, 23, 42, 50, 6, 19]])
 SPEC = LoRASpec(rank=4, alpha=8)
-FAMILIES = ["qwen3_moe", "qwen3", "llama"]
+FAMILIES = ["qwen3_moe", "qwen3", "llama", "qwen3_vl_moe", "qwen3_5_moe"]
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -32,12 +32,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def plain_peft(family: str, folder: Path, **changes: Any) -> Any:
     """An adapter made, randomised and saved by PEFT alone; the base is called some/base."""
-    modules = ["q_proj", "k_proj", "v_proj", "o_proj"] + (
-        [] if family == "qwen3_moe" else ["gate_proj", "up_proj", "down_proj"]
-    )
-    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if family == "qwen3_moe" else None
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": modules, "target_parameters": parameters} | changes
-    model = randomise(peft.get_peft_model(make_model(family), peft.LoraConfig(task_type="CAUSAL_LM", **settings)), seed=4)
+    model = randomise(peft.get_peft_model(make_model(family), plain_peft_config(family, **changes)), seed=4)
     model.peft_config["default"].base_model_name_or_path = "some/base"
     model.save_pretrained(folder)
     return model
