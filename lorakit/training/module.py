@@ -104,7 +104,8 @@ class LoRAModule(L.LightningModule):
         window, loss = self._window, torch.as_tensor(self._window_loss, dtype=torch.float32)
         self._window, self._window_loss = [], 0.0
         is_empty = window[-1].window_weight == 0
-        is_bad = not bool(torch.isfinite(norm) & torch.isfinite(loss))  # where a step waits for the device (an adapter on the unembedding does too)
+        # Here a step waits for the device; apart from an adapter on the unembedding, nowhere else.
+        is_bad = not bool(torch.isfinite(norm) & torch.isfinite(loss))
         if is_empty or is_bad:
             optimizer.zero_grad(set_to_none=True)
         if is_empty:
