@@ -64,14 +64,16 @@ def rows(quick: bool, dtypes: tuple[str, ...]) -> Iterator[Row]:
         for model in ("moe",) if quick else ("moe", "dense"):
             for share in (1.0, 0.2):
                 settings = {"model": model, "share": share, "dtype": dtype}
-                params = active_params(model, share)
+                active, total = count_params(model, share)
                 name = f"whole step, {model}, {share:.0%} trained, {dtype}"
-                yield Row(name, "whole_step", settings, ("trl", "lorakit"), 2 * 2 * STEP_TOKENS * params, 0.0)
+                counts = 2 * 2 * STEP_TOKENS * active, 2 * total * WIDTH[dtype]
+                yield Row(name, "whole_step", settings, ("trl", "lorakit", "frozen"), *counts)
         if not quick:
             settings = {"model": "dense", "dtype": dtype, "rows": 1, "length": STEP_TOKENS, "document": 128}
             name = f"whole step, dense, a row of {STEP_TOKENS} packed from documents of 128, {dtype}"
-            operations = 2 * 2 * STEP_TOKENS * active_params("dense", 1.0)
-            yield Row(name, "whole_step", settings, ("mask", "lorakit"), operations, 0.0)
+            active, total = count_params("dense", 1.0)
+            counts = 2 * 2 * STEP_TOKENS * active, 2 * total * WIDTH[dtype]
+            yield Row(name, "whole_step", settings, ("mask", "lorakit"), *counts)
 
 
 def layer_row(name: str, dtype: str, **changes: int) -> Row:
@@ -84,8 +86,8 @@ def layer_row(name: str, dtype: str, **changes: int) -> Row:
     return Row(name, "expert_layer", {"dtype": dtype, **layer}, contenders, operations, weight_bytes)
 
 
-def active_params(model: str, share: float) -> float:
-    """Parameters that a token meets in products; of the head, as many as the ``share`` of trained tokens meets."""
+def count_params(model: str, share: float) -> tuple[float, float]:
+    """Return (parameters that a token meets in products, all parameters); of the head, what the ``share`` of trained tokens meets."""
     built = steps.make_model(model, torch.float32)
     config = built.config
     stacked = {name for name, p in built.named_parameters() if p.dim() == 3}
@@ -94,7 +96,7 @@ def active_params(model: str, share: float) -> float:
         if parameter.dim() > 1 and "embed" not in name:
             used = config.num_experts_per_tok / config.num_experts if name in stacked else 1.0
             active += used * parameter.numel()
-    return active + share * config.vocab_size * config.hidden_size
+    return active + share * config.vocab_size * config.hidden_size, sum(p.numel() for p in built.parameters())
 
 
 def measure(row: Row, repeats: int, num_peaks: int, threads: int, console: Console) -> dict[str, Any]:
@@ -128,8 +130,12 @@ def measure(row: Row, repeats: int, num_peaks: int, threads: int, console: Conso
 
 
 def find_differing_values(row: Row, found: dict[str, Any]) -> str | None:
-    """Name the contenders whose loss differs by more than 1e-4 from the first one's, in float32; whole steps have stepped before."""
-    values = {who: figures["first_value"] for who, figures in found.items()}
+    """Name the contenders whose loss differs by more than 1e-4 from the first one's, in float32.
+
+    Whole steps have stepped once before, but for the frozen base's, which never do.
+    """
+    steps_alike = [who for who in found if not (row.kind == "whole_step" and who == "frozen")]
+    values = {who: found[who]["first_value"] for who in steps_alike}
     first = next(iter(values.values()))
     if row.settings["dtype"] != "float32" or all(abs(value - first) <= 1e-4 * abs(first) for value in values.values()):
         return None

@@ -125,8 +125,8 @@ def whole_step(
 ) -> Run:  # fmt: skip
     """A training step on ``rows`` x ``length`` tokens: forward, loss, backward, AdamW, of an adapter on all matrices.
 
-    ``model``: moe (91 M parameters) or dense. ``who``: trl (TRL's SFTTrainer with PEFT), lorakit, mask (lorakit with transformers'
-    mask over all pairs of positions). ``options``: ``document``, the length of what rows are packed from.
+    ``model``: moe (91 M parameters) or dense. ``who``: trl (TRL's SFTTrainer with PEFT), lorakit, frozen (the base alone), mask
+    (lorakit with transformers' mask over all pairs of positions). ``options``: ``document``, the length of what rows are packed from.
     """
     import steps
 

@@ -103,6 +103,22 @@ def build_trl(model: Any, data: tuple[torch.Tensor, torch.Tensor], rank: int) ->
     return run
 
 
+def build_frozen(model: Any, data: tuple[torch.Tensor, torch.Tensor], rank: int) -> Callable[[], float]:
+    """The base without an adapter: forward, transformers' own loss, and back to what the embeddings give. Nothing is trained."""
+    model.requires_grad_(False).train()
+    tokens, trained = data
+    embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    labels = torch.where(trained, tokens, -100)
+
+    def run() -> float:
+        loss = model(inputs_embeds=embeddings, labels=labels, use_cache=False).loss
+        loss.backward()
+        embeddings.grad = None
+        return float(loss.detach())
+
+    return run
+
+
 def _any_tokenizer() -> str:
     from lorakit.model.load import BUNDLED
 
@@ -118,4 +134,6 @@ def _same_start(wrapped: Any) -> Any:
     return wrapped
 
 
-BUILDERS = {"lorakit": build_lorakit, "mask": functools.partial(build_lorakit, by_document=False), "trl": build_trl}
+BUILDERS = {
+    "lorakit": build_lorakit, "mask": functools.partial(build_lorakit, by_document=False), "trl": build_trl, "frozen": build_frozen,
+}  # fmt: skip
