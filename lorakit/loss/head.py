@@ -18,14 +18,14 @@ Shapes: N tokens, V vocabulary, H hidden, K targets per token, R rank of an adap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-MAX_TOKENS = 4096  # of a block
+MAX_TOKENS, MIN_LOGITS = 4096, 1024  # tokens of a block at most, and how many of the vocabulary each of them meets at least
 BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # of float32 logits at a time
 WHOLE_BLOCKS = 4  # times as much where a block holds the whole vocabulary: products of few tokens are slow
 
@@ -83,14 +83,15 @@ def best_logprobs(
     tokens = torch.zeros_like(values, dtype=torch.long)
     lse = hidden_NH.new_full((len(hidden_NH), 1), float("-inf"), dtype=torch.float32)
     narrow = _narrow(head, hidden_NH)
-    for rows in call.row_blocks(hidden_NH):
-        for first, logits in call.logit_blocks(hidden_NH[rows], [inner[rows] for inner in narrow]):
-            lse[rows] = torch.logaddexp(lse[rows], logits.logsumexp(dim=-1, keepdim=True))
-            best = logits.topk(min(num_best, logits.shape[1]))
-            candidates = torch.cat([values[rows], best.values], dim=1)
-            kept = candidates.topk(num_best)
-            values[rows] = kept.values
-            tokens[rows] = torch.cat([tokens[rows], best.indices + first], dim=1).gather(1, kept.indices)
+    with torch.autocast(hidden_NH.device.type, enabled=False):
+        for rows in call.row_blocks(len(hidden_NH)):
+            for first, logits in call.logit_blocks(hidden_NH[rows], [inner[rows] for inner in narrow]):
+                lse[rows] = torch.logaddexp(lse[rows], logits.logsumexp(dim=-1, keepdim=True))
+                best = logits.topk(min(num_best, logits.shape[1]))
+                candidates = torch.cat([values[rows], best.values], dim=1)
+                kept = candidates.topk(num_best)
+                values[rows] = kept.values
+                tokens[rows] = torch.cat([tokens[rows], best.indices + first], dim=1).gather(1, kept.indices)
     return values - lse, tokens
 
 
@@ -102,10 +103,10 @@ class _Call:
     keeps: bool  # whether a backward may follow
     weights_NK: torch.Tensor | None = None  # the expected gradient of the log-probabilities, but for one factor
 
-    def row_blocks(self, rows_N: torch.Tensor, *, whole: bool = False) -> Iterator[slice]:
+    def row_blocks(self, num_tokens: int, *, whole: bool = False) -> Iterator[slice]:
         """Yield slices over the tokens: few enough for ``logit_blocks`` to be one block with ``whole``."""
-        size = max(1, min(MAX_TOKENS, self.max_whole_rows if whole else self._num_bytes() // 4096))
-        for start in range(0, len(rows_N), size):
+        size = max(1, min(MAX_TOKENS, self.max_whole_rows if whole else self._num_bytes() // (4 * MIN_LOGITS)))
+        for start in range(0, num_tokens, size):
             yield slice(start, start + size)
 
     @property
@@ -158,61 +159,74 @@ class _HeadFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, targets_NK: torch.Tensor, call: _Call, *tensors: torch.Tensor) -> torch.Tensor:
         num_inputs = 1 + len(call.head.adapters)
-        inputs, wants = list(tensors[:num_inputs]), ctx.needs_input_grad[2:]
+        wants = [call.keeps and want for want in ctx.needs_input_grad[2:]]
+        inputs, matrices, wants_b = tensors[:num_inputs], tensors[num_inputs:], wants[num_inputs:]
         logprobs = inputs[0].new_zeros(targets_NK.shape, dtype=torch.float32)
         lse = inputs[0].new_zeros((len(targets_NK), 1), dtype=torch.float32)
-        means = [torch.empty_like(x) if call.keeps and want else None for x, want in zip(inputs, wants, strict=False)]
-        slope_NK = torch.empty_like(logprobs) if call.keeps and call.head.softcap else None
-        is_summed = call.keeps and any(wants[num_inputs:]) and call.weights_NK is not None and call.max_whole_rows > 0
-        sums = [torch.zeros_like(b, dtype=torch.float32) for b in tensors[num_inputs:]] if is_summed else []
+        pull_NK = torch.empty_like(logprobs) if call.keeps else None
+        mean_dtypes = [x.dtype if targets_NK.shape[1] == 1 else torch.float32 for x in inputs]  # see _scan
+        means = [
+            torch.empty_like(x, dtype=dtype) if want else None
+            for x, dtype, want in zip(inputs, mean_dtypes, wants[:num_inputs], strict=True)
+        ]
+        is_summed = any(wants_b) and call.weights_NK is not None and call.max_whole_rows > 0
+        sums = _zeros(matrices, wants_b) if is_summed else []
         with torch.autocast(logprobs.device.type, enabled=False):
-            for rows in call.row_blocks(targets_NK, whole=is_summed):
-                some = [x[rows] for x in inputs]
-                found = _scan(call, some, targets_NK[rows], [mean is not None for mean in means], whole=is_summed)
-                logprobs[rows], lse[rows] = found.logits_nK - found.lse_n1, found.lse_n1
+            for rows in call.row_blocks(len(targets_NK), whole=is_summed):
+                some, targets = [x[rows] for x in inputs], targets_NK[rows]
+                found = _scan(call, some, targets, [mean is not None for mean in means], whole=is_summed)
+                lse[rows] = found.lse_n1
+                logprobs[rows] = found.logits_nK - found.lse_n1
                 for mean, part in zip(means, found.means, strict=True):
                     if mean is not None and part is not None:
                         mean[rows] = part
-                slope_nK = call.slope_(found.logits_nK)
-                if slope_NK is not None:
-                    slope_NK[rows] = torch.as_tensor(slope_nK)
-                if call.weights_NK is not None and is_summed:
+                if pull_NK is not None:
+                    pull_NK[rows] = torch.as_tensor(call.slope_(found.logits_nK))
+                    if targets.shape[1] == 1:
+                        pull_NK[rows] *= -logprobs[rows].expm1()  # 1 - p, as the mean is without the target
+                if is_summed and call.weights_NK is not None and pull_NK is not None and found.pulling_nv is not None:
                     weights_nK = call.weights_NK[rows].float()
                     grad = found.pulling_nv.mul_(weights_nK.sum(dim=1, keepdim=True).neg_() / found.total_n1)
-                    grad.scatter_add_(1, targets_NK[rows], weights_nK * slope_nK)
+                    grad.scatter_add_(1, targets, weights_nK * pull_NK[rows])
                     _add_gradients_(sums, call, some[1:], 0, grad)
-        ctx.call = call
+                    del grad
+                del found  # before the next block is made
         if call.keeps:
-            ctx.save_for_backward(targets_NK, slope_NK, lse, *means, *inputs, *sums)
+            ctx.call, ctx.is_summed, ctx.num_inputs = call, is_summed, num_inputs
+            ctx.dtypes = [tensor.dtype for tensor in tensors]
+            again = (lse, *inputs) if any(wants_b) else [None] * (1 + num_inputs)
+            ctx.save_for_backward(targets_NK, call.weights_NK, pull_NK, *again, *means, *matrices, *sums)
         return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        targets_NK, slope_NK, lse, *rest = ctx.saved_tensors
-        call: _Call = ctx.call
-        num_inputs = 1 + len(call.head.adapters)
-        means, inputs, sums = rest[:num_inputs], rest[num_inputs : 2 * num_inputs], rest[2 * num_inputs :]
+        call, num_inputs = ctx.call, ctx.num_inputs
+        targets_NK, weights_NK, pull_NK, lse, *rest = ctx.saved_tensors
+        inputs, means, rest = rest[:num_inputs], rest[num_inputs : 2 * num_inputs], rest[2 * num_inputs :]
+        matrices, sums = rest[: num_inputs - 1], rest[num_inputs - 1 :]
         wants = ctx.needs_input_grad[2:]
         with torch.autocast(grad_NK.device.type, enabled=False):
-            constant = call.head.multiplier / call.temperature
-            weights_NK = grad_NK * (constant if slope_NK is None else slope_NK)
             grads = [
-                None if mean is None else _pull(mean, matrix, scale, targets_NK, grad_NK, weights_NK)
+                None if mean is None else _pull(mean, matrix, scale, targets_NK, grad_NK, grad_NK * pull_NK)
                 for mean, (matrix, scale) in zip(means, call.matrices(), strict=True)
             ]
-            multiple = _multiple_of(call.weights_NK, grad_NK) if sums else None
+            multiple = _multiple_of(weights_NK, grad_NK) if ctx.is_summed else None
             if multiple is not None:
-                grads += [total * multiple for total in sums]
+                grads += [None if total is None else total * multiple for total in sums]
             elif any(wants[num_inputs:]):
-                grads += _gradients(call, inputs, targets_NK, grad_NK, lse, whole=bool(sums))
+                sums = _zeros(matrices, wants[num_inputs:])
+                _add_all_gradients_(sums, call, inputs, targets_NK, grad_NK, lse, whole=ctx.is_summed)
+                grads += sums
             else:
-                grads += [None] * (num_inputs - 1)
-        dtypes = [x.dtype for x in inputs] + [adapter.B_VR.dtype for adapter in call.head.adapters]
-        return (
-            *(None, None),
-            *(g.to(dtype) if want and g is not None else None for g, want, dtype in zip(grads, wants, dtypes, strict=True)),
-        )
+                grads += [None] * len(matrices)
+        wanted = zip(grads, wants, ctx.dtypes, strict=True)
+        return (None, None, *(g.to(dtype) if want and g is not None else None for g, want, dtype in wanted))
+
+
+def _zeros(matrices: Sequence[torch.Tensor], wants: Sequence[bool]) -> list[torch.Tensor | None]:
+    """Room for the gradients that are wanted, in float32."""
+    return [torch.zeros_like(m, dtype=torch.float32) if want else None for m, want in zip(matrices, wants, strict=True)]
 
 
 @dataclass
@@ -221,21 +235,27 @@ class _Scanned:
     total_n1: torch.Tensor  # sum of exp(logit - largest)
     logits_nK: torch.Tensor  # of the targets
     means: list[torch.Tensor | None]  # of each input: sum over the vocabulary of p times its matrix's rows
-    pulling_nv: torch.Tensor  # of the last block: exp(logit - largest) times d logits / d product
+    pulling_nv: torch.Tensor | None  # of a block that is the whole vocabulary: exp(logit - largest) times d logits / d product
 
 
 def _scan(
     call: _Call, inputs: list[torch.Tensor], targets: torch.Tensor, wants: list[bool], *, whole: bool = False
 ) -> _Scanned:
-    """Go over the vocabulary once, keeping sums relative to the largest logit so far."""
+    """Go over the vocabulary once, keeping sums relative to the largest logit so far.
+
+    What pulls leaves out the target where there is one: of a token that the model is sure of, its row less the mean of all rows
+    would be the small difference of two that are nearly alike, and lost in 16 bit. Its pull is 1 - p instead.
+    """
     top = inputs[0].new_full((len(targets), 1), float("-inf"), dtype=torch.float32)
     total = torch.zeros_like(top)
     picked = top.new_zeros(targets.shape)
     means = [torch.zeros_like(x, dtype=torch.float32) if want else None for x, want in zip(inputs, wants, strict=True)]
     needs_slope = whole or any(wants)
-    pulling = total
+    dtype, last = call.head.weight_VH.dtype, None
     for first, logits in call.logit_blocks(inputs[0], inputs[1:], whole=whole):
-        _pick_(picked, logits, targets, first)
+        tokens = slice(first, first + logits.shape[1])
+        inside, local = _find(targets, tokens)
+        picked = torch.where(inside, logits.gather(1, local), picked)
         new_top = torch.maximum(top, logits.amax(dim=-1, keepdim=True))
         shrink = (top - new_top).exp_()
         top = new_top
@@ -243,71 +263,77 @@ def _scan(
         total.mul_(shrink).add_(pulling.sum(dim=-1, keepdim=True))
         if needs_slope:
             pulling.mul_(call.slope_(logits))
-        rows = slice(first, first + pulling.shape[1])
-        for mean, (matrix, scale) in zip(means, call.matrices(), strict=True):
-            if mean is not None:
-                dtype = call.head.weight_VH.dtype
-                _add_product_(mean.mul_(shrink), pulling.to(dtype), matrix[rows].to(dtype), scale)
-    return _Scanned(top + total.log(), total, picked, [m if m is None else m.div_(total) for m in means], pulling)
+            if targets.shape[1] == 1:
+                pulling.scatter_(1, local, pulling.gather(1, local).masked_fill_(inside, 0.0))
+        if any(wants):
+            narrowed = pulling.to(dtype)
+            for mean, (matrix, scale) in zip(means, call.matrices(), strict=True):
+                if mean is not None:
+                    _add_product_(mean.mul_(shrink), narrowed, matrix[tokens].to(dtype), scale)
+            del narrowed
+        last = pulling if whole else None
+        del logits, pulling  # before the next block is made
+    return _Scanned(top + total.log(), total, picked, [m if m is None else m.div_(total) for m in means], last)
 
 
 def _pull(
     mean_NX: torch.Tensor, matrix_VX: torch.Tensor, scale: float, targets_NK: torch.Tensor, grad_NK: torch.Tensor,
-    weights_NK: torch.Tensor,
+    grad_products_NK: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """Return the gradient of an input: what its targets pull it to, less what the whole vocabulary does."""
+    """Return the gradient of an input: what its targets pull it to, less what the vocabulary does."""
     grad_NX = mean_NX * -grad_NK.sum(dim=1, keepdim=True).to(mean_NX.dtype)
     for choice in range(targets_NK.shape[1]):
         rows = matrix_VX[targets_NK[:, choice]].to(mean_NX.dtype)
-        grad_NX.addcmul_(rows, weights_NK[:, choice, None].to(rows.dtype), value=scale)
+        grad_NX.addcmul_(rows, grad_products_NK[:, choice, None].to(rows.dtype), value=scale)
     return grad_NX
 
 
-def _pick_(picked_nK: torch.Tensor, logits_nv: torch.Tensor, targets_nK: torch.Tensor, first: int) -> None:
-    """Copy the logits of those targets that lie in this block."""
-    inside = (targets_nK >= first) & (targets_nK < first + logits_nv.shape[1])
-    local = (targets_nK - first).clamp(0, logits_nv.shape[1] - 1)
-    picked_nK.copy_(torch.where(inside, logits_nv.gather(1, local), picked_nK))
+def _find(targets_nK: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which targets lie in a block, and where in it (for others, somewhere)."""
+    inside = (targets_nK >= tokens.start) & (targets_nK < tokens.stop)
+    return inside, (targets_nK - tokens.start).clamp(0, tokens.stop - tokens.start - 1)
 
 
-def _multiple_of(weights_NK: torch.Tensor | None, grad_NK: torch.Tensor) -> float | None:
+def _multiple_of(weights_NK: torch.Tensor, grad_NK: torch.Tensor) -> float | None:
     """Return the number that ``grad_NK`` is ``weights_NK`` times, or None where it is no multiple. On a GPU it waits for both."""
-    if weights_NK is None or not weights_NK.numel():
+    if not weights_NK.numel():
         return None
     weights = weights_NK.to(grad_NK.dtype)
-    multiple = (grad_NK * weights).sum() / weights.square().sum()
+    largest = weights.abs().argmax()
+    multiple = (grad_NK.flatten()[largest] / weights.flatten()[largest]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     is_multiple = (grad_NK - multiple * weights).abs().max() <= 1e-6 * grad_NK.abs().max()
-    return float(multiple) if bool(is_multiple) else None
+    number, holds = torch.stack([multiple, is_multiple.to(multiple.dtype)]).tolist()
+    return number if holds else None
 
 
-def _gradients(
-    call: _Call, inputs: list[torch.Tensor], targets_NK: torch.Tensor, grad_NK: torch.Tensor, lse: torch.Tensor, *, whole: bool
-) -> list[torch.Tensor]:
-    """Compute each block once more, for the gradients of the adapters' B, (V, R) float32.
+def _add_all_gradients_(
+    sums: list[torch.Tensor | None], call: _Call, inputs: list[torch.Tensor], targets_NK: torch.Tensor, grad_NK: torch.Tensor,
+    lse: torch.Tensor, *, whole: bool,
+) -> None:  # fmt: skip
+    """Compute each block once more, for the gradients of the adapters' B.
 
     In the blocks of the forward: a product in another shape rounds otherwise, and logits that differ from those in ``lse`` give
     probabilities whose sum is not 1.
     """
-    sums = [torch.zeros_like(adapter.B_VR, dtype=torch.float32) for adapter in call.head.adapters]
-    for rows in call.row_blocks(targets_NK, whole=whole):
+    for rows in call.row_blocks(len(targets_NK), whole=whole):
         hidden, *narrow = [x[rows] for x in inputs]
         targets, grad = targets_NK[rows], grad_NK[rows]
         for first, logits in call.logit_blocks(hidden, narrow, whole=whole):
+            inside, local = _find(targets, slice(first, first + logits.shape[1]))
             grad_logits = (logits - lse[rows]).exp_().mul_(-grad.sum(dim=1, keepdim=True))
-            inside = (targets >= first) & (targets < first + logits.shape[1])
-            local = (targets - first).clamp(0, logits.shape[1] - 1)
             grad_logits.scatter_add_(1, local, grad * inside)
             _add_gradients_(sums, call, narrow, first, grad_logits.mul_(call.slope_(logits)))
-    return sums
+            del logits, grad_logits
 
 
 def _add_gradients_(
-    sums: list[torch.Tensor], call: _Call, narrow: list[torch.Tensor], first: int, grad_nv: torch.Tensor
+    sums: list[torch.Tensor | None], call: _Call, narrow: list[torch.Tensor], first: int, grad_nv: torch.Tensor
 ) -> None:
     """Add to the gradients of the adapters' B what a block gives, by the gradient of its products."""
     grad_vn, tokens = grad_nv.to(call.head.weight_VH.dtype).mT, slice(first, first + grad_nv.shape[1])
     for total, inner, adapter in zip(sums, narrow, call.head.adapters, strict=True):
-        _add_product_(total[tokens], grad_vn, inner, adapter.scale)
+        if total is not None:
+            _add_product_(total[tokens], grad_vn, inner, adapter.scale)
 
 
 def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:

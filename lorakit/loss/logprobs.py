@@ -52,7 +52,8 @@ def hidden_states(model: Any, batch: Batch) -> tuple[torch.Tensor | None, Head |
         _warn_of_all_logits(type(model).__name__)
         return None, None
     given: list[torch.Tensor] = []
-    is_new, was_training = unembedding not in _CHECKED, unembedding.training
+    is_new = unembedding not in _CHECKED
+    dropouts = [module for module in unembedding.modules() if _drops(module)] if is_new else []
     num_seen = 2 if is_new else 0  # positions that the model's own unembedding gets: to compare, once
 
     def intercept(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -61,17 +62,19 @@ def hidden_states(model: Any, batch: Batch) -> tuple[torch.Tensor | None, Head |
 
     handle = unembedding.register_forward_pre_hook(intercept)
     try:
-        unembedding.train(was_training and not is_new)  # no dropout in what is compared
+        for dropout in dropouts:
+            dropout.eval()  # in what is compared
         logits = _run(model, batch).logits
-        if is_new:
-            without_dropout = replace(head, adapters=tuple(adapter._replace(dropout=None) for adapter in head.adapters))
-            _CHECKED[unembedding] = _agrees(without_dropout, given[0][:, :num_seen], logits)
-            if not _CHECKED[unembedding]:
-                _warn_of_all_logits(type(model).__name__)
-                return None, None
     finally:
         handle.remove()
-        unembedding.train(was_training)
+        for dropout in dropouts:
+            dropout.train()
+    if is_new and bool(logits.isfinite().all()):  # else it says nothing of the head
+        without_dropout = replace(head, adapters=tuple(adapter._replace(dropout=None) for adapter in head.adapters))
+        _CHECKED[unembedding] = _agrees(without_dropout, given[0][:, :num_seen], logits)
+        if not _CHECKED[unembedding]:
+            _warn_of_all_logits(type(model).__name__)
+            return None, None
     return given[0], head
 
 
@@ -84,14 +87,14 @@ def _warn_of_all_logits(model_name: str) -> None:
 
 
 def describe_head(model: Any, unembedding: Any) -> Head | None:
-    """Return what the unembedding computes, or None where it has a part that ``Head`` has not (DoRA, a trained weight)."""
+    """Return what the unembedding computes, or None where it has what ``Head`` has not (DoRA, a bias of LoRA, trained weights)."""
     adapters: tuple[HeadAdapter, ...] = ()
     base = unembedding
     if hasattr(unembedding, "lora_A"):
         base = unembedding.get_base_layer()
         names = [] if unembedding.disable_adapters or unembedding.merged else unembedding.active_adapters
         names = [name for name in names if name in unembedding.lora_A]
-        if any(name in unembedding.lora_variant for name in names):
+        if any(name in unembedding.lora_variant or unembedding.lora_B[name].bias is not None for name in names):
             return None
         adapters = tuple(
             HeadAdapter(
@@ -100,7 +103,7 @@ def describe_head(model: Any, unembedding: Any) -> Head | None:
             )
             for name in names
         )  # fmt: skip
-    if type(base) is not nn.Linear or base.weight.requires_grad:
+    if type(base) is not nn.Linear or any(parameter.requires_grad for parameter in base.parameters()):
         return None
     config = model.config.get_text_config()
     multiplier = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)

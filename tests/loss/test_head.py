@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import peft
 import pytest
 import torch
-from tiny_models import LargestTensor
+from tiny_models import LargestTensor, make_model
 
 import lorakit.loss.head
 from lorakit.loss.head import Head, HeadAdapter, best_logprobs, head_logprobs
+from lorakit.loss.logprobs import describe_head
 
 TOKENS, VOCAB, HIDDEN, RANK = 23, 61, 16, 3
 
@@ -91,8 +93,10 @@ def test_a_weighted_sum_whose_weights_are_known_computes_its_logits_once(
     weights = torch.randn(TOKENS, num_targets, generator=torch.Generator().manual_seed(2))
     factors = [factor for adapter in head.adapters for factor in adapter[:2]]
     again: list[int] = []
-    twice = lorakit.loss.head._gradients
-    monkeypatch.setattr(lorakit.loss.head, "_gradients", lambda *args, **options: again.append(1) or twice(*args, **options))
+    twice = lorakit.loss.head._add_all_gradients_
+    monkeypatch.setattr(
+        lorakit.loss.head, "_add_all_gradients_", lambda *args, **options: again.append(1) or twice(*args, **options)
+    )
     ours = head_logprobs(hidden, head, targets, temperature=0.7, block_bytes=block_bytes, weights_NK=weights)
     theirs = plain(hidden, head, targets, 0.7)
     assert largest_difference(ours, theirs) < 1e-6
@@ -185,3 +189,36 @@ def test_dropout_falls_on_what_the_adapter_is_given() -> None:
     found, expected = (torch.autograd.grad(curved(logprobs), [hidden, a, b]) for logprobs in (ours, theirs))
     for mine, reference in zip(found, expected, strict=True):
         assert float((mine - reference).norm() / reference.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("adapters", [0, 1])
+def test_in_bf16_a_token_that_the_model_is_sure_of_keeps_its_gradient(adapters: int) -> None:
+    """Its row of the unembedding less the mean of all rows would be the small difference of two that are nearly alike."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(512, 64, generator=generator).bfloat16()
+    targets = torch.randint(512, (40, 1), generator=generator)
+    states = (0.3 * weight[targets[:, 0]].float() + 0.05 * torch.randn(40, 64, generator=generator)).bfloat16()
+    pairs = [torch.randn(RANK, 64, generator=generator) * 0.02, torch.randn(512, RANK, generator=generator) * 0.02]
+    found = []
+    for dtype, compute in ((torch.float64, plain), (torch.bfloat16, head_logprobs)):
+        factors = [factor.to(dtype).requires_grad_() for factor in pairs * adapters]
+        head = Head(weight.to(dtype), None, tuple(HeadAdapter(*factors, 1.0) for _ in range(adapters)))
+        hidden = states.to(dtype).requires_grad_()
+        logprobs = compute(hidden, head, targets)
+        found.append(torch.autograd.grad(-logprobs.sum(), [hidden, *factors]))
+    assert float(logprobs.detach().exp().mean()) > 0.99
+    for mine, reference in zip(found[1], found[0], strict=True):
+        assert float((mine.double() - reference).norm() / reference.norm()) < 0.05  # 0.8 by the difference
+
+
+@pytest.mark.parametrize("change", ["bias of LoRA", "bias of the unembedding"])
+def test_a_trained_bias_is_left_to_the_model_itself(change: str) -> None:
+    model = make_model("llama")
+    model.lm_head = torch.nn.Linear(32, 64).requires_grad_(False)
+    config = peft.LoraConfig(target_modules=["lm_head"], lora_bias=change == "bias of LoRA")
+    wrapped = peft.get_peft_model(model, config)
+    unembedding = wrapped.get_output_embeddings()
+    if change == "bias of the unembedding":
+        assert describe_head(wrapped, unembedding) is not None
+        unembedding.base_layer.bias.requires_grad_()
+    assert describe_head(wrapped, unembedding) is None
