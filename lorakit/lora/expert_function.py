@@ -138,7 +138,7 @@ class _Layer:
                 if part.is_shared:
                     u = narrow[part.index][block.tokens]
                 else:
-                    u = block.times(self._drop_tokens(x_TH, part)[block.tokens], a.mT, out=narrow[part.index][rows])
+                    u = block.times(self._take_dropped(x_TH, part, block.tokens), a.mT, out=narrow[part.index][rows])
                 self._add_times(block, h, part.columns, u, b.mT, part.scale)
             act = self.call.activate(h)
             y = block.times(act, self.w2_EIH)
@@ -232,7 +232,7 @@ class _Layer:
             else:
                 block.add_times_(grad_rows, p, a, part.scale)
         if sum_a is not None:
-            block.put_outer_(sum_a, p, self._drop_tokens(x_TH, part)[block.tokens], part.scale)
+            block.put_outer_(sum_a, p, self._take_dropped(x_TH, part, block.tokens), part.scale)
 
     def _finish_shared(
         self, grad_TH: torch.Tensor, x_TH: torch.Tensor, weights_S: torch.Tensor, grad_x: torch.Tensor | None,
@@ -298,6 +298,9 @@ class _Layer:
 
     def _drop_tokens(self, x_TH: torch.Tensor, part: Part) -> torch.Tensor:
         return x_TH * self._mask(part, x_TH.shape, x_TH) if part.dropout else x_TH
+
+    def _take_dropped(self, x_TH: torch.Tensor, part: Part, tokens: torch.Tensor) -> torch.Tensor:
+        return x_TH[tokens] * self._mask(part, x_TH.shape, x_TH)[tokens] if part.dropout else x_TH[tokens]
 
     def _drop_rows(self, values_SI: torch.Tensor, part: Part, rows: slice) -> torch.Tensor:
         if not part.dropout:

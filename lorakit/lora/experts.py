@@ -76,7 +76,7 @@ class ExpertLora(nn.Module, LoraLayer):
         self.lora_A: Any  # adapter -> matrix -> factor
         self.lora_B: Any
         self.products = "auto"  # or loop, grouped: how rows are multiplied
-        self.scales: dict[str, dict[str, float]] = {}  # adapter -> matrix -> alpha / r
+        self.scales: dict[str, dict[str, float]] = {}  # adapter -> matrix -> alpha / r, relative to ``scaling``
         self.layouts: dict[str, str] = {}
         self._active_adapter = adapter_name
         # PEFT saves what lies below a layer's children. These, empty, stand for the names that files have and the layer has not.
@@ -109,7 +109,7 @@ class ExpertLora(nn.Module, LoraLayer):
         self.use_rslora[adapter_name], self.layouts[adapter_name] = config.use_rslora, layout
         self.scaling[adapter_name] = _scale(lora_alpha, r, config.use_rslora)
         self.scales[adapter_name] = {
-            matrix: _scale(alphas[parameter], ranks[parameter], config.use_rslora)
+            matrix: _scale(alphas[parameter], ranks[parameter], config.use_rslora) / (self.scaling[adapter_name] or 1.0)
             for matrix, (parameter, _, _) in shapes.items()
         }
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
@@ -174,6 +174,10 @@ class ExpertLora(nn.Module, LoraLayer):
         changed = {stack.parameter_of(matrix) for matrix in self.lora_A[adapter_name]}
         return [name for name in (stack.first, stack.second) if name in changed]
 
+    def scale_of(self, adapter_name: str, matrix: str) -> float:
+        """Return s of a matrix: ``scaling``, which PEFT's helpers change, times what patterns of rank and alpha make of it."""
+        return self.scaling[adapter_name] * self.scales[adapter_name][matrix]
+
     @torch.no_grad()
     def delta_weight(self, adapter_name: str, parameter: str) -> torch.Tensor:
         """Return s B A of a stack in float32, in the stack's own orientation. It is as large as the stack: for merging only."""
@@ -184,7 +188,7 @@ class ExpertLora(nn.Module, LoraLayer):
             if stack.parameter_of(matrix) == parameter:
                 a, b = self.lora_A[adapter_name][matrix].float(), self.lora_B[adapter_name][matrix].float()
                 product = b.expand(len(weight), -1, -1) @ a.expand(len(weight), -1, -1)
-                delta_EOI[:, stack.columns(matrix)] += self.scales[adapter_name][matrix] * product
+                delta_EOI[:, stack.columns(matrix)] += self.scale_of(adapter_name, matrix) * product
         return stack.as_EOI(delta_EOI)
 
     @torch.no_grad()
@@ -196,7 +200,7 @@ class ExpertLora(nn.Module, LoraLayer):
         if self.layouts[adapter_name] == SHARED_OUTER:
             factors = expand_shared_outer(factors, is_concatenated=self.stack.module.is_concatenated)
         matrix = next(m for m in self.lora_A[adapter_name] if self.stack.parameter_of(m) == parameter)
-        scale = self.scales[adapter_name][matrix]
+        scale = self.scale_of(adapter_name, matrix)
         return flatten_a(factors["lora_A", parameter]), flatten_b(factors["lora_B", parameter]), scale
 
     # ---- forward
@@ -228,7 +232,7 @@ class ExpertLora(nn.Module, LoraLayer):
             for matrix in self.lora_A[name]:
                 seed = int(torch.randint(2**62, ())) if probability else 0
                 part = Part(
-                    len(factors) // 2, stack.columns(matrix), self.scales[name][matrix], self.layouts[name] == SHARED_OUTER,
+                    len(factors) // 2, stack.columns(matrix), self.scale_of(name, matrix), self.layouts[name] == SHARED_OUTER,
                     probability, seed,
                 )  # fmt: skip
                 (second if stack.parameter_of(matrix) == stack.second else first).append(part)

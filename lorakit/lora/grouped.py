@@ -97,7 +97,7 @@ class SortedRows:
         """Return the sum of each token's rows, (T, N), always in the same order, which a GPU's ``index_add_`` does not keep."""
         back = self.order_S.new_empty(self.num_tokens * self.top_k + 1)
         back[self.order_S] = torch.arange(len(self.order_S), device=back.device)
-        return y_SN[back[:-1]].view(self.num_tokens, self.top_k, -1).sum(dim=1, dtype=dtype)
+        return y_SN[back[:-1]].view(self.num_tokens, self.top_k, y_SN.shape[1]).sum(dim=1, dtype=dtype)
 
     def blocks(self) -> Iterator[AdjacentExperts | AllExperts]:
         """Yield blocks of rows that together are all rows: one for all experts, or one for each run."""

@@ -63,12 +63,16 @@ def flatten_b(b_EOR: torch.Tensor) -> torch.Tensor:
 
 
 def split_a(a: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """(E * R, in) -> (E, R, in)."""
+    """(E * R, in) -> (E, R, in). Raises ValueError where the rows are not so many for each expert."""
+    if len(a) % num_experts:
+        raise ValueError(f"lora_A has {len(a)} rows, which is no multiple of {num_experts} experts")
     return a.reshape(num_experts, -1, a.shape[1])
 
 
 def split_b(b: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """(out, R * E) -> (E, out, R)."""
+    """(out, R * E) -> (E, out, R). Raises ValueError where the columns are not so many for each expert."""
+    if b.shape[1] % num_experts:
+        raise ValueError(f"lora_B has {b.shape[1]} columns, which is no multiple of {num_experts} experts")
     return b.reshape(b.shape[0], -1, num_experts).permute(2, 0, 1)
 
 

@@ -181,8 +181,7 @@ def copy_rate(threads: int, num_bytes: int = 1 << 28) -> float:
 
 def show(row: Row, found: dict[str, Any], rate: float, bytes_rate: float) -> Table:
     """One row's table."""
-    floor = f"; floor {row.operations / rate:.3f} s of products"
-    floor += f", {row.weight_bytes / bytes_rate:.3f} s of reading weights" if row.weight_bytes else ""
+    floor = f"; floor {row.operations / rate:.3f} s of products, {row.weight_bytes / bytes_rate:.3f} s of reading weights"
     table = Table(title=f"{row.name}{floor}", title_justify="left", box=None)
     for column in ("contender", "seconds", "spread", "times as fast", "peak MB above", "of its memory"):
         table.add_column(column, justify="left" if column == "contender" else "right")
@@ -196,7 +195,7 @@ def show(row: Row, found: dict[str, Any], rate: float, bytes_rate: float) -> Tab
 
 
 def main() -> None:
-    """Measure all rows and write ``bench.json``."""
+    """Measure all rows and write ``bench.json`` and ``bench.png``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rows and repeats")
     parser.add_argument("--repeats", type=int, help="measured rounds of a row at most (default 5, quick 2)")

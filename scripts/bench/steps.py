@@ -12,7 +12,6 @@ import peft
 import torch
 import transformers
 
-LR = 1e-4
 _COMMON: dict[str, Any] = {"vocab_size": 32_000, "tie_word_embeddings": True, "max_position_embeddings": 2048}
 _CONFIGS: dict[str, Callable[[], Any]] = {
     "moe": lambda: transformers.Qwen3MoeConfig(
@@ -77,7 +76,7 @@ def build_trl(model: Any, data: tuple[torch.Tensor, torch.Tensor], rank: int) ->
     rows = {"input_ids": tokens.tolist(), "labels": torch.where(trained, tokens, -100).tolist()}
     arguments = trl.SFTConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(tokens), use_cpu=True, bf16=False, max_length=None,
-        learning_rate=LR, lr_scheduler_type="constant", report_to="none", gradient_checkpointing=False, router_aux_loss_coef=0.0,
+        learning_rate=gpu.LR, lr_scheduler_type="constant", report_to="none", gradient_checkpointing=False, router_aux_loss_coef=0.0,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, completion_only_loss=True, max_grad_norm=1.0,
     )  # fmt: skip
     tokenizer = transformers.AutoTokenizer.from_pretrained(_any_tokenizer())
@@ -104,7 +103,10 @@ def build_trl(model: Any, data: tuple[torch.Tensor, torch.Tensor], rank: int) ->
 
 
 def build_frozen(model: Any, data: tuple[torch.Tensor, torch.Tensor], rank: int) -> Callable[[], float]:
-    """The base without an adapter: forward, transformers' own loss, and back to what the embeddings give. Nothing is trained."""
+    """The base without an adapter: forward, transformers' own loss, and back to what the embeddings give.
+
+    Nothing is trained, and all positions have logits, whatever share of them counts.
+    """
     model.requires_grad_(False).train()
     tokens, trained = data
     embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()

@@ -49,6 +49,17 @@ def test_peft_switches_the_adapter_off_and_on_and_takes_it_off() -> None:
     assert torch.equal(logits(model.unload()), base)
 
 
+def test_peft_rescales_experts_as_it_does_its_own_layers() -> None:
+    ours = randomise(inject(make_model(), SPEC))
+    theirs = randomise(peft.get_peft_model(make_model(), _plain_config(SPEC)))
+    before = logits(ours)
+    for model in (ours, theirs):
+        model.eval()
+    with peft.helpers.rescale_adapter_scale(ours, 0.3), peft.helpers.rescale_adapter_scale(theirs, 0.3):
+        assert close(logits(ours), logits(theirs)) and not close(logits(ours), before)
+    assert close(logits(ours), before)
+
+
 def test_peft_merges_and_unmerges() -> None:
     model = randomise(inject(make_model(), SHARED))
     adapted = logits(model)
