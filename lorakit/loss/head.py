@@ -6,7 +6,8 @@ With z the logits of a token, p their softmax and t a target, log p_t = z_t - lo
 
 The sum over the vocabulary is gathered block by block beside the logsumexp, both rescaled when a larger logit comes: the online
 softmax of FlashAttention (arXiv 2205.14135, section 3.1) with the unembedding in the place of the values. So the logits are computed
-once, for whatever loss, and the backward only scales.
+once, for whatever loss, and the backward only scales. Of one target, 1 - p of its row is taken less the sum over all others: the same,
+and no small difference of two large vectors.
 
 An adapter of the unembedding enters as its rows of rank width, A' times the hidden state, which autograd makes beforehand,
 dropout included; they are treated as the hidden states are. The gradient of its B needs every p_v. Where the loss is a weighted

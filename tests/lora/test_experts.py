@@ -121,6 +121,16 @@ def test_peft_loads_a_second_adapter_into_our_layers(tmp_path: Path) -> None:
     assert close(logits(first), logits(second))
 
 
+def test_a_file_of_another_number_of_experts_is_told_by_name(tmp_path: Path) -> None:
+    model = inject(make_model(), SPEC)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(name for name in tensors if "experts.lora_A" in name)
+    tensors[name] = tensors[name][:-1]
+    with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\.experts.* lora_A has 11 rows, which is no multiple of 4 experts"):
+        peft.set_peft_model_state_dict(model, tensors)
+
+
 @pytest.mark.parametrize("spec", [SPEC, replace(SPEC, targets=["experts.gate_up_proj"]), replace(SPEC, rslora=True)])
 def test_gradients_are_those_of_plain_peft(spec: LoRASpec) -> None:
     ours = randomise(inject(make_model(), spec))
