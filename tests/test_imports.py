@@ -14,8 +14,9 @@ LAYERS = [
     {"types", "errors", "hub"},
     {"data", "model"},
     {"lora", "loss"},
-    {"training", "weights", "sampling"},
+    {"training", "weights", "strategy", "sampling"},
     {"callbacks"},
+    {"launch"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

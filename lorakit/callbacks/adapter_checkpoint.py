@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import random
 import signal
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lorakit.lora.state import adapter_state
+from lorakit.weights.adapter import write_adapter
 from lorakit.weights.checkpoint import list_checkpoints, prune, save_checkpoint
 
 
@@ -23,6 +27,9 @@ class AdapterCheckpoint(L.Callback):
     A write that fails (a full disk) leaves the last good checkpoint in force and says so. The random state is part of a
     checkpoint. At the first Ctrl-C, or SIGTERM (how batch systems announce the end of a job's time), the step is finished, a
     checkpoint written and the fit ended; at a second Ctrl-C it stops at once.
+
+    Of several processes the first writes, and all know whether it could; a signal to any of them ends the fit of all at the same
+    step.
 
     Args:
         folder: where ``step-000100`` and so on are written.
@@ -58,6 +65,7 @@ class AdapterCheckpoint(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._saved_step or trainer.fit_loop._should_accumulate():
             return
+        self.interrupt = self._agree_on_interrupt(trainer)
         if self.interrupt:
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # else Lightning evaluates once more before it stops
@@ -81,26 +89,57 @@ class AdapterCheckpoint(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self._restore_handlers()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"random": _get_random_state()}
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep the random state of every process."""
+        own, packed = _get_random_state(), io.BytesIO()
+        torch.save(own, packed)  # pickle itself fails on numpy's unsigned integers as tensors
+        everyone = [packed.getvalue()] * trainer.world_size
+        if trainer.world_size > 1:
+            dist.all_gather_object(everyone, packed.getvalue())
+        checkpoint["lorakit_random"] = [torch.load(io.BytesIO(state), weights_only=True) for state in everyone]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._random_state = state_dict["random"]
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Take up this process's; another number of processes goes on with the states they were started with."""
+        states = checkpoint.get("lorakit_random", [])
+        self._random_state = states[trainer.global_rank] if len(states) == trainer.world_size else None
+
+    def _agree_on_interrupt(self, trainer: L.Trainer) -> int | None:
+        if trainer.world_size == 1:
+            return self.interrupt
+        number = torch.tensor(self.interrupt or 0, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(number, reduce_op="max")) or None  # type: ignore[arg-type]
 
     def _save(self, trainer: L.Trainer, pl_module: Any, val_loss: float | None = None) -> None:
         step = trainer.global_step
+        # What all processes must do together comes first, so that the first one is alone where writing fails.
+        tensors = adapter_state(pl_module.model)
+        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)  # optimiser and loops too
+        is_saved = self._write(trainer, pl_module, step, tensors, state, val_loss) if trainer.is_global_zero else False
+        if trainer.strategy.broadcast(is_saved):
+            self._saved_step = step
+
+    def _write(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        step: int,
+        tensors: dict[str, Any],
+        state: dict[str, Any],
+        val_loss: float | None,
+    ) -> bool:
+        write = functools.partial(write_adapter, tensors, pl_module.model, dtype=torch.float32)
+        write_state = functools.partial(trainer.strategy.checkpoint_io.save_checkpoint, state)
         try:
-            save_state = functools.partial(trainer.save_checkpoint, weights_only=False)  # optimiser and loops too
-            save_checkpoint(self.folder, step=step, model=pl_module.model, save_state=save_state, val_loss=val_loss)
+            save_checkpoint(self.folder, step=step, save_adapter=write, save_state=write_state, val_loss=val_loss)
         except (OSError, RuntimeError) as error:  # torch.save wraps a full disk into a RuntimeError
             if isinstance(error, RuntimeError) and not _is_write_failure(error):
                 raise
             steps = [checkpoint.step for checkpoint in list_checkpoints(self.folder)]
             in_force = f"step {steps[-1]} stays in force" if steps else "there is none yet"
             rank_zero_warn(f"checkpoint of step {step} could not be written ({error}); the last good one: {in_force}")
-            return
-        self._saved_step = step
+            return False
         prune(self.folder, keep_last=self.keep_last, keep_best=self.keep_best)
+        return True
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
         self.interrupt = self.interrupt or signum

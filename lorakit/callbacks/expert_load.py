@@ -8,6 +8,7 @@ import lightning as L
 import torch
 
 from lorakit.model.families import router_modules
+from lorakit.model.partition import full_shape
 from lorakit.types import Batch
 
 
@@ -33,7 +34,8 @@ class ExpertLoad(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.fit_loop._should_accumulate():
             return
-        for layer, counts in self._counts.items():
+        for layer, own in self._counts.items():
+            counts: Any = trainer.strategy.reduce(own, reduce_op="sum")  # type: ignore[arg-type]
             load = counts.float() / counts.sum().clamp(min=1) * len(counts)
             pl_module.log(f"expert_load/layer_{layer}_max", load.max())
         self._counts.clear()
@@ -54,8 +56,9 @@ class ExpertLoad(L.Callback):
             if indices is not None:
                 if self._is_token is not None and len(indices) == len(self._is_token):
                     indices = indices[self._is_token]
-                weight: Any = router.weight  # (E, H)
-                counts = torch.bincount(indices.flatten(), minlength=len(weight))
+                weight: Any = router.weight
+                num_experts = full_shape(weight)[0]
+                counts = torch.bincount(indices.flatten(), minlength=num_experts)
                 self._counts[layer] = self._counts.get(layer, torch.zeros_like(counts)) + counts
 
         return hook

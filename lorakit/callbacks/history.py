@@ -20,7 +20,8 @@ class RunHistory(L.Callback):
         self.history = History(self.folder)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.history.cut_behind(trainer.global_step)
+        if trainer.is_global_zero:
+            self.history.cut_behind(trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not trainer.fit_loop._should_accumulate():
@@ -34,7 +35,8 @@ class RunHistory(L.Callback):
             self._append(trainer, {}, prefix_in="val/")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        draw_losses(self.history.read(), self.folder / "loss.png")
+        if trainer.is_global_zero:
+            draw_losses(self.history.read(), self.folder / "loss.png")
 
     def _append(
         self, trainer: L.Trainer, record: dict[str, Any], *, prefix_in: str = "", prefix_out: tuple[str, ...] = ()
@@ -44,7 +46,7 @@ class RunHistory(L.Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith(prefix_in) and not name.startswith(prefix_out)
         }
-        if not metrics:
+        if not metrics or not trainer.is_global_zero:
             return
         try:
             self.history.append({"step": trainer.global_step, **record, **metrics})

@@ -43,7 +43,8 @@ class Samples(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Forget what lies behind the step from which a run is resumed."""
-        self.history.cut_behind(trainer.global_step)
+        if trainer.is_global_zero:
+            self.history.cut_behind(trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -52,7 +53,9 @@ class Samples(L.Callback):
         prompts = self._prompt_tokens(trainer, tokenizer)
         if not prompts:
             return
-        samples = generate(pl_module.model, tokenizer, prompts, self.params)
+        samples = generate(pl_module.model, tokenizer, prompts, self.params)  # by all processes: ZeRO-3 needs them
+        if not trainer.is_global_zero:
+            return
         texts = [tokenizer.decode(prompt) for prompt in prompts]
         rows = [[trainer.global_step, text, sample.text] for text, sample in zip(texts, samples, strict=True)]
         for step, prompt, text in rows:

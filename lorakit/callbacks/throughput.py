@@ -8,12 +8,13 @@ from typing import Any
 import lightning as L
 import psutil
 import torch
+import torch.distributed as dist
 
 from lorakit.types import Batch
 
 
 class Throughput(L.Callback):
-    """Logs tokens/s, trained tokens/s, padding share and memory.
+    """Logs tokens/s and trained tokens/s of all processes, padding share, and the memory of the one that uses most.
 
     What counts as time is making batches and stepping on them; not evaluation, samples, checkpoints and other callbacks.
     """
@@ -21,13 +22,14 @@ class Throughput(L.Callback):
     def __init__(self) -> None:
         self.seconds = 0.0
         self.num_tokens = self.num_trained_tokens = self.num_positions = 0
-        self._window = (0.0, 0, 0, 0)
+        self.all_seconds = self.all_tokens = 0.0  # of all processes, as of the last step
+        self._window: tuple[float, ...] = (0.0, 0, 0, 0)
         self._started = self._making_batches = 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Over the whole fit."""
-        return self.num_tokens / max(self.seconds, 1e-9)
+        """Over the whole fit, of all processes."""
+        return self.all_tokens / max(self.all_seconds, 1e-9)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
         self._started = time.perf_counter()
@@ -40,10 +42,18 @@ class Throughput(L.Callback):
         self.num_trained_tokens += batch.num_trained_tokens
         self.num_positions += batch.input_ids.numel()
         if not trainer.fit_loop._should_accumulate():
-            self._log(pl_module)
+            self._log(trainer, pl_module)
 
-    def _log(self, pl_module: L.LightningModule) -> None:
-        totals = (self.seconds, self.num_tokens, self.num_trained_tokens, self.num_positions)
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        own = torch.tensor([self.seconds, self.num_tokens, self.num_trained_tokens, self.num_positions], dtype=torch.float64)
+        most = torch.tensor([memory_gigabytes()])
+        if trainer.world_size > 1:
+            own, most = own.to(trainer.strategy.root_device), most.to(trainer.strategy.root_device)
+            dist.all_reduce(own)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            own[0] /= trainer.world_size
+        totals = tuple(own.tolist())
+        self.all_seconds, self.all_tokens = totals[:2]
         seconds, tokens, trained, positions = (now - then for now, then in zip(totals, self._window, strict=True))
         if seconds < 0.5 and self._window != (0.0, 0, 0, 0):
             return  # too short to say anything; the next log covers it
@@ -51,7 +61,7 @@ class Throughput(L.Callback):
         pl_module.log("speed/tokens_per_second", tokens / max(seconds, 1e-9), prog_bar=True)
         pl_module.log("speed/trained_tokens_per_second", trained / max(seconds, 1e-9))
         pl_module.log("data/padding_share", 1 - tokens / max(positions, 1))
-        pl_module.log("memory/gigabytes", memory_gigabytes())
+        pl_module.log("memory/gigabytes", float(most))
 
 
 def memory_gigabytes() -> float:

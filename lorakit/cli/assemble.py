@@ -15,8 +15,10 @@ import torch
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.history import RunHistory
+from lorakit.callbacks.last_evaluation import LastEvaluation
 from lorakit.callbacks.packing_guard import PackingGuard
 from lorakit.callbacks.progress import StepProgress
+from lorakit.cli.processes import build_strategy
 from lorakit.cli.schema import find_argument_problems, import_target
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import ConfigError
@@ -24,6 +26,7 @@ from lorakit.lora.inject import LoRAPlan, inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.layers import compile_layers, enable_checkpointing
 from lorakit.model.load import base_name, load_model, load_tokenizer
+from lorakit.strategy.world import World
 from lorakit.training.module import LoRAModule
 from lorakit.training.precision import base_dtype, resolve_accelerator, resolve_precision
 from lorakit.weights.adapter import start_from
@@ -69,7 +72,7 @@ def build_spec(config: Config) -> LoRASpec:
     return build(config["lora"], "lora")
 
 
-def resolve_total_steps(config: Config, datamodule: LoRADataModule) -> tuple[int, bool]:
+def resolve_total_steps(config: Config, datamodule: LoRADataModule, world: World) -> tuple[int, bool]:
     """Return (optimiser steps of the run, whether that is an estimate)."""
     max_steps, accumulate = config["trainer"]["max_steps"], config["trainer"]["accumulate_grad_batches"]
     batches = datamodule.estimate_num_batches()
@@ -77,7 +80,7 @@ def resolve_total_steps(config: Config, datamodule: LoRADataModule) -> tuple[int
         if max_steps < 0:
             raise ConfigError("data.epochs=null goes on for ever; set trainer.max_steps, or data.epochs to a number")
         return max_steps, False
-    steps = math.ceil(batches / accumulate)
+    steps = math.ceil(batches / (accumulate * world.size))
     return (max_steps, False) if 0 <= max_steps <= steps else (steps, True)
 
 
@@ -137,7 +140,7 @@ def build_model(config: Config, spec: LoRASpec, *, device: str, precision: str) 
 
 
 def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: str, total_steps: int,
-                  has_val: bool) -> L.Trainer:  # fmt: skip
+                  has_val: bool, world: World) -> L.Trainer:  # fmt: skip
     """Lightning's Trainer, with the callbacks and loggers of the config and those that every run has."""
     settings, checkpoint = config["trainer"], config["checkpoint"]
     accumulate = settings["accumulate_grad_batches"]
@@ -145,13 +148,18 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
     callbacks: list[L.Callback] = [
         build(entry, f"callbacks.{name}") for name, entry in (config["callbacks"] or {}).items() if entry is not None
     ]
-    callbacks += [PackingGuard(), RunHistory(folder), AdapterCheckpoint(folder / "checkpoints", **checkpoint)]
+    last = LastEvaluation()
+    callbacks += [PackingGuard(), last, RunHistory(folder), AdapterCheckpoint(folder / "checkpoints", **checkpoint)]
     callbacks.append(StepProgress(total_steps))
+    strategy = build_strategy(config["strategy"], precision=precision)
+    has_precision = getattr(strategy, "_precision_plugin", None) is not None
     return L.Trainer(
         default_root_dir=folder,
         accelerator=accelerator,
-        devices=1,
-        precision=precision,  # type: ignore[arg-type]  # Lightning lists literals; resolve_precision gives one of them
+        devices=world.local_size,
+        num_nodes=world.num_nodes,
+        strategy=strategy,
+        precision=None if has_precision else precision,  # type: ignore[arg-type]  # Lightning lists literals
         max_steps=settings["max_steps"],  # the user's limit itself: an estimate only shapes schedule and bar
         max_epochs=1,  # the stream holds all epochs
         accumulate_grad_batches=accumulate,

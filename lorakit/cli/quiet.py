@@ -23,6 +23,7 @@ _MESSAGES = (
     ".*Could not find a config file in.*",
     ".*tensorboardX.*",
     ".*Trying to infer.*",
+    ".*torch.distributed.* is deprecated. Please use.*",  # DeepSpeed's calls
 )
 
 

@@ -23,7 +23,7 @@ class ModelSettings(msgspec.Struct, forbid_unknown_fields=True):
 
 class TrainerSettings(msgspec.Struct, forbid_unknown_fields=True):
     accelerator: str
-    devices: int | str | list[int]
+    devices: int | str
     precision: str
     max_steps: int
     accumulate_grad_batches: int
@@ -54,7 +54,7 @@ _GROUPS: dict[str, type[msgspec.Struct]] = {
 }
 _TOP_LEVEL = (
     *("model", "data", "lora", "loss", "optim", "schedule", "trainer", "callbacks", "logger", "paths", "checkpoint"),
-    *("run", "resume", "seed", "vars"),
+    *("strategy", "run", "resume", "seed", "vars"),
 )
 _AT_LEAST_ONE = (
     "trainer.accumulate_grad_batches",
@@ -74,8 +74,8 @@ def check_settings(config: dict[str, Any]) -> None:
         problems += find_argument_problems(config[group], group)
     if not problems:
         problems += _find_range_problems(config)
-    if config["trainer"]["devices"] not in (1, "1", "auto"):
-        problems.append(f"trainer.devices={config['trainer']['devices']}: this version trains in one process; set it to 1")
+    if config["strategy"]["_target_"] != "auto":
+        problems += find_argument_problems(config["strategy"], "strategy")
     seed = config["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         problems.append(f"seed={seed} must be a whole number from 0 to 4294967295")

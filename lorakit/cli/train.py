@@ -39,6 +39,8 @@ def train(config: DictConfig, *, command: str = "") -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from lorakit.cli.processes import needs_launch, num_devices
+    from lorakit.cli.schema import check_settings
     from lorakit.cli.training_run import train_run
 
     hydra = HydraConfig.get()
@@ -46,6 +48,13 @@ def train(config: DictConfig, *, command: str = "") -> None:
     plain = to_plain(config)
     if hydra.mode is RunMode.MULTIRUN and plain["run"] is not None:
         plain["run"] = f"{plain['run']}-{hydra.job.num}"  # a folder for each job
+    check_settings(plain)
+    if needs_launch(plain):
+        from lorakit.launch.torchrun import run_here
+
+        job = {"config": plain, "experiment": str(experiment), "command": command, "overrides": typed_overrides()}
+        run_here(job, num_devices(plain))
+        return
     outcome = train_run(plain, experiment=str(experiment), command=command, overrides=typed_overrides())
     leave_if_interrupted(outcome.interrupt)  # nothing is returned: Hydra would keep every job's model
 

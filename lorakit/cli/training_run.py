@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
+import io
 import logging
 import os
 import shlex
@@ -16,26 +18,30 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
+import yaml
 from rich.console import Console
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.throughput import Throughput
 from lorakit.cli import assemble
+from lorakit.cli.processes import check_world, choose_strategy, refuse_unless_elementwise, silence
 from lorakit.cli.reports import print_data_report, warn_of_idle_settings
 from lorakit.cli.resume import choose_run, fill_run_folder, find_run_to_resume
 from lorakit.cli.schema import check_settings
 from lorakit.data.datamodule import LoRADataModule
-from lorakit.errors import CheckpointError, ConfigError
+from lorakit.errors import CheckpointError, ConfigError, LorakitError
 from lorakit.lora.inject import LoRAPlan, plan
 from lorakit.lora.spec import LoRASpec
+from lorakit.lora.state import adapter_state
 from lorakit.model.families import packing_is_doubtful
 from lorakit.model.load import base_name, load_config, load_skeleton
+from lorakit.strategy.world import World, current_world, join, share, together
 from lorakit.training.module import LoRAModule
 from lorakit.training.optim import LR_SOURCE, auto_lr
-from lorakit.weights.adapter import open_init, save_adapter
+from lorakit.weights.adapter import open_init, write_adapter
 from lorakit.weights.checkpoint import STATE_FILE, newest_whole, remove_behind
 from lorakit.weights.files import find_write_problem, whole_folder
-from lorakit.weights.run import History, Run, hold
+from lorakit.weights.run import Run, hold
 
 log = logging.getLogger("lorakit")
 DEFAULT_THREADS = torch.get_num_threads()
@@ -61,54 +67,140 @@ def train_run(
     config: dict[str, Any], *, experiment: str, command: str = "", overrides: Sequence[str] = (), console: Console | None = None
 ) -> Outcome:
     """Train as the resolved ``config`` says and return what came of it. Raises LorakitError."""
-    console = console or Console(soft_wrap=True)
     check_settings(config)
+    world = check_world(config)
+    accelerator, precision = assemble.resolve_devices(config)
+    if world.size > 1:
+        join(world, device=accelerator, timeout_seconds=config["strategy"]["timeout_seconds"])
+        silence(world)
+    console = (console or Console(soft_wrap=True)) if world.is_first else Console(file=io.StringIO())
+    torch.set_num_threads(config["trainer"]["threads"] or DEFAULT_THREADS)  # of this job, not of the sweep's last one
+    prepared = together(lambda: _prepare(config, world, accelerator, precision, experiment, console))
+    run, resumes = together(lambda: _open_run(config, prepared, experiment, command, list(overrides)))
+    if resumes:
+        prepared = _with_window_of(run, prepared, world, console)
+    lock = hold(run) if world.is_first else contextlib.nullcontext()
+    run = run.update(formats=prepared.datamodule.source.formats)
+    console.print(
+        f"run {run.folder}: {prepared.total_steps:,}{' steps (about)' if prepared.is_estimate else ' steps'}, "
+        f"{precision} on {accelerator}{f', {world.size} processes' if world.size > 1 else ''}"
+    )
+    config = _with_run_folder(prepared.config, run)
+    module = assemble.build_module(
+        config, prepared.spec, lr=prepared.lr, total_steps=prepared.total_steps, tokenizer=prepared.tokenizer, device=accelerator,
+        precision=precision,
+    )  # fmt: skip
+    trainer = assemble.build_trainer(
+        config, run.folder, precision=precision, accelerator=accelerator, total_steps=prepared.total_steps,
+        has_val=len(prepared.datamodule.val_indices) > 0, world=world,
+    )  # fmt: skip
+    for logger in trainer.loggers:
+        logger.log_hyperparams(config)
+    L.seed_everything((config["seed"] + world.rank) % 2**32, verbose=False)
+    with lock:
+        return _fit(run, trainer, module, prepared, resumes=resumes, console=console)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a run knows before it has a folder."""
+
+    config: dict[str, Any]
+    datamodule: LoRADataModule
+    tokenizer: Any
+    spec: LoRASpec
+    plan: LoRAPlan
+    lr: float
+    total_steps: int
+    is_estimate: bool
+    resolved: dict[str, Any]  # what the settings that say ``auto`` came to
+
+
+def _prepare(
+    config: dict[str, Any], world: World, accelerator: str, precision: str, experiment: str, console: Console
+) -> _Prepared:
+    """Read and check everything that costs seconds. Raises LorakitError."""
     root, kept = Path(config["paths"]["runs"]).expanduser(), config["checkpoint"]
     if problem := find_write_problem(root / "a run"):
         raise ConfigError(f"paths.runs={root} cannot be used: {problem}")
     find_run_to_resume(config, root, experiment)  # a name that is taken is told before anything is read
-    torch.set_num_threads(config["trainer"]["threads"] or DEFAULT_THREADS)  # of this job, not of the sweep's last one
     datamodule, tokenizer = assemble.load_data(config)
     print_data_report(datamodule, console)
     spec, model_config, planned = _plan(config, console)
-    accelerator, precision = assemble.resolve_devices(config)
+    strategy = choose_strategy(
+        config, planned, precision=precision, accelerator=accelerator, world=world,
+        say=lambda text: console.print(text, highlight=False),
+    )  # fmt: skip
+    config = {**config, "strategy": strategy}
     if datamodule.packing and (reason := packing_is_doubtful(model_config)):
         log.warning("data.packing is off, rows are padded instead: %s", reason)
         datamodule.packing = False
     if accelerator == "cpu" and planned.num_base_params < SMALL_MODEL_PARAMS:
         keep_freed_memory()
     lr = _resolve_lr(config, model_config, spec, console)
-    total_steps, is_estimate = assemble.resolve_total_steps(config, datamodule)
+    total_steps, is_estimate = assemble.resolve_total_steps(config, datamodule, world)
     warn_of_idle_settings(config, datamodule, total_steps)
-    assemble.build_optimization(
-        config, lr=lr, total_steps=total_steps, precision=precision
-    )  # refuses bad settings before there is a folder
+    # Refuses bad settings before there is a folder.
+    optimizer, _ = assemble.build_optimization(config, lr=lr, total_steps=total_steps, precision=precision)
+    refuse_unless_elementwise(optimizer, strategy)
     stops_early = any(entry and entry["_target_"].endswith("EarlyStopping") for entry in config["callbacks"].values())
     if stops_early and not len(datamodule.val_indices):
         raise ConfigError("callbacks.early_stopping needs rows to evaluate on; set data.val_path or data.val_fraction")
     assemble.check_disk(root, planned, keep_last=kept["keep_last"], keep_best=kept["keep_best"])
-    run, resumes = choose_run(
-        config, root, experiment=experiment, data_fingerprint=datamodule.fingerprint, command=command, overrides=list(overrides),
-        resolved={"trainer.accelerator": accelerator, "trainer.precision": precision, "optim.lr": lr},
-    )  # fmt: skip
-    lock = hold(run)
-    run = run.update(formats=datamodule.source.formats)
-    console.print(
-        f"run {run.folder}: {total_steps:,}{' steps (about)' if is_estimate else ' steps'}, {precision} on {accelerator}"
-    )
-    config = _with_run_folder(config, run)
-    module = assemble.build_module(
-        config, spec, lr=lr, total_steps=total_steps, tokenizer=tokenizer, device=accelerator, precision=precision
-    )
-    trainer = assemble.build_trainer(
-        config, run.folder, precision=precision, accelerator=accelerator, total_steps=total_steps,
-        has_val=len(datamodule.val_indices) > 0,
-    )  # fmt: skip
-    for logger in trainer.loggers:
-        logger.log_hyperparams(config)
-    L.seed_everything(config["seed"], verbose=False)
-    with lock:
-        return _fit(run, trainer, module, datamodule, planned, resumes=resumes, total_steps=total_steps, console=console)
+    resolved = {"trainer.accelerator": accelerator, "trainer.precision": precision, "optim.lr": lr}
+    return _Prepared(config, datamodule, tokenizer, spec, planned, lr, total_steps, is_estimate, resolved)
+
+
+def _open_run(
+    config: dict[str, Any], prepared: _Prepared, experiment: str, command: str, overrides: list[str]
+) -> tuple[Run, bool]:
+    """The run, which the first process chooses for all, and whether it continues. Raises LorakitError."""
+    world, found, problem = current_world(), None, None
+    if world.is_first:
+        try:
+            found = choose_run(
+                config, Path(config["paths"]["runs"]).expanduser(), experiment=experiment,
+                data_fingerprint=prepared.datamodule.fingerprint, command=command, overrides=overrides, resolved=prepared.resolved,
+                batches_per_step=config["trainer"]["accumulate_grad_batches"] * world.size,
+            )  # fmt: skip
+        except LorakitError as error:
+            problem = error
+    found, problem = share((found, problem))
+    if problem is not None:
+        raise problem
+    assert found is not None
+    run, resumes = found
+    return Run(run.folder, run.info, writes=world.is_first), resumes
+
+
+def _with_window_of(run: Run, prepared: _Prepared, world: World, console: Console) -> _Prepared:
+    """Give each process its share of the micro-batches that the run has in a step, however many processes it began with.
+
+    Raises:
+        ConfigError: they cannot be shared out evenly, or another number is asked for.
+    """
+    config = prepared.config
+    accumulate = config["trainer"]["accumulate_grad_batches"]
+    then = yaml.safe_load(run.config_text())["trainer"]["accumulate_grad_batches"]
+    wanted = run.info.get("batches_per_step", then)
+    if accumulate not in (then, wanted / world.size):
+        raise ConfigError(
+            f"{run.folder} cannot be continued with trainer.accumulate_grad_batches={accumulate} in {world.size} processes: it has "
+            f"{wanted} micro-batches in a step; leave the setting at {then}, and each process gets its share"
+        )
+    if wanted % world.size:
+        fitting = [str(size) for size in range(1, wanted + 1) if wanted % size == 0]
+        raise ConfigError(
+            f"{run.folder} has {wanted} micro-batches in a step, which {world.size} processes cannot share evenly; "
+            f"go on with {', '.join(fitting)}"
+        )
+    if wanted == accumulate * world.size:
+        return prepared
+    console.print(f"trainer.accumulate_grad_batches={wanted // world.size}: the run has {wanted} micro-batches in a step")
+    trainer = {**config["trainer"], "accumulate_grad_batches": wanted // world.size}
+    config = {**config, "trainer": trainer}
+    total_steps, is_estimate = assemble.resolve_total_steps(config, prepared.datamodule, world)
+    return dataclasses.replace(prepared, config=config, total_steps=total_steps, is_estimate=is_estimate)
 
 
 def _plan(config: dict[str, Any], console: Console) -> tuple[LoRASpec, Any, LoRAPlan]:
@@ -135,20 +227,14 @@ def _resolve_lr(config: dict[str, Any], model_config: Any, spec: LoRASpec, conso
 
 
 def _fit(
-    run: Run, trainer: L.Trainer, module: LoRAModule, datamodule: LoRADataModule, planned: LoRAPlan, *, resumes: bool,
-    total_steps: int, console: Console,
+    run: Run, trainer: L.Trainer, module: LoRAModule, prepared: _Prepared, *, resumes: bool, console: Console
 ) -> Outcome:  # fmt: skip
-    checkpoint = newest_whole(run.checkpoints, lambda text: console.print(text)) if resumes else None
-    if resumes:
-        console.print(f"resuming from step {checkpoint.step}" if checkpoint else "no checkpoint yet: starting from step 0")
-        remove_behind(run.checkpoints, checkpoint.step if checkpoint else 0)
-    state = checkpoint.folder / STATE_FILE if checkpoint else None
-    shutil.rmtree(run.adapter, ignore_errors=True)  # of an interruption; what a killed run has is its checkpoints
+    datamodule, total_steps = prepared.datamodule, prepared.total_steps
+    state = share(_clear_for(run, resumes, console) if run.writes else None)
     figures: dict[str, Any] = dict.fromkeys(("step", "loss", "val_loss", "adapter_bytes"))
     run = run.update(status="running", total_steps=total_steps, **figures)
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=state, weights_only=True if state else None)
-        metrics = _final_metrics(trainer, module, datamodule, run)
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk may be what ended the run
             run.update(status="failed", error=f"{type(error).__name__}: {error}"[:500])
@@ -161,9 +247,12 @@ def _fit(
         raise
     finally:
         notes = assemble.finish_loggers(trainer.loggers)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     interrupt = _checkpoints_of(trainer).interrupt
-    with whole_folder(run.adapter) as aside:
-        adapter_bytes = save_adapter(module.model, aside, dtype=torch.bfloat16)
+    tensors, adapter_bytes = adapter_state(module.model), 0
+    if run.writes:
+        with whole_folder(run.adapter) as aside:
+            adapter_bytes = write_adapter(tensors, module.model, aside, dtype=torch.bfloat16)
     throughput = _find_callback(trainer, Throughput)
     run = run.update(
         status="interrupted" if interrupt else "finished",
@@ -177,7 +266,7 @@ def _fit(
         skipped_rows=datamodule.train_examples.num_skipped + datamodule.source.num_skipped,
     )
     outcome = Outcome(
-        run, module, datamodule, planned, throughput.seconds if throughput else 0.0,
+        run, module, datamodule, prepared.plan, throughput.seconds if throughput else 0.0,
         throughput.tokens_per_second if throughput else 0.0, adapter_bytes, interrupt,
     )  # fmt: skip
     _print_end(outcome, trainer, metrics, console)
@@ -186,16 +275,14 @@ def _fit(
     return outcome
 
 
-def _final_metrics(trainer: L.Trainer, module: LoRAModule, datamodule: LoRADataModule, run: Run) -> dict[str, float]:
-    """The metrics at the end; the last step is evaluated where that was not due."""
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    checkpoints = _checkpoints_of(trainer)
-    if len(datamodule.val_indices) and not checkpoints.interrupt and checkpoints.validated_step != trainer.global_step:
-        step = trainer.global_step
-        (found,) = trainer.validate(module, datamodule=datamodule, verbose=False)
-        metrics["val/loss"] = float(found["val/loss"])
-        History(run.folder).append({"step": step, "val/loss": metrics["val/loss"]})
-    return metrics
+def _clear_for(run: Run, resumes: bool, console: Console) -> Path | None:
+    """Return the training state to go on from, or None; remove what an interruption has left behind it."""
+    checkpoint = newest_whole(run.checkpoints, lambda text: console.print(text)) if resumes else None
+    if resumes:
+        console.print(f"resuming from step {checkpoint.step}" if checkpoint else "no checkpoint yet: starting from step 0")
+        remove_behind(run.checkpoints, checkpoint.step if checkpoint else 0)
+    shutil.rmtree(run.adapter, ignore_errors=True)  # of an interruption; what a killed run has is its checkpoints
+    return checkpoint.folder / STATE_FILE if checkpoint else None
 
 
 def _checkpoints_of(trainer: L.Trainer) -> AdapterCheckpoint:

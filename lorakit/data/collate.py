@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorakit.types import Batch, Datum
+from lorakit.types import Batch, Datum, ModelInput
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -52,6 +53,12 @@ def collate(rows: Sequence[Sequence[Datum]], pad_token_id: int) -> Batch:
         spans=tuple(spans),
         extras={name: torch.from_numpy(array) for name, array in extras.items()},
     )
+
+
+def idle_batch(pad_token_id: int) -> Batch:
+    """Return a batch of one position that trains nothing: a process without a batch must still take part in the step."""
+    no_token = Datum(ModelInput.from_ints([pad_token_id]), {"target_tokens": [pad_token_id], "weights": [0.0]})
+    return replace(collate([[no_token]], pad_token_id), spans=())
 
 
 def _count_up(length: int, dtype: DTypeLike) -> np.ndarray:

@@ -143,6 +143,7 @@ class LoRADataModule(L.LightningDataModule):
             batch_tokens=self.tokens_per_batch,
             row_tokens=self.pack_tokens if self.packing else None,
             accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
+            **self._share,
             num_epochs=self.epochs,
             shuffle=self.shuffle,
             seed=self.seed,
@@ -161,6 +162,7 @@ class LoRADataModule(L.LightningDataModule):
             batch_size=self.val_batch_size,
             batch_tokens=self.tokens_per_batch,
             row_tokens=None,
+            **self._share,
             shuffle=False,
             window_rows=self.window_rows,
         )
@@ -261,6 +263,11 @@ class LoRADataModule(L.LightningDataModule):
     def _split(self) -> np.ndarray:
         num_rows = len(self.source)
         return np.random.default_rng(self.seed).permutation(num_rows) if self._num_set_aside else np.arange(num_rows)
+
+    @property
+    def _share(self) -> dict[str, Any]:
+        """Which of the processes this one is."""
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size} if self.trainer else {}
 
     @property
     def _num_set_aside(self) -> int:

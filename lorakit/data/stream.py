@@ -10,11 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from lorakit.data.collate import collate
+from lorakit.data.collate import collate, idle_batch
 from lorakit.data.examples import Examples
 from lorakit.data.packing import plan_batches
 from lorakit.data.prefetch import prefetch
-from lorakit.types import Batch, Cursor
+from lorakit.types import Batch, Cursor, Datum
+
+Rows = list[list[Datum]]  # of one batch
 
 
 class BatchStream:
@@ -24,7 +26,13 @@ class BatchStream:
     Each batch knows the weight of its accumulation window (so that the loss can be divided by it at once) and the cursor with
     which a new stream goes on behind it. Cursors are exact at the end of accumulation windows, where optimiser steps are.
 
+    Of several processes each has a stream of its own: all plan the same windows of ``accumulate * world_size`` batches, and each
+    collates its share. Batches of like size are run side by side; where the last window is short, idle batches fill it, so that
+    every process makes the same number of steps.
+
     Args:
+        accumulate: batches of an accumulation window in each process.
+        rank, world_size: which process this is, of how many.
         batch_size, batch_tokens: rows, or positions, of a batch; one of them.
         row_tokens: positions of a packed row; None pads each Datum in a row of its own.
         num_epochs: None goes on for ever.
@@ -41,6 +49,8 @@ class BatchStream:
         batch_tokens: int | None = None,
         row_tokens: int | None,
         accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
         num_epochs: int | None = 1,
         shuffle: bool = True,
         seed: int = 0,
@@ -51,6 +61,7 @@ class BatchStream:
         self.pad_token_id, self.row_tokens = pad_token_id, row_tokens
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.accumulate, self.num_epochs = accumulate, num_epochs
+        self.rank, self.world_size = rank, world_size
         self.shuffle, self.seed, self.window_rows = shuffle, seed, window_rows
         self.cursor = cursor or Cursor()
         self.seconds = 0.0  # spent on waiting for batches so far
@@ -66,13 +77,21 @@ class BatchStream:
             yield from group
 
     def _groups(self) -> Iterator[list[Batch]]:
-        """Yield the batches of one accumulation window after the other."""
-        batches = self._batches(self.cursor)
-        while group := list(itertools.islice(batches, self.accumulate)):
-            weight = sum(batch.weight for batch in group)
-            yield [replace(batch, window_weight=weight) for batch in group]
+        """Yield this process's batches of one accumulation window after the other."""
+        planned = self._planned(self.cursor)
+        while window := list(itertools.islice(planned, self.accumulate * self.world_size)):
+            weight = sum(_weight_of(rows) for rows, _ in window)
+            shares = sorted(window, key=lambda entry: _positions_of(entry[0])) if self.world_size > 1 else window
+            mine = [
+                replace(collate(rows, self.pad_token_id), cursor=cursor)
+                for rows, cursor in shares[self.rank :: self.world_size]
+            ]
+            mine += [idle_batch(self.pad_token_id)] * (self.accumulate - len(mine))
+            mine[-1] = replace(mine[-1], cursor=window[-1][1])
+            yield [replace(batch, window_weight=weight) for batch in mine]
 
-    def _batches(self, cursor: Cursor) -> Iterator[Batch]:
+    def _planned(self, cursor: Cursor) -> Iterator[tuple[Rows, Cursor]]:
+        """Yield the rows of each batch of the fit, of all processes, and the cursor behind it."""
         epochs = itertools.count(cursor.epoch) if self.num_epochs is None else range(cursor.epoch, self.num_epochs)
         for epoch in epochs:
             resumes = epoch == cursor.epoch
@@ -80,21 +99,26 @@ class BatchStream:
             num_batches = 0
             for start in range(cursor.window_start if resumes else 0, len(order), self.window_rows):
                 skip = cursor.batches_done if resumes and start == cursor.window_start else 0
-                for batch in self._window(epoch, order, start, skip):
+                for number, rows in enumerate(self._window(epoch, order, start)[skip:], start=skip + 1):
                     num_batches += 1
-                    yield batch
+                    yield rows, Cursor(epoch, start, number)
             if not (num_batches or resumes):
                 return  # an epoch without a batch would be followed by infinitely many
 
-    def _window(self, epoch: int, order: np.ndarray, start: int, skip: int) -> Iterator[Batch]:
+    def _window(self, epoch: int, order: np.ndarray, start: int) -> list[Rows]:
         datums = [d for index in order[start : start + self.window_rows] for d in self.examples.datums(int(index))]
         rng = random.Random(f"{self.seed} {epoch} {start}") if self.shuffle else None
-        plan = plan_batches(
+        return plan_batches(
             datums, batch_size=self.batch_size, batch_tokens=self.batch_tokens, row_tokens=self.row_tokens, rng=rng
         )
-        for number, rows in enumerate(plan[skip:], start=skip + 1):
-            batch = collate(rows, self.pad_token_id)
-            yield replace(batch, cursor=Cursor(epoch, start, number))
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(self.indices) if self.shuffle else self.indices
+
+
+def _weight_of(rows: Rows) -> float:
+    return sum(float(np.abs(datum.weights).sum(dtype=np.float64)) for row in rows for datum in row)
+
+
+def _positions_of(rows: Rows) -> int:
+    return len(rows) * max(sum(len(datum) for datum in row) for row in rows)

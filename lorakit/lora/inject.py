@@ -15,6 +15,7 @@ import torch
 from lorakit.errors import ConfigError
 from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER, LoRASpec
 from lorakit.model.families import FAMILIES, ExpertStack, Target, find_targets
+from lorakit.model.partition import full_shape
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -126,7 +127,7 @@ def plan(model: Any, spec: LoRASpec) -> LoRAPlan:
         raise ConfigError(f"lora.dora=true does not work on stacked experts ({experts[0].name}); set lora.experts=false")
     if experts and spec.init == "orthogonal":
         raise ConfigError(f"lora.init={spec.init} does not work on stacked experts ({experts[0].name}); set lora.experts=false")
-    num_base_params = sum(parameter.numel() for parameter in model.parameters())
+    num_base_params = sum(full_shape(parameter).numel() for parameter in model.parameters())
     return LoRAPlan(
         spec,
         tuple(chosen),

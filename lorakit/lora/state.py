@@ -8,14 +8,19 @@ from typing import Any
 import torch
 
 from lorakit.errors import AdapterError, report
+from lorakit.model.partition import whole
 
 
 def adapter_state(model: Any) -> dict[str, torch.Tensor]:
-    """Return the adapter's tensors by the names that PEFT writes into a file (detached, not copied)."""
+    """Return the adapter's tensors by the names that PEFT writes into a file (detached, not copied unless ZeRO-3 has them in parts).
+
+    All processes must ask together.
+    """
     import peft
 
-    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach() for name, tensor in state.items()}
+    with whole(parameter for parameter in model.parameters() if parameter.requires_grad) as is_copy:
+        state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        return {name: tensor.detach().clone() if is_copy else tensor.detach() for name, tensor in state.items()}
 
 
 @torch.no_grad()

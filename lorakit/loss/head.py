@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from lorakit.model.partition import whole
+
 MAX_TOKENS, MIN_LOGITS = 4096, 1024  # tokens of a block at most, and how many of the vocabulary each of them meets at least
 BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # of float32 logits at a time
 WHOLE_BLOCKS = 4  # times as much where a block holds the whole vocabulary: products of few tokens are slow
@@ -50,6 +52,11 @@ class Head:
     multiplier: float = 1.0
     softcap: float | None = None  # logits are softcap * tanh(logits / softcap)
 
+    @property
+    def frozen(self) -> list[torch.Tensor]:
+        """The unembedding's own tensors, which ZeRO-3 may hold in parts."""
+        return [self.weight_VH] if self.bias_V is None else [self.weight_VH, self.bias_V]
+
 
 def head_logprobs(
     hidden_NH: torch.Tensor, head: Head, targets_NK: torch.Tensor, *, temperature: float = 1.0, block_bytes: int | None = None,
@@ -61,7 +68,8 @@ def head_logprobs(
     unembedding the second computation of its logits; where the loss turns out to be another one, they are computed all the same.
     """
     call = _Call(head, temperature, block_bytes, torch.is_grad_enabled(), weights_NK)
-    return _HeadFunction.apply(targets_NK, call, hidden_NH, *_narrow(head, hidden_NH), *(a.B_VR for a in head.adapters))
+    with whole(head.frozen):
+        return _HeadFunction.apply(targets_NK, call, hidden_NH, *_narrow(head, hidden_NH), *(a.B_VR for a in head.adapters))
 
 
 def _narrow(head: Head, hidden_NH: torch.Tensor) -> list[torch.Tensor]:
@@ -207,7 +215,7 @@ class _HeadFunction(torch.autograd.Function):
         inputs, means, rest = rest[:num_inputs], rest[num_inputs : 2 * num_inputs], rest[2 * num_inputs :]
         matrices, sums = rest[: num_inputs - 1], rest[num_inputs - 1 :]
         wants = ctx.needs_input_grad[2:]
-        with torch.autocast(grad_NK.device.type, enabled=False):
+        with torch.autocast(grad_NK.device.type, enabled=False), whole(call.head.frozen):
             grads = [
                 None if mean is None else _pull(mean, matrix, scale, targets_NK, grad_NK, grad_NK * pull_NK)
                 for mean, (matrix, scale) in zip(means, call.matrices(), strict=True)

@@ -13,6 +13,7 @@ from torch import nn
 
 from lorakit.loss.head import Head, HeadAdapter, head_logprobs
 from lorakit.model.attention import packed_documents
+from lorakit.model.partition import is_partitioned
 from lorakit.types import Batch
 
 log = logging.getLogger("lorakit")
@@ -81,7 +82,8 @@ def hidden_states(model: Any, batch: Batch) -> tuple[torch.Tensor | None, Head |
 @functools.cache  # once
 def _warn_of_all_logits(model_name: str) -> None:
     log.warning(
-        "the unembedding of %s is not one that lorakit knows (DoRA on it, or another computation): all logits are held",
+        "the unembedding of %s is not one that lorakit knows (DoRA on it, or another computation, or an adapter on it under ZeRO-3): "
+        "all logits are held",
         model_name,
     )
 
@@ -103,11 +105,15 @@ def describe_head(model: Any, unembedding: Any) -> Head | None:
             )
             for name in names
         )  # fmt: skip
+    # Not by attribute: DeepSpeed would take the weight for one that the whole model needs, and keep it gathered.
+    own = dict(base.named_parameters(recurse=False))
     if type(base) is not nn.Linear or any(parameter.requires_grad for parameter in base.parameters()):
+        return None
+    if adapters and is_partitioned(own["weight"]):  # its factors' gradients would come when they are in parts again
         return None
     config = model.config.get_text_config()
     multiplier = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return Head(base.weight, base.bias, adapters, multiplier, getattr(config, "final_logit_softcapping", None))
+    return Head(own["weight"], own.get("bias"), adapters, multiplier, getattr(config, "final_logit_softcapping", None))
 
 
 def _run(model: Any, batch: Batch) -> Any:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lorakit.model.partition import full_shape
+
 Shape = tuple[int, ...]
 FAMILIES = ("attention", "mlp", "experts", "unembedding")
 _ATTENTION_NAMES = ("attn", "attention")
@@ -72,15 +74,15 @@ def find_targets(model: nn.Module) -> list[Target]:
             targets.append(Target(family, name, None, 1, in_features, out_features))
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and _holds_experts(name, module):
-                num_experts, first, second = parameter.shape
+            if len(full_shape(parameter)) == 3 and _holds_experts(name, module):
+                num_experts, first, second = full_shape(parameter)
                 is_transposed = bool(getattr(module, "is_transposed", False))
                 in_features, out_features = (first, second) if is_transposed else (second, first)
                 outer, num_matrices = _outer_side(module, parameter_name)
                 size = (num_experts, in_features, out_features)
                 targets.append(Target("experts", name, parameter_name, *size, outer, num_matrices))
-            elif parameter.ndim == 2 and parameter_name == "weight" and _looks_like_router(name, module):
-                out_features, in_features = parameter.shape
+            elif len(full_shape(parameter)) == 2 and parameter_name == "weight" and _looks_like_router(name, module):
+                out_features, in_features = full_shape(parameter)
                 targets.append(Target("router", name, parameter_name, 1, in_features, out_features))
     return targets
 
@@ -117,7 +119,7 @@ class ExpertStack:
 
     @property
     def num_experts(self) -> int:
-        return int(shape_of(self.weight(self.second))[0])
+        return int(full_shape(self.weight(self.second))[0])
 
     def weight(self, parameter: str) -> nn.Parameter:
         """A stack as it is stored."""
@@ -162,10 +164,10 @@ class ExpertStack:
         return slice(0, width) if matrix == "gate_proj" else slice(width, None)
 
     def out_features(self, parameter: str) -> int:
-        return int(shape_of(self.weight(parameter))[2 if self.module.is_transposed else 1])
+        return int(full_shape(self.weight(parameter))[2 if self.module.is_transposed else 1])
 
     def in_features(self, parameter: str) -> int:
-        return int(shape_of(self.weight(parameter))[1 if self.module.is_transposed else 2])
+        return int(full_shape(self.weight(parameter))[1 if self.module.is_transposed else 2])
 
     def factor_shapes(self, ranks: dict[str, int], *, shares_outer: bool) -> dict[str, tuple[str, Shape, Shape]]:
         """Return matrix -> (its stack, shape of A, shape of B) for the stacks in ``ranks``."""
@@ -182,11 +184,6 @@ class ExpertStack:
                 for matrix in matrices:
                     shapes[matrix] = (parameter, (1, rank, num_in), (num_experts, num_out // len(matrices), rank))
         return shapes
-
-
-def shape_of(parameter: torch.Tensor) -> Shape:
-    """The shape of a parameter, also where ZeRO-3 has left an empty one in its place."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def packing_is_doubtful(config: Any) -> str | None:
@@ -219,7 +216,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _features(module: nn.Module) -> tuple[int, int]:
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
-    first, second = weight.shape
+    first, second = full_shape(weight)
     return (second, first) if isinstance(module, nn.Linear) else (first, second)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from lorakit.errors import CheckpointError, TrainingError
 from lorakit.loss import LOSSES
+from lorakit.model.partition import full_shape, whole
 from lorakit.training.step import compute_loss
 from lorakit.types import Batch, LossOutput
 
@@ -27,8 +28,8 @@ class LoRAModule(L.LightningModule):
         clip_norm: largest L2 norm of the gradient, 0 for none. The norm is logged before clipping.
         max_bad_steps: so many steps in a row with a loss or gradient that is not finite end the run.
 
-    The loss is ``sum(loss) / sum(|weight|)`` over the whole accumulation window: how the window is cut into micro-batches
-    does not change the gradient.
+    The loss is ``sum(loss) / sum(|weight|)`` over the whole accumulation window of all processes: how the window is cut into
+    micro-batches and shared out does not change the gradient. Whether a step is skipped is decided by all processes together.
     """
 
     def __init__(
@@ -78,7 +79,10 @@ class LoRAModule(L.LightningModule):
     # ---- training
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """Return this micro-batch's share of the window's loss (Lightning divides by the window's length; undone here)."""
+        """Return this micro-batch's share of the window's loss, times what is divided by later.
+
+        Lightning divides by the window's length, and every strategy takes the mean of the processes' gradients.
+        """
         if batch.window_weight == 0 and batch.weight > 0:
             raise ValueError(
                 "Batch.window_weight is 0, but the batch has weights; set it to the weight of the accumulation window"
@@ -87,7 +91,7 @@ class LoRAModule(L.LightningModule):
         loss = output.loss_sum / (batch.window_weight or 1.0)
         self._window.append(batch)
         self._window_loss = self._window_loss + loss.detach()
-        return loss * self.trainer.accumulate_grad_batches
+        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def configure_gradient_clipping(
         self,
@@ -99,15 +103,16 @@ class LoRAModule(L.LightningModule):
 
         A skipped step leaves every gradient None, so that the optimiser changes neither parameters nor its own state.
         """
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
-        window, loss = self._window, torch.as_tensor(self._window_loss, dtype=torch.float32)
+        strategy: Any = self.trainer.strategy
+        norm = self._clip(optimizer)
+        window, loss = self._window, torch.as_tensor(self._window_loss, dtype=torch.float32, device=self.device)
         self._window, self._window_loss = [], 0.0
+        loss = strategy.reduce(loss, reduce_op="sum")
         is_empty = window[-1].window_weight == 0
         # Here a step waits for the device; apart from an adapter on the unembedding, nowhere else.
         is_bad = not bool(torch.isfinite(norm) & torch.isfinite(loss))
         if is_empty or is_bad:
-            optimizer.zero_grad(set_to_none=True)
+            strategy.skip_step() if hasattr(strategy, "skip_step") else optimizer.zero_grad(set_to_none=True)
         if is_empty:
             self.num_empty_windows += 1
             self.log("train/empty_windows", float(self.num_empty_windows))
@@ -122,8 +127,17 @@ class LoRAModule(L.LightningModule):
         if self.num_bad_in_a_row >= self.max_bad_steps:
             self._stop_for_bad_steps(window)
 
+    def _clip(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        """Return the norm of the whole gradient before it is clipped; a strategy that partitions gradients does this itself."""
+        limit = self.clip_norm or float("inf")
+        strategy: Any = self.trainer.strategy
+        if hasattr(strategy, "clip_gradients"):
+            return strategy.clip_gradients(limit)
+        return torch.nn.utils.clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]), limit)
+
     def _stop_for_bad_steps(self, window: list[Batch]) -> None:
-        path = Path(self.trainer.default_root_dir) / "bad_batches.pt"
+        name = "bad_batches.pt" if self.trainer.world_size == 1 else f"bad_batches_rank{self.trainer.global_rank}.pt"
+        path = Path(self.trainer.default_root_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save([batch.tensors() for batch in window], path)
         raise TrainingError(
@@ -143,33 +157,47 @@ class LoRAModule(L.LightningModule):
         self._val_sums[1] += batch.weight
 
     def on_validation_epoch_end(self) -> None:
-        loss_sum, weight = self._val_sums
-        self.log("val/loss", loss_sum / weight if weight else float("nan"), prog_bar=True)
+        sums = self._val_sums
+        if self.trainer.world_size > 1:
+            sums = self.trainer.strategy.reduce(torch.tensor(sums, device=self.device), reduce_op="sum").tolist()
+        loss_sum, weight = sums
+        self.log("val/loss", loss_sum / weight if weight else float("nan"), prog_bar=True, sync_dist=True)
 
     # ---- state: the adapter and nothing else
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it for a destination, which nobody gives
-        """The trainable tensors by their names in this module."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """The trainable tensors by their names in this module, whole. All processes must ask together."""
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        with whole(trained.values()) as is_copy:
+            return {name: parameter.detach().clone() if is_copy else parameter.detach() for name, parameter in trained.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load exactly the trainable tensors. Raises CheckpointError where names differ."""
-        own = self.state_dict()
-        if own.keys() != state_dict.keys():
-            differing = sorted(own.keys() ^ state_dict.keys())
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if trained.keys() != state_dict.keys():
+            differing = sorted(trained.keys() ^ state_dict.keys())
             raise CheckpointError(f"the checkpoint's adapter does not fit this run's: {', '.join(differing[:5])} …")
-        shapes = [name for name, tensor in own.items() if tensor.shape != state_dict[name].shape]
+        shapes = [name for name, tensor in trained.items() if full_shape(tensor) != state_dict[name].shape]
         if shapes:
             raise CheckpointError(f"the checkpoint's adapter has other shapes than this run's: {', '.join(shapes[:5])} …")
-        with torch.no_grad():
-            for name, tensor in own.items():
+        with torch.no_grad(), whole(trained.values(), changes=True):
+            for name, tensor in trained.items():
                 tensor.copy_(state_dict[name])
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the counts of skipped steps."""
+        """Keep the counts of skipped steps, and the window's length."""
         checkpoint["lorakit_counts"] = [self.num_bad_steps, self.num_bad_in_a_row, self.num_empty_windows]
+        checkpoint["lorakit_accumulate"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them up. Lightning counts micro-batches, of which another number of processes has another number in a window."""
         counts = checkpoint.get("lorakit_counts", [0, 0, 0])
         self.num_bad_steps, self.num_bad_in_a_row, self.num_empty_windows = counts
+        now = self.trainer.accumulate_grad_batches
+        then = checkpoint.get("lorakit_accumulate", now)
+        if then != now:
+            for counters in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
+                if isinstance(counters, dict):  # a batch that is begun and not done stays one
+                    more = counters["ready"] * now // then - counters["ready"]
+                    counters.update({name: count + more for name, count in counters.items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,11 +83,14 @@ def save_adapter(model: Any, folder: Path, *, dtype: torch.dtype | None = None) 
 
     The same adapter gives the same bytes. ``dtype`` None keeps the adapter's own.
     """
-    tensors = {
-        name: tensor.to("cpu", dtype or tensor.dtype).contiguous().clone() for name, tensor in adapter_state(model).items()
-    }
+    return write_adapter(adapter_state(model), model, folder, dtype=dtype)
+
+
+def write_adapter(tensors: Mapping[str, torch.Tensor], model: Any, folder: Path, *, dtype: torch.dtype | None = None) -> int:
+    """Write ``tensors``, which ``adapter_state`` gave, as ``save_adapter`` does; one process alone can do that."""
+    plain = {name: tensor.to("cpu", dtype or tensor.dtype).contiguous().clone() for name, tensor in tensors.items()}
     try:
-        save_file(dict(sorted(tensors.items())), folder / TENSOR_FILE, metadata={"format": "pt"})
+        save_file(dict(sorted(plain.items())), folder / TENSOR_FILE, metadata={"format": "pt"})
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(f"{folder / TENSOR_FILE}: {error}") from error
     config = model.peft_config[model.active_adapter].to_dict() | {"inference_mode": True}

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from lorakit.errors import CheckpointError
-from lorakit.weights.adapter import save_adapter
 from lorakit.weights.files import ASIDE, whole_folder
 
 STATE_FILE, MANIFEST_FILE = "training_state.ckpt", "checkpoint.json"
@@ -54,12 +52,12 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    root: Path, *, step: int, model: Any, save_state: Callable[[Path], Any], val_loss: float | None
+    root: Path, *, step: int, save_adapter: Callable[[Path], Any], save_state: Callable[[Path], Any], val_loss: float | None
 ) -> Checkpoint:
     """Write ``root/step-<step>``: adapter, training state, and a manifest with the digests of both. Raises OSError."""
     folder = root / f"step-{step:06d}"
     with whole_folder(folder) as aside:
-        save_adapter(model, aside, dtype=torch.float32)
+        save_adapter(aside)
         save_state(aside / STATE_FILE)
         digests = {path.name: _digest(path) for path in sorted(aside.iterdir())}
         manifest = {"format_version": FORMAT_VERSION, "step": step, "val_loss": val_loss, "sha256": digests}

@@ -29,10 +29,14 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder. ``info`` is what ``run.json`` said when it was read."""
+    """A run folder. ``info`` is what ``run.json`` said when it was read.
+
+    Of several processes that train a run one ``writes``.
+    """
 
     folder: Path
     info: dict[str, Any]
+    writes: bool = True
 
     @property
     def name(self) -> str:
@@ -69,8 +73,9 @@ class Run:
     def update(self, **changes: Any) -> Run:
         """Write ``changes`` into ``run.json`` and return the run as it is now."""
         info = {**self.info, **changes}
-        write_json(self.folder / RUN_FILE, info)
-        return Run(self.folder, info)
+        if self.writes:
+            write_json(self.folder / RUN_FILE, info)
+        return Run(self.folder, info, self.writes)
 
     def config_text(self) -> str:
         """The resolved config, as YAML."""

@@ -83,7 +83,7 @@ def test_the_number_of_packed_batches_is_about_right_and_endless_epochs_have_non
 def test_the_state_goes_on_behind_the_last_batch_that_was_trained(path: str, tiny: Any, packing: bool) -> None:
     def module() -> LoRADataModule:
         made = ready(tiny, path=path, packing=packing, epochs=2, seed=1, val_fraction=0.1)
-        made.trainer = SimpleNamespace(training=True, accumulate_grad_batches=2)
+        made.trainer = SimpleNamespace(training=True, accumulate_grad_batches=2, global_rank=0, world_size=1)
         return made
 
     first = module()
@@ -110,7 +110,7 @@ def test_a_micro_batch_that_holds_no_row_is_refused(path: str, settings: dict[st
 
 def test_batches_of_evaluation_do_not_move_the_cursor(path: str, tiny: Any) -> None:
     module = ready(tiny, path=path, val_fraction=0.3)
-    module.trainer = SimpleNamespace(training=False, accumulate_grad_batches=1)
+    module.trainer = SimpleNamespace(training=False, accumulate_grad_batches=1, global_rank=0, world_size=1)
     before = module.state_dict()
     for batch in module.val_dataloader():
         module.transfer_batch_to_device(batch, torch.device("cpu"), 0)

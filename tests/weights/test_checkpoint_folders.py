@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lorakit.errors import CheckpointError
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.weights import files
+from lorakit.weights.adapter import save_adapter
 from lorakit.weights.checkpoint import best, list_checkpoints, newest_whole, prune, save_checkpoint
 
 
@@ -22,7 +24,13 @@ def model() -> Any:
 
 
 def save(root: Path, model: Any, step: int, val_loss: float | None = None, state: bytes = b"state") -> Any:
-    return save_checkpoint(root, step=step, model=model, save_state=lambda path: path.write_bytes(state), val_loss=val_loss)
+    return save_checkpoint(
+        root,
+        step=step,
+        save_adapter=functools.partial(save_adapter, model),
+        save_state=lambda path: path.write_bytes(state),
+        val_loss=val_loss,
+    )
 
 
 def steps(root: Path) -> list[int]:
@@ -70,7 +78,7 @@ def test_a_folder_torn_by_an_exception_leaves_the_old_one(model: Any, tmp_path: 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, step=5, model=model, save_state=torn, val_loss=None)
+        save_checkpoint(tmp_path, step=5, save_adapter=functools.partial(save_adapter, model), save_state=torn, val_loss=None)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
     assert list_checkpoints(tmp_path)[0].find_damage() is None
     assert list_checkpoints(tmp_path)[0].state_file.read_bytes() == b"old"

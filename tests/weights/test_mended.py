@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -25,7 +26,13 @@ def model() -> object:
 
 def _save(root: Path, model: object, losses: dict[int, float | None]) -> None:
     for step, loss in losses.items():
-        save_checkpoint(root, step=step, model=model, save_state=lambda path: path.write_text("state"), val_loss=loss)
+        save_checkpoint(
+            root,
+            step=step,
+            save_adapter=functools.partial(save_adapter, model),
+            save_state=lambda path: path.write_text("state"),
+            val_loss=loss,
+        )
 
 
 def test_a_loss_that_is_not_a_number_is_never_best(tmp_path: Path, model: object) -> None:

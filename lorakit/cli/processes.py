@@ -1,0 +1,132 @@
+"""How many processes a run has, and which strategy joins them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import yaml
+
+from lorakit.cli.conf import conf_dir
+from lorakit.cli.schema import import_target
+from lorakit.errors import ConfigError
+from lorakit.lora.inject import LoRAPlan
+from lorakit.strategy.world import World, current_world
+from lorakit.training.precision import base_dtype, resolve_accelerator
+
+Config = dict[str, Any]
+BASE_SHARE = 0.7  # of a device's memory that a whole base may take; activations need the rest
+
+
+def num_devices(config: Config) -> int:
+    """Processes on this machine: ``trainer.devices``, of which auto is all GPUs, and one on a CPU. Raises ConfigError."""
+    wanted, accelerator = config["trainer"]["devices"], resolve_accelerator(config["trainer"]["accelerator"])
+    there = torch.cuda.device_count() if accelerator == "cuda" else 1
+    if wanted == "auto":
+        return there
+    if not str(wanted).isdigit() or int(wanted) < 1:
+        raise ConfigError(f"trainer.devices={wanted}: a number of processes on this machine, or auto for all its GPUs")
+    if accelerator != "cpu" and int(wanted) > there:
+        raise ConfigError(
+            f"trainer.devices={wanted}, but there are {there} GPUs here; lower it, or set trainer.accelerator=cpu"
+        )
+    return int(wanted)
+
+
+def needs_launch(config: Config) -> bool:
+    """Whether this process has to start others: several are asked for, and nobody has started them."""
+    return "RANK" not in os.environ and num_devices(config) > 1
+
+
+def check_world(config: Config) -> World:
+    """Return this process's world. Raises ConfigError where ``trainer.devices`` contradicts it."""
+    world, wanted = current_world(), config["trainer"]["devices"]
+    if world.size > 1 and wanted != "auto" and str(wanted) not in ("1", str(world.local_size)):
+        raise ConfigError(f"trainer.devices={wanted}, but torchrun has started {world.local_size} processes here; leave it out")
+    return world
+
+
+def silence(world: World) -> None:
+    """Let the first process speak for all."""
+    if not world.is_first:
+        logging.getLogger("lorakit").setLevel(logging.ERROR)
+
+
+def choose_strategy(config: Config, planned: LoRAPlan, *, precision: str, accelerator: str, world: World,
+                    say: Callable[[str], Any]) -> Config:  # fmt: skip
+    """Return the strategy's settings; ``auto`` is made a choice, which is said with its reason.
+
+    Raises:
+        ConfigError: strategy, adapter and optimiser do not go together.
+    """
+    settings = config["strategy"]
+    if settings["_target_"] == "auto":
+        name, reason = _choose(config, planned, precision=precision, accelerator=accelerator, world=world)
+        timeout = settings["timeout_seconds"]
+        settings = yaml.safe_load((conf_dir() / "strategy" / f"{name}.yaml").read_text(encoding="utf-8"))
+        if "timeout_seconds" in settings:
+            settings["timeout_seconds"] = timeout
+        if world.size > 1:
+            say(f"strategy=auto: {name} ({reason})")
+    if settings.get("stage") == 3 and planned.target_parameters:
+        raise ConfigError(
+            f"ZeRO-3 does not work with an adapter on {planned.target_parameters[0]}, which PEFT's own layer folds into the base at "
+            "every step; set strategy=zero2, or leave it out of lora.targets"
+        )
+    return settings
+
+
+def build_strategy(settings: Config, *, precision: str) -> Any:
+    """The strategy; it is given ``precision`` where it has to know it."""
+    target = import_target(settings["_target_"], "strategy")
+    arguments = {key: value for key, value in copy.deepcopy(settings).items() if key != "_target_"}
+    if "precision" in inspect.signature(target).parameters:
+        arguments["precision"] = precision
+    return target(**arguments)
+
+
+def refuse_unless_elementwise(make: Callable[..., torch.optim.Optimizer], settings: Config) -> None:
+    """ZeRO gives an optimiser flat parts of tensors: one that looks at whole matrices would compute something else, silently.
+
+    Raises:
+        ConfigError: two steps on a matrix differ from the same steps on its halves, flattened.
+    """
+    if "stage" not in settings:
+        return
+    generator = torch.Generator().manual_seed(0)
+    values, gradients = (torch.randn(2, 6, 4, generator=generator) for _ in range(2))
+    whole = torch.nn.Parameter(values[0].clone())
+    halves = [torch.nn.Parameter(half.clone()) for half in values[0].flatten().split(12)]
+    on_whole, on_halves = make([whole]), make(halves)
+    for gradient in gradients:
+        whole.grad = gradient.clone()
+        for half, part in zip(halves, gradient.flatten().split(12), strict=True):
+            half.grad = part.clone()
+        on_whole.step()
+        on_halves.step()
+    if not torch.allclose(whole.flatten(), torch.cat([*halves]), atol=1e-6):
+        raise ConfigError(
+            f"{type(on_whole).__name__} looks at whole matrices, and ZeRO has flat parts of them: it would compute something else. "
+            "Set strategy=ddp, or optim=adamw"
+        )
+
+
+def _choose(
+    config: Config, planned: LoRAPlan, *, precision: str, accelerator: str, world: World
+) -> tuple[str, str]:  # fmt: skip
+    if world.size == 1:
+        return "single", "one process"
+    width = 4 if base_dtype(config["model"]["dtype"], precision) == "float32" else 2
+    base_bytes = planned.num_base_params * width
+    if accelerator != "cuda":
+        return "ddp", "processes without GPUs share the machine's memory"
+    memory = torch.cuda.get_device_properties(world.local_rank).total_memory
+    sizes = f"the base takes {base_bytes / 1e9:.1f} GB of a device's {memory / 1e9:.1f}"
+    if base_bytes > BASE_SHARE * memory or precision == "16-mixed":
+        return ("zero3", sizes) if precision != "16-mixed" else ("ddp", "16-mixed")
+    return "zero1", f"{sizes}: it stays whole in each, and only the adapter travels"

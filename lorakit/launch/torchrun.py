@@ -1,0 +1,58 @@
+"""Several processes on this machine, through torchrun's agent: it starts, watches and ends them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import LorakitError
+
+
+def run_here(job: dict[str, Any], num_processes: int, *, max_restarts: int = 0) -> None:
+    """Run ``lorakit.cli.worker`` on ``job`` in ``num_processes`` processes and wait for them.
+
+    Raises:
+        SystemExit: a process ended with an exit code of its own, and has said why.
+        KeyboardInterrupt: they ended at Ctrl-C.
+        LorakitError: a process was killed; the message names it.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is told below
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    with tempfile.TemporaryDirectory(prefix="lorakit-") as folder:
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps(job), encoding="utf-8")
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=num_processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0", max_restarts=max_restarts, monitor_interval=0.5, start_method="spawn",
+        )  # fmt: skip
+        try:
+            elastic_launch(config, sys.executable)("-m", "lorakit.cli.worker", str(path))
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from error
+            raise SystemExit(128 + error.sigval) from error
+        except ChildFailedError as error:
+            _explain(error)
+
+
+def _explain(error: Any) -> None:
+    rank, failure = min(error.failures.items(), key=lambda entry: entry[1].timestamp)
+    if failure.exitcode == 128 + signal.SIGINT:
+        raise KeyboardInterrupt from error
+    if failure.exitcode > 0:
+        raise SystemExit(failure.exitcode) from error
+    name = signal.Signals(-failure.exitcode).name
+    hint = " (out of memory, most likely: the system kills with SIGKILL)" if name == "SIGKILL" else ""
+    raise LorakitError(f"rank {rank} was killed by {name}{hint}; the others were ended. Go on with resume=true") from error

@@ -1,0 +1,115 @@
+"""Which process this is, of how many, and the group they form. Processes are started by torchrun or by `lorakit launch`."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lorakit.errors import ConfigError, LorakitError
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def num_nodes(self) -> int:
+        return self.size // self.local_size
+
+    def describe(self) -> str:
+        """Return ``rank 3 (host n2)``."""
+        return f"rank {self.rank} (host {socket.gethostname()})"
+
+
+def current_world() -> World:
+    """The world that torchrun has set up, or that of a process which runs alone. Raises ConfigError where it is torn."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return World()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if missing := [name for name in names if name not in os.environ]:
+        raise ConfigError(
+            f"RANK and WORLD_SIZE are set, but not {', '.join(missing)}; start the processes with torchrun or lorakit launch, "
+            "or unset these variables"
+        )
+    return World(*(int(os.environ[name]) for name in names))
+
+
+def join(world: World, *, device: str, timeout_seconds: float = 600.0) -> None:
+    """Form the group of all processes, once. A process that runs alone forms a group of one, which needs no network."""
+    if dist.is_initialized():
+        return
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if world.size == 1:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif device == "cuda":
+        torch.cuda.set_device(world.local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+
+
+def share(value: Found) -> Found:
+    """Return the first process's ``value`` in every process."""
+    if not is_shared():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Found) -> list[Found]:
+    """Return every process's ``value``, by rank."""
+    if not is_shared():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def is_shared() -> bool:
+    """Whether there are several processes."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def together(step: Callable[[], Found]) -> Found:
+    """Return ``step()``, or raise in every process what it raised in any.
+
+    Raises:
+        LorakitError: one message, with the ranks where it is not that of all.
+    """
+    if not is_shared():
+        return step()
+    found, problem = None, None
+    try:
+        found = step()
+    except LorakitError as error:
+        problem = error
+    except OSError as error:
+        problem = LorakitError(f"{error.filename or 'input/output'}: {error.strerror or error}")
+    problems = gather(None if problem is None else (current_world().describe(), str(problem)))
+    raised = [entry for entry in problems if entry]
+    if not raised:
+        return found  # type: ignore[return-value]
+    texts = dict.fromkeys(text for _, text in raised)
+    if len(texts) == 1 and len(raised) == len(problems):
+        raise problem or LorakitError(next(iter(texts)))
+    lines = [f"{', '.join(who for who, what in raised if what == text)}: {text}" for text in texts]
+    raise LorakitError("\n".join(lines))

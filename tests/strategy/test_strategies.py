@@ -1,0 +1,139 @@
+"""Every strategy, in real processes, computes what one process computes. One launch per strategy and number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make_model, relative_l2
+
+WORKER = Path(__file__).parent / "worker.py"
+WINDOW = 4  # micro-batches of a step, over all processes
+NUM_ROWS = 34  # 17 micro-batches of 2: the last window has one, so that every other process is idle
+LR = 0.02  # of SGD
+SLOW = pytest.mark.slow
+CASES = [
+    *[pytest.param(name, 2, id=f"{name}-2") for name in ("ddp", "zero1", "zero2", "zero3")],
+    *[pytest.param(name, 1, marks=SLOW, id=f"{name}-1") for name in ("ddp", "zero1", "zero2", "zero3", "zero3_offload")],
+    pytest.param("zero3_offload", 2, marks=SLOW, id="zero3_offload-2"),
+    *[pytest.param(name, 4, marks=SLOW, id=f"{name}-4") for name in ("ddp", "zero2", "zero3")],
+]
+Found = dict[str, dict[str, Any]]
+
+
+def fits(world: int) -> dict[str, dict[str, Any]]:
+    """What each launch trains; windows hold the same micro-batches however many processes share them."""
+    accumulate = WINDOW // world
+    return {
+        "sgd": {"optimizer": "sgd", "steps": 20, "accumulate": accumulate},
+        "adamw": {
+            "optimizer": "adamw",
+            "steps": 20,
+            "accumulate": accumulate,
+            "clip_norm": 0.5,
+            "save_every": 10,
+            "eval_every": 8,
+        },
+        "short": {"optimizer": "adamw", "steps": 5, "epochs": 1, "accumulate": accumulate},
+        "bad": {"optimizer": "adamw", "steps": 4, "accumulate": accumulate, "not_finite": [world - 1, accumulate + 1]},
+    }
+
+
+def launch(folder: Path, shared: Path, strategy: str, world: int, wanted: dict[str, dict[str, Any]]) -> Found:
+    """Run ``wanted`` in ``world`` processes that find no compiler, and return what they left."""
+    folder.mkdir(parents=True)
+    plan = {"strategy": strategy, "model": str(shared / "model"), "rows": str(shared / "rows.jsonl"), "fits": wanted}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    empty = folder / "bin"
+    empty.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": str(empty), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, *(torchrun if world > 1 else []), str(WORKER), str(folder / "plan.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in wanted}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model on disk, and rows of very different weight."""
+    folder, generator = tmp_path_factory.mktemp("shared"), random.Random(0)
+    make_model("qwen3_moe").save_pretrained(folder / "model")
+    with (folder / "rows.jsonl").open("w") as file:
+        for number in range(NUM_ROWS):
+            tokens = [generator.randrange(3, 64) for _ in range(4 + number % 17)]
+            weights = [0.0, *(generator.choice([0.0, 0.5, 1.0]) for _ in tokens[2:]), 1.0]
+            file.write(json.dumps({"tokens": tokens, "weights": weights}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Path]:
+    """What one process finds, and the folder of its checkpoints."""
+    folder = tmp_path_factory.mktemp("single") / "run"
+    found = launch(folder, shared, "single", 1, fits(1))
+    return found, folder / "checkpoints" / "adamw"
+
+
+def only_b(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in adapter.items() if "lora_B" in name}
+
+
+def largest_difference(ours: dict[int, dict[str, float]], theirs: dict[int, dict[str, float]]) -> float:
+    """Of loss, norm and evaluation loss, relative."""
+    assert ours.keys() == theirs.keys()
+    names = ("train/loss", "train/grad_norm", "val/loss")
+    assert all((name in ours[step]) == (name in theirs[step]) for step in ours for name in names)
+    pairs = [(ours[step][name], theirs[step][name]) for step in ours for name in names if name in ours[step]]
+    return max(abs(our - their) / abs(their) for our, their in pairs)
+
+
+@pytest.mark.parametrize(("strategy", "world"), CASES)
+def test_a_strategy_computes_what_one_process_does(
+    strategy: str, world: int, shared: Path, single: tuple[Found, Path], tmp_path: Path
+) -> None:
+    expected, checkpoints = single
+    half = tmp_path / "half"  # what one process has left after 10 steps
+    shutil.copytree(checkpoints / "step-000010", half / "step-000010")
+    wanted = fits(world)
+    wanted["resumed"] = {**wanted["adamw"], "resume": str(half)}
+    found = launch(tmp_path / "run", shared, strategy, world, wanted)
+
+    assert all(not tensor.any() for tensor in only_b(found["sgd"]["start"]).values())
+    assert all(torch.equal(tensor, expected["sgd"]["start"][name]) for name, tensor in found["sgd"]["start"].items())
+    # SGD's first step is the gradient of B times the learning rate, exactly: B was zero.
+    assert relative_l2(only_b(found["sgd"]["first"]), only_b(expected["sgd"]["first"])) < 1e-6
+    assert relative_l2(found["sgd"]["end"], expected["sgd"]["end"]) < 1e-7
+    assert relative_l2(found["adamw"]["end"], expected["adamw"]["end"]) < 1e-5
+    assert relative_l2(found["short"]["end"], expected["short"]["end"]) < 1e-5
+    for name in ("sgd", "adamw", "short"):
+        assert largest_difference(found[name]["steps"], expected[name]["steps"]) < 1e-5
+        assert found[name]["samples"] == expected[name]["samples"]
+    # A window that is not finite in one process is skipped in all.
+    assert found["bad"]["num_bad_steps"] == expected["bad"]["num_bad_steps"] == 1
+    assert relative_l2(found["bad"]["end"], expected["bad"]["end"]) < 1e-5
+    rest = {step: figures for step, figures in expected["adamw"]["steps"].items() if step > 10}
+    assert found["resumed"]["steps"].keys() == rest.keys()
+    assert max(abs(found["resumed"]["steps"][step]["train/loss"] - rest[step]["train/loss"]) for step in rest) < 1e-5
+    assert relative_l2(found["resumed"]["end"], expected["adamw"]["end"]) < 1e-5
+
+
+@pytest.mark.parametrize(("strategy", "world"), [("zero2", 2), pytest.param("zero3", 2, marks=SLOW)])
+def test_one_process_goes_on_from_what_several_have_left(
+    strategy: str, world: int, shared: Path, single: tuple[Found, Path], tmp_path: Path
+) -> None:
+    wanted = {"adamw": {**fits(world)["adamw"], "stop_at": 10}}
+    launch(tmp_path / "several", shared, strategy, world, wanted)
+    checkpoints = tmp_path / "several" / "checkpoints" / "adamw"
+    assert sum(path.stat().st_size for path in (checkpoints / "step-000010").iterdir()) < 300_000  # adapter, two moments
+    resumed = {"resumed": {**fits(1)["adamw"], "resume": str(checkpoints)}}
+    found = launch(tmp_path / "one", shared, "single", 1, resumed)["resumed"]
+    assert relative_l2(found["end"], single[0]["adamw"]["end"]) < 1e-5
