@@ -4,7 +4,12 @@ from __future__ import annotations
 
 
 class LorakitError(Exception):
-    """Base of all errors that a user can cause; the command line prints it without a traceback and exits with 2."""
+    """Base of all errors that a user can cause; the command line prints it without a traceback and exits with 2.
+
+    Of several processes the first says what ``is_of_all``.
+    """
+
+    is_of_all = False
 
 
 class ConfigError(LorakitError, ValueError):

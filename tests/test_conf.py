@@ -34,7 +34,7 @@ def _compose(*overrides: str) -> dict[str, Any]:
 def _targets(node: Any, key: str = "") -> list[tuple[str, dict[str, Any]]]:
     if not isinstance(node, dict):
         return []
-    here = [(key, node)] if "_target_" in node else []
+    here = [(key, node)] if node.get("_target_", "auto") != "auto" else []
     return here + [found for name, inner in node.items() for found in _targets(inner, f"{key}.{name}")]
 
 

@@ -22,7 +22,7 @@ def run_command(main: Callable[[list[str]], Any]) -> None:
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
     except LorakitError as error:
-        _fail(str(error))
+        _fail("" if error.is_of_all and os.environ.get("RANK", "0") != "0" else str(error))
     except OSError as error:
         _fail(explain_os_error(error))
     except Exception as error:
@@ -42,6 +42,9 @@ def _explain_foreign(error: Exception) -> str | None:
     module = type(error).__module__.split(".")[0]
     if module in ("hydra", "omegaconf"):
         return " ".join(str(error).split("\n")[0:2])
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or "gloo" in str(error):
+        rank = os.environ.get("RANK", "0")
+        return f"rank {rank} lost contact with another process ({str(error).splitlines()[0][:200]}); what ended that one comes first"
     if type(error).__name__ == "OutOfMemoryError":
         return (
             "out of memory on the device. Lower data.batch_size (or data.tokens_per_batch) or data.max_tokens, "
@@ -55,5 +58,6 @@ def _explain_foreign(error: Exception) -> str | None:
 def _fail(message: str, code: int = 2) -> NoReturn:
     if os.environ.get("LORAKIT_DEBUG") == "1":
         raise
-    print(f"lorakit: {message}", file=sys.stderr)
+    if message:  # else another process says it
+        print(f"lorakit: {message}", file=sys.stderr)
     raise SystemExit(code)

@@ -163,7 +163,7 @@ def _open_run(
                 data_fingerprint=prepared.datamodule.fingerprint, command=command, overrides=overrides, resolved=prepared.resolved,
                 batches_per_step=config["trainer"]["accumulate_grad_batches"] * world.size,
             )  # fmt: skip
-        except LorakitError as error:
+        except (LorakitError, OSError) as error:
             problem = error
     found, problem = share((found, problem))
     if problem is not None:

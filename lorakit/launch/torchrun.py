@@ -48,7 +48,12 @@ def run_here(job: dict[str, Any], num_processes: int, *, max_restarts: int = 0) 
 
 
 def _explain(error: Any) -> None:
-    rank, failure = min(error.failures.items(), key=lambda entry: entry[1].timestamp)
+    # What a signal has ended comes first: the others fail because of it, or are ended with SIGTERM.
+    def order(entry: tuple[int, Any]) -> tuple[bool, int]:
+        code = entry[1].exitcode
+        return code >= 0 or code == -signal.SIGTERM, entry[1].timestamp
+
+    rank, failure = min(error.failures.items(), key=order)
     if failure.exitcode == 128 + signal.SIGINT:
         raise KeyboardInterrupt from error
     if failure.exitcode > 0:

@@ -109,7 +109,7 @@ def together(step: Callable[[], Found]) -> Found:
     if not raised:
         return found  # type: ignore[return-value]
     texts = dict.fromkeys(text for _, text in raised)
-    if len(texts) == 1 and len(raised) == len(problems):
-        raise problem or LorakitError(next(iter(texts)))
-    lines = [f"{', '.join(who for who, what in raised if what == text)}: {text}" for text in texts]
-    raise LorakitError("\n".join(lines))
+    if len(texts) > 1 or len(raised) < len(problems) or problem is None:
+        problem = LorakitError("\n".join(f"{', '.join(who for who, what in raised if what == text)}: {text}" for text in texts))
+    problem.is_of_all = True
+    raise problem

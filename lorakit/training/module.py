@@ -140,10 +140,12 @@ class LoRAModule(L.LightningModule):
         path = Path(self.trainer.default_root_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save([batch.tensors() for batch in window], path)
-        raise TrainingError(
+        error = TrainingError(
             f"loss or gradient not finite in {self.num_bad_in_a_row} steps in a row (step {self.trainer.global_step}); the last "
             f"window's batches are in {path}. Lower optim.lr, lengthen the warm-up, or set trainer.precision=32-true."
         )
+        error.is_of_all = True  # decided by all processes together
+        raise error
 
     # ---- evaluation
 

@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 RUN_FILE, CONFIG_FILE, HISTORY_FILE, ADAPTER_FOLDER = "run.json", "config.yaml", "history.jsonl", "adapter"
 PACKAGES = (
     *("torch", "lightning", "transformers", "tokenizers", "safetensors", "peft"),
-    *("hydra-core", "omegaconf", "datasets", "numpy", "wandb"),
+    *("deepspeed", "hydra-core", "omegaconf", "datasets", "numpy", "wandb"),
 )
 
 

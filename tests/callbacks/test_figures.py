@@ -161,7 +161,9 @@ def test_samples_are_written_at_every_evaluation_and_are_what_generate_gives(tmp
         for text in ("ab", "c")
     ]
     callback = Samples(tmp_path, prompts=["ab", "c"], max_tokens=6)
-    trainer = SimpleNamespace(sanity_checking=False, state=SimpleNamespace(fn="fit"), global_step=7, loggers=[])
+    trainer = SimpleNamespace(
+        is_global_zero=True, sanity_checking=False, state=SimpleNamespace(fn="fit"), global_step=7, loggers=[]
+    )
     callback.on_validation_end(trainer, SimpleNamespace(model=model, tokenizer=tokenizer))
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["step"], row["prompt"], row["sample"]) for row in rows] == [
@@ -201,7 +203,7 @@ def test_history_behind_the_step_of_a_resumed_run_is_cut_and_a_torn_line_left_ou
         callback.history.append({"step": step, "train/loss": 1 / step})
     with callback.history.path.open("a") as file:
         file.write('{"step": 4, "trai')
-    callback.on_train_start(SimpleNamespace(global_step=2), None)
+    callback.on_train_start(SimpleNamespace(is_global_zero=True, global_step=2), None)
     callback.history.append({"step": 3, "train/loss": 7.0})
     assert callback.history.read() == [
         {"step": 1, "train/loss": 1.0},
@@ -231,7 +233,7 @@ def test_samples_behind_the_step_of_a_resumed_run_are_cut(tmp_path: Path) -> Non
     callback = Samples(tmp_path, prompts=["a"])
     lines = [json.dumps({"step": step, "prompt": "ä", "sample": "b\n"}, ensure_ascii=False) for step in (1, 2, 2, 3)]
     callback.history.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    callback.on_train_start(SimpleNamespace(global_step=2), None)
+    callback.on_train_start(SimpleNamespace(is_global_zero=True, global_step=2), None)
     assert callback.history.path.read_text(encoding="utf-8") == "".join(line + "\n" for line in lines[:3])
-    callback.on_train_start(SimpleNamespace(global_step=0), None)
+    callback.on_train_start(SimpleNamespace(is_global_zero=True, global_step=0), None)
     assert callback.history.path.read_text(encoding="utf-8") == ""

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from tiny_models import Loader, adamw, make_batches, make_datums, make_model, make_trainer
 
+from lorakit.callbacks import adapter_checkpoint as callback_module
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.training.module import LoRAModule
-from lorakit.weights import checkpoint as checkpoint_module
 from lorakit.weights.checkpoint import list_checkpoints, newest_whole
 
 BATCHES = make_batches(make_datums(6), 1, 1)
@@ -38,9 +38,9 @@ def fit(folder: Path, before_step: Any) -> tuple[Any, list[str]]:
     return trainer, [str(warning.message) for warning in caught if "could not be written" in str(warning.message)]
 
 
-@pytest.mark.parametrize("place", ["save_adapter", "fsync"])
+@pytest.mark.parametrize("place", ["write_adapter", "fsync"])
 def test_training_goes_on_and_the_last_good_checkpoint_is_in_force(place: str, tmp_path: Path, monkeypatch: Any) -> None:
-    save, sync, full = checkpoint_module.save_adapter, os.fsync, [False]
+    save, sync, full = callback_module.write_adapter, os.fsync, [False]
 
     def guarded(real: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -50,8 +50,8 @@ def test_training_goes_on_and_the_last_good_checkpoint_is_in_force(place: str, t
 
         return call
 
-    if place == "save_adapter":
-        monkeypatch.setattr(checkpoint_module, "save_adapter", guarded(save))
+    if place == "write_adapter":
+        monkeypatch.setattr(callback_module, "write_adapter", guarded(save))
     else:
         monkeypatch.setattr(os, "fsync", guarded(sync))
 
