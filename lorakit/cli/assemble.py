@@ -26,6 +26,7 @@ from lorakit.lora.inject import LoRAPlan, inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.layers import compile_layers, enable_checkpointing
 from lorakit.model.load import base_name, load_model, load_tokenizer
+from lorakit.strategy.watch import PhaseCallback
 from lorakit.strategy.world import World
 from lorakit.training.module import LoRAModule
 from lorakit.training.precision import base_dtype, resolve_accelerator, resolve_precision
@@ -150,7 +151,7 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
     ]
     last = LastEvaluation()
     callbacks += [PackingGuard(), last, RunHistory(folder), AdapterCheckpoint(folder / "checkpoints", **checkpoint)]
-    callbacks.append(StepProgress(total_steps))
+    callbacks += [StepProgress(total_steps), PhaseCallback()]
     strategy = build_strategy(config["strategy"], precision=precision)
     has_precision = getattr(strategy, "_precision_plugin", None) is not None
     return L.Trainer(

@@ -16,9 +16,11 @@ from lorakit.cli.conf import conf_dir
 from lorakit.cli.schema import import_target
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import LoRAPlan
+from lorakit.strategy.watch import take_fault
 from lorakit.strategy.world import World, current_world
 from lorakit.training.precision import base_dtype, resolve_accelerator
 
+log = logging.getLogger("lorakit")
 Config = dict[str, Any]
 BASE_SHARE = 0.7  # of a device's memory that a whole base may take; activations need the rest
 
@@ -51,6 +53,17 @@ def check_world(config: Config) -> World:
     return world
 
 
+def resume_if_restarted(config: Config) -> Config:
+    """What torchrun starts again goes on from the last checkpoint, where there is one."""
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not count:
+        return config
+    if current_world().is_first:
+        most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "?")
+        log.warning("restart %d of %s: %s", count, most, take_fault() or "a process has died")
+    return {**config, "resume": "auto"}
+
+
 def silence(world: World) -> None:
     """Let the first process speak for all."""
     if not world.is_first:
@@ -67,10 +80,7 @@ def choose_strategy(config: Config, planned: LoRAPlan, *, precision: str, accele
     settings = config["strategy"]
     if settings["_target_"] == "auto":
         name, reason = _choose(config, planned, precision=precision, accelerator=accelerator, world=world)
-        timeout = settings["timeout_seconds"]
         settings = yaml.safe_load((conf_dir() / "strategy" / f"{name}.yaml").read_text(encoding="utf-8"))
-        if "timeout_seconds" in settings:
-            settings["timeout_seconds"] = timeout
         if world.size > 1:
             say(f"strategy=auto: {name} ({reason})")
     if settings.get("stage") == 3 and planned.target_parameters:

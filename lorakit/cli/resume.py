@@ -25,7 +25,12 @@ from lorakit.weights.run import (
 # What may differ between a run and its continuation without changing what is computed.
 _FREE_KEYS = (
     *("run", "resume", "paths.", "logger.", "checkpoint.", "callbacks.", "data.on_error"),
-    *("strategy.", "trainer.devices", "trainer.accumulate_grad_batches"),  # whose product with the processes must stay
+    *(
+        "strategy.",
+        "launch.",
+        "trainer.devices",
+        "trainer.accumulate_grad_batches",
+    ),  # whose product with the processes must stay
 )
 RUN_FOLDER = "{the run's folder}"  # stands for ``${paths.run}`` until the run has its folder
 

@@ -36,6 +36,11 @@ class TrainerSettings(msgspec.Struct, forbid_unknown_fields=True):
     deterministic: bool
 
 
+class LaunchSettings(msgspec.Struct, forbid_unknown_fields=True):
+    collective_timeout_seconds: float
+    max_restarts: int
+
+
 class CheckpointSettings(msgspec.Struct, forbid_unknown_fields=True):
     every_steps: int
     keep_last: int
@@ -50,19 +55,21 @@ _GROUPS: dict[str, type[msgspec.Struct]] = {
     "model": ModelSettings,
     "trainer": TrainerSettings,
     "checkpoint": CheckpointSettings,
+    "launch": LaunchSettings,
     "loss": LossSettings,
 }
 _TOP_LEVEL = (
     *("model", "data", "lora", "loss", "optim", "schedule", "trainer", "callbacks", "logger", "paths", "checkpoint"),
-    *("strategy", "run", "resume", "seed", "vars"),
+    *("strategy", "launch", "run", "resume", "seed", "vars"),
 )
 _AT_LEAST_ONE = (
     "trainer.accumulate_grad_batches",
     "trainer.log_every_n_steps",
     "trainer.max_bad_steps",
     "checkpoint.keep_last",
+    "launch.collective_timeout_seconds",
 )
-_AT_LEAST_ZERO = ("checkpoint.every_steps", "checkpoint.keep_best")
+_AT_LEAST_ZERO = ("checkpoint.every_steps", "checkpoint.keep_best", "launch.max_restarts")
 
 
 def check_settings(config: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shlex
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.compose import run_hydra, typed_overrides
@@ -51,9 +52,12 @@ def train(config: DictConfig, *, command: str = "") -> None:
     check_settings(plain)
     if needs_launch(plain):
         from lorakit.launch.torchrun import run_here
+        from lorakit.weights.run import free_name
 
+        if plain["launch"]["max_restarts"] and not (plain["run"] or plain["resume"]):
+            plain["run"] = free_name(Path(plain["paths"]["runs"]).expanduser(), str(experiment))  # for who is started again
         job = {"config": plain, "experiment": str(experiment), "command": command, "overrides": typed_overrides()}
-        run_here(job, num_devices(plain))
+        run_here(job, num_devices(plain), max_restarts=plain["launch"]["max_restarts"])
         return
     outcome = train_run(plain, experiment=str(experiment), command=command, overrides=typed_overrides())
     leave_if_interrupted(outcome.interrupt)  # nothing is returned: Hydra would keep every job's model

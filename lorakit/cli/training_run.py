@@ -24,7 +24,7 @@ from rich.console import Console
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.throughput import Throughput
 from lorakit.cli import assemble
-from lorakit.cli.processes import check_world, choose_strategy, refuse_unless_elementwise, silence
+from lorakit.cli.processes import check_world, choose_strategy, refuse_unless_elementwise, resume_if_restarted, silence
 from lorakit.cli.reports import print_data_report, warn_of_idle_settings
 from lorakit.cli.resume import choose_run, fill_run_folder, find_run_to_resume
 from lorakit.cli.schema import check_settings
@@ -35,6 +35,7 @@ from lorakit.lora.spec import LoRASpec
 from lorakit.lora.state import adapter_state
 from lorakit.model.families import packing_is_doubtful
 from lorakit.model.load import base_name, load_config, load_skeleton
+from lorakit.strategy.watch import FINISHED, PHASES
 from lorakit.strategy.world import World, current_world, join, share, together
 from lorakit.training.module import LoRAModule
 from lorakit.training.optim import LR_SOURCE, auto_lr
@@ -68,10 +69,10 @@ def train_run(
 ) -> Outcome:
     """Train as the resolved ``config`` says and return what came of it. Raises LorakitError."""
     check_settings(config)
-    world = check_world(config)
+    world, config = check_world(config), resume_if_restarted(config)
     accelerator, precision = assemble.resolve_devices(config)
     if world.size > 1:
-        join(world, device=accelerator, timeout_seconds=config["strategy"]["timeout_seconds"])
+        join(world, device=accelerator, timeout_seconds=config["launch"]["collective_timeout_seconds"], watched=True)
         silence(world)
     console = (console or Console(soft_wrap=True)) if world.is_first else Console(file=io.StringIO())
     torch.set_num_threads(config["trainer"]["threads"] or DEFAULT_THREADS)  # of this job, not of the sweep's last one
@@ -272,6 +273,7 @@ def _fit(
     _print_end(outcome, trainer, metrics, console)
     for note in notes:
         console.print(note, markup=False)
+    PHASES.enter(FINISHED)
     return outcome
 
 

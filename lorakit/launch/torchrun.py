@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError
+from lorakit.strategy.watch import FAULT_FILE, take_fault
 
 
 def run_here(job: dict[str, Any], num_processes: int, *, max_restarts: int = 0) -> None:
@@ -33,6 +34,7 @@ def run_here(job: dict[str, Any], num_processes: int, *, max_restarts: int = 0) 
     with tempfile.TemporaryDirectory(prefix="lorakit-") as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(job), encoding="utf-8")
+        os.environ[FAULT_FILE] = str(Path(folder) / "fault")
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=num_processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
             rdzv_endpoint="localhost:0", max_restarts=max_restarts, monitor_interval=0.5, start_method="spawn",
@@ -44,7 +46,11 @@ def run_here(job: dict[str, Any], num_processes: int, *, max_restarts: int = 0) 
                 raise KeyboardInterrupt from error
             raise SystemExit(128 + error.sigval) from error
         except ChildFailedError as error:
+            if reason := take_fault():
+                raise LorakitError(f"{reason}. All processes were ended; go on with resume=true") from error
             _explain(error)
+        finally:
+            del os.environ[FAULT_FILE]
 
 
 def _explain(error: Any) -> None:

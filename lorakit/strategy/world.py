@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from lorakit.errors import ConfigError, LorakitError
+from lorakit.strategy import watch
 
 Found = TypeVar("Found")
 
@@ -52,18 +54,34 @@ def current_world() -> World:
     return World(*(int(os.environ[name]) for name in names))
 
 
-def join(world: World, *, device: str, timeout_seconds: float = 600.0) -> None:
-    """Form the group of all processes, once. A process that runs alone forms a group of one, which needs no network."""
+def join(world: World, *, device: str, timeout_seconds: float = 600.0, watched: bool = False) -> None:
+    """Form the group of all processes, once. A process that runs alone forms a group of one, which needs no network.
+
+    Args:
+        timeout_seconds: how long a process waits for the others in one operation.
+        watched: a watcher beside each process ends all of them where one is stopped, cut off, or stuck for that long in a step.
+    """
     if dist.is_initialized():
         return
-    timeout = datetime.timedelta(seconds=timeout_seconds)
+    # Before anything starts threads: the watcher is a fork.
+    tell = watch.start(world.rank, world.size, step_limit_s=timeout_seconds) if watched and world.size > 1 else None
+    timeout = datetime.timedelta(seconds=timeout_seconds + 60)  # the watchers, who name who is late, come first
     if world.size == 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    elif device == "cuda":
-        torch.cuda.set_device(world.local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
     else:
-        dist.init_process_group("gloo", timeout=timeout)
+        if device == "cuda":
+            torch.cuda.set_device(world.local_rank)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        store = _fresh_store(world, timeout)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    if tell is not None:
+        tell(os.environ["MASTER_ADDR"], share(watch.free_port()))
+
+
+def _fresh_store(world: World, timeout: datetime.timedelta) -> dist.Store:
+    """The store that torchrun has set up. What it starts again it gives the same one, which holds the addresses of the dead."""
+    store, _, _ = next(iter(rendezvous("env://", world.rank, world.size, timeout=timeout)))
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def share(value: Found) -> Found:

@@ -24,15 +24,18 @@ SMALL = (
 DEADLINE_S = 60  # within which a job ends when one of its processes has died
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def start(*arguments: str, cwd: Path, path: Path = REPOSITORY) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{path}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lorakit", "train", *SMALL, *arguments]
     return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes that train, by rank."""
-    found = [child for child in psutil.Process(process.pid).children(recursive=True) if "lorakit.cli.worker" in child.cmdline()]
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    found = [child for child in everyone if "lorakit.cli.worker" in child.cmdline()]
+    watchers = {child.pid for worker in found for child in worker.children()}
+    found = [child for child in found if child.pid not in watchers]
     return sorted(found, key=lambda child: int(child.environ()["RANK"]))
 
 
@@ -82,6 +85,61 @@ def test_a_bad_row_is_one_message(tmp_path: Path) -> None:
     assert process.returncode == 2
     assert errors.count("columns not recognised") == 1 and "Traceback" not in errors
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_stalled_rank_is_named_and_the_job_ends(tmp_path: Path) -> None:
+    process = start("run=it", "trainer.max_steps=400", "strategy=ddp", "trainer.devices=2", cwd=tmp_path)
+    wait_for_step(History(tmp_path / "runs" / "it"), 2, process)
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    workers_of(process)[1].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    _, errors = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 2 and time.monotonic() - stopped < DEADLINE_S
+    assert "rank 1 (host" in errors and "is stalled" in errors and "Traceback" not in errors
+    assert not [child for child in everyone if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.slow
+def test_a_job_restarts_by_itself_and_ends_with_the_same_loss(tmp_path: Path) -> None:
+    settings = ("trainer.max_steps=14", "checkpoint.every_steps=4", "strategy=zero3", "trainer.devices=2")
+    whole = start("run=whole", *settings, cwd=tmp_path)
+    output, errors = whole.communicate(timeout=180)
+    assert whole.returncode == 0, output + errors
+    process = start("run=it", "launch.max_restarts=1", *settings, cwd=tmp_path)
+    wait_for_step(History(tmp_path / "runs" / "it"), 6, process)
+    workers_of(process)[1].send_signal(signal.SIGKILL)
+    output, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, output + errors
+    assert "restart 1 of 1" in errors and "resuming from step" in output
+    ours, theirs = (History(tmp_path / "runs" / name).read() for name in ("it", "whole"))
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    assert abs(ours[-1]["val/loss"] - theirs[-1]["val/loss"]) < 1e-5
+    assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(ours, theirs, strict=True) if "train/loss" in a) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_step_that_hangs_has_a_limit_and_an_evaluation_has_none(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, time, lightning as L\n"
+        "class Sleep(L.Callback):\n"
+        "    def on_validation_start(self, trainer, module):\n"
+        "        time.sleep(20 if os.environ['RANK'] == '1' and trainer.global_step == 3 else 0)\n"
+        "    def on_before_backward(self, trainer, module, loss):\n"
+        "        time.sleep(300 if os.environ['RANK'] == '1' and trainer.global_step == 4 else 0)\n"
+    )
+    settings = (
+        "trainer.devices=2",
+        "strategy=ddp",
+        "launch.collective_timeout_seconds=8",
+        "+callbacks.sleep._target_=mine.Sleep",
+    )
+    process = start("run=it", "trainer.max_steps=400", *settings, cwd=tmp_path, path=tmp_path)
+    output, errors = process.communicate(timeout=150)
+    assert process.returncode == 2
+    assert "a step has not ended in launch.collective_timeout_seconds=8" in errors, output + errors
+    assert "rank 0 (host" in errors and "rank 1 (host" in errors and "in step 5, " in errors
+    assert max(record["step"] for record in History(tmp_path / "runs" / "it").read()) == 4
 
 
 @pytest.mark.slow
