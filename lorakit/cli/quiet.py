@@ -46,6 +46,7 @@ def quiet_libraries() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP advises to switch off what a batch of another kind may need
     log = logging.getLogger("lorakit")
     if not log.handlers:
         handler = _StderrHandler()
