@@ -13,10 +13,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lorakit.lora.state import adapter_state
+from lorakit.strategy.world import gather
 from lorakit.weights.adapter import write_adapter
 from lorakit.weights.checkpoint import list_checkpoints, prune, save_checkpoint
 
@@ -41,7 +41,6 @@ class AdapterCheckpoint(L.Callback):
         self.folder = Path(folder)
         self.every_steps, self.keep_last, self.keep_best = every_steps, keep_last, keep_best
         self.interrupt: int | None = None  # the signal that ended the fit
-        self.validated_step = -1
         self._saved_step = -1
         self._random_state: dict[str, Any] | None = None
         self._old_handlers: dict[int, Any] = {}
@@ -76,7 +75,6 @@ class AdapterCheckpoint(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        self.validated_step = trainer.global_step
         if trainer.global_step != self._saved_step:
             loss = trainer.callback_metrics.get("val/loss")
             self._save(trainer, pl_module, val_loss=None if loss is None else float(loss))
@@ -93,9 +91,7 @@ class AdapterCheckpoint(L.Callback):
         """Keep the random state of every process."""
         own, packed = _get_random_state(), io.BytesIO()
         torch.save(own, packed)  # pickle itself fails on numpy's unsigned integers as tensors
-        everyone = [packed.getvalue()] * trainer.world_size
-        if trainer.world_size > 1:
-            dist.all_gather_object(everyone, packed.getvalue())
+        everyone = gather(packed.getvalue())
         checkpoint["lorakit_random"] = [torch.load(io.BytesIO(state), weights_only=True) for state in everyone]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -107,7 +103,7 @@ class AdapterCheckpoint(L.Callback):
         if trainer.world_size == 1:
             return self.interrupt
         number = torch.tensor(self.interrupt or 0, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(number, reduce_op="max")) or None  # type: ignore[arg-type]
+        return int(trainer.strategy.reduce(number, reduce_op="max")) or None
 
     def _save(self, trainer: L.Trainer, pl_module: Any, val_loss: float | None = None) -> None:
         step = trainer.global_step

@@ -35,7 +35,7 @@ class ExpertLoad(L.Callback):
         if trainer.fit_loop._should_accumulate():
             return
         for layer, own in self._counts.items():
-            counts: Any = trainer.strategy.reduce(own, reduce_op="sum")  # type: ignore[arg-type]
+            counts: Any = trainer.strategy.reduce(own, reduce_op="sum")
             load = counts.float() / counts.sum().clamp(min=1) * len(counts)
             pl_module.log(f"expert_load/layer_{layer}_max", load.max())
         self._counts.clear()

@@ -149,18 +149,18 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
     callbacks: list[L.Callback] = [
         build(entry, f"callbacks.{name}") for name, entry in (config["callbacks"] or {}).items() if entry is not None
     ]
-    last = LastEvaluation()
-    callbacks += [PackingGuard(), last, RunHistory(folder), AdapterCheckpoint(folder / "checkpoints", **checkpoint)]
+    callbacks += [PackingGuard(), LastEvaluation(), RunHistory(folder), AdapterCheckpoint(folder / "checkpoints", **checkpoint)]
     callbacks += [StepProgress(total_steps), PhaseCallback()]
     strategy = build_strategy(config["strategy"], precision=precision)
-    has_precision = getattr(strategy, "_precision_plugin", None) is not None
+    # ZeRO brings its own. The type is Any: Lightning lists literals, and resolve_precision gives one of them.
+    accepted: Any = None if getattr(strategy, "_precision_plugin", None) is not None else precision
     return L.Trainer(
         default_root_dir=folder,
         accelerator=accelerator,
         devices=world.local_size,
         num_nodes=world.num_nodes,
         strategy=strategy,
-        precision=None if has_precision else precision,  # type: ignore[arg-type]  # Lightning lists literals
+        precision=accepted,
         max_steps=settings["max_steps"],  # the user's limit itself: an estimate only shapes schedule and bar
         max_epochs=1,  # the stream holds all epochs
         accumulate_grad_batches=accumulate,

@@ -42,7 +42,7 @@ def _explain_foreign(error: Exception) -> str | None:
     module = type(error).__module__.split(".")[0]
     if module in ("hydra", "omegaconf"):
         return " ".join(str(error).split("\n")[0:2])
-    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or "gloo" in str(error):
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or "gloo/transport" in str(error):
         rank = os.environ.get("RANK", "0")
         return f"rank {rank} lost contact with another process ({str(error).splitlines()[0][:200]}); what ended that one comes first"
     if type(error).__name__ == "OutOfMemoryError":

@@ -13,7 +13,7 @@ class AdapterDDP(DDPStrategy):
     """Lightning's DDP, that sends nothing but the adapters' gradients.
 
     DDP would send the whole frozen base over the network at the start. Every process reads it from disk, and makes the adapter
-    from the same seed; that they are equal is checked before the first step.
+    from the same seed.
 
     Args:
         timeout_seconds: how long a process waits for the others.

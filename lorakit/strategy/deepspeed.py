@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import logging
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
@@ -16,6 +17,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from lorakit.errors import ConfigError
 from lorakit.strategy.state import gather_optimizer_state, scatter_optimizer_state
 from lorakit.strategy.world import current_world, join
+
+_Precision = Literal["32-true", "bf16-mixed", "16-mixed"]  # what training/precision.py resolves to
 
 
 class ZeroStrategy(DeepSpeedStrategy):
@@ -38,7 +41,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     """
 
     def __init__(
-        self, *, stage: int, offload: bool = False, precision: str = "32-true", timeout_seconds: float = 600.0,
+        self, *, stage: int, offload: bool = False, precision: _Precision = "32-true", timeout_seconds: float = 600.0,
         bucket_elements: int = 50_000_000, persist_elements: int = 100_000, leaf_modules: tuple[str, ...] | list[str] = (),
     ) -> None:  # fmt: skip
         if precision == "16-mixed":
@@ -51,7 +54,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         _prepare_deepspeed()
         super().__init__(
             config=_config(stage, offload, bucket_elements, persist_elements),
-            precision_plugin=ZeroPrecision(precision),  # type: ignore[arg-type]  # Lightning lists literals
+            precision_plugin=ZeroPrecision(precision),
             timeout=datetime.timedelta(seconds=timeout_seconds),
         )
         self.stage, self.leaf_modules = stage, tuple(leaf_modules)
@@ -141,7 +144,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         zero: Any = self.optimizers[0]
         zero.clip_grad = limit if limit < float("inf") else 0.0
         self._norm = torch.as_tensor(self._measure_norm(), dtype=torch.float32)
-        return self._norm if self._norm >= 0 else torch.full_like(self._norm, float("nan"))
+        return torch.where(self._norm >= 0, self._norm, float("nan"))
 
     def skip_step(self) -> None:
         """Let the step that follows drop the gradients and change nothing."""
@@ -229,13 +232,10 @@ def _prepare_deepspeed() -> None:
     """Import DeepSpeed so that it works without a compiler and keeps quiet. Raises ConfigError where it is missing."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     try:
         import deepspeed
     except ImportError as error:
         raise ConfigError("this strategy needs deepspeed: pip install deepspeed, or set strategy=ddp") from error
-    import logging
-
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # On a CPU it would compile an operation for shared memory at the first use: 40 s, or an error without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

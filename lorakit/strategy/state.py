@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lorakit.model.partition import full_shape
+from lorakit.strategy.world import gather
 
 
 class _Fragment(NamedTuple):
@@ -97,15 +98,11 @@ def _is_partitioned(value: Any, fragments: Sequence[_Fragment | None], states: A
 
 
 def _union(own: dict[str, bool]) -> dict[str, bool]:
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return {name: kind for kinds in everyone for name, kind in kinds.items()}
+    return {name: kind for kinds in gather(own) for name, kind in kinds.items()}
 
 
 def _first(value: Any) -> Any:
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return next((found for found in everyone if found is not None), None)
+    return next((found for found in gather(value) if found is not None), None)
 
 
 def _gather(

@@ -45,7 +45,7 @@ class _Beat:
     seconds: float  # in this phase
 
     def describe(self, rank: int) -> str:
-        return f"rank {rank} (host {self.host}) in {self.phase} for {self.seconds:.0f} s"
+        return f"{name_of(rank, self.host)} in {self.phase} for {self.seconds:.0f} s"
 
 
 class Phases:
@@ -123,6 +123,11 @@ def start(rank: int, size: int, *, step_limit_s: float) -> Callable[[str, int], 
     return tell
 
 
+def name_of(rank: int, host: str | None = None) -> str:
+    """Return ``rank 3 (host n2)``; of this machine where no host is given."""
+    return f"rank {rank} (host {host or socket.gethostname()})"
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as found:
@@ -167,8 +172,8 @@ class _Watcher:
             if not self.is_needed() or PHASES.read()[0] == FINISHED or (first and first.phase == FINISHED):
                 os._exit(0)
             time.sleep(BEAT_S)
-        where = f"rank 0 (host {first.host})" if first else "rank 0"
-        own = f"rank {self.rank} (host {socket.gethostname()})"
+        where = name_of(0, first.host) if first else "rank 0"
+        own = name_of(self.rank)
         self.end(f"{own} cannot reach {where}: its machine or the network is gone ({error})", tells=False)
 
     def beat(self) -> None:
@@ -181,7 +186,7 @@ class _Watcher:
             self.stopped_since = None
         self.stopped_since = (self.stopped_since or now) if _is_stopped(self.parent) else None
         if self.stopped_since and now - self.stopped_since > STALLED_S:
-            own = f"rank {self.rank} (host {socket.gethostname()})"
+            own = name_of(self.rank)
             self.end(f"{own} is stalled: it has been stopped for {STALLED_S:.0f} s, in {phase}")
         if phase.startswith("step") and seconds > self.step_limit_s:
             where = "; ".join(beat.describe(rank) for rank, beat in sorted(self.beats.items()))
@@ -206,7 +211,7 @@ class _Watcher:
             if self.store.check([f"gone/{rank}"]):
                 phase = self.store.get(f"gone/{rank}").decode()
                 if phase != FINISHED and silence > GRACE_S:
-                    self.end(f"rank {rank} (host {beat.host}) has ended, in {phase}")
+                    self.end(f"{name_of(rank, beat.host)} has ended, in {phase}")
             elif silence > SILENT_S:
                 self.end(
                     f"{beat.describe(rank)} has not been heard of for {SILENT_S:.0f} s: its machine or the network is gone"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -38,7 +37,7 @@ class World:
 
     def describe(self) -> str:
         """Return ``rank 3 (host n2)``."""
-        return f"rank {self.rank} (host {socket.gethostname()})"
+        return watch.name_of(self.rank)
 
 
 def current_world() -> World:
@@ -115,9 +114,10 @@ def together(step: Callable[[], Found]) -> Found:
     """
     if not is_shared():
         return step()
-    found, problem = None, None
+    found: list[Found] = []
+    problem: LorakitError | None = None
     try:
-        found = step()
+        found.append(step())
     except LorakitError as error:
         problem = error
     except OSError as error:
@@ -125,7 +125,7 @@ def together(step: Callable[[], Found]) -> Found:
     problems = gather(None if problem is None else (current_world().describe(), str(problem)))
     raised = [entry for entry in problems if entry]
     if not raised:
-        return found  # type: ignore[return-value]
+        return found[0]
     texts = dict.fromkeys(text for _, text in raised)
     if len(texts) > 1 or len(raised) < len(problems) or problem is None:
         problem = LorakitError("\n".join(f"{', '.join(who for who, what in raised if what == text)}: {text}" for text in texts))

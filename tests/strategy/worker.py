@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from tiny_models import FakeTokenizer
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.data.datamodule import LoRADataModule
@@ -33,21 +34,6 @@ from lorakit.types import Batch, LossOutput, SamplingParams
 from lorakit.weights.checkpoint import STATE_FILE, list_checkpoints
 
 torch.set_num_threads(1)
-
-
-class FakeTokenizer:
-    """Rows of tokens need no tokenizer but its special tokens."""
-
-    pad_token_id, eos_token_id, bos_token_id, chat_template, all_special_ids = 0, 2, None, None, (0, 1, 2)
-
-    def __len__(self) -> int:
-        return 64
-
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        return {"input_ids": [3 + ord(char) % 61 for char in text]}
-
-    def decode(self, tokens: list[int], **options: Any) -> str:
-        return " ".join(map(str, tokens))
 
 
 class Record(L.Callback):

@@ -12,7 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from tiny_models import adamw, make_model, make_trainer, trainable
+from tiny_models import FakeTokenizer, adamw, make_model, make_trainer, trainable
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.data.datamodule import LoRADataModule
@@ -40,21 +40,6 @@ class Losses(L.Callback):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if "train/loss" in trainer.callback_metrics:
             self.values[trainer.global_step] = float(trainer.callback_metrics["train/loss"])
-
-
-class FakeTokenizer:
-    """Rows of tokens need no tokenizer but its special tokens."""
-
-    pad_token_id, eos_token_id, bos_token_id, chat_template, all_special_ids = 0, 2, None, None, (0, 1, 2)
-
-    def __len__(self) -> int:
-        return 64
-
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        return {"input_ids": [3 + ord(char) % 61 for char in text]}
-
-    def decode(self, tokens: list[int], **options: Any) -> str:
-        return " ".join(map(str, tokens))
 
 
 @pytest.fixture
