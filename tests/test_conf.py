@@ -21,7 +21,7 @@ FILES = sorted(CONF.rglob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 THIRD_PARTY_GROUPS = ("trainer", "logger", "optim", "schedule", "paths", "hydra", "experiment")
 RUNTIME = {"params", "optimizer", "total_steps", "self"}  # handed over by the program
-NOT_ARGUMENTS = {"clip_norm"}  # read by the program
+NOT_ARGUMENTS = {"clip_norm", "defaults"}  # read by the program, and by Hydra
 
 
 def _compose(*overrides: str) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def test_groups_are_named_as_the_package_folders() -> None:
         assert group in folders or group in THIRD_PARTY_GROUPS
 
 
-@pytest.mark.parametrize("group", ["model", "data", "lora", "trainer", "checkpoint"])
+@pytest.mark.parametrize("group", ["model", "data", "lora", "trainer", "checkpoint", "launch"])
 def test_every_key_has_its_meaning_beside_it(group: str) -> None:
     text = "\n".join(
         path.read_text(encoding="utf-8") for path in FILES if path.parent.name == group or path.name == "train.yaml"

@@ -12,18 +12,21 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.history import RunHistory
 from lorakit.callbacks.last_evaluation import LastEvaluation
 from lorakit.callbacks.packing_guard import PackingGuard
 from lorakit.callbacks.progress import StepProgress
+from lorakit.cli.preflight import agree, fingerprint
 from lorakit.cli.processes import build_strategy
 from lorakit.cli.schema import find_argument_problems, import_target
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import LoRAPlan, inject
 from lorakit.lora.spec import LoRASpec
+from lorakit.lora.state import adapter_state
 from lorakit.model.layers import compile_layers, enable_checkpointing
 from lorakit.model.load import base_name, load_model, load_tokenizer
 from lorakit.strategy.watch import PhaseCallback
@@ -137,6 +140,7 @@ def build_model(config: Config, spec: LoRASpec, *, device: str, precision: str) 
         compile_layers(model)
     if spec.init_from:
         start_from(model, spec, base=base_name(settings["path"]))
+    agree({"the adapter at the start": fingerprint(adapter_state(model))})
     return model
 
 
@@ -175,6 +179,8 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
         use_distributed_sampler=False,
         logger=build_loggers(config["logger"] or {}),
         callbacks=callbacks,
+        # Said, not left to detection: in a job of SLURM Lightning would take over the signals, and requeue by itself.
+        plugins=[TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()],
     )
 
 

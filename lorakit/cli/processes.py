@@ -25,15 +25,19 @@ Config = dict[str, Any]
 BASE_SHARE = 0.7  # of a device's memory that a whole base may take; activations need the rest
 
 
-def num_devices(config: Config) -> int:
-    """Processes on this machine: ``trainer.devices``, of which auto is all GPUs, and one on a CPU. Raises ConfigError."""
+def num_devices(config: Config, *, elsewhere: bool = False) -> int:
+    """Processes on a machine: ``trainer.devices``, of which auto is all GPUs here, and one on a CPU.
+
+    Raises:
+        ConfigError: it is no such number, or more than this machine has, unless the run is made ``elsewhere``.
+    """
     wanted, accelerator = config["trainer"]["devices"], resolve_accelerator(config["trainer"]["accelerator"])
     there = torch.cuda.device_count() if accelerator == "cuda" else 1
     if wanted == "auto":
         return there
     if not str(wanted).isdigit() or int(wanted) < 1:
         raise ConfigError(f"trainer.devices={wanted}: a number of processes on this machine, or auto for all its GPUs")
-    if accelerator != "cpu" and int(wanted) > there:
+    if accelerator != "cpu" and int(wanted) > there and not elsewhere:
         raise ConfigError(
             f"trainer.devices={wanted}, but there are {there} GPUs here; lower it, or set trainer.accelerator=cpu"
         )
@@ -41,8 +45,24 @@ def num_devices(config: Config) -> int:
 
 
 def needs_launch(config: Config) -> bool:
-    """Whether this process has to start others: several are asked for, and nobody has started them."""
-    return "RANK" not in os.environ and num_devices(config) > 1
+    """Whether this process has to start others: several are asked for, and nobody has started them.
+
+    Raises:
+        ConfigError: they are asked for on several machines, or srun has started them.
+    """
+    if "RANK" in os.environ:
+        return False
+    if config["launch"]["nodes"] > 1:
+        raise ConfigError(
+            f"launch.nodes={config['launch']['nodes']}: `lorakit launch nodes={config['launch']['nodes']} train …` prints what to "
+            "type on each machine; `lorakit launch slurm …` makes a job of SLURM"
+        )
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise ConfigError(
+            f"srun has started {os.environ['SLURM_STEP_NUM_TASKS']} processes that do not know of one another, and each would train "
+            "alone; start one task per node with torchrun in it, as `lorakit launch slurm … train …` does"
+        )
+    return num_devices(config) > 1
 
 
 def check_world(config: Config) -> World:

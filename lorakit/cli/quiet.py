@@ -23,6 +23,7 @@ _MESSAGES = (
     ".*Could not find a config file in.*",
     ".*tensorboardX.*",
     ".*Trying to infer.*",
+    ".*srun. command is available.*",  # Lightning's advice, which `lorakit launch slurm` does not follow
     ".*torch.distributed.* is deprecated. Please use.*",  # DeepSpeed's calls
 )
 

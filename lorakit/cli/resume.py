@@ -118,7 +118,7 @@ def _find_unfinished(root: Path, name: str | None, experiment: str) -> Run | Non
 
 
 def _check_same(run: Run, config: dict[str, Any], data_fingerprint: str, resolved: dict[str, Any]) -> None:
-    then, now = _flatten(yaml.safe_load(run.config_text())), _flatten(fill_run_folder(config, run.folder))
+    then, now = flatten(yaml.safe_load(run.config_text())), flatten(fill_run_folder(config, run.folder))
     problems = [
         f"{key}: {then.get(key, 'not set')!r} then, {now.get(key, 'not set')!r} now"
         for key in sorted(then.keys() | now.keys())
@@ -136,10 +136,11 @@ def _check_same(run: Run, config: dict[str, Any], data_fingerprint: str, resolve
         raise CheckpointError(report(f"{run.folder} cannot be continued with this config:", problems, remedy=remedy))
 
 
-def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested dict by their keys in dots."""
     if not isinstance(node, dict) or not node:
         return {prefix.rstrip("."): node}
     flat: dict[str, Any] = {}
     for key, value in node.items():
-        flat |= _flatten(value, f"{prefix}{key}.")
+        flat |= flatten(value, f"{prefix}{key}.")
     return flat

@@ -36,11 +36,6 @@ class TrainerSettings(msgspec.Struct, forbid_unknown_fields=True):
     deterministic: bool
 
 
-class LaunchSettings(msgspec.Struct, forbid_unknown_fields=True):
-    collective_timeout_seconds: float
-    max_restarts: int
-
-
 class CheckpointSettings(msgspec.Struct, forbid_unknown_fields=True):
     every_steps: int
     keep_last: int
@@ -55,7 +50,6 @@ _GROUPS: dict[str, type[msgspec.Struct]] = {
     "model": ModelSettings,
     "trainer": TrainerSettings,
     "checkpoint": CheckpointSettings,
-    "launch": LaunchSettings,
     "loss": LossSettings,
 }
 _TOP_LEVEL = (
@@ -68,6 +62,7 @@ _AT_LEAST_ONE = (
     "trainer.max_bad_steps",
     "checkpoint.keep_last",
     "launch.collective_timeout_seconds",
+    "launch.nodes",
 )
 _AT_LEAST_ZERO = ("checkpoint.every_steps", "checkpoint.keep_best", "launch.max_restarts")
 
@@ -77,7 +72,7 @@ def check_settings(config: dict[str, Any]) -> None:
     problems = _find_unknown_keys(config)
     for group, schema in _GROUPS.items():
         problems += _check_group(group, config[group], schema)
-    for group in ("data", "lora"):
+    for group in ("data", "lora", "launch"):
         problems += find_argument_problems(config[group], group)
     if not problems:
         problems += _find_range_problems(config)
@@ -111,7 +106,7 @@ def _find_unknown_keys(config: dict[str, Any]) -> list[str]:
 
 
 def _find_range_problems(config: dict[str, Any]) -> list[str]:
-    flat = {f"{group}.{key}": value for group in _GROUPS for key, value in config[group].items()}
+    flat = {f"{group}.{key}": value for group in (*_GROUPS, "launch") for key, value in config[group].items()}
     problems = [f"{key}={flat[key]} must be at least 1" for key in _AT_LEAST_ONE if flat[key] < 1]
     problems += [f"{key}={flat[key]} must be at least 0" for key in _AT_LEAST_ZERO if flat[key] < 0]
     if flat["trainer.max_steps"] == 0 or flat["trainer.max_steps"] < -1:

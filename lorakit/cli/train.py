@@ -40,6 +40,7 @@ def train(config: DictConfig, *, command: str = "") -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from lorakit.cli.jobs import is_for_slurm, submit_job
     from lorakit.cli.processes import needs_launch, num_devices
     from lorakit.cli.schema import check_settings
     from lorakit.cli.training_run import train_run
@@ -50,16 +51,19 @@ def train(config: DictConfig, *, command: str = "") -> None:
     if hydra.mode is RunMode.MULTIRUN and plain["run"] is not None:
         plain["run"] = f"{plain['run']}-{hydra.job.num}"  # a folder for each job
     check_settings(plain)
+    job: dict[str, Any] = {"config": plain, "experiment": str(experiment), "command": command, "overrides": typed_overrides()}
+    if is_for_slurm(plain):
+        submit_job(plain, job)
+        return
     if needs_launch(plain):
         from lorakit.launch.torchrun import run_here
         from lorakit.weights.run import free_name
 
         if plain["launch"]["max_restarts"] and not (plain["run"] or plain["resume"]):
             plain["run"] = free_name(Path(plain["paths"]["runs"]).expanduser(), str(experiment))  # for who is started again
-        job = {"config": plain, "experiment": str(experiment), "command": command, "overrides": typed_overrides()}
         run_here(job, num_devices(plain), max_restarts=plain["launch"]["max_restarts"])
         return
-    outcome = train_run(plain, experiment=str(experiment), command=command, overrides=typed_overrides())
+    outcome = train_run(plain, experiment=str(experiment), command=command, overrides=job["overrides"])
     leave_if_interrupted(outcome.interrupt)  # nothing is returned: Hydra would keep every job's model
 
 

@@ -24,6 +24,7 @@ from rich.console import Console
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.throughput import Throughput
 from lorakit.cli import assemble
+from lorakit.cli.preflight import agree, describe_base, describe_config, describe_program
 from lorakit.cli.processes import check_world, choose_strategy, refuse_unless_elementwise, resume_if_restarted, silence
 from lorakit.cli.reports import print_data_report, warn_of_idle_settings
 from lorakit.cli.resume import choose_run, fill_run_folder, find_run_to_resume
@@ -74,9 +75,15 @@ def train_run(
     if world.size > 1:
         join(world, device=accelerator, timeout_seconds=config["launch"]["collective_timeout_seconds"], watched=True)
         silence(world)
+        agree(describe_program() | describe_config(config))
     console = (console or Console(soft_wrap=True)) if world.is_first else Console(file=io.StringIO())
     torch.set_num_threads(config["trainer"]["threads"] or DEFAULT_THREADS)  # of this job, not of the sweep's last one
     prepared = together(lambda: _prepare(config, world, accelerator, precision, experiment, console))
+    agree(
+        {"the rows": prepared.datamodule.fingerprint, "total steps": str(prepared.total_steps)}
+        | {f"{key}=auto": str(value) for key, value in prepared.resolved.items()}
+        | describe_base(prepared.config["model"])
+    )
     run, resumes = together(lambda: _open_run(config, prepared, experiment, command, list(overrides)))
     if resumes:
         prepared = _with_window_of(run, prepared, world, console)

@@ -1,19 +1,73 @@
-"""Several processes on this machine, through torchrun's agent: it starts, watches and ends them."""
+"""Several processes through torchrun: its agent on this machine, its command line on each of several machines."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import shlex
 import signal
+import socket
 import sys
 import tempfile
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError
 from lorakit.strategy.watch import FAULT_FILE, take_fault
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How the processes of a run are started.
+
+    Args:
+        nodes: machines.
+        address: of the first machine; None is this one's name.
+        port: of the first machine.
+        collective_timeout_seconds: so long may one step take.
+        max_restarts: so often are a machine's processes started again when one of them dies.
+    """
+
+    nodes: int = 1
+    address: str | None = None
+    port: int = 29500
+    collective_timeout_seconds: float = 600.0
+    max_restarts: int = 0
+
+
+def torchrun_lines(launch: Launch, num_processes: int, program: Sequence[str]) -> list[str]:
+    """The command for each machine, in the order of their numbers."""
+    address = launch.address or socket.gethostname()
+    return [
+        shlex.join(
+            [
+                "torchrun",
+                *torchrun_arguments(
+                    launch, num_processes, node_rank=str(node), address=address, port=str(launch.port), program=program
+                ),
+            ]
+        )
+        for node in range(launch.nodes)
+    ]
+
+
+def torchrun_arguments(
+    launch: Launch, num_processes: int, *, node_rank: str, address: str, port: str, program: Sequence[str]
+) -> list[str]:
+    """torchrun's arguments on one machine."""
+    return [
+        f"--nnodes={launch.nodes}",
+        f"--node-rank={node_rank}",
+        f"--nproc-per-node={num_processes}",
+        f"--master-addr={address}",
+        f"--master-port={port}",
+        *([f"--max-restarts={launch.max_restarts}"] if launch.max_restarts else []),
+        *program,
+    ]
 
 
 def run_here(job: dict[str, Any], num_processes: int, *, max_restarts: int = 0) -> None:

@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -144,27 +145,47 @@ class _Watcher:
         self.store = dist.TCPStore(host, port, is_master=rank == 0, wait_for_workers=False, timeout=wait)
         self.store.set_timeout(datetime.timedelta(seconds=SILENT_S))
         self.number, self.listened = 0, time.monotonic()
+        self.answered = time.monotonic()  # when the store last did: an operation on a network that is cut never returns
         self.stopped_since: float | None = None
         self.heard: dict[int, tuple[int, float]] = {}  # rank -> number of its last beat, and when it came
         self.beats: dict[int, _Beat] = {}
 
     def run(self) -> None:
+        threading.Thread(target=self.talk, daemon=True).start()
+        looked = time.monotonic()
+        while self.is_needed():
+            now = time.monotonic()
+            if now - looked > SILENT_S / 4:  # this watcher was itself stopped
+                self.answered = now
+            looked = now
+            if now - self.answered > SILENT_S:
+                self.lose(f"no answer for {SILENT_S:.0f} s")
+            time.sleep(BEAT_S)
+        farewell = threading.Thread(target=self.say_farewell, daemon=True)
+        farewell.start()
+        farewell.join(BEAT_S)
+        if self.rank == 0:
+            time.sleep(3 * BEAT_S)  # the store is here; let the others read
+
+    def talk(self) -> None:
+        """Tell and hear, over and over."""
         while self.is_needed():
             try:
                 self.beat()
                 self.listen()
             except (RuntimeError, OSError) as error:  # the store is gone, and with it the first process or the way to it
-                self.lose(error)
+                self.lose(str(error))
+            self.answered = time.monotonic()
             time.sleep(BEAT_S)
+
+    def say_farewell(self) -> None:
         with contextlib.suppress(RuntimeError, OSError):
             self.store.set(f"gone/{self.rank}", PHASES.read()[0])
-        if self.rank == 0:
-            time.sleep(3 * BEAT_S)  # the store is here; let the others read
 
     def is_needed(self) -> bool:
         return os.getppid() == self.parent
 
-    def lose(self, error: Exception) -> None:
+    def lose(self, reason: str) -> None:
         """The store cannot be reached; where the run has not finished the process is ended, unless it ends by itself."""
         first = self.beats.get(0)
         end = time.monotonic() + GRACE_S
@@ -174,7 +195,7 @@ class _Watcher:
             time.sleep(BEAT_S)
         where = name_of(0, first.host) if first else "rank 0"
         own = name_of(self.rank)
-        self.end(f"{own} cannot reach {where}: its machine or the network is gone ({error})", tells=False)
+        self.end(f"{own} cannot reach {where}: its machine or the network is gone ({reason})", tells=False)
 
     def beat(self) -> None:
         """Tell the others; end the process where it is stopped, or its step takes too long."""

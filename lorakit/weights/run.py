@@ -192,12 +192,12 @@ def find_run(root: Path, wanted: str | None) -> Run:
     return with_adapter[-1]
 
 
-def free_name(root: Path, stem: str) -> str:
-    """Return ``stem-1122-1934``, with a number behind it where that is taken."""
+def free_name(root: Path, stem: str, *, queue: Path | None = None) -> str:
+    """Return ``stem-1122-1934``, with a number behind it where that is taken, by a run that still waits in ``queue`` too."""
     stem = stem.replace("/", "-")
     base = f"{stem}-{datetime.datetime.now():%m%d-%H%M}"
     names = (base, *(f"{base}-{number}" for number in range(2, 10_000)))
-    return next(name for name in names if not (root / name).exists())
+    return next(name for name in names if not ((root / name).exists() or (queue and (queue / f"{name}.json").exists())))
 
 
 def describe_environment() -> dict[str, Any]:
@@ -206,8 +206,13 @@ def describe_environment() -> dict[str, Any]:
         "created": datetime.datetime.now().astimezone().isoformat(timespec="microseconds"),
         "git": _git_state(),
         "python": platform.python_version(),
-        "packages": {"lorakit": __version__} | {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": installed_packages(),
     }
+
+
+def installed_packages() -> dict[str, str]:
+    """Versions of lorakit and of what its results depend on."""
+    return {"lorakit": __version__} | {name: version for name in PACKAGES if (version := _version(name))}
 
 
 class History:

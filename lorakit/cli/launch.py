@@ -1,0 +1,77 @@
+"""``lorakit launch nodes=2 … train …``: what to type on each machine; ``lorakit launch slurm … train …``: a job of SLURM."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit.cli import train
+from lorakit.cli.compose import run_hydra
+from lorakit.cli.guard import run_command
+from lorakit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+HELP = """\
+usage: lorakit launch [slurm] [key=value …] train [key=value …]
+
+  lorakit launch nodes=2 address=10.0.0.1 train data.path=…     print the line to type on each of the machines
+  lorakit launch slurm nodes=2 partition=gpu gres=gpu:8 train … write a job of SLURM and submit it
+  lorakit launch slurm submit=false … train …                   write it only
+  lorakit launch slurm … train … -m optim.lr=1e-4,3e-4          a job for each run of the sweep
+
+Keys before `train` are those of conf/launch/default.yaml and conf/launch/slurm.yaml. The config is checked before anything
+is printed or submitted. No machine is logged into."""
+
+
+def main(arguments: list[str]) -> None:
+    """Launch as ``arguments`` say."""
+    if {"-h", "--help"} & set(arguments):
+        print(HELP)
+        return
+    if "train" not in arguments:
+        raise ConfigError("lorakit launch [slurm] [key=value …] train [key=value …]: there is no `train` in this")
+    at = arguments.index("train")
+    before, behind = arguments[:at], arguments[at + 1 :]
+    is_slurm = before[:1] == ["slurm"]
+    settings = before[is_slurm:]
+    if wrong := next((text for text in settings if "=" not in text), None):
+        raise ConfigError(f"{wrong}: what stands before `train` is slurm, or a setting key=value")
+    prefixed = [text if text.startswith("launch.") else f"launch.{text}" for text in settings]
+    if is_slurm:
+        train.main([*behind, "launch=slurm", *prefixed])
+        return
+    if {"-m", "--multirun"} & set(behind):
+        raise ConfigError("a sweep has many runs, and each wants lines of its own; `lorakit launch slurm` makes a job of each")
+    run_hydra(functools.partial(print_lines, arguments=behind, settings=prefixed), [*behind, *prefixed], config_name="train")
+
+
+def print_lines(config: DictConfig, *, arguments: list[str], settings: list[str]) -> None:
+    """Hydra's task: print the command of each machine."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from lorakit.cli.processes import num_devices
+    from lorakit.cli.schema import check_settings
+    from lorakit.launch.torchrun import Launch, torchrun_lines
+    from lorakit.weights.run import free_name
+
+    plain = train.to_plain(config)
+    check_settings(plain)
+    launch = Launch(**{key: value for key, value in plain["launch"].items() if key != "_target_"})
+    if launch.nodes < 2:
+        raise ConfigError("launch.nodes=1: on one machine `lorakit train trainer.devices=N` starts the processes itself")
+    named: list[str] = []
+    if plain["run"] is None and not plain["resume"]:
+        experiment = HydraConfig.get().runtime.choices.get("experiment") or "run"
+        named = [f"run={free_name(Path(plain['paths']['runs']).expanduser(), str(experiment))}"]
+    program = ["-m", "lorakit", "train", *arguments, *settings, *named]
+    devices = num_devices(plain)
+    where = "this machine" if launch.address is None else launch.address
+    print(f"# {launch.nodes} machines with {devices} {'process' if devices == 1 else 'processes'} each; number 0 is {where}.")
+    for node, line in enumerate(torchrun_lines(launch, devices, program)):
+        print(f"# machine {node}\n{line}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,118 @@
+"""`lorakit launch`: what is printed for several machines, and what a job of SLURM is made of."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small import SMALL
+
+from lorakit.cli import preflight
+from lorakit.errors import ConfigError
+from lorakit.launch.slurm import SlurmJob
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+def test_each_machine_has_a_line_that_differs_in_its_number_only(workplace: Path, lorakit: Call) -> None:
+    (workplace / "my rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    code, out, err = lorakit(
+        "launch", "nodes=2", "address=10.0.0.1", "max_restarts=1", "train", "model.path=tiny", "data.path=my rows.jsonl",
+        "trainer.devices=3",
+    )  # fmt: skip
+    assert code == 0, err
+    first, second = (shlex.split(line) for line in out.splitlines() if line.startswith("torchrun"))
+    assert first[:6] == [
+        *("torchrun", "--nnodes=2", "--node-rank=0", "--nproc-per-node=3", "--master-addr=10.0.0.1", "--master-port=29500"),
+    ]
+    assert "data.path=my rows.jsonl" in first and "--max-restarts=1" in first
+    assert any(text.startswith("run=run-") for text in first)  # one folder, also for what is started again
+    assert [(a, b) for a, b in zip(first, second, strict=True) if a != b] == [("--node-rank=0", "--node-rank=1")]
+
+
+def test_a_job_of_slurm_holds_the_config_as_it_was_checked(workplace: Path, lorakit: Call) -> None:
+    code, out, err = lorakit(
+        "launch", "slurm", "nodes=2", "partition=gpu", "gres=gpu:a100:8", "time=1:00:00", 'setup=["echo it is"]',
+        "environment={KEY: a b}", "options=[--exclusive]", "submit=false", "train", "run=one", *SMALL,
+    )  # fmt: skip
+    assert code == 0, err
+    script = workplace / "runs" / ".slurm" / "one.sh"
+    assert str(script) in out
+    text = script.read_text()
+    for line in ("--nodes=2", "--partition=gpu", "--gres=gpu:a100:8", "--time=1:00:00", "--signal=TERM@120", "--exclusive"):
+        assert f"#SBATCH {line}\n" in text
+    assert "echo it is\n" in text and "export KEY='a b'\n" in text
+    assert "--nproc-per-node=8" in text and "--node-rank=$SLURM_NODEID" in text and "account" not in text
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    job = json.loads(script.with_suffix(".json").read_text())
+    assert job["config"]["run"] == "one" and job["config"]["resume"] == "auto" and job["config"]["lora"]["rank"] == 4
+
+
+def test_each_job_of_a_sweep_is_a_job_of_slurm(workplace: Path, lorakit: Call) -> None:
+    code, out, err = lorakit("launch", "slurm", "submit=false", "train", "-m", "lora.rank=4,8")
+    assert code == 0, err
+    jobs = [json.loads(path.read_text()) for path in sorted((workplace / "runs" / ".slurm").glob("*.json"))]
+    assert sorted(job["config"]["lora"]["rank"] for job in jobs) == [4, 8]
+    assert len({job["config"]["run"] for job in jobs}) == 2 and out.count("submit it with") == 2
+
+
+@pytest.mark.parametrize(
+    ("gres", "number"), [(None, None), ("gpu", 1), ("gpu:4", 4), ("gpu:a100:8", 8), ("gpu:h100", 1), ("nic:2", None)]
+)
+def test_the_number_of_gpus_is_that_of_gres(gres: str | None, number: int | None) -> None:
+    assert SlurmJob(gres=gres).num_gpus == number
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nodes=2",), "there is no `train`"),
+        (("nodez=2", "train"), "did you mean launch.nodes?"),
+        (("train",), "launch.nodes=1"),
+        (("nodes=2", "train", "-m", "lora.rank=1,2"), "a sweep has many runs"),
+        (("slurm", "partitoin=x", "train"), "launch.partitoin"),
+        (("nodes=2", "train", "lora.rank=x"), "lora.rank=x"),
+        (("nodes=2", "slurm", "train"), "what stands before `train`"),
+    ],
+)
+def test_what_cannot_be_launched_is_one_message(workplace: Path, lorakit: Call, arguments: tuple[str, ...], said: str) -> None:
+    code, out, err = lorakit("launch", *arguments)
+    assert code == 2 and said in err and "torchrun" not in out
+
+
+def test_processes_that_do_not_know_of_one_another_are_refused(
+    workplace: Path, lorakit: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = lorakit("train", "launch.nodes=2")
+    assert code == 2 and "lorakit launch nodes=2 train" in err
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    code, _, err = lorakit("train")
+    assert code == 2 and "srun has started 4 processes" in err
+
+
+def test_without_sbatch_the_script_is_written_and_named(
+    workplace: Path, lorakit: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(workplace))
+    code, _, err = lorakit("train", "launch=slurm", "run=one")
+    assert code == 2 and "there is no sbatch" in err and (workplace / "runs/.slurm/one.sh").is_file()
+
+
+def test_what_differs_is_named_with_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    everyone = [
+        ("rank 0 (host a)", {"x": "1", "y": "2"}),
+        ("rank 1 (host b)", {"x": "1", "y": "3"}),
+        ("rank 2 (host b)", {"x": "1"}),
+    ]
+    monkeypatch.setattr(preflight, "is_shared", lambda: True)
+    monkeypatch.setattr(preflight, "gather", lambda value: everyone)
+    with pytest.raises(ConfigError) as raised:
+        preflight.agree(everyone[0][1])
+    assert "y: 2 on rank 0 (host a); 3 on rank 1 (host b); not there on rank 2 (host b)" in str(raised.value)
+    assert "x:" not in str(raised.value)
+    everyone[1:] = [everyone[0]]
+    preflight.agree(everyone[0][1])
