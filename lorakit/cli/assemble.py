@@ -192,7 +192,7 @@ def build_loggers(configs: Config) -> list[Any]:
             continue
         if entry.get("offline") == "auto":
             entry = {**entry, "offline": not _has_wandb_key()}
-        if entry["_target_"].endswith("WandbLogger"):
+        if entry["_target_"].endswith(("WandbRun", "WandbLogger")):
             os.environ.setdefault("WANDB_SILENT", "true")
         loggers.append(build(entry, f"logger.{name}"))
         getattr(loggers[-1], "_wandb_init", {}).pop("anonymous", None)  # wandb warns of it, and Lightning always passes it
@@ -201,14 +201,14 @@ def build_loggers(configs: Config) -> list[Any]:
 
 def finish_loggers(loggers: list[Any]) -> list[str]:
     """End what stays open behind a run (W&B keeps one run per process until it is told); return what to tell the user."""
-    if not any(type(logger).__name__ == "WandbLogger" for logger in loggers):
+    if not any(kind.__name__ == "WandbLogger" for logger in loggers for kind in type(logger).__mro__):
         return []
     import wandb
 
     notes = []
     if wandb.run is not None and wandb.run.offline:
-        folder = Path(wandb.run.settings.sync_dir)
-        notes = [f"the W&B run is offline; upload it with: wandb sync {shlex.quote(str(folder))}"]
+        folders = sorted(Path(wandb.run.settings.sync_dir).parent.glob("*run-*"), key=lambda path: path.name.split("run-")[-1])
+        notes = [f"the W&B run is offline; upload it with: wandb sync {shlex.join(map(str, folders))}"]
     wandb.finish()
     return notes
 

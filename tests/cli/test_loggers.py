@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-import struct
-from collections.abc import Callable, Iterator
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
+from program import start
 from small import SMALL
+
+from lorakit.callbacks.wandb_run import read_history, read_records
+from lorakit.weights.run import History
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -26,7 +32,7 @@ def test_an_offline_wandb_run_holds_losses_config_and_samples(
     (file,) = workplace.glob("runs/one/wandb/offline-run-*/*.wandb")
     losses, tables = [], 0
     config: dict[str, str] = {}
-    for data in _records(file.read_bytes()):
+    for data in read_records(file.read_bytes()):
         record = Record()
         record.ParseFromString(data)
         for update in record.config.update:
@@ -40,20 +46,40 @@ def test_an_offline_wandb_run_holds_losses_config_and_samples(
     assert json.loads(config["lora"])["rank"] == 4
 
 
-def _records(data: bytes) -> Iterator[bytes]:
-    """W&B's file is a header of 7 bytes and LevelDB's log: in blocks of 32 KiB, (crc 4, length 2, type 1) and a chunk."""
-    assert data.startswith(b":W&B")
-    position, record = 7, b""
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-            continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or last of several
-            yield record
-            record = b""
+@pytest.mark.slow
+def test_a_killed_run_that_goes_on_is_one_run_of_wandb_and_no_step_is_there_twice(workplace: Path) -> None:
+    settings = ("logger=wandb", "run=one", "checkpoint.every_steps=4", "trainer.max_steps=400", "trainer.eval_every_steps=100")
+    settings = (*SMALL, *settings, "trainer.devices=2", "trainer.threads=1")
+    folder, environment = workplace / "runs" / "one", {"HOME": str(workplace), "WANDB_API_KEY": "", "OMP_NUM_THREADS": "1"}
+    first = start("train", *settings, cwd=workplace, env=environment)
+    _wait_for_step(folder, 7, first)
+    for child in psutil.Process(first.pid).children(recursive=True):
+        child.kill()  # W&B's own process too, and with it what it has not written yet
+    first.communicate(timeout=60)
+    done = max(record["step"] for record in History(folder).read())
+
+    second = start("train", *settings, "resume=true", cwd=workplace, env=environment)
+    _wait_for_step(folder, done + 3, second)
+    second.terminate()
+    output, _ = second.communicate(timeout=60)
+    folders = sorted(folder.glob("wandb/offline-run-*"))
+    assert (
+        len(folders) == 2 and len({path.name.split("-")[-1] for path in folders}) == 1
+    )  # one id, and one of two processes writes
+    assert all(path.name in output for path in folders)
+    ours = {record["step"]: record["train/loss"] for record in History(folder).read() if "train/loss" in record}
+    logged = [
+        (record["trainer/global_step"] + 1, record["train/loss"]) for record in read_history(folder) if "train/loss" in record
+    ]
+    assert [step for step, _ in logged] == [*range(1, len(ours) + 1)] and len(ours) >= done + 3
+    assert dict(logged) == pytest.approx(ours)
+
+
+def _wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while max((record["step"] for record in History(folder).read()), default=0) < step:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[1][-3000:]
+        time.sleep(0.1)
 
 
 def test_csv_and_tensorboard_hold_every_step(workplace: Path, lorakit: Call) -> None:
