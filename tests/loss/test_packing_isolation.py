@@ -70,8 +70,9 @@ def test_a_changed_neighbour_moves_no_logit_unless_positions_count_on(family: st
     one, other = [3, 8, 44, 16, 23, 42, 50, 6, 19], [33, 10, 11, 12, 61, 62, 4, 4, 27]
     logits = neighbour_logits(model, one, True)
     moved = (logits - neighbour_logits(model, other, True)).abs().max()
-    # The trained model's logits reach 17, where float32 itself steps by 2e-6; other row counts of experts move them by a few.
-    assert float(moved) <= max(1e-5, 1e-6 * float(logits.abs().max()))
+    # The trained model's logits reach 17, where float32 itself steps by 2e-6; other row counts of experts move them by some of these,
+    # by how many depends on the machine's matrix products.
+    assert float(moved) <= max(1e-5, 2e-6 * float(logits.abs().max()))
     control = (neighbour_logits(model, one, False) - neighbour_logits(model, other, False)).abs().max()
     assert float(control) > 0.1
 
