@@ -140,7 +140,7 @@ def build_model(config: Config, spec: LoRASpec, *, device: str, precision: str) 
         compile_layers(model)
     if spec.init_from:
         start_from(model, spec, base=base_name(settings["path"]))
-    agree({"the adapter at the start": fingerprint(adapter_state(model))})
+    agree(lambda: {"the adapter at the start": fingerprint(adapter_state(model))})
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ from lorakit.strategy.world import current_world, gather, is_shared
 from lorakit.weights.run import installed_packages
 
 
-def agree(facts: Mapping[str, str]) -> None:
-    """Compare ``facts`` over all processes, which call this together.
+def agree(find_facts: Callable[[], Mapping[str, str]]) -> None:
+    """Compare what ``find_facts`` returns over all processes, which call this together; one alone has nothing to compare.
 
     Raises:
         ConfigError: they differ; the message, the same in all, names each that does, with its values and who has them.
     """
     if not is_shared():
         return
-    everyone = gather((current_world().describe(), dict(facts)))
+    everyone = gather((current_world().describe(), dict(find_facts())))
     problems = []
     for name in sorted({name for _, theirs in everyone for name in theirs}):
         holders: dict[str, list[str]] = {}

@@ -75,14 +75,16 @@ def train_run(
     if world.size > 1:
         join(world, device=accelerator, timeout_seconds=config["launch"]["collective_timeout_seconds"], watched=True)
         silence(world)
-        agree(describe_program() | describe_config(config))
+        agree(lambda: describe_program() | describe_config(config))
     console = (console or Console(soft_wrap=True)) if world.is_first else Console(file=io.StringIO())
     torch.set_num_threads(config["trainer"]["threads"] or DEFAULT_THREADS)  # of this job, not of the sweep's last one
     prepared = together(lambda: _prepare(config, world, accelerator, precision, experiment, console))
     agree(
-        {"the rows": prepared.datamodule.fingerprint, "total steps": str(prepared.total_steps)}
-        | {f"{key}=auto": str(value) for key, value in prepared.resolved.items()}
-        | describe_base(prepared.config["model"])
+        lambda: (
+            {"the rows": prepared.datamodule.fingerprint, "total steps": str(prepared.total_steps)}
+            | {f"{key}=auto": str(value) for key, value in prepared.resolved.items()}
+            | describe_base(prepared.config["model"])
+        )
     )
     run, resumes = together(lambda: _open_run(config, prepared, experiment, command, list(overrides)))
     if resumes:

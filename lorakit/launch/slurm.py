@@ -94,13 +94,11 @@ def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_fo
         raise ConfigError(f"{run_folder}: SLURM reads % in a file's name as a pattern; set paths.runs or run without it")
     name, folder = run_folder.name, described.parent
     python = ["torchrun"] if launch.container else [sys.executable, "-m", "torch.distributed.run"]
+    # The variables are the shell's; what is quoted is what the user has named.
     arguments = torchrun_arguments(
-        launch, num_processes, node_rank="NODE_RANK", address="ADDRESS", port="PORT",
-        program=["-m", "lorakit.cli.worker", str(described)],
+        launch, num_processes, node_rank="$SLURM_NODEID", address="$address", port="$port", program=[]
     )  # fmt: skip
-    run = shlex.join([*python, *arguments])
-    for word, variable in (("NODE_RANK", "SLURM_NODEID"), ("ADDRESS", "address"), ("PORT", "port")):
-        run = run.replace(f"={word}", f"=${variable}")
+    run = " ".join([shlex.join(python), *arguments, shlex.join(["-m", "lorakit.cli.worker", str(described)])])
     step = ["srun", "--kill-on-bad-exit=1", *([f"--container-image={launch.container}"] if launch.container else [])]
     lines = [
         "#!/bin/bash",

@@ -2,6 +2,8 @@
 # Two hosts with a network between them, on one machine: network namespaces with names of their own. Needs root and iproute2.
 #   hosts.sh up | down | cut | mend | run n1 COMMAND…
 set -euo pipefail
+[ "$(id -u)" = 0 ] || { echo "$0: needs root" >&2 && exit 1; }
+command -v ip >/dev/null || { echo "$0: there is no ip here; install iproute2" >&2 && exit 1; }
 case "${1:-}" in
 up)
     for number in 1 2; do

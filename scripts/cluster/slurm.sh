@@ -2,6 +2,9 @@
 # A real SLURM over the two hosts of hosts.sh: controller on n1, one node on each. Needs Debian's slurm-wlm and munge, and root.
 #   slurm.sh up FOLDER | down FOLDER
 set -euo pipefail
+for program in slurmctld slurmd munged; do
+    command -v "$program" >/dev/null || { echo "$0: there is no $program here; install slurm-wlm and munge" >&2 && exit 1; }
+done
 hosts="$(dirname "$0")/hosts.sh"
 folder="$(realpath -m "${2:?slurm.sh up|down FOLDER}")"
 export SLURM_CONF="$folder/slurm.conf"

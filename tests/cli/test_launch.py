@@ -111,8 +111,8 @@ def test_what_differs_is_named_with_its_ranks(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(preflight, "is_shared", lambda: True)
     monkeypatch.setattr(preflight, "gather", lambda value: everyone)
     with pytest.raises(ConfigError) as raised:
-        preflight.agree(everyone[0][1])
+        preflight.agree(lambda: everyone[0][1])
     assert "y: 2 on rank 0 (host a); 3 on rank 1 (host b); not there on rank 2 (host b)" in str(raised.value)
     assert "x:" not in str(raised.value)
     everyone[1:] = [everyone[0]]
-    preflight.agree(everyone[0][1])
+    preflight.agree(lambda: everyone[0][1])
