@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": "teach the bundled tiny model pig latin and show what it learnt",
     "train": "fine-tune: lorakit train model.path=… data.path=… lora.rank=32",
     "launch": "print what to type on each of several machines, or submit a job of SLURM",
+    "plan": "memory, time and cost of a run, from its config alone",
     "show": "print examples coloured by weight, and the figures of a data set",
     "sample": "generate with a trained adapter: lorakit sample [RUN] -- TEXT",
     "evaluate": "loss, perplexity and exact match of a run on a data set",

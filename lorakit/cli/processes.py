@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -15,14 +15,16 @@ import yaml
 from lorakit.cli.conf import conf_dir
 from lorakit.cli.schema import import_target
 from lorakit.errors import ConfigError
-from lorakit.lora.inject import LoRAPlan
+from lorakit.planner.memory import memory_there
 from lorakit.strategy.watch import take_fault
 from lorakit.strategy.world import World, current_world
-from lorakit.training.precision import base_dtype, resolve_accelerator
+from lorakit.training.precision import resolve_accelerator
+
+if TYPE_CHECKING:
+    from lorakit.cli.planning import StepPlan
 
 log = logging.getLogger("lorakit")
 Config = dict[str, Any]
-BASE_SHARE = 0.7  # of a device's memory that a whole base may take; activations need the rest
 
 
 def num_devices(config: Config, *, elsewhere: bool = False) -> int:
@@ -90,16 +92,16 @@ def silence(world: World) -> None:
         logging.getLogger("lorakit").setLevel(logging.ERROR)
 
 
-def choose_strategy(config: Config, planned: LoRAPlan, *, precision: str, accelerator: str, world: World,
+def choose_strategy(plan: StepPlan, *, precision: str, accelerator: str, world: World,
                     say: Callable[[str], Any]) -> Config:  # fmt: skip
     """Return the strategy's settings; ``auto`` is made a choice, which is said with its reason.
 
     Raises:
         ConfigError: strategy, adapter and optimiser do not go together.
     """
-    settings = config["strategy"]
+    settings, planned = plan.config["strategy"], plan.planned
     if settings["_target_"] == "auto":
-        name, reason = _choose(config, planned, precision=precision, accelerator=accelerator, world=world)
+        name, reason = _choose(plan, precision=precision, accelerator=accelerator, world=world)
         settings = yaml.safe_load((conf_dir() / "strategy" / f"{name}.yaml").read_text(encoding="utf-8"))
         if world.size > 1:
             say(f"strategy=auto: {name} ({reason})")
@@ -146,17 +148,21 @@ def refuse_unless_elementwise(make: Callable[..., torch.optim.Optimizer], settin
         )
 
 
-def _choose(
-    config: Config, planned: LoRAPlan, *, precision: str, accelerator: str, world: World
-) -> tuple[str, str]:  # fmt: skip
+def _choose(plan: StepPlan, *, precision: str, accelerator: str, world: World) -> tuple[str, str]:
     if world.size == 1:
         return "single", "one process"
-    width = 4 if base_dtype(config["model"]["dtype"], precision) == "float32" else 2
-    base_bytes = planned.num_base_params * width
-    if accelerator != "cuda":
-        return "ddp", "processes without GPUs share the machine's memory"
-    memory = torch.cuda.get_device_properties(world.local_rank).total_memory
-    sizes = f"the base takes {base_bytes / 1e9:.1f} GB of a device's {memory / 1e9:.1f}"
-    if base_bytes > BASE_SHARE * memory or precision == "16-mixed":
-        return ("zero3", sizes) if precision != "16-mixed" else ("ddp", "16-mixed")
-    return "zero1", f"{sizes}: it stays whole in each, and only the adapter travels"
+    if precision == "16-mixed":
+        return "ddp", "16-mixed"
+    there = memory_there(accelerator, world.local_size)
+    if plan.is_small_for(there):
+        if accelerator != "cuda":
+            return "ddp", "it is small, and processes without GPUs share the machine's memory"
+        return "zero1", "it is small: the base stays whole in each process, and only the adapter travels"
+    found = plan.first_that_fits(world.size, there)
+    if found is None:
+        return "zero3", f"nothing fits into the {there / 1e9:.1f} GB of a process; this needs least"
+    sizes = f"{plan.memory(found, world.size).total / 1e9:.1f} GB of {there / 1e9:.1f} in each process"
+    if not found.startswith("zero3"):
+        return found, f"{sizes}: the base stays whole in each, and only the adapter travels"
+    whole = plan.memory("zero2", world.size).total
+    return found, f"{sizes}; with the whole base in each it would be {whole / 1e9:.1f}"

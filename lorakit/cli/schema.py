@@ -42,6 +42,16 @@ class CheckpointSettings(msgspec.Struct, forbid_unknown_fields=True):
     keep_best: int
 
 
+class PlanSettings(msgspec.Struct, forbid_unknown_fields=True):
+    enforce: bool
+    memory_gb: float | None
+    gpus: list[int]
+    tokens: int | None
+    tflops: float
+    utilisation: float
+    price_per_hour: float
+
+
 class LossSettings(msgspec.Struct, forbid_unknown_fields=True):
     name: str
 
@@ -51,10 +61,11 @@ _GROUPS: dict[str, type[msgspec.Struct]] = {
     "trainer": TrainerSettings,
     "checkpoint": CheckpointSettings,
     "loss": LossSettings,
+    "plan": PlanSettings,
 }
 _TOP_LEVEL = (
     *("model", "data", "lora", "loss", "optim", "schedule", "trainer", "callbacks", "logger", "paths", "checkpoint"),
-    *("strategy", "launch", "run", "resume", "seed", "vars"),
+    *("strategy", "launch", "plan", "run", "resume", "seed", "vars"),
 )
 _AT_LEAST_ONE = (
     "trainer.accumulate_grad_batches",

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from lorakit.model.partition import has_values
+
 ALIGNMENT_BYTES = 16  # of a row, for grouped products
 # Measured on two cores: with 128 experts of 64 rows, a batch of products takes 0.7 of the time of as many single products.
 MAX_RUN_BYTES = 4 << 20  # of what a run's first products make: it still fits the processor's cache
@@ -66,7 +68,7 @@ class SortedRows:
         counts_E.scatter_add_(0, experts_S, torch.ones_like(experts_S, dtype=torch.int32))
         if grouped:
             return cls(order_S, experts_S, counts_E, num_tokens, top_k, None)
-        runs = plan_runs(counts_E.tolist(), max_rows=max_rows)
+        runs = plan_runs(_read_counts(counts_E, experts_TK.numel()), max_rows=max_rows)
         starts = torch.zeros(num_experts, dtype=torch.long)  # of each expert's rows
         end = 0
         for run in runs:
@@ -181,6 +183,14 @@ class AllExperts:
 
     def per_row(self, values_EN: torch.Tensor) -> torch.Tensor:
         return values_EN[self._sorted.experts_S]
+
+
+def _read_counts(num_per_expert_E: torch.Tensor, num_rows: int) -> list[int]:
+    """The rows of each expert; where nothing has values, as many for each."""
+    if has_values(num_per_expert_E):
+        return num_per_expert_E.tolist()
+    num_experts = len(num_per_expert_E)
+    return [num_rows // num_experts + (expert < num_rows % num_experts) for expert in range(num_experts)]
 
 
 def can_group(num_rows: int, *weights_EKN: torch.Tensor) -> bool:

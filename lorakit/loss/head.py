@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from lorakit.model.partition import whole
+from lorakit.model.partition import has_values, whole
 
 MAX_TOKENS, MIN_LOGITS = 4096, 1024  # tokens of a block at most, and how many of the vocabulary each of them meets at least
 BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # of float32 logits at a time
@@ -307,6 +307,8 @@ def _multiple_of(weights_NK: torch.Tensor, grad_NK: torch.Tensor) -> float | Non
     """Return the number that ``grad_NK`` is ``weights_NK`` times, or None where it is no multiple. On a GPU it waits for both."""
     if not weights_NK.numel():
         return None
+    if not has_values(grad_NK):
+        return 1.0
     weights = weights_NK.to(grad_NK.dtype)
     largest = weights.abs().argmax()
     multiple = (grad_NK.flatten()[largest] / weights.flatten()[largest]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

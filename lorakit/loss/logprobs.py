@@ -59,7 +59,8 @@ def hidden_states(model: Any, batch: Batch) -> tuple[torch.Tensor | None, Head |
 
     def intercept(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         given.append(args[0])
-        return (args[0][:, :num_seen], *args[1:])
+        # Contiguous: of a slice torch makes a product in batches, for which it may copy the whole unembedding for every row.
+        return (args[0][:, :num_seen].contiguous(), *args[1:])
 
     handle = unembedding.register_forward_pre_hook(intercept)
     try:
@@ -77,6 +78,12 @@ def hidden_states(model: Any, batch: Batch) -> tuple[torch.Tensor | None, Head |
             _warn_of_all_logits(type(model).__name__)
             return None, None
     return given[0], head
+
+
+def trust_head(model: Any) -> None:
+    """Take ``describe_head`` at its word for ``model``, which has no values that could be compared."""
+    if (unembedding := model.get_output_embeddings()) is not None:
+        _CHECKED[unembedding] = True
 
 
 @functools.cache  # once

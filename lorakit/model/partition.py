@@ -1,4 +1,4 @@
-"""Parameters that ZeRO-3 has partitioned over the processes: their shapes, and the whole of them for a while.
+"""Tensors that are not all here: parameters that ZeRO-3 has partitioned over the processes, and shapes without values.
 
 DeepSpeed gathers a module's own parameters around its forward and backward. What is read elsewhere is gathered here.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
@@ -36,3 +37,8 @@ def whole(parameters: Iterable[torch.Tensor], *, changes: bool = False) -> Itera
 
     with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if changes else None):
         yield True
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is more than a shape in a plan of the memory."""
+    return not isinstance(tensor, FakeTensor)

@@ -37,12 +37,14 @@ class ZeroStrategy(DeepSpeedStrategy):
         timeout_seconds: how long a process waits for the others.
         bucket_elements: elements that are reduced, or gathered, at a time.
         persist_elements: at stage 3, tensors of at most so many elements stay whole.
+        live_elements: at stage 3, layers are gathered ahead, and stay for the backward pass, up to so many elements.
         leaf_modules: names of further classes of modules whose parameters are gathered all at once at stage 3.
     """
 
     def __init__(
         self, *, stage: int, offload: bool = False, precision: _Precision = "32-true", timeout_seconds: float = 600.0,
-        bucket_elements: int = 50_000_000, persist_elements: int = 100_000, leaf_modules: tuple[str, ...] | list[str] = (),
+        bucket_elements: int = 50_000_000, persist_elements: int = 100_000, live_elements: int = 100_000_000,
+        leaf_modules: tuple[str, ...] | list[str] = (),
     ) -> None:  # fmt: skip
         if precision == "16-mixed":
             raise ConfigError(
@@ -53,7 +55,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             raise ConfigError(f"strategy.stage={stage} is unknown; choose 1, 2 or 3")
         _prepare_deepspeed()
         super().__init__(
-            config=_config(stage, offload, bucket_elements, persist_elements),
+            config=_config(stage, offload, bucket_elements, persist_elements, live_elements),
             precision_plugin=ZeroPrecision(precision),
             timeout=datetime.timedelta(seconds=timeout_seconds),
         )
@@ -110,6 +112,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._trained = [list(group["params"]) for group in optimizer.param_groups]
         if self.stage == 3:
             self._mark_leaves(model)
+        self._fit_bucket(sum(parameter.numel() for group in self._trained for parameter in group))
         # It would send the whole frozen base to every process, which has read it already.
         send, DeepSpeedEngine._broadcast_model = DeepSpeedEngine._broadcast_model, lambda engine: None
         index = self.root_device.index
@@ -127,6 +130,12 @@ class ZeroStrategy(DeepSpeedStrategy):
     def init_deepspeed(self) -> None:
         if self.model is not None and self.lightning_module is not None and self.lightning_module.trainer.training:
             self._initialize_deepspeed_train(self.model)
+
+    def _fit_bucket(self, num_trained: int) -> None:
+        """DeepSpeed makes the bucket as large as it is told, and an adapter may be much smaller."""
+        assert isinstance(self.config, dict)
+        zero = self.config["zero_optimization"]
+        zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], num_trained)
 
     def _mark_leaves(self, model: Any) -> None:
         """Gather a module of experts at once: which of them a process needs depends on its batch, and all must gather the same."""
@@ -207,13 +216,17 @@ class ZeroPrecision(DeepSpeedPrecision):
         engine.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
 
 
-def _config(stage: int, offload: bool, bucket_elements: int, persist_elements: int) -> dict[str, Any]:
+def _config(
+    stage: int, offload: bool, bucket_elements: int, persist_elements: int, live_elements: int
+) -> dict[str, Any]:  # fmt: skip
     zero: dict[str, Any] = {
         "stage": stage, "reduce_bucket_size": bucket_elements, "allgather_bucket_size": bucket_elements,
         "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True,
     }  # fmt: skip
     if stage == 3:
         zero |= {"stage3_prefetch_bucket_size": bucket_elements, "stage3_param_persistence_threshold": persist_elements}
+        # DeepSpeed's own 10^9 would hold a base of that size whole in every process.
+        zero |= {"stage3_max_live_parameters": live_elements, "stage3_max_reuse_distance": live_elements}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
         if stage == 3:

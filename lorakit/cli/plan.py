@@ -1,0 +1,227 @@
+"""``lorakit plan``: memory, operations, time and cost of a run, from its config alone: no weights are read, no GPU is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from lorakit.cli.compose import run_hydra
+from lorakit.cli.guard import run_command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from rich.console import Console
+
+    from lorakit.cli.planning import StepPlan
+HELP = """\
+usage: lorakit plan [key=value …]
+
+  lorakit plan experiment=qwen3_30b_a3b                       for 1 to 16 GPUs of 80 GB
+  lorakit plan model.path=… data.path=… plan.memory_gb=24     for your model, rows and GPUs
+  lorakit plan experiment=qwen3_30b_a3b plan.tokens=10e6      with time and cost of 10 million tokens
+
+Takes every key of `lorakit train`, and those below `plan` in conf/train.yaml. trainer.accelerator=cpu plans for this machine's CPU."""
+RANKS = (4, 8, 16, 32, 64)
+NO_DATA = "(rows that are not named yet)"
+
+
+def main(arguments: list[str]) -> None:
+    """Plan what ``arguments`` say."""
+    if {"-h", "--help"} & set(arguments):
+        print(HELP)
+        return
+    run_hydra(plan_run, arguments, config_name="train")
+
+
+def plan_run(config: DictConfig) -> None:
+    """Hydra's task: print the plan."""
+    import torch
+    from omegaconf import OmegaConf
+    from rich.console import Console
+
+    from lorakit.cli.planning import StepPlan
+    from lorakit.cli.schema import check_settings
+    from lorakit.cli.train import to_plain
+    from lorakit.lora.inject import plan
+    from lorakit.training.precision import resolve_accelerator, resolve_precision
+
+    if OmegaConf.is_missing(config.data, "path"):
+        OmegaConf.update(config, "data.path", NO_DATA)
+    plain = to_plain(config)
+    check_settings(plain)
+    console = Console(soft_wrap=True)
+    accelerator = resolve_accelerator(plain["trainer"]["accelerator"])
+    if plain["trainer"]["accelerator"] == "auto":
+        accelerator = "cuda"
+    precision = plain["trainer"]["precision"]
+    if precision == "auto":
+        here = accelerator != "cuda" or torch.cuda.is_available()
+        precision = resolve_precision(precision, accelerator) if here else "bf16-mixed"
+    skeleton = _skeleton(plain["model"])
+    planned = plan(skeleton, _spec(plain))
+    longest, num_tokens = _look_at_data(plain, console)
+    step = StepPlan(plain, skeleton, planned, accelerator=accelerator, precision=precision, longest=longest)
+    shape = step.shape
+    console.print(
+        f"{plain['model']['path']}: {planned.num_base_params:,} parameters in {shape.dtype}, {shape.precision}; each process takes "
+        f"{shape.num_rows} x {shape.num_positions:,} tokens at a time, "
+        f"{'activations are computed twice' if shape.checkpointing else 'activations are kept'}",
+        highlight=False,
+    )
+    console.print(planned.summary(), highlight=False)
+    _print_ranks(step, console)
+    _print_memory(step, console)
+    _print_costs(step, num_tokens, console)
+
+
+def _spec(plain: dict[str, Any]) -> Any:
+    from lorakit.cli import assemble
+
+    return assemble.build_spec(plain)
+
+
+def _skeleton(settings: dict[str, Any]) -> Any:
+    """The model without weights: of its folder or the hub's cache, or of a config that lorakit brings."""
+    import torch
+
+    from lorakit.errors import ConfigError
+    from lorakit.model.load import load_skeleton, model_class
+    from lorakit.planner.presets import preset_config
+
+    options = {"revision": settings["revision"], "trust_remote_code": settings["trust_remote_code"]}
+    try:
+        return load_skeleton(settings["path"], **options)
+    except ConfigError:
+        if (config := preset_config(settings["path"])) is None:
+            raise
+    with torch.device("meta"):
+        model = model_class(config).from_config(config)
+    model.tie_weights()
+    return model
+
+
+def _look_at_data(plain: dict[str, Any], console: Console) -> tuple[int | None, int | None]:
+    """Return (positions of the longest example, tokens of all epochs), each None where nobody knows."""
+    from lorakit.cli import assemble
+    from lorakit.cli.reports import print_data_report
+
+    tokens = plain["plan"]["tokens"]
+    if plain["data"]["path"] == NO_DATA:
+        return None, tokens
+    datamodule, _ = assemble.load_data(plain)
+    print_data_report(datamodule, console)
+    report = datamodule.report
+    assert report is not None
+    seen = report.num_tokens * report.num_rows / max(1, report.num_rows_surveyed)
+    is_whole = report.num_rows_surveyed >= report.num_rows
+    longest = max(1, int(report.lengths.max()) - 1) if is_whole else None
+    return longest, tokens or (round(seen * plain["data"]["epochs"]) if plain["data"]["epochs"] else None)
+
+
+def _print_ranks(step: StepPlan, console: Console) -> None:
+    from rich.table import Table
+
+    from lorakit.lora.inject import plan
+    from lorakit.lora.spec import LAYOUTS
+
+    has_stacks = any(target.outer for target in step.planned.targets)
+    layouts = LAYOUTS if has_stacks else (step.planned.spec.expert_layout,)
+    table = Table(title="Adapter by rank: trainable parameters, file in bf16", title_justify="left")
+    table.add_column("rank", justify="right")
+    for layout in layouts:
+        table.add_column(f"lora.expert_layout={layout}" if has_stacks else "parameters", justify="right")
+    for rank in sorted({*RANKS, step.planned.spec.rank}):
+        found = [
+            plan(step.skeleton, dataclasses.replace(step.planned.spec, rank=rank, expert_layout=layout)) for layout in layouts
+        ]
+        table.add_row(str(rank), *(f"{one.num_params:,}  {one.megabytes(2):,.1f} MB" for one in found))
+    console.print(table)
+
+
+def _print_memory(step: StepPlan, console: Console) -> None:
+    """Total by strategy and number of processes; the parts of the strategy that would be taken; what to change."""
+    from rich.table import Table
+
+    from lorakit.cli.planning import suggest
+    from lorakit.planner.memory import REFUSE_SHARE, STRATEGIES, WARN_SHARE
+
+    counts, there = step.config["plan"]["gpus"], _bytes_there(step)
+    device = "GPU" if step.accelerator == "cuda" else "process"
+    table = Table(
+        title=f"GB in each {device}, of {there / 1e9:.1f} that are there ({', '.join(f'{n}' for n in counts)} {device}s)",
+        title_justify="left",
+    )
+    table.add_column("strategy")
+    for count in counts:
+        table.add_column(str(count), justify="right")
+    for strategy in STRATEGIES:
+        cells = []
+        for count in counts:
+            if (strategy == "single") != (count == 1) and strategy != "zero3_offload":
+                cells.append("")
+                continue
+            total = step.memory(strategy, count).total
+            colour = "green" if total <= WARN_SHARE * there else "yellow" if total <= REFUSE_SHARE * there else "red"
+            note = "" if total <= WARN_SHARE * there else " tight" if total <= REFUSE_SHARE * there else " too much"
+            cells.append(f"[{colour}]{total / 1e9:.1f}{note}[/{colour}]")
+        table.add_row(strategy, *cells)
+    console.print(table)
+    parts = Table(title="What it consists of, in GB", title_justify="left")
+    names = [field.name for field in dataclasses.fields(step.memory("single", 1))]
+    for name in (device.lower() + "s", "strategy", *names):
+        parts.add_column(name, justify="left" if name == "strategy" else "right")
+    for count in counts:
+        found = step.first_that_fits(count, there)
+        memory = step.memory(found or ("single" if count == 1 else "zero3"), count)
+        row = [f"{getattr(memory, name) / 1e9:.2f}" for name in names]
+        parts.add_row(str(count), found or "none fits", *row)
+    console.print(parts)
+    misfits = [count for count in counts if step.first_that_fits(count, there, offloads=False) is None]
+    if misfits:
+        console.print(
+            f"{misfits[0]} {device}{'s' if misfits[0] > 1 else ''}: {suggest(step, misfits[0], there)}", highlight=False
+        )
+
+
+def _bytes_there(step: StepPlan) -> int:
+    import torch
+
+    from lorakit.planner.memory import memory_there
+
+    if step.config["plan"]["memory_gb"]:
+        return round(step.config["plan"]["memory_gb"] * 1e9)
+    if step.accelerator == "cuda" and not torch.cuda.is_available():
+        return 80_000_000_000
+    return memory_there(step.accelerator)
+
+
+def _print_costs(step: StepPlan, num_tokens: int | None, console: Console) -> None:
+    from rich.table import Table
+
+    from lorakit.planner.cost import Prices
+
+    settings = step.config["plan"]
+    prices = Prices(tflops=settings["tflops"], utilisation=settings["utilisation"], price_per_hour=settings["price_per_hour"])
+    per_token = step.trace.num_flops / step.trace.num_tokens
+    unit, size = ("GFLOP", 1e9) if per_token > 1e9 else ("MFLOP", 1e6)
+    console.print(f"{per_token / size:,.2f} {unit} per token, forward and backward", highlight=False)
+    if step.accelerator != "cuda":
+        return
+    if not num_tokens:
+        console.print("time and cost: set plan.tokens, or data.path", highlight=False)
+        return
+    table = Table(
+        title=f"{num_tokens:,} tokens, if a GPU reaches {prices.utilisation:.0%} of {prices.tflops:g} TFLOP/s and costs "
+        f"{prices.price_per_hour:g} an hour (plan.utilisation, plan.tflops, plan.price_per_hour)",
+        title_justify="left",
+    )
+    for name in ("GPUs", "hours", "cost"):
+        table.add_column(name, justify="right")
+    for count in settings["gpus"]:
+        hours = prices.hours(step.trace, num_tokens, count)
+        table.add_row(str(count), f"{hours:,.2f}", f"{prices.price(hours, count):,.2f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,219 @@
+"""From a run's config to a plan of its memory; what a run does with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from lorakit.cli import assemble
+from lorakit.cli.conf import conf_dir
+from lorakit.data.datamodule import DEFAULT_BATCH_SIZE
+from lorakit.errors import ConfigError
+from lorakit.lora.inject import LoRAPlan
+from lorakit.lora.inject import plan as plan_lora
+from lorakit.planner.memory import (
+    REFUSE_SHARE,
+    STRATEGIES,
+    WARN_SHARE,
+    Memory,
+    Settings,
+    memory_of,
+    memory_there,
+    rough_bound,
+)
+from lorakit.planner.trace import StepShape, StepTrace, trace_step
+from lorakit.training.precision import base_dtype
+
+log = logging.getLogger("lorakit")
+Config = dict[str, Any]
+SMALL_SHARE = 0.5  # a run that surely stays below this share of the memory there is needs no plan
+
+
+class StepPlan:
+    """The memory of a run's step under any strategy. The step is traced at the first question, which takes some seconds.
+
+    Args:
+        longest: tokens of the longest example, where that is known.
+    """
+
+    def __init__(
+        self, config: Config, skeleton: Any, planned: LoRAPlan, *, accelerator: str, precision: str, longest: int | None = None
+    ) -> None:
+        self.config, self.skeleton, self.planned = config, skeleton, planned
+        self.accelerator = "cpu" if accelerator == "cpu" else "cuda"
+        self.shape = step_shape(config, accelerator=self.accelerator, precision=precision, longest=longest)
+        self._trace: StepTrace | None = None
+
+    @property
+    def trace(self) -> StepTrace:
+        """Raises ConfigError for a model whose step depends on values."""
+        if self._trace is None:
+            optimizer, _ = assemble.build_optimization(
+                {**self.config, "optim": {**self.config["optim"], "lr": 1e-3}}, lr=1e-3, total_steps=1, precision=self.shape.precision
+            )  # fmt: skip
+            self._trace = trace_step(self.skeleton, self.planned.spec, self.shape, optimizer)
+        return self._trace
+
+    def memory(self, strategy: str, num_processes: int) -> Memory:
+        """What each process holds under ``strategy``, one of ``STRATEGIES``."""
+        keeps = self.accelerator == "cpu" and self.shape.dtype != "float32" and any(t.outer for t in self.planned.targets)
+        settings = Settings(
+            accumulates=self.config["trainer"]["accumulate_grad_batches"] > 1,
+            is_cuda=self.accelerator == "cuda",
+            keeps_products=keeps,
+            **_zero_settings(strategy, self.config["strategy"]),
+        )
+        return memory_of(strategy, num_processes, self.trace, settings)
+
+    def is_small_for(self, num_bytes: int) -> bool:
+        """Whether the step surely fits into ``num_bytes``, and so easily that nobody need know how much it takes."""
+        bound = rough_bound(
+            self.skeleton, self.planned.num_params, num_tokens=self.shape.num_rows * self.shape.num_positions,
+            num_positions=self.shape.num_positions, bytes_each=4 if self.shape.dtype == "float32" else 2,
+        )  # fmt: skip
+        return bound < SMALL_SHARE * num_bytes
+
+    def first_that_fits(self, num_processes: int, num_bytes: int, *, offloads: bool = True) -> str | None:
+        """The strategy that costs least time among those that fit into ``num_bytes``, or None."""
+        first = ("single",) if num_processes == 1 else STRATEGIES[2:-1] if self.accelerator == "cuda" else STRATEGIES[1:-1]
+        last = (STRATEGIES[-1],) if offloads and self.accelerator == "cuda" else ()
+        fits = (name for name in (*first, *last) if self.memory(name, num_processes).total <= WARN_SHARE * num_bytes)
+        return next(fits, None)
+
+
+def step_shape(config: Config, *, accelerator: str, precision: str, longest: int | None = None) -> StepShape:
+    """The largest micro-batch that a run of ``config`` will see."""
+    data, trainer = config["data"], config["trainer"]
+    num_positions = (
+        (data["pack_tokens"] or data["max_tokens"]) if data["packing"] else min(data["max_tokens"], longest or 1 << 62)
+    )
+    num_rows = data["batch_size"] or DEFAULT_BATCH_SIZE
+    if data["tokens_per_batch"]:
+        num_rows = max(1, data["tokens_per_batch"] // num_positions)
+    return StepShape(
+        num_rows=num_rows, num_positions=num_positions, dtype=base_dtype(config["model"]["dtype"], precision), precision=precision,
+        device=accelerator, checkpointing=trainer["activation_checkpointing"], loss=config["loss"]["name"],
+        attention=config["model"]["attention"],
+    )  # fmt: skip
+
+
+def check_memory(plan: StepPlan, *, accelerator: str, num_processes: int, num_local: int, strategy: str) -> Memory | None:
+    """Return what the run holds in each process, or None where it is surely little. Warn from 90 % of the memory there is.
+
+    Raises:
+        ConfigError: it is more than 110 %, and ``plan.enforce`` is on.
+    """
+    settings = plan.config["plan"]
+    there = round(settings["memory_gb"] * 1e9) if settings["memory_gb"] else memory_there(accelerator, num_local)
+    if plan.is_small_for(there):
+        return None
+    try:
+        memory = plan.memory(strategy, num_processes)
+    except ConfigError as error:
+        log.warning("%s", error)
+        return None
+    share = memory.total / there
+    where = "of each GPU" if accelerator == "cuda" else "that are free" if num_local == 1 else "that are free for each process"
+    needs = (
+        f"this run needs {memory.total / 1e9:.1f} GB in each process ({describe(memory)}), "
+        f"{share:.0%} of the {there / 1e9:.1f} GB {where}"
+    )
+    if share <= WARN_SHARE:
+        return memory
+    changes = suggest(plan, num_processes, there)
+    if share > REFUSE_SHARE and settings["enforce"]:
+        raise ConfigError(f"{needs}\n{changes}\nplan.enforce=false tries it all the same")
+    log.warning("%s\n%s", needs, changes)
+    return memory
+
+
+def name_of(strategy: Config) -> str:
+    """The name of the file in conf/strategy that ``strategy`` is, as far as memory is concerned."""
+    if "stage" in strategy:
+        return f"zero{strategy['stage']}{'_offload' if strategy['stage'] == 3 and strategy.get('offload') else ''}"
+    return "single" if strategy["_target_"].endswith("single") else "ddp"
+
+
+def describe(memory: Memory) -> str:
+    """The parts of ``memory``, largest first."""
+    parts = sorted(vars(memory).items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts if size >= 5e7)
+
+
+def suggest(plan: StepPlan, num_processes: int, num_bytes: int) -> str:
+    """What to type so that the run fits into ``num_bytes``: changes are added, the cheapest first, until it does."""
+    found = None
+    for made, changed in _changed_plans(plan, num_processes):
+        if name := changed.first_that_fits(num_processes, num_bytes, offloads=False):
+            found = [*([f"strategy={name}"] if num_processes > 1 else []), *made], changed.memory(name, num_processes).total
+            break
+    if found is None and (name := plan.first_that_fits(num_processes, num_bytes)):
+        found = [f"strategy={name}"], plan.memory(name, num_processes).total
+    lines = [f"it fits with: {' '.join(found[0])}   ({found[1] / 1e9:.2f} GB)"] if found else []
+    if plan.accelerator == "cuda":
+        for count in (count for count in plan.config["plan"]["gpus"] if count > num_processes):
+            if name := plan.first_that_fits(count, num_bytes, offloads=False):
+                lines.append(
+                    f"it fits as it is on {count} GPUs with strategy={name}   ({plan.memory(name, count).total / 1e9:.2f} GB)"
+                )
+                break
+    return "\n".join(lines) or "no setting makes it fit; take more or larger devices, or a smaller model"
+
+
+def _changed_plans(plan: StepPlan, num_processes: int) -> Iterator[tuple[list[str], StepPlan]]:
+    made: list[str] = []
+    if num_processes > 1:
+        yield made, plan  # under another strategy
+    for key, value in _changes(plan.config, plan.planned, plan.accelerator):
+        made = [text for text in made if not text.startswith(f"{key}=")] + [f"{key}={value}"]
+        config = with_overrides(plan.config, made)
+        spec = dataclasses.replace(plan.planned.spec, expert_layout=config["lora"]["expert_layout"])
+        planned = plan.planned if spec == plan.planned.spec else plan_lora(plan.skeleton, spec)
+        yield made, StepPlan(
+            config, plan.skeleton, planned, accelerator=plan.accelerator, precision=plan.shape.precision,
+            longest=plan.shape.num_positions,
+        )  # fmt: skip
+
+
+def with_overrides(config: Config, overrides: list[str]) -> Config:
+    """``config`` with ``group.key=value`` changed."""
+    for override in overrides:
+        name, value = override.split("=", 1)
+        group, _, key = name.partition(".")
+        if key:
+            config = {**config, group: {**config[group], key: yaml.safe_load(value)}}
+    return config
+
+
+def _changes(config: Config, planned: LoRAPlan, accelerator: str) -> list[tuple[str, Any]]:
+    data, changes = config["data"], list[tuple[str, Any]]()
+    if not config["trainer"]["activation_checkpointing"]:
+        changes.append(("trainer.activation_checkpointing", "true"))
+    rows = data["batch_size"] or (None if data["tokens_per_batch"] else DEFAULT_BATCH_SIZE)
+    while rows and rows > 1:
+        rows //= 2
+        changes.append(("data.batch_size", rows))
+    if accelerator == "cuda" and config["model"]["dtype"] == "float32":
+        changes.append(("model.dtype", "bfloat16"))
+    if planned.spec.expert_layout == "per_expert" and any(target.outer for target in planned.targets):
+        changes.append(("lora.expert_layout", "shared_outer"))
+    tokens = data["max_tokens"]
+    while tokens >= 1024:
+        tokens //= 2
+        changes.append(("data.pack_tokens" if data["pack_tokens"] else "data.max_tokens", tokens))
+    return changes
+
+
+def _zero_settings(strategy: str, chosen: Config) -> Config:
+    """The sizes that the config sets for ``strategy``, of another one what its file says."""
+    if not strategy.startswith("zero"):
+        return {}
+    found = yaml.safe_load((conf_dir() / "strategy" / f"{strategy}.yaml").read_text(encoding="utf-8"))
+    stage = {"stage", "offload"}
+    if {k: chosen.get(k) for k in stage} == {k: found.get(k) for k in stage}:
+        found = {**found, **chosen}
+    return {key: value for key, value in found.items() if key.endswith("_elements")}

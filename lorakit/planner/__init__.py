@@ -1,0 +1,1 @@
+"""Memory, arithmetic, time and cost of a run, from its config alone."""

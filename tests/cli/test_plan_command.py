@@ -1,0 +1,103 @@
+"""`lorakit plan`, and what a run does with its plan."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import SMALL
+
+from lorakit.cli.planning import StepPlan, name_of, step_shape, suggest
+from lorakit.lora.inject import plan
+from lorakit.lora.spec import LoRASpec
+from lorakit.model.load import load_skeleton
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+def test_the_plan_needs_no_rows_and_no_weights(lorakit: Call) -> None:
+    code, out, err = lorakit("plan", "model.path=Qwen/Qwen3-30B-A3B-Instruct-2507", "plan.gpus=[1,2]", "plan.tokens=1000000",
+                          "plan.memory_gb=48", "data.batch_size=1", "data.max_tokens=256", "lora.rank=8")  # fmt: skip
+    assert code == 0, err
+    assert "30,532,122,624 parameters" in out and "321,257,472 trainable" in out
+    for word in ("zero3_offload", "too much", "activations", "GFLOP per token", "hours"):
+        assert word in out, word
+    assert "1 GPU: it fits with: strategy=zero3_offload" in out and "it fits as it is on 2 GPUs with strategy=zero3 " in out
+
+
+def test_a_run_that_does_not_fit_is_refused_with_what_would(lorakit: Call, tmp_path: Path) -> None:
+    code, _, err = lorakit("train", *SMALL, f"paths.runs={tmp_path}", "plan.memory_gb=0.1",
+                           "data.batch_size=64", "trainer.precision=32-true")  # fmt: skip
+    assert code == 2 and "this run needs" in err and "110" not in err
+    assert "it fits with: trainer.activation_checkpointing=true" in err and "plan.enforce=false" in err
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+
+
+def test_a_user_may_insist(lorakit: Call, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="lorakit"):
+        code, out, err = lorakit(
+            "train", *SMALL, f"paths.runs={tmp_path}", "trainer.max_steps=1", "plan.memory_gb=0.01", "plan.enforce=false"
+        )
+    assert code == 0, err
+    assert "memory: 0.0" in out or "memory: 0." in out
+    assert "this run needs" in caplog.text + err
+
+
+def config_of(**changes: Any) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    from lorakit.cli.conf import conf_dir
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        composed = compose("train", overrides=["experiment=pig_latin", *(f"{key}={value}" for key, value in changes.items())])
+    plain: Any = OmegaConf.to_container(composed, resolve=False)
+    plain["data"]["seed"] = plain["lora"]["seed"] = 0
+    return plain
+
+
+def step_plan(num_longest: int | None = None, accelerator: str = "cpu", **changes: Any) -> StepPlan:
+    skeleton = load_skeleton("tiny")
+    planned = plan(skeleton, LoRASpec(rank=8))
+    config = config_of(**changes)
+    config["lora"]["rank"] = 8
+    return StepPlan(config, skeleton, planned, accelerator=accelerator, precision="32-true", longest=num_longest)
+
+
+def test_the_largest_micro_batch_is_planned() -> None:
+    config = config_of()
+    shape = step_shape(config, accelerator="cpu", precision="32-true")
+    assert (shape.num_rows, shape.num_positions, shape.dtype) == (96, 256, "float32")
+    assert step_shape(config, accelerator="cpu", precision="32-true", longest=40).num_positions == 40
+    data = {**config["data"], "packing": True, "pack_tokens": 512, "batch_size": None, "tokens_per_batch": 2048}
+    shape = step_shape({**config, "data": data}, accelerator="cpu", precision="bf16-mixed", longest=40)
+    assert (shape.num_rows, shape.num_positions, shape.dtype) == (4, 512, "bfloat16")
+
+
+def test_changes_are_suggested_until_it_fits() -> None:
+    found = step_plan(**{"data.batch_size": 16})
+    needed = found.memory("single", 1).total
+    text = suggest(found, 1, round(needed * 0.6))
+    assert text.startswith("it fits with: trainer.activation_checkpointing=true")
+    tight = suggest(found, 1, round(needed * 0.25))
+    assert "data.batch_size=" in tight and tight.count("data.batch_size") == 1
+    assert "no setting makes it fit" in suggest(found, 1, 1_000_000)
+
+
+def test_several_processes_take_the_first_strategy_that_fits() -> None:
+    found = step_plan(accelerator="cuda", num_longest=16, **{"data.batch_size": 1})
+    totals = {name: found.memory(name, 8).total for name in ("zero1", "zero2", "zero3")}
+    assert found.first_that_fits(8, totals["zero1"] * 2) == "zero1"
+    assert found.first_that_fits(8, 1000) is None
+
+
+def test_strategies_have_their_files_names() -> None:
+    assert name_of({"_target_": "lorakit.strategy.deepspeed.ZeroStrategy", "stage": 3, "offload": True}) == "zero3_offload"
+    assert name_of({"_target_": "lorakit.strategy.deepspeed.ZeroStrategy", "stage": 2, "offload": True}) == "zero2"
+    assert name_of({"_target_": "lorakit.strategy.ddp.AdapterDDP"}) == "ddp"
+    assert name_of({"_target_": "lorakit.strategy.single.single"}) == "single"
