@@ -31,9 +31,11 @@ class WandbRun(WandbLogger):
         self, *, save_dir: str, project: str = "lorakit", name: str | None = None, offline: bool = False, group: str | None = None,
         **options: Any,
     ) -> None:  # fmt: skip
-        self.folder = Path(save_dir)
+        self.folder = Path(save_dir).absolute()  # W&B's own process may have started elsewhere
         options.setdefault("id", _run_id(self.folder))
-        super().__init__(save_dir=save_dir, project=project, name=name, offline=offline, group=group, resume="allow", **options)
+        super().__init__(
+            save_dir=str(self.folder), project=project, name=name, offline=offline, group=group, resume="allow", **options
+        )
         self._logged: dict[str, int] | None = None
 
     @rank_zero_only

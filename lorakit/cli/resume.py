@@ -24,7 +24,7 @@ from lorakit.weights.run import (
 
 # What may differ between a run and its continuation without changing what is computed.
 _FREE_KEYS = (
-    *("run", "resume", "paths.", "logger.", "checkpoint.", "callbacks.", "data.on_error"),
+    *("run", "resume", "group", "plan.", "paths.", "logger.", "checkpoint.", "callbacks.", "data.on_error"),
     *(
         "strategy.",
         "launch.",

@@ -65,7 +65,7 @@ _GROUPS: dict[str, type[msgspec.Struct]] = {
 }
 _TOP_LEVEL = (
     *("model", "data", "lora", "loss", "optim", "schedule", "trainer", "callbacks", "logger", "paths", "checkpoint"),
-    *("strategy", "launch", "plan", "run", "resume", "seed", "vars"),
+    *("strategy", "launch", "plan", "run", "group", "resume", "seed", "vars"),
 )
 _AT_LEAST_ONE = (
     "trainer.accumulate_grad_batches",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
+import re
 import shlex
 import signal
 from pathlib import Path
@@ -32,7 +34,17 @@ def main(arguments: list[str]) -> None:
         print(HELP)
         return
     command = shlex.join(["lorakit", "train", *arguments])
+    if {"-m", "--multirun"} & set(arguments) and not any(
+        text.startswith(("group=", "+group=", "++group=")) for text in arguments
+    ):
+        arguments = [*arguments, f"group={_name_of_sweep(arguments)}"]
     run_hydra(functools.partial(train, command=command), arguments, config_name="train")
+
+
+def _name_of_sweep(arguments: list[str]) -> str:
+    """That of its runs where they have one."""
+    named = next((text.partition("=")[2] for text in arguments if text.startswith("run=")), "")
+    return re.sub(r"[^\w.-]", "_", named) or f"sweep-{datetime.datetime.now():%m%d-%H%M%S}"
 
 
 def train(config: DictConfig, *, command: str = "") -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from program import start
 from small import SMALL
 
@@ -50,6 +51,26 @@ def test_an_offline_wandb_run_holds_losses_config_and_samples(
             file.write_bytes(torn)
             left = [*read_history(workplace / "runs/one")]
             assert left == whole[: len(left)]
+
+
+def test_the_runs_of_a_sweep_are_one_group_of_wandb(workplace: Path, lorakit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(workplace))
+    code, _, err = lorakit(
+        "train", "-m", "optim.lr=1e-3,2e-3", "logger=wandb", "trainer.max_steps=1", *SMALL, "data.val_rows=2"
+    )
+    assert code == 0, err
+    groups = []
+    for file in workplace.glob("runs/*/wandb/offline-run-*/*.wandb"):
+        for data in read_records(file.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            groups += [record.run.run_group] if record.HasField("run") else []
+    written = {yaml.safe_load(file.read_text())["group"] for file in workplace.glob("runs/*/config.yaml")}
+    assert written, out
+    assert len(groups) == 2 and {*groups} == written and groups[0].startswith("sweep-")
 
 
 @pytest.mark.slow
