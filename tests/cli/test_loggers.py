@@ -69,7 +69,6 @@ def test_the_runs_of_a_sweep_are_one_group_of_wandb(workplace: Path, lorakit: Ca
             record.ParseFromString(data)
             groups += [record.run.run_group] if record.HasField("run") else []
     written = {yaml.safe_load(file.read_text())["group"] for file in workplace.glob("runs/*/config.yaml")}
-    assert written, out
     assert len(groups) == 2 and {*groups} == written and groups[0].startswith("sweep-")
 
 
