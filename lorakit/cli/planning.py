@@ -58,6 +58,11 @@ class StepPlan:
             self._trace = trace_step(self.skeleton, self.planned.spec, self.shape, optimizer)
         return self._trace
 
+    @property
+    def base_bytes(self) -> int:
+        """What the frozen base takes."""
+        return self.planned.num_base_params * (4 if self.shape.dtype == "float32" else 2)
+
     def memory(self, strategy: str, num_processes: int) -> Memory:
         """What each process holds under ``strategy``, one of ``STRATEGIES``."""
         keeps = self.accelerator == "cpu" and self.shape.dtype != "float32" and any(t.outer for t in self.planned.targets)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lorakit")
 Config = dict[str, Any]
+BASE_SHARE = 0.7  # of a process's memory that a whole base may take where no plan can be made: activations need the rest
 
 
 def num_devices(config: Config, *, elsewhere: bool = False) -> int:
@@ -158,7 +159,11 @@ def _choose(plan: StepPlan, *, precision: str, accelerator: str, world: World) -
         if accelerator != "cuda":
             return "ddp", "it is small, and processes without GPUs share the machine's memory"
         return "zero1", "it is small: the base stays whole in each process, and only the adapter travels"
-    found = plan.first_that_fits(world.size, there)
+    try:
+        found = plan.first_that_fits(world.size, there)
+    except ConfigError as error:
+        name = "zero3" if plan.base_bytes > BASE_SHARE * there else "zero1" if accelerator == "cuda" else "ddp"
+        return name, f"by the size of the base alone: {error}"
     if found is None:
         return "zero3", f"nothing fits into the {there / 1e9:.1f} GB of a process; this needs least"
     sizes = f"{plan.memory(found, world.size).total / 1e9:.1f} GB of {there / 1e9:.1f} in each process"

@@ -20,6 +20,7 @@ from lorakit.lora.expert_function import ExpertCall, ExpertFunction, Part
 from lorakit.lora.layouts import expand_shared_outer, flatten_a, flatten_b, from_file_tensors, to_file_tensors
 from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER
 from lorakit.model.families import ExpertStack
+from lorakit.model.partition import has_values
 
 
 @dataclass
@@ -230,7 +231,7 @@ class ExpertLora(nn.Module, LoraLayer):
             dropout = self.lora_dropout[name]
             probability = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0
             for matrix in self.lora_A[name]:
-                seed = int(torch.randint(2**62, ())) if probability else 0
+                seed = _draw_seed() if probability else 0
                 part = Part(
                     len(factors) // 2, stack.columns(matrix), self.scale_of(name, matrix), self.layouts[name] == SHARED_OUTER,
                     probability, seed,
@@ -288,6 +289,12 @@ def _parameters_of(config: Any, module_name: str, stack: ExpertStack) -> list[st
 
 def _by_pattern(patterns: dict[str, Any], key: str, default: Any) -> Any:
     return patterns.get(get_pattern_key(list(patterns), key), default)
+
+
+def _draw_seed() -> int:
+    """A seed of torch's own random numbers; where nothing has values, any."""
+    drawn = torch.randint(2**62, ())
+    return int(drawn) if has_values(drawn) else 0
 
 
 def _scale(alpha: float, rank: int, use_rslora: bool) -> float:

@@ -103,7 +103,9 @@ def trace_step(
             module.products = "grouped"
     trust_head(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    _materialize(model, mode, getattr(torch, shape.dtype))
+    # float16 takes as much as bfloat16, under whose autocast the step runs here.
+    dtype = "bfloat16" if shape.dtype == "float16" else shape.dtype
+    _materialize(model, mode, getattr(torch, dtype))
     ledger = _Ledger()
     for parameter in model.parameters():
         ledger.add(parameter, ADAPTER if parameter.requires_grad else WEIGHTS)
@@ -112,9 +114,12 @@ def trace_step(
     try:
         with mode, _as_on(shape.device):
             return _run(model.train(), shape, make_optimizer, ledger)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except Exception as error:  # whatever a model does where nothing has values; a run need not end for want of a plan
+        is_known = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
+        why = "depends on values" if is_known else "does not run without values"
         raise ConfigError(
-            f"no plan can be made of this model's memory: what {type(skeleton).__name__} computes depends on values ({error})"
+            f"no plan can be made of this model's memory: what {type(skeleton).__name__} computes {why} "
+            f"({type(error).__name__}: {str(error)[:200]})"
         ) from error
 
 

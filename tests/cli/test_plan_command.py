@@ -101,3 +101,21 @@ def test_strategies_have_their_files_names() -> None:
     assert name_of({"_target_": "lorakit.strategy.deepspeed.ZeroStrategy", "stage": 2, "offload": True}) == "zero2"
     assert name_of({"_target_": "lorakit.strategy.ddp.AdapterDDP"}) == "ddp"
     assert name_of({"_target_": "lorakit.strategy.single.single"}) == "single"
+
+
+def test_auto_goes_by_the_size_of_the_base_where_no_plan_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorakit.cli import planning, processes
+    from lorakit.errors import ConfigError
+    from lorakit.strategy.world import World
+
+    def refuse(*_: Any) -> Any:
+        raise ConfigError("no plan can be made")
+
+    monkeypatch.setattr(planning, "trace_step", refuse)
+    found, two = step_plan(), World(0, 2, 0, 2)
+    chosen = {}
+    for name, there in (("roomy", found.base_bytes * 10), ("tight", found.base_bytes)):
+        monkeypatch.setattr(processes, "memory_there", lambda *_, there=there: there)
+        chosen[name], reason = processes._choose(found, precision="32-true", accelerator="cpu", world=two)
+        assert "by the size of the base alone: no plan can be made" in reason
+    assert chosen == {"roomy": "ddp", "tight": "zero3"}

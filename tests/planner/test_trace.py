@@ -124,6 +124,26 @@ def test_a_model_that_depends_on_values_is_said_so() -> None:
         trace_step(skeleton_of(model), LoRASpec(rank=4), shape_of(), adamw)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"dropout": 0.1, "unembedding": True}),
+        ("llama", {"dora": True}),
+        ("qwen3_moe", {"dropout": 0.1}),
+        ("qwen3_moe", {"expert_layout": "shared_outer", "unembedding": True}),
+        ("qwen3_moe", {"experts": False}),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "32-true"), ("bfloat16", "bf16-mixed"), ("float16", "16-mixed")])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_kind_of_adapter_can_be_planned(
+    family: str, changes: dict[str, Any], dtype: str, precision: str, device: str
+) -> None:
+    shape = StepShape(num_rows=2, num_positions=32, dtype=dtype, precision=precision, device=device)
+    found = trace_step(skeleton_of(make_model(family)), LoRASpec(rank=4, **changes), shape, adamw)
+    assert found.activations > 0 and found.optimizer == pytest.approx(2 * found.adapter, rel=0.05)
+
+
 def test_tracing_leaves_the_skeleton_as_it_was() -> None:
     skeleton = skeleton_of(make_model("qwen3_moe"))
     before = [(name, p.shape, p.device.type) for name, p in skeleton.named_parameters()]
