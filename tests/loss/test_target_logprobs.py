@@ -155,3 +155,11 @@ def test_an_unembedding_that_is_not_known_is_run_by_the_model_itself(caplog: pyt
     model.forward = scaled
     torch.testing.assert_close(target_logprobs(model, batch), full_logprobs(model, batch), atol=2e-6, rtol=1e-6)
     assert "not one that lorakit knows" in caplog.text
+
+
+def test_what_the_model_s_own_unembedding_is_given_to_compare_is_contiguous() -> None:
+    """Of a slice torch makes a product in batches, for which a CPU copies a 16-bit unembedding once for every row."""
+    model, given = make_model("llama"), []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: given.append(args[0]))
+    target_logprobs(model, make_batches(make_datums(4), 4, 1)[0])
+    assert given[0].shape[:2] == (4, 2) and given[0].is_contiguous()
