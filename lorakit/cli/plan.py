@@ -39,26 +39,25 @@ def plan_run(config: DictConfig) -> None:
     from omegaconf import OmegaConf
     from rich.console import Console
 
+    from lorakit.cli.assemble import build_spec
     from lorakit.cli.planning import StepPlan
     from lorakit.cli.schema import check_settings
     from lorakit.cli.train import to_plain
     from lorakit.lora.inject import plan
-    from lorakit.training.precision import resolve_accelerator, resolve_precision
+    from lorakit.training.precision import resolve_precision
 
     if OmegaConf.is_missing(config.data, "path"):
         OmegaConf.update(config, "data.path", NO_DATA)
     plain = to_plain(config)
     check_settings(plain)
     console = Console(soft_wrap=True)
-    accelerator = resolve_accelerator(plain["trainer"]["accelerator"])
-    if plain["trainer"]["accelerator"] == "auto":
-        accelerator = "cuda"
+    accelerator = "cpu" if plain["trainer"]["accelerator"] == "cpu" else "cuda"
     precision = plain["trainer"]["precision"]
     if precision == "auto":
         here = accelerator != "cuda" or torch.cuda.is_available()
         precision = resolve_precision(precision, accelerator) if here else "bf16-mixed"
     skeleton = _skeleton(plain["model"])
-    planned = plan(skeleton, _spec(plain))
+    planned = plan(skeleton, build_spec(plain))
     longest, num_tokens = _look_at_data(plain, console)
     step = StepPlan(plain, skeleton, planned, accelerator=accelerator, precision=precision, longest=longest)
     shape = step.shape
@@ -74,18 +73,10 @@ def plan_run(config: DictConfig) -> None:
     _print_costs(step, num_tokens, console)
 
 
-def _spec(plain: dict[str, Any]) -> Any:
-    from lorakit.cli import assemble
-
-    return assemble.build_spec(plain)
-
-
 def _skeleton(settings: dict[str, Any]) -> Any:
     """The model without weights: of its folder or the hub's cache, or of a config that lorakit brings."""
-    import torch
-
     from lorakit.errors import ConfigError
-    from lorakit.model.load import load_skeleton, model_class
+    from lorakit.model.load import load_skeleton, skeleton_of
     from lorakit.planner.presets import preset_config
 
     options = {"revision": settings["revision"], "trust_remote_code": settings["trust_remote_code"]}
@@ -94,10 +85,7 @@ def _skeleton(settings: dict[str, Any]) -> Any:
     except ConfigError:
         if (config := preset_config(settings["path"])) is None:
             raise
-    with torch.device("meta"):
-        model = model_class(config).from_config(config)
-    model.tie_weights()
-    return model
+    return skeleton_of(config)
 
 
 def _look_at_data(plain: dict[str, Any], console: Console) -> tuple[int | None, int | None]:
@@ -105,7 +93,7 @@ def _look_at_data(plain: dict[str, Any], console: Console) -> tuple[int | None, 
     from lorakit.cli import assemble
     from lorakit.cli.reports import print_data_report
 
-    tokens = plain["plan"]["tokens"]
+    tokens = round(plain["plan"]["tokens"]) if plain["plan"]["tokens"] else None
     if plain["data"]["path"] == NO_DATA:
         return None, tokens
     datamodule, _ = assemble.load_data(plain)
@@ -113,9 +101,7 @@ def _look_at_data(plain: dict[str, Any], console: Console) -> tuple[int | None, 
     report = datamodule.report
     assert report is not None
     seen = report.num_tokens * report.num_rows / max(1, report.num_rows_surveyed)
-    is_whole = report.num_rows_surveyed >= report.num_rows
-    longest = max(1, int(report.lengths.max()) - 1) if is_whole else None
-    return longest, tokens or (round(seen * plain["data"]["epochs"]) if plain["data"]["epochs"] else None)
+    return report.longest, tokens or (round(seen * plain["data"]["epochs"]) if plain["data"]["epochs"] else None)
 
 
 def _print_ranks(step: StepPlan, console: Console) -> None:
@@ -146,9 +132,9 @@ def _print_memory(step: StepPlan, console: Console) -> None:
     from lorakit.planner.memory import REFUSE_SHARE, STRATEGIES, WARN_SHARE
 
     counts, there = step.config["plan"]["gpus"], _bytes_there(step)
-    device = "GPU" if step.accelerator == "cuda" else "process"
+    device, devices = ("GPU", "GPUs") if step.accelerator == "cuda" else ("process", "processes")
     table = Table(
-        title=f"GB in each {device}, of {there / 1e9:.1f} that are there ({', '.join(f'{n}' for n in counts)} {device}s)",
+        title=f"GB in each {device}, of {there / 1e9:.1f} that are there, by the number of {devices}",
         title_justify="left",
     )
     table.add_column("strategy")
@@ -168,7 +154,7 @@ def _print_memory(step: StepPlan, console: Console) -> None:
     console.print(table)
     parts = Table(title="What it consists of, in GB", title_justify="left")
     names = [field.name for field in dataclasses.fields(step.memory("single", 1))]
-    for name in (device.lower() + "s", "strategy", *names):
+    for name in (devices, "strategy", *names):
         parts.add_column(name, justify="left" if name == "strategy" else "right")
     for count in counts:
         found = step.first_that_fits(count, there)
@@ -179,20 +165,18 @@ def _print_memory(step: StepPlan, console: Console) -> None:
     misfits = [count for count in counts if step.first_that_fits(count, there, offloads=False) is None]
     if misfits:
         console.print(
-            f"{misfits[0]} {device}{'s' if misfits[0] > 1 else ''}: {suggest(step, misfits[0], there)}", highlight=False
+            f"{misfits[0]} {device if misfits[0] == 1 else devices}: {suggest(step, misfits[0], there)}", highlight=False
         )
 
 
 def _bytes_there(step: StepPlan) -> int:
     import torch
 
-    from lorakit.planner.memory import memory_there
+    from lorakit.cli.planning import agree_on_memory
+    from lorakit.strategy.world import World
 
-    if step.config["plan"]["memory_gb"]:
-        return round(step.config["plan"]["memory_gb"] * 1e9)
-    if step.accelerator == "cuda" and not torch.cuda.is_available():
-        return 80_000_000_000
-    return memory_there(step.accelerator)
+    is_elsewhere = step.accelerator == "cuda" and not torch.cuda.is_available()
+    return agree_on_memory(step.config["plan"]["memory_gb"] or (80 if is_elsewhere else None), step.accelerator, World())
 
 
 def _print_costs(step: StepPlan, num_tokens: int | None, console: Console) -> None:

@@ -26,6 +26,7 @@ from lorakit.planner.memory import (
     rough_bound,
 )
 from lorakit.planner.trace import StepShape, StepTrace, trace_step
+from lorakit.strategy.world import World, gather
 from lorakit.training.precision import base_dtype
 
 log = logging.getLogger("lorakit")
@@ -52,9 +53,7 @@ class StepPlan:
     def trace(self) -> StepTrace:
         """Raises ConfigError for a model whose step depends on values."""
         if self._trace is None:
-            optimizer, _ = assemble.build_optimization(
-                {**self.config, "optim": {**self.config["optim"], "lr": 1e-3}}, lr=1e-3, total_steps=1, precision=self.shape.precision
-            )  # fmt: skip
+            optimizer, _ = assemble.build_optimization(self.config, lr=1e-3, total_steps=1, precision=self.shape.precision)
             self._trace = trace_step(self.skeleton, self.planned.spec, self.shape, optimizer)
         return self._trace
 
@@ -106,14 +105,19 @@ def step_shape(config: Config, *, accelerator: str, precision: str, longest: int
     )  # fmt: skip
 
 
-def check_memory(plan: StepPlan, *, accelerator: str, num_processes: int, num_local: int, strategy: str) -> Memory | None:
-    """Return what the run holds in each process, or None where it is surely little. Warn from 90 % of the memory there is.
+def agree_on_memory(gigabytes: float | None, accelerator: str, world: World) -> int:
+    """Return the bytes that every process of the run has: ``plan.memory_gb``, or the least of what each finds. All call together."""
+    if gigabytes:
+        return round(gigabytes * 1e9)
+    return min(gather(memory_there(accelerator, world.local_size)))
+
+
+def check_memory(plan: StepPlan, strategy: str, num_processes: int, there: int) -> Memory | None:
+    """Return what the run holds in each process, or None where it is surely little. Warn from 90 % of the bytes ``there``.
 
     Raises:
         ConfigError: it is more than 110 %, and ``plan.enforce`` is on.
     """
-    settings = plan.config["plan"]
-    there = round(settings["memory_gb"] * 1e9) if settings["memory_gb"] else memory_there(accelerator, num_local)
     if plan.is_small_for(there):
         return None
     try:
@@ -122,7 +126,7 @@ def check_memory(plan: StepPlan, *, accelerator: str, num_processes: int, num_lo
         log.warning("%s", error)
         return None
     share = memory.total / there
-    where = "of each GPU" if accelerator == "cuda" else "that are free" if num_local == 1 else "that are free for each process"
+    where = "of each GPU" if plan.accelerator == "cuda" else "that are there for it"
     needs = (
         f"this run needs {memory.total / 1e9:.1f} GB in each process ({describe(memory)}), "
         f"{share:.0%} of the {there / 1e9:.1f} GB {where}"
@@ -130,7 +134,7 @@ def check_memory(plan: StepPlan, *, accelerator: str, num_processes: int, num_lo
     if share <= WARN_SHARE:
         return memory
     changes = suggest(plan, num_processes, there)
-    if share > REFUSE_SHARE and settings["enforce"]:
+    if share > REFUSE_SHARE and plan.config["plan"]["enforce"]:
         raise ConfigError(f"{needs}\n{changes}\nplan.enforce=false tries it all the same")
     log.warning("%s\n%s", needs, changes)
     return memory
@@ -189,8 +193,7 @@ def with_overrides(config: Config, overrides: list[str]) -> Config:
     for override in overrides:
         name, value = override.split("=", 1)
         group, _, key = name.partition(".")
-        if key:
-            config = {**config, group: {**config[group], key: yaml.safe_load(value)}}
+        config = {**config, group: {**config[group], key: yaml.safe_load(value)}}
     return config
 
 
@@ -202,14 +205,23 @@ def _changes(config: Config, planned: LoRAPlan, accelerator: str) -> list[tuple[
     while rows and rows > 1:
         rows //= 2
         changes.append(("data.batch_size", rows))
+    shortest = (data["pack_tokens"] or data["max_tokens"]) if data["packing"] else data["max_tokens"]
+    positions = data["tokens_per_batch"] or 0
+    while positions >= 2 * shortest:  # less than a row is refused
+        positions //= 2
+        changes.append(("data.tokens_per_batch", positions))
     if accelerator == "cuda" and config["model"]["dtype"] == "float32":
         changes.append(("model.dtype", "bfloat16"))
     if planned.spec.expert_layout == "per_expert" and any(target.outer for target in planned.targets):
         changes.append(("lora.expert_layout", "shared_outer"))
+    if data["pack_tokens"]:  # not less than max_tokens, which it is when it is not set
+        changes.append(("data.pack_tokens", "null"))
     tokens = data["max_tokens"]
     while tokens >= 1024:
         tokens //= 2
-        changes.append(("data.pack_tokens" if data["pack_tokens"] else "data.max_tokens", tokens))
+        changes.append(("data.max_tokens", tokens))
+        if data["tokens_per_batch"]:  # else there would be more of the shorter rows
+            changes.append(("data.tokens_per_batch", tokens))
     return changes
 
 
@@ -221,4 +233,4 @@ def _zero_settings(strategy: str, chosen: Config) -> Config:
     stage = {"stage", "offload"}
     if {k: chosen.get(k) for k in stage} == {k: found.get(k) for k in stage}:
         found = {**found, **chosen}
-    return {key: value for key, value in found.items() if key.endswith("_elements")}
+    return {key: found[key] for key in ("bucket_elements", "live_elements") if key in found}

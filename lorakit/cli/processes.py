@@ -15,7 +15,6 @@ import yaml
 from lorakit.cli.conf import conf_dir
 from lorakit.cli.schema import import_target
 from lorakit.errors import ConfigError
-from lorakit.planner.memory import memory_there
 from lorakit.strategy.watch import take_fault
 from lorakit.strategy.world import World, current_world
 from lorakit.training.precision import resolve_accelerator
@@ -93,16 +92,16 @@ def silence(world: World) -> None:
         logging.getLogger("lorakit").setLevel(logging.ERROR)
 
 
-def choose_strategy(plan: StepPlan, *, precision: str, accelerator: str, world: World,
+def choose_strategy(plan: StepPlan, *, there: int, precision: str, accelerator: str, world: World,
                     say: Callable[[str], Any]) -> Config:  # fmt: skip
-    """Return the strategy's settings; ``auto`` is made a choice, which is said with its reason.
+    """Return the strategy's settings; ``auto`` is made a choice for processes of ``there`` bytes, which is said with its reason.
 
     Raises:
         ConfigError: strategy, adapter and optimiser do not go together.
     """
     settings, planned = plan.config["strategy"], plan.planned
     if settings["_target_"] == "auto":
-        name, reason = _choose(plan, precision=precision, accelerator=accelerator, world=world)
+        name, reason = _choose(plan, there=there, precision=precision, accelerator=accelerator, world=world)
         settings = yaml.safe_load((conf_dir() / "strategy" / f"{name}.yaml").read_text(encoding="utf-8"))
         if world.size > 1:
             say(f"strategy=auto: {name} ({reason})")
@@ -149,12 +148,11 @@ def refuse_unless_elementwise(make: Callable[..., torch.optim.Optimizer], settin
         )
 
 
-def _choose(plan: StepPlan, *, precision: str, accelerator: str, world: World) -> tuple[str, str]:
+def _choose(plan: StepPlan, *, there: int, precision: str, accelerator: str, world: World) -> tuple[str, str]:
     if world.size == 1:
         return "single", "one process"
     if precision == "16-mixed":
         return "ddp", "16-mixed"
-    there = memory_there(accelerator, world.local_size)
     if plan.is_small_for(there):
         if accelerator != "cuda":
             return "ddp", "it is small, and processes without GPUs share the machine's memory"

@@ -46,7 +46,7 @@ class PlanSettings(msgspec.Struct, forbid_unknown_fields=True):
     enforce: bool
     memory_gb: float | None
     gpus: list[int]
-    tokens: int | None
+    tokens: float | None
     tflops: float
     utilisation: float
     price_per_hour: float

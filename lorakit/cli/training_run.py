@@ -24,7 +24,7 @@ from rich.console import Console
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.throughput import Throughput
 from lorakit.cli import assemble
-from lorakit.cli.planning import StepPlan, check_memory, describe, name_of
+from lorakit.cli.planning import StepPlan, agree_on_memory, check_memory, describe, name_of
 from lorakit.cli.preflight import agree, describe_base, describe_config, describe_program
 from lorakit.cli.processes import check_world, choose_strategy, refuse_unless_elementwise, resume_if_restarted, silence
 from lorakit.cli.reports import print_data_report, warn_of_idle_settings
@@ -37,7 +37,6 @@ from lorakit.lora.spec import LoRASpec
 from lorakit.lora.state import adapter_state
 from lorakit.model.families import packing_is_doubtful
 from lorakit.model.load import base_name, load_config, load_skeleton
-from lorakit.planner.memory import memory_there
 from lorakit.strategy.watch import FINISHED, PHASES
 from lorakit.strategy.world import World, current_world, join, share, together
 from lorakit.training.module import LoRAModule
@@ -81,7 +80,8 @@ def train_run(
         agree(lambda: describe_program() | describe_config(config))
     console = (console or Console(soft_wrap=True)) if world.is_first else Console(file=io.StringIO())
     torch.set_num_threads(config["trainer"]["threads"] or DEFAULT_THREADS)  # of this job, not of the sweep's last one
-    prepared = together(lambda: _prepare(config, world, accelerator, precision, experiment, console))
+    there = agree_on_memory(config["plan"]["memory_gb"], accelerator, world)
+    prepared = together(lambda: _prepare(config, world, there, accelerator, precision, experiment, console))
     agree(
         lambda: (
             {"the rows": prepared.datamodule.fingerprint, "total steps": str(prepared.total_steps)}
@@ -131,7 +131,7 @@ class _Prepared:
 
 
 def _prepare(
-    config: dict[str, Any], world: World, accelerator: str, precision: str, experiment: str, console: Console
+    config: dict[str, Any], world: World, there: int, accelerator: str, precision: str, experiment: str, console: Console
 ) -> _Prepared:
     """Read and check everything that costs seconds. Raises LorakitError."""
     root, kept = Path(config["paths"]["runs"]).expanduser(), config["checkpoint"]
@@ -141,16 +141,13 @@ def _prepare(
     datamodule, tokenizer = assemble.load_data(config)
     print_data_report(datamodule, console)
     spec, model_config, planned, skeleton = _plan(config, console)
-    plan_of_step = StepPlan(
-        config, skeleton, planned, accelerator=accelerator, precision=precision, longest=_find_longest(datamodule)
-    )
+    longest = datamodule.report.longest if datamodule.report else None
+    plan_of_step = StepPlan(config, skeleton, planned, accelerator=accelerator, precision=precision, longest=longest)
     strategy = choose_strategy(
-        plan_of_step, precision=precision, accelerator=accelerator, world=world,
+        plan_of_step, there=there, precision=precision, accelerator=accelerator, world=world,
         say=lambda text: console.print(text, highlight=False),
     )  # fmt: skip
-    memory = check_memory(
-        plan_of_step, accelerator=accelerator, num_processes=world.size, num_local=world.local_size, strategy=name_of(strategy)
-    )
+    memory = check_memory(plan_of_step, name_of(strategy), world.size, there)
     if memory:
         console.print(f"memory: {memory.total / 1e9:.1f} GB in each process ({describe(memory)})", highlight=False)
     config = {**config, "strategy": strategy}
@@ -158,7 +155,7 @@ def _prepare(
         log.warning("data.packing is off, rows are padded instead: %s", reason)
         datamodule.packing = False
     if accelerator == "cpu":
-        tune_allocator(memory.total if memory else None, memory_there("cpu", world.local_size), planned.num_base_params)
+        tune_allocator(memory.total if memory else None, there, planned.num_base_params)
     lr = _resolve_lr(config, model_config, spec, console)
     total_steps, is_estimate = assemble.resolve_total_steps(config, datamodule, world)
     warn_of_idle_settings(config, datamodule, total_steps)
@@ -223,14 +220,6 @@ def _with_window_of(run: Run, prepared: _Prepared, world: World, console: Consol
     config = {**config, "trainer": trainer}
     total_steps, is_estimate = assemble.resolve_total_steps(config, prepared.datamodule, world)
     return dataclasses.replace(prepared, config=config, total_steps=total_steps, is_estimate=is_estimate)
-
-
-def _find_longest(datamodule: LoRADataModule) -> int | None:
-    """Positions of the longest example, or None where not all rows were looked at."""
-    report = datamodule.report
-    if report is None or report.num_rows_surveyed < report.num_rows:
-        return None
-    return max(1, int(report.lengths.max()) - 1)
 
 
 def _plan(config: dict[str, Any], console: Console) -> tuple[LoRASpec, Any, LoRAPlan, Any]:
@@ -376,12 +365,6 @@ def tune_allocator(needed: int | None, there: int, num_base_params: int) -> None
     if needed is not None and ALLOCATOR_WASTE * needed > there:
         _mallopt(mmap_threshold=128 << 10, trim_threshold=128 << 10)
     elif num_base_params < SMALL_MODEL_PARAMS:
-        keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what a step frees for the next: a small model on the CPU spends a tenth of its time on that."""
-    if sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         _mallopt(mmap_threshold=1 << 30, trim_threshold=(1 << 31) - 1)
 
 

@@ -72,6 +72,11 @@ class DataReport:
         return int(self.lengths.sum())
 
     @property
+    def longest(self) -> int | None:
+        """Positions of the longest example (a token less than it has), or None where not all rows were looked at."""
+        return max(1, int(self.lengths.max()) - 1) if self.num_rows_surveyed >= self.num_rows else None
+
+    @property
     def trained_share(self) -> float:
         """Share of tokens with a weight other than 0."""
         return self.num_trained_tokens / max(self.num_tokens, 1)

@@ -122,10 +122,16 @@ def model_class(config: Any) -> Any:
 
 def load_skeleton(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Return the model on the meta device, from its config alone: every shape, no weight."""
+    config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    with _explained(path):
+        return skeleton_of(config, trust_remote_code=trust_remote_code)
+
+
+def skeleton_of(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """Return the model of a transformers config on the meta device."""
     import torch
 
-    config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
-    with _explained(path), torch.device("meta"):
+    with torch.device("meta"):
         model = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model

@@ -41,7 +41,6 @@ class Settings:
     accumulates: bool  # several micro-batches in a step, so that gradients are there before a backward pass
     is_cuda: bool
     bucket_elements: int = 50_000_000
-    persist_elements: int = 100_000
     live_elements: int = 100_000_000
     keeps_products: bool = False  # see ONEDNN_BYTES
 
@@ -76,7 +75,7 @@ def memory_of(strategy: str, num_processes: int, trace: StepTrace, settings: Set
 
 
 def memory_there(accelerator: str, num_local: int = 1) -> int:
-    """Return the bytes that a process of this machine may have: of its GPU, or its share of the host's that is free."""
+    """Return the bytes that a process of this machine may have: of its current GPU, or its share of the host's that is free."""
     if accelerator == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved()
@@ -101,7 +100,7 @@ def rough_bound(skeleton: Any, num_params: int, *, num_tokens: int, num_position
     """
     config = skeleton.config.get_text_config()
     top_k = max(1, int(getattr(config, "num_experts_per_tok", None) or 1))
-    width = pairs = num_base = 0
+    width = num_base = 0
     for parameter in skeleton.parameters():
         num_base += parameter.numel()
         width += sum(parameter.shape[-2:]) * (top_k if parameter.dim() == 3 else 1)

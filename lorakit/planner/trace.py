@@ -65,12 +65,6 @@ class StepTrace:
     num_flops: int  # of forward and backward, a multiplication and an addition being two
     num_tokens: int
 
-    @property
-    def peak(self) -> int:
-        """Everything, at the worst moment."""
-        held = self.weights + self.adapter + self.optimizer
-        return held + max(self.gradients + self.activations + self.head, self.adapter + self.step)
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
@@ -84,7 +78,6 @@ class StepShape:
     checkpointing: bool = False
     loss: str = "cross_entropy"
     attention: str = "sdpa"
-    keeps_gradients: bool = False  # they are there before the backward pass: of earlier micro-batches, or as a bucket
 
 
 def trace_step(
@@ -141,10 +134,6 @@ def _run(model: Any, shape: StepShape, make_optimizer: Callable[..., torch.optim
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained)
     weights, adapter = ledger.live[WEIGHTS], ledger.live[ADAPTER]
-    if shape.keeps_gradients:
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-            ledger.add(parameter.grad, GRADIENTS)
     batch = _batch(shape)
     with _phases(model, ledger, trained), ledger:
         with _autocast(shape.precision):

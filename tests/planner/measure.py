@@ -21,6 +21,7 @@ from lorakit.lora.spec import LoRASpec
 from lorakit.loss import LOSSES
 from lorakit.model.layers import enable_checkpointing
 from lorakit.model.load import model_class
+from lorakit.planner.memory import Settings, memory_of
 from lorakit.planner.trace import StepShape, trace_step
 from lorakit.training.step import compute_loss
 from lorakit.types import Batch
@@ -66,7 +67,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         optimizer.zero_grad()
         del output
     return {
-        "planned": trace.peak, "measured": status("VmHWM") - before, "loaded": loaded,
+        "planned": memory_of("single", 1, trace, Settings(accumulates=False, is_cuda=False)).total,
+        "measured": status("VmHWM") - before, "loaded": loaded,
         "trainable_planned": trace.num_params, "trainable": sum(parameter.numel() for parameter in trained),
         "weights_planned": trace.weights, "weights": _bytes(model.parameters(), trained=False) + _bytes(model.buffers()),
         "optimizer_planned": trace.optimizer,
