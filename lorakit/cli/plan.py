@@ -131,10 +131,12 @@ def _print_memory(step: StepPlan, console: Console) -> None:
     from lorakit.cli.planning import suggest
     from lorakit.planner.memory import REFUSE_SHARE, STRATEGIES, WARN_SHARE
 
-    counts, there = step.config["plan"]["gpus"], _bytes_there(step)
-    device, devices = ("GPU", "GPUs") if step.accelerator == "cuda" else ("process", "processes")
+    counts, total_there = step.config["plan"]["gpus"], _bytes_there(step)
+    is_cuda = step.accelerator == "cuda"
+    there = {count: total_there if is_cuda else total_there // count for count in counts}  # processes share the host's
+    device, devices = ("GPU", "GPUs") if is_cuda else ("process", "processes")
     table = Table(
-        title=f"GB in each {device}, of {there / 1e9:.1f} that are there, by the number of {devices}",
+        title=f"GB in each {device}, of {_gb(total_there)} that {'it has' if is_cuda else 'they share'}, by the number of {devices}",
         title_justify="left",
     )
     table.add_column("strategy")
@@ -147,9 +149,13 @@ def _print_memory(step: StepPlan, console: Console) -> None:
                 cells.append("")
                 continue
             total = step.memory(strategy, count).total
-            colour = "green" if total <= WARN_SHARE * there else "yellow" if total <= REFUSE_SHARE * there else "red"
-            note = "" if total <= WARN_SHARE * there else " tight" if total <= REFUSE_SHARE * there else " too much"
-            cells.append(f"[{colour}]{total / 1e9:.1f}{note}[/{colour}]")
+            colour = (
+                "green" if total <= WARN_SHARE * there[count] else "yellow" if total <= REFUSE_SHARE * there[count] else "red"
+            )
+            note = (
+                "" if total <= WARN_SHARE * there[count] else " tight" if total <= REFUSE_SHARE * there[count] else " too much"
+            )
+            cells.append(f"[{colour}]{_gb(total)}{note}[/{colour}]")
         table.add_row(strategy, *cells)
     console.print(table)
     parts = Table(title="What it consists of, in GB", title_justify="left")
@@ -157,16 +163,21 @@ def _print_memory(step: StepPlan, console: Console) -> None:
     for name in (devices, "strategy", *names):
         parts.add_column(name, justify="left" if name == "strategy" else "right")
     for count in counts:
-        found = step.first_that_fits(count, there)
+        found = step.first_that_fits(count, there[count])
         memory = step.memory(found or ("single" if count == 1 else "zero3"), count)
         row = [f"{getattr(memory, name) / 1e9:.2f}" for name in names]
         parts.add_row(str(count), found or "none fits", *row)
     console.print(parts)
-    misfits = [count for count in counts if step.first_that_fits(count, there, offloads=False) is None]
+    misfits = [count for count in counts if step.first_that_fits(count, there[count], offloads=False) is None]
     if misfits:
         console.print(
-            f"{misfits[0]} {device if misfits[0] == 1 else devices}: {suggest(step, misfits[0], there)}", highlight=False
+            f"{misfits[0]} {device if misfits[0] == 1 else devices}: {suggest(step, misfits[0], there[misfits[0]])}",
+            highlight=False,
         )
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.{1 if num_bytes >= 1e10 else 2}f}"
 
 
 def _bytes_there(step: StepPlan) -> int:

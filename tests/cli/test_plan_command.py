@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import pytest
 from small import SMALL
 
-from lorakit.cli import planning, processes
+from lorakit.cli import planning, processes, training_run
 from lorakit.cli.planning import StepPlan, name_of, step_shape, suggest
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import plan
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.load import load_skeleton
+from lorakit.strategy.deepspeed import ZeroStrategy
 from lorakit.strategy.world import World
 
 Call = Callable[..., tuple[int, str, str]]
@@ -144,3 +146,31 @@ def test_auto_goes_by_the_size_of_the_base_where_no_plan_can_be_made(monkeypatch
         chosen[name], reason = processes._choose(found, there=there, precision="32-true", accelerator="cpu", world=two)
         assert "by the size of the base alone: no plan can be made" in reason
     assert chosen == {"roomy": "ddp", "tight": "zero3"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux's C library is told")
+@pytest.mark.parametrize(
+    ("needed", "num_base_params", "threshold"), [(4, 10**9, 128 << 10), (4, 1, 128 << 10), (3, 10**9, None), (None, 1, 1 << 30)]
+)
+def test_freed_memory_goes_back_where_it_is_tight_and_stays_where_a_model_is_small(
+    monkeypatch: pytest.MonkeyPatch, needed: int | None, num_base_params: int, threshold: int | None
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(training_run, "_mallopt", lambda mmap_threshold, trim_threshold: told.append(mmap_threshold))
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    training_run.tune_allocator(needed, 10, num_base_params)
+    assert told == ([] if threshold is None else [threshold])
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1")
+    training_run.tune_allocator(needed, 10, num_base_params)  # a user who has said so decides
+    assert len(told) == (threshold is not None)
+
+
+def test_zero_gathers_and_buckets_no_more_than_it_is_told() -> None:
+    strategy = ZeroStrategy(stage=3, live_elements=7, bucket_elements=1000)
+    zero = strategy.config["zero_optimization"]
+    assert zero["stage3_max_live_parameters"] == zero["stage3_max_reuse_distance"] == 7
+    strategy._fit_bucket(10)
+    assert zero["reduce_bucket_size"] == 10
+    strategy._fit_bucket(2000)
+    assert zero["reduce_bucket_size"] == 10
