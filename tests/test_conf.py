@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from lorakit.cli.conf import conf_dir
 from lorakit.cli.schema import check_settings, find_argument_problems, import_target
+from lorakit.cli.sweeper import register
 
 CONF = conf_dir()
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -40,6 +41,7 @@ def _targets(node: Any, key: str = "") -> list[tuple[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONF)))
 def test_every_target_takes_what_its_file_says(path: Path) -> None:
+    register()
     for key, node in _targets(yaml.safe_load(path.read_text(encoding="utf-8"))):
         settings = {name: value for name, value in node.items() if name not in NOT_ARGUMENTS}
         plain = {
@@ -61,13 +63,13 @@ def test_groups_are_named_as_the_package_folders() -> None:
         assert group in folders or group in THIRD_PARTY_GROUPS
 
 
-@pytest.mark.parametrize("group", ["model", "data", "lora", "trainer", "checkpoint", "launch"])
+@pytest.mark.parametrize("group", ["model", "data", "lora", "trainer", "checkpoint", "launch", "sweep"])
 def test_every_key_has_its_meaning_beside_it(group: str) -> None:
     text = "\n".join(
         path.read_text(encoding="utf-8") for path in FILES if path.parent.name == group or path.name == "train.yaml"
     )
     silent = {"_target_", "seed", "mlp", "experts", "unembedding", "devices", "log_every_n_steps", "path"}
-    for key in _compose("experiment=pig_latin")[group].keys() - silent:
+    for key in (_compose("experiment=pig_latin", "sweep=optuna", "group=x")[group]).keys() - silent:
         assert re.search(rf"^\s*{key}:[^#\n]*#", text, re.MULTILINE), f"{group}.{key} has no comment"
 
 

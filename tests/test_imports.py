@@ -15,7 +15,7 @@ LAYERS = [
     {"data", "model"},
     {"lora", "loss"},
     {"training", "weights", "strategy", "sampling"},
-    {"callbacks", "planner"},
+    {"callbacks", "planner", "sweep"},
     {"launch"},
     {"cli"},
 ]

@@ -39,12 +39,17 @@ Config = dict[str, Any]
 
 
 def build(config: Config, key: str, **runtime: Any) -> Any:
-    """Return the object that ``config`` describes: ``_target_`` called with the other entries; ``_partial_`` waits for more.
+    """Return the object that ``config`` describes: ``_target_`` called with the other entries, of which some may be described so
+    themselves; ``_partial_`` waits for more.
 
     Raises:
         ConfigError: the target cannot be imported, or does not take an argument; the nearest right name is given.
     """
-    settings = {name: value for name, value in config.items() if name not in ("_target_", "_partial_")}
+    settings = {
+        name: build(value, f"{key}.{name}") if isinstance(value, dict) and "_target_" in value else value
+        for name, value in config.items()
+        if name not in ("_target_", "_partial_")
+    }
     target = import_target(config["_target_"], key)
     if problems := find_argument_problems(config, key, target):
         raise ConfigError("\n".join(problems))

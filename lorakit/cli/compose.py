@@ -6,15 +6,18 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.conf import conf_dir
 from lorakit.cli.guard import explain_os_error
 from lorakit.errors import ConfigError, LorakitError
 
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+)?(?P<key>[\w.@/]+)=(?P<value>.*)$", re.DOTALL)
-_PATH_KEYS = re.compile(r"(?:.*\.)?(?:path|\w+_path)|lora\.init_from|paths\.\w+|run")
+_PATH_KEYS = re.compile(r"(?:.*\.)?(?:path|\w+_path)|lora\.init_from|paths\.\w+|run|group")
 _STANDALONE = ("experiment", "data.path", "model.path")
 _FLAGS_WITH_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
@@ -68,6 +71,13 @@ def quote_path(override: str) -> str:
     return f"{match['prefix'] or ''}{match['key']}={_quoted(match['value'])}"
 
 
+def as_typed(override: Override) -> str:
+    """The override as a user types it: what ``quote_path`` has quoted, without its quotes."""
+    key, value = override.get_key_element(), override.value()
+    is_verbatim = _PATH_KEYS.fullmatch(key.lstrip("+")) or key == "data.stop"
+    return f"{key}={value}" if is_verbatim and isinstance(value, str) else str(override.input_line)
+
+
 def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: str) -> Any:
     """Compose ``config_name`` under ``arguments`` and call ``task`` with the config; once per job under ``--multirun``.
 
@@ -81,6 +91,7 @@ def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
     sys.argv = [sys.argv[0], *prepare_arguments(arguments)]
     jobs: list[_Job] = []
+    is_sweep = bool({"-m", "--multirun"} & set(arguments))
 
     def guarded(config: Any) -> Any:
         jobs.append(_Job())
@@ -88,12 +99,14 @@ def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: 
             return task(config)
         except Exception as error:  # kept from Hydra, which would print it its own way; a sweep goes on with its next job
             jobs[-1].error = error
+            if is_sweep:
+                print(f"job {jobs[-1].number} failed: {jobs[-1].message}", file=sys.stderr, flush=True)
             return None
 
     try:
         result = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
     except HydraException as error:
-        raise ConfigError(explain_override(str(error), config_name)) from error
+        raise ConfigError(explain_override(str(error), config_name, arguments)) from error
     except ValueError as error:
         if not str(error).startswith("Config group override"):
             raise
@@ -110,8 +123,19 @@ class _Job:
     """A job of a sweep, or the only one: what was typed for it, and what it raised."""
 
     def __init__(self) -> None:
+        from hydra.core.hydra_config import HydraConfig
+        from omegaconf import OmegaConf
+
         self.overrides = typed_overrides()
+        job = HydraConfig.get().job
+        self.number = 0 if OmegaConf.is_missing(job, "num") else job.num
         self.error: Exception | None = None
+
+    @property
+    def message(self) -> str:
+        if isinstance(self.error, OSError):
+            return explain_os_error(self.error)
+        return str(self.error) if isinstance(self.error, LorakitError) else f"{type(self.error).__name__}: {self.error}"
 
 
 def typed_overrides() -> list[str]:
@@ -131,24 +155,30 @@ def _raise_failures(jobs: list[_Job]) -> None:
     if error:
         raise error
     if failed:
+        shared = set.intersection(*(set(job.overrides) for job in jobs))
         lines = []
-        for number, job in enumerate(jobs, start=1):
-            swept = " ".join(text for text in job.overrides if any(text not in other.overrides for other in jobs))
-            if job.error:
-                text = explain_os_error(job.error) if isinstance(job.error, OSError) else str(job.error)
-                lines.append(f"  job {number} ({swept}): {text}")
+        for job in failed:
+            swept = " ".join(text for text in job.overrides if text not in shared)
+            lines.append(f"  job {job.number} ({swept}): {job.message}")
         rest = len(jobs) - len(failed)
         title = f"{len(failed)} of {len(jobs)} jobs failed{f'; the other {rest} finished' if rest else ''}:"
         raise LorakitError("\n".join([title, *lines]))
 
 
-def explain_override(message: str, config_name: str) -> str:
-    """Return Hydra's ``message`` in a line or two, and the nearest right key."""
+def explain_override(message: str, config_name: str, arguments: Sequence[str] = ()) -> str:
+    """Return Hydra's ``message`` in a line or two, and the nearest right key in the groups that ``arguments`` name."""
+    if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", message):
+        key, _, values = ambiguous[1].partition("=")
+        return (
+            f"{ambiguous[1]}: several values make a sweep, so add -m; "
+            f"as a list they are {key}=[{values}], as a text '{key}=\"{values}\"'"
+        )
     match = re.search(r"Could not override '([^']+)'", message) or re.search(
         r"Could not delete from config. '([^']+)'", message
     )
     if match:
-        return f"unknown key {match[1]!r}{suggest(match[1], list(all_keys(config_name)))}"
+        named = [text for text in arguments if (conf_dir() / text.partition("=")[0]).is_dir()]
+        return f"unknown key {match[1]!r}{suggest(match[1], [*all_keys(config_name, named), *all_keys(config_name)])}"
     if "Could not find" in message or "In '" in message:
         return _explain_group(message)
     if "LexerNoViableAlt" in message or "mismatched input" in message or "no viable alternative" in message:
@@ -180,14 +210,14 @@ def suggest(key: str, known: list[str]) -> str:
     return f"; there are: {', '.join(beside)}" if beside and group else "; `lorakit train --cfg job` prints all keys"
 
 
-def all_keys(config_name: str) -> Iterator[str]:
-    """Yield every key of the config without overrides, in dots."""
+def all_keys(config_name: str, groups: Sequence[str] = ()) -> Iterator[str]:
+    """Yield every key of the config in dots; ``groups`` choose some of its files."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = compose(config_name, overrides=["experiment=pig_latin"])
+        config = compose(config_name, overrides=["experiment=pig_latin", *groups])
     yield from _flatten(config, "")
 
 

@@ -1,15 +1,39 @@
-"""Runs that become jobs of SLURM."""
+"""The jobs of a sweep, and runs that become jobs of SLURM."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
 
 from lorakit.cli.processes import num_devices
+from lorakit.cli.resume import config_text
 from lorakit.cli.schema import import_target
+from lorakit.errors import CheckpointError
 from lorakit.launch.slurm import FOLDER, SlurmJob, submit
-from lorakit.weights.run import free_name
+from lorakit.weights.run import RUN_FILE, create_run, describe_environment, free_name, open_run
+
+
+def was_finished(plain: dict[str, Any]) -> bool:
+    """Whether a sweep that goes on has done this job already."""
+    folder = _folder(plain)
+    return bool(plain["resume"]) and (folder / RUN_FILE).exists() and open_run(folder).is_finished
+
+
+def mark_failed(job: dict[str, Any], error: Exception) -> None:
+    """Leave a run folder of a sweep's job that failed before it had one, so that the sweep's report shows it."""
+    folder = _folder(job["config"])
+    if (folder / RUN_FILE).exists():  # it says itself how it ended
+        return
+    info = {key: job[key] for key in ("experiment", "command", "overrides")} | describe_environment()
+    info |= {"status": "failed", "error": str(error)[:500], "base": job["config"]["model"]["path"]}
+    with contextlib.suppress(OSError, CheckpointError):
+        create_run(folder.parent, folder.name, config_text=config_text(job["config"], folder), info=info)
+
+
+def _folder(plain: dict[str, Any]) -> Path:
+    return Path(plain["paths"]["runs"]).expanduser() / str(plain["run"])
 
 
 def is_for_slurm(config: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ COMMANDS = {
     "merge": "write base and adapter as one model for plain transformers",
     "export": "write an adapter in PEFT's own layout",
     "runs": "list the runs",
+    "report": "compare the runs of a sweep: a table, CSV, and a page with plots",
 }
 
 

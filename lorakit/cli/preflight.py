@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 import lorakit
-from lorakit.cli.resume import flatten
 from lorakit.errors import ConfigError, report
 from lorakit.model.load import load_config, needed_files
 from lorakit.strategy.world import current_world, gather, is_shared
-from lorakit.weights.run import installed_packages
+from lorakit.weights.run import flatten, installed_packages
 
 
 def agree(find_facts: Callable[[], Mapping[str, str]]) -> None:

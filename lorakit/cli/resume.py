@@ -17,14 +17,15 @@ from lorakit.weights.run import (
     check_name_is_free,
     create_run,
     describe_environment,
+    flatten,
     free_name,
     list_runs,
     open_run,
 )
 
 # What may differ between a run and its continuation without changing what is computed.
-_FREE_KEYS = (
-    *("run", "resume", "group", "plan.", "paths.", "logger.", "checkpoint.", "callbacks.", "data.on_error"),
+FREE_KEYS = (
+    *("run", "resume", "group", "plan.", "sweep", "paths.", "logger.", "checkpoint.", "callbacks.", "data.on_error"),
     *(
         "strategy.",
         "launch.",
@@ -79,8 +80,14 @@ def choose_run(
     info = {"experiment": experiment, "base": config["model"]["path"], "data_fingerprint": data_fingerprint, **facts}
     info["resolved"] = resolved
     chosen = str(config["run"]) if config["run"] else free_name(root, experiment)
-    text = yaml.safe_dump(fill_run_folder(config, root / chosen), sort_keys=False, allow_unicode=True)
-    return create_run(root, chosen, config_text=text, info={**info, **describe_environment()}), False
+    return create_run(
+        root, chosen, config_text=config_text(config, root / chosen), info={**info, **describe_environment()}
+    ), False
+
+
+def config_text(config: dict[str, Any], folder: Path) -> str:
+    """The config of the run in ``folder`` as its file holds it: it means the same from any folder."""
+    return yaml.safe_dump(fill_run_folder(_with_absolute_paths(config), folder), sort_keys=False, allow_unicode=True)
 
 
 def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +114,8 @@ def _find_unfinished(root: Path, name: str | None, experiment: str) -> Run | Non
         if not (root / str(name)).is_dir():
             return None
         run = open_run(root / str(name))
+        if "data_fingerprint" not in run.info:  # it failed before it knew its rows
+            return None
         if run.is_finished:
             raise CheckpointError(f"{run.folder} is finished, so there is nothing to resume; choose another run=NAME")
         return run
@@ -122,7 +131,7 @@ def _check_same(run: Run, config: dict[str, Any], data_fingerprint: str, resolve
     problems = [
         f"{key}: {then.get(key, 'not set')!r} then, {now.get(key, 'not set')!r} now"
         for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key) and not key.startswith(_FREE_KEYS)
+        if then.get(key) != now.get(key) and not key.startswith(FREE_KEYS)
     ]
     problems += [
         f"{key}: auto was {value} then, and is {resolved[key]} on this machine; set it"
@@ -134,13 +143,3 @@ def _check_same(run: Run, config: dict[str, Any], data_fingerprint: str, resolve
     if problems:
         remedy = "Set these as they were, or start a new run with another run=NAME."
         raise CheckpointError(report(f"{run.folder} cannot be continued with this config:", problems, remedy=remedy))
-
-
-def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the values of a nested dict by their keys in dots."""
-    if not isinstance(node, dict) or not node:
-        return {prefix.rstrip("."): node}
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= flatten(value, f"{prefix}{key}.")
-    return flat

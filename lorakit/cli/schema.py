@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 from collections.abc import Callable
@@ -52,6 +53,24 @@ class PlanSettings(msgspec.Struct, forbid_unknown_fields=True):
     price_per_hour: float
 
 
+class OptunaSettings(msgspec.Struct, forbid_unknown_fields=True):
+    trials: int
+    metric: str
+    direction: str
+    storage: str
+    sampler: dict[str, Any]
+    pruner: dict[str, Any] | None
+    trial: int | None
+
+
+class WandbSettings(msgspec.Struct, forbid_unknown_fields=True):
+    method: str
+    trials: int
+    metric: str
+    direction: str
+    early_terminate: dict[str, Any] | None
+
+
 class LossSettings(msgspec.Struct, forbid_unknown_fields=True):
     name: str
 
@@ -65,7 +84,7 @@ _GROUPS: dict[str, type[msgspec.Struct]] = {
 }
 _TOP_LEVEL = (
     *("model", "data", "lora", "loss", "optim", "schedule", "trainer", "callbacks", "logger", "paths", "checkpoint"),
-    *("strategy", "launch", "plan", "run", "group", "resume", "seed", "vars"),
+    *("strategy", "launch", "plan", "sweep", "run", "group", "resume", "seed", "vars"),
 )
 _AT_LEAST_ONE = (
     "trainer.accumulate_grad_batches",
@@ -82,7 +101,7 @@ def check_settings(config: dict[str, Any]) -> None:
     """Check keys, types and values of all groups. Raises ConfigError with every problem at once."""
     problems = _find_unknown_keys(config)
     for group, schema in _GROUPS.items():
-        problems += _check_group(group, config[group], schema)
+        problems += check_group(group, config[group], schema)
     for group in ("data", "lora", "launch"):
         problems += find_argument_problems(config[group], group)
     if not problems:
@@ -154,6 +173,8 @@ def find_argument_problems(settings: dict[str, Any], key: str, target: Callable[
             near = difflib.get_close_matches(name, parameters, n=1)
             hint = f"; did you mean {key}.{near[0]}?" if near else ""
             problems.append(f"unknown key {key}.{name}: {settings['_target_']} takes no such argument{hint}")
+        elif isinstance(value, dict) and "_target_" in value:
+            problems += find_argument_problems(value, f"{key}.{name}")
         elif name in hints and (problem := _type_problem(value, hints[name])):
             problems.append(f"{key}.{name}={value}: {problem}")
     return problems
@@ -170,7 +191,8 @@ def import_target(dotted: str, key: str) -> Callable[..., Any]:
         raise ConfigError(f"{key}._target_={dotted} cannot be imported: {error}") from error
 
 
-def _check_group(group: str, settings: dict[str, Any], schema: type[msgspec.Struct]) -> list[str]:
+def check_group(group: str, settings: dict[str, Any], schema: type[msgspec.Struct]) -> list[str]:
+    """Return which of ``settings`` the schema does not know, or not with that type."""
     hints = get_type_hints(schema)
     problems = []
     for name, value in settings.items():
@@ -196,5 +218,11 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     function = target.__init__ if inspect.isclass(target) else target
     try:
         return get_type_hints(function)
-    except (NameError, TypeError, AttributeError):
-        return {}
+    except (NameError, TypeError, AttributeError):  # some are imported for type checkers only
+        pass
+    known = getattr(inspect.unwrap(function), "__globals__", {})
+    hints = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        with contextlib.suppress(Exception):
+            hints[name] = eval(parameter.annotation, known) if isinstance(parameter.annotation, str) else parameter.annotation
+    return {name: hint for name, hint in hints.items() if hint is not inspect.Parameter.empty}

@@ -22,7 +22,8 @@ usage: lorakit train [key=value …] [--config-dir DIR] [-m] [--cfg job]
   lorakit train model.path=… data.path=… lora.rank=32    your model, your rows
   lorakit train experiment=chat_sft model.path=… data.path=…
   lorakit train … resume=true                            go on with the newest unfinished run
-  lorakit train … -m optim.lr=1e-4,3e-4                  a sweep
+  lorakit train … -m optim.lr=1e-4,3e-4 lora.rank=8,32   a sweep: every combination
+  lorakit train … sweep=optuna 'optim.lr=tag(log,interval(1e-5,1e-3))'   trials chosen by Optuna; sweep=wandb: a file for W&B
   lorakit train … --cfg job                              print the whole config, with each key's meaning in conf/
 
 Values of path keys are taken verbatim: spaces, commas, quotes and = need no escape, so a comma in them makes no sweep."""
@@ -34,17 +35,35 @@ def main(arguments: list[str]) -> None:
         print(HELP)
         return
     command = shlex.join(["lorakit", "train", *arguments])
-    if {"-m", "--multirun"} & set(arguments) and not any(
-        text.startswith(("group=", "+group=", "++group=")) for text in arguments
-    ):
-        arguments = [*arguments, f"group={_name_of_sweep(arguments)}"]
+    if _value_of("sweep", arguments) not in ("", "grid") and not {"--cfg", "-c"} & set(arguments):
+        arguments = [*arguments, "-m"]
+    if is_sweep := bool({"-m", "--multirun"} & set(arguments)):
+        from lorakit.cli.sweeper import register
+
+        register()
+        if not _value_of("group", arguments):
+            arguments = [*arguments, f"group={_name_of_sweep(arguments)}"]
     run_hydra(functools.partial(train, command=command), arguments, config_name="train")
+    if is_sweep and _value_of("sweep", arguments) != "wandb":
+        print("compare:", shlex.join(["lorakit", "report", f"sweep={_value_of('group', arguments)}"]))
+
+
+def _value_of(key: str, arguments: list[str]) -> str:
+    """What ``arguments`` set ``key`` to, the last one as Hydra takes it; nothing where they do not."""
+    found = [text.partition("=")[2] for text in arguments if re.match(rf"\+{{0,2}}{re.escape(key)}=", text)]
+    return found[-1] if found else ""
 
 
 def _name_of_sweep(arguments: list[str]) -> str:
-    """That of its runs where they have one."""
-    named = next((text.partition("=")[2] for text in arguments if text.startswith("run=")), "")
-    return re.sub(r"[^\w.-]", "_", named) or f"sweep-{datetime.datetime.now():%m%d-%H%M%S}"
+    """That of its runs where they have one; that of the last sweep where one is to go on."""
+    if named := re.sub(r"[^\w.-]", "_", _value_of("run", arguments)):
+        return named
+    if _value_of("resume", arguments) in ("true", "auto"):
+        root = Path(_value_of("paths.runs", arguments) or "runs").expanduser() / ".sweep"
+        files = sorted(root.glob("*/optuna.*"), key=lambda path: path.stat().st_mtime)
+        if files:
+            return files[-1].parent.name
+    return f"sweep-{datetime.datetime.now():%m%d-%H%M%S}"
 
 
 def train(config: DictConfig, *, command: str = "") -> None:
@@ -52,18 +71,43 @@ def train(config: DictConfig, *, command: str = "") -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from lorakit.cli.jobs import is_for_slurm, submit_job
-    from lorakit.cli.processes import needs_launch, num_devices
+    from lorakit.cli.jobs import mark_failed, was_finished
     from lorakit.cli.schema import check_settings
-    from lorakit.cli.training_run import train_run
+    from lorakit.errors import ConfigError, LorakitError
 
     hydra = HydraConfig.get()
-    experiment = hydra.runtime.choices.get("experiment") or "run"
     plain = to_plain(config)
-    if hydra.mode is RunMode.MULTIRUN and plain["run"] is not None:
-        plain["run"] = f"{plain['run']}-{hydra.job.num}"  # a folder for each job
-    check_settings(plain)
-    job: dict[str, Any] = {"config": plain, "experiment": str(experiment), "command": command, "overrides": typed_overrides()}
+    is_sweep = hydra.mode is RunMode.MULTIRUN
+    if is_sweep:
+        plain["run"] = f"{plain['run'] or plain['group']}-{hydra.job.num}"  # a folder for each job
+    elif plain["sweep"] is not None:
+        raise ConfigError("this is a sweep, of many runs: add -m")
+    experiment = str(hydra.runtime.choices.get("experiment") or "run")
+    job: dict[str, Any] = {"config": plain, "experiment": experiment, "command": command, "overrides": typed_overrides()}
+    if is_sweep and was_finished(plain):
+        print(f"{plain['run']} is finished", flush=True)
+        return
+    try:
+        check_settings(plain)
+        _start(plain, job)
+    except Exception as error:
+        if is_sweep:
+            mark_failed(job, error)
+        raise
+    except SystemExit as ended:
+        if not is_sweep or not 0 < int(ended.code or 0) < 128:
+            raise
+        failed = LorakitError("its processes failed, and said why")
+        mark_failed(job, failed)
+        raise failed from ended
+
+
+def _start(plain: dict[str, Any], job: dict[str, Any]) -> None:
+    """Train here, in several processes, or in a job of SLURM."""
+    from lorakit.cli.jobs import is_for_slurm, submit_job
+    from lorakit.cli.processes import needs_launch, num_devices
+    from lorakit.cli.training_run import train_run
+
     if is_for_slurm(plain):
         submit_job(plain, job)
         return
@@ -72,10 +116,10 @@ def train(config: DictConfig, *, command: str = "") -> None:
         from lorakit.weights.run import free_name
 
         if plain["launch"]["max_restarts"] and not (plain["run"] or plain["resume"]):
-            plain["run"] = free_name(Path(plain["paths"]["runs"]).expanduser(), str(experiment))  # for who is started again
+            plain["run"] = free_name(Path(plain["paths"]["runs"]).expanduser(), job["experiment"])  # for who is started again
         run_here(job, num_devices(plain), max_restarts=plain["launch"]["max_restarts"])
         return
-    outcome = train_run(plain, experiment=str(experiment), command=command, overrides=job["overrides"])
+    outcome = train_run(plain, experiment=job["experiment"], command=job["command"], overrides=job["overrides"])
     leave_if_interrupted(outcome.interrupt)  # nothing is returned: Hydra would keep every job's model
 
 

@@ -39,6 +39,7 @@ from lorakit.model.families import packing_is_doubtful
 from lorakit.model.load import base_name, load_config, load_skeleton
 from lorakit.strategy.watch import FINISHED, PHASES
 from lorakit.strategy.world import World, current_world, join, share, together
+from lorakit.sweep.pruning import Pruning
 from lorakit.training.module import LoRAModule
 from lorakit.training.optim import LR_SOURCE, auto_lr
 from lorakit.weights.adapter import open_init, write_adapter
@@ -165,6 +166,9 @@ def _prepare(
     stops_early = any(entry and entry["_target_"].endswith("EarlyStopping") for entry in config["callbacks"].values())
     if stops_early and not len(datamodule.val_indices):
         raise ConfigError("callbacks.early_stopping needs rows to evaluate on; set data.val_path or data.val_fraction")
+    watched = (config["sweep"] or {}).get("metric", "")
+    if watched.startswith("val/") and not len(datamodule.val_indices):
+        raise ConfigError(f"sweep.metric={watched} needs rows to evaluate on; set data.val_path or data.val_fraction")
     assemble.check_disk(root, planned, keep_last=kept["keep_last"], keep_best=kept["keep_best"])
     resolved = {"trainer.accelerator": accelerator, "trainer.precision": precision, "optim.lr": lr}
     return _Prepared(config, datamodule, tokenizer, spec, planned, lr, total_steps, is_estimate, resolved)
@@ -273,9 +277,10 @@ def _fit(
     if run.writes:
         with whole_folder(run.adapter) as aside:
             adapter_bytes = write_adapter(tensors, module.model, aside, dtype=torch.bfloat16)
-    throughput = _find_callback(trainer, Throughput)
+    throughput, pruning = _find_callback(trainer, Throughput), _find_callback(trainer, Pruning)
     run = run.update(
         status="interrupted" if interrupt else "finished",
+        pruned=bool(pruning and pruning.is_pruned),
         step=trainer.global_step,
         loss=metrics.get("train/loss"),
         val_loss=metrics.get("val/loss"),
@@ -321,7 +326,7 @@ def _print_end(outcome: Outcome, trainer: L.Trainer, metrics: dict[str, float], 
     figures = [f"loss {metrics['train/loss']:.4f}"] if "train/loss" in metrics else []
     figures += [f"held out {metrics['val/loss']:.4f}"] if "val/loss" in metrics else []
     figures += [f"{outcome.tokens_per_second:,.0f} tokens/s"] if outcome.tokens_per_second else []
-    state = "interrupted after" if outcome.interrupt else "finished"
+    state = "interrupted after" if outcome.interrupt else "pruned after" if run.info["pruned"] else "finished"
     console.print(f"{state} {trainer.global_step:,} steps in {outcome.seconds:.1f} s: {', '.join(figures)}")
     if module.num_bad_steps or module.num_empty_windows:
         console.print(f"skipped: {module.num_bad_steps} steps not finite, {module.num_empty_windows} windows without a weight")

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ASIDE = ".writing-"  # prefix of what is being written; whatever bears it can be deleted
 OLD = ".replaced-"  # prefix of what is being replaced
@@ -64,6 +64,26 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def lock_file(path: Path, *, wait: bool = False, shared: bool = False) -> IO[str] | None:
+    """Lock ``path``, making it if need be, until the returned file is closed or this process ends; None where another has it.
+
+    Args:
+        wait: for the other, instead.
+        shared: others may lock it so at the same time.
+    """
+    file = path.open("a", encoding="utf-8")
+    try:
+        import fcntl
+
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except ImportError:  # not on this system
+        pass
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 def find_write_problem(path: Path) -> str | None:

@@ -17,9 +17,10 @@ from typing import IO, Any
 
 from lorakit import __version__
 from lorakit.errors import CheckpointError
-from lorakit.weights.files import ASIDE, write_json, write_whole
+from lorakit.weights.files import ASIDE, lock_file, write_json, write_whole
 
 FORMAT_VERSION = 1
+LOCK_FILE = ".lock"
 RUN_FILE, CONFIG_FILE, HISTORY_FILE, ADAPTER_FOLDER = "run.json", "config.yaml", "history.jsonl", "adapter"
 PACKAGES = (
     *("torch", "lightning", "transformers", "tokenizers", "safetensors", "peft"),
@@ -58,8 +59,8 @@ class Run:
 
     @property
     def state(self) -> str:
-        """``running``, ``interrupted``, ``failed``, ``finished``, or ``killed`` where it was running and no process is at it."""
-        status = str(self.info.get("status", "unknown"))
+        """``running``, ``interrupted``, ``failed``, ``finished``, ``pruned``, or ``killed``: running without a process."""
+        status = "pruned" if self.info.get("pruned") else str(self.info.get("status", "unknown"))
         return "killed" if status == "running" and not is_held(self) else status
 
     @property
@@ -113,7 +114,7 @@ def _holds_nothing(folder: Path) -> bool:
     if not folder.is_dir() or any((folder / name).exists() for name in (HISTORY_FILE, ADAPTER_FOLDER, "checkpoints")):
         return False
     if not (folder / RUN_FILE).exists():
-        return {path.name.removeprefix(ASIDE) for path in folder.iterdir()} <= {CONFIG_FILE, RUN_FILE, ".lock"}
+        return {path.name.removeprefix(ASIDE) for path in folder.iterdir()} <= {CONFIG_FILE, RUN_FILE, LOCK_FILE}
     with contextlib.suppress(CheckpointError):
         run = open_run(folder)
         hold(run).close()  # refuses where a process trains it
@@ -136,33 +137,22 @@ def open_run(folder: Path) -> Run:
 
 def hold(run: Run) -> IO[str]:
     """Keep other processes from training the same run until the returned file is closed. Raises CheckpointError."""
-    file = (run.folder / ".lock").open("w", encoding="utf-8")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # not on this system
-        pass
-    except OSError:
-        file.close()
-        raise CheckpointError(
-            f"{run.folder} is being trained by another process; wait for it, or choose another run=NAME"
-        ) from None
+    if (file := lock_file(run.folder / LOCK_FILE)) is None:
+        raise CheckpointError(f"{run.folder} is being trained by another process; wait for it, or choose another run=NAME")
     return file
 
 
 def is_held(run: Run) -> bool:
     """Whether a process trains ``run`` now."""
-    try:
-        with (run.folder / ".lock").open(encoding="utf-8") as file:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    if not (run.folder / LOCK_FILE).exists():
         return False
-    except (OSError, ImportError):
+    try:
+        file = lock_file(run.folder / LOCK_FILE, shared=True)
+    except OSError:  # of another user, most likely
         return True
-    return False
+    if file:
+        file.close()
+    return file is None
 
 
 def list_runs(root: Path) -> list[Run]:
@@ -213,6 +203,16 @@ def describe_environment() -> dict[str, Any]:
 def installed_packages() -> dict[str, str]:
     """Versions of lorakit and of what its results depend on."""
     return {"lorakit": __version__} | {name: version for name in PACKAGES if (version := _version(name))}
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested dict by their keys in dots."""
+    if not isinstance(node, dict) or not node:
+        return {prefix.rstrip("."): node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= flatten(value, f"{prefix}{key}.")
+    return flat
 
 
 class History:

@@ -162,7 +162,7 @@ def test_a_sweep_says_which_job_failed_and_names_a_run_for_each(workplace: Path,
         *("data.check_token_rows=50", "data.batch_size=2", "data.val_rows=2", "lora.rank=2", "data.window_rows=64"),
     )
     assert code == 2 and "run runs/sweep-0" in out
-    assert "1 of 2 jobs failed; the other 1 finished:\n  job 2 (optim.lr=-1): optim.lr=-1 must be a number" in err
+    assert "1 of 2 jobs failed; the other 1 finished:\n  job 1 (optim.lr=-1): optim.lr=-1 must be a number" in err
 
 
 @pytest.mark.parametrize(("command", "flag"), [("merge", "--out"), ("export", "--out"), ("evaluate", "--json")])

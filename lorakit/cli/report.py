@@ -1,0 +1,85 @@
+"""``lorakit report sweep=NAME``: the runs of a sweep beside one another, in the terminal, as CSV, and as a page."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit.cli.guard import run_command
+from lorakit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lorakit.sweep.comparison import Comparison
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table and write the files."""
+    parser = argparse.ArgumentParser(
+        prog="lorakit report", usage="lorakit report [sweep=NAME] [--metric FIGURE] [--maximize | --minimize] [--runs DIR] [--out DIR]",
+        description="Compare the runs of a sweep (the last, if none is named): a table here, report.csv and report.html in a folder.",
+    )  # fmt: skip
+    parser.add_argument("sweep", nargs="?", help="sweep=NAME, or its name alone")
+    parser.add_argument("--metric", help="a figure of history.jsonl (default: the sweep's own, or the evaluation loss)")
+    direction = parser.add_mutually_exclusive_group()
+    direction.add_argument("--maximize", action="store_true", default=None, help="more is better")
+    direction.add_argument("--minimize", dest="maximize", action="store_false", help="less is better")
+    parser.add_argument("--runs", help="folder of the runs (default: runs, in the current folder)")
+    parser.add_argument("--out", help="folder of the files (default: RUNS/.sweep/NAME)")
+    options = parser.parse_args(arguments)
+
+    from lorakit.sweep.comparison import compare
+    from lorakit.sweep.page import as_page
+    from lorakit.weights.files import find_write_problem, write_whole
+
+    root = Path(options.runs or "runs").expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"{'--runs ' if options.runs else ''}{root}: no such folder")
+    name = options.sweep.partition("=")[2] if options.sweep and "=" in options.sweep else options.sweep
+    if options.sweep and "=" in options.sweep and not options.sweep.startswith("sweep="):
+        raise ConfigError(f"{options.sweep}: what is compared is written sweep=NAME")
+    comparison = compare(root, name or None, metric=options.metric, is_maximized=options.maximize)
+    out = Path(options.out).expanduser() if options.out else root / ".sweep" / comparison.name
+    if problem := find_write_problem(out / "report.html"):
+        raise ConfigError(f"{out} cannot be written: {problem}")
+    out.mkdir(parents=True, exist_ok=True)
+    _print(comparison)
+    for file, text in (("report.csv", comparison.as_csv()), ("report.html", as_page(comparison))):
+        write_whole(out / file, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+        print(f"written {out / file}")
+
+
+def _print(comparison: Comparison) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from lorakit.sweep.comparison import shown, sparkline
+
+    is_terminal = sys.stdout.isatty()
+    console = Console(width=None if is_terminal else 1000)
+    table = Table(box=None)
+    numbers = [comparison.metric, "best", "at step", "steps", "tokens/s"]
+    for head in ("run", "state", *comparison.keys, *numbers, "course"):
+        table.add_column(head, justify="right" if head in (*numbers, *comparison.keys) else "left", overflow="fold")
+    for row in comparison.rows:
+        best, speed = comparison.best_point(row), row.tokens_per_second
+        figures = [
+            "" if row.last is None else f"{row.last:.4f}",
+            f"{best[1]:.4f}" if best else "",
+            f"{best[0]:,}" if best else "",
+        ]
+        figures += [f"{row.run.last_step[0]:,}", "" if speed is None else f"{speed:,.0f}"]
+        chosen = [shown(row.settings.get(key)) for key in comparison.keys]
+        table.add_row(*(Text(cell) for cell in (row.run.name, row.run.state, *chosen, *figures, sparkline(row.points))))
+    console.print(f"sweep {comparison.name}: {comparison.metric}, {'most' if comparison.is_maximized else 'least'} first")
+    console.print(table)
+    for row in comparison.rows:
+        if row.error:
+            console.print(Text(f"{row.run.name} failed: {row.error}"))
+
+
+if __name__ == "__main__":
+    run_command(main)

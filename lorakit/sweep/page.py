@@ -1,0 +1,83 @@
+"""A sweep as one page: a table to sort, learning curves, and the figure by each setting. Nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from lorakit.sweep.comparison import Comparison, as_number, shown
+from lorakit.sweep.plots import colors_of, describe, draw_curves, draw_settings
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; color: #1c2330; background: #fff }
+h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem } p { margin: .3rem 0 } .soft { color: #667085 }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
+th { cursor: pointer; text-align: left; border-bottom: 2px solid #d0d5dd; padding: .3rem .8rem .3rem 0 }
+td { border-bottom: 1px solid #eaecf0; padding: .25rem .8rem .25rem 0 } td.number { text-align: right }
+tr.hot td { background: #fff4d6 } svg { width: 100%; height: auto } .dot { display: inline-block; width: .7em; height: .7em;
+border-radius: 50%; margin-right: .5em } .dim g[id^="run"] { opacity: .08 } .dim g[id^="run"].hot { opacity: 1 }
+.error { color: #b42318 }
+"""
+_SCRIPT = """
+const keyOf = node => node.dataset.run || node.id.split('-')[0];
+const marked = [...document.querySelectorAll('tr[data-run], g[id^="run"]')];
+for (const node of marked) {
+  node.addEventListener('mouseenter', () => { document.body.classList.add('dim');
+    marked.forEach(other => other.classList.toggle('hot', keyOf(other) === keyOf(node))); });
+  node.addEventListener('mouseleave', () => { document.body.classList.remove('dim');
+    marked.forEach(other => other.classList.remove('hot')); });
+}
+document.querySelectorAll('th').forEach((head, column) => head.addEventListener('click', () => {
+  const body = head.closest('table').tBodies[0], up = head.dataset.up !== '1';
+  head.dataset.up = up ? '1' : '0';
+  const value = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
+  const by = (a, b) => { const [x, y] = [value(a), value(b)];
+    if (x === '' || y === '') return (x === '') - (y === '');
+    return (up ? 1 : -1) * (isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y); };
+  [...body.rows].sort(by).forEach(row => body.append(row));
+}));
+"""
+
+
+def as_page(comparison: Comparison) -> str:
+    """The page, as HTML that needs no other file."""
+    title, metric = html.escape(f"sweep {comparison.name}"), html.escape(comparison.metric)
+    best, states = comparison.rows[0], [row.run.state for row in comparison.rows]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    said = ""
+    if best.last is not None:
+        said = f"<p>best: <b>{html.escape(best.run.name)}</b>, {metric} <b>{best.last:.4f}</b>"
+        said += f" with {html.escape(describe(comparison, best))}</p>" if comparison.keys else "</p>"
+    by_setting = draw_settings(comparison)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+        f'<h1>{title}</h1><p class="soft">{len(states)} runs: {counts}; {metric}, '
+        f"{'more' if comparison.is_maximized else 'less'} is better</p>{said}{_table(comparison)}"
+        f"<h2>Learning curves</h2>{draw_curves(comparison)}"
+        f"{f'<h2>{metric} by setting</h2>{by_setting}' if by_setting else ''}<script>{_SCRIPT}</script></html>\n"
+    )
+
+
+def _table(comparison: Comparison) -> str:
+    heads = ["run", "state", *comparison.keys, comparison.metric, "first", "best", "at step", "steps", "tokens/s"]
+    colors, lines = colors_of(comparison), []
+    for number, row in enumerate(comparison.rows):
+        best, speed = comparison.best_point(row), row.tokens_per_second
+        values = [row.last, row.points[0][1] if row.points else None, best and best[1], best and best[0], row.run.last_step[0]]
+        cells = [
+            f'<td><span class="dot" style="background:{colors[number]}"></span>{html.escape(row.run.name)}</td>',
+            f"<td>{html.escape(row.run.state)}</td>",
+            *(_cell(row.settings.get(key)) for key in comparison.keys),
+            *(_cell(value) for value in [*values, speed and round(speed)]),
+        ]
+        lines.append(f'<tr data-run="run{number}">{"".join(cells)}</tr>')
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
+    failures = [f"{row.run.name} failed: {row.error}" for row in comparison.rows if row.error]
+    below = "".join(f'<p class="error">{html.escape(text)}</p>' for text in failures)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>{below}'
+
+
+def _cell(value: Any) -> str:
+    number = as_number(value)
+    kind = "" if number is None else f' class="number" data-value="{number!r}"'
+    return f"<td{kind}>{html.escape(shown(value))}</td>"
