@@ -105,7 +105,9 @@ def test_a_trial_that_fails_does_not_end_the_sweep_but_three_alike_at_its_start_
     assert f"job {failed} failed: optim.lr=-1 must be" in err and "of 4 jobs failed" in err
     assert json.loads((workplace / f"runs/some-{failed}/run.json").read_text())["status"] == "failed"
 
-    code, out, err = lorakit("train", "sweep=optuna", "lora.dropout=0,0.1", "optim.lr=-1", "sweep.trials=9", "group=none", *quick)
+    code, out, err = lorakit(
+        "train", "sweep=optuna", "lora.dropout=0,0.1", "optim.lr=-1", "sweep.trials=9", "group=none", *quick
+    )
     assert code == 2 and "the first 3 trials have failed alike" in err
     assert len(trials_of(workplace, "none")) == 3
     code, out, _ = lorakit("report", "sweep=none")
