@@ -110,15 +110,18 @@ class Batch:
 
     ``position_ids`` is None for rows of one document, else it restarts at 0 with each document (and with the padding),
     which is how transformers isolates packed documents from one another (attention mask and cache must be absent).
+
+    Where several processes share each row, L is the length of this one's ``part``, and ``position_ids`` are given.
     """
 
     input_ids: torch.Tensor  # (B, L) int64
     targets: torch.Tensor  # (B, L) int64
     weights: torch.Tensor  # (B, L) float32
     position_ids: torch.Tensor | None  # (B, L) int64
-    spans: tuple[tuple[int, int, int], ...]  # per Datum: row, first position, one past the last
+    spans: tuple[tuple[int, int, int], ...]  # per Datum: row, first position, one past the last, in whole rows
     window_weight: float = 0.0  # sum of |weights| over the whole accumulation window: the loss's denominator
     cursor: Cursor | None = None  # the stream's state after this batch
+    part: tuple[int, int] | None = None  # first position of each row that is here, and one past the last; None: all are
     extras: dict[str, torch.Tensor] = field(default_factory=dict)  # further loss inputs, (B, L)
 
     @cached_property
@@ -132,9 +135,16 @@ class Batch:
         return self.weights.flatten().nonzero()[:, 0]
 
     @property
+    def spans_here(self) -> list[tuple[int, int, int]]:
+        """``spans`` as far as this process holds them, counted from the first position that it holds."""
+        first, last = self.part or (0, self.input_ids.shape[1])
+        clipped = ((row, max(start, first) - first, min(end, last) - first) for row, start, end in self.spans)
+        return [(row, start, end) for row, start, end in clipped if start < end]
+
+    @property
     def num_tokens(self) -> int:
         """Positions that hold a token of some document."""
-        return sum(end - start for _, start, end in self.spans)
+        return sum(end - start for _, start, end in self.spans_here)
 
     @property
     def num_trained_tokens(self) -> int:

@@ -27,7 +27,7 @@ class ExpertLoad(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         is_token_BL = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
-        for row, start, end in batch.spans:
+        for row, start, end in batch.spans_here:
             is_token_BL[row, start:end] = True
         self._is_token = is_token_BL.flatten().to(batch.input_ids.device)
 

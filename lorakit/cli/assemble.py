@@ -19,8 +19,9 @@ from lorakit.callbacks.history import RunHistory
 from lorakit.callbacks.last_evaluation import LastEvaluation
 from lorakit.callbacks.packing_guard import PackingGuard
 from lorakit.callbacks.progress import StepProgress
+from lorakit.callbacks.sequence_parallel import SequenceParallel
 from lorakit.cli.preflight import agree, fingerprint
-from lorakit.cli.processes import build_strategy
+from lorakit.cli.processes import build_strategy, num_streams
 from lorakit.cli.schema import find_argument_problems, import_target
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import ConfigError
@@ -89,7 +90,7 @@ def resolve_total_steps(config: Config, datamodule: LoRADataModule, world: World
         if max_steps < 0:
             raise ConfigError("data.epochs=null goes on for ever; set trainer.max_steps, or data.epochs to a number")
         return max_steps, False
-    steps = math.ceil(batches / (accumulate * world.size))
+    steps = math.ceil(batches / (accumulate * num_streams(config, world)))
     return (max_steps, False) if 0 <= max_steps <= steps else (steps, True)
 
 
@@ -158,7 +159,13 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
     callbacks: list[L.Callback] = [
         build(entry, f"callbacks.{name}") for name, entry in (config["callbacks"] or {}).items() if entry is not None
     ]
-    callbacks += [PackingGuard(), LastEvaluation(), RunHistory(folder), AdapterCheckpoint(folder / "checkpoints", **checkpoint)]
+    callbacks += [
+        PackingGuard(),
+        SequenceParallel(),
+        LastEvaluation(),
+        RunHistory(folder),
+        AdapterCheckpoint(folder / "checkpoints", **checkpoint),
+    ]
     callbacks += [StepProgress(total_steps), PhaseCallback()]
     strategy = build_strategy(config["strategy"], precision=precision)
     # ZeRO brings its own. The type is Any: Lightning lists literals, and resolve_precision gives one of them.

@@ -98,8 +98,10 @@ def step_shape(config: Config, *, accelerator: str, precision: str, longest: int
     num_rows = data["batch_size"] or DEFAULT_BATCH_SIZE
     if data["tokens_per_batch"]:
         num_rows = max(1, data["tokens_per_batch"] // num_positions)
+    parts = config["strategy"].get("sequence_parallel", 1)  # attention has whole rows, but of so many heads less
     return StepShape(
-        num_rows=num_rows, num_positions=num_positions, dtype=base_dtype(config["model"]["dtype"], precision), precision=precision,
+        num_rows=num_rows, num_positions=-(-num_positions // parts),
+        dtype=base_dtype(config["model"]["dtype"], precision), precision=precision,
         device=accelerator, checkpointing=trainer["activation_checkpointing"], loss=config["loss"]["name"],
         attention=config["model"]["attention"],
     )  # fmt: skip

@@ -15,6 +15,7 @@ import yaml
 from lorakit.cli.conf import conf_dir
 from lorakit.cli.schema import import_target
 from lorakit.errors import ConfigError
+from lorakit.strategy.sequence import check_parts
 from lorakit.strategy.watch import take_fault
 from lorakit.strategy.world import World, current_world
 from lorakit.training.precision import resolve_accelerator
@@ -86,6 +87,11 @@ def resume_if_restarted(config: Config) -> Config:
     return {**config, "resume": "auto"}
 
 
+def num_streams(config: Config, world: World) -> int:
+    """Processes, or groups of processes that share their rows, of which each has micro-batches of its own."""
+    return world.size // config["strategy"].get("sequence_parallel", 1)
+
+
 def silence(world: World) -> None:
     """Let the first process speak for all."""
     if not world.is_first:
@@ -100,9 +106,13 @@ def choose_strategy(plan: StepPlan, *, there: int, precision: str, accelerator: 
         ConfigError: strategy, adapter and optimiser do not go together.
     """
     settings, planned = plan.config["strategy"], plan.planned
+    parts = settings.get("sequence_parallel", 1)
+    check_parts(parts, world.size)
     if settings["_target_"] == "auto":
         name, reason = _choose(plan, there=there, precision=precision, accelerator=accelerator, world=world)
-        settings = yaml.safe_load((conf_dir() / "strategy" / f"{name}.yaml").read_text(encoding="utf-8"))
+        settings = yaml.safe_load((conf_dir() / "strategy" / f"{name}.yaml").read_text(encoding="utf-8")) | (
+            {} if name == "single" else {"sequence_parallel": parts}
+        )
         if world.size > 1:
             say(f"strategy=auto: {name} ({reason})")
     if settings.get("stage") == 3 and planned.target_parameters:

@@ -26,7 +26,14 @@ from lorakit.callbacks.throughput import Throughput
 from lorakit.cli import assemble
 from lorakit.cli.planning import StepPlan, agree_on_memory, check_memory, describe, name_of
 from lorakit.cli.preflight import agree, describe_base, describe_config, describe_program
-from lorakit.cli.processes import check_world, choose_strategy, refuse_unless_elementwise, resume_if_restarted, silence
+from lorakit.cli.processes import (
+    check_world,
+    choose_strategy,
+    num_streams,
+    refuse_unless_elementwise,
+    resume_if_restarted,
+    silence,
+)
 from lorakit.cli.reports import print_data_report, warn_of_idle_settings
 from lorakit.cli.resume import choose_run, fill_run_folder, find_run_to_resume
 from lorakit.cli.schema import check_settings
@@ -184,7 +191,7 @@ def _open_run(
             found = choose_run(
                 config, Path(config["paths"]["runs"]).expanduser(), experiment=experiment,
                 data_fingerprint=prepared.datamodule.fingerprint, command=command, overrides=overrides, resolved=prepared.resolved,
-                batches_per_step=config["trainer"]["accumulate_grad_batches"] * world.size,
+                batches_per_step=config["trainer"]["accumulate_grad_batches"] * num_streams(prepared.config, world),
             )  # fmt: skip
         except (LorakitError, OSError) as error:
             problem = error
@@ -202,25 +209,25 @@ def _with_window_of(run: Run, prepared: _Prepared, world: World, console: Consol
     Raises:
         ConfigError: they cannot be shared out evenly, or another number is asked for.
     """
-    config = prepared.config
+    config, streams = prepared.config, num_streams(prepared.config, world)
     accumulate = config["trainer"]["accumulate_grad_batches"]
     then = yaml.safe_load(run.config_text())["trainer"]["accumulate_grad_batches"]
     wanted = run.info.get("batches_per_step", then)
-    if accumulate not in (then, wanted / world.size):
+    if accumulate not in (then, wanted / streams):
         raise ConfigError(
             f"{run.folder} cannot be continued with trainer.accumulate_grad_batches={accumulate} in {world.size} processes: it has "
             f"{wanted} micro-batches in a step; leave the setting at {then}, and each process gets its share"
         )
-    if wanted % world.size:
+    if wanted % streams:
         fitting = [str(size) for size in range(1, wanted + 1) if wanted % size == 0]
         raise ConfigError(
             f"{run.folder} has {wanted} micro-batches in a step, which {world.size} processes cannot share evenly; "
             f"go on with {', '.join(fitting)}"
         )
-    if wanted == accumulate * world.size:
+    if wanted == accumulate * streams:
         return prepared
-    console.print(f"trainer.accumulate_grad_batches={wanted // world.size}: the run has {wanted} micro-batches in a step")
-    trainer = {**config["trainer"], "accumulate_grad_batches": wanted // world.size}
+    console.print(f"trainer.accumulate_grad_batches={wanted // streams}: the run has {wanted} micro-batches in a step")
+    trainer = {**config["trainer"], "accumulate_grad_batches": wanted // streams}
     config = {**config, "trainer": trainer}
     total_steps, is_estimate = assemble.resolve_total_steps(config, prepared.datamodule, world)
     return dataclasses.replace(prepared, config=config, total_steps=total_steps, is_estimate=is_estimate)

@@ -61,5 +61,25 @@ def idle_batch(pad_token_id: int) -> Batch:
     return replace(collate([[no_token]], pad_token_id), spans=())
 
 
+def take_part(batch: Batch, part: int, parts: int, pad_token_id: int) -> Batch:
+    """Return the part of every row that process ``part`` of ``parts`` holds; rows are padded so that parts are equally long."""
+    import torch
+
+    length = -(-batch.input_ids.shape[1] // parts)
+    missing, here = length * parts - batch.input_ids.shape[1], slice(part * length, (part + 1) * length)
+    positions = batch.position_ids
+    if positions is None:
+        positions = torch.arange(batch.input_ids.shape[1]).expand(batch.input_ids.shape)
+
+    def cut(tensor: torch.Tensor, filling: float = 0) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor, (0, missing), value=filling)[:, here].contiguous()
+
+    return replace(
+        batch, input_ids=cut(batch.input_ids, pad_token_id), targets=cut(batch.targets, pad_token_id), weights=cut(batch.weights),
+        position_ids=cut(positions), extras={name: cut(tensor) for name, tensor in batch.extras.items()},
+        part=(here.start, here.stop),
+    )  # fmt: skip
+
+
 def _count_up(length: int, dtype: DTypeLike) -> np.ndarray:
     return np.arange(length, dtype=dtype)

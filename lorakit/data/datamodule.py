@@ -266,8 +266,12 @@ class LoRADataModule(L.LightningDataModule):
 
     @property
     def _share(self) -> dict[str, Any]:
-        """Which of the processes this one is."""
-        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size} if self.trainer else {}
+        """Which of the processes this one is; so many as ``sequence_parallel`` says share each row."""
+        if not self.trainer:
+            return {}
+        parts = getattr(self.trainer.strategy, "sequence_parallel", 1)
+        (rank, part), world_size = divmod(self.trainer.global_rank, parts), self.trainer.world_size // parts
+        return {"rank": rank, "world_size": world_size, "part": part, "parts": parts}
 
     @property
     def _num_set_aside(self) -> int:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lorakit.data.collate import collate, idle_batch
+from lorakit.data.collate import collate, idle_batch, take_part
 from lorakit.data.examples import Examples
 from lorakit.data.packing import plan_batches
 from lorakit.data.prefetch import prefetch
@@ -32,7 +32,8 @@ class BatchStream:
 
     Args:
         accumulate: batches of an accumulation window in each process.
-        rank, world_size: which process this is, of how many.
+        rank, world_size: which process this is, of how many; where several share each row, which group of them.
+        part, parts: which process of its group this is, of how many.
         batch_size, batch_tokens: rows, or positions, of a batch; one of them.
         row_tokens: positions of a packed row; None pads each Datum in a row of its own.
         num_epochs: None goes on for ever.
@@ -51,6 +52,8 @@ class BatchStream:
         accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        part: int = 0,
+        parts: int = 1,
         num_epochs: int | None = 1,
         shuffle: bool = True,
         seed: int = 0,
@@ -62,6 +65,7 @@ class BatchStream:
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.accumulate, self.num_epochs = accumulate, num_epochs
         self.rank, self.world_size = rank, world_size
+        self.part, self.parts = part, parts
         self.shuffle, self.seed, self.window_rows = shuffle, seed, window_rows
         self.cursor = cursor or Cursor()
         self.seconds = 0.0  # spent on waiting for batches so far
@@ -87,6 +91,8 @@ class BatchStream:
                 for rows, cursor in shares[self.rank :: self.world_size]
             ]
             mine += [idle_batch(self.pad_token_id)] * (self.accumulate - len(mine))
+            if self.parts > 1:
+                mine = [take_part(batch, self.part, self.parts, self.pad_token_id) for batch in mine]
             mine[-1] = replace(mine[-1], cursor=window[-1][1])
             yield [replace(batch, window_weight=weight) for batch in mine]
 

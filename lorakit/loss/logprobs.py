@@ -126,7 +126,7 @@ def describe_head(model: Any, unembedding: Any) -> Head | None:
 def _run(model: Any, batch: Batch) -> Any:
     if batch.position_ids is None:
         return model(input_ids=batch.input_ids, use_cache=False)
-    with packed_documents(batch.spans):
+    with packed_documents(batch.spans, in_parts=batch.part is not None):
         return model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
 
 

@@ -20,10 +20,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lorakit.errors import ConfigError
+
 NAME = "sdpa_by_document"
 MAX_PADDING = 0.2  # share of a group of documents
 Span = tuple[int, int, int]  # row, first position, one past the last
 
+IN_PARTS: Span = (-1, -1, -1)  # stands before the documents of rows that several processes share
 _documents: contextvars.ContextVar[Sequence[Span] | None] = contextvars.ContextVar("documents", default=None)
 
 
@@ -37,12 +40,10 @@ def attend_by_document(model: Any) -> str | None:
     implementation = getattr(model.config, "_attn_implementation", None)
     if implementation != "sdpa":
         return f"model.attention is {implementation}"
-    expected = _packed_logits(model)
+    expected = packed_logits(model)
     try:
         model.set_attn_implementation(NAME)
-        difference = float((_packed_logits(model) - expected).abs().max() / expected.abs().max())
-        tolerance = 1e-4 if model.dtype == torch.float32 else 0.05
-        problem = f"logits differ by {difference:.1e} of the largest" if not difference <= tolerance else None
+        problem = find_difference(packed_logits(model), expected, is_exact=model.dtype == torch.float32)
     except Exception as error:  # whatever a model does with a mask that it does not know
         problem = f"{type(error).__name__}: {error}"
     if problem and model.config._attn_implementation == NAME:
@@ -50,30 +51,45 @@ def attend_by_document(model: Any) -> str | None:
     return problem
 
 
+def find_difference(ours: torch.Tensor, expected: torch.Tensor, *, is_exact: bool) -> str | None:
+    """Say how far the logits ``ours`` are from those that are ``expected``, or return None where they are the same."""
+    difference = float((ours - expected).abs().max() / expected.abs().max())
+    return f"logits differ by {difference:.1e} of the largest" if not difference <= (1e-4 if is_exact else 0.05) else None
+
+
 @torch.no_grad()
-def _packed_logits(model: Any) -> torch.Tensor:
-    """The logits of two rows of 32 positions: documents of 20, 7 and 3, of 32; and 2 positions of padding."""
+def packed_logits(model: Any, part: int = 0, parts: int = 1) -> torch.Tensor:
+    """The logits of two rows of 32 positions: documents of 20, 7 and 3, of 32; and 2 positions of padding, which are left out.
+
+    With several ``parts`` each row is shared by as many processes, and the logits are those of this one's.
+    """
     spans = ((0, 0, 20), (0, 20, 27), (0, 27, 30), (1, 0, 32))
     positions = torch.zeros((2, 32), dtype=torch.long)
     for row, start, end in (*spans, (0, 30, 32)):
         positions[row, start:end] = torch.arange(end - start)
-    vocab_size = model.config.get_text_config().vocab_size
+    vocab_size, padded = model.config.get_text_config().vocab_size, -(-32 // parts) * parts
     tokens = torch.randint(0, vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    tokens, positions = (torch.nn.functional.pad(tensor, (0, padded - 32)) for tensor in (tokens, positions))
     was_training = model.training
     model.eval()
+    here = slice(part * padded // parts, (part + 1) * padded // parts)
     try:
-        with packed_documents(spans):
-            given = {"input_ids": tokens.to(model.device), "position_ids": positions.to(model.device)}
+        with packed_documents(spans, in_parts=parts > 1):
+            given = {"input_ids": tokens[:, here].to(model.device), "position_ids": positions[:, here].to(model.device)}
             logits = model(**given, use_cache=False).logits.float()
     finally:
         model.train(was_training)
-    return torch.cat([logits[row, start:end] for row, start, end in spans])
+    is_token = torch.arange(padded) < torch.tensor([[30], [32]])
+    return logits[is_token[:, here].to(logits.device)]
 
 
 @contextlib.contextmanager
-def packed_documents(spans: Sequence[Span] | None) -> Iterator[None]:
-    """Within it, models with this attention see each of ``spans`` alone; None leaves masks as transformers makes them."""
-    token = _documents.set(spans)
+def packed_documents(spans: Sequence[Span] | None, *, in_parts: bool = False) -> Iterator[None]:
+    """Within it, models with this attention see each of ``spans`` alone; None leaves masks as transformers makes them.
+
+    ``in_parts``: several processes share the rows, and ``spans`` are those of whole rows; ``strategy/sequence.py`` attends so.
+    """
+    token = _documents.set((IN_PARTS, *(spans or ())) if in_parts else spans)
     try:
         yield
     finally:
@@ -84,6 +100,8 @@ def document_mask(*, local_size: int | None = None, **kwargs: Any) -> torch.Tens
     """The list of documents, (D, 3) int64 on the CPU; transformers' own mask where there are none, or a window is narrower."""
     spans = _documents.get()
     if spans is None or (local_size is not None and max(end - start for _, start, end in spans) > local_size):
+        if spans and spans[0] == IN_PARTS:
+            raise ConfigError(f"the model's attention has a window of {local_size} positions; set strategy.sequence_parallel=1")
         return sdpa_mask(local_size=local_size, **kwargs)
     return torch.tensor(spans, dtype=torch.long).view(-1, 3)
 

@@ -17,9 +17,10 @@ class AdapterDDP(DDPStrategy):
 
     Args:
         timeout_seconds: how long a process waits for the others.
+        sequence_parallel: so many processes share each row of tokens (``strategy/sequence.py``).
     """
 
-    def __init__(self, *, timeout_seconds: float = 600.0, **options: Any) -> None:
+    def __init__(self, *, timeout_seconds: float = 600.0, sequence_parallel: int = 1, **options: Any) -> None:
         super().__init__(
             init_sync=False,
             broadcast_buffers=False,
@@ -28,6 +29,7 @@ class AdapterDDP(DDPStrategy):
             timeout=datetime.timedelta(seconds=timeout_seconds),
             **options,
         )
+        self.sequence_parallel = sequence_parallel
 
     def _setup_model(self, model: Any) -> Any:
         with warnings.catch_warnings():

@@ -39,12 +39,13 @@ class ZeroStrategy(DeepSpeedStrategy):
         persist_elements: at stage 3, tensors of at most so many elements stay whole.
         live_elements: at stage 3, layers are gathered ahead, and stay for the backward pass, up to so many elements.
         leaf_modules: names of further classes of modules whose parameters are gathered all at once at stage 3.
+        sequence_parallel: so many processes share each row of tokens (``strategy/sequence.py``).
     """
 
     def __init__(
         self, *, stage: int, offload: bool = False, precision: _Precision = "32-true", timeout_seconds: float = 600.0,
         bucket_elements: int = 50_000_000, persist_elements: int = 100_000, live_elements: int = 100_000_000,
-        leaf_modules: tuple[str, ...] | list[str] = (),
+        leaf_modules: tuple[str, ...] | list[str] = (), sequence_parallel: int = 1,
     ) -> None:  # fmt: skip
         if precision == "16-mixed":
             raise ConfigError(
@@ -59,7 +60,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             precision_plugin=ZeroPrecision(precision),
             timeout=datetime.timedelta(seconds=timeout_seconds),
         )
-        self.stage, self.leaf_modules = stage, tuple(leaf_modules)
+        self.stage, self.leaf_modules, self.sequence_parallel = stage, tuple(leaf_modules), sequence_parallel
         self._timeout_seconds = timeout_seconds
         self._norm = torch.tensor(0.0)
         self._trained: list[list[torch.nn.Parameter]] = []  # by the optimiser's groups

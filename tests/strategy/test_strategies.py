@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import make_model, relative_l2
+from transformers import AutoModelForCausalLM
 
 WORKER = Path(__file__).parent / "worker.py"
 WINDOW = 4  # micro-batches of a step, over all processes
@@ -29,10 +30,24 @@ CASES = [
 Found = dict[str, dict[str, Any]]
 
 
-def fits(world: int) -> dict[str, dict[str, Any]]:
+def fits(world: int, shared: Path) -> dict[str, dict[str, Any]]:
     """What each launch trains; windows hold the same micro-batches however many processes share them."""
     accumulate = WINDOW // world
+    cuts = {  # of a window of eight rows
+        f"cut_{size * world}x{8 // size // world}": {"batch_size": size, "accumulate": 8 // size // world, "shuffle": False}
+        for size in (1, 2, 4, 8)
+        if size * world <= 8
+    }
+    first = {"optimizer": "sgd", "steps": 1}
     return {
+        **{name: {**first, **options} for name, options in cuts.items()},
+        "lonely": {
+            "optimizer": "sgd",
+            "steps": 4,
+            "batch_size": 1,
+            "accumulate": accumulate,
+            "rows": str(shared / "lonely.jsonl"),
+        },
         "sgd": {"optimizer": "sgd", "steps": 20, "accumulate": accumulate},
         "adamw": {
             "optimizer": "adamw",
@@ -47,10 +62,16 @@ def fits(world: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def launch(folder: Path, shared: Path, strategy: str, world: int, wanted: dict[str, dict[str, Any]]) -> Found:
+def launch(folder: Path, shared: Path, strategy: str, world: int, wanted: dict[str, dict[str, Any]], parts: int = 1) -> Found:
     """Run ``wanted`` in ``world`` processes that find no compiler, and return what they left."""
     folder.mkdir(parents=True)
-    plan = {"strategy": strategy, "model": str(shared / "model"), "rows": str(shared / "rows.jsonl"), "fits": wanted}
+    plan = {
+        "strategy": strategy,
+        "parts": parts,
+        "model": str(shared / "model"),
+        "rows": str(shared / "rows.jsonl"),
+        "fits": wanted,
+    }
     (folder / "plan.json").write_text(json.dumps(plan))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     empty = folder / "bin"
@@ -72,6 +93,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tokens = [generator.randrange(3, 64) for _ in range(4 + number % 17)]
             weights = [0.0, *(generator.choice([0.0, 0.5, 1.0]) for _ in tokens[2:]), 1.0]
             file.write(json.dumps({"tokens": tokens, "weights": weights}) + "\n")
+    with (folder / "lonely.jsonl").open("w") as file:  # rows of one token, over and over: all positions ask the same experts
+        for token in range(3, 35):
+            file.write(json.dumps({"tokens": [token] * 6, "weights": [0.0, *[1.0] * 5]}) + "\n")
     return folder
 
 
@@ -79,8 +103,32 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def single(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Path]:
     """What one process finds, and the folder of its checkpoints."""
     folder = tmp_path_factory.mktemp("single") / "run"
-    found = launch(folder, shared, "single", 1, fits(1))
+    found = launch(folder, shared, "single", 1, fits(1, shared))
     return found, folder / "checkpoints" / "adamw"
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def base_loss(shared: Path) -> float:
+    """The loss of the first eight rows under the base itself, by plain transformers in float64."""
+    model = AutoModelForCausalLM.from_pretrained(shared / "model", dtype=torch.float64, experts_implementation="eager").eval()
+    loss = weight = 0.0
+    for line in (shared / "rows.jsonl").read_text().splitlines()[:8]:
+        row = json.loads(line)
+        tokens = torch.tensor([row["tokens"]])
+        logprobs = model(input_ids=tokens[:, :-1]).logits.log_softmax(-1).gather(2, tokens[:, 1:, None])[0, :, 0]
+        loss -= float((logprobs * torch.tensor(row["weights"][1:], dtype=torch.float64)).sum())
+        weight += sum(row["weights"][1:])
+    return loss / weight
+
+
+def test_in_lonely_rows_some_experts_have_nothing_to_do(shared: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(shared / "model").eval()
+    for line in (shared / "lonely.jsonl").read_text().splitlines():
+        tokens = torch.tensor([json.loads(line)["tokens"]])
+        for logits in model(input_ids=tokens, output_router_logits=True).router_logits:
+            used = set(logits.topk(model.config.num_experts_per_tok).indices.flatten().tolist())
+            assert len(used) < model.config.num_experts
 
 
 def only_b(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -98,12 +146,12 @@ def largest_difference(ours: dict[int, dict[str, float]], theirs: dict[int, dict
 
 @pytest.mark.parametrize(("strategy", "world"), CASES)
 def test_a_strategy_computes_what_one_process_does(
-    strategy: str, world: int, shared: Path, single: tuple[Found, Path], tmp_path: Path
+    strategy: str, world: int, shared: Path, single: tuple[Found, Path], base_loss: float, tmp_path: Path
 ) -> None:
     expected, checkpoints = single
     half = tmp_path / "half"  # what one process has left after 10 steps
     shutil.copytree(checkpoints / "step-000010", half / "step-000010")
-    wanted = fits(world)
+    wanted = fits(world, shared)
     wanted["resumed"] = {**wanted["adamw"], "resume": str(half)}
     found = launch(tmp_path / "run", shared, strategy, world, wanted)
 
@@ -114,9 +162,13 @@ def test_a_strategy_computes_what_one_process_does(
     assert relative_l2(found["sgd"]["end"], expected["sgd"]["end"]) < 1e-7
     assert relative_l2(found["adamw"]["end"], expected["adamw"]["end"]) < 1e-5
     assert relative_l2(found["short"]["end"], expected["short"]["end"]) < 1e-5
-    for name in ("sgd", "adamw", "short"):
+    for name in ("sgd", "adamw", "short", "lonely"):
         assert largest_difference(found[name]["steps"], expected[name]["steps"]) < 1e-5
         assert found[name]["samples"] == expected[name]["samples"]
+    assert relative_l2(found["lonely"]["end"], expected["lonely"]["end"]) < 1e-6
+    for name in (name for name in found if name.startswith("cut_")):
+        assert abs(found[name]["steps"][1]["train/loss"] - base_loss) < 1e-5 * base_loss
+        assert relative_l2(only_b(found[name]["first"]), only_b(expected["cut_8x1"]["first"])) < 1e-6
     # A window that is not finite in one process is skipped in all.
     assert found["bad"]["num_bad_steps"] == expected["bad"]["num_bad_steps"] == 1
     assert relative_l2(found["bad"]["end"], expected["bad"]["end"]) < 1e-5
@@ -130,10 +182,37 @@ def test_a_strategy_computes_what_one_process_does(
 def test_one_process_goes_on_from_what_several_have_left(
     strategy: str, world: int, shared: Path, single: tuple[Found, Path], tmp_path: Path
 ) -> None:
-    wanted = {"adamw": {**fits(world)["adamw"], "stop_at": 10}}
+    wanted = {"adamw": {**fits(world, shared)["adamw"], "stop_at": 10}}
     launch(tmp_path / "several", shared, strategy, world, wanted)
     checkpoints = tmp_path / "several" / "checkpoints" / "adamw"
     assert sum(path.stat().st_size for path in (checkpoints / "step-000010").iterdir()) < 300_000  # adapter, two moments
-    resumed = {"resumed": {**fits(1)["adamw"], "resume": str(checkpoints)}}
+    resumed = {"resumed": {**fits(1, shared)["adamw"], "resume": str(checkpoints)}}
     found = launch(tmp_path / "one", shared, "single", 1, resumed)["resumed"]
     assert relative_l2(found["end"], single[0]["adamw"]["end"]) < 1e-5
+
+
+SHARED_ROWS = [
+    pytest.param("zero2", 2, 2, id="zero2-2-of-2"),
+    *[pytest.param(name, 2, 2, id=f"{name}-2-of-2", marks=SLOW) for name in ("ddp", "zero1", "zero3", "zero3_offload")],
+    *[pytest.param(name, 4, parts, id=f"{name}-{parts}-of-4", marks=SLOW) for name in ("ddp", "zero3") for parts in (2, 4)],
+]
+
+
+@pytest.mark.parametrize(("strategy", "world", "parts"), SHARED_ROWS)
+def test_processes_that_share_rows_compute_what_one_does(
+    strategy: str, world: int, parts: int, shared: Path, single: tuple[Found, Path], tmp_path: Path
+) -> None:
+    """Losses, norms, evaluation, adapters and samples; rows of all lengths, packed rows, layers that are computed twice."""
+    streams = world // parts
+    chosen = {name: options for name, options in fits(streams, shared).items() if name in ("sgd", "adamw", "short")}
+    chosen["checkpointed"] = {**chosen["sgd"], "steps": 4, "checkpointing": True}
+    packed = {"packed": {**chosen["sgd"], "steps": 6, "packing": True}}
+    found = launch(tmp_path / "run", shared, strategy, world, {**chosen, **packed}, parts)
+    whole = fits(1, shared)["sgd"]
+    expected = single[0] | launch(tmp_path / "whole", shared, "single", 1, {
+        "packed": {**whole, "steps": 6, "packing": True}, "checkpointed": {**whole, "steps": 4},
+    })  # fmt: skip
+    for name in found:
+        assert largest_difference(found[name]["steps"], expected[name]["steps"]) < 1e-5
+        assert found[name]["samples"] == expected[name]["samples"]
+        assert relative_l2(found[name]["end"], expected[name]["end"]) < (1e-5 if name in ("adamw", "short") else 1e-6)

@@ -18,11 +18,14 @@ import torch
 from tiny_models import FakeTokenizer
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lorakit.callbacks.packing_guard import PackingGuard
+from lorakit.callbacks.sequence_parallel import SequenceParallel
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.lora.state import adapter_state
 from lorakit.loss.cross_entropy import cross_entropy
+from lorakit.model.layers import enable_checkpointing
 from lorakit.model.load import load_model
 from lorakit.sampling.generate import generate
 from lorakit.strategy.ddp import AdapterDDP
@@ -81,12 +84,13 @@ class NotFiniteOnce:
         return replace(output, loss_sum=output.loss_sum * float("nan")) if is_here else output
 
 
-def build_strategy(name: str) -> Any:
+def build_strategy(name: str, parts: int) -> Any:
     if name == "single":
         return "auto"
     if name == "ddp":
-        return AdapterDDP()
-    return ZeroStrategy(stage=int(name[4]), offload=name.endswith("offload"), persist_elements=100)  # some stay whole, some not
+        return AdapterDDP(sequence_parallel=parts)
+    # Some tensors stay whole, some do not.
+    return ZeroStrategy(stage=int(name[4]), offload=name.endswith("offload"), persist_elements=100, sequence_parallel=parts)
 
 
 OPTIMIZERS = {
@@ -99,28 +103,33 @@ def fit(folder: Path, plan: dict[str, Any], name: str, options: dict[str, Any]) 
     world = current_world()
     L.seed_everything(7, verbose=False)
     datamodule = LoRADataModule(
-        path=plan["rows"], batch_size=2, epochs=options.get("epochs"), max_tokens=32, val_path=plan["rows"], val_rows=5,
-        val_batch_size=2,
+        path=options.get("rows", plan["rows"]), batch_size=options.get("batch_size", 2), epochs=options.get("epochs"), max_tokens=32,
+        val_path=plan["rows"], val_rows=5, val_batch_size=2, packing=options.get("packing", False),
+        shuffle=options.get("shuffle", True),
     )  # fmt: skip
     datamodule.set_tokenizer(FakeTokenizer())
 
     def build_model() -> Any:
         spec = LoRASpec(rank=4, experts=options.get("experts", True), dropout=options.get("dropout", 0.0))
-        return inject(load_model(plan["model"]), spec)
+        model = inject(load_model(plan["model"]), spec)
+        if options.get("checkpointing"):
+            enable_checkpointing(model)
+        return model
 
     module = LoRAModule(
         build_model, optimizer=OPTIMIZERS[options["optimizer"]], schedule=cosine, total_steps=options["steps"],
         clip_norm=options.get("clip_norm", 0.0),
         loss=NotFiniteOnce(*options["not_finite"]) if "not_finite" in options else "cross_entropy",
     )  # fmt: skip
-    record, checkpoints = Record(options.get("stop_at")), folder / "checkpoints" / name
+    record = Record(options.get("stop_at"))
+    checkpoints = AdapterCheckpoint(folder / "checkpoints" / name, every_steps=options.get("save_every", 0), keep_last=9)
     trainer = L.Trainer(
         default_root_dir=folder, accelerator="cpu", devices=world.local_size, num_nodes=world.num_nodes,
-        strategy=build_strategy(plan["strategy"]), max_steps=options["steps"], max_epochs=1,
+        strategy=build_strategy(plan["strategy"], plan.get("parts", 1)), max_steps=options["steps"], max_epochs=1,
         accumulate_grad_batches=options["accumulate"], check_val_every_n_epoch=None,
         val_check_interval=options.get("eval_every", 10_000) * options["accumulate"], num_sanity_val_steps=0, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        callbacks=[record, AdapterCheckpoint(checkpoints, every_steps=options.get("save_every", 0), keep_last=9)],
+        callbacks=[PackingGuard(), SequenceParallel(), record, checkpoints],
     )  # fmt: skip
     state = None
     if resume := options.get("resume"):
