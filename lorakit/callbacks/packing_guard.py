@@ -10,6 +10,7 @@ import torch
 
 from lorakit.model.attention import attend_by_document, packed_documents
 from lorakit.model.families import packing_is_doubtful
+from lorakit.model.load import base_of
 
 log = logging.getLogger("lorakit")
 
@@ -26,7 +27,7 @@ class PackingGuard(L.Callback):
             return
         reason = packing_is_doubtful(pl_module.model.config)
         if reason is None:
-            if problem := attend_by_document(_base_of(pl_module.model)):
+            if problem := attend_by_document(base_of(pl_module.model)):
                 log.info("attention of packed rows makes a mask over all pairs of positions: %s", problem)
             leak = measure_leak(pl_module.model)
             reason = f"changing one document moved its neighbour's logits by {leak:.1%} of a full leak" if leak > 0.05 else None
@@ -58,7 +59,3 @@ def measure_leak(model: Any, length: int = 12) -> float:
     full = (logits(first, joined) - logits(other, joined)).abs().max()
     model.train(was_training)
     return float(leak / full.clamp(min=1e-6))
-
-
-def _base_of(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 
+from lorakit.model.load import base_of
 from lorakit.strategy.sequence import share_rows
 
 
@@ -15,5 +16,5 @@ class SequenceParallel(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         parts = getattr(trainer.strategy, "sequence_parallel", 1)
         if parts > 1:
-            model = pl_module.model
-            share_rows(model.get_base_model() if hasattr(model, "get_base_model") else model, parts)
+            datamodule = getattr(trainer, "datamodule", None)
+            share_rows(base_of(pl_module.model), parts, getattr(datamodule, "max_tokens", None))

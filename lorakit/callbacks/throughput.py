@@ -23,6 +23,8 @@ class Throughput(L.Callback):
         self.seconds = 0.0
         self.num_tokens = self.num_trained_tokens = self.num_positions = 0
         self.all_seconds = self.all_tokens = 0.0  # of all processes, as of the last step
+        self.began = time.time()  # when the run did; whoever knows better may set it
+        self.first_step_seconds: float | None = None  # from then to the end of the first step
         self._window: tuple[float, ...] = (0.0, 0, 0, 0)
         self._started = self._making_batches = 0.0
 
@@ -42,6 +44,10 @@ class Throughput(L.Callback):
         self.num_trained_tokens += batch.num_trained_tokens
         self.num_positions += batch.input_ids.numel()
         if not trainer.fit_loop._should_accumulate():
+            if self.first_step_seconds is None:
+                self.first_step_seconds = time.time() - self.began
+                for logger in trainer.loggers:
+                    logger.log_metrics({"speed/first_step_seconds": self.first_step_seconds}, step=trainer.global_step - 1)
             self._log(trainer, pl_module)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -6,11 +6,12 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.conf import conf_dir
-from lorakit.cli.guard import explain_os_error
+from lorakit.cli.guard import explain
 from lorakit.errors import ConfigError, LorakitError
 
 if TYPE_CHECKING:
@@ -98,9 +99,7 @@ def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: 
         try:
             return task(config)
         except Exception as error:  # kept from Hydra, which would print it its own way; a sweep goes on with its next job
-            jobs[-1].error = error
-            if is_sweep:
-                print(f"job {jobs[-1].number} failed: {jobs[-1].message}", file=sys.stderr, flush=True)
+            jobs[-1].take(error, is_sweep=is_sweep)
             return None
 
     try:
@@ -108,6 +107,10 @@ def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: 
     except HydraException as error:
         raise ConfigError(explain_override(str(error), config_name, arguments)) from error
     except ValueError as error:
+        if str(error).startswith("Only one of"):
+            raise ConfigError(
+                "a sweep has a config for each of its runs: leave out -m, and give one value to each setting"
+            ) from error
         if not str(error).startswith("Config group override"):
             raise
         raise ConfigError(
@@ -129,13 +132,22 @@ class _Job:
         self.overrides = typed_overrides()
         job = HydraConfig.get().job
         self.number = 0 if OmegaConf.is_missing(job, "num") else job.num
-        self.error: Exception | None = None
+        self.message: str | None = None  # of what it raised
+        self.error: Exception | None = None  # itself, where there is one job only
 
-    @property
-    def message(self) -> str:
-        if isinstance(self.error, OSError):
-            return explain_os_error(self.error)
-        return str(self.error) if isinstance(self.error, LorakitError) else f"{type(self.error).__name__}: {self.error}"
+    def take(self, error: Exception, *, is_sweep: bool) -> None:
+        """Remember that the job failed; in a sweep say so at once, and let go of the model that the traceback holds."""
+        self.message = explain(error) or f"{type(error).__name__}: {error}"
+        if not is_sweep:
+            self.error = error
+            return
+        if explain(error) is None:  # a defect
+            traceback.print_exception(error)
+        print(f"job {self.number} failed: {self.message}", file=sys.stderr, flush=True)
+        found: BaseException | None = error
+        while found is not None:
+            traceback.clear_frames(found.__traceback__)
+            found.__traceback__, found = None, found.__cause__ or found.__context__
 
 
 def typed_overrides() -> list[str]:
@@ -148,18 +160,15 @@ def typed_overrides() -> list[str]:
 
 
 def _raise_failures(jobs: list[_Job]) -> None:
-    """Raise what the jobs raised: a defect itself, what a user can mend as one message for all jobs."""
-    failed = [job for job in jobs if job.error]
-    defect = next((job.error for job in failed if not isinstance(job.error, LorakitError | OSError)), None)
-    error = defect or (failed[0].error if failed and len(jobs) == 1 else None)
-    if error:
+    """Raise what the only job raised, or one message for all jobs of a sweep."""
+    if error := next((job.error for job in jobs if job.error), None):
         raise error
-    if failed:
+    if failed := [job for job in jobs if job.message]:
         shared = set.intersection(*(set(job.overrides) for job in jobs))
         lines = []
         for job in failed:
             swept = " ".join(text for text in job.overrides if text not in shared)
-            lines.append(f"  job {job.number} ({swept}): {job.message}")
+            lines.append(f"  job {job.number}{f' ({swept})' if swept else ''}: {job.message}")
         rest = len(jobs) - len(failed)
         title = f"{len(failed)} of {len(jobs)} jobs failed{f'; the other {rest} finished' if rest else ''}:"
         raise LorakitError("\n".join([title, *lines]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -23,12 +24,17 @@ def run_command(main: Callable[[list[str]], Any]) -> None:
         _fail("interrupted", code=130)
     except LorakitError as error:
         _fail("" if error.is_of_all and os.environ.get("RANK", "0") != "0" else str(error))
-    except OSError as error:
-        _fail(explain_os_error(error))
     except Exception as error:
-        if (message := _explain_foreign(error)) is None:
+        if (message := explain(error)) is None:
             raise
         _fail(message)
+
+
+def explain(error: Exception) -> str | None:
+    """The message for what a user can mend, or None where it is a defect of ours."""
+    if isinstance(error, LorakitError):
+        return str(error)
+    return explain_os_error(error) if isinstance(error, OSError) else _explain_foreign(error)
 
 
 def explain_os_error(error: OSError) -> str:
@@ -45,14 +51,22 @@ def _explain_foreign(error: Exception) -> str | None:
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or "gloo/transport" in str(error):
         rank = os.environ.get("RANK", "0")
         return f"rank {rank} lost contact with another process ({str(error).splitlines()[0][:200]}); what ended that one comes first"
-    if type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
+        who = f"rank {os.environ['RANK']} (host {socket.gethostname()}) is" if "RANK" in os.environ else "the run is"
+        said = (str(error).splitlines() or [type(error).__name__])[0][:160]
         return (
-            "out of memory on the device. Lower data.batch_size (or data.tokens_per_batch) or data.max_tokens, "
+            f"{who} out of memory ({said}). Lower data.batch_size (or data.tokens_per_batch) or data.max_tokens, "
             "raise trainer.accumulate_grad_batches, or set trainer.activation_checkpointing=true"
         )
     if any(kind.__name__ == "InvalidCxxCompiler" for kind in type(error).__mro__) or "InvalidCxxCompiler" in str(error):
         return "trainer.compile=true needs a C++ compiler on this machine; install g++, or set it to false"
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, has refused memory."""
+    is_host = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    return is_host or type(error).__name__ == "OutOfMemoryError"
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.cli.processes import num_devices
-from lorakit.cli.resume import config_text
+from lorakit.cli.resume import config_text, find_changes
 from lorakit.cli.schema import import_target
-from lorakit.errors import CheckpointError
+from lorakit.errors import CheckpointError, report
 from lorakit.launch.slurm import FOLDER, SlurmJob, submit
 from lorakit.weights.run import RUN_FILE, create_run, describe_environment, free_name, open_run
 
 
 def was_finished(plain: dict[str, Any]) -> bool:
-    """Whether a sweep that goes on has done this job already."""
+    """Whether a sweep that goes on has done this job already. Raises CheckpointError where it has done another under that name."""
     folder = _folder(plain)
-    return bool(plain["resume"]) and (folder / RUN_FILE).exists() and open_run(folder).is_finished
+    if not plain["resume"] or not (folder / RUN_FILE).exists() or not (run := open_run(folder)).is_finished:
+        return False
+    if changes := find_changes(run, plain):
+        remedy = "Set these as they were, or choose another group=NAME."
+        raise CheckpointError(report(f"{folder} is finished, with other settings:", changes, remedy=remedy))
+    return True
 
 
 def mark_failed(job: dict[str, Any], error: Exception) -> None:

@@ -128,10 +128,10 @@ def _print_memory(step: StepPlan, console: Console) -> None:
     """Total by strategy and number of processes; the parts of the strategy that would be taken; what to change."""
     from rich.table import Table
 
-    from lorakit.cli.planning import suggest
+    from lorakit.cli.planning import counts_to_plan, suggest
     from lorakit.planner.memory import REFUSE_SHARE, STRATEGIES, WARN_SHARE
 
-    counts, total_there = step.config["plan"]["gpus"], _bytes_there(step)
+    counts, total_there = counts_to_plan(step.config), _bytes_there(step)
     is_cuda = step.accelerator == "cuda"
     there = {count: total_there if is_cuda else total_there // count for count in counts}  # processes share the host's
     device, devices = ("GPU", "GPUs") if is_cuda else ("process", "processes")
@@ -193,6 +193,7 @@ def _bytes_there(step: StepPlan) -> int:
 def _print_costs(step: StepPlan, num_tokens: int | None, console: Console) -> None:
     from rich.table import Table
 
+    from lorakit.cli.planning import counts_to_plan
     from lorakit.planner.cost import Prices
 
     settings = step.config["plan"]
@@ -212,7 +213,7 @@ def _print_costs(step: StepPlan, num_tokens: int | None, console: Console) -> No
     )
     for name in ("GPUs", "hours", "cost"):
         table.add_column(name, justify="right")
-    for count in settings["gpus"]:
+    for count in counts_to_plan(step.config):
         hours = prices.hours(step.trace, num_tokens, count)
         table.add_row(str(count), f"{hours:,.2f}", f"{prices.price(hours, count):,.2f}")
     console.print(table)

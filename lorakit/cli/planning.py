@@ -44,7 +44,7 @@ class StepPlan:
     def __init__(
         self, config: Config, skeleton: Any, planned: LoRAPlan, *, accelerator: str, precision: str, longest: int | None = None
     ) -> None:
-        self.config, self.skeleton, self.planned = config, skeleton, planned
+        self.config, self.skeleton, self.planned, self.longest = config, skeleton, planned, longest
         self.accelerator = "cpu" if accelerator == "cpu" else "cuda"
         self.shape = step_shape(config, accelerator=self.accelerator, precision=precision, longest=longest)
         self._trace: StepTrace | None = None
@@ -98,9 +98,9 @@ def step_shape(config: Config, *, accelerator: str, precision: str, longest: int
     num_rows = data["batch_size"] or DEFAULT_BATCH_SIZE
     if data["tokens_per_batch"]:
         num_rows = max(1, data["tokens_per_batch"] // num_positions)
-    parts = config["strategy"].get("sequence_parallel", 1)  # attention has whole rows, but of so many heads less
+    parts = config["strategy"].get("sequence_parallel", 1)
     return StepShape(
-        num_rows=num_rows, num_positions=-(-num_positions // parts),
+        num_rows=num_rows, num_positions=-(-num_positions // parts), parts=parts,
         dtype=base_dtype(config["model"]["dtype"], precision), precision=precision,
         device=accelerator, checkpointing=trainer["activation_checkpointing"], loss=config["loss"]["name"],
         attention=config["model"]["attention"],
@@ -166,13 +166,21 @@ def suggest(plan: StepPlan, num_processes: int, num_bytes: int) -> str:
         found = [f"strategy={name}"], plan.memory(name, num_processes).total
     lines = [f"it fits with: {' '.join(found[0])}   ({found[1] / 1e9:.2f} GB)"] if found else []
     if plan.accelerator == "cuda":
-        for count in (count for count in plan.config["plan"]["gpus"] if count > num_processes):
+        for count in (count for count in counts_to_plan(plan.config) if count > num_processes):
             if name := plan.first_that_fits(count, num_bytes, offloads=False):
                 lines.append(
                     f"it fits as it is on {count} GPUs with strategy={name}   ({plan.memory(name, count).total / 1e9:.2f} GB)"
                 )
                 break
     return "\n".join(lines) or "no setting makes it fit; take more or larger devices, or a smaller model"
+
+
+def counts_to_plan(config: Config) -> list[int]:
+    """The numbers of processes in ``plan.gpus`` that there can be. Raises ConfigError where there is none."""
+    parts = config["strategy"].get("sequence_parallel", 1)
+    if not (counts := [count for count in config["plan"]["gpus"] if count % parts == 0]):
+        raise ConfigError(f"plan.gpus={config['plan']['gpus']}: strategy.sequence_parallel={parts} wants multiples of {parts}")
+    return counts
 
 
 def _changed_plans(plan: StepPlan, num_processes: int) -> Iterator[tuple[list[str], StepPlan]]:
@@ -186,7 +194,7 @@ def _changed_plans(plan: StepPlan, num_processes: int) -> Iterator[tuple[list[st
         planned = plan.planned if spec == plan.planned.spec else plan_lora(plan.skeleton, spec)
         yield made, StepPlan(
             config, plan.skeleton, planned, accelerator=plan.accelerator, precision=plan.shape.precision,
-            longest=plan.shape.num_positions,
+            longest=plan.longest,
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import yaml
 from lorakit.cli.conf import conf_dir
 from lorakit.cli.schema import import_target
 from lorakit.errors import ConfigError
+from lorakit.model.families import row_sharing_problem
 from lorakit.strategy.sequence import check_parts
 from lorakit.strategy.watch import take_fault
 from lorakit.strategy.world import World, current_world
@@ -108,6 +109,8 @@ def choose_strategy(plan: StepPlan, *, there: int, precision: str, accelerator: 
     settings, planned = plan.config["strategy"], plan.planned
     parts = settings.get("sequence_parallel", 1)
     check_parts(parts, world.size)
+    if parts > 1:
+        _check_row_sharing(plan.config, plan.skeleton, parts)
     if settings["_target_"] == "auto":
         name, reason = _choose(plan, there=there, precision=precision, accelerator=accelerator, world=world)
         settings = yaml.safe_load((conf_dir() / "strategy" / f"{name}.yaml").read_text(encoding="utf-8")) | (
@@ -121,6 +124,13 @@ def choose_strategy(plan: StepPlan, *, there: int, precision: str, accelerator: 
             "every step; set strategy=zero2, or leave it out of lora.targets"
         )
     return settings
+
+
+def _check_row_sharing(config: Config, skeleton: Any, parts: int) -> None:
+    attention = config["model"]["attention"]
+    problem = f"it needs model.attention=sdpa, not {attention}" if attention != "sdpa" else None
+    if problem := problem or row_sharing_problem(skeleton.config, parts, config["data"]["max_tokens"]):
+        raise ConfigError(f"strategy.sequence_parallel={parts} does not work for this model: {problem}; set it to 1")
 
 
 def build_strategy(settings: Config, *, precision: str) -> Any:

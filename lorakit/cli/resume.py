@@ -126,13 +126,18 @@ def _find_unfinished(root: Path, name: str | None, experiment: str) -> Run | Non
     return next(reversed(trained or unfinished), None)
 
 
-def _check_same(run: Run, config: dict[str, Any], data_fingerprint: str, resolved: dict[str, Any]) -> None:
-    then, now = flatten(yaml.safe_load(run.config_text())), flatten(fill_run_folder(config, run.folder))
-    problems = [
+def find_changes(run: Run, config: dict[str, Any]) -> list[str]:
+    """The settings in which ``config`` would not continue ``run``, each with its values."""
+    then, now = flatten(yaml.safe_load(run.config_text())), flatten(fill_run_folder(_with_absolute_paths(config), run.folder))
+    return [
         f"{key}: {then.get(key, 'not set')!r} then, {now.get(key, 'not set')!r} now"
         for key in sorted(then.keys() | now.keys())
         if then.get(key) != now.get(key) and not key.startswith(FREE_KEYS)
     ]
+
+
+def _check_same(run: Run, config: dict[str, Any], data_fingerprint: str, resolved: dict[str, Any]) -> None:
+    problems = find_changes(run, config)
     problems += [
         f"{key}: auto was {value} then, and is {resolved[key]} on this machine; set it"
         for key, value in run.info.get("resolved", {}).items()

@@ -8,7 +8,7 @@ import inspect
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lorakit.cli.schema import OptunaSettings, WandbSettings, check_group, impor
 from lorakit.errors import ConfigError, LorakitError, report
 from lorakit.sweep.space import Choice, Range, Space, check_range
 from lorakit.sweep.study import Study, Trial, last_value, open_study, seed_of
-from lorakit.weights.run import History
+from lorakit.weights.run import History, flatten
 
 PACKAGE = (
     "hydra_plugins.lorakit"  # the name under which Hydra knows this module: it takes no sweeper from outside of hydra_plugins
@@ -98,7 +98,7 @@ class OptunaSweeper(_Sweeper):
         plain, space, others = self.prepare(arguments)
         fixed = [str(override.input_line) for override in others]
         _refuse_elsewhere(plain)
-        study = _open(plain, space, fixed, self.folder())
+        study = _open(plain, space, self.folder())
         try:
             self._run_trials(study, space, fixed)
         except (KeyboardInterrupt, SystemExit):
@@ -182,10 +182,12 @@ def _refuse_elsewhere(plain: dict[str, Any]) -> None:
         )
 
 
-def _open(plain: dict[str, Any], space: Space, fixed: list[str], folder: Path) -> Study:
+def _open(plain: dict[str, Any], space: Space, folder: Path) -> Study:
     from lorakit.cli.assemble import build
     from lorakit.cli.resume import FREE_KEYS
 
+    if plain["resume"] not in (True, False, "auto"):
+        raise ConfigError(f"resume={plain['resume']} is unknown; choose true, false or auto")
     settings = plain["sweep"]
     if settings["storage"] not in ("sqlite", "journal"):
         raise ConfigError(f"sweep.storage={settings['storage']}: sqlite for one worker, journal for several")
@@ -198,17 +200,31 @@ def _open(plain: dict[str, Any], space: Space, fixed: list[str], folder: Path) -
         seed = {"seed": seed_of(plain["seed"], number)} if seeded else {}
         return build(settings["sampler"] | seed, "sweep.sampler")
 
-    kept = sorted(text for text in fixed if not text.startswith(FREE_KEYS))
-    facts = {
-        "what is chosen": ", ".join(f"{key}: {entry}" for key, entry in space.items()),
-        "the other settings": " ".join(kept),
-        "what counts": f"{settings['direction']} {settings['metric']}",
+    _try_sampler(build_sampler, space)
+    swept = tuple(f"{key}." for key in space)
+    same = {
+        key: str(value)
+        for key, value in flatten(plain).items()
+        if not key.startswith((*FREE_KEYS, "hydra.")) and key not in space and not key.startswith(swept)
     }
+    chosen = {key: str(entry) for key, entry in space.items()}
     return open_study(
         folder, Path(plain["paths"]["runs"]).expanduser(), storage=settings["storage"], metric=settings["metric"],
-        direction=settings["direction"], num_trials=settings["trials"], facts=facts, resume=plain["resume"],
-        build_sampler=build_sampler,
+        direction=settings["direction"], num_trials=settings["trials"], resume=plain["resume"], build_sampler=build_sampler,
+        settings={**chosen, **same, "sweep.metric": settings["metric"], "sweep.direction": settings["direction"]},
     )  # fmt: skip
+
+
+def _try_sampler(build_sampler: Callable[[int], Any], space: Space) -> None:
+    """Raise ConfigError where the sampler cannot choose from ``space``, for want of a library, say."""
+    import optuna
+
+    try:
+        trial = optuna.create_study(sampler=build_sampler(0)).ask()
+        for key, entry in space.items():
+            entry.suggest(trial, key)
+    except (ImportError, ValueError, NotImplementedError) as error:
+        raise ConfigError(f"sweep.sampler cannot choose so: {error}") from error
 
 
 def _stop_if_none_can_work(study: Study, number: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import glob
 import re
 import shlex
 import signal
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.compose import run_hydra, typed_overrides
 from lorakit.cli.guard import run_command
+from lorakit.errors import ConfigError, LorakitError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -35,7 +37,8 @@ def main(arguments: list[str]) -> None:
         print(HELP)
         return
     command = shlex.join(["lorakit", "train", *arguments])
-    if _value_of("sweep", arguments) not in ("", "grid") and not {"--cfg", "-c"} & set(arguments):
+    only_shows = {"--cfg", "-c", "--info", "-i"} & {text.split("=")[0] for text in arguments}
+    if _value_of("sweep", arguments) not in ("", "grid") and not only_shows:
         arguments = [*arguments, "-m"]
     if is_sweep := bool({"-m", "--multirun"} & set(arguments)):
         from lorakit.cli.sweeper import register
@@ -43,9 +46,14 @@ def main(arguments: list[str]) -> None:
         register()
         if not _value_of("group", arguments):
             arguments = [*arguments, f"group={_name_of_sweep(arguments)}"]
-    run_hydra(functools.partial(train, command=command), arguments, config_name="train")
-    if is_sweep and _value_of("sweep", arguments) != "wandb":
-        print("compare:", shlex.join(["lorakit", "report", f"sweep={_value_of('group', arguments)}"]))
+    try:
+        run_hydra(functools.partial(train, command=command), arguments, config_name="train")
+    finally:
+        if is_sweep and _value_of("sweep", arguments) != "wandb" and not only_shows:
+            named = _value_of("group", arguments)
+            root = Path(_value_of("paths.runs", arguments) or "runs").expanduser()
+            if any(root.glob(f"{glob.escape(named)}-*/run.json")):
+                print("compare:", shlex.join(["lorakit", "report", f"sweep={named}"]), flush=True)
 
 
 def _value_of(key: str, arguments: list[str]) -> str:
@@ -58,7 +66,10 @@ def _name_of_sweep(arguments: list[str]) -> str:
     """That of its runs where they have one; that of the last sweep where one is to go on."""
     if named := re.sub(r"[^\w.-]", "_", _value_of("run", arguments)):
         return named
-    if _value_of("resume", arguments) in ("true", "auto"):
+    goes_on = _value_of("resume", arguments) in ("true", "auto")
+    if goes_on and _value_of("sweep", arguments) != "optuna":
+        raise ConfigError("a sweep goes on by its name: add group=NAME (runs/NAME-0 is its first run)")
+    if goes_on:
         root = Path(_value_of("paths.runs", arguments) or "runs").expanduser() / ".sweep"
         files = sorted(root.glob("*/optuna.*"), key=lambda path: path.stat().st_mtime)
         if files:
@@ -73,7 +84,6 @@ def train(config: DictConfig, *, command: str = "") -> None:
 
     from lorakit.cli.jobs import mark_failed, was_finished
     from lorakit.cli.schema import check_settings
-    from lorakit.errors import ConfigError, LorakitError
 
     hydra = HydraConfig.get()
     plain = to_plain(config)
@@ -84,10 +94,10 @@ def train(config: DictConfig, *, command: str = "") -> None:
         raise ConfigError("this is a sweep, of many runs: add -m")
     experiment = str(hydra.runtime.choices.get("experiment") or "run")
     job: dict[str, Any] = {"config": plain, "experiment": experiment, "command": command, "overrides": typed_overrides()}
-    if is_sweep and was_finished(plain):
-        print(f"{plain['run']} is finished", flush=True)
-        return
     try:
+        if is_sweep and was_finished(plain):
+            print(f"{plain['run']} is finished", flush=True)
+            return
         check_settings(plain)
         _start(plain, job)
     except Exception as error:
@@ -136,7 +146,6 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     from lorakit.cli.resume import RUN_FOLDER
-    from lorakit.errors import ConfigError
 
     free: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # a copy without Hydra's struct flag
     free.paths.run = RUN_FOLDER

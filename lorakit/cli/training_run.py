@@ -6,17 +6,20 @@ import contextlib
 import ctypes
 import dataclasses
 import io
+import itertools
 import logging
 import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
+import psutil
 import torch
 import yaml
 from rich.console import Console
@@ -59,6 +62,7 @@ DEFAULT_THREADS = torch.get_num_threads()
 SMALL_MODEL_PARAMS = 100_000_000
 ALLOCATOR_WASTE = 3  # measured: up to 2.7 times what is in use
 Found = TypeVar("Found", bound=L.Callback)
+_RUNS = itertools.count()  # of this process
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Outcome:
     datamodule: LoRADataModule
     plan: LoRAPlan
     seconds: float
+    first_step_seconds: float | None
     tokens_per_second: float
     adapter_bytes: int
     interrupt: int | None  # the signal that ended it before its last step
@@ -79,6 +84,7 @@ def train_run(
     config: dict[str, Any], *, experiment: str, command: str = "", overrides: Sequence[str] = (), console: Console | None = None
 ) -> Outcome:
     """Train as the resolved ``config`` says and return what came of it. Raises LorakitError."""
+    began = time.time() if next(_RUNS) else psutil.Process().create_time()  # with the process, or with the job of a sweep
     check_settings(config)
     world, config = check_world(config), resume_if_restarted(config)
     accelerator, precision = assemble.resolve_devices(config)
@@ -118,6 +124,8 @@ def train_run(
     )  # fmt: skip
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
+    if throughput := _find_callback(trainer, Throughput):
+        throughput.began = began
     L.seed_everything((config["seed"] + world.rank) % 2**32, verbose=False)
     with lock:
         return _fit(run, trainer, module, prepared, resumes=resumes, console=console)
@@ -219,7 +227,8 @@ def _with_window_of(run: Run, prepared: _Prepared, world: World, console: Consol
             f"{wanted} micro-batches in a step; leave the setting at {then}, and each process gets its share"
         )
     if wanted % streams:
-        fitting = [str(size) for size in range(1, wanted + 1) if wanted % size == 0]
+        parts = world.size // streams
+        fitting = [str(size * parts) for size in range(1, wanted + 1) if wanted % size == 0]
         raise ConfigError(
             f"{run.folder} has {wanted} micro-batches in a step, which {world.size} processes cannot share evenly; "
             f"go on with {', '.join(fitting)}"
@@ -292,6 +301,7 @@ def _fit(
         loss=metrics.get("train/loss"),
         val_loss=metrics.get("val/loss"),
         adapter_bytes=adapter_bytes,
+        first_step_seconds=throughput and throughput.first_step_seconds,
         bad_steps=module.num_bad_steps,
         empty_windows=module.num_empty_windows,
         cuts=vars(datamodule.train_examples.cuts),
@@ -299,7 +309,8 @@ def _fit(
     )
     outcome = Outcome(
         run, module, datamodule, prepared.plan, throughput.seconds if throughput else 0.0,
-        throughput.tokens_per_second if throughput else 0.0, adapter_bytes, interrupt,
+        throughput.first_step_seconds if throughput else None, throughput.tokens_per_second if throughput else 0.0,
+        adapter_bytes, interrupt,
     )  # fmt: skip
     _print_end(outcome, trainer, metrics, console)
     for note in notes:
@@ -334,7 +345,8 @@ def _print_end(outcome: Outcome, trainer: L.Trainer, metrics: dict[str, float], 
     figures += [f"held out {metrics['val/loss']:.4f}"] if "val/loss" in metrics else []
     figures += [f"{outcome.tokens_per_second:,.0f} tokens/s"] if outcome.tokens_per_second else []
     state = "interrupted after" if outcome.interrupt else "pruned after" if run.info["pruned"] else "finished"
-    console.print(f"{state} {trainer.global_step:,} steps in {outcome.seconds:.1f} s: {', '.join(figures)}")
+    first = f", the first {outcome.first_step_seconds:.1f} s after the start" if outcome.first_step_seconds else ""
+    console.print(f"{state} {trainer.global_step:,} steps in {outcome.seconds:.1f} s{first}: {', '.join(figures)}")
     if module.num_bad_steps or module.num_empty_windows:
         console.print(f"skipped: {module.num_bad_steps} steps not finite, {module.num_empty_windows} windows without a weight")
     cuts = vars(outcome.datamodule.train_examples.cuts)

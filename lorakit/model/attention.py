@@ -100,7 +100,7 @@ def document_mask(*, local_size: int | None = None, **kwargs: Any) -> torch.Tens
     """The list of documents, (D, 3) int64 on the CPU; transformers' own mask where there are none, or a window is narrower."""
     spans = _documents.get()
     if spans is None or (local_size is not None and max(end - start for _, start, end in spans) > local_size):
-        if spans and spans[0] == IN_PARTS:
+        if spans and spans[0] == IN_PARTS:  # model/families.py:row_sharing_problem looks for it before
             raise ConfigError(f"the model's attention has a window of {local_size} positions; set strategy.sequence_parallel=1")
         return sdpa_mask(local_size=local_size, **kwargs)
     return torch.tensor(spans, dtype=torch.long).view(-1, 3)

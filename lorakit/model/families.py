@@ -204,6 +204,29 @@ def packing_is_doubtful(config: Any) -> str | None:
     return None
 
 
+def row_sharing_problem(config: Any, parts: int, max_tokens: int | None = None) -> str | None:
+    """Return why ``parts`` processes cannot share rows of this model, of at most ``max_tokens``, or None.
+
+    What depends on the length of what is here, and not on positions, would be computed from the length of a part.
+    """
+    text = config.get_text_config()
+    if text.num_attention_heads % parts:
+        return f"its {text.num_attention_heads} attention heads cannot be divided so"
+    if (reason := packing_is_doubtful(config)) is not None:
+        return reason
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = {str(entry.get("rope_type")) for entry in (rope, *rope.values()) if isinstance(entry, dict)}
+    if moving := kinds & {"dynamic", "longrope"}:
+        return f"its rotary positions ({', '.join(sorted(moving))}) change with the length of a row"
+    if getattr(text, "attn_temperature_tuning", False):
+        return "its attention is scaled by the place in a row"
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    window = window or getattr(text, "attention_chunk_size", None)
+    if window and (max_tokens is None or window < max_tokens):
+        return f"its attention has a window of {window} positions, and rows are longer"
+    return None
+
+
 def router_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The routers of ``model``'s mixtures of experts, in order."""
     return [(name, module) for name, module in model.named_modules() if _looks_like_router(name, module)]

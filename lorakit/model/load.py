@@ -181,3 +181,8 @@ def _explained(path: str) -> Iterator[None]:
         elif "trust_remote_code" in str(error):
             remedy = "\nThe model brings its own code. If you trust it, set model.trust_remote_code=true."
         raise ConfigError(f"model.path={path}: cannot be loaded: {reason}{remedy}") from error
+
+
+def base_of(model: Any) -> Any:
+    """The base of a model that PEFT has wrapped; ``model`` itself where it has not."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -71,13 +71,14 @@ class StepShape:
     """What a step is made of, apart from the model: micro-batch, number formats, what is computed again."""
 
     num_rows: int
-    num_positions: int
+    num_positions: int  # in each process
     dtype: str  # of the frozen base
     precision: str  # as Lightning names it
     device: str  # cpu or cuda
     checkpointing: bool = False
     loss: str = "cross_entropy"
     attention: str = "sdpa"
+    parts: int = 1  # processes that share each row: each attends over whole rows, with so many heads less
 
 
 def trace_step(
@@ -99,7 +100,7 @@ def trace_step(
     # float16 takes as much as bfloat16, under whose autocast the step runs here.
     dtype = "bfloat16" if shape.dtype == "float16" else shape.dtype
     _materialize(model, mode, getattr(torch, dtype))
-    ledger = _Ledger()
+    ledger = _Ledger(shape.parts)
     for parameter in model.parameters():
         ledger.add(parameter, ADAPTER if parameter.requires_grad else WEIGHTS)
     for buffer in model.buffers():
@@ -159,8 +160,9 @@ def _run(model: Any, shape: StepShape, make_optimizer: Callable[..., torch.optim
 class _Ledger(TorchDispatchMode):
     """Counts the bytes of all storages that live, by what they were made for; remembers them at their peak."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: int = 1) -> None:
         super().__init__()
+        self.parts = parts
         self.live: dict[str, int] = {}
         self._tags: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()  # storage -> what it is counted as
         self.restart(ACTIVATIONS)
@@ -188,7 +190,8 @@ class _Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         out = _grouped(*args, **kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
         if (count := _FLOPS.get(func.overloadpacket)) is not None:
-            self.num_flops += count(*args, **kwargs, out_val=out)
+            is_attention = "scaled_dot_product" in str(func.overloadpacket)
+            self.num_flops += count(*args, **kwargs, out_val=out) * (self.parts if is_attention else 1)
         for value in tree_iter(out):
             if isinstance(value, torch.Tensor) and value.untyped_storage() not in self._tags:
                 self.add(value, self.tag)

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 
 from lorakit.errors import ConfigError
 from lorakit.strategy.state import gather_optimizer_state, scatter_optimizer_state
-from lorakit.strategy.world import current_world, join
+from lorakit.strategy.world import current_world, join, lift_limits
 
 _Precision = Literal["32-true", "bf16-mixed", "16-mixed"]  # what training/precision.py resolves to
 
@@ -126,6 +126,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         finally:
             DeepSpeedEngine._broadcast_model = send
         self._take_over_norm(zero)
+        lift_limits()  # of the groups that it has made
         return engine, zero
 
     def init_deepspeed(self) -> None:

@@ -25,7 +25,8 @@ from lorakit.model.attention import (
     packed_logits,
 )
 from lorakit.model.attention import NAME as BY_DOCUMENT
-from lorakit.strategy.world import gather
+from lorakit.model.families import row_sharing_problem
+from lorakit.strategy.world import gather, lift_limits
 
 NAME = "sdpa_in_parts"
 
@@ -39,6 +40,7 @@ def sequence_group(parts: int) -> dist.ProcessGroup:
     """
     check_parts(parts, dist.get_world_size())
     groups = [dist.new_group(list(range(first, first + parts))) for first in range(0, dist.get_world_size(), parts)]
+    lift_limits()
     return groups[dist.get_rank() // parts]
 
 
@@ -51,37 +53,37 @@ def check_parts(parts: int, num_processes: int) -> None:
         )
 
 
-def share_rows(model: Any, parts: int) -> None:
-    """Let ``model`` attend over rows that ``parts`` processes share. All processes call together.
+def share_rows(model: Any, parts: int, max_tokens: int | None = None) -> None:
+    """Let ``model`` attend over rows, with examples of ``max_tokens``, that ``parts`` processes share. All call together.
 
     Raises:
         ConfigError: the model's heads cannot be divided so, or its logits are not those of whole rows.
     """
-    config, group = model.config.get_text_config(), sequence_group(parts)
-    if config.num_attention_heads % parts:
-        raise ConfigError(
-            f"strategy.sequence_parallel={parts} must divide the model's {config.num_attention_heads} attention heads"
-        )
-    implementation = getattr(model.config, "_attn_implementation", None)
-    if implementation not in ("sdpa", BY_DOCUMENT):
-        raise ConfigError(f"strategy.sequence_parallel={parts} works with model.attention=sdpa, not {implementation}")
-    AttentionInterface.register(NAME, functools.partial(attention_in_parts, group))
-    AttentionMaskInterface.register(NAME, document_mask)
-    part, is_exact = dist.get_rank(group), model.dtype == torch.float32
-    whole = packed_logits(model)
-    length = -(-32 // parts)  # of a part
-    expected = torch.cat([row[part * length : (part + 1) * length] for row in (whole[:30], whole[30:])])  # 30 and 32 tokens
-    model.set_attn_implementation(NAME)
-    try:
-        problem = find_difference(packed_logits(model, part, parts), expected, is_exact=is_exact)
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever a model does with a mask that it does not know
-        problem = f"{type(error).__name__}: {error}"
+    group = sequence_group(parts)
+    problem = row_sharing_problem(model.config, parts, max_tokens) or _compare(model, group)
     if found := [problem for problem in gather(problem) if problem]:
-        raise ConfigError(
+        error = ConfigError(
             f"strategy.sequence_parallel={parts} does not work for {type(model).__name__}: {found[0]}; set it to 1"
         )
+        error.is_of_all = True
+        raise error
+
+
+def _compare(model: Any, group: dist.ProcessGroup) -> str | None:
+    """Switch ``model`` over, and return how its logits differ from those of whole rows, or None."""
+    implementation = getattr(model.config, "_attn_implementation", None)
+    if implementation not in ("sdpa", BY_DOCUMENT):
+        return f"its attention is {implementation}, not sdpa"
+    part, parts, whole = dist.get_rank(group), dist.get_world_size(group), packed_logits(model)
+    length = -(-32 // parts)  # of a part
+    expected = torch.cat([row[part * length : (part + 1) * length] for row in (whole[:30], whole[30:])])  # 30 and 32 tokens
+    AttentionInterface.register(NAME, functools.partial(attention_in_parts, group))
+    AttentionMaskInterface.register(NAME, document_mask)
+    try:
+        model.set_attn_implementation(NAME)
+        return find_difference(packed_logits(model, part, parts), expected, is_exact=model.dtype == torch.float32)
+    except Exception as error:  # whatever a model does with a mask that it does not know
+        return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
 
 
 def attention_in_parts(
@@ -102,10 +104,10 @@ def attention_in_parts(
     per_kv = whole[0].shape[1] // whole[1].shape[1]
     key, value = (tensor.repeat_interleave(per_kv, dim=1) if per_kv > 1 else tensor for tensor in whole[1:])
     bare: Any = SimpleNamespace(is_causal=True, training=module.training)  # heads are repeated already
-    if len(attention_mask) == 1:  # no document: an idle batch
-        attended = whole[0].transpose(1, 2) * 0
-    else:
-        attended, _ = attention_by_document(bare, whole[0], key, value, attention_mask[1:], **kwargs)
+    documents = attention_mask[1:]
+    if not len(documents):  # an idle batch; every parameter must have a gradient all the same, or ZeRO-3 loses those it has
+        documents = torch.tensor([[0, 0, whole[0].shape[2]]])
+    attended, _ = attention_by_document(bare, whole[0], key, value, documents, **kwargs)
     return _to_parts(attended, group), None
 
 

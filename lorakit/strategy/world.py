@@ -10,12 +10,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.distributed.rendezvous import rendezvous
 
 from lorakit.errors import ConfigError, LorakitError
 from lorakit.strategy import watch
 
 Found = TypeVar("Found")
+_is_watched = False
+WATCHED_LIMIT = datetime.timedelta(days=7)  # of an operation: the watchers know better when to give up
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,15 @@ def join(world: World, *, device: str, timeout_seconds: float = 600.0, watched: 
     """Form the group of all processes, once. A process that runs alone forms a group of one, which needs no network.
 
     Args:
-        timeout_seconds: how long a process waits for the others in one operation.
-        watched: a watcher beside each process ends all of them where one is stopped, cut off, or stuck for that long in a step.
+        timeout_seconds: how long a process waits for the others in one operation, where nobody watches.
+        watched: a watcher beside each process ends all of them where one is stopped, cut off, or stuck for that long in a step;
+            one that loads, writes or evaluates for longer is waited for.
     """
     if dist.is_initialized():
         return
     # Before anything starts threads: the watcher is a fork.
     tell = watch.start(world.rank, world.size, step_limit_s=timeout_seconds) if watched and world.size > 1 else None
-    timeout = datetime.timedelta(seconds=timeout_seconds + 60)  # the watchers, who name who is late, come first
+    timeout = datetime.timedelta(seconds=timeout_seconds + 60)
     if world.size == 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
@@ -75,6 +79,15 @@ def join(world: World, *, device: str, timeout_seconds: float = 600.0, watched: 
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     if tell is not None:
         tell(os.environ["MASTER_ADDR"], share(watch.free_port()))
+        global _is_watched
+        _is_watched = True
+        lift_limits()
+
+
+def lift_limits() -> None:
+    """Let operations of all groups that there are take as long as they like, where watchers decide when to give up."""
+    for group in list(_world.pg_map) if _is_watched else []:
+        _set_pg_timeout(WATCHED_LIMIT, group)
 
 
 def _fresh_store(world: World, timeout: datetime.timedelta) -> dist.Store:

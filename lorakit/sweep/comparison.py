@@ -16,7 +16,8 @@ from lorakit.errors import CheckpointError
 from lorakit.weights.run import History, Run, flatten, list_runs
 
 DEFAULT_METRICS = ("val/loss", "train/loss")
-_NEVER_COMPARED = ("run", "resume", "group", "sweep", "paths.", "logger.", "plan.", "checkpoint.", "callbacks.")
+_NAMES = ("run", "resume", "group", "sweep.trial", "paths.runs")
+_NEVER_COMPARED = (*_NAMES, "sweep", "paths.", "logger.", "plan.", "checkpoint.", "callbacks.")  # unless it was typed
 _BARS = "▁▂▃▄▅▆▇█"
 Points = list[tuple[int, float]]
 
@@ -177,7 +178,8 @@ def _config_of(run: Run) -> dict[str, Any]:
 
 def _settings(run: Run, config: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what is computed; those that say ``auto`` as what they came to."""
-    flat = {key: value for key, value in flatten(config).items() if not key.startswith(_NEVER_COMPARED)}
+    typed = {text.lstrip("+").partition("=")[0] for text in run.info.get("overrides", ())} - set(_NAMES)
+    flat = {key: value for key, value in flatten(config).items() if key in typed or not key.startswith(_NEVER_COMPARED)}
     return flat | {key: value for key, value in run.info.get("resolved", {}).items() if key in flat}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import json
 import logging
 import math
 import zlib
@@ -10,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+import yaml
 
 from lorakit.errors import CheckpointError, report
 from lorakit.weights.files import lock_file
@@ -46,7 +50,7 @@ class Trial:
         return self.trial.number
 
 
-@dataclass(frozen=True)
+@dataclass
 class Study:
     """A sweep's study.
 
@@ -64,6 +68,7 @@ class Study:
     metric: str
     num_trials: int
     build_sampler: Callable[[int], optuna.samplers.BaseSampler]
+    is_exhausted: bool = False
 
     def next_trial(self) -> Trial | None:
         """One that a dead worker left, or a new one; None when there are enough.
@@ -82,18 +87,23 @@ class Study:
                     return Trial(OptunaTrial(self.study, left._trial_id), lock, is_resumed=True)
                 if lock:
                     lock.close()
-            if len(trials) >= self.num_trials:
+            if self.is_exhausted or len(trials) >= self.num_trials:
                 return None
+            self._seed(len(trials))
             trial = self.study.ask()
-            self._seed(trial.number)
+            self._seed(trial.number)  # another machine may have begun one meanwhile
             lock = self._lock_of(trial.number)
             assert lock is not None  # nobody else knows of the trial yet
             return Trial(trial, lock, is_resumed=False)
 
     def run_of(self, number: int) -> Run | None:
-        """The run of trial ``number``, or None where it has no folder yet."""
+        """The run of trial ``number``, or None where it has none yet; one that somebody else gave that name is none."""
         folder = self.runs / f"{self.folder.name}-{number}"
-        return open_run(folder) if (folder / RUN_FILE).exists() else None
+        if not (folder / RUN_FILE).exists():
+            return None
+        run = open_run(folder)
+        sweep = yaml.safe_load(run.config_text()).get("sweep") or {}
+        return run if sweep.get("trial") == number else None
 
     def close_trial(self, trial: Trial) -> str:
         """Tell Optuna what came of the trial's run, and return it in words."""
@@ -113,7 +123,14 @@ class Study:
     def _tell(self, trial: Trial, state: str, value: float | None) -> None:
         from optuna.trial import TrialState
 
-        self.study.tell(trial.trial, value if state == "COMPLETE" else None, TrialState[state])
+        try:
+            self.study.tell(trial.trial, value if state == "COMPLETE" else None, TrialState[state])
+        except (
+            RuntimeError
+        ) as error:  # a sampler that knows that nothing is left says so by a method that wants Optuna's own loop
+            if "Study.stop" not in str(error):
+                raise
+            self.is_exhausted = True
         trial.lock.close()
         (self.folder / f"trial-{trial.number}.lock").unlink(missing_ok=True)
 
@@ -157,17 +174,17 @@ def last_value(run: Run, metric: str) -> float | None:
 
 
 def open_study(
-    folder: Path, runs: Path, *, storage: str, metric: str, direction: str, num_trials: int, facts: dict[str, str], resume: Any,
+    folder: Path, runs: Path, *, storage: str, metric: str, direction: str, num_trials: int, settings: dict[str, str], resume: Any,
     build_sampler: Callable[[int], optuna.samplers.BaseSampler],
 ) -> Study:  # fmt: skip
     """Open or begin the study in ``folder``.
 
     Args:
-        facts: what must be the same whenever it goes on, by name.
+        settings: what must be the same whenever it goes on, by key.
         resume: True goes on, False begins, ``auto`` does either.
 
     Raises:
-        CheckpointError: it is there and shall not, or is not there and shall, or was begun with other facts.
+        CheckpointError: it is there and shall not, or is not there and shall, or was begun with other settings.
     """
     import optuna
 
@@ -178,16 +195,23 @@ def open_study(
         raise CheckpointError(f"resume=true, but there is no sweep in {folder}; resume=auto would begin it")
     if files and files != [SQLITE_FILE if storage == "sqlite" else JOURNAL_FILE]:
         raise CheckpointError(f"{folder} was begun with another sweep.storage than {storage}: it has {files[0]}")
+    found = (path.parent for path in runs.glob(f"{glob.escape(folder.name)}-*/{RUN_FILE}"))
+    if not files and (taken := [path for path in found if path.name.removeprefix(f"{folder.name}-").isdigit()]):
+        raise CheckpointError(f"{taken[0]} is a run already, and not of this sweep; choose another group=NAME")
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         storage=open_storage(folder, storage), study_name=folder.name, direction=direction, load_if_exists=True
     )
-    if not (then := study.user_attrs):
-        for name, value in facts.items():
-            study.set_user_attr(name, value)
-    changed = [f"{name}: {then[name]} then, {value} now" for name, value in facts.items() if then.get(name, value) != value]
+    if "settings" not in study.user_attrs:
+        study.set_user_attr("settings", json.dumps(settings))
+    then = json.loads(study.user_attrs["settings"])
+    changed = [
+        f"{key}: {then.get(key, 'not set')} then, {settings.get(key, 'not set')} now"
+        for key in dict.fromkeys([*then, *settings])
+        if then.get(key) != settings.get(key)
+    ]
     if changed:
-        remedy = "Set them as they were, or choose another group=NAME."
+        remedy = "Set these as they were, or choose another group=NAME."
         raise CheckpointError(report(f"{folder} was begun with other settings:", changed, remedy=remedy))
     return Study(folder, runs, study, metric, num_trials, build_sampler)
 

@@ -67,13 +67,13 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def lock_file(path: Path, *, wait: bool = False, shared: bool = False) -> IO[str] | None:
-    """Lock ``path``, making it if need be, until the returned file is closed or this process ends; None where another has it.
+    """Lock ``path`` until the returned file is closed or this process ends; None where another has it.
 
     Args:
         wait: for the other, instead.
-        shared: others may lock it so at the same time.
+        shared: others may lock it so at the same time. It must be there; else it is made.
     """
-    file = path.open("a", encoding="utf-8")
+    file = path.open("r" if shared else "a", encoding="utf-8")
     try:
         import fcntl
 

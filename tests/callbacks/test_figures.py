@@ -68,6 +68,7 @@ def test_throughput_counts_tokens_trained_tokens_padding_and_seconds(tmp_path: P
         assert metrics["memory/gigabytes"] > 0.05
     assert callback.num_tokens == sum(map(len, DATUMS))
     assert callback.seconds == 40
+    assert callback.first_step_seconds is not None and 0 < callback.first_step_seconds < 60
     assert callback.tokens_per_second == pytest.approx(sum(map(len, DATUMS)) / 40)
 
 

@@ -58,7 +58,7 @@ def test_trials_are_chosen_from_what_came_before_and_pruned(workplace: Path, lor
     code, _, err = lorakit(*OPTUNA, *EXACT, *pruner, "group=hunt")
     assert code == 2 and "holds a sweep already; go on with it by resume=true" in err
     code, _, err = lorakit(*OPTUNA, *EXACT, *pruner, "group=hunt", "resume=true", "lora.rank=8")
-    assert code == 2 and "the other settings: " in err and "lora.rank=8" in err
+    assert code == 2 and "begun with other settings:\n  lora.rank: 4 then, 8 now" in err
     code, out, _ = lorakit(*OPTUNA, *EXACT, *pruner, "resume=true")  # the last sweep
     assert code == 0 and f"best: hunt-{best}" in out and len(trials_of(workplace, "hunt")) == 5
 
@@ -122,6 +122,52 @@ def test_a_figure_that_no_run_has_ends_the_sweep_at_its_first_trial(workplace: P
         "train", "sweep=optuna", "lora.dropout=0,0.1", "group=b", "data.val_path=null", *quick, "data.val_rows=null"
     )
     assert code == 2 and "sweep.metric=val/loss needs rows to evaluate on" in err
+
+
+def test_trials_are_never_runs_that_others_have_made(workplace: Path, lorakit: Call) -> None:
+    quick = (*SMALL, "trainer.max_steps=1", "trainer.eval_every_steps=1", "callbacks.samples=null")
+    assert lorakit("train", *quick, "run=mine-1")[0] == 0
+    code, _, err = lorakit("train", "sweep=optuna", "lora.dropout=0,0.1", "group=mine", *quick)
+    assert code == 2 and "runs/mine-1 is a run already, and not of this sweep" in err
+    assert lorakit("train", "sweep=optuna", "lora.dropout=0,0.1", "sweep.trials=1", "group=own", *quick)[0] == 0
+    assert lorakit("train", *quick, "run=own-1")[0] == 0  # made behind the sweep's back
+    code, _, err = lorakit("train", "sweep=optuna", "lora.dropout=0,0.1", "sweep.trials=3", "group=own", "resume=true", *quick)
+    states = [state for state, *_ in trials_of(workplace, "own")]
+    assert code == 2 and states == ["COMPLETE", "FAIL", "COMPLETE"] and "own-1" in err
+
+
+def test_a_sampler_that_has_tried_everything_ends_the_sweep(workplace: Path, lorakit: Call) -> None:
+    quick = (
+        *SMALL,
+        "trainer.max_steps=1",
+        "trainer.eval_every_steps=1",
+        "callbacks.samples=null",
+        "~sweep.sampler.n_startup_trials",
+    )
+    everything = ("sweep.sampler._target_=optuna.samplers.BruteForceSampler", "sweep.trials=9")
+    code, out, err = lorakit("train", "sweep=optuna", "lora.dropout=0,0.1", "group=all", *everything, *quick)
+    assert code == 0, err
+    trials = trials_of(workplace, "all")
+    assert sorted(params["lora.dropout"] for *_, params, _ in trials) == ["0", "0.1"] and "best: all-" in out
+
+
+def test_failed_jobs_let_go_of_their_models_and_are_named(workplace: Path, lorakit: Call, monkeypatch: Any) -> None:
+    (workplace / "mine.py").write_text(
+        "import gc, lightning as L\n"
+        "from lorakit.training.module import LoRAModule\n"
+        "class Greedy(L.Callback):\n"
+        "    def on_train_start(self, trainer, module):\n"
+        "        gc.collect()\n"
+        "        alive = [x for x in gc.get_objects() if isinstance(x, LoRAModule) and x.model is not None]\n"
+        "        print('alive', len(alive))\n"
+        "        raise MemoryError\n"
+    )
+    monkeypatch.syspath_prepend(workplace)
+    quick = (*SMALL, "trainer.max_steps=1", "callbacks.samples=null", "+callbacks.greedy._target_=mine.Greedy")
+    code, out, err = lorakit("train", "-m", "lora.dropout=0,0.1,0.2", *quick, "group=big")
+    assert code == 2 and "3 of 3 jobs failed" in err and "job 1 (lora.dropout=0.1): the run is out of memory" in err
+    counts = [int(line.split()[1]) for line in out.splitlines() if line.startswith("alive")]
+    assert len(counts) == 3 and counts[2] <= counts[0] + 1  # of the last one Lightning may hold a reference still
 
 
 def test_two_workers_share_a_journal(workplace: Path) -> None:
@@ -193,6 +239,11 @@ def test_every_combination_is_a_run_and_a_second_call_makes_only_what_is_missing
     assert "grid-0 is finished" in out and (workplace / "runs/grid-0/run.json").stat().st_mtime_ns == made
     assert json.loads((workplace / "runs/grid-3/run.json").read_text())["status"] == "finished"
 
+    code, _, err = lorakit("train", "-m", "optim.lr=7e-3,1e-3", "lora.dropout=0,0.1", *quick, "resume=auto")  # in another order
+    assert code == 2 and "grid-0 is finished, with other settings:\n  optim.lr: 0.001 then, 0.007 now" in err
+    code, _, err = lorakit("train", "-m", "optim.lr=1e-3,2e-3", *quick[:-1], "resume=auto")
+    assert code == 2 and "add group=NAME" in err
+
 
 def test_wandbs_agent_runs_what_the_sweep_file_says(workplace: Path, lorakit: Call, monkeypatch: Any) -> None:
     """No server is at hand: the agent's own code is given the command that a server would send."""
@@ -263,6 +314,12 @@ def test_wandbs_agent_runs_what_the_sweep_file_says(workplace: Path, lorakit: Ca
         (("sweep=wandb", "optim.lr=interval(1,2)", "sweep.method=grid"), "wants values, not a range, for optim.lr"),
         (("sweep=wandb", "lora.rank=2,4", "sweep.method=best"), "bayes, random, grid"),
         (("lora.rank=2,4",), "several values make a sweep, so add -m"),
+        (("-m", "lora.rank=2,4", "--cfg", "job"), "leave out -m, and give one value to each setting"),
+        (("sweep=optuna", "lora.rank=2,4", "resume=ture"), "choose true, false or auto"),
+        (
+            ("sweep=optuna", "lora.rank=4", "-m", "lora.dropout=0,0.1", "sweep.sampler._target_=optuna.samplers.GridSampler"),
+            "sampler",
+        ),
     ],
 )
 def test_a_sweep_that_cannot_be_is_one_message_and_leaves_nothing(

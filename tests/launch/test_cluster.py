@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lorakit.weights.run import History, open_run
@@ -94,6 +95,23 @@ def test_a_cut_network_ends_the_job_on_both_hosts(hosts: None, tmp_path: Path) -
     assert time.monotonic() - cut < 60 and all(process.returncode for process in processes)
     assert "rank 1 (host n2)" in outputs[0] and "its machine or the network is gone" in outputs[0]
     assert "cannot reach rank 0 (host n1): its machine or the network is gone" in outputs[1]
+
+
+def test_a_rank_that_is_killed_is_started_again_on_both_hosts(hosts: None, tmp_path: Path) -> None:
+    settings = ("trainer.max_steps=20", "checkpoint.every_steps=4")
+    assert all("Error" not in read(process) for process in train_on_both(tmp_path, "run=whole", *settings))
+    processes = train_on_both(tmp_path, "run=it", *settings, "launch.max_restarts=1")
+    wait_for_step(tmp_path / "runs" / "it", 6)
+    everyone = psutil.Process(processes[1].pid).children(recursive=True)
+    workers = [
+        child for child in everyone if child.environ().get("RANK") == "1" and child.parent().environ().get("RANK") is None
+    ]
+    workers[0].kill()
+    outputs = [read(process, timeout=180) for process in processes]
+    ours, theirs = (History(tmp_path / "runs" / name).read() for name in ("it", "whole"))
+    assert "restart 1 of 1" in outputs[0] and "resuming from step" in outputs[0], outputs
+    assert [process.returncode for process in processes] == [0, 0]
+    assert abs(ours[-1]["val/loss"] - theirs[-1]["val/loss"]) < 1e-5 and len(ours) == len(theirs)
 
 
 def test_slurm_trains_on_two_nodes_and_goes_on_when_it_queues_again(slurm: str, tmp_path: Path) -> None:

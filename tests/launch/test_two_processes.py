@@ -155,3 +155,52 @@ def test_ctrl_c_ends_all_processes_at_the_same_step_with_a_checkpoint(tmp_path: 
     run = open_run(tmp_path / "runs" / "it")
     assert run.state == "interrupted"
     assert (run.checkpoints / f"step-{run.info['step']:06d}").is_dir()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_out_of_memory_is_named_and_the_job_ends(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, resource, lightning as L\n"
+        "class Tight(L.Callback):\n"
+        "    def on_train_batch_end(self, trainer, *_):\n"
+        "        if os.environ['RANK'] == '1' and trainer.global_step == 3:\n"
+        "            pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "            resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + 2**20,) * 2)\n"
+        "            with open('tight', 'w'): pass\n"
+        "            import torch; self.more = [torch.zeros(2**22) for _ in range(40)]\n"
+    )
+    settings = ("run=it", "trainer.max_steps=400", "strategy=ddp", "trainer.devices=2", "+callbacks.tight._target_=mine.Tight")
+    process = start(*settings, cwd=tmp_path, path=tmp_path)
+    end = time.monotonic() + 120
+    while not (tmp_path / "tight").exists():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.1)
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    begun = time.monotonic()
+    _, errors = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 2 and time.monotonic() - begun < DEADLINE_S
+    assert "rank 1 (host" in errors and "is out of memory" in errors and "data.batch_size" in errors, errors
+    assert not [child for child in everyone if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.slow
+def test_two_minutes_of_loading_writing_or_evaluating_in_one_process_are_waited_for(tmp_path: Path) -> None:
+    """Far longer than a step may take, and than the operations in which the other process waits would wait by themselves."""
+    (tmp_path / "mine.py").write_text(
+        "import os, time, lightning as L\n"
+        "class Sleep(L.Callback):\n"
+        "    def setup(self, trainer, module, stage):\n"
+        "        time.sleep(120 if os.environ['RANK'] == '1' else 0)\n"
+        "    def on_save_checkpoint(self, trainer, module, checkpoint):\n"
+        "        time.sleep(120 if os.environ['RANK'] == '0' and trainer.global_step == 1 else 0)\n"
+        "    def on_validation_start(self, trainer, module):\n"
+        "        time.sleep(120 if os.environ['RANK'] == '1' and trainer.global_step == 3 else 0)\n"
+    )
+    settings = ("trainer.devices=2", "strategy=zero2", "launch.collective_timeout_seconds=20", "checkpoint.every_steps=1")
+    begun = time.monotonic()
+    process = start(
+        "run=it", "trainer.max_steps=4", *settings, "+callbacks.sleep._target_=mine.Sleep", cwd=tmp_path, path=tmp_path
+    )
+    output, errors = process.communicate(timeout=550)
+    assert process.returncode == 0, output + errors
+    assert time.monotonic() - begun > 360 and open_run(tmp_path / "runs" / "it").is_finished

@@ -131,6 +131,19 @@ def test_in_lonely_rows_some_experts_have_nothing_to_do(shared: Path) -> None:
             assert len(used) < model.config.num_experts
 
 
+def assert_sends_the_adapter_only(strategy: str, found: dict[str, Any]) -> None:
+    """Bytes that one of two processes writes to the network in a step, which the system counts."""
+    adapter = sum(tensor.numel() for tensor in found["end"].values()) * 4
+    sent = [found["written"][step + 1] - found["written"][step] for step in range(2, 20)]
+    assert len(set(sent)) == 1
+    # Gradients are summed once in a step (ZeRO-2: once for each of two micro-batches), parameters of the other half fetched.
+    expected = {"ddp": adapter, "zero1": 1.5 * adapter, "zero2": 2.5 * adapter}
+    if strategy in expected:
+        assert expected[strategy] <= sent[0] <= expected[strategy] + 4096  # loss, norm, counts and figures
+    else:
+        assert sent[0] > 5 * adapter  # the base, layer by layer
+
+
 def only_b(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in adapter.items() if "lora_B" in name}
 
@@ -169,6 +182,8 @@ def test_a_strategy_computes_what_one_process_does(
     for name in (name for name in found if name.startswith("cut_")):
         assert abs(found[name]["steps"][1]["train/loss"] - base_loss) < 1e-5 * base_loss
         assert relative_l2(only_b(found[name]["first"]), only_b(expected["cut_8x1"]["first"])) < 1e-6
+    if world == 2:
+        assert_sends_the_adapter_only(strategy, found["sgd"])
     # A window that is not finite in one process is skipped in all.
     assert found["bad"]["num_bad_steps"] == expected["bad"]["num_bad_steps"] == 1
     assert relative_l2(found["bad"]["end"], expected["bad"]["end"]) < 1e-5

@@ -48,6 +48,7 @@ class Record(L.Callback):
         self.end: dict[str, torch.Tensor] = {}
         self.samples: list[tuple[int, ...]] = []
         self.steps: dict[int, dict[str, float]] = {}
+        self.written: dict[int, int] = {}
         self.stop_at = stop_at
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -56,6 +57,8 @@ class Record(L.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if not trainer.fit_loop._should_accumulate():
             self.steps[trainer.global_step] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            # Bytes that this process has written so far, to the network among others.
+            self.written[trainer.global_step] = int(Path("/proc/self/io").read_text().split()[3])
             trainer.should_stop = trainer.global_step == self.stop_at
             if trainer.global_step == 1:
                 self.first = copies(pl_module.model)
@@ -136,7 +139,13 @@ def fit(folder: Path, plan: dict[str, Any], name: str, options: dict[str, Any]) 
         state = list_checkpoints(Path(resume))[-1].folder / STATE_FILE
     trainer.fit(module, datamodule=datamodule, ckpt_path=state, weights_only=True if state else None)
     if world.is_first:
-        found = {"start": record.start, "first": record.first, "end": record.end, "steps": record.steps}
+        found = {
+            "start": record.start,
+            "first": record.first,
+            "end": record.end,
+            "steps": record.steps,
+            "written": record.written,
+        }
         found |= {"samples": record.samples, "num_bad_steps": module.num_bad_steps}
         torch.save(found, folder / f"{name}.pt")
 

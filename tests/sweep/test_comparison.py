@@ -139,3 +139,10 @@ def test_a_folder_that_is_torn_does_not_hide_the_others(runs: Path) -> None:
     (runs / "s-1" / "history.jsonl").write_text('{"step": 1, "val/loss": 2.0}\n{"step": 2, "val/lo')
     best = compare(runs, "s").rows[0]
     assert (best.run.name, best.last) == ("s-1", 2.0)
+
+
+def test_what_was_typed_is_compared_even_where_it_does_not_change_the_result(tmp_path: Path) -> None:
+    for number in (0, 1):
+        config = {"group": "s", "callbacks": {"x": {"patience": number, "folder": f"s-{number}"}}}
+        _make_run(tmp_path, f"s-{number}", config, [1.0 + number], overrides=[f"+callbacks.x.patience={number}", "run=s"])
+    assert compare(tmp_path, "s").keys == ["callbacks.x.patience"]
