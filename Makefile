@@ -1,16 +1,16 @@
-# make demo | test | test-all | test-oldest | check | format | bench | bench-quick | bench-gpu. Each sets up .venv by itself, with the versions of constraints.txt.
+# make demo | test | test-all | test-oldest | check | format | bench | bench-quick | bench-several | bench-gpu. Each sets up .venv by itself, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-oldest check format bench bench-quick bench-gpu clean
+.PHONY: demo test test-all test-oldest check format bench bench-quick bench-several bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/lorakit demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
@@ -39,6 +39,11 @@ format: $(STAMP)
 bench bench-quick: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps trl==1.16.0
 	$(BIN)/python scripts/bench/bench.py $(if $(filter bench-quick,$@),--quick)
+
+# Several processes beside separate runs, and the longest rows that they can share.
+bench-several: $(STAMP)
+	$(BIN)/python scripts/bench/several.py
+	$(BIN)/python scripts/bench/several.py --sequence
 
 # On a machine with a GPU: runs in whatever environment has its torch (PYTHON), not in .venv, whose torch is for the CPU.
 bench-gpu:

@@ -153,3 +153,15 @@ def test_no_packed_row_is_longer_than_asked(make: Make) -> None:
     batches = list(make(row_tokens=24))
     assert max(batch.input_ids.shape[1] for batch in batches) <= 24
     assert any(batch.position_ids is not None for batch in batches)
+
+
+@pytest.mark.parametrize("row_tokens", [None, 24])
+def test_processes_that_share_rows_have_the_same_windows_cursors_and_weights(make: Make, row_tokens: int | None) -> None:
+    options = {"row_tokens": row_tokens, "accumulate": 2, "num_epochs": 1}
+    for rank in (0, 1):
+        whole = list(make(rank=rank, world_size=2, **options))
+        parts = [list(make(rank=rank, world_size=2, part=part, parts=2, **options)) for part in (0, 1)]
+        for batch, *cut in zip(whole, *parts, strict=True):
+            assert {piece.window_weight for piece in cut} == {batch.window_weight}
+            assert all(piece.cursor == batch.cursor and piece.spans == batch.spans for piece in cut)
+            assert sum(piece.weight for piece in cut) == batch.weight

@@ -78,6 +78,28 @@ def test_a_killed_rank_ends_the_job_and_another_number_of_processes_goes_on(tmp_
     assert open_run(tmp_path / "runs" / "it").state == "interrupted"
 
 
+def test_two_processes_share_rows_and_one_goes_on(tmp_path: Path) -> None:
+    settings = ("trainer.max_steps=4", "trainer.precision=32-true", "checkpoint.every_steps=2", "data.packing=true")
+    for name, more in (
+        ("shared", ("trainer.devices=2", "strategy=auto", "strategy.sequence_parallel=2")),
+        ("one", ("trainer.devices=1",)),
+    ):
+        process = start(f"run={name}", *settings, *more, cwd=tmp_path)
+        output, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, output + errors
+    ours, theirs = (History(tmp_path / "runs" / name).read() for name in ("shared", "one"))
+    figures = ("train/loss", "train/grad_norm", "val/loss", "data/padding_share", "expert_load/layer_00_max")
+    for our, their in zip(ours, theirs, strict=True):
+        assert [our.get(name) for name in figures] == pytest.approx([their.get(name) for name in figures], rel=1e-4)
+    assert open_run(tmp_path / "runs" / "shared").info["batches_per_step"] == 1
+    assert (tmp_path / "runs/shared/samples.jsonl").read_text() == (tmp_path / "runs/one/samples.jsonl").read_text()
+
+    process = start("run=no", *settings, "trainer.devices=2", "strategy=ddp", "strategy.sequence_parallel=3", cwd=tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and "so many processes share each row, and there are 2; choose 1, 2" in errors
+    assert not (tmp_path / "runs" / "no").exists()
+
+
 def test_a_bad_row_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": 3}) + "\n", encoding="utf-8")
     process = start("data.path=bad.jsonl", "model.path=tiny", "data.val_rows=null", "trainer.devices=2", cwd=tmp_path)
@@ -204,3 +226,26 @@ def test_two_minutes_of_loading_writing_or_evaluating_in_one_process_are_waited_
     output, errors = process.communicate(timeout=550)
     assert process.returncode == 0, output + errors
     assert time.monotonic() - begun > 360 and open_run(tmp_path / "runs" / "it").is_finished
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "zero3_offload"])
+def test_what_any_strategy_has_trained_is_evaluated_sampled_and_merged(tmp_path: Path, strategy: str) -> None:
+    settings = (f"strategy={strategy}", "trainer.devices=2", "trainer.max_steps=4", "trainer.precision=32-true")
+    process = start("run=it", *settings, cwd=tmp_path)
+    output, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, output + errors
+    run = open_run(tmp_path / "runs" / "it")
+    assert (run.folder / "samples.jsonl").read_text().count("\n") >= 1 and run.info["val_loss"] > 0
+    command = [sys.executable, "-m", "lorakit"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    data = ("--data", "pig_latin/heldout", "--rows", "4", "--json", "figures.json")
+    for more in (
+        ("evaluate", "it", *data),
+        ("sample", "it", "--max-tokens", "4", "--", "a"),
+        ("merge", "it", "--out", "merged"),
+    ):
+        done = subprocess.run([*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["loss"] == pytest.approx(run.info["val_loss"], rel=0.02)  # the adapter is exported in bf16

@@ -10,7 +10,7 @@ import transformers
 from tiny_models import make_model, tiny_config
 
 from lorakit.errors import ConfigError
-from lorakit.model.families import find_targets, packing_is_doubtful, router_modules
+from lorakit.model.families import find_targets, packing_is_doubtful, router_modules, row_sharing_problem
 from lorakit.model.load import load_model, load_tokenizer
 
 
@@ -111,3 +111,22 @@ def test_a_folder_without_a_tokenizer_or_with_lost_tensors_is_refused(tmp_path: 
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"1 tensors are not in its files.*layers\.1\.self_attn\.q_proj"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "parts", "said"),
+    [
+        ("qwen3", {}, 3, "4 attention heads cannot be divided"),
+        ("qwen3_next", {}, 2, "layers of type linear_attention"),
+        ("mistral", {}, 2, "a window of 6 positions"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, 2, "change with the length"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, 2, None),
+        ("qwen3_moe", {}, 4, None),
+        ("mistral", {"sliding_window": 4096}, 2, None),
+    ],
+)
+def test_rows_are_shared_only_where_nothing_depends_on_the_length_of_a_part(
+    family: str, changes: dict[str, object], parts: int, said: str | None
+) -> None:
+    problem = row_sharing_problem(tiny_config(family, **changes), parts, max_tokens=1024)
+    assert problem is None if said is None else said in str(problem)
