@@ -269,7 +269,7 @@ class LoRADataModule(L.LightningDataModule):
         """Which of the processes this one is; so many as ``sequence_parallel`` says share each row."""
         if not self.trainer:
             return {}
-        parts = getattr(self.trainer.strategy, "sequence_parallel", 1)
+        parts = getattr(getattr(self.trainer, "strategy", None), "sequence_parallel", 1)
         (rank, part), world_size = divmod(self.trainer.global_rank, parts), self.trainer.world_size // parts
         return {"rank": rank, "world_size": world_size, "part": part, "parts": parts}
 
