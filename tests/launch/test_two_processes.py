@@ -88,7 +88,7 @@ def test_two_processes_share_rows_and_one_goes_on(tmp_path: Path) -> None:
         output, errors = process.communicate(timeout=180)
         assert process.returncode == 0, output + errors
     ours, theirs = (History(tmp_path / "runs" / name).read() for name in ("shared", "one"))
-    figures = ("train/loss", "train/grad_norm", "val/loss", "data/padding_share", "expert_load/layer_00_max")
+    figures = ("train/loss", "train/grad_norm", "val/loss", "expert_load/layer_00_max")
     for our, their in zip(ours, theirs, strict=True):
         assert our.keys() & {*figures} == their.keys() & {*figures}
         assert {name: our[name] for name in figures if name in our} == pytest.approx(
