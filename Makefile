@@ -1,10 +1,10 @@
-# make demo | test | test-all | test-oldest | check | format | bench | bench-quick | bench-several | bench-gpu. Each sets up .venv by itself, with the versions of constraints.txt.
+# make demo | test | test-all | test-gpu | test-oldest | check | format | bench | bench-quick | bench-several | bench-gpu. Each sets up .venv by itself, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-oldest check format bench bench-quick bench-several bench-gpu clean
+.PHONY: demo test test-all test-gpu test-oldest check format bench bench-quick bench-several bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/lorakit demo
@@ -13,7 +13,11 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not gpu"
+
+# On a machine with a GPU, in whatever environment has its torch and lorakit's other requirements (PYTHON).
+test-gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
 
 # The fast tests on the lowest versions that pyproject.toml allows (a download of gigabytes: that torch has no build without CUDA).
 test-oldest: .venv-oldest/.installed

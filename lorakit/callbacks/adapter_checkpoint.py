@@ -150,11 +150,15 @@ class AdapterCheckpoint(L.Callback):
 
 
 def _will_validate(trainer: L.Trainer) -> bool:
-    """Whether an evaluation follows this batch; the checkpoint then waits for its loss."""
-    every = trainer.val_check_batch
-    if not trainer.enable_validation or not isinstance(every, int):
+    """Whether an evaluation follows this step; the checkpoint then waits for its loss.
+
+    One behind the last step, written before, would be the end of a run that is killed then: it would never be evaluated.
+    """
+    if not trainer.enable_validation:
         return False
-    return (trainer.fit_loop.total_batch_idx + 1) % every == 0
+    every = trainer.val_check_batch
+    is_due = isinstance(every, int) and (trainer.fit_loop.total_batch_idx + 1) % every == 0
+    return is_due or trainer.is_last_batch or trainer.global_step == trainer.max_steps
 
 
 def _is_write_failure(error: RuntimeError) -> bool:

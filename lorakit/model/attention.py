@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -115,16 +117,35 @@ def attention_by_document(
         return sdpa_attention_forward(module, query_BHLD, key_BGLD, value_BGLD, attention_mask, **kwargs)
     batch, heads, length = query_BHLD.shape[:3]
     tokens = [t.transpose(1, 2).reshape(batch * length, t.shape[1], -1) for t in (query_BHLD, key_BGLD, value_BGLD)]
-    found_THD, place_T = [], []
-    for group in group_by_length([tuple(span) for span in attention_mask.tolist()]):
-        places = _places(group, length).to(query_BHLD.device)
+    found_THD = []
+    spans = tuple((row, start, end) for row, start, end in attention_mask.tolist())
+    layout = _layout(spans, length, query_BHLD.device)
+    for places, kept in layout.groups:
         inputs = [t.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2) for t in tokens]
         attended, _ = sdpa_attention_forward(module, inputs[0], inputs[1], inputs[2], None, **{**kwargs, "is_causal": True})
-        kept = _kept(group).to(query_BHLD.device)
-        found_THD.append(attended.flatten(0, 1)[kept] if len(kept) < places.numel() else attended.flatten(0, 1))
-        place_T.append(places.flatten()[kept])
+        found_THD.append(attended.flatten(0, 1) if kept is None else attended.flatten(0, 1)[kept])
     out = query_BHLD.new_zeros((batch * length, heads, value_BGLD.shape[-1]))  # padding of the batch belongs to no document
-    return out.index_copy(0, torch.cat(place_T), torch.cat(found_THD)).view(batch, length, heads, -1), None
+    return out.index_copy(0, layout.place_T, torch.cat(found_THD)).view(batch, length, heads, -1), None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where documents lie among all tokens, on the device that attends: for each group (documents, longest), and what is kept of it."""
+
+    groups: tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
+    place_T: torch.Tensor  # of what all groups keep, one after the other
+
+
+@functools.lru_cache(maxsize=4)
+def _layout(spans: tuple[Span, ...], row_length: int, device: torch.device) -> _Layout:
+    """Made once for all layers of a step: each copy to a GPU would wait until that has done all it was given."""
+    groups, place_T = [], []
+    with torch.inference_mode(False):  # what an evaluation makes must do for a training step on the same documents
+        for group in group_by_length(spans):
+            places, kept = _places(group, row_length), _kept(group)
+            place_T.append(places.flatten()[kept])
+            groups.append((places.to(device), kept.to(device) if len(kept) < places.numel() else None))
+        return _Layout(tuple(groups), torch.cat(place_T).to(device))
 
 
 def group_by_length(spans: Sequence[Span]) -> list[list[Span]]:

@@ -186,6 +186,8 @@ def measure(options: argparse.Namespace, layers: int) -> Iterator[dict[str, Any]
                     record["tokens"] = tokens
                     step = build_step(model, make_batch(tokens, DOCUMENT_TOKENS, config.vocab_size, options.device))
                     seconds, peak_bytes = timed(step, options.device, options.steps)
+                    if options.profile and who != "peft":
+                        profile(step, options.out / f"profile_{layers}_{who}_{rank}_{tokens}_{checkpointing}.txt")
                     counts = operations_per_token(model, config, min(DOCUMENT_TOKENS, tokens), checkpointing=checkpointing)
                     rates = [count * tokens / seconds / peak if peak else None for count in counts]
                     yield record | {
@@ -200,6 +202,20 @@ def measure(options: argparse.Namespace, layers: int) -> Iterator[dict[str, Any]
                 torch.cuda.empty_cache()
 
 
+def profile(step: Step, path: Path) -> None:
+    """Write what one step spends its time on, by kernel and by operation."""
+    step()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as found:
+        step()
+    averages = found.key_averages()
+    tables = [
+        averages.table(sort_by=key, row_limit=45, max_name_column_width=90)
+        for key in ("cuda_time_total", "self_cpu_time_total")
+    ]
+    path.write_text("\n".join(tables), encoding="utf-8")
+
+
 def main() -> None:
     """Compare, measure, write ``bench_gpu.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -207,6 +223,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 48], help="of the models measured")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192], help="per step")
     parser.add_argument("--steps", type=int, default=5, help="measured steps")
+    parser.add_argument("--profile", action="store_true", help="write what a step spends its time on")
     parser.add_argument("--small", action="store_true", help="small shapes, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args()

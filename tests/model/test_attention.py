@@ -55,6 +55,18 @@ def test_outputs_and_gradients_are_those_of_the_mask(family: str, checkpointing:
     assert relative_l2(found_gradients, expected_gradients) < 1e-5
 
 
+def test_a_step_may_follow_an_evaluation_of_the_same_documents() -> None:
+    base = make_model("qwen3")
+    assert attend_by_document(base) is None
+    model = randomise(inject(base, LoRASpec(rank=4)), std=0.02).train()
+    attention._layout.cache_clear()
+    with torch.inference_mode():  # as Lightning evaluates
+        evaluated = target_logprobs(model, collate(ROWS, pad_token_id=0))
+    trained = target_logprobs(model, collate(ROWS, pad_token_id=0))
+    trained.sum().backward()
+    assert attention._layout.cache_info().misses == 1 and torch.equal(trained, evaluated)
+
+
 def test_without_documents_it_is_transformers_own(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, ours = make_model("qwen3"), make_model("qwen3")
     assert attend_by_document(ours) is None

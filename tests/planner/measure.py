@@ -1,6 +1,7 @@
-"""What a step really takes: ``python measure.py CASE.json`` trains a random model for a few steps and prints the bytes as JSON.
+"""What a step really takes: ``python measure.py CASES.json`` trains random models for a few steps and prints the bytes, a line each.
 
-In a process of its own, whose allocator is told to give back at once what is freed: else the resident set is what it once was.
+On a CPU a case has a process of its own, whose allocator is told to give back at once what is freed: else the resident set is what
+it once was. A GPU's allocator counts what is in use, for one case after the other.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import AutoConfig
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss import LOSSES
+from lorakit.model.attention import attend_by_document
 from lorakit.model.layers import enable_checkpointing
 from lorakit.model.load import model_class
 from lorakit.planner.memory import Settings, memory_of
@@ -30,50 +32,90 @@ NUM_STEPS = 3
 make_optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, fused=True)
 
 
-def status(name: str) -> int:
-    """A figure of this process in bytes, ``VmRSS`` or ``VmHWM``."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+class HostMemory:
+    """This process's resident set."""
+
+    def settled(self) -> int:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        return self._status("VmRSS")
+
+    def begin_peak(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        return self._status("VmHWM")
+
+    @staticmethod
+    def _status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+
+
+class GpuMemory:
+    """What torch's allocator has given out."""
+
+    def settled(self) -> int:
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated()
+
+    def begin_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated()
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    settings = dict(case["model"])
+    settings, device = dict(case["model"]), case.get("device", "cpu")
+    memory: HostMemory | GpuMemory = HostMemory() if device == "cpu" else GpuMemory()
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     spec, dtype = LoRASpec(**case["lora"]), getattr(torch, case["shape"]["dtype"])
     with torch.device("meta"):
         skeleton = model_class(config).from_config(config)
-    shape = StepShape(device="cpu", **case["shape"])
+    shape = StepShape(device=device, **case["shape"])
     trace = trace_step(skeleton, spec, shape, make_optimizer)
-    a = torch.randn(64, 64, dtype=dtype)
-    _ = a @ a  # the libraries' own start
-    before = _settled()
-    model = inject(model_class(config).from_config(config, dtype=dtype).requires_grad_(False).eval(), spec)
+    a = torch.randn(64, 64, dtype=dtype, device=device, requires_grad=True)
+    (a @ a).sum().backward()  # the libraries' own start
+    before = memory.settled()
+    with torch.device(device):
+        base = model_class(config).from_config(config, dtype=dtype).requires_grad_(False).eval()
+    model = inject(base, spec)
     if shape.checkpointing:
         enable_checkpointing(model)
+    if (num_documents := case.get("documents", 1)) > 1:
+        attend_by_document(model.get_base_model())
     model.train()
-    loaded = _settled() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+    loaded = memory.settled() - before
+    memory.begin_peak()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained)
-    size = (shape.num_rows, shape.num_positions)
-    for _ in range(NUM_STEPS):
-        tokens = torch.randint(0, config.vocab_size, size)
-        spans = tuple((row, 0, shape.num_positions) for row in range(shape.num_rows))
-        batch = Batch(tokens, tokens.roll(-1), torch.ones(size), None, spans)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=shape.precision == "bf16-mixed"):
+    batches = [_batch(shape, config.vocab_size, num_documents).to(device) for _ in range(NUM_STEPS)]
+    for batch in batches:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=shape.precision == "bf16-mixed"):
             output = compute_loss(model, batch, LOSSES["cross_entropy"])
         output.loss_sum.backward()
         optimizer.step()
         optimizer.zero_grad()
         del output
     return {
-        "planned": memory_of("single", 1, trace, Settings(accumulates=False, is_cuda=False)).total,
-        "measured": status("VmHWM") - before, "loaded": loaded,
+        "planned": memory_of("single", 1, trace, Settings(accumulates=False, is_cuda=device != "cpu")).total,
+        "measured": memory.peak() - before, "loaded": loaded,
         "trainable_planned": trace.num_params, "trainable": sum(parameter.numel() for parameter in trained),
         "weights_planned": trace.weights, "weights": _bytes(model.parameters(), trained=False) + _bytes(model.buffers()),
         "optimizer_planned": trace.optimizer,
         "optimizer": sum(_bytes(state.values()) for state in optimizer.state.values()),
+        "reserved": torch.cuda.max_memory_reserved() if device != "cpu" else None,
     }  # fmt: skip
+
+
+def _batch(shape: StepShape, vocab_size: int, num_documents: int) -> Batch:
+    size, length = (shape.num_rows, shape.num_positions), shape.num_positions // num_documents
+    tokens = torch.randint(0, vocab_size, size)
+    spans = tuple((row, start, start + length) for row in range(size[0]) for start in range(0, size[1], length))
+    positions = (torch.arange(size[1]) % length).expand(size) if num_documents > 1 else None
+    return Batch(tokens, tokens.roll(-1), torch.ones(size), positions, spans)
 
 
 def _bytes(tensors: Any, *, trained: bool | None = None) -> int:
@@ -83,11 +125,9 @@ def _bytes(tensors: Any, *, trained: bool | None = None) -> int:
     return sum(storages.values())
 
 
-def _settled() -> int:
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return status("VmRSS")
-
-
 if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(Path(sys.argv[1]).read_text()))))
+    for number, case in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+        try:
+            print(json.dumps(measure(case)), flush=True)
+        except torch.OutOfMemoryError as error:
+            print(json.dumps({"error": f"case {number}: {error}"}), flush=True)
