@@ -1,4 +1,4 @@
-"""The program on one GPU: what it computes on a CPU, under every strategy; and a mixture of experts of real widths as its preset has it."""
+"""The program on one GPU: what it computes on a CPU, under every strategy; and experts of real widths as their preset has them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_gpu_computes_what_a_cpu_does(name: str, trained: tuple[Path, dict[str
 @pytest.mark.parametrize("name", ["bf16", "zero3"])
 def test_what_a_gpu_has_trained_is_evaluated_sampled_and_merged(name: str, trained: tuple[Path, dict[str, str]]) -> None:
     folder, _ = trained
-    data = ("--data", "pig_latin/heldout", "--rows", "4", "--json", "figures.json")
+    data = ("--data", "pig_latin/heldout", "--limit", "4", "--json", "figures.json")
     commands = (
         ("evaluate", name, *data),
         ("sample", name, "--max-tokens", "4", "--", "a"),

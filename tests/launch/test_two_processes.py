@@ -242,7 +242,7 @@ def test_what_any_strategy_has_trained_is_evaluated_sampled_and_merged(tmp_path:
     assert (run.folder / "samples.jsonl").read_text().count("\n") >= 1 and run.info["val_loss"] > 0
     command = [sys.executable, "-m", "lorakit"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
-    data = ("--data", "pig_latin/heldout", "--rows", "4", "--json", "figures.json")
+    data = ("--data", "pig_latin/heldout", "--limit", "4", "--json", "figures.json")
     for more in (
         ("evaluate", "it", *data),
         ("sample", "it", "--max-tokens", "4", "--", "a"),

@@ -6,6 +6,7 @@ memory, which all processes of a machine share. A thread looks every 10 ms.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import json
@@ -58,8 +59,8 @@ class Watch(threading.Thread):
 
 
 class Phases(Callback):
-    def __init__(self, watch: Watch, before: dict[str, int]) -> None:
-        self.watch, self.before, self.settled = watch, before, dict[str, int]()
+    def __init__(self, watch: Watch) -> None:
+        self.watch, self.settled = watch, dict[str, int]()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.global_step == 1:  # what loading and the strategy's start took is given back
@@ -68,28 +69,36 @@ class Phases(Callback):
         self.settled = resident()
 
 
-def main() -> None:
-    plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    folder, world = Path(sys.argv[1]).parent, current_world()
+def fit(plan: dict[str, Any], model: str, folder: Path, phases: Phases) -> None:
     name = plan["strategy"]
     strategy: Any = "auto" if name == "single" else AdapterDDP() if name == "ddp" else ZeroStrategy(
         stage=int(name[4]), bucket_elements=plan["bucket_elements"], live_elements=plan["live_elements"]
     )  # fmt: skip
-    before, watch = resident(), Watch()
     datamodule = LoRADataModule(path=plan["rows"], batch_size=plan["rows_each"], epochs=None, max_tokens=plan["positions"] + 1)
     datamodule.set_tokenizer(FakeTokenizer())
     module = LoRAModule(
-        lambda: inject(load_model(plan["model"]), LoRASpec(rank=8)), optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
+        lambda: inject(load_model(model), LoRASpec(rank=8)), optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
     )  # fmt: skip
-    phases = Phases(watch, before)
     trainer = L.Trainer(
-        default_root_dir=folder, accelerator="cpu", devices=world.local_size, strategy=strategy, max_steps=3, max_epochs=1,
+        default_root_dir=folder, accelerator="cpu", devices=current_world().local_size, strategy=strategy, max_steps=3, max_epochs=1,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0, limit_val_batches=0, callbacks=[phases],
     )  # fmt: skip
     trainer.fit(module, datamodule=datamodule)
+
+
+def main() -> None:
+    plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    folder = Path(sys.argv[1]).parent
+    # What code takes, and threads and connections, is there before: a small model has been trained.
+    fit(plan, plan["small_model"], folder, Phases(Watch()))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before, watch = resident(), Watch()
+    phases = Phases(watch)
+    fit(plan, plan["model"], folder, phases)
     found = {"before": before, "peaks": watch.peaks, "settled": phases.settled}
-    (folder / f"rank_{world.rank}.json").write_text(json.dumps(found))
+    (folder / f"rank_{current_world().rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
