@@ -7,6 +7,7 @@ registered with PEFT as a custom module, so that PEFT's enable, disable, switch,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,15 +132,10 @@ class ExpertLora(nn.Module, LoraLayer):
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
         """Start as PEFT does: A Kaiming-uniform (or Gaussian with deviation 1/r), B zero; both random for ``False``."""
         for a in self.lora_A[adapter_name].values():
-            if str(init_lora_weights).lower() == "gaussian":
-                nn.init.normal_(a, std=1 / a.shape[1])
-            else:
-                nn.init.uniform_(a, -1 / math.sqrt(a.shape[2]), 1 / math.sqrt(a.shape[2]))
+            is_gaussian = str(init_lora_weights).lower() == "gaussian"
+            _draw_(a, _gaussian(1 / a.shape[1]) if is_gaussian else _uniform(1 / math.sqrt(a.shape[2])))
         for b in self.lora_B[adapter_name].values():
-            if init_lora_weights is False:
-                nn.init.uniform_(b, -1 / math.sqrt(b.shape[2]), 1 / math.sqrt(b.shape[2]))
-            else:
-                nn.init.zeros_(b)
+            _draw_(b, _uniform(1 / math.sqrt(b.shape[2])) if init_lora_weights is False else nn.init.zeros_)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -289,6 +285,24 @@ def _parameters_of(config: Any, module_name: str, stack: ExpertStack) -> list[st
 
 def _by_pattern(patterns: dict[str, Any], key: str, default: Any) -> Any:
     return patterns.get(get_pattern_key(list(patterns), key), default)
+
+
+def _uniform(bound: float) -> Callable[[torch.Tensor], Any]:
+    return lambda tensor: nn.init.uniform_(tensor, -bound, bound)
+
+
+def _gaussian(deviation: float) -> Callable[[torch.Tensor], Any]:
+    return lambda tensor: nn.init.normal_(tensor, std=deviation)
+
+
+@torch.no_grad()
+def _draw_(tensor: torch.Tensor, draw: Callable[[torch.Tensor], Any]) -> None:
+    """Fill ``tensor`` with numbers of the CPU's generator, in float32: the same adapter on every device, whatever the base's dtype."""
+    if tensor.device.type == "meta":
+        return
+    drawn = torch.empty(tensor.shape, dtype=torch.float32)
+    draw(drawn)
+    tensor.copy_(drawn)
 
 
 def _draw_seed() -> int:

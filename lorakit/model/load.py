@@ -89,6 +89,7 @@ def load_model(
 ) -> Any:
     """Return the causal language model in ``dtype``, in evaluation mode, every parameter frozen."""
     import torch
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
@@ -100,7 +101,7 @@ def load_model(
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
-            device_map=device,
+            device_map=None if is_deepspeed_zero3_enabled() else device,  # DeepSpeed itself puts the parts where they belong
             output_loading_info=True,
         )
     lost = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info.get(kind, ()))

@@ -106,7 +106,7 @@ def trace_step(
     for buffer in model.buffers():
         ledger.add(buffer, WEIGHTS)
     try:
-        with mode, _as_on(shape.device):
+        with mode, _as_on(shape.device), _attention_kernel(model, shape):
             return _run(model.train(), shape, make_optimizer, ledger)
     except Exception as error:  # whatever a model does where nothing has values; a run need not end for want of a plan
         is_known = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
@@ -125,6 +125,16 @@ def _with_causal_attention(model: Any, attention: str) -> Any:
     AttentionMaskInterface.register(_ATTENTION, _mask_where_needed)
     model.set_attn_implementation(_ATTENTION)
     return model
+
+
+def _attention_kernel(model: Any, shape: StepShape) -> contextlib.AbstractContextManager[Any]:
+    """On a GPU in float32 no kernel of torch serves fewer heads of keys than of queries; all scores are held then."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1)
+    has_groups = (getattr(config, "num_key_value_heads", None) or heads) < heads
+    if shape.device == "cuda" and shape.precision == "32-true" and has_groups:
+        return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    return contextlib.nullcontext()
 
 
 def _mask_where_needed(**kwargs: Any) -> torch.Tensor | None:

@@ -32,7 +32,7 @@ from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.cross_entropy import cross_entropy
 from lorakit.model.attention import attend_by_document
-from lorakit.model.layers import enable_checkpointing
+from lorakit.model.layers import compile_layers, enable_checkpointing
 from lorakit.training.step import compute_loss
 from lorakit.types import Batch
 
@@ -47,6 +47,7 @@ SMALL = {"vocab_size": 512, "hidden_size": 64, "moe_intermediate_size": 48, "num
          "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2}  # fmt: skip
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+CONTENDERS = ["shared_outer-32", "per_expert-32", "shared_outer-8", "peft-32"]
 Step = Callable[[], float]
 
 
@@ -172,16 +173,24 @@ def measure(options: argparse.Namespace, layers: int) -> Iterator[dict[str, Any]
     peak = next(
         (rate for name, rate in PEAKS.items() if options.device == "cuda" and name in torch.cuda.get_device_name()), None
     )
-    for who, rank in (("shared_outer", 32), ("per_expert", 32), ("shared_outer", 8), ("peft", 32)):
+    for who, rank in (name.rsplit("-", 1) for name in options.contenders):
         for checkpointing in (True, False):
             model = step = None
-            record = {"who": who, "rank": rank, "checkpointing": checkpointing, "layers": layers}
+            record = {
+                "who": who,
+                "rank": int(rank),
+                "checkpointing": checkpointing,
+                "layers": layers,
+                "compile": options.compile,
+            }
             try:
-                model = wrap(make_model(config, options.device, dtype), who, rank)
+                model = wrap(make_model(config, options.device, dtype), who, int(rank))
                 if checkpointing:
                     enable_checkpointing(model)
                 # Random routers may choose otherwise for a rounding, so that the check of packed rows fails: it is told.
                 record["masked_because"] = None if who == "peft" else attend_by_document(model.get_base_model())
+                if options.compile:
+                    compile_layers(model)
                 for tokens in options.tokens:
                     record["tokens"] = tokens
                     step = build_step(model, make_batch(tokens, DOCUMENT_TOKENS, config.vocab_size, options.device))
@@ -223,6 +232,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 48], help="of the models measured")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192], help="per step")
     parser.add_argument("--steps", type=int, default=5, help="measured steps")
+    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, help="layout, or peft, and rank")
+    parser.add_argument("--compile", action="store_true", help="each layer by torch.compile")
     parser.add_argument("--profile", action="store_true", help="write what a step spends its time on")
     parser.add_argument("--small", action="store_true", help="small shapes, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))

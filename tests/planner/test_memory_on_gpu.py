@@ -72,5 +72,6 @@ def test_the_plan_is_within_a_tenth_of_what_a_step_takes(name: str, found: dict[
         f"{name}: planned {case['planned'] / 1e6:.0f} MB, measured {case['measured'] / 1e6:.0f} MB, "
         f"reserved {case['reserved'] / 1e6:.0f} MB"
     )
-    assert case["trainable_planned"] == case["trainable"] and case["weights_planned"] == case["weights"]
+    assert case["trainable_planned"] == case["trainable"]
+    assert case["weights_planned"] == pytest.approx(case["weights"], abs=8)  # a buffer may be of another number format
     assert case["planned"] == pytest.approx(case["measured"], rel=0.1)
