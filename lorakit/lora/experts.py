@@ -300,7 +300,7 @@ def _draw_(tensor: torch.Tensor, draw: Callable[[torch.Tensor], Any]) -> None:
     """Fill ``tensor`` with numbers of the CPU's generator, in float32: the same adapter on every device, whatever the base's dtype."""
     if tensor.device.type == "meta":
         return
-    drawn = torch.empty(tensor.shape, dtype=torch.float32)
+    drawn = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
     draw(drawn)
     tensor.copy_(drawn)
 

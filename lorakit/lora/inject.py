@@ -152,7 +152,8 @@ def inject(model: Any, spec: LoRASpec, *, base_name: str | None = None, adapter_
     model.requires_grad_(False)
     config = to_peft_config(planned, base_name=base_name)
     config.register(model)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    # Drawn on the CPU, whatever device Lightning makes the default for a model: the same adapter everywhere.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about the base's name, which is set below
         torch.manual_seed(spec.seed)
         wrapped: Any = peft.get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=False)

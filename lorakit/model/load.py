@@ -89,10 +89,10 @@ def load_model(
 ) -> Any:
     """Return the causal language model in ``dtype``, in evaluation mode, every parameter frozen."""
     import torch
-    from transformers.integrations import is_deepspeed_zero3_enabled
 
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
+    is_partitioned = _prepare_partitions(dtype)
     with _explained(path), quiet_transformers():
         build = model_class(load_config(path, revision=revision, trust_remote_code=trust_remote_code))
         model, info = build.from_pretrained(
@@ -101,7 +101,7 @@ def load_model(
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
-            device_map=None if is_deepspeed_zero3_enabled() else device,  # DeepSpeed itself puts the parts where they belong
+            device_map=None if is_partitioned else device,  # DeepSpeed itself puts the parts where they belong
             output_loading_info=True,
         )
     lost = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info.get(kind, ()))
@@ -111,6 +111,17 @@ def load_model(
             f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}"
         )
     return model.requires_grad_(False).eval()
+
+
+def _prepare_partitions(dtype: str) -> bool:
+    """Whether ZeRO-3 partitions what is loaded. It makes every tensor in the number format of its own config, which is told it here."""
+    from transformers.integrations import deepspeed
+
+    if not deepspeed.is_deepspeed_zero3_enabled():
+        return False
+    settings = deepspeed.deepspeed_config()
+    settings.update(bf16={"enabled": dtype == "bfloat16"}, fp16={"enabled": dtype == "float16"})
+    return True
 
 
 def model_class(config: Any) -> Any:

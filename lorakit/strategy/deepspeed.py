@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import datetime
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
@@ -93,7 +94,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         if self.stage == 3:
             from transformers.integrations import HfDeepSpeedConfig
 
-            self._hf_config = HfDeepSpeedConfig(self.config)
+            self._hf_config = HfDeepSpeedConfig(copy.deepcopy(self.config))  # model/load.py adds the base's number format
         yield
 
     @property
@@ -126,6 +127,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         finally:
             DeepSpeedEngine._broadcast_model = send
         self._take_over_norm(zero)
+        if cast(ZeroPrecision, self.precision_plugin).precision == "bf16-mixed":
+            # On a GPU the engine switches off any autocast around it that is not its own.
+            engine.torch_autocast_enabled, engine.torch_autocast_dtype = (lambda: True), (lambda: torch.bfloat16)
         lift_limits()  # of the groups that it has made
         return engine, zero
 

@@ -38,7 +38,8 @@ class Worker:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, kind, settings, threads), daemon=True)
         self._process.start()
-        self.problem: str | None = self._pipe.recv()
+        theirs.close()  # a process that dies is the end of the pipe then, which is waited for else
+        self.problem: str | None = self._receive()
 
     def call(self, *, trim: bool = False) -> Measured:
         """Run the contender once; with ``trim``, after memory that earlier calls freed has been given back to the system.
@@ -47,10 +48,17 @@ class Worker:
         told from a trimmed call alone; and its time is not, as every page is then faulted in anew.
         """
         self._pipe.send("trim" if trim else "go")
-        result = self._pipe.recv()
+        result = self._receive()
         if isinstance(result, str):
             raise RuntimeError(result)
         return result
+
+    def _receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"a contender's process has ended with exit code {self._process.exitcode}") from None
 
     def stop(self) -> None:
         self._process.terminate()

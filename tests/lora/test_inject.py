@@ -130,3 +130,20 @@ def test_variants_of_peft_start_at_the_base_too(change: dict) -> None:
 def test_the_config_names_the_base_it_was_given() -> None:
     model = inject(make_model(), LoRASpec(rank=4), base_name="some/base")
     assert model.peft_config["default"].base_model_name_or_path == "some/base"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_the_adapter_is_drawn_on_the_cpu_in_float32_whatever_the_default_device_and_the_base(family: str) -> None:
+    """Lightning makes the GPU the default device while a model is built; ZeRO-3 does not."""
+    expected = inject(make_model(family), LoRASpec(rank=4)).state_dict()
+    with torch.device("meta"):
+        elsewhere = inject(make_model_on_cpu(family), LoRASpec(rank=4)).state_dict()
+    rounded = inject(make_model(family).bfloat16(), LoRASpec(rank=4)).state_dict()
+    for name in (name for name in expected if "lora_" in name):
+        assert torch.equal(elsewhere[name], expected[name])
+        torch.testing.assert_close(rounded[name], expected[name], atol=0, rtol=2**-8)
+
+
+def make_model_on_cpu(family: str) -> Any:
+    with torch.device("cpu"):
+        return make_model(family)

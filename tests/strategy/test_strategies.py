@@ -16,7 +16,7 @@ import torch
 from tiny_models import make_model, relative_l2
 from transformers import AutoModelForCausalLM
 
-WORKER = Path(__file__).parent / "worker.py"
+WORKER = Path(__file__).parent / "train_fits.py"
 WINDOW = 4  # micro-batches of a step, over all processes
 NUM_ROWS = 34  # 17 micro-batches of 2: the last window has one, so that every other process is idle
 LR = 0.02  # of SGD
@@ -59,6 +59,7 @@ def fits(world: int, shared: Path) -> dict[str, dict[str, Any]]:
         },
         "short": {"optimizer": "adamw", "steps": 5, "epochs": 1, "accumulate": accumulate},
         "bad": {"optimizer": "adamw", "steps": 4, "accumulate": accumulate, "not_finite": [world - 1, accumulate + 1]},
+        "bf16": {"optimizer": "sgd", "steps": 4, "accumulate": accumulate, "eval_every": 2, "precision": "bf16-mixed"},
     }
 
 
@@ -182,6 +183,14 @@ def test_a_strategy_computes_what_one_process_does(
     for name in (name for name in found if name.startswith("cut_")):
         assert abs(found[name]["steps"][1]["train/loss"] - base_loss) < 1e-5 * base_loss
         assert relative_l2(only_b(found[name]["first"]), only_b(expected["cut_8x1"]["first"])) < 1e-6
+    for run in (found["bf16"], expected["bf16"]):  # the base is held, and the products are made, in 16 bit
+        assert run["frozen_in"] == run["computed_in"] == ["torch.bfloat16"]
+        assert all(tensor.dtype == torch.float32 for tensor in run["end"].values())
+    # Under ZeRO-3 DeepSpeed's own linear function rounds gradients elsewhere, which tells from the second step on.
+    first = [{1: found_in["bf16"]["steps"][1]} for found_in in (found, expected)]
+    assert largest_difference(*first) < 1e-5
+    most = 2e-2 if strategy.startswith("zero3") else 1e-5
+    assert largest_difference(found["bf16"]["steps"], expected["bf16"]["steps"]) < most
     if world == 2:
         assert_sends_the_adapter_only(strategy, found["sgd"])
     # A window that is not finite in one process is skipped in all.

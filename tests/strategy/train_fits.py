@@ -1,17 +1,19 @@
 """What each process of the strategy tests runs: the fits that a JSON file asks for, one after the other.
 
-``python worker.py plan.json``. For every fit it leaves, from the first process, ``<name>.pt`` in the plan's folder: the adapter at
+``python train_fits.py plan.json``. For every fit it leaves, from the first process, ``<name>.pt`` in the plan's folder: the adapter at
 the start and at the end, and each step's figures.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import torch
@@ -87,13 +89,31 @@ class NotFiniteOnce:
         return replace(output, loss_sum=output.loss_sum * float("nan")) if is_here else output
 
 
-def build_strategy(name: str, parts: int) -> Any:
+class WatchedAutocast:
+    """Cross entropy that remembers in which number format the model was run."""
+
+    def __init__(self) -> None:
+        self.dtypes: set[str] = set()
+
+    def __call__(self, logprobs: torch.Tensor, batch: Batch) -> LossOutput:
+        self.dtypes.add(str(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else "none")
+        return cross_entropy(logprobs, batch)
+
+
+def as_on_a_gpu() -> Any:
+    """DeepSpeed asks for a GPU's autocast, and switches off the one that it finds."""
+    ask = torch.is_autocast_enabled
+    return mock.patch.object(torch, "is_autocast_enabled", lambda device=None: ask(device or "cpu"))
+
+
+def build_strategy(name: str, parts: int, precision: Any) -> Any:
     if name == "single":
         return "auto"
     if name == "ddp":
         return AdapterDDP(sequence_parallel=parts)
     # Some tensors stay whole, some do not.
-    return ZeroStrategy(stage=int(name[4]), offload=name.endswith("offload"), persist_elements=100, sequence_parallel=parts)
+    return ZeroStrategy(stage=int(name[4]), offload=name.endswith("offload"), persist_elements=100, sequence_parallel=parts,
+                        precision=precision)  # fmt: skip
 
 
 OPTIMIZERS = {
@@ -112,9 +132,12 @@ def fit(folder: Path, plan: dict[str, Any], name: str, options: dict[str, Any]) 
     )  # fmt: skip
     datamodule.set_tokenizer(FakeTokenizer())
 
+    precision: Any = options.get("precision", "32-true")
+    watched = WatchedAutocast()
+
     def build_model() -> Any:
         spec = LoRASpec(rank=4, experts=options.get("experts", True), dropout=options.get("dropout", 0.0))
-        model = inject(load_model(plan["model"]), spec)
+        model = inject(load_model(plan["model"], dtype="bfloat16" if precision == "bf16-mixed" else "float32"), spec)
         if options.get("checkpointing"):
             enable_checkpointing(model)
         return model
@@ -122,13 +145,16 @@ def fit(folder: Path, plan: dict[str, Any], name: str, options: dict[str, Any]) 
     module = LoRAModule(
         build_model, optimizer=OPTIMIZERS[options["optimizer"]], schedule=cosine, total_steps=options["steps"],
         clip_norm=options.get("clip_norm", 0.0),
-        loss=NotFiniteOnce(*options["not_finite"]) if "not_finite" in options else "cross_entropy",
+        loss=NotFiniteOnce(*options["not_finite"]) if "not_finite" in options
+        else watched if precision == "bf16-mixed" else "cross_entropy",
     )  # fmt: skip
     record = Record(options.get("stop_at"))
     checkpoints = AdapterCheckpoint(folder / "checkpoints" / name, every_steps=options.get("save_every", 0), keep_last=9)
+    strategy = build_strategy(plan["strategy"], plan.get("parts", 1), precision)
     trainer = L.Trainer(
         default_root_dir=folder, accelerator="cpu", devices=world.local_size, num_nodes=world.num_nodes,
-        strategy=build_strategy(plan["strategy"], plan.get("parts", 1)), max_steps=options["steps"], max_epochs=1,
+        precision=None if isinstance(strategy, ZeroStrategy) else precision, strategy=strategy,
+        max_steps=options["steps"], max_epochs=1,
         accumulate_grad_batches=options["accumulate"], check_val_every_n_epoch=None,
         val_check_interval=options.get("eval_every", 10_000) * options["accumulate"], num_sanity_val_steps=0, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
@@ -137,7 +163,8 @@ def fit(folder: Path, plan: dict[str, Any], name: str, options: dict[str, Any]) 
     state = None
     if resume := options.get("resume"):
         state = list_checkpoints(Path(resume))[-1].folder / STATE_FILE
-    trainer.fit(module, datamodule=datamodule, ckpt_path=state, weights_only=True if state else None)
+    with as_on_a_gpu() if precision == "bf16-mixed" else contextlib.nullcontext():
+        trainer.fit(module, datamodule=datamodule, ckpt_path=state, weights_only=True if state else None)
     if world.is_first:
         found = {
             "start": record.start,
@@ -147,6 +174,8 @@ def fit(folder: Path, plan: dict[str, Any], name: str, options: dict[str, Any]) 
             "written": record.written,
         }
         found |= {"samples": record.samples, "num_bad_steps": module.num_bad_steps}
+        frozen = {str(getattr(p, "ds_tensor", p).dtype) for p in module.model.parameters() if not p.requires_grad}
+        found |= {"computed_in": sorted(watched.dtypes), "frozen_in": sorted(frozen)}
         torch.save(found, folder / f"{name}.pt")
 
 
