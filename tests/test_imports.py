@@ -45,3 +45,12 @@ def test_imports_point_downward(path: Path) -> None:
 def test_the_package_imports_without_torch(statement: str) -> None:
     code = f"import sys; {statement}; sys.exit(any(name in sys.modules for name in ('torch', 'hydra', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_helpers_of_tests_and_scripts_have_names_of_their_own() -> None:
+    """pytest puts each of their folders on the path: of two of one name a test would import the first."""
+    root = PACKAGE.parent
+    names = [
+        path.name for folder in ("tests", "scripts") for path in (root / folder).rglob("*.py") if path.name != "conftest.py"
+    ]
+    assert sorted(names) == sorted({*names})

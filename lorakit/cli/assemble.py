@@ -156,9 +156,8 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
     settings, checkpoint = config["trainer"], config["checkpoint"]
     accumulate = settings["accumulate_grad_batches"]
     eval_every = settings["eval_every_steps"] or max(1, math.ceil(total_steps / 10))
-    callbacks: list[L.Callback] = [
-        build(entry, f"callbacks.{name}") for name, entry in (config["callbacks"] or {}).items() if entry is not None
-    ]
+    callbacks: list[L.Callback] = [PhaseCallback()]  # first: a step is over before other callbacks write or sleep behind it
+    callbacks += [build(entry, f"callbacks.{name}") for name, entry in (config["callbacks"] or {}).items() if entry is not None]
     callbacks += [
         PackingGuard(),
         SequenceParallel(),
@@ -166,7 +165,7 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
         RunHistory(folder),
         AdapterCheckpoint(folder / "checkpoints", **checkpoint),
     ]
-    callbacks += [StepProgress(total_steps), PhaseCallback()]
+    callbacks += [StepProgress(total_steps)]
     strategy = build_strategy(config["strategy"], precision=precision)
     # ZeRO brings its own. The type is Any: Lightning lists literals, and resolve_precision gives one of them.
     accepted: Any = None if getattr(strategy, "_precision_plugin", None) is not None else precision

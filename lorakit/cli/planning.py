@@ -25,7 +25,8 @@ from lorakit.planner.memory import (
     memory_there,
     rough_bound,
 )
-from lorakit.planner.trace import StepShape, StepTrace, trace_step
+from lorakit.planner.trace import StepShape, StepTrace, trace_forward, trace_step
+from lorakit.sampling.generate import MAX_BATCH
 from lorakit.strategy.world import World, gather
 from lorakit.training.precision import base_dtype
 
@@ -48,6 +49,7 @@ class StepPlan:
         self.accelerator = "cpu" if accelerator == "cpu" else "cuda"
         self.shape = step_shape(config, accelerator=self.accelerator, precision=precision, longest=longest)
         self._trace: StepTrace | None = None
+        self._evaluation_bytes: int | None = None
 
     @property
     def trace(self) -> StepTrace:
@@ -71,12 +73,27 @@ class StepPlan:
             keeps_products=keeps,
             **_zero_settings(strategy, self.config["strategy"]),
         )
-        return memory_of(strategy, num_processes, self.trace, settings)
+        memory = memory_of(strategy, num_processes, self.trace, settings)
+        most = max(memory.activations, self.evaluation_bytes - memory.head)
+        return dataclasses.replace(memory, activations=most)
+
+    @property
+    def evaluation_bytes(self) -> int:
+        """What evaluating and sampling hold at their peak, where they have more positions at a time than training; else 0."""
+        if self._evaluation_bytes is None:
+            largest = evaluation_shape(self.config, self.shape, self.longest)
+            self._evaluation_bytes = 0
+            if largest:
+                kept = largest[1] * cache_bytes(self.skeleton.config, self.shape.dtype)
+                self._evaluation_bytes = kept + trace_forward(self.skeleton, self.planned.spec, largest[0])
+        return self._evaluation_bytes
 
     def is_small_for(self, num_bytes: int) -> bool:
         """Whether the step surely fits into ``num_bytes``, and so easily that nobody need know how much it takes."""
+        evaluated = evaluation_shape(self.config, self.shape, self.longest)
+        largest = evaluated[0] if evaluated else self.shape
         bound = rough_bound(
-            self.skeleton, self.planned.num_params, num_tokens=self.shape.num_rows * self.shape.num_positions,
+            self.skeleton, self.planned.num_params, num_tokens=largest.num_rows * largest.num_positions,
             num_positions=self.shape.num_positions, bytes_each=4 if self.shape.dtype == "float32" else 2,
         )  # fmt: skip
         return bound < SMALL_SHARE * num_bytes
@@ -105,6 +122,34 @@ def step_shape(config: Config, *, accelerator: str, precision: str, longest: int
         device=accelerator, checkpointing=trainer["activation_checkpointing"], loss=config["loss"]["name"],
         attention=config["model"]["attention"],
     )  # fmt: skip
+
+
+def evaluation_shape(config: Config, training: StepShape, longest: int | None) -> tuple[StepShape, int] | None:
+    """Return the largest batch that is evaluated or sampled, and the tokens that sampling keeps; None where training has more."""
+    data, samples = config["data"], (config.get("callbacks") or {}).get("samples") or {}
+    num_positions = min(data["max_tokens"], longest or 1 << 62)
+    num_prompts = len(samples.get("prompts") or ()) or samples.get("num_prompts", 0)
+    rows_kept = min(num_prompts, MAX_BATCH) * (num_positions + samples.get("max_tokens", 0))
+    num_rows = max(min(num_prompts, MAX_BATCH), data["val_batch_size"] or 0)
+    if not has_evaluation(config) or num_rows * num_positions <= training.num_rows * training.num_positions * training.parts:
+        return None
+    shape = dataclasses.replace(
+        training, num_rows=num_rows, num_positions=-(-num_positions // training.parts), checkpointing=False
+    )
+    return shape, rows_kept
+
+
+def has_evaluation(config: Config) -> bool:
+    """Whether rows are set aside to evaluate on."""
+    return bool(config["data"]["val_path"] or config["data"]["val_fraction"])
+
+
+def cache_bytes(model_config: Any, dtype: str) -> int:
+    """Bytes of keys and values that sampling keeps for a token, where every layer attends to all tokens."""
+    config = model_config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * (4 if dtype == "float32" else 2)
 
 
 def agree_on_memory(gigabytes: float | None, accelerator: str, world: World) -> int:
@@ -187,7 +232,11 @@ def _changed_plans(plan: StepPlan, num_processes: int) -> Iterator[tuple[list[st
     made: list[str] = []
     if num_processes > 1:
         yield made, plan  # under another strategy
-    for key, value in _changes(plan.config, plan.planned, plan.accelerator):
+    changes = _changes(plan.config, plan.planned, plan.accelerator)
+    if plan.config["data"]["val_batch_size"]:
+        is_first = plan.evaluation_bytes > plan.trace.activations + plan.trace.head
+        changes.insert(0 if is_first else len(changes), ("data.val_batch_size", "null"))
+    for key, value in changes:
         made = [text for text in made if not text.startswith(f"{key}=")] + [f"{key}={value}"]
         config = with_overrides(plan.config, made)
         spec = dataclasses.replace(plan.planned.spec, expert_layout=config["lora"]["expert_layout"])

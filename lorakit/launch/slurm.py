@@ -27,7 +27,7 @@ class SlurmJob(Launch):
         time: limit, as SLURM writes it.
         gres: of each node.
         container: image, for srun's ``--container-image``.
-        setup: lines of shell before the run.
+        setup: lines of shell before the run; one that fails ends the job.
         environment: variables of the job.
         options: further options of sbatch.
         stop_seconds: so long before ``time`` ends do the processes get SIGTERM, and write a checkpoint.
@@ -104,7 +104,7 @@ def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_fo
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _options(launch, name, folder)),
         "",
-        *launch.setup,
+        *_setup_lines(launch.setup),
         *(f"export {key}={shlex.quote(str(value))}" for key, value in (launch.environment or {}).items()),
         'address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "port=$((20000 + SLURM_JOB_ID % 20000))",
@@ -121,6 +121,14 @@ def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_fo
             "fi",
         ]
     return "\n".join([*lines, "exit $code", ""])
+
+
+def _setup_lines(setup: Sequence[str]) -> list[str]:
+    """``setup``, of which a line that fails ends the job: what follows would run in an environment that nobody meant."""
+    if not setup:
+        return []
+    said = "lorakit: a line of launch.setup has failed: $BASH_COMMAND"
+    return ["set -e", f"trap 'echo \"{said}\" >&2' ERR", *setup, "trap - ERR", "set +e"]
 
 
 def _options(launch: SlurmJob, name: str, folder: Path) -> Sequence[str]:

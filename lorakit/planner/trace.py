@@ -89,6 +89,26 @@ def trace_step(
     Raises:
         ConfigError: what the model computes depends on values in a way that no plan can know.
     """
+    with _tracing(skeleton, spec, shape) as (model, ledger):
+        return _run(model.train(), shape, make_optimizer, ledger)
+
+
+def trace_forward(skeleton: Any, spec: LoRASpec, shape: StepShape) -> int:
+    """Return the bytes that an evaluation of ``shape`` holds at its peak, above the model itself.
+
+    Raises:
+        ConfigError: as ``trace_step``.
+    """
+    with _tracing(skeleton, spec, shape) as (model, ledger):
+        before, batch = sum(ledger.live.values()), _batch(shape)
+        with torch.no_grad(), ledger, _autocast(shape.precision):
+            compute_loss(model.eval(), batch, LOSSES[shape.loss])
+        return ledger.peak - before
+
+
+@contextlib.contextmanager
+def _tracing(skeleton: Any, spec: LoRASpec, shape: StepShape) -> Iterator[tuple[Any, _Ledger]]:
+    """A copy of ``skeleton`` with its adapters that runs without values, and the ledger that holds it. Raises ConfigError."""
     model = inject(_with_causal_attention(copy.deepcopy(skeleton), shape.attention), spec)
     if shape.checkpointing:
         enable_checkpointing(model)
@@ -107,7 +127,7 @@ def trace_step(
         ledger.add(buffer, WEIGHTS)
     try:
         with mode, _as_on(shape.device), _attention_kernel(model, shape):
-            return _run(model.train(), shape, make_optimizer, ledger)
+            yield model, ledger
     except Exception as error:  # whatever a model does where nothing has values; a run need not end for want of a plan
         is_known = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
         why = "depends on values" if is_known else "does not run without values"

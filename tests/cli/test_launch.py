@@ -13,7 +13,7 @@ from small import SMALL
 
 from lorakit.cli import preflight
 from lorakit.errors import ConfigError
-from lorakit.launch.slurm import SlurmJob
+from lorakit.launch.slurm import SlurmJob, script_text
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -116,3 +116,12 @@ def test_what_differs_is_named_with_its_ranks(monkeypatch: pytest.MonkeyPatch) -
     assert "x:" not in str(raised.value)
     everyone[1:] = [everyone[0]]
     preflight.agree(lambda: everyone[0][1])
+
+
+def test_a_line_of_setup_that_fails_ends_the_job(tmp_path: Path) -> None:
+    for setup, code in ((["export A=1", "false", "touch reached"], 1), (["true", "touch reached"], 0)):
+        text = script_text(SlurmJob(nodes=1, setup=setup), tmp_path / "job.json", num_processes=1, run_folder=tmp_path / "it")
+        script = text.partition("address=")[0]
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, (tmp_path / "reached").exists()) == (code, code == 0)
+        assert ("a line of launch.setup has failed: false" in done.stderr) == bool(code)

@@ -85,8 +85,26 @@ def test_the_largest_micro_batch_is_planned() -> None:
     assert (shape.num_rows, shape.num_positions, shape.dtype) == (4, 512, "bfloat16")
 
 
+def test_an_evaluation_that_takes_more_than_a_step_is_planned() -> None:
+    small = {
+        "data.batch_size": 2,
+        "data.val_batch_size": "null",
+        "data.val_path": "pig_latin/heldout",
+        "callbacks.samples.num_prompts": 2,
+    }
+    step, evaluated = step_plan(**small), step_plan(**{**small, "data.val_batch_size": 256})
+    sampled = step_plan(**{**small, "callbacks.samples.num_prompts": 100, "callbacks.samples.max_tokens": 1000})
+    sizes = [plan.memory("single", 1).total for plan in (step, evaluated, sampled)]
+    assert step.evaluation_bytes == 0 and sizes[0] < sizes[2] and 2 * sizes[0] < sizes[1]
+    # Keys and values of 100 prompts of 256 tokens and 1,000 samples: 4 layers, 2 heads of 32 of each, float32.
+    assert sampled.evaluation_bytes > 100 * 1256 * 2 * 4 * 2 * 32 * 4
+    assert suggest(evaluated, 1, round(sizes[0] * 1.3)).startswith("it fits with: data.val_batch_size=null")
+    alone = step_plan(**{**small, "data.val_path": "null", "data.val_rows": "null", "data.val_batch_size": 256})
+    assert alone.evaluation_bytes == 0
+
+
 def test_changes_are_suggested_until_it_fits() -> None:
-    found = step_plan(**{"data.batch_size": 16})
+    found = step_plan(**{"data.batch_size": 16, "data.val_batch_size": "null"})
     needed = found.memory("single", 1).total
     text = suggest(found, 1, round(needed * 0.6))
     assert text.startswith("it fits with: trainer.activation_checkpointing=true")
