@@ -1,6 +1,6 @@
 """What each process of a strategy takes: ``memory_worker.py PLAN.json`` trains for some steps and writes ``rank_N.json``.
 
-Bytes by phase (load, steps), the largest that was seen: ``anonymous`` is this process's own, ``files`` what it has of files mapped into
+Bytes by phase (load, first step, steps), the largest that was seen: ``anonymous`` is this process's own, ``files`` what it has of files mapped into
 memory, which all processes of a machine share. A thread looks every 10 ms.
 """
 
@@ -42,6 +42,12 @@ def resident() -> dict[str, int]:
     return {"anonymous": found["RssAnon"] + found["RssShmem"], "files": found["RssFile"]}
 
 
+def give_back() -> None:
+    """Give back to the system what nobody uses, which else stays resident."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 class Watch(threading.Thread):
     """The largest of each figure, by phase."""
 
@@ -62,9 +68,12 @@ class Phases(Callback):
     def __init__(self, watch: Watch) -> None:
         self.watch, self.settled = watch, dict[str, int]()
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.watch.phase = "first step"
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.global_step == 1:  # what loading and the strategy's start took is given back
-            gc.collect()
+            give_back()
             self.watch.phase = "steps"
         self.settled = resident()
 
@@ -92,8 +101,7 @@ def main() -> None:
     folder = Path(sys.argv[1]).parent
     # What code takes, and threads and connections, is there before: a small model has been trained.
     fit(plan, plan["small_model"], folder, Phases(Watch()))
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back()
     before, watch = resident(), Watch()
     phases = Phases(watch)
     fit(plan, plan["model"], folder, phases)

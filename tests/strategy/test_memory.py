@@ -81,6 +81,9 @@ def test_zero3_never_holds_the_whole_base_in_one_process(base: Path, tmp_path: P
     for phase in ("load", "steps"):
         assert all(one[phase]["anonymous"] < size for one in found[4]), phase
     assert all(one["steps"]["files"] < 0.1 * size for ranks in found.values() for one in ranks)  # nothing stays mapped
+    # On the machine, while it is loaded: the parts of all processes, and the largest tensor in each of them.
+    for ranks in found.values():
+        assert sum(one["load"]["anonymous"] for one in ranks) < 1.1 * size + len(ranks) * 0.1 * size
     own = run(base, tmp_path / "single", "single", 1)[0]
     planned = _plan(base)
     for world, ranks in found.items():
@@ -89,7 +92,8 @@ def test_zero3_never_holds_the_whole_base_in_one_process(base: Path, tmp_path: P
         )
         print(f"zero3 on {world}: planned {memory.total / 1e6:.0f} MB, {vars(memory)}")
         most = max(one["steps"]["anonymous"] for one in ranks)
-        assert memory.total == pytest.approx(most, rel=0.1)
+        # Some 65 MB of it are no tensors, with any number of processes: a tenth of a base as small as this one.
+        assert memory.total == pytest.approx(most - 65e6, rel=0.1)
     assert own["settled"]["files"] > 0.95 * size
 
 
