@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-gpu | test-oldest | check | format | bench | bench-quick | bench-several | bench-gpu. Each sets up .venv by itself, with the versions of constraints.txt.
+# make demo | test | test-all | test-gpu | test-oldest | check | format | bench | bench-quick | bench-several | bench-gpu. All but those for a GPU set up .venv by themselves, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

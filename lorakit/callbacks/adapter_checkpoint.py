@@ -40,7 +40,8 @@ class AdapterCheckpoint(L.Callback):
     def __init__(self, folder: str | Path, *, every_steps: int = 100, keep_last: int = 2, keep_best: int = 1) -> None:
         self.folder = Path(folder)
         self.every_steps, self.keep_last, self.keep_best = every_steps, keep_last, keep_best
-        self.interrupt: int | None = None  # the signal that ended the fit
+        self.interrupt: int | None = None  # the signal that ended the fit; one behind the last step ends nothing
+        self._signal: int | None = None  # the first that has come
         self._saved_step = -1
         self._random_state: dict[str, Any] | None = None
         self._old_handlers: dict[int, Any] = {}
@@ -101,8 +102,8 @@ class AdapterCheckpoint(L.Callback):
 
     def _agree_on_interrupt(self, trainer: L.Trainer) -> int | None:
         if trainer.world_size == 1:
-            return self.interrupt
-        number = torch.tensor(self.interrupt or 0, device=trainer.strategy.root_device)
+            return self._signal
+        number = torch.tensor(self._signal or 0, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(number, reduce_op="max")) or None
 
     def _save(self, trainer: L.Trainer, pl_module: Any, val_loss: float | None = None) -> None:
@@ -138,7 +139,7 @@ class AdapterCheckpoint(L.Callback):
         return True
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
-        self.interrupt = self.interrupt or signum
+        self._signal = self._signal or signum
         signal.signal(
             signal.SIGINT, self._old_handlers[signal.SIGINT]
         )  # batch systems may send SIGTERM twice; a person means it

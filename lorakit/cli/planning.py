@@ -39,13 +39,15 @@ class StepPlan:
     """The memory of a run's step under any strategy. The step is traced at the first question, which takes some seconds.
 
     Args:
-        longest: tokens of the longest example, where that is known.
+        longest, val_longest: tokens of the longest example that is trained, or evaluated, where that is known.
     """
 
     def __init__(
-        self, config: Config, skeleton: Any, planned: LoRAPlan, *, accelerator: str, precision: str, longest: int | None = None
-    ) -> None:
-        self.config, self.skeleton, self.planned, self.longest = config, skeleton, planned, longest
+        self, config: Config, skeleton: Any, planned: LoRAPlan, *, accelerator: str, precision: str, longest: int | None = None,
+        val_longest: int | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.skeleton, self.planned = config, skeleton, planned
+        self.longest, self.val_longest = longest, val_longest
         self.accelerator = "cpu" if accelerator == "cpu" else "cuda"
         self.shape = step_shape(config, accelerator=self.accelerator, precision=precision, longest=longest)
         self._trace: StepTrace | None = None
@@ -79,24 +81,29 @@ class StepPlan:
 
     @property
     def evaluation_bytes(self) -> int:
-        """What evaluating and sampling hold at their peak, where they have more positions at a time than training; else 0."""
+        """What evaluating, or sampling, holds at its peak, where it has more positions at a time than a step; else 0."""
         if self._evaluation_bytes is None:
-            largest = evaluation_shape(self.config, self.shape, self.longest)
-            self._evaluation_bytes = 0
-            if largest:
-                kept = largest[1] * cache_bytes(self.skeleton.config, self.shape.dtype)
-                self._evaluation_bytes = kept + trace_forward(self.skeleton, self.planned.spec, largest[0])
+            spec = self.planned.spec
+            found = [self._kept_bytes(one) + trace_forward(self.skeleton, spec, one.shape) for one in self._passes]
+            self._evaluation_bytes = max(found, default=0)
         return self._evaluation_bytes
+
+    @property
+    def _passes(self) -> list[Pass]:
+        return passes_without_gradients(self.config, self.shape, self.val_longest)
+
+    def _kept_bytes(self, one: Pass) -> int:
+        return one.num_kept * cache_bytes(self.skeleton.config, self.shape.dtype)
 
     def is_small_for(self, num_bytes: int) -> bool:
         """Whether the step surely fits into ``num_bytes``, and so easily that nobody need know how much it takes."""
-        evaluated = evaluation_shape(self.config, self.shape, self.longest)
-        largest = evaluated[0] if evaluated else self.shape
+        shapes = [self.shape, *(one.shape for one in self._passes)]
+        kept = max((self._kept_bytes(one) for one in self._passes), default=0)
         bound = rough_bound(
-            self.skeleton, self.planned.num_params, num_tokens=largest.num_rows * largest.num_positions,
-            num_positions=self.shape.num_positions, bytes_each=4 if self.shape.dtype == "float32" else 2,
+            self.skeleton, self.planned.num_params, num_tokens=max(shape.num_rows * shape.num_positions for shape in shapes),
+            num_positions=max(shape.num_positions for shape in shapes), bytes_each=4 if self.shape.dtype == "float32" else 2,
         )  # fmt: skip
-        return bound < SMALL_SHARE * num_bytes
+        return bound + kept < SMALL_SHARE * num_bytes
 
     def first_that_fits(self, num_processes: int, num_bytes: int, *, offloads: bool = True) -> str | None:
         """The strategy that costs least time among those that fit into ``num_bytes``, or None."""
@@ -124,31 +131,43 @@ def step_shape(config: Config, *, accelerator: str, precision: str, longest: int
     )  # fmt: skip
 
 
-def evaluation_shape(config: Config, training: StepShape, longest: int | None) -> tuple[StepShape, int] | None:
-    """Return the largest batch that is evaluated or sampled, and the tokens that sampling keeps; None where training has more."""
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A pass without gradients: its shape, and the tokens whose keys and values are kept beside it."""
+
+    shape: StepShape
+    num_kept: int = 0
+
+
+def passes_without_gradients(config: Config, training: StepShape, longest: int | None) -> list[Pass]:
+    """Return the evaluation and the sampling of a run of ``config``, those of them that have more positions than a step.
+
+    Args:
+        longest: tokens of the longest row that is evaluated, where that is known.
+    """
     data, samples = config["data"], (config.get("callbacks") or {}).get("samples") or {}
-    num_positions = min(data["max_tokens"], longest or 1 << 62)
-    num_prompts = len(samples.get("prompts") or ()) or samples.get("num_prompts", 0)
-    rows_kept = min(num_prompts, MAX_BATCH) * (num_positions + samples.get("max_tokens", 0))
-    num_rows = max(min(num_prompts, MAX_BATCH), data["val_batch_size"] or 0)
-    if not has_evaluation(config) or num_rows * num_positions <= training.num_rows * training.num_positions * training.parts:
-        return None
-    shape = dataclasses.replace(
-        training, num_rows=num_rows, num_positions=-(-num_positions // training.parts), checkpointing=False
-    )
-    return shape, rows_kept
-
-
-def has_evaluation(config: Config) -> bool:
-    """Whether rows are set aside to evaluate on."""
-    return bool(config["data"]["val_path"] or config["data"]["val_fraction"])
+    if not (data["val_path"] or data["val_fraction"]):
+        return []
+    num_positions, most = min(data["max_tokens"], longest or 1 << 62), data["val_rows"] or 1 << 62
+    num_rows = min(data["val_batch_size"] or 0, most)
+    asked = len(samples.get("prompts") or ()) or min(samples.get("num_prompts", 0), most)
+    num_prompts = min(asked, MAX_BATCH)
+    kept = num_prompts * (num_positions + samples.get("max_tokens", 0))
+    shape = dataclasses.replace(training, checkpointing=False)
+    shared = dataclasses.replace(shape, num_rows=num_rows, num_positions=-(-num_positions // training.parts))
+    sampled = dataclasses.replace(shape, num_rows=num_prompts, num_positions=num_positions, parts=1)  # each samples whole rows
+    in_step = training.num_rows * training.num_positions
+    return [Pass(shared)] * (num_rows * shared.num_positions > in_step) + [Pass(sampled, kept)] * (kept > in_step)
 
 
 def cache_bytes(model_config: Any, dtype: str) -> int:
     """Bytes of keys and values that sampling keeps for a token, where every layer attends to all tokens."""
     config = model_config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    all_heads = getattr(config, "num_attention_heads", None) or 0
+    if not all_heads:
+        return 0
+    heads = getattr(config, "num_key_value_heads", None) or all_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // all_heads
     return 2 * config.num_hidden_layers * heads * width * (4 if dtype == "float32" else 2)
 
 
@@ -233,9 +252,10 @@ def _changed_plans(plan: StepPlan, num_processes: int) -> Iterator[tuple[list[st
     if num_processes > 1:
         yield made, plan  # under another strategy
     changes = _changes(plan.config, plan.planned, plan.accelerator)
-    if plan.config["data"]["val_batch_size"]:
-        is_first = plan.evaluation_bytes > plan.trace.activations + plan.trace.head
-        changes.insert(0 if is_first else len(changes), ("data.val_batch_size", "null"))
+    is_first = plan.evaluation_bytes > plan.trace.activations + plan.trace.head  # it is what takes most
+    for one in plan._passes:
+        change = ("callbacks.samples.num_prompts", 1) if one.num_kept else ("data.val_batch_size", "null")
+        changes.insert(0 if is_first else len(changes), change)
     for key, value in changes:
         made = [text for text in made if not text.startswith(f"{key}=")] + [f"{key}={value}"]
         config = with_overrides(plan.config, made)
@@ -243,7 +263,7 @@ def _changed_plans(plan: StepPlan, num_processes: int) -> Iterator[tuple[list[st
         planned = plan.planned if spec == plan.planned.spec else plan_lora(plan.skeleton, spec)
         yield made, StepPlan(
             config, plan.skeleton, planned, accelerator=plan.accelerator, precision=plan.shape.precision,
-            longest=plan.longest,
+            longest=plan.longest, val_longest=plan.val_longest,
         )  # fmt: skip
 
 
@@ -251,9 +271,13 @@ def with_overrides(config: Config, overrides: list[str]) -> Config:
     """``config`` with ``group.key=value`` changed."""
     for override in overrides:
         name, value = override.split("=", 1)
-        group, _, key = name.partition(".")
-        config = {**config, group: {**config[group], key: yaml.safe_load(value)}}
+        config = _changed(config, name.split("."), yaml.safe_load(value))
     return config
+
+
+def _changed(config: Config, path: list[str], value: Any) -> Config:
+    name, *rest = path
+    return {**config, name: _changed(config[name], rest, value) if rest else value}
 
 
 def _changes(config: Config, planned: LoRAPlan, accelerator: str) -> list[tuple[str, Any]]:

@@ -55,7 +55,7 @@ from lorakit.training.optim import LR_SOURCE, auto_lr
 from lorakit.weights.adapter import open_init, write_adapter
 from lorakit.weights.checkpoint import STATE_FILE, newest_whole, remove_behind
 from lorakit.weights.files import find_write_problem, whole_folder
-from lorakit.weights.run import Run, hold
+from lorakit.weights.run import History, Run, hold
 
 log = logging.getLogger("lorakit")
 DEFAULT_THREADS = torch.get_num_threads()
@@ -158,7 +158,9 @@ def _prepare(
     print_data_report(datamodule, console)
     spec, model_config, planned, skeleton = _plan(config, console)
     longest = datamodule.report.longest if datamodule.report else None
-    plan_of_step = StepPlan(config, skeleton, planned, accelerator=accelerator, precision=precision, longest=longest)
+    val_longest = datamodule.val_report.longest if datamodule.val_report else None
+    plan_of_step = StepPlan(config, skeleton, planned, accelerator=accelerator, precision=precision, longest=longest,
+                            val_longest=val_longest)  # fmt: skip
     strategy = choose_strategy(
         plan_of_step, there=there, precision=precision, accelerator=accelerator, world=world,
         say=lambda text: console.print(text, highlight=False),
@@ -287,7 +289,9 @@ def _fit(
         raise
     finally:
         notes = assemble.finish_loggers(trainer.loggers)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    # A run that goes on behind its last step has computed nothing: its figures are those that it has written down.
+    metrics = {name: value for record in History(run.folder).read() for name, value in record.items()}
+    metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     interrupt = _checkpoints_of(trainer).interrupt
     tensors, adapter_bytes = adapter_state(module.model), 0
     if run.writes:

@@ -128,7 +128,9 @@ def _setup_lines(setup: Sequence[str]) -> list[str]:
     if not setup:
         return []
     said = "lorakit: a line of launch.setup has failed: $BASH_COMMAND"
-    return ["set -e", f"trap 'echo \"{said}\" >&2' ERR", *setup, "trap - ERR", "set +e"]
+    # Not set -e, which reaches into sourced files and functions, where commands may fail and be meant to.
+    check = f'[ ${{#BASH_SOURCE[@]}} -gt 1 ] || {{ echo "{said}" >&2; exit 1; }}'
+    return [f"trap '{check}' ERR", *setup, "trap - ERR"]
 
 
 def _options(launch: SlurmJob, name: str, folder: Path) -> Sequence[str]:

@@ -297,7 +297,7 @@ def _gaussian(deviation: float) -> Callable[[torch.Tensor], Any]:
 
 @torch.no_grad()
 def _draw_(tensor: torch.Tensor, draw: Callable[[torch.Tensor], Any]) -> None:
-    """Fill ``tensor`` with numbers of the CPU's generator, in float32: the same adapter on every device, whatever the base's dtype."""
+    """Fill ``tensor`` with numbers of the CPU's generator, drawn in float32: the same on every device, rounded where the base is."""
     if tensor.device.type == "meta":
         return
     drawn = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")

@@ -155,7 +155,7 @@ def inject(model: Any, spec: LoRASpec, *, base_name: str | None = None, adapter_
     # Drawn on the CPU, whatever device Lightning makes the default for a model: the same adapter everywhere.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about the base's name, which is set below
-        torch.manual_seed(spec.seed)
+        torch.default_generator.manual_seed(spec.seed)  # torch.manual_seed would start every GPU's generator anew too
         wrapped: Any = peft.get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=False)
     wrapped.peft_config[adapter_name].base_model_name_or_path = base_name  # PEFT puts the folder it was loaded from
     dtype = getattr(torch, spec.dtype)

@@ -118,8 +118,7 @@ def attention_by_document(
     batch, heads, length = query_BHLD.shape[:3]
     tokens = [t.transpose(1, 2).reshape(batch * length, t.shape[1], -1) for t in (query_BHLD, key_BGLD, value_BGLD)]
     found_THD = []
-    spans = tuple((row, start, end) for row, start, end in attention_mask.tolist())
-    layout = _layout(spans, length, query_BHLD.device)
+    layout = _find_layout(attention_mask, length, query_BHLD.device)
     for places, kept in layout.groups:
         inputs = [t.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2) for t in tokens]
         attended, _ = sdpa_attention_forward(module, inputs[0], inputs[1], inputs[2], None, **{**kwargs, "is_causal": True})
@@ -134,6 +133,11 @@ class _Layout:
 
     groups: tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
     place_T: torch.Tensor  # of what all groups keep, one after the other
+
+
+@torch.compiler.disable
+def _find_layout(documents: torch.Tensor, row_length: int, device: torch.device) -> _Layout:
+    return _layout(tuple((row, start, end) for row, start, end in documents.tolist()), row_length, device)
 
 
 @functools.lru_cache(maxsize=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,8 @@ def load_model(
             f"model.path={path}: {len(lost)} tensors are not in its files, or in another shape, and would be random: "
             f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}"
         )
+    if is_partitioned:
+        _check_kept_in_float32(model, path, dtype)
     return model.requires_grad_(False).eval()
 
 
@@ -122,6 +125,24 @@ def _prepare_partitions(dtype: str) -> bool:
     settings = deepspeed.deepspeed_config()
     settings.update(bf16={"enabled": dtype == "bfloat16"}, fp16={"enabled": dtype == "float16"})
     return True
+
+
+def _check_kept_in_float32(model: Any, path: str, dtype: str) -> None:
+    """DeepSpeed rounds tensors that transformers holds in float32 whatever the model's number format, some versions and some tensors.
+
+    Raises:
+        ConfigError: it has.
+    """
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in model._keep_in_fp32_modules_strict or ()]
+    tensors = [] if dtype == "float32" else [*model.named_parameters(), *model.named_buffers()]
+    rounded = [
+        name for name, tensor in tensors if tensor.dtype.itemsize == 2 and any(pattern.search(name) for pattern in patterns)
+    ]
+    if rounded:
+        raise ConfigError(
+            f"model.path={path}: ZeRO-3 would round {rounded[0]} to {dtype}, which this model needs in float32; "
+            "set strategy=zero2, or model.dtype=float32"
+        )
 
 
 def model_class(config: Any) -> Any:

@@ -152,7 +152,7 @@ def _attention_kernel(model: Any, shape: StepShape) -> contextlib.AbstractContex
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1)
     has_groups = (getattr(config, "num_key_value_heads", None) or heads) < heads
-    if shape.device == "cuda" and shape.precision == "32-true" and has_groups:
+    if shape.device == "cuda" and shape.precision == "32-true" and has_groups and shape.parts == 1:
         return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     return contextlib.nullcontext()
 

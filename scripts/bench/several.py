@@ -167,7 +167,7 @@ def show_scaling(found: list[dict[str, Any]], base_bytes: int) -> None:
 
 
 def peak_of(folder: Path, length: int, parts: int) -> tuple[float, float]:
-    """Return (most resident megabytes of a process, seconds of the run) for one step on a row of ``length`` positions."""
+    """Return (most resident MiB of a process, seconds of the run) for one step on a row of ``length`` positions."""
     write_rows(folder, length, 4)
     sizes = (f"data.max_tokens={length + 1}", "data.batch_size=1", "trainer.max_steps=1", "plan.enforce=false")
     shared = ("strategy=ddp", f"strategy.sequence_parallel={parts}") if parts > 1 else ("strategy=single",)
@@ -193,7 +193,7 @@ def find_longest(folder: Path, budget_mb: float) -> list[dict[str, Any]]:
 
         def fits(blocks: int, parts: int = parts, peaks: dict[int, float] = peaks) -> bool:
             peaks[blocks * 256], seconds = peak_of(folder, blocks * 256, parts)
-            print(f"{parts} processes, {blocks * 256} positions: {peaks[blocks * 256]:.0f} MB, {seconds:.0f} s", flush=True)
+            print(f"{parts} processes, {blocks * 256} positions: {peaks[blocks * 256]:.0f} MiB, {seconds:.0f} s", flush=True)
             return peaks[blocks * 256] <= budget_mb
 
         high = 2 * low
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file of all figures")
     parser.add_argument("--sequence", action="store_true", help="measure the longest row instead")
-    parser.add_argument("--budget-mb", type=float, default=2500, help="resident memory of a process")
+    parser.add_argument("--budget-mb", type=float, default=2500, help="resident memory of a process, in MiB")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -47,16 +47,17 @@ class Worker:
         The C library keeps freed memory and a later call takes it again without a trace in the resident size, so that a peak is
         told from a trimmed call alone; and its time is not, as every page is then faulted in anew.
         """
-        self._pipe.send("trim" if trim else "go")
-        result = self._receive()
+        result = self._receive("trim" if trim else "go")
         if isinstance(result, str):
             raise RuntimeError(result)
         return result
 
-    def _receive(self) -> Any:
+    def _receive(self, asked: str | None = None) -> Any:
         try:
+            if asked:
+                self._pipe.send(asked)
             return self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self._process.join()
             raise RuntimeError(f"a contender's process has ended with exit code {self._process.exitcode}") from None
 

@@ -119,9 +119,15 @@ def test_what_differs_is_named_with_its_ranks(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_line_of_setup_that_fails_ends_the_job(tmp_path: Path) -> None:
-    for setup, code in ((["export A=1", "false", "touch reached"], 1), (["true", "touch reached"], 0)):
+    (tmp_path / "env.sh").write_text("grep -q nothing /dev/null\nuse() { false || true; test -n x; }\n")
+    for setup, code in (
+        (["export A=1", "false", "touch reached"], 1),
+        (["source missing.sh", "touch reached"], 1),
+        (["source env.sh", "use", "touch reached"], 0),
+    ):
         text = script_text(SlurmJob(nodes=1, setup=setup), tmp_path / "job.json", num_processes=1, run_folder=tmp_path / "it")
         script = text.partition("address=")[0]
-        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+        (tmp_path / "job.sh").write_text(script)
+        done = subprocess.run(["bash", "job.sh"], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, (tmp_path / "reached").exists()) == (code, code == 0)
-        assert ("a line of launch.setup has failed: false" in done.stderr) == bool(code)
+        assert (f"a line of launch.setup has failed: {setup[-2]}" in done.stderr) == bool(code)

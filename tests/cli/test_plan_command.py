@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from small import SMALL
+from transformers import AutoConfig
 
 from lorakit.cli import planning, processes, training_run
 from lorakit.cli.planning import StepPlan, name_of, step_shape, suggest
@@ -90,7 +92,7 @@ def test_an_evaluation_that_takes_more_than_a_step_is_planned() -> None:
         "data.batch_size": 2,
         "data.val_batch_size": "null",
         "data.val_path": "pig_latin/heldout",
-        "callbacks.samples.num_prompts": 2,
+        "callbacks.samples.num_prompts": 1,
     }
     step, evaluated = step_plan(**small), step_plan(**{**small, "data.val_batch_size": 256})
     sampled = step_plan(**{**small, "callbacks.samples.num_prompts": 100, "callbacks.samples.max_tokens": 1000})
@@ -101,6 +103,24 @@ def test_an_evaluation_that_takes_more_than_a_step_is_planned() -> None:
     assert suggest(evaluated, 1, round(sizes[0] * 1.3)).startswith("it fits with: data.val_batch_size=null")
     alone = step_plan(**{**small, "data.val_path": "null", "data.val_rows": "null", "data.val_batch_size": 256})
     assert alone.evaluation_bytes == 0
+
+
+def test_evaluation_and_sampling_have_the_rows_that_there_are_and_are_shared_as_they_run() -> None:
+    keys = {"data.val_path": "pig_latin/heldout", "data.val_batch_size": 128, "data.val_rows": 16, "data.batch_size": 2}
+    samples = {"callbacks.samples.num_prompts": 4, "callbacks.samples.max_tokens": 600}
+    config = config_of(**keys, **samples)
+    step = step_shape(config, accelerator="cpu", precision="32-true")
+    found = planning.passes_without_gradients(config, step, longest=100)
+    assert [(one.shape.num_rows, one.shape.num_positions, one.num_kept) for one in found] == [(16, 100, 0), (4, 100, 4 * 700)]
+    # Of four processes that share rows each evaluates a quarter of them, and samples whole ones.
+    shared = planning.passes_without_gradients(config, dataclasses.replace(step, num_positions=64, parts=4), longest=100)
+    assert [(one.shape.num_rows, one.shape.num_positions) for one in shared] == [(16, 25), (4, 100)]
+    small = step_plan(
+        **{**keys, "data.val_batch_size": "null", **samples, "callbacks.samples.num_prompts": 100, "data.val_rows": 200}
+    )
+    advice = suggest(small, 1, round(0.7 * small.memory("single", 1).total))
+    assert advice.startswith("it fits with: callbacks.samples.num_prompts=1"), advice
+    assert planning.cache_bytes(AutoConfig.for_model("mamba"), "float32") == 0
 
 
 def test_changes_are_suggested_until_it_fits() -> None:

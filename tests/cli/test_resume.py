@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from program import start
+from program import REPOSITORY, start
 from small import SMALL
 
 from lorakit.cli.resume import _find_unfinished
@@ -153,6 +154,30 @@ def test_killed_within_the_writing_of_a_checkpoint_the_last_one_stays(whole: Pat
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0 or "is finished" in err, err
     _assert_same(whole, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["on_train_batch_start", "on_validation_start"])
+def test_interrupted_in_its_last_step_or_evaluation_a_run_is_evaluated_once(whole: Path, tmp_path: Path, moment: str) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, signal, lightning as L\n"
+        "class Press(L.Callback):\n"
+        f"    def {moment}(self, trainer, *_):\n"
+        "        if trainer.global_step == (10 if 'validation' in os.environ['MOMENT'] else 9) and not os.path.exists('pressed'):\n"
+        "            open('pressed', 'w').close(); os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    environment = {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}", "MOMENT": moment}
+    settings = ("train", "run=cut", *SETTINGS, "+callbacks.press._target_=mine.Press", "resume=auto")
+    run, codes = tmp_path / "runs/cut", []
+    for _ in range(2):
+        process = start(*settings, cwd=tmp_path, env=environment)
+        _, err = process.communicate(timeout=120)
+        codes.append(process.returncode)
+    # In the last evaluation there is nothing left to interrupt: the run is finished, and the second try is told so.
+    assert codes == ([143, 0] if moment == "on_train_batch_start" else [0, 2]), err
+    _assert_same(whole, run)
+    info = json.loads((run / "run.json").read_text())
+    assert info["status"] == "finished" and info["loss"] > 0 and info["val_loss"] > 0
 
 
 def test_another_config_is_refused_and_the_keys_are_named(workplace: Path, lorakit: Call) -> None:

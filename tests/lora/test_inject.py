@@ -147,3 +147,13 @@ def test_the_adapter_is_drawn_on_the_cpu_in_float32_whatever_the_default_device_
 def make_model_on_cpu(family: str) -> Any:
     with torch.device("cpu"):
         return make_model(family)
+
+
+def test_random_numbers_of_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process has started its own, from which its dropout is drawn."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    inject(make_model("llama"), LoRASpec(rank=4, seed=3))
+    assert seeds == []
+    torch.manual_seed(3)  # what it would have done
+    assert seeds == [3]

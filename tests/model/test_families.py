@@ -11,7 +11,7 @@ from tiny_models import make_model, tiny_config
 
 from lorakit.errors import ConfigError
 from lorakit.model.families import find_targets, packing_is_doubtful, router_modules, row_sharing_problem
-from lorakit.model.load import load_model, load_tokenizer
+from lorakit.model.load import _check_kept_in_float32, load_model, load_tokenizer
 
 
 def leaves(family: str) -> dict[str, set[str]]:
@@ -130,3 +130,12 @@ def test_rows_are_shared_only_where_nothing_depends_on_the_length_of_a_part(
 ) -> None:
     problem = row_sharing_problem(tiny_config(family, **changes), parts, max_tokens=1024)
     assert problem is None if said is None else said in str(problem)
+
+
+def test_a_tensor_that_must_stay_float32_and_was_rounded_is_an_error() -> None:
+    model = make_model("llama")
+    model._keep_in_fp32_modules_strict = {"layers.*.mlp.up_proj"}
+    _check_kept_in_float32(model, "it", "bfloat16")
+    model.bfloat16()
+    with pytest.raises(ConfigError, match=r"ZeRO-3 would round model.layers.0.mlp.up_proj.weight to bfloat16"):
+        _check_kept_in_float32(model, "it", "bfloat16")

@@ -1,7 +1,7 @@
 """What each process of a strategy takes: ``memory_worker.py PLAN.json`` trains for some steps and writes ``rank_N.json``.
 
-Bytes by phase (load, first step, steps), the largest that was seen: ``anonymous`` is this process's own, ``files`` what it has of files mapped into
-memory, which all processes of a machine share. A thread looks every 10 ms.
+Bytes by phase (load, first step, steps), the largest seen: ``anonymous`` is this process's own, ``files`` what it has
+of files mapped into memory, which all processes of a machine share. A thread looks every 10 ms.
 """
 
 from __future__ import annotations
