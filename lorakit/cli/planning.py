@@ -84,12 +84,13 @@ class StepPlan:
         """What evaluating, or sampling, holds at its peak, where it has more positions at a time than a step; else 0."""
         if self._evaluation_bytes is None:
             spec = self.planned.spec
-            found = [self._kept_bytes(one) + trace_forward(self.skeleton, spec, one.shape) for one in self._passes]
+            found = [self._kept_bytes(one) + trace_forward(self.skeleton, spec, one.shape) for one in self.passes]
             self._evaluation_bytes = max(found, default=0)
         return self._evaluation_bytes
 
     @property
-    def _passes(self) -> list[Pass]:
+    def passes(self) -> list[Pass]:
+        """The run's evaluation and sampling, where they have more positions than a step."""
         return passes_without_gradients(self.config, self.shape, self.val_longest)
 
     def _kept_bytes(self, one: Pass) -> int:
@@ -97,8 +98,8 @@ class StepPlan:
 
     def is_small_for(self, num_bytes: int) -> bool:
         """Whether the step surely fits into ``num_bytes``, and so easily that nobody need know how much it takes."""
-        shapes = [self.shape, *(one.shape for one in self._passes)]
-        kept = max((self._kept_bytes(one) for one in self._passes), default=0)
+        shapes = [self.shape, *(one.shape for one in self.passes)]
+        kept = max((self._kept_bytes(one) for one in self.passes), default=0)
         bound = rough_bound(
             self.skeleton, self.planned.num_params, num_tokens=max(shape.num_rows * shape.num_positions for shape in shapes),
             num_positions=max(shape.num_positions for shape in shapes), bytes_each=4 if self.shape.dtype == "float32" else 2,
@@ -157,7 +158,8 @@ def passes_without_gradients(config: Config, training: StepShape, longest: int |
     shared = dataclasses.replace(shape, num_rows=num_rows, num_positions=-(-num_positions // training.parts))
     sampled = dataclasses.replace(shape, num_rows=num_prompts, num_positions=num_positions, parts=1)  # each samples whole rows
     in_step = training.num_rows * training.num_positions
-    return [Pass(shared)] * (num_rows * shared.num_positions > in_step) + [Pass(sampled, kept)] * (kept > in_step)
+    found = ((Pass(shared), num_rows * shared.num_positions), (Pass(sampled, kept), kept))
+    return [one for one, num_positions in found if num_positions > in_step]
 
 
 def cache_bytes(model_config: Any, dtype: str) -> int:
@@ -253,7 +255,7 @@ def _changed_plans(plan: StepPlan, num_processes: int) -> Iterator[tuple[list[st
         yield made, plan  # under another strategy
     changes = _changes(plan.config, plan.planned, plan.accelerator)
     is_first = plan.evaluation_bytes > plan.trace.activations + plan.trace.head  # it is what takes most
-    for one in plan._passes:
+    for one in plan.passes:
         change = ("callbacks.samples.num_prompts", 1) if one.num_kept else ("data.val_batch_size", "null")
         changes.insert(0 if is_first else len(changes), change)
     for key, value in changes:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import io
 import itertools
 import logging
-import os
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ from rich.console import Console
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.throughput import Throughput
 from lorakit.cli import assemble
+from lorakit.cli.allocator import tune_allocator
 from lorakit.cli.planning import StepPlan, agree_on_memory, check_memory, describe, name_of
 from lorakit.cli.preflight import agree, describe_base, describe_config, describe_program
 from lorakit.cli.processes import (
@@ -59,8 +57,6 @@ from lorakit.weights.run import History, Run, hold
 
 log = logging.getLogger("lorakit")
 DEFAULT_THREADS = torch.get_num_threads()
-SMALL_MODEL_PARAMS = 100_000_000
-ALLOCATOR_WASTE = 3  # measured: up to 2.7 times what is in use
 Found = TypeVar("Found", bound=L.Callback)
 _RUNS = itertools.count()  # of this process
 
@@ -380,23 +376,3 @@ def _with_run_folder(config: dict[str, Any], run: Run) -> dict[str, Any]:
         if entry and "name" in entry and entry["name"] is None:
             entry["name"] = run.name
     return filled
-
-
-def tune_allocator(needed: int | None, there: int, num_base_params: int) -> None:
-    """Tell the C library what to do with what a step frees, on Linux. Left alone it may hold nearly three times what is in use.
-
-    A small model is a tenth faster where it keeps all for the next step. Where ``needed`` bytes come near those that are ``there``,
-    it gives everything back at once, which took 15 to 45 % of a step's time (measured on two cores).
-    """
-    if sys.platform != "linux" or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ):
-        return
-    if needed is not None and ALLOCATOR_WASTE * needed > there:
-        _mallopt(mmap_threshold=128 << 10, trim_threshold=128 << 10)
-    elif num_base_params < SMALL_MODEL_PARAMS:
-        _mallopt(mmap_threshold=1 << 30, trim_threshold=(1 << 31) - 1)
-
-
-def _mallopt(*, mmap_threshold: int, trim_threshold: int) -> None:
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, mmap_threshold)  # M_MMAP_THRESHOLD: what is larger goes back to the system when it is freed
-    libc.mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD

@@ -13,7 +13,7 @@ import pytest
 from small import SMALL
 from transformers import AutoConfig
 
-from lorakit.cli import planning, processes, training_run
+from lorakit.cli import allocator, planning, processes
 from lorakit.cli.planning import StepPlan, name_of, step_shape, suggest
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import ConfigError
@@ -194,13 +194,13 @@ def test_freed_memory_goes_back_where_it_is_tight_and_stays_where_a_model_is_sma
     monkeypatch: pytest.MonkeyPatch, needed: int | None, num_base_params: int, threshold: int | None
 ) -> None:
     told: list[int] = []
-    monkeypatch.setattr(training_run, "_mallopt", lambda mmap_threshold, trim_threshold: told.append(mmap_threshold))
+    monkeypatch.setattr(allocator, "_mallopt", lambda mmap_threshold, trim_threshold: told.append(mmap_threshold))
     for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
         monkeypatch.delenv(name, raising=False)
-    training_run.tune_allocator(needed, 10, num_base_params)
+    allocator.tune_allocator(needed, 10, num_base_params)
     assert told == ([] if threshold is None else [threshold])
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1")
-    training_run.tune_allocator(needed, 10, num_base_params)  # a user who has said so decides
+    allocator.tune_allocator(needed, 10, num_base_params)  # a user who has said so decides
     assert len(told) == (threshold is not None)
 
 
