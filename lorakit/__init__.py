@@ -16,6 +16,10 @@ _HOMES = {
     "LoRASpec": "lorakit.lora.spec",
     "TrainOnWhat": "lorakit.data.render",
     "LorakitError": "lorakit.errors",
+    "RestClient": "lorakit.service.clients",
+    "SamplingClient": "lorakit.service.clients",
+    "ServiceClient": "lorakit.service.clients",
+    "TrainingClient": "lorakit.service.clients",
     "types": "lorakit.types",
 }
 __all__ = ["__version__", *_HOMES]

@@ -6,17 +6,53 @@ Shape suffixes: ``B`` rows of a batch, ``L`` positions of a row, ``N`` trained p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorakit.errors import DataError
+
 if TYPE_CHECKING:
     import torch
 
 _DTYPES: dict[str, Any] = {"target_tokens": np.int64}
+SEVERAL_PER_POSITION = ("target_tokens", "weights")  # loss inputs that may have a second dimension
+Given = Any  # lists of numbers, arrays of numpy, tensors of torch
+
+
+class TensorData(np.ndarray):
+    """An array of numpy that has the methods of Tinker's TensorData beside its own.
+
+    >>> TensorData([1, 2], dtype="int64").tolist()
+    [1, 2]
+    """
+
+    def __new__(cls, data: Given, dtype: Any = None, shape: Sequence[int] | None = None) -> TensorData:
+        if hasattr(data, "detach"):  # of torch, which numpy may not read: on a GPU, with a graph, or of 16 bit
+            data = data.detach().cpu()
+            data = data.float() if data.dtype.itemsize == 2 else data
+        array = np.array(data, dtype=dtype)
+        return (array if shape is None else array.reshape(tuple(shape))).view(cls)
+
+    @classmethod
+    def from_numpy(cls, array: np.ndarray) -> TensorData:
+        return cls(array)
+
+    @classmethod
+    def from_torch(cls, tensor: torch.Tensor) -> TensorData:
+        return cls(tensor)
+
+    def to_numpy(self) -> np.ndarray:
+        return self.view(np.ndarray)
+
+    def to_torch(self) -> torch.Tensor:
+        """A copy as a tensor."""
+        import torch
+
+        return torch.from_numpy(np.array(self))
 
 
 @dataclass(frozen=True)
@@ -24,6 +60,9 @@ class EncodedTextChunk:
     """A run of token ids."""
 
     tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", tuple(map(int, self.tokens)))
 
     @property
     def length(self) -> int:
@@ -36,10 +75,26 @@ class ModelInput:
 
     chunks: tuple[EncodedTextChunk, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "chunks", tuple(self.chunks))
+
+    @classmethod
+    def empty(cls) -> ModelInput:
+        """Return an input without positions."""
+        return cls()
+
+    def append(self, chunk: EncodedTextChunk) -> ModelInput:
+        """Return this input with ``chunk`` behind it."""
+        return ModelInput((*self.chunks, chunk))
+
+    def append_int(self, token: int) -> ModelInput:
+        """Return this input with one more token."""
+        return self.append(EncodedTextChunk((token,)))
+
     @classmethod
     def from_ints(cls, tokens: Sequence[int]) -> ModelInput:
         """Return the input that holds ``tokens`` as one chunk."""
-        return cls((EncodedTextChunk(tuple(int(token) for token in tokens)),))
+        return cls((EncodedTextChunk(tuple(tokens)),))
 
     def to_ints(self) -> list[int]:
         """Return the token ids of all chunks in order."""
@@ -55,7 +110,8 @@ class Datum:
     """One example in Tinker's shape: what the model reads, and per position what the loss needs.
 
     ``loss_fn_inputs`` holds arrays of ``model_input.length`` entries: ``target_tokens`` (already shifted: the token that
-    position i must predict) and ``weights``. They are read-only here; a Datum is never changed after it is made.
+    position i must predict), ``weights``, and what other losses take; targets and weights may have a second dimension of several
+    targets per position. They are read-only here; a Datum is never changed after it is made.
 
     >>> Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7], "weights": [0, 1]}).weights.tolist()
     [0.0, 1.0]
@@ -63,27 +119,35 @@ class Datum:
 
     __slots__ = ("loss_fn_inputs", "model_input")
 
-    def __init__(self, model_input: ModelInput, loss_fn_inputs: dict[str, Any]) -> None:
+    def __init__(self, model_input: ModelInput, loss_fn_inputs: Mapping[str, Given]) -> None:
         self.model_input = model_input
-        self.loss_fn_inputs: dict[str, np.ndarray] = {}
+        self.loss_fn_inputs: dict[str, TensorData] = {}
         for name, values in loss_fn_inputs.items():
-            array = np.array(values, dtype=_DTYPES.get(name, np.float32))
-            if array.shape != (model_input.length,):
-                raise ValueError(
+            try:
+                array = TensorData(values, dtype=_DTYPES.get(name, np.float32))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise DataError(f"loss_fn_inputs[{name!r}] is not an array of numbers: {error}") from error
+            if array.shape[:1] != (model_input.length,) or array.ndim > (2 if name in SEVERAL_PER_POSITION else 1):
+                raise DataError(
                     f"loss_fn_inputs[{name!r}] has shape {array.shape}, but model_input has {model_input.length} positions"
                 )
             array.flags.writeable = False
             self.loss_fn_inputs[name] = array
 
     @property
-    def targets(self) -> np.ndarray:
-        """Token to predict at each position, (L,) int64."""
+    def targets(self) -> TensorData:
+        """Token to predict at each position, (L,) or (L, K) int64."""
         return self.loss_fn_inputs["target_tokens"]
 
     @property
-    def weights(self) -> np.ndarray:
-        """Loss weight of each position, (L,) float32."""
+    def weights(self) -> TensorData:
+        """Loss weight of each target, float32."""
         return self.loss_fn_inputs["weights"]
+
+    @property
+    def advantages(self) -> TensorData:
+        """How much better than expected the target was, (L,) float32."""
+        return self.loss_fn_inputs["advantages"]
 
     def __len__(self) -> int:
         return self.model_input.length
@@ -115,8 +179,8 @@ class Batch:
     """
 
     input_ids: torch.Tensor  # (B, L) int64
-    targets: torch.Tensor  # (B, L) int64
-    weights: torch.Tensor  # (B, L) float32
+    targets: torch.Tensor  # (B, L) int64, or (B, L, K) with several targets per position
+    weights: torch.Tensor  # as targets, float32
     position_ids: torch.Tensor | None  # (B, L) int64
     spans: tuple[tuple[int, int, int], ...]  # per Datum: row, first position, one past the last, in whole rows
     window_weight: float = 0.0  # sum of |weights| over the whole accumulation window: the loss's denominator
@@ -131,8 +195,9 @@ class Batch:
 
     @cached_property
     def trained_positions(self) -> torch.Tensor:
-        """Where in the flattened (B * L) positions the weight is not 0, (N,) int64."""
-        return self.weights.flatten().nonzero()[:, 0]
+        """Where in the flattened (B * L) positions a weight is not 0, (N,) int64."""
+        weights = self.weights if self.weights.ndim == 2 else self.weights.abs().amax(dim=-1)
+        return weights.flatten().nonzero()[:, 0]
 
     @property
     def spans_here(self) -> list[tuple[int, int, int]]:
@@ -183,26 +248,76 @@ class LossOutput:
     """What a loss returns: a sum, never a mean, so that one place can divide by the weight of the whole window."""
 
     loss_sum: torch.Tensor  # scalar, with graph
-    logprobs: torch.Tensor  # (B, L) float32, log-probability of each target; NaN where it was not computed; detached
+    logprobs: torch.Tensor  # as the targets, float32: log-probability of each; NaN where it was not computed; detached
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How to sample. ``stop`` None ends at EOS; a list of strings ends there as well (``[]``: nothing ends it but length)."""
+class AdamParams:
+    """One step of AdamW with decoupled weight decay. ``grad_clip_norm`` 0 does not clip."""
 
-    max_tokens: int = 256
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample. Temperature 0 is greedy.
+
+    ``stop`` None ends at EOS. Strings end there as well, tokens instead; ``[]``: nothing ends it but length.
+    """
+
+    max_tokens: int | None = 256
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
     seed: int | None = None
-    stop: str | Sequence[str] | None = None
+    stop: str | Sequence[str] | Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
     """One completion: its tokens, its text without the stop string, and why it ended (``stop`` or ``length``)."""
 
-    tokens: tuple[int, ...]
+    tokens: list[int]
     text: str
     stop_reason: str
+    logprobs: list[float] | None = None  # of each token, in the distribution that temperature makes
+    topk_logprobs: list[list[tuple[int, float]]] | None = None  # of each token: (candidate, log-probability), best first
+
+
+@dataclass(frozen=True)
+class SampleResponse:
+    """The completions of one prompt. What is said of the prompt is None unless asked for; its first token has no log-probability."""
+
+    sequences: list[Sample]
+    prompt_logprobs: list[float | None] | None = None
+    topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+    target_prompt_logprobs: TensorData | None = None  # (prompt - 1, K), 0 where -1 was asked for
+
+
+@dataclass(frozen=True)
+class ForwardBackwardOutput:
+    """What a loss returns for each Datum (``logprobs``, shaped as its targets), and figures called ``name:reduction``."""
+
+    loss_fn_outputs: list[dict[str, TensorData]]
+    metrics: dict[str, float]
+    loss_fn_output_type: str = "ArrayRecord"
+
+
+@dataclass(frozen=True)
+class OptimStepResponse:
+    """Figures of an optimiser step."""
+
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SavedPath:
+    """Where something was saved: ``tinker://run/weights/name`` or ``tinker://run/sampler_weights/name``."""
+
+    path: str

@@ -11,11 +11,12 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lorakit"
 LAYERS = [
-    {"types", "errors", "hub"},
+    {"errors", "hub"},
+    {"types"},
     {"data", "model"},
     {"lora", "loss"},
     {"training", "weights", "strategy", "sampling"},
-    {"callbacks", "planner", "sweep"},
+    {"callbacks", "planner", "sweep", "service"},
     {"launch"},
     {"cli"},
 ]

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lorakit.lora.state import adapter_state
 from lorakit.strategy.world import gather
-from lorakit.weights.adapter import write_adapter
+from lorakit.weights.adapter import active_config, write_adapter
 from lorakit.weights.checkpoint import list_checkpoints, prune, save_checkpoint
 
 
@@ -124,7 +124,7 @@ class AdapterCheckpoint(L.Callback):
         state: dict[str, Any],
         val_loss: float | None,
     ) -> bool:
-        write = functools.partial(write_adapter, tensors, pl_module.model, dtype=torch.float32)
+        write = functools.partial(write_adapter, tensors, active_config(pl_module.model), dtype=torch.float32)
         write_state = functools.partial(trainer.strategy.checkpoint_io.save_checkpoint, state)
         try:
             save_checkpoint(self.folder, step=step, save_adapter=write, save_state=write_state, val_loss=val_loss)

@@ -123,6 +123,11 @@ def check_settings(config: dict[str, Any]) -> None:
                 problems += find_argument_problems(entry, f"{group}.{name}")
     if config["loss"]["name"] not in LOSSES:
         problems.append(f"loss.name={config['loss']['name']} is unknown; there are: {', '.join(LOSSES)}")
+    elif missing := [name for name in LOSSES[config["loss"]["name"]].inputs if name != "weights"]:  # type: ignore[attr-defined]
+        problems.append(
+            f"loss.name={config['loss']['name']} takes {', '.join(missing)} for each token, which rows of data have not; "
+            "write its loop with lorakit.ServiceClient"
+        )
     if problems:
         raise ConfigError("\n  ".join(["these settings cannot be used:", *problems]) if len(problems) > 1 else problems[0])
 

@@ -50,7 +50,7 @@ from lorakit.strategy.world import World, current_world, join, share, together
 from lorakit.sweep.pruning import Pruning
 from lorakit.training.module import LoRAModule
 from lorakit.training.optim import LR_SOURCE, auto_lr
-from lorakit.weights.adapter import open_init, write_adapter
+from lorakit.weights.adapter import active_config, open_init, write_adapter
 from lorakit.weights.checkpoint import STATE_FILE, newest_whole, remove_behind
 from lorakit.weights.files import find_write_problem, whole_folder
 from lorakit.weights.run import History, Run, hold
@@ -292,7 +292,7 @@ def _fit(
     tensors, adapter_bytes = adapter_state(module.model), 0
     if run.writes:
         with whole_folder(run.adapter) as aside:
-            adapter_bytes = write_adapter(tensors, module.model, aside, dtype=torch.bfloat16)
+            adapter_bytes = write_adapter(tensors, active_config(module.model), aside, dtype=torch.bfloat16)
     throughput, pruning = _find_callback(trainer, Throughput), _find_callback(trainer, Pruning)
     run = run.update(
         status="interrupted" if interrupt else "finished",

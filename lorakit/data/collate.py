@@ -28,8 +28,11 @@ def collate(rows: Sequence[Sequence[Datum]], pad_token_id: int) -> Batch:
     if len(kinds) > 1:
         raise ValueError(f"the Datums of a batch have different loss_fn_inputs: {sorted(kinds)}")
     names = [name for name in rows[0][0].loss_fn_inputs if name not in ("target_tokens", "weights")]
-    inputs, targets = np.full(shape, pad_token_id, np.int64), np.full(shape, pad_token_id, np.int64)
-    weights, extras = np.zeros(shape, np.float32), {name: np.zeros(shape, np.float32) for name in names}
+    # Several targets per position: a Datum with fewer than another has further ones of weight 0.
+    widths = {datum.targets.shape[1:] for row in rows for datum in row}
+    target_shape = (*shape, *max(widths))
+    inputs, targets = np.full(shape, pad_token_id, np.int64), np.full(target_shape, pad_token_id, np.int64)
+    weights, extras = np.zeros(target_shape, np.float32), {name: np.zeros(shape, np.float32) for name in names}
     positions = np.zeros(shape, np.int64)
     spans: list[tuple[int, int, int]] = []
     for number, row in enumerate(rows):
@@ -37,7 +40,8 @@ def collate(rows: Sequence[Sequence[Datum]], pad_token_id: int) -> Batch:
         for datum in row:
             end = start + len(datum)
             inputs[number, start:end] = datum.model_input.to_ints()
-            targets[number, start:end], weights[number, start:end] = datum.targets, datum.weights
+            choices = _choices(datum, len(target_shape) > 2)
+            targets[number, start:end][choices], weights[number, start:end][choices] = _columns(datum, len(target_shape) > 2)
             positions[number, start:end] = _count_up(len(datum), np.int64)
             for name in names:
                 extras[name][number, start:end] = datum.loss_fn_inputs[name]
@@ -52,6 +56,51 @@ def collate(rows: Sequence[Sequence[Datum]], pad_token_id: int) -> Batch:
         position_ids=torch.from_numpy(positions) if is_packed else None,
         spans=tuple(spans),
         extras={name: torch.from_numpy(array) for name, array in extras.items()},
+    )
+
+
+def _choices(datum: Datum, several: bool) -> tuple[slice, ...]:
+    """Which of a batch's targets per position a Datum fills."""
+    width = datum.targets.shape[1] if datum.targets.ndim > 1 else 1
+    return (slice(None), slice(0, width)) if several else (slice(None),)
+
+
+def _columns(datum: Datum, several: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A Datum's targets and weights, with a second dimension where the batch has one."""
+    arrays = datum.targets.to_numpy(), datum.weights.to_numpy()
+    return tuple(array[:, None] if several and array.ndim == 1 else array for array in arrays)  # type: ignore[return-value]
+
+
+def join(batches: Sequence[Batch], pad_token_id: int) -> Batch:
+    """Return the rows of all ``batches`` as one, without what only a loss needs: padded to the longest, and to the most targets.
+
+    Rows of several Datums cannot be joined.
+    """
+    import torch
+
+    if len(batches) == 1:
+        return batches[0]
+    assert all(batch.position_ids is None for batch in batches)
+    length = max(batch.input_ids.shape[1] for batch in batches)
+    width = max((batch.targets.shape[2] if batch.targets.ndim > 2 else 0) for batch in batches)
+
+    def pad(tensor: torch.Tensor, filling: float, is_wide: bool) -> torch.Tensor:
+        padding = [0, length - tensor.shape[1]]
+        if is_wide:
+            tensor = tensor if tensor.ndim > 2 else tensor[..., None]
+            padding = [0, width - tensor.shape[2], *padding]
+        return torch.nn.functional.pad(tensor, padding, value=filling)
+
+    spans, rows = [], 0
+    for batch in batches:
+        spans += [(rows + row, start, end) for row, start, end in batch.spans]
+        rows += len(batch.input_ids)
+    return Batch(
+        input_ids=torch.cat([pad(batch.input_ids, pad_token_id, False) for batch in batches]),
+        targets=torch.cat([pad(batch.targets, pad_token_id, width > 0) for batch in batches]),
+        weights=torch.cat([pad(batch.weights, 0.0, width > 0) for batch in batches]),
+        position_ids=None,
+        spans=tuple(spans),
     )
 
 

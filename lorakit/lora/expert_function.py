@@ -4,9 +4,12 @@ For a row x of expert e, with W the frozen matrices and A, B the factors of each
 
     h = W1_e x + s B1_e A1_e x        a = act(h)        y = W2_e a + s B2_e A2_e a        out = sum over experts of weight_e y
 
-A factor with one entry for all experts is applied to tokens instead of rows. Kept for the backward are x, h and the rows of rank
-width; everything else is computed again, because it costs a gather or an activation, and h makes a of it. The gradient of the
-router's weight needs no y: <g, W2 a + s B2 A2 a> = <W2' g + s A2' B2' g, a>, and the left factor is what the activation needs.
+A factor with one entry for all experts is applied to tokens instead of rows. Where adapters are mixed, the factors are those of all
+side by side, and a gate, in which s stands, lets each token have its own adapter's columns of the rank.
+
+Kept for the backward are x, h and the rows of rank width; everything else is computed again, because it costs a gather or an
+activation, and h makes a of it. The gradient of the router's weight needs no y: <g, W2 a + s B2 A2 a> = <W2' g + s A2' B2' g, a>, and
+the left factor is what the activation needs.
 
 Shapes: T tokens, S = T * top_k rows sorted by expert, H hidden, I expert width, N = 2I (I without a gate), r rank.
 """
@@ -14,7 +17,7 @@ Shapes: T tokens, S = T * top_k rows sorted by expert, H hidden, I expert width,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +47,7 @@ class Part:
     is_shared: bool = False
     dropout: float = 0.0
     seed: int = 0  # of the dropout of this call
+    gate_TR: torch.Tensor | None = field(default=None, compare=False)  # what each token's rows of rank width are multiplied by
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ class _Layer:
         self.originals = factors
         self._masks: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
         self.factors = [self._prepare(factor, dim=2 if number % 2 else 1) for number, factor in enumerate(factors)]
+        self._gates = {part.index: self._prepare_gate(part) for part in (*call.first, *call.second) if part.gate_TR is not None}
         # Sums over experts are kept in float32 where the products are in 16 bit.
         self.sum_dtype = torch.float32 if self.dtype.itemsize < 4 else self.dtype
 
@@ -139,6 +144,7 @@ class _Layer:
                     u = narrow[part.index][block.tokens]
                 else:
                     u = block.times(self._take_dropped(x_TH, part, block.tokens), a.mT, out=narrow[part.index][rows])
+                    self._gate_(u, part, block.tokens)
                 self._add_times(block, h, part.columns, u, b.mT, part.scale)
             act = self.call.activate(h)
             y = block.times(act, self.w2_EIH)
@@ -147,6 +153,7 @@ class _Layer:
             for part in self.call.second:
                 a, b = self._pair(part)
                 v = block.times(self._drop_rows(act, part, rows), a.mT, out=narrow[part.index][rows])
+                self._gate_(v, part, block.tokens)
                 if not part.is_shared:
                     block.add_times_(y, v, b.mT, part.scale)
             block.add_to_tokens_(out_TH, y.mul_(weights_S[rows, None]))
@@ -168,7 +175,7 @@ class _Layer:
         grad_weights_S = torch.empty_like(weights_S)
         # Of factors that all experts share: the rank-wide gradients by token.
         shared = {p.index: x_TH.new_zeros((len(x_TH), self._rank(p)), dtype=self.sum_dtype) for p in call.first if p.is_shared}
-        shared |= {p.index: grad_TH @ self._pair(p)[1][0] for p in call.second if p.is_shared}
+        shared |= {p.index: self._gate_(grad_TH @ self._pair(p)[1][0], p) for p in call.second if p.is_shared}
         wants_hidden = wants_x or any(wants[2 * part.index] or wants[2 * part.index + 1] for part in call.first)
         for block in self.rows.blocks():
             rows, tokens = block.rows, block.tokens
@@ -199,7 +206,7 @@ class _Layer:
         """Add the part's way back to ``grad_act`` and the sums of its factors' gradients."""
         a, b = self._pair(part)
         sum_a, sum_b = sums[2 * part.index], sums[2 * part.index + 1]
-        q = shared[part.index][block.tokens] if part.is_shared else block.times(g, b)
+        q = shared[part.index][block.tokens] if part.is_shared else self._gate_(block.times(g, b), part, block.tokens)
         dropped = self._drop_rows(act, part, block.rows)
         if part.dropout:
             grad_act.add_(self._drop_rows(block.times(q, a), part, block.rows), alpha=part.scale)
@@ -225,6 +232,7 @@ class _Layer:
         if part.is_shared:
             block.add_to_tokens_(shared[part.index], p)
             return
+        self._gate_(p, part, block.tokens)
         if grad_rows is not None:
             if part.dropout:
                 mask = self._mask(part, x_TH.shape, x_TH)[block.tokens]
@@ -241,7 +249,7 @@ class _Layer:
         """The way back through factors that all experts share, over tokens."""
         for part in self.call.first:
             if part.is_shared:
-                p_TR, a = shared[part.index].to(self.dtype), self._pair(part)[0][0]
+                p_TR, a = self._gate_(shared[part.index], part).to(self.dtype), self._pair(part)[0][0]
                 if sums[2 * part.index] is not None:
                     torch.mm(p_TR.t(), self._drop_tokens(x_TH, part), out=sums[2 * part.index][0]).mul_(part.scale)
                 if grad_x is not None:
@@ -256,6 +264,17 @@ class _Layer:
     def _prepare(self, factor: torch.Tensor, *, dim: int) -> torch.Tensor:
         factor = factor.to(self.dtype)
         return pad_rank(factor, dim) if self.grouped else factor
+
+    def _prepare_gate(self, part: Part) -> torch.Tensor:
+        assert part.gate_TR is not None
+        gate = part.gate_TR.to(self.dtype)
+        return torch.nn.functional.pad(gate, (0, self._rank(part) - gate.shape[1]))
+
+    def _gate_(self, narrow: torch.Tensor, part: Part, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Multiply rows of rank width by the gate of their tokens, in place."""
+        if (gate := self._gates.get(part.index)) is None:
+            return narrow
+        return narrow.mul_(gate if tokens is None else gate[tokens])
 
     def _restore(self, number: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
         if gradient is None:
@@ -273,7 +292,7 @@ class _Layer:
     def _narrow(self, part: Part, x_TH: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Room for the rows of rank width, (S, r); of a shared A the values themselves, (T, r)."""
         if part.is_shared and part in self.call.first:
-            return self._drop_tokens(x_TH, part) @ self._pair(part)[0][0].mT
+            return self._gate_(self._drop_tokens(x_TH, part) @ self._pair(part)[0][0].mT, part)
         return x_TH.new_empty((num_rows, self._rank(part)))
 
     def _sum_narrow(self, rows_SR: torch.Tensor, weights_S: torch.Tensor) -> torch.Tensor:

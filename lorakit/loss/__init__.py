@@ -1,4 +1,4 @@
-"""Losses: pure functions (logprobs, batch) -> LossOutput. ``LOSSES`` is the only list of their names."""
+"""Losses: pure functions (logprobs, batch, knobs by name) -> LossOutput. ``LOSSES`` is the only list of their names."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lorakit.loss.cross_entropy import cross_entropy
+from lorakit.loss.policy import cispo, dro, gspo, importance_sampling, ppo
 
 if TYPE_CHECKING:
-    import torch
+    from lorakit.types import LossOutput
 
-    from lorakit.types import Batch, LossOutput
-
-Loss = Callable[["torch.Tensor", "Batch"], "LossOutput"]
-LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy}
-WEIGHTED_SUMS: tuple[Loss, ...] = (cross_entropy,)  # a multiple of the sum of batch.weights times logprobs
+Loss = Callable[..., "LossOutput"]
+LOSSES: dict[str, Loss] = {loss.__name__: loss for loss in (cross_entropy, importance_sampling, ppo, cispo, dro, gspo)}

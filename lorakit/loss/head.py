@@ -40,6 +40,7 @@ class HeadAdapter(NamedTuple):
     B_VR: torch.Tensor
     scale: float
     dropout: Callable[[torch.Tensor], torch.Tensor] | None = None  # of what A is given
+    gate_NR: torch.Tensor | None = None  # multiplies what A gives: several adapters side by side, of which each token has one
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,18 @@ def _narrow(head: Head, hidden_NH: torch.Tensor) -> list[torch.Tensor]:
     with torch.autocast(hidden_NH.device.type, enabled=False):
         for adapter in head.adapters:
             inputs = adapter.dropout(hidden_NH) if adapter.dropout else hidden_NH
-            rows.append(inputs.to(dtype) @ adapter.A_RH.to(dtype).mT)
+            narrow = inputs.to(dtype) @ adapter.A_RH.to(dtype).mT
+            rows.append(narrow if adapter.gate_NR is None else narrow * adapter.gate_NR.to(dtype))
     return rows
+
+
+@torch.no_grad()
+def all_logits(hidden_NH: torch.Tensor, head: Head) -> torch.Tensor:
+    """Return the logits of the whole vocabulary, (N, V) float32: for few tokens."""
+    call = _Call(head, 1.0, None, False)
+    with torch.autocast(hidden_NH.device.type, enabled=False), whole(head.frozen):
+        ((_, logits),) = call.logit_blocks(hidden_NH, _narrow(head, hidden_NH), whole=True)
+    return logits
 
 
 @torch.no_grad()

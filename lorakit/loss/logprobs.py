@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lorakit.errors import ConfigError
 from lorakit.loss.head import Head, HeadAdapter, head_logprobs
 from lorakit.model.attention import packed_documents
 from lorakit.model.partition import is_partitioned
@@ -20,31 +22,63 @@ log = logging.getLogger("lorakit")
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # unembedding -> whether Head describes it
 
 
-def target_logprobs(model: Any, batch: Batch, *, all_positions: bool = False, is_weighted_sum: bool = False) -> torch.Tensor:
-    """Return log p(target | what stands before it) for each position, (B, L) float32, with graph.
+def target_logprobs(
+    model: Any, batch: Batch, *, all_positions: bool = False, is_weighted_sum: bool = False,
+    adapters_of_rows: Sequence[tuple[int, tuple[HeadAdapter, ...]]] | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Return log p(target | what stands before it) for each target, shaped as the targets, float32, with graph.
 
     Where the weight is 0 it is 0 and costs nothing behind the last layer, unless ``all_positions``. No attention mask and no cache
     are given, and position ids only for packed rows: this is what isolates packed documents from one another in transformers.
-    ``is_weighted_sum``: the loss will sum them by the batch's weights, which spares a trained unembedding its logits a second time.
+
+    Args:
+        is_weighted_sum: the loss will sum them by the batch's weights, which spares a trained unembedding its logits a second time.
+        adapters_of_rows: numbers of rows, in order, and what each has on the unembedding beside what the model itself has there.
     """
-    hidden_BLH, head = hidden_states(model, batch)
+    hidden_BLH, head = hidden_states(model, lambda: _run(model, batch))
     logits_BLV = _run(model, batch).logits if hidden_BLH is None else None
-    places_N = torch.arange(batch.weights.numel(), device=batch.weights.device) if all_positions else batch.trained_positions
-    targets_N = batch.targets.flatten()[places_N]
+    num_positions = batch.input_ids.numel()
+    places_N = torch.arange(num_positions, device=batch.weights.device) if all_positions else batch.trained_positions
+    targets_NK = batch.targets.reshape(num_positions, -1)[places_N]
     if hidden_BLH is not None and head is not None:
-        weights_NK = batch.weights.flatten()[places_N, None] if is_weighted_sum else None
+        weights_NK = batch.weights.reshape(num_positions, -1)[places_N] if is_weighted_sum else None
         hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, places_N)
-        logprobs_N = head_logprobs(hidden_NH, head, targets_N[:, None], weights_NK=weights_NK)[:, 0]
+        parts = _heads_of_rows(head, adapters_of_rows, places_N, batch.input_ids.shape[1])
+        found = [
+            head_logprobs(hidden_NH[part], own, targets_NK[part], weights_NK=None if weights_NK is None else weights_NK[part])
+            for part, own in parts
+        ]
+        logprobs_NK = found[0] if len(found) == 1 else torch.cat(found)
     else:
         assert logits_BLV is not None
+        if any(adapters for _, adapters in adapters_of_rows or ()):
+            raise ConfigError(f"LoRA on the unembedding of {type(model).__name__} is not possible; set train_unembed=False")
         logits_NV = logits_BLV.flatten(0, 1).index_select(0, places_N).float()
-        logprobs_N = -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
-    logprobs = logprobs_N.new_zeros(batch.weights.numel())
-    return logprobs.index_copy(0, places_N, logprobs_N).view(batch.weights.shape)
+        logprobs_NK = logits_NV.log_softmax(dim=-1).gather(1, targets_NK)
+    logprobs = logprobs_NK.new_zeros((num_positions, targets_NK.shape[1]))
+    return logprobs.index_copy(0, places_N, logprobs_NK).view(batch.targets.shape)
 
 
-def hidden_states(model: Any, batch: Batch) -> tuple[torch.Tensor | None, Head | None]:
-    """Return what the unembedding is given, (B, L, H), and the unembedding; None for both where no ``Head`` describes it."""
+def _heads_of_rows(
+    head: Head, adapters_of_rows: Sequence[tuple[int, tuple[HeadAdapter, ...]]] | None, places_N: torch.Tensor, row_length: int
+) -> list[tuple[slice, Head]]:
+    """Which of the places meet which head, in order."""
+    if adapters_of_rows is None:
+        return [(slice(None), head)]
+    parts, rows, start = [], 0, 0
+    for num_rows, adapters in adapters_of_rows:
+        rows += num_rows
+        end = int(torch.searchsorted(places_N, rows * row_length))
+        parts.append((slice(start, end), replace(head, adapters=(*head.adapters, *adapters))))
+        start = end
+    return parts
+
+
+def hidden_states(model: Any, run: Callable[[], Any]) -> tuple[torch.Tensor | None, Head | None]:
+    """Return what the unembedding is given when ``run`` runs the model, (B, L, H), and the unembedding.
+
+    None for both where no ``Head`` describes it.
+    """
     unembedding = model.get_output_embeddings()
     if unembedding is None or _CHECKED.get(unembedding) is False:
         return None, None
@@ -66,7 +100,7 @@ def hidden_states(model: Any, batch: Batch) -> tuple[torch.Tensor | None, Head |
     try:
         for dropout in dropouts:
             dropout.eval()  # in what is compared
-        logits = _run(model, batch).logits
+        logits = run().logits
     finally:
         handle.remove()
         for dropout in dropouts:

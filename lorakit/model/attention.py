@@ -25,11 +25,13 @@ from transformers.masking_utils import sdpa_mask
 from lorakit.errors import ConfigError
 
 NAME = "sdpa_by_document"
+BY_DOCUMENT = (NAME, "sdpa_in_parts")  # what attends by document: the latter is of strategy/sequence.py
 MAX_PADDING = 0.2  # share of a group of documents
 Span = tuple[int, int, int]  # row, first position, one past the last
 
 IN_PARTS: Span = (-1, -1, -1)  # stands before the documents of rows that several processes share
 _documents: contextvars.ContextVar[Sequence[Span] | None] = contextvars.ContextVar("documents", default=None)
+_cache: contextvars.ContextVar[Any] = contextvars.ContextVar("cache", default=None)
 
 
 def attend_by_document(model: Any) -> str | None:
@@ -51,6 +53,21 @@ def attend_by_document(model: Any) -> str | None:
     if problem and model.config._attn_implementation == NAME:
         model.set_attn_implementation("sdpa")
     return problem
+
+
+@contextlib.contextmanager
+def attending_by_document(model: Any) -> Iterator[str | None]:
+    """Within it ``model`` attends by document; yields why not, or None."""
+    before = getattr(model.config, "_attn_implementation", None)
+    if before != "sdpa":
+        yield None if before in BY_DOCUMENT else f"model.attention is {before}"
+        return
+    problem = attend_by_document(model)
+    try:
+        yield problem
+    finally:
+        if problem is None:
+            model.set_attn_implementation(before)
 
 
 def find_difference(ours: torch.Tensor, expected: torch.Tensor, *, is_exact: bool) -> str | None:
@@ -98,6 +115,20 @@ def packed_documents(spans: Sequence[Span] | None, *, in_parts: bool = False) ->
         _documents.reset(token)
 
 
+@contextlib.contextmanager
+def cached_attention(cache: Any) -> Iterator[None]:
+    """Within it ``cache`` is given every layer's keys and values, and attends where it has those of earlier tokens.
+
+    Args:
+        cache: ``sampling/cache.py:KVCache``.
+    """
+    token = _cache.set(cache)
+    try:
+        yield
+    finally:
+        _cache.reset(token)
+
+
 def document_mask(*, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
     """The list of documents, (D, 3) int64 on the CPU; transformers' own mask where there are none, or a window is narrower."""
     spans = _documents.get()
@@ -113,6 +144,10 @@ def attention_by_document(
     attention_mask: torch.Tensor | None, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """As transformers' sdpa, (B, L, H, D) and None, where ``attention_mask`` may be a list of documents."""
+    if (cache := _cache.get()) is not None:
+        attended = cache.take(module, query_BHLD, key_BGLD, value_BGLD, **kwargs)
+        if attended is not None:
+            return attended, None
     if attention_mask is None or attention_mask.dtype != torch.long or attention_mask.dim() != 2:
         return sdpa_attention_forward(module, query_BHLD, key_BGLD, value_BGLD, attention_mask, **kwargs)
     batch, heads, length = query_BHLD.shape[:3]

@@ -1,40 +1,75 @@
-"""Generate from a model: one implementation for the command line, the callbacks and, later, the service."""
+"""Generate from a model for a list of prompts: by our sampler, or by transformers where a model is of another kind."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import secrets
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lorakit.data.encode import Encoder
+from lorakit.model.attention import attending_by_document
+from lorakit.sampling.ending import end_token_ids, stop_strings
+from lorakit.sampling.request import Request
+from lorakit.sampling.sampler import Sampler, decoding_problem
 from lorakit.types import Sample, SamplingParams
+
+log = logging.getLogger("lorakit")
 
 MAX_BATCH = 128
 
 
-@torch.no_grad()
 def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
     """Return one Sample for each of ``prompts`` (token ids).
 
     Temperature 0 is greedy. The global random state and the model's mode are as before. The same ``seed`` gives the same
-    samples, and None gives new ones.
+    samples, whatever else is sampled with them, and None gives new ones.
     """
+    if not prompts:
+        return []
     was_training = model.training
     model.eval()
-    samples: list[Sample | None] = [None] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     try:
-        with _seeded(params.seed, model), _uncompiled(model):
-            for start in range(0, len(prompts), MAX_BATCH):
-                indices = by_length[start : start + MAX_BATCH]
-                batch = _generate_batch(model, tokenizer, [list(prompts[index]) for index in indices], params)
-                for index, sample in zip(indices, batch, strict=True):
-                    samples[index] = sample
+        with _uncompiled(model), attending_by_document(model) as problem:
+            if (problem := problem or decoding_problem(model)) is None:
+                return _generate_in_rows(model, tokenizer, prompts, params)
+        log.debug("sampling with transformers' generate: %s", problem)
+        with _uncompiled(model), _seeded(params.seed, model), torch.no_grad():
+            return _generate_padded(model, tokenizer, prompts, params)
     finally:
         model.train(was_training)
+
+
+def _generate_in_rows(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
+    """By our own sampler."""
+    params = replace(params, seed=secrets.randbits(63) if params.seed is None else params.seed)
+    sampler = Sampler(model, tokenizer, max_rows=MAX_BATCH)
+    samples: dict[int, Sample] = {}
+
+    def keep(number: int, outcome: Any) -> None:
+        samples[number] = outcome.sequences[0]
+
+    for number, prompt in enumerate(prompts):
+        request = Request(list(prompt), params, first_number=number, done=functools.partial(keep, number))
+        sampler.add(request)
+    while sampler.is_busy:
+        sampler.step()
+    return [samples[number] for number in range(len(prompts))]
+
+
+def _generate_padded(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
+    """By transformers, for models whose attention or layers are of another kind."""
+    samples: list[Sample | None] = [None] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(prompts), MAX_BATCH):
+        indices = by_length[start : start + MAX_BATCH]
+        batch = _generate_batch(model, tokenizer, [list(prompts[index]) for index in indices], params)
+        for index, sample in zip(indices, batch, strict=True):
+            samples[index] = sample
     return [sample for sample in samples if sample is not None]
 
 
@@ -73,33 +108,6 @@ def _generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]], params
     return [_finish(tokenizer, row[width:].tolist(), [] if is_open_ended else end_ids, stop) for row in output]
 
 
-def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: the tokenizer's EOS, those of the model's generation config, the template's end of turn."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *ids, end_of_turn(tokenizer)) if i is not None))
-
-
-def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes behind an assistant turn, which chat training trains; None without one."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    try:
-        messages = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # a template that wants more than two messages says nothing about its end
-        return None
-    encoder = Encoder(tokenizer)
-    tail = encoder.encode_rendered(text[text.rfind("B") + 1 :])
-    return next((token for token in tail if token in encoder.special_ids), None)
-
-
-def stop_strings(params: SamplingParams) -> tuple[str, ...]:
-    """``params.stop`` as a tuple."""
-    stop = (params.stop,) if isinstance(params.stop, str) else tuple(params.stop or ())
-    return tuple(text for text in stop if text)
-
-
 class _StopStrings:
     """Ends each row whose new text holds a stop string. Only the tail is decoded: a stop string is short."""
 
@@ -125,7 +133,7 @@ def _finish(tokenizer: Any, tokens: list[int], end_ids: list[int], stop: tuple[s
     if cut >= 0:
         text, reason = text[:cut], "stop"
         tokens = _tokens_within(tokenizer, tokens, stop)
-    return Sample(tuple(tokens), text, reason)
+    return Sample(tokens, text, reason)
 
 
 def _tokens_within(tokenizer: Any, tokens: list[int], stop: tuple[str, ...]) -> list[int]:

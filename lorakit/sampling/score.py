@@ -12,7 +12,8 @@ import torch
 from lorakit.data.collate import collate
 from lorakit.data.encode import Encoder
 from lorakit.loss.logprobs import target_logprobs
-from lorakit.sampling.generate import generate, stop_strings
+from lorakit.sampling.ending import stop_strings
+from lorakit.sampling.generate import generate
 from lorakit.types import Datum, Sample, SamplingParams
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from lorakit.loss import WEIGHTED_SUMS, Loss
+from lorakit.loss import Loss
+from lorakit.loss.head import HeadAdapter
 from lorakit.loss.logprobs import target_logprobs
 from lorakit.types import Batch, LossOutput
 
@@ -16,8 +18,38 @@ def compute_loss(model: Any, batch: Batch, loss: Loss, *, all_positions: bool = 
     Positions of weight 0 never reach the unembedding, and their log-probability is NaN, unless ``all_positions``. The loss itself
     is given 0 there.
     """
-    logprobs = target_logprobs(model, batch, all_positions=all_positions, is_weighted_sum=loss in WEIGHTED_SUMS)
+    logprobs = target_logprobs(model, batch, all_positions=all_positions, is_weighted_sum=_is_weighted_sum(loss))
     output = loss(logprobs, batch)
     if all_positions:
         return output
     return replace(output, logprobs=output.logprobs.masked_fill(batch.weights == 0, float("nan")))
+
+
+@dataclass(frozen=True)
+class Share:
+    """Rows that go through the model with others', under a loss and an adapter of the unembedding of their own."""
+
+    batch: Batch
+    loss: Loss
+    head_adapters: tuple[HeadAdapter, ...] = ()
+
+
+def compute_losses(model: Any, joined: Batch, shares: Sequence[Share]) -> list[LossOutput]:
+    """Run ``model`` once over ``joined``, the rows of all ``shares``, and return the output of each; logprobs of all positions."""
+    logprobs = target_logprobs(
+        model, joined, all_positions=True, is_weighted_sum=all(_is_weighted_sum(share.loss) for share in shares),
+        adapters_of_rows=[(len(share.batch.input_ids), share.head_adapters) for share in shares],
+    )  # fmt: skip
+    outputs, first = [], 0
+    for share in shares:
+        shape = share.batch.targets.shape
+        own = logprobs[first : first + shape[0], : shape[1]]
+        if own.ndim > 2:  # others have several targets per position
+            own = own[..., : shape[2]] if len(shape) > 2 else own[..., 0]
+        outputs.append(share.loss(own, share.batch))
+        first += shape[0]
+    return outputs
+
+
+def _is_weighted_sum(loss: Loss) -> bool:
+    return getattr(loss, "is_weighted_sum", False)

@@ -83,17 +83,24 @@ def save_adapter(model: Any, folder: Path, *, dtype: torch.dtype | None = None) 
 
     The same adapter gives the same bytes. ``dtype`` None keeps the adapter's own.
     """
-    return write_adapter(adapter_state(model), model, folder, dtype=dtype)
+    return write_adapter(adapter_state(model), active_config(model), folder, dtype=dtype)
 
 
-def write_adapter(tensors: Mapping[str, torch.Tensor], model: Any, folder: Path, *, dtype: torch.dtype | None = None) -> int:
-    """Write ``tensors``, which ``adapter_state`` gave, as ``save_adapter`` does; one process alone can do that."""
+def active_config(model: Any) -> Any:
+    """PEFT's config of the adapter of ``model``."""
+    return model.peft_config[model.active_adapter]
+
+
+def write_adapter(
+    tensors: Mapping[str, torch.Tensor], peft_config: Any, folder: Path, *, dtype: torch.dtype | None = None
+) -> int:
+    """Write ``tensors``, named as PEFT does in files, as ``save_adapter`` does; one process alone can do that."""
     plain = {name: tensor.to("cpu", dtype or tensor.dtype).contiguous().clone() for name, tensor in tensors.items()}
     try:
         save_file(dict(sorted(plain.items())), folder / TENSOR_FILE, metadata={"format": "pt"})
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(f"{folder / TENSOR_FILE}: {error}") from error
-    config = model.peft_config[model.active_adapter].to_dict() | {"inference_mode": True}
+    config = peft_config.to_dict() | {"inference_mode": True}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")

@@ -34,7 +34,7 @@ def make(
 
 def plain(hidden: torch.Tensor, head: Head, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """All logits, log_softmax, gather."""
-    weight = head.weight_VH + sum(scale * b @ a for a, b, scale, _ in head.adapters)
+    weight = head.weight_VH + sum(scale * b @ a for a, b, scale, *_ in head.adapters)
     logits = hidden @ weight.T + (0 if head.bias_V is None else head.bias_V)
     logits = logits.float() if logits.dtype != torch.float64 else logits
     logits = logits * head.multiplier
@@ -181,7 +181,7 @@ def test_dropout_falls_on_what_the_adapter_is_given() -> None:
     kept = (torch.arange(HIDDEN) % 3 > 0) * 1.5
     dropped = replace(head, adapters=(head.adapters[0]._replace(dropout=lambda x: x * kept),))
     targets = torch.randint(VOCAB, (TOKENS, 1), generator=torch.Generator().manual_seed(1))
-    a, b, scale, _ = head.adapters[0]
+    a, b, scale, *_ = head.adapters[0]
     logits = hidden @ head.weight_VH.T + scale * (hidden * kept) @ a.T @ b.T
     theirs = logits.log_softmax(dim=-1).gather(1, targets)
     ours = head_logprobs(hidden, dropped, targets)

@@ -1,0 +1,171 @@
+"""Many adapters on one frozen base: rows of several adapters go through the base together.
+
+The base is given hooks, not wrapped, so that nothing of it is copied and ZeRO-3 can partition it. In a pass the factors of the
+adapters stand side by side, as one adapter of the summed rank, and a gate lets each token have the columns of its own:
+
+    y = x W + ((x [A_1; A_2; …]') * gate) [B_1 B_2 …]'
+
+so that the base's products, and ours, are as few as for one adapter. What a gate excludes adds exact zeros. (Punica, arXiv
+2310.18547, groups tokens by adapter instead; the products of many small ones are what costs here.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.lora.expert_function import ExpertCall, ExpertFunction, Part
+from lorakit.lora.flat import AdapterLayout, Key
+from lorakit.model.families import ExpertStack, find_targets
+
+
+class Adapter:
+    """One adapter's numbers, a float32 vector, with its factors as views. ``trains``: passes make gradients for them."""
+
+    def __init__(self, layout: AdapterLayout, vector: torch.Tensor, *, trains: bool = False) -> None:
+        self.layout, self.vector = layout, vector
+        self.factors = layout.views(vector)
+        if trains:
+            self.factors = {key: (a.requires_grad_(), b.requires_grad_()) for key, (a, b) in self.factors.items()}
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """A and B of each matrix, in the vector's order."""
+        return [factor for pair in self.factors.values() for factor in pair]
+
+
+class Mix:
+    """Adapters side by side, and which token of a pass has which. None stands for the base alone.
+
+    Args:
+        owners_T: for each token of a pass, flattened, the number of its adapter; None where there is one adapter.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter | None], owners_T: torch.Tensor | None) -> None:
+        assert owners_T is not None or len(adapters) == 1
+        self.adapters, self.owners_T = tuple(adapters), owners_T
+        self._pairs: dict[tuple[Key, torch.dtype], tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]] | None] = {}
+        self._gates: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def with_owners(self, owners_T: torch.Tensor) -> Mix:
+        """Return the same adapters for other tokens; what was laid side by side is not laid again."""
+        other = Mix(self.adapters, owners_T)
+        other._pairs = self._pairs
+        return other
+
+    def pair(self, key: Key, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float | torch.Tensor] | None:
+        """Return A, B and the gate (T, R), or the scale where there is one adapter; None where none adapts ``key``."""
+        if (key, dtype) not in self._pairs:
+            self._pairs[key, dtype] = self._lay(key, dtype)
+        if (found := self._pairs[key, dtype]) is None:
+            return None
+        a, b, columns = found
+        return a, b, self._gate(columns) if self.owners_T is not None else columns[0][2]
+
+    def _lay(self, key: Key, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]] | None:
+        present = [(n, adapter) for n, adapter in enumerate(self.adapters) if adapter is not None and key in adapter.factors]
+        if not present:
+            return None
+        pairs = [adapter.factors[key] for _, adapter in present]
+        columns = tuple((n, adapter.layout.slots[key].rank, adapter.layout.slots[key].scale) for n, adapter in present)
+        if len(pairs) == 1:
+            return pairs[0][0].to(dtype), pairs[0][1].to(dtype), columns
+        return torch.cat([a for a, _ in pairs], dim=-2).to(dtype), torch.cat([b for _, b in pairs], dim=-1).to(dtype), columns
+
+    def _gate(self, columns: tuple[Any, ...]) -> torch.Tensor:
+        """The scale of its adapter where a token meets its own adapter's columns, else 0, (T, R)."""
+        if columns not in self._gates:
+            assert self.owners_T is not None
+            device = self.owners_T.device
+            owners_R = torch.tensor([n for n, rank, _ in columns for _ in range(rank)], device=device)
+            scales_R = torch.tensor([scale for _, rank, scale in columns for _ in range(rank)], device=device)
+            self._gates[columns] = (self.owners_T[:, None] == owners_R) * scales_R
+        return self._gates[columns]
+
+
+class AdapterBank:
+    """Gives ``model`` the hooks by which a ``Mix`` takes part in its passes."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._mix: Mix | None = None
+        head = model.get_output_embeddings()
+        self.head_name = next((name for name, module in model.named_modules() if module is head), None)
+        targets, modules = find_targets(model), dict(model.named_modules())
+        for name in dict.fromkeys(target.module for target in targets if target.outer):
+            module = modules[name]
+            module.forward = functools.partial(self._run_experts, name, ExpertStack(module), module.forward)
+        for target in targets:
+            if (
+                target.parameter is None and target.module != self.head_name
+            ):  # that one's adapter is the head's (`loss/head.py`)
+                modules[target.module].register_forward_hook(functools.partial(self._add_to_linear, Key(target.module)))
+
+    @contextlib.contextmanager
+    def active(self, mix: Mix) -> Iterator[None]:
+        """Within it passes of the model, forward and backward, have the adapters of ``mix``."""
+        before, self._mix = self._mix, mix
+        try:
+            yield
+        finally:
+            self._mix = before
+
+    def on_head(self, adapter: Adapter | None) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Return A, B and the scale of what ``adapter`` has on the unembedding."""
+        key = Key(self.head_name or "")
+        if adapter is None or key not in adapter.factors:
+            return None
+        return (*adapter.factors[key], adapter.layout.slots[key].scale)
+
+    def _add_to_linear(self, key: Key, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        if self._mix is None or (found := self._mix.pair(key, output.dtype)) is None:
+            return output
+        a, b, gate = found
+        x_TI = args[0].flatten(0, -2).to(output.dtype)
+        scale = 1.0
+        with torch.autocast(output.device.type, enabled=False):
+            if isinstance(gate, float):
+                narrow, scale = x_TI @ a.mT, gate
+            else:
+                narrow = (x_TI @ a.mT) * gate.to(output.dtype)
+            return torch.addmm(output.flatten(0, -2), narrow, b.mT, alpha=scale).view(output.shape)
+
+    def _run_experts(
+        self, name: str, stack: ExpertStack, plain: Callable[..., torch.Tensor], hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        first: list[Part] = []
+        second: list[Part] = []
+        factors: list[torch.Tensor] = []
+        for key, is_second in _expert_keys(name, stack):
+            if self._mix is None or (found := self._mix.pair(key, torch.float32)) is None:
+                continue
+            a, b, gate = found
+            scale, gate_TR = (gate, None) if isinstance(gate, float) else (1.0, gate)
+            part = Part(len(factors) // 2, stack.columns(key.matrix), scale, key.is_shared, gate_TR=gate_TR)
+            (second if is_second else first).append(part)
+            factors += [a, b]
+        if not factors:
+            return plain(hidden_states, top_k_index, top_k_weights)
+        call = ExpertCall(
+            stack.weights, stack.biases, stack.activate, top_k_index, stack.num_experts, tuple(first), tuple(second),
+            keeps=torch.is_grad_enabled(),
+        )  # fmt: skip
+        return ExpertFunction.apply(hidden_states, top_k_weights, call, *factors)
+
+
+@functools.cache
+def _keys_of(name: str, first: str, has_gate: bool) -> tuple[tuple[Key, bool], ...]:
+    shared_first = ("gate_proj", "up_proj") if has_gate else ("up_proj",)
+    keys = [(Key(name, first), False), *((Key(name, matrix, True), False) for matrix in shared_first)]
+    return (*keys, (Key(name, "down_proj"), True), (Key(name, "down_proj", True), True))
+
+
+def _expert_keys(name: str, stack: ExpertStack) -> tuple[tuple[Key, bool], ...]:
+    """Everything that an adapter may have on a module of experts, and whether it is on the way out."""
+    return _keys_of(name, stack.first, bool(stack.module.has_gate))

@@ -1,0 +1,116 @@
+"""What a loss takes beside targets and log-probabilities, and whether Datums have it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from lorakit.errors import DataError, report
+from lorakit.types import Datum, TensorData
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def takes(*inputs: str, optional: Sequence[str] = (), linear: bool = False) -> Callable[[Function], Function]:
+    """Say which loss_fn_inputs a loss takes beside ``target_tokens``, and whether it is a weighted sum of log-probabilities."""
+
+    def mark(loss: Function) -> Function:
+        loss.inputs, loss.optional_inputs, loss.is_weighted_sum = inputs, tuple(optional), linear  # type: ignore[attr-defined]
+        return loss
+
+    return mark
+
+
+def knobs_of(loss: Callable[..., Any]) -> dict[str, float]:
+    """The numbers that ``loss`` can be given by name, with their defaults."""
+    parameters = inspect.signature(loss).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def check_knobs(name: str, loss: Callable[..., Any], given: Mapping[str, Any] | None) -> dict[str, float]:
+    """Return the numbers for ``loss``, with its defaults. Raises DataError for one that it does not know."""
+    knobs = knobs_of(loss)
+    problems = [f"{key}: unknown" for key in given or {} if key not in knobs]
+    problems += [
+        f"{key}={value!r} is not a finite number"
+        for key, value in (given or {}).items()
+        if key in knobs and not (isinstance(value, (int, float)) and np.isfinite(value))
+    ]
+    if problems:
+        there = ", ".join(f"{key} ({value:g})" for key, value in knobs.items()) or "none"
+        raise DataError(report("loss_fn_config:", problems, remedy=f"{name} takes: {there}."))
+    return {**knobs, **(given or {})}
+
+
+def prepare(
+    data: Sequence[Datum], name: str, loss: Callable[..., Any], *, vocab_size: int, max_tokens: int | None = None,
+    knobs: Mapping[str, float] | None = None,
+) -> list[Datum]:  # fmt: skip
+    """Return ``data`` as ``collate`` wants it: every Datum with weights, and with each optional input that any of them has.
+
+    Where a loss takes no weights, each position of a Datum has weight 1, so that padding can be told from it.
+
+    Raises:
+        DataError: with every problem, by number of the Datum and name of the field.
+    """
+    if not data:
+        raise DataError("data is empty; give at least one Datum")
+    problems = [f"data[{i}]{text}" for i, datum in enumerate(data) for text in _problems(datum, loss, vocab_size, max_tokens)]
+    if problems:
+        takes = ", ".join(("target_tokens", *loss.inputs, *(f"{name} (optional)" for name in loss.optional_inputs)))  # type: ignore[attr-defined]
+        raise DataError(report(f"{name} cannot use this data:", problems, remedy=f"{name} takes: {takes}."))
+    fillings: dict[str, float] = {}
+    if "weights" not in loss.inputs:  # type: ignore[attr-defined]
+        fillings["weights"] = 1.0
+    for extra in loss.optional_inputs:  # type: ignore[attr-defined]
+        if any(extra in datum.loss_fn_inputs for datum in data):
+            fillings[extra] = (knobs or {}).get(extra, 0.0)
+    return [_filled(datum, fillings) for datum in data]
+
+
+def _filled(datum: Datum, fillings: Mapping[str, float]) -> Datum:
+    missing = {name: value for name, value in fillings.items() if name not in datum.loss_fn_inputs}
+    if not missing:
+        return datum
+    arrays = {name: np.full(len(datum), value, np.float32) for name, value in missing.items()}
+    return Datum(datum.model_input, {**datum.loss_fn_inputs, **arrays})
+
+
+def _problems(datum: Datum, loss: Callable[..., Any], vocab_size: int, max_tokens: int | None) -> list[str]:
+    """What is wrong with one Datum, each beginning with the field."""
+    problems = []
+    given, required = datum.loss_fn_inputs, ("target_tokens", *loss.inputs)  # type: ignore[attr-defined]
+    known = {*required, *loss.optional_inputs}  # type: ignore[attr-defined]
+    problems += [f".loss_fn_inputs[{name!r}] is missing" for name in required if name not in given]
+    problems += [f".loss_fn_inputs[{name!r}] is unknown" for name in given if name not in known]
+    if not len(datum):
+        return [*problems, ".model_input is empty"]
+    if max_tokens is not None and len(datum) > max_tokens:
+        problems.append(f".model_input has {len(datum):,} positions, and the model takes {max_tokens:,}")
+    problems += _outside(".model_input", np.asarray(datum.model_input.to_ints()), vocab_size)
+    if "target_tokens" in given:
+        problems += _outside(".loss_fn_inputs['target_tokens']", given["target_tokens"], vocab_size)
+        several = given["target_tokens"].ndim > 1
+        if several and not loss.is_weighted_sum:  # type: ignore[attr-defined]
+            problems.append(
+                f".loss_fn_inputs['target_tokens'] has shape {given['target_tokens'].shape}; one per position, please"
+            )
+        elif "weights" in given and given["weights"].shape != given["target_tokens"].shape:
+            shapes = f"{given['weights'].shape}, target_tokens {given['target_tokens'].shape}"
+            problems.append(f".loss_fn_inputs['weights'] has shape {shapes}")
+    for name, array in given.items():
+        if name != "target_tokens" and not np.isfinite(array).all():
+            where = np.argwhere(~np.isfinite(array))[0].tolist()
+            problems.append(f".loss_fn_inputs[{name!r}]{where} is {array[tuple(where)]}")
+    return problems
+
+
+def _outside(field: str, tokens: np.ndarray | TensorData, vocab_size: int) -> list[str]:
+    wrong = np.argwhere((tokens < 0) | (tokens >= vocab_size))
+    if not len(wrong):
+        return []
+    where = wrong[0].tolist()
+    return [f"{field}{where} is token {int(tokens[tuple(where)])}, and the vocabulary has {vocab_size:,}"]

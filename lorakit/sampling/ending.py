@@ -1,0 +1,64 @@
+"""Where a text ends: tokens and strings that stop it, and what is then kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorakit.data.encode import Encoder
+from lorakit.types import SamplingParams
+
+
+class Ending:
+    """What ends the samples of one request."""
+
+    def __init__(self, params: SamplingParams, tokenizer: Any, end_ids: list[int]) -> None:
+        self.tokenizer = tokenizer
+        self.strings = stop_strings(params)
+        given = [] if params.stop is None or isinstance(params.stop, str) else list(params.stop)
+        tokens = [stop for stop in given if not isinstance(stop, str)]
+        is_open_ended = params.stop is not None and not isinstance(params.stop, str) and not given
+        self.tokens = frozenset(() if is_open_ended else tokens or end_ids)
+        self._num_tail = max((len(text.encode()) for text in self.strings), default=0) + 4
+
+    def is_reached(self, tokens: list[int]) -> bool:
+        """Whether the last of ``tokens`` ends them. Only the tail is decoded: a stop string is short."""
+        if tokens[-1] in self.tokens:
+            return True
+        if not self.strings:
+            return False
+        tail = self.tokenizer.decode(tokens[-self._num_tail :])
+        return any(text in tail for text in self.strings)
+
+    def text(self, tokens: list[int], *, is_stopped: bool) -> str:
+        """The text of ``tokens``, without what ended it."""
+        ends = is_stopped and tokens and tokens[-1] in self.tokens
+        text = str(self.tokenizer.decode(tokens[:-1] if ends else tokens, skip_special_tokens=False))
+        cut = min((place for place in (text.find(word) for word in self.strings) if place >= 0), default=-1)
+        return text if cut < 0 else text[:cut]
+
+
+def stop_strings(params: SamplingParams) -> tuple[str, ...]:
+    """The strings of ``params.stop``."""
+    stop = (params.stop,) if isinstance(params.stop, str) else tuple(params.stop or ())
+    return tuple(text for text in stop if isinstance(text, str) and text)
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the tokenizer's EOS, those of the model's generation config, the template's end of turn."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *ids, end_of_turn(tokenizer)) if i is not None))
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes behind an assistant turn, which chat training trains; None without one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        messages = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # a template that wants more than two messages says nothing about its end
+        return None
+    encoder = Encoder(tokenizer)
+    tail = encoder.encode_rendered(text[text.rfind("B") + 1 :])
+    return next((token for token in tail if token in encoder.special_ids), None)

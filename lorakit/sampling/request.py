@@ -1,0 +1,147 @@
+"""What is asked of the sampler, and how far it has come."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lorakit.errors import DataError, report
+from lorakit.lora.bank import Adapter
+from lorakit.sampling.ending import Ending
+from lorakit.sampling.pick import Picked, sample_key
+from lorakit.types import Sample, SampleResponse, SamplingParams, TensorData
+
+
+@dataclass
+class Request:
+    """What is asked about one prompt. ``params.max_tokens`` 0 only scores it; None generates as far as the model goes."""
+
+    prompt: list[int]
+    params: SamplingParams
+    num_samples: int = 1
+    first_number: int = 0  # of the samples, by which their random numbers differ
+    adapter: Adapter | None = None
+    num_best: int = 0  # candidates to name for each generated token
+    scores_prompt: bool = False
+    num_best_of_prompt: int = 0
+    prompt_targets: TensorData | None = None  # (prompt - 1, K) int64, -1 to skip
+    done: Callable[[SampleResponse | BaseException], Any] = lambda outcome: None
+    each: Callable[[Row], Any] | None = None  # is told of each new token
+
+    def __post_init__(self) -> None:
+        if self.params.seed is None:
+            self.params = replace(self.params, seed=secrets.randbits(63))
+
+    @property
+    def is_of_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are asked for."""
+        return self.scores_prompt or self.num_best_of_prompt > 0 or self.prompt_targets is not None
+
+    def check(self, *, vocab_size: int, max_tokens: int) -> None:
+        """Raise DataError with everything that the model cannot take."""
+        params, problems = self.params, []
+        if not self.prompt:
+            problems.append("prompt is empty; give at least one token")
+        wrong = [(place, token) for place, token in enumerate(self.prompt) if not 0 <= token < vocab_size]
+        problems += [f"prompt[{place}] is token {token}, and the vocabulary has {vocab_size:,}" for place, token in wrong[:1]]
+        if len(self.prompt) > max_tokens or (len(self.prompt) == max_tokens and params.max_tokens != 0):
+            problems.append(
+                f"prompt has {len(self.prompt):,} tokens, and the model takes {max_tokens:,} with those that follow"
+            )
+        if self.num_samples < 1:
+            problems.append(f"num_samples={self.num_samples} must be at least 1")
+        if self.prompt_targets is not None:
+            problems += self._target_problems(vocab_size)
+        if problems := problems + params_problems(params):
+            raise DataError(problems[0] if len(problems) == 1 else report("this cannot be sampled:", problems))
+
+    def _target_problems(self, vocab_size: int) -> list[str]:
+        targets = self.prompt_targets
+        assert targets is not None
+        if targets.ndim != 2 or len(targets) != len(self.prompt) - 1:
+            return [f"target_prompt_logprobs has shape {targets.shape}; ({len(self.prompt) - 1}, K) it must be"]
+        if bool(((targets < -1) | (targets >= vocab_size)).any()):
+            return [f"target_prompt_logprobs has tokens outside of the vocabulary of {vocab_size:,}"]
+        return []
+
+
+def params_problems(params: SamplingParams) -> list[str]:
+    """What is wrong with sampling params by themselves."""
+    problems = []
+    if params.max_tokens is not None and params.max_tokens < 0:
+        problems.append(f"max_tokens={params.max_tokens} must not be negative")
+    if not 0 <= params.temperature < float("inf"):
+        problems.append(f"temperature={params.temperature} must be at least 0")
+    if not 0 < params.top_p <= 1:
+        problems.append(f"top_p={params.top_p} must be more than 0 and at most 1")
+    if params.top_k < -1 or params.top_k == 0:
+        problems.append(f"top_k={params.top_k} must be at least 1, or -1 for all tokens")
+    return problems
+
+
+@dataclass(eq=False)
+class Running:
+    """A request that was accepted."""
+
+    request: Request
+    ending: Ending
+    max_tokens: int  # to generate
+    samples: list[Sample | None] = field(default_factory=list)
+    prompt_logprobs: list[float | None] | None = None
+    best_of_prompt: list[list[tuple[int, float]] | None] | None = None
+    target_logprobs: TensorData | None = None
+
+    def finish_if_done(self) -> None:
+        """Answer when every sample is there."""
+        done = [sample for sample in self.samples if sample is not None]
+        if len(done) == len(self.samples):
+            self.request.done(SampleResponse(done, self.prompt_logprobs, self.best_of_prompt, self.target_logprobs))
+
+
+@dataclass(eq=False)
+class Row:
+    """One sample that is being generated."""
+
+    running: Running
+    number: int
+    key: int  # of its random numbers
+    length: int  # tokens in the cache
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    best: list[list[tuple[int, float]]] = field(default_factory=list)
+    stop_reason: str = ""
+
+    @classmethod
+    def of(cls, running: Running, number: int) -> Row:
+        request = running.request
+        return cls(running, number, sample_key(request.params.seed or 0, request.first_number + number), len(request.prompt))
+
+    def add(self, token: int, logprob: float, best: list[tuple[int, float]] | None) -> bool:
+        """Take a token; return whether it was the last."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if best is not None:
+            self.best.append(best)
+        if self.running.ending.is_reached(self.tokens):
+            self.stop_reason = "stop"
+        elif len(self.tokens) >= self.running.max_tokens:
+            self.stop_reason = "length"
+        if self.running.request.each is not None:
+            self.running.request.each(self)
+        return bool(self.stop_reason)
+
+    def sample(self) -> Sample:
+        """What has come of it."""
+        text = self.running.ending.text(self.tokens, is_stopped=self.stop_reason == "stop")
+        best = self.best if self.running.request.num_best else None
+        return Sample(self.tokens, text, self.stop_reason, self.logprobs, best)
+
+
+def best_of_row(picked: Picked, wanted: list[int]) -> list[list[tuple[int, float]] | None]:
+    """The candidates that each row asked for, best first."""
+    if picked.best is None:
+        return [None] * len(wanted)
+    values, tokens = picked.best[0].tolist(), picked.best[1].tolist()
+    return [list(zip(tokens[i][:num], values[i][:num], strict=True)) if num else None for i, num in enumerate(wanted)]

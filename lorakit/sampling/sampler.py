@@ -1,0 +1,321 @@
+"""Generation in which requests come and go: prompts are computed packed, then one token for each row, and rows that end make room.
+
+What transformers' own continuous batching lacks: adapters by row, random numbers by request, log-probabilities, stop strings.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorakit.errors import ConfigError
+from lorakit.lora.bank import Adapter, AdapterBank, Mix
+from lorakit.lora.flat import Key
+from lorakit.loss.head import Head, HeadAdapter, all_logits, best_logprobs, head_logprobs
+from lorakit.loss.logprobs import hidden_states
+from lorakit.model.attention import cached_attention, find_difference, packed_documents
+from lorakit.sampling.cache import KVCache, wasted_tokens
+from lorakit.sampling.ending import Ending, end_token_ids
+from lorakit.sampling.pick import Picked, Picker
+from lorakit.sampling.request import Request, Row, Running, best_of_row
+from lorakit.types import TensorData
+
+SORT_PAYS_AFTER = 8  # steps: rows mostly stay for longer
+MAX_PREFILL_TOKENS = 8192  # of prompts at a time; a longer one comes alone
+
+
+@dataclass(frozen=True)
+class _Joining:
+    """Samples of a request that want rows; none where only the prompt is to be scored."""
+
+    running: Running
+    numbers: range
+
+
+class Sampler:
+    """Generates on ``model``, which must attend by document (`model/attention.py:attend_by_document`).
+
+    Args:
+        bank: of the adapters that requests name; None where the model has its own.
+        max_rows: samples at work at a time.
+        max_cache_tokens: tokens whose keys and values are held at most; what would need more waits.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, bank: AdapterBank | None = None, max_rows: int = 256, max_cache_tokens: int = 1 << 20,
+        autocast: Callable[[], Any] = contextlib.nullcontext,
+    ) -> None:  # fmt: skip
+        self.model, self.tokenizer, self.bank, self.autocast = model, tokenizer, bank, autocast
+        self.max_rows, self.max_cache_tokens = max_rows, max_cache_tokens
+        self.cache = KVCache()
+        self.num_forwards = self.num_generated = 0
+        self._waiting: collections.deque[_Joining] = collections.deque()
+        self._rows: list[Row] = []
+        self._end_ids = end_token_ids(model, tokenizer)
+        config = model.config.get_text_config()
+        self._vocab_size, self._limit = config.vocab_size, getattr(config, "max_position_embeddings", None) or 1 << 30
+        self._settled: tuple[Picker, Mix | None] | None = None  # what depends on who has which row
+
+    def add(self, request: Request) -> None:
+        """Let ``request`` join at the next step. Raises DataError where the model cannot take it."""
+        request.check(vocab_size=self._vocab_size, max_tokens=self._limit)
+        most = self._limit - len(request.prompt)
+        max_tokens = most if request.params.max_tokens is None else min(request.params.max_tokens, most)
+        running = Running(request, Ending(request.params, self.tokenizer, self._end_ids), max_tokens)
+        if not max_tokens:
+            self._waiting.append(_Joining(running, range(0)))
+            return
+        running.samples = [None] * request.num_samples
+        for first in range(0, request.num_samples, self.max_rows):
+            self._waiting.append(_Joining(running, range(first, min(first + self.max_rows, request.num_samples))))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._waiting or self._rows)
+
+    def fail_all(self, error: BaseException) -> None:
+        """End everything with ``error``."""
+        running = {id(r): r for r in (*(row.running for row in self._rows), *(joining.running for joining in self._waiting))}
+        self._waiting.clear()
+        self._rows, self._settled = [], None
+        self.cache.clear()
+        for one in running.values():
+            one.request.done(error)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Let requests join where there is room, then generate one token for each row."""
+        while joining := self._next_to_join():
+            self._prefill(joining)
+        if self._rows:
+            self._decode()
+        if not self.is_busy:
+            self.cache.clear()
+
+    # ---- joining
+
+    def _next_to_join(self) -> list[_Joining]:
+        joining: list[_Joining] = []
+        num_rows, num_tokens, room = len(self._rows), 0, self.cache.room
+        while self._waiting:
+            first = self._waiting[0]
+            num_tokens += len(first.running.request.prompt)
+            num_rows += len(first.numbers)
+            room = max(room, len(first.running.request.prompt) + first.running.max_tokens)
+            fits = num_rows <= self.max_rows and num_rows * room <= self.max_cache_tokens
+            if (joining and num_tokens > MAX_PREFILL_TOKENS) or (not fits and (self._rows or joining)):
+                break
+            joining.append(self._waiting.popleft())
+        return joining
+
+    def _prefill(self, joining: Sequence[_Joining]) -> None:
+        """Compute the prompts, each once however many ask the same, and give every sample its row and first token."""
+        device, first = self.model.device, len(self._rows)
+        rows = [Row.of(entry.running, number) for entry in joining for number in entry.numbers]
+        prompts: dict[
+            tuple[int, tuple[int, ...]], list[int]
+        ] = {}  # adapter and prompt -> rows; that of a scored one may be none
+        row = first
+        for entry in joining:
+            places = prompts.setdefault((id(entry.running.request.adapter), tuple(entry.running.request.prompt)), [])
+            places += range(row, row + len(entry.numbers))
+            row += len(entry.numbers)
+        tokens = [prompt for _, prompt in prompts]
+        lengths = [len(prompt) for prompt in tokens]
+        ends = np.cumsum(lengths).tolist()
+        spans = {key: (0, end - length, end) for key, end, length in zip(prompts, ends, lengths, strict=True)}
+        # A prompt that is only scored is laid into the row behind the last, which is free.
+        self.cache.reserve(row + 1, max(len(e.running.request.prompt) + e.running.max_tokens for e in joining))
+        self.cache.prefill([places[0] if places else row for places in prompts.values()], lengths, device)
+        adapter_of = {id(entry.running.request.adapter): entry.running.request.adapter for entry in joining}
+        hidden_TH, head = self._run(
+            torch.tensor([[token for prompt in tokens for token in prompt]], device=device),
+            torch.tensor([[place for length in lengths for place in range(length)]], device=device),
+            list(spans.values()),
+            self._mix_of([adapter_of[adapter] for adapter, _ in prompts], lengths),
+        )
+        for (_, prompt), places in prompts.items():
+            if len(places) > 1:
+                self.cache.copy_row(places[0], places[1:], len(prompt))
+        for entry in joining:
+            self._score_prompt(entry, hidden_TH, head, spans[_key_of(entry.running)])
+        if rows:
+            last = torch.tensor([spans[_key_of(row.running)][2] - 1 for row in rows], device=device)
+            self._rows += rows
+            self._settled = None
+            picker, mix = self._settle(rows)
+            self._pick(rows, picker, self._logits(hidden_TH[last], head, mix), first)
+
+    def _score_prompt(self, entry: _Joining, hidden_TH: torch.Tensor, head: Head, span: tuple[int, int, int]) -> None:
+        """Keep what is asked about the prompt itself, at temperature 1."""
+        running, request, (_, start, end) = entry.running, entry.running.request, span
+        if request.is_of_prompt and (not entry.numbers or entry.numbers.start == 0):
+            hidden, tokens = hidden_TH[start : end - 1], request.prompt
+            head = self._head(head, self._mix_of([request.adapter], [end - 1 - start]))
+            if request.scores_prompt:
+                targets = torch.tensor(tokens[1:], device=hidden.device)[:, None]
+                running.prompt_logprobs = [None, *head_logprobs(hidden, head, targets)[:, 0].tolist()]
+            if request.num_best_of_prompt:
+                num_best = min(request.num_best_of_prompt, self._vocab_size)
+                values, best = best_logprobs(hidden, head, num_best)
+                pairs = zip(best.tolist(), values.tolist(), strict=True)
+                running.best_of_prompt = [None, *(list(zip(*pair, strict=True)) for pair in pairs)]
+            if request.prompt_targets is not None:
+                wanted = torch.from_numpy(request.prompt_targets.to_numpy()).to(hidden.device)
+                found = head_logprobs(hidden, head, wanted.clamp(min=0)).masked_fill_(wanted < 0, 0.0)
+                running.target_logprobs = TensorData(found)
+        if not entry.numbers:
+            running.finish_if_done()
+
+    # ---- generating
+
+    def _decode(self) -> None:
+        """Generate one token for each row."""
+        device = self.model.device
+        if self._settled is None:
+            self._sort()
+        rows = self._rows
+        picker, mix = self._settled = self._settled or self._settle(rows)
+        lengths = [row.length for row in rows]
+        self.cache.decode(lengths, device)
+        tokens = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
+        hidden_BH, head = self._run(tokens, torch.tensor(lengths, device=device)[:, None], [(0, 0, 1)], mix)
+        for row in rows:
+            row.length += 1
+        self._pick(rows, picker, self._logits(hidden_BH, head, mix), 0)
+
+    def _sort(self) -> None:
+        """Lay rows of like length beside one another, where that saves more than it costs."""
+        lengths = [row.length for row in self._rows]
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        saved = wasted_tokens(lengths, self.cache.run_cost) - wasted_tokens(
+            [lengths[row] for row in order], self.cache.run_cost
+        )
+        if saved * SORT_PAYS_AFTER > 2 * sum(lengths):
+            self.cache.permute(order)
+            self._rows = [self._rows[row] for row in order]
+
+    def _settle(self, rows: Sequence[Row]) -> tuple[Picker, Mix | None]:
+        requests = [row.running.request for row in rows]
+        num_best = max(request.num_best for request in requests)
+        picker = Picker([request.params for request in requests], [row.key for row in rows], num_best, self.model.device)
+        return picker, self._mix_of([request.adapter for request in requests], [1] * len(rows))
+
+    def _pick(self, rows: Sequence[Row], picker: Picker, logits_BV: torch.Tensor, first: int) -> None:
+        """Pick a token for each of ``rows``, which begin with row ``first``, and let go those that end."""
+        picked: Picked = picker.pick(logits_BV, [len(row.tokens) for row in rows])
+        tokens, logprobs = picked.tokens.tolist(), picked.logprobs.tolist()
+        best = best_of_row(picked, [row.running.request.num_best for row in rows])
+        self.num_generated += len(rows)
+        ended = [first + i for i, row in enumerate(rows) if row.add(tokens[i], logprobs[i], best[i])]
+        done = [self._rows[place] for place in ended]
+        self._remove(ended)
+        for row in done:
+            row.running.samples[row.number] = row.sample()
+        for running in {id(row.running): row.running for row in done}.values():
+            running.finish_if_done()
+
+    def _remove(self, places: Iterable[int]) -> None:
+        """Take rows out; the last ones move into their places."""
+        for place in sorted(places, reverse=True):
+            last = len(self._rows) - 1
+            if place < last:
+                self.cache.copy_row(last, [place], self._rows[last].length)
+                self._rows[place] = self._rows[last]
+            self._rows.pop()
+            self._settled = None
+
+    # ---- the model
+
+    def _run(
+        self, tokens: torch.Tensor, positions: torch.Tensor, spans: list[tuple[int, int, int]], mix: Mix | None
+    ) -> tuple[torch.Tensor, Head]:
+        """Return what the unembedding is given, flattened to (T, H), and the unembedding."""
+        active = self.bank.active(mix) if self.bank is not None and mix is not None else contextlib.nullcontext()
+        self.num_forwards += 1
+        with active, cached_attention(self.cache), packed_documents(spans), self.autocast():
+            hidden, head = hidden_states(
+                self.model, lambda: self.model(input_ids=tokens, position_ids=positions, use_cache=False)
+            )
+        if hidden is None or head is None:
+            raise ConfigError(
+                f"{type(self.model).__name__} cannot be sampled in batches: its unembedding is not a linear layer"
+            )
+        return hidden.flatten(0, 1), head
+
+    def _mix_of(self, adapters: Sequence[Adapter | None], num_tokens: Sequence[int]) -> Mix | None:
+        """The adapters of a pass, of which each in turn has so many tokens."""
+        if self.bank is None:
+            return None
+        distinct = list({id(adapter): adapter for adapter in adapters}.values())
+        if len(distinct) == 1:
+            return Mix(distinct, None)
+        number = {id(adapter): n for n, adapter in enumerate(distinct)}
+        owners = torch.tensor([number[id(a)] for a, count in zip(adapters, num_tokens, strict=True) for _ in range(count)])
+        return Mix(distinct, owners.to(self.model.device))
+
+    def _head(self, head: Head, mix: Mix | None) -> Head:
+        """``head`` with what the adapters of ``mix`` have on it."""
+        if self.bank is None or mix is None or not self.bank.head_name:
+            return head
+        if (found := mix.pair(Key(self.bank.head_name), head.weight_VH.dtype)) is None:
+            return head
+        a, b, gate = found
+        adapter = HeadAdapter(a, b, gate) if isinstance(gate, float) else HeadAdapter(a, b, 1.0, gate_NR=gate)
+        return replace(head, adapters=(*head.adapters, adapter))
+
+    def _logits(self, hidden_BH: torch.Tensor, head: Head, mix: Mix | None) -> torch.Tensor:
+        return all_logits(hidden_BH, self._head(head, mix))
+
+
+def _key_of(running: Running) -> tuple[int, tuple[int, ...]]:
+    return id(running.request.adapter), tuple(running.request.prompt)
+
+
+_PROBLEMS: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()  # of models that were looked at
+
+
+def decoding_problem(model: Any) -> str | None:
+    """Return why ``model``, which attends by document, cannot be sampled in rows, or None.
+
+    Two prompts are computed at once, then three tokens for each, and the logits compared with those of whole sequences: layers
+    that carry another state than keys and values differ. Looked at once for each model.
+    """
+    if model not in _PROBLEMS:
+        try:
+            _PROBLEMS[model] = _compare(model)
+        except Exception as error:  # whatever a model does with one token at a time
+            _PROBLEMS[model] = f"{type(error).__name__}: {error}"
+    return _PROBLEMS[model]
+
+
+@torch.inference_mode()
+def _compare(model: Any) -> str | None:
+    device, vocab_size = model.device, model.config.get_text_config().vocab_size
+    tokens = torch.randint(0, vocab_size, (2, 23), generator=torch.Generator().manual_seed(0)).tolist()
+    lengths, cache, ours = (20, 7), KVCache(), []
+    cache.reserve(2, 23)
+    for step in range(4):
+        if step:
+            cache.decode([length + step - 1 for length in lengths], device)
+            ids = torch.tensor([[row[length + step - 1]] for row, length in zip(tokens, lengths, strict=True)], device=device)
+            positions, spans = torch.tensor([[length + step - 1] for length in lengths], device=device), [(0, 0, 1)]
+        else:
+            cache.prefill([0, 1], lengths, device)
+            ids = torch.tensor([[t for row, length in zip(tokens, lengths, strict=True) for t in row[:length]]], device=device)
+            positions = torch.tensor([[i for length in lengths for i in range(length)]], device=device)
+            spans = [(0, 0, lengths[0]), (0, lengths[0], sum(lengths))]
+        with cached_attention(cache), packed_documents(spans):
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+        ours.append(logits[:, -1] if step else logits[0, [lengths[0] - 1, sum(lengths) - 1]])
+    whole = [model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0].float() for row in tokens]
+    theirs = [torch.stack([row[n - 1 + step] for row, n in zip(whole, lengths, strict=True)]) for step in range(4)]
+    return find_difference(torch.stack(ours), torch.stack(theirs), is_exact=model.dtype == torch.float32)

@@ -1,0 +1,112 @@
+"""A frozen base with its bank of adapters: what an engine runs on."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lorakit.errors import AdapterError, ConfigError
+from lorakit.lora.bank import AdapterBank
+from lorakit.lora.flat import AdapterLayout, plan_layout
+from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER, LoRASpec
+from lorakit.model.attention import attend_by_document
+from lorakit.model.load import base_name, load_model, load_tokenizer
+from lorakit.sampling.sampler import decoding_problem
+from lorakit.training.precision import base_dtype, resolve_accelerator, resolve_precision
+from lorakit.weights.adapter import AdapterFiles
+
+
+@dataclass
+class Base:
+    """A loaded base model. ``name`` is what adapters on it are said to be made for."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    precision: str
+    bank: AdapterBank
+    sampling_problem: str | None = None  # why it cannot be sampled in rows
+    _layouts: dict[LoRASpec, AdapterLayout] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str, *, accelerator: str = "auto", precision: str = "auto", attention: str = "sdpa") -> Base:
+        """Read the model at ``path``. Precision ``auto`` is float32 on a CPU, 16 bit on a GPU. Raises ConfigError."""
+        device = resolve_accelerator(accelerator)
+        precision = "32-true" if precision == "auto" and device == "cpu" else resolve_precision(precision, device)
+        model = load_model(path, dtype=base_dtype("auto", precision), attention=attention, device=device)
+        problem = attend_by_document(model) or decoding_problem(model)
+        return cls(base_name(path), model, load_tokenizer(path), precision, AdapterBank(model), problem)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the embedding knows."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Positions that the model was made for."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def pad_token_id(self) -> int:
+        """Any token: padding stands to the right of what it could change."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The number format that products run in, as in a run of the same precision."""
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    def layout(self, spec: LoRASpec) -> AdapterLayout:
+        """Return where everything of an adapter of ``spec`` lies. Raises ConfigError where it matches nothing."""
+        if spec not in self._layouts:
+            self._layouts[spec] = plan_layout(self.model, spec, base_name=self.name)
+        return self._layouts[spec]
+
+    def read_adapter(self, files: AdapterFiles) -> tuple[AdapterLayout, torch.Tensor]:
+        """Return the layout and the numbers of any PEFT adapter in a folder. Raises AdapterError where it does not fit."""
+        spec = _spec_of(files, self.model)
+        try:
+            layout = self.layout(spec)
+        except ConfigError as error:
+            raise AdapterError(f"{files.folder} does not fit {self.name}: {error}") from error
+        return layout, layout.from_file_tensors(files.tensors(), source=str(files.folder))
+
+
+def _spec_of(files: AdapterFiles, model: Any) -> LoRASpec:
+    """What an adapter's config and tensors say of it."""
+    config = files.config
+    refused = [name for name in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save") if config.get(name)]
+    if problem := files.find_init_problem():
+        raise AdapterError(f"{files.folder}: {problem}")
+    if refused:
+        raise AdapterError(f"{files.folder} has {', '.join(refused)}, which cannot be loaded here")
+    names = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in files.tensors()}
+    stacked = {name.removesuffix(".base_layer") for name in names}
+    modules, targets = dict(model.named_modules()), []
+    for name in sorted(names - set(files.expert_matrices())):
+        module = name.removesuffix(".base_layer")
+        parameters = config.get("target_parameters") or ()
+        own = [p for p in parameters if f"{module}.".find(f"{p.rpartition('.')[0]}.") >= 0] if module in stacked else []
+        is_stack = any(hasattr(modules.get(module), p.rpartition(".")[2]) for p in own)
+        targets += [f"{module}.{p.rpartition('.')[2]}" for p in own] if is_stack else [name]
+    shared = files.expert_matrices()
+    targets += [_stack_of(name, modules) for name in shared]
+    return LoRASpec(
+        rank=int(config["r"]), alpha=float(config["lora_alpha"]), rslora=bool(config.get("use_rslora")),
+        targets=tuple(dict.fromkeys(targets)), expert_layout=SHARED_OUTER if shared else PER_EXPERT,
+    )  # fmt: skip
+
+
+def _stack_of(matrix: str, modules: dict[str, Any]) -> str:
+    """The stacked parameter that holds an expert matrix, ``…experts.gate_proj`` say."""
+    module, _, leaf = matrix.rpartition(".")
+    fused = hasattr(modules.get(module), "gate_up_proj") and leaf in ("gate_proj", "up_proj")
+    return f"{module}.{'gate_up_proj' if fused else leaf}"

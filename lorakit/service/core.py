@@ -1,0 +1,354 @@
+"""The verbs over one or more bases: what clients in the process and the server both call. Every verb returns a future."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit.errors import CheckpointError, ConfigError, DataError
+from lorakit.lora.bank import Adapter
+from lorakit.lora.flat import AdapterLayout
+from lorakit.lora.spec import LoRASpec
+from lorakit.loss import LOSSES
+from lorakit.loss.inputs import check_knobs, prepare
+from lorakit.loss.preference import CustomLoss
+from lorakit.sampling.request import Request
+from lorakit.service.base import Base
+from lorakit.service.custom import as_loss, pull_back, with_unit_weights
+from lorakit.service.engine import Engine, Usage
+from lorakit.service.passes import Work
+from lorakit.service.store import Checkpoint, Run, Store, now, parse_path
+from lorakit.service.trainee import Trainee
+from lorakit.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput, SamplingParams
+from lorakit.weights.files import recover
+from lorakit.weights.trained_state import SavedState, open_trained_state, read_optimizer, save_trained_state
+
+LOCAL_OWNER = "local"
+
+
+@dataclass
+class Model:
+    """One adapter under training."""
+
+    id: str
+    owner: str
+    base_model: str
+    engine: Engine
+    lora: dict[str, Any]
+    trainee: Trainee | None = None  # once it is made
+
+    def made(self) -> Trainee:
+        """Raises CheckpointError where its making failed."""
+        if self.trainee is None:
+            raise CheckpointError(f"{self.id} was not made; see what its creation said")
+        return self.trainee
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is sampled: an adapter as it was at some moment, or none, on a base."""
+
+    base_model: str
+    engine: Engine
+    adapter: Adapter | None = None
+    path: str | None = None
+
+
+@dataclass
+class Service:
+    """Bases by name, everything that is trained on them, and what was saved.
+
+    Args:
+        models: names that clients use -> folders or names of models; a name that is not here stands for itself, if ``any_model``.
+        folder: of the database and the checkpoints.
+        load: reads a base; its settings are bound to it.
+        lora: settings of ``LoRASpec`` that clients cannot name: alpha, expert_layout.
+    """
+
+    folder: str | Path
+    models: Mapping[str, str] = field(default_factory=dict)
+    any_model: bool = True
+    load: Callable[[str], Base] = Base.load
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.store = Store(self.folder)
+        self.trained: dict[str, Model] = {}
+        self._engines: dict[str, Engine] = {}
+        self._lock = threading.RLock()
+
+    def engine(self, base_model: str) -> Engine:
+        """Return the engine of a base, which is read at its first use. Raises ConfigError."""
+        path = self.models.get(base_model)
+        if path is None:
+            if not self.any_model:
+                raise ConfigError(f"base_model {base_model!r} is not served; there are: {', '.join(self.models) or 'none'}")
+            path = base_model
+        with self._lock:
+            if path not in self._engines:
+                self._engines[path] = Engine(self.load(path), **self.engine_options)
+            return self._engines[path]
+
+    def close(self) -> None:
+        """End the engines, and the database."""
+        for model in self.trained.values():
+            self._charge(model)
+        for engine in self._engines.values():
+            engine.close()
+        self.store.close()
+
+    # ---- models
+
+    def create_model(
+        self, model_id: str, base_model: str, *, rank: int = 32, seed: int | None = None, train_attn: bool = True,
+        train_mlp: bool = True, train_unembed: bool = True, owner: str = LOCAL_OWNER,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> Future[Any]:  # fmt: skip
+        """Make a new adapter on ``base_model``; the future gives its Model."""
+        if not (train_attn or train_mlp or train_unembed):
+            raise ConfigError("nothing would be trained; switch on train_attn, train_mlp or train_unembed")
+        spec = LoRASpec(
+            **{**self.lora, "rank": rank}, attention=train_attn, mlp="auto" if train_mlp else False,
+            experts="auto" if train_mlp else False, unembedding=train_unembed,
+        )  # fmt: skip
+        asked = {"rank": rank, "train_attn": train_attn, "train_mlp": train_mlp, "train_unembed": train_unembed}
+        seed = secrets.randbits(31) if seed is None else seed
+        engine = self.engine(base_model)
+
+        def make() -> tuple[AdapterLayout, torch.Tensor]:
+            layout = engine.base.layout(spec)
+            return layout, layout.draw(seed)
+
+        return self._add_model(Model(model_id, owner, base_model, engine, asked), make, None, user_metadata)
+
+    def create_model_from(
+        self, model_id: str, path: str, *, base_model: str | None = None, with_optimizer: bool = False, owner: str = LOCAL_OWNER,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> Future[Any]:  # fmt: skip
+        """Make an adapter that starts from a checkpoint (``tinker://…``), or from a folder of any PEFT adapter."""
+        state, theirs = self._open(path, owner)
+        base_model = base_model or theirs
+        engine = self.engine(base_model)
+        config = state.adapter.config
+        asked = state.facts.get("lora") or {"rank": int(config.get("r", 0))}
+        loads = functools.partial(read_optimizer, state) if with_optimizer else None
+        return self._add_model(
+            Model(model_id, owner, base_model, engine, asked), lambda: engine.base.read_adapter(state.adapter), loads,
+            user_metadata, num_steps=int(state.facts.get("num_steps", 0)),
+        )  # fmt: skip
+
+    def _add_model(
+        self, model: Model, make: Callable[[], tuple[AdapterLayout, torch.Tensor]],
+        read_optimizer_state: Callable[[AdapterLayout], dict[str, torch.Tensor]] | None,
+        user_metadata: Mapping[str, str] | None, num_steps: int = 0,
+    ) -> Future[Any]:  # fmt: skip
+        def run() -> Model:
+            layout, vector = make()
+            trainee = Trainee(layout, vector, model.engine.base.device)
+            if read_optimizer_state is not None:
+                trainee.load(vector, read_optimizer_state(layout), num_steps)
+            model.trainee = trainee
+            time = now()
+            self.store.add_run(Run(
+                id=model.id, session_id=model.id.partition(":")[0], owner=model.owner, base_model=model.base_model,
+                lora=model.lora, user_metadata=dict(user_metadata or {}), created=time, last_request=time,
+            ))  # fmt: skip
+            return model
+
+        self.trained[model.id] = model
+        return model.engine.submit(model.id, "create_model", run)
+
+    def drop_model(self, model_id: str) -> None:
+        """Free an adapter and its optimiser, behind what it was asked before."""
+        if (model := self.trained.pop(model_id, None)) is not None:
+            self._charge(model)
+
+            def free() -> None:
+                model.trainee = None
+
+            model.engine.submit(model_id, "free", free)
+
+    def usage(self, model: Model) -> Usage:
+        """What a model has cost so far."""
+        return model.engine.usage[model.id]
+
+    def _charge(self, model: Model) -> None:
+        usage = self.usage(model)
+        with contextlib.suppress(Exception):  # what it cost is not worth an error
+            self.store.charge(model.id, tokens=usage.tokens, seconds=usage.seconds)
+
+    # ---- the verbs
+
+    def forward_backward(
+        self, model: Model, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None, *,
+        needs_gradient: bool = True,
+    ) -> Future[Any]:  # fmt: skip
+        """Add the gradient of ``loss_fn``, a sum over tokens, to what has accumulated; without ``needs_gradient`` only compute it."""
+
+        def work() -> Work:
+            if loss_fn not in LOSSES:
+                raise DataError(f"loss_fn {loss_fn!r} is unknown; there are: {', '.join(LOSSES)}")
+            loss = LOSSES[loss_fn]
+            knobs = check_knobs(loss_fn, loss, loss_fn_config)
+            base = model.engine.base
+            ready = prepare(data, loss_fn, loss, vocab_size=base.vocab_size, max_tokens=base.max_tokens, knobs=knobs)
+            bound = functools.partial(loss, **knobs) if knobs else loss
+            return Work(model.made(), ready, bound, knobs, needs_gradient)
+
+        return model.engine.submit_work(model.id, "forward_backward" if needs_gradient else "forward", work)
+
+    def forward_backward_custom(self, model: Model, data: Sequence[Datum], loss: CustomLoss) -> Future[Any]:
+        """The same for the caller's own function of all Datums' log-probabilities.
+
+        What fits one pass goes through the base once; else log-probabilities come first, then the gradient with respect to them.
+        """
+        engine, cross_entropy = model.engine, LOSSES["cross_entropy"]
+        base = engine.base
+
+        def ready() -> list[Datum]:
+            bare = [with_unit_weights(datum) for datum in data]
+            return prepare(bare, "a custom loss", cross_entropy, vocab_size=base.vocab_size, max_tokens=base.max_tokens)
+
+        def in_two() -> ForwardBackwardOutput:
+            (found,) = engine.runner.run([Work(model.made(), ready(), cross_entropy, needs_gradient=False)])
+            if isinstance(found, BaseException):
+                raise found
+            weighted, value, metrics = pull_back(loss, data, [output["logprobs"] for output in found.loss_fn_outputs])
+            (pulled,) = engine.runner.run([Work(model.made(), weighted, cross_entropy)])
+            if isinstance(pulled, BaseException):
+                raise pulled
+            return replace(pulled, metrics={**pulled.metrics, "loss:sum": value, **metrics})
+
+        name = "forward_backward_custom"
+        if len(data) * max(map(len, data), default=0) > engine.runner.max_tokens:
+            return engine.submit(model.id, name, in_two)
+        return engine.submit_work(model.id, name, lambda: Work(model.made(), ready(), as_loss(loss, data), is_whole=True))
+
+    def optim_step(self, model: Model, params: AdamParams) -> Future[Any]:
+        """Make one step of AdamW with the accumulated gradient; the future gives its figures."""
+        return model.engine.submit(model.id, "optim_step", lambda: model.made().step(params))
+
+    def save(
+        self, model: Model, name: str, *, kind: str, overwrite: bool = False, ttl_seconds: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> Future[Any]:  # fmt: skip
+        """Save adapter and, as ``weights``, optimiser; the future gives the Checkpoint."""
+        return model.engine.submit(
+            model.id, f"save {kind}", lambda: self._save(model, name, kind, overwrite, ttl_seconds, user_metadata)
+        )
+
+    def _save(
+        self,
+        model: Model,
+        name: str,
+        kind: str,
+        overwrite: bool,
+        ttl_seconds: int | None,
+        user_metadata: Mapping[str, str] | None,
+    ) -> Checkpoint:
+        folder, trainee = self.store.checkpoint_folder(model.id, kind, name), model.made()
+        recover(folder.parent) if folder.parent.is_dir() else None
+        if folder.exists() and not overwrite:
+            raise CheckpointError(f"tinker://{model.id}/{kind}/{name} exists; choose another name, or overwrite=True")
+        facts = {"base_model": model.base_model, "lora": model.lora, "num_steps": trainee.num_steps, "run": model.id}
+        optimizer_state = trainee.optimizer_state() if kind == "weights" else None
+        try:
+            size = save_trained_state(folder, trainee.layout, trainee.vector, optimizer_state, facts)
+        except OSError as error:
+            raise CheckpointError(f"{name} was not saved: {error.strerror or error}") from error
+        created = now()
+        expires = None if ttl_seconds is None else created + datetime.timedelta(seconds=ttl_seconds)
+        saved = Checkpoint(
+            run_id=model.id, kind=kind, name=name, created=created, size_bytes=size, expires=expires,
+            user_metadata=dict(user_metadata or {}),
+        )  # fmt: skip
+        self.store.add_checkpoint(saved)
+        self._charge(model)
+        return saved
+
+    def load_state(self, model: Model, path: str, *, with_optimizer: bool) -> Future[Any]:
+        """Let a model go on from a checkpoint of the same shape."""
+
+        def run() -> str:
+            state, _ = self._open(path, model.owner)
+            trainee = model.made()
+            layout, vector = model.engine.base.read_adapter(state.adapter)
+            if layout.file_tensors(vector).keys() != trainee.layout.file_tensors(trainee.vector).keys():
+                raise CheckpointError(f"{path} has other matrices than {model.id}")
+            vector = trainee.layout.from_file_tensors(layout.file_tensors(vector), source=path)
+            optimizer = read_optimizer(state, trainee.layout) if with_optimizer else None
+            trainee.load(vector, optimizer, int(state.facts.get("num_steps", 0)))
+            return path
+
+        return model.engine.submit(model.id, "load_state", run)
+
+    def snapshot(self, model: Model) -> Future[Any]:
+        """The future gives the Weights of a model as they are when its turn comes."""
+        return model.engine.submit(
+            model.id, "snapshot", lambda: Weights(model.base_model, model.engine, model.made().snapshot())
+        )
+
+    # ---- sampling
+
+    def weights(self, *, base_model: str | None = None, path: str | None = None, owner: str = LOCAL_OWNER) -> Future[Any]:
+        """The future gives the Weights of a base, or of a checkpoint (``tinker://…`` or a folder of any PEFT adapter)."""
+        if path is None:
+            if base_model is None:
+                raise ConfigError("name a base_model or a model_path to sample from")
+            done: Future[Any] = Future()
+            done.set_result(Weights(base_model, self.engine(base_model)))
+            return done
+        state, theirs = self._open(path, owner)
+        base_model = base_model or theirs
+        engine = self.engine(base_model)
+
+        def read() -> Weights:
+            layout, vector = engine.base.read_adapter(state.adapter)
+            return Weights(base_model, engine, Adapter(layout, vector.to(engine.base.device)), path)
+
+        return engine.submit(f"read {path}", "read_adapter", read)
+
+    def sample(
+        self, weights: Weights, prompt: ModelInput, params: SamplingParams, num_samples: int = 1, **asked: Any
+    ) -> Future[Any]:
+        """The future gives a SampleResponse. ``asked``: further fields of ``sampling/request.py:Request``."""
+        return weights.engine.sample(lambda: Request(prompt.to_ints(), params, num_samples, adapter=weights.adapter, **asked))
+
+    # ---- what was saved
+
+    def _open(self, path: str, owner: str) -> tuple[SavedState, str]:
+        """Return what lies at ``path``, and the name of its base."""
+        if path.startswith("tinker://"):
+            run_id, kind, name = parse_path(path)
+            run = self.store.run(run_id, owner)
+            folder = self.store.checkpoint_folder(run_id, kind, name)
+            if folder.parent.is_dir():
+                recover(folder.parent)
+            if self.store.find_checkpoint(run_id, kind, name) is None or not folder.is_dir():
+                raise CheckpointError(f"there is no checkpoint {path}")
+            return open_trained_state(folder), run.base_model
+        if owner != LOCAL_OWNER or not Path(path).expanduser().is_dir():
+            raise CheckpointError(f"{path!r} is no path of a checkpoint (tinker://RUN/KIND/NAME), nor a folder here")
+        state = open_trained_state(Path(path).expanduser())
+        return state, str(state.facts.get("base_model") or state.adapter.config.get("base_model_name_or_path") or "")
+
+    def delete_checkpoint(self, path: str, owner: str = LOCAL_OWNER) -> None:
+        """Remove a checkpoint. Raises CheckpointError where there is none."""
+        run_id, kind, name = parse_path(path)
+        self.store.run(run_id, owner)
+        if (found := self.store.find_checkpoint(run_id, kind, name)) is None:
+            raise CheckpointError(f"there is no checkpoint {path}")
+        self.store.forget_checkpoint(found)
+        shutil.rmtree(self.store.checkpoint_folder(run_id, kind, name), ignore_errors=True)

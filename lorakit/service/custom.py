@@ -1,0 +1,65 @@
+"""A caller's own loss: a function of all Datums' log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from lorakit.errors import DataError
+from lorakit.loss import Loss
+from lorakit.loss.preference import CustomLoss
+from lorakit.types import Batch, Datum, LossOutput, TensorData
+
+
+def as_loss(function: CustomLoss, data: Sequence[Datum]) -> Loss:
+    """Return ``function(data, logprobs)``, which returns (scalar loss, metrics), as a loss over a batch of these Datums in order."""
+
+    def loss(logprobs: torch.Tensor, batch: Batch) -> LossOutput:
+        own = []
+        for (row, start, end), datum in zip(batch.spans, data, strict=True):
+            found = logprobs[row, start:end]
+            targets = datum.loss_fn_inputs["target_tokens"]
+            own.append(found[:, : targets.shape[1]] if targets.ndim > 1 else found if found.ndim == 1 else found[:, 0])
+        value, metrics = _call(function, data, own)
+        return LossOutput(value.sum().float(), logprobs.detach(), metrics)
+
+    return loss
+
+
+def pull_back(
+    function: CustomLoss, data: Sequence[Datum], logprobs: Sequence[TensorData]
+) -> tuple[list[Datum], float, dict[str, float]]:
+    """Return Datums whose cross-entropy has the gradient of ``function`` at ``logprobs``, its value, and its metrics."""
+    leaves = [found.to_torch().requires_grad_() for found in logprobs]
+    value, metrics = _call(function, data, leaves)
+    gradients = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
+    weighted = [
+        Datum(
+            datum.model_input,
+            {
+                "target_tokens": datum.loss_fn_inputs["target_tokens"],
+                "weights": torch.zeros_like(leaf) if gradient is None else -gradient,
+            },
+        )
+        for datum, leaf, gradient in zip(data, leaves, gradients, strict=True)
+    ]
+    return weighted, float(value.detach().sum()), metrics
+
+
+def with_unit_weights(datum: Datum) -> Datum:
+    """Only what log-probabilities need: a custom loss reads the rest itself."""
+    targets = datum.loss_fn_inputs.get("target_tokens")
+    if targets is None:
+        return Datum(datum.model_input, {})
+    return Datum(datum.model_input, {"target_tokens": targets, "weights": np.ones(targets.shape, np.float32)})
+
+
+def _call(
+    function: CustomLoss, data: Sequence[Datum], logprobs: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, float]]:
+    value, metrics = function(data, logprobs)
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise DataError("a custom loss must return (a scalar tensor that depends on the log-probabilities, a dict of metrics)")
+    return value, {str(name): float(number) for name, number in metrics.items()}

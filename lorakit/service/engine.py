@@ -1,0 +1,290 @@
+"""Runs what clients ask of one base: each model's calls in their order, those of different models together where they can be.
+
+One thread owns the base. Calls come from any thread and return futures; an error arrives in the call's own future, and what was
+queued behind it goes on.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+
+from lorakit.errors import ConfigError, LorakitError, TrainingError
+from lorakit.sampling.request import Request
+from lorakit.sampling.sampler import Sampler
+from lorakit.service.base import Base
+from lorakit.service.passes import PassRunner, Work
+
+log = logging.getLogger("lorakit")
+MAX_TOGETHER = 16  # calls in one pass
+MAX_RANK_TOGETHER = 512  # summed over the adapters of a pass: each token meets the columns of all
+LINGER_SECONDS = 0.002  # for other models' calls to come, where several have called lately
+RECENT_SECONDS = 1.0
+
+
+@dataclass
+class Usage:
+    """What a model has cost so far."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    calls: int = 0
+
+
+@dataclass
+class _Task:
+    """A call that waits: a Work, or anything else as a function."""
+
+    model_id: str
+    name: str
+    number: int
+    prepare: Callable[[], Work] | None
+    run: Callable[[], Any] | None
+    future: Future[Any] = field(default_factory=Future)
+    work: Work | None = None
+
+
+class Engine:
+    """One base and everything that is trained on it.
+
+    Args:
+        max_pass_tokens: positions of a forward pass, padding included.
+        max_sample_rows: samples that are generated at a time.
+        max_cache_tokens: tokens whose keys and values are held at most.
+    """
+
+    def __init__(
+        self, base: Base, *, max_pass_tokens: int = 16_384, max_sample_rows: int = 256, max_cache_tokens: int = 1 << 20
+    ) -> None:
+        self.base = base
+        self.runner = PassRunner(
+            base.model, base.bank, pad_token_id=base.pad_token_id, max_tokens=max_pass_tokens, autocast=base.autocast
+        )
+        self.sampler = Sampler(
+            base.model, base.tokenizer, bank=base.bank, max_rows=max_sample_rows, max_cache_tokens=max_cache_tokens,
+            autocast=base.autocast,
+        )  # fmt: skip
+        self.usage: dict[str, Usage] = collections.defaultdict(Usage)
+        self._queues: dict[str, collections.deque[_Task]] = {}
+        self._requests: collections.deque[tuple[Future[Any], Callable[[], Request]]] = collections.deque()
+        self._last_call: dict[str, float] = {}
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()
+        self._problem: BaseException | None = None
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._serve, name="lorakit-engine", daemon=True)
+        self._thread.start()
+
+    # ---- asking, from any thread
+
+    def submit(self, model_id: str, name: str, run: Callable[[], Any]) -> Future[Any]:
+        """Queue ``run`` behind what ``model_id`` has asked before; its result, or error, arrives in the future."""
+        return self._put(_Task(model_id, name, next(self._numbers), None, run))
+
+    def submit_work(self, model_id: str, name: str, prepare: Callable[[], Work]) -> Future[Any]:
+        """Queue a Work, which may go through the base with those of other models. ``prepare`` is called when its turn comes."""
+        return self._put(_Task(model_id, name, next(self._numbers), prepare, None))
+
+    def sample(self, make_request: Callable[[], Request]) -> Future[Any]:
+        """Let a request join those that are being sampled. ``make_request`` is called by the engine."""
+        future: Future[Any] = Future()
+        with self._changed:
+            if (ended := self._ended()) is not None:
+                future.set_exception(ended)
+                return future
+            self._requests.append((future, make_request))
+            self._changed.notify_all()
+        return future
+
+    def close(self, timeout_seconds: float = 30.0) -> None:
+        """End after what runs now; whatever waits gets an error."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_seconds)
+
+    def _put(self, task: _Task) -> Future[Any]:
+        with self._changed:
+            if (ended := self._ended()) is not None:
+                task.future.set_exception(ended)
+                return task.future
+            self._queues.setdefault(task.model_id, collections.deque()).append(task)
+            self._last_call[task.model_id] = time.monotonic()
+            self._changed.notify_all()
+        return task.future
+
+    def _ended(self) -> TrainingError | None:
+        if not self._is_closed and self._problem is None:
+            return None
+        return TrainingError(f"the engine has ended{f': {self._problem}' if self._problem else ''}")
+
+    # ---- doing, in the engine's own thread
+
+    def _serve(self) -> None:
+        try:
+            while (tasks := self._next()) is not None:
+                began = time.perf_counter()
+                if tasks:
+                    self._run(tasks)
+                self._sample(min_seconds=time.perf_counter() - began)
+        except BaseException as error:
+            self._problem = error
+            log.exception("the engine has ended")
+        with self._changed:
+            self._is_closed = True
+            left = [task for queue in self._queues.values() for task in queue]
+            self._queues.clear()
+            requests, self._requests = list(self._requests), collections.deque()
+        ended = self._ended() or TrainingError("the engine has ended")
+        for future in (*(task.future for task in left), *(future for future, _ in requests)):
+            _fail(future, ended)
+        self.sampler.fail_all(ended)
+
+    def _sample(self, min_seconds: float) -> None:
+        """Sample for as long as training took, or until training is asked for."""
+        end = time.perf_counter() + min_seconds
+        while True:
+            with self._changed:
+                requests, self._requests = list(self._requests), collections.deque()
+            for future, make_request in requests:
+                self._admit(future, make_request)
+            if not self.sampler.is_busy:
+                return
+            try:
+                self.sampler.step()
+            except Exception as error:
+                log.exception("sampling failed")
+                self.sampler.fail_all(error if isinstance(error, LorakitError) else TrainingError(f"sampling failed: {error}"))
+            if (self._queues and time.perf_counter() > end) or self._is_closed:
+                return
+
+    def _admit(self, future: Future[Any], make_request: Callable[[], Request]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            if self.base.sampling_problem:
+                raise ConfigError(f"{self.base.name} cannot be sampled here: {self.base.sampling_problem}")
+            request = make_request()
+            request.done = functools.partial(_settle, future)
+            self.sampler.add(request)
+        except Exception as error:
+            _fail(future, error)
+
+    def _next(self) -> list[_Task] | None:
+        """Wait for calls and return those to run now: one, or several Works; none where there is only sampling. None: it is over."""
+        with self._changed:
+            while not (self._queues or self._requests or self.sampler.is_busy or self._is_closed):
+                self._changed.wait()
+            if self._is_closed:
+                return None
+            if not self._queues:
+                return []
+            first = min((queue[0] for queue in self._queues.values()), key=lambda task: task.number)
+            if first.prepare is None:
+                return [self._take(first.model_id)]
+            now = time.monotonic()
+            recent = sum(now - last < RECENT_SECONDS for last in self._last_call.values())
+            waiting = sum(queue[0].prepare is not None for queue in self._queues.values())
+        if recent > 1 and waiting < recent:
+            time.sleep(LINGER_SECONDS)
+        with self._changed:
+            heads = sorted((queue[0].number, model_id) for model_id, queue in self._queues.items())
+            tasks: list[_Task] = []
+            for _, model_id in heads:
+                while (queue := self._queues.get(model_id)) and queue[0].prepare is not None and len(tasks) < MAX_TOGETHER:
+                    tasks.append(self._take(model_id))
+            return tasks
+
+    def _take(self, model_id: str) -> _Task:
+        queue = self._queues[model_id]
+        task = queue.popleft()
+        if not queue:
+            del self._queues[model_id]
+        return task
+
+    def _run(self, tasks: list[_Task]) -> None:
+        tasks = [task for task in tasks if task.future.set_running_or_notify_cancel()]
+        for task in tasks:
+            if task.prepare is not None:
+                try:
+                    task.work = task.prepare()
+                except Exception as error:
+                    _fail(task.future, error)
+        works = [task for task in tasks if task.work is not None]
+        for group in self._groups(works):
+            began, passes = time.perf_counter(), self.runner.num_passes
+            outcomes = self.runner.run([task.work for task in group if task.work is not None])
+            self._log(group, time.perf_counter() - began, self.runner.num_passes - passes)
+            for task, outcome in zip(group, outcomes, strict=True):
+                _settle(task.future, outcome)
+        for task in tasks:
+            if task.run is not None:
+                began = time.perf_counter()
+                try:
+                    outcome = task.run()
+                except Exception as error:
+                    outcome = error
+                self._log([task], time.perf_counter() - began, 0)
+                _settle(task.future, outcome)
+
+    def _groups(self, tasks: list[_Task]) -> list[list[_Task]]:
+        """Which Works go through the base together: as many as the limits allow, in their order."""
+        groups: list[list[_Task]] = []
+        for task in tasks:
+            assert task.work is not None
+            last = groups[-1] if groups else None
+            ranks = {id(t.work.trainee): t.work.trainee.layout.spec.rank for t in [*(last or ()), task] if t.work}
+            fits = last is not None and sum(ranks.values()) <= MAX_RANK_TOGETHER
+            if not fits or task.work.is_whole or (last and last[0].work and last[0].work.is_whole):
+                groups.append([])
+            groups[-1].append(task)
+        return groups
+
+    def _log(self, tasks: list[_Task], seconds: float, num_passes: int) -> None:
+        """Log time and memory of calls, and charge each model its share by tokens."""
+        tokens = [task.work.num_tokens if task.work else 0 for task in tasks]
+        for task, own in zip(tasks, tokens, strict=True):
+            usage = self.usage[task.model_id]
+            usage.tokens += own
+            usage.calls += 1
+            usage.seconds += seconds * (own / sum(tokens) if sum(tokens) else 1 / len(tasks))
+        if log.isEnabledFor(logging.INFO):
+            models = len({task.model_id for task in tasks})
+            log.info(
+                "%s: %d calls of %d models, %s tokens, %d base forwards, %.4f s, %.0f MB",
+                tasks[0].name, len(tasks), models, f"{sum(tokens):,}", num_passes, seconds, _memory_mb(self.base.device),
+            )  # fmt: skip
+
+
+def _memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return psutil.Process().memory_info().rss / 1e6
+
+
+def _settle(future: Future[Any], outcome: Any) -> None:
+    if isinstance(outcome, BaseException):
+        _fail(future, outcome)
+    else:
+        with contextlib.suppress(Exception):  # it was cancelled
+            future.set_result(outcome)
+
+
+def _fail(future: Future[Any], error: BaseException) -> None:
+    if not isinstance(error, LorakitError):  # the caller is given it, traceback and all
+        log.debug("a call failed", exc_info=error)
+    with contextlib.suppress(Exception):
+        future.set_exception(error)

@@ -1,0 +1,159 @@
+"""What the service remembers: runs and their checkpoints, in a database."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import sqlalchemy as sa
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from lorakit.errors import CheckpointError
+
+KINDS = ("weights", "sampler_weights", "external_weights")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,127}")
+
+
+class _Table(DeclarativeBase):
+    type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: sa.JSON}
+
+
+class Run(_Table):
+    """One adapter that was trained: ``session:train:number``."""
+
+    __tablename__ = "runs"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    session_id: Mapped[str] = mapped_column(index=True)
+    owner: Mapped[str] = mapped_column(index=True)
+    base_model: Mapped[str]
+    lora: Mapped[dict[str, Any]]  # rank and what is trained, as the client asked
+    user_metadata: Mapped[dict[str, Any]]
+    created: Mapped[datetime.datetime]
+    last_request: Mapped[datetime.datetime]
+    tokens: Mapped[int] = mapped_column(default=0)
+    seconds: Mapped[float] = mapped_column(default=0.0)
+
+
+class Checkpoint(_Table):
+    """One saved state of a run."""
+
+    __tablename__ = "checkpoints"
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    created: Mapped[datetime.datetime]
+    size_bytes: Mapped[int]
+    expires: Mapped[datetime.datetime | None]
+    user_metadata: Mapped[dict[str, Any]]
+
+    @property
+    def path(self) -> str:
+        """``tinker://run/kind/name``."""
+        return f"tinker://{self.run_id}/{self.kind}/{self.name}"
+
+
+class Store:
+    """The database and the folders of checkpoints below ``folder``."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._engine = sa.create_engine(f"sqlite:///{(self.folder / 'lorakit.db').absolute()}")
+        sa.event.listen(self._engine, "connect", _set_pragmas)
+        _Table.metadata.create_all(self._engine)
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """A transaction: committed where the block ends well."""
+        with Session(self._engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    # ---- runs
+
+    def add_run(self, run: Run) -> None:
+        with self.session() as session:
+            session.add(run)
+
+    def run(self, run_id: str, owner: str) -> Run:
+        """Return a run of ``owner``. Raises CheckpointError where there is none of that name."""
+        with self.session() as session:
+            run = session.get(Run, run_id)
+        if run is None or run.owner != owner:
+            raise CheckpointError(f"there is no run {run_id}")
+        return run
+
+    def runs(self, owner: str, *, limit: int, offset: int = 0) -> tuple[list[Run], int]:
+        """Return the runs of ``owner``, last first, and how many there are."""
+        with self.session() as session:
+            wanted = sa.select(Run).where(Run.owner == owner)
+            total = session.scalar(sa.select(sa.func.count()).select_from(wanted.subquery())) or 0
+            found = session.scalars(wanted.order_by(Run.last_request.desc()).limit(limit).offset(offset))
+            return list(found), total
+
+    def charge(self, run_id: str, *, tokens: int, seconds: float) -> None:
+        """Set what a run has cost so far."""
+        with self.session() as session:
+            session.execute(sa.update(Run).where(Run.id == run_id).values(tokens=tokens, seconds=seconds, last_request=now()))
+
+    # ---- checkpoints
+
+    def checkpoint_folder(self, run_id: str, kind: str, name: str) -> Path:
+        """Where a checkpoint lies. Raises CheckpointError for a name that could lead elsewhere."""
+        check_name(name)
+        return self.folder / "checkpoints" / run_id.replace(":", "_") / kind / name
+
+    def add_checkpoint(self, checkpoint: Checkpoint) -> None:
+        with self.session() as session:
+            session.merge(checkpoint)
+
+    def find_checkpoint(self, run_id: str, kind: str, name: str) -> Checkpoint | None:
+        with self.session() as session:
+            return session.get(Checkpoint, (run_id, kind, name))
+
+    def checkpoints(self, run_ids: list[str]) -> list[Checkpoint]:
+        """Return the checkpoints of these runs, last first."""
+        with self.session() as session:
+            wanted = sa.select(Checkpoint).where(Checkpoint.run_id.in_(run_ids))
+            return list(session.scalars(wanted.order_by(Checkpoint.created.desc())))
+
+    def forget_checkpoint(self, checkpoint: Checkpoint) -> None:
+        with self.session() as session:
+            session.execute(sa.delete(Checkpoint).where(
+                Checkpoint.run_id == checkpoint.run_id, Checkpoint.kind == checkpoint.kind, Checkpoint.name == checkpoint.name
+            ))  # fmt: skip
+
+
+def now() -> datetime.datetime:
+    """The time, in UTC."""
+    return datetime.datetime.now(datetime.UTC)
+
+
+def check_name(name: str) -> None:
+    """Raise CheckpointError for a name of a checkpoint that a folder cannot have."""
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(
+            f"{name!r} cannot be a checkpoint's name: up to 128 letters, digits and _.=+- it may have, the first a letter or digit"
+        )
+
+
+def parse_path(path: str) -> tuple[str, str, str]:
+    """Return run, kind and name of ``tinker://run/kind/name``. Raises CheckpointError."""
+    parts = path.removeprefix("tinker://").split("/")
+    if not path.startswith("tinker://") or len(parts) != 3 or parts[1] not in KINDS or not parts[0]:
+        raise CheckpointError(f"{path!r} is no path of a checkpoint: tinker://RUN/{{{','.join(KINDS)}}}/NAME")
+    check_name(parts[2])
+    return parts[0], parts[1], parts[2]
+
+
+def _set_pragmas(connection: Any, record: Any) -> None:
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
