@@ -298,6 +298,7 @@ class SampleResponse:
     prompt_logprobs: list[float | None] | None = None
     topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
     target_prompt_logprobs: TensorData | None = None  # (prompt - 1, K), 0 where -1 was asked for
+    prompt_alt_tokens: tuple[TensorData, TensorData] | None = None  # draws at each place after the first, and their logprobs
 
 
 @dataclass(frozen=True)

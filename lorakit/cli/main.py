@@ -17,6 +17,8 @@ COMMANDS = {
     "evaluate": "loss, perplexity and exact match of a run on a data set",
     "merge": "write base and adapter as one model for plain transformers",
     "export": "write an adapter in PEFT's own layout",
+    "serve": "serve Tinker's and OpenAI's interfaces: lorakit serve --model NAME=PATH",
+    "tinker-env": "print the variables with which programs for the tinker SDK find the server",
     "runs": "list the runs",
     "report": "compare the runs of a sweep: a table, CSV, and a page with plots",
 }
@@ -58,7 +60,7 @@ def main() -> None:
         raise SystemExit(2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.argv = [sys.argv[0], *arguments[1:]]
-    runpy.run_module(f"lorakit.cli.{command}", run_name="__main__", alter_sys=True)
+    runpy.run_module(f"lorakit.cli.{command.replace('-', '_')}", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class Request:
     scores_prompt: bool = False
     num_best_of_prompt: int = 0
     prompt_targets: TensorData | None = None  # (prompt - 1, K) int64, -1 to skip
+    num_alternatives: int = 0  # to draw at each place of the prompt after the first, at the request's temperature
     done: Callable[[SampleResponse | BaseException], Any] = lambda outcome: None
     each: Callable[[Row], Any] | None = None  # is told of each new token
 
@@ -37,7 +38,7 @@ class Request:
     @property
     def is_of_prompt(self) -> bool:
         """Whether log-probabilities of the prompt are asked for."""
-        return self.scores_prompt or self.num_best_of_prompt > 0 or self.prompt_targets is not None
+        return self.scores_prompt or bool(self.num_best_of_prompt or self.num_alternatives) or self.prompt_targets is not None
 
     def check(self, *, vocab_size: int, max_tokens: int) -> None:
         """Raise DataError with everything that the model cannot take."""
@@ -92,12 +93,15 @@ class Running:
     prompt_logprobs: list[float | None] | None = None
     best_of_prompt: list[list[tuple[int, float]] | None] | None = None
     target_logprobs: TensorData | None = None
+    alternatives: tuple[TensorData, TensorData] | None = None
 
     def finish_if_done(self) -> None:
         """Answer when every sample is there."""
         done = [sample for sample in self.samples if sample is not None]
         if len(done) == len(self.samples):
-            self.request.done(SampleResponse(done, self.prompt_logprobs, self.best_of_prompt, self.target_logprobs))
+            self.request.done(SampleResponse(
+                done, self.prompt_logprobs, self.best_of_prompt, self.target_logprobs, self.alternatives
+            ))  # fmt: skip
 
 
 @dataclass(eq=False)

@@ -23,7 +23,7 @@ from lorakit.loss.logprobs import hidden_states
 from lorakit.model.attention import cached_attention, find_difference, packed_documents
 from lorakit.sampling.cache import KVCache, wasted_tokens
 from lorakit.sampling.ending import Ending, end_token_ids
-from lorakit.sampling.pick import Picked, Picker
+from lorakit.sampling.pick import Picked, Picker, sample_key
 from lorakit.sampling.request import Request, Row, Running, best_of_row
 from lorakit.types import TensorData
 
@@ -172,8 +172,25 @@ class Sampler:
                 wanted = torch.from_numpy(request.prompt_targets.to_numpy()).to(hidden.device)
                 found = head_logprobs(hidden, head, wanted.clamp(min=0)).masked_fill_(wanted < 0, 0.0)
                 running.target_logprobs = TensorData(found)
+            if request.num_alternatives:
+                running.alternatives = self._draw_alternatives(request, hidden, head)
         if not entry.numbers:
             running.finish_if_done()
+
+    def _draw_alternatives(self, request: Request, hidden_NH: torch.Tensor, head: Head) -> tuple[TensorData, TensorData]:
+        """Draw tokens at each place, by numbers of the place alone; (N, K) tokens and their log-probabilities."""
+        tokens = np.zeros((len(hidden_NH), request.num_alternatives), np.int64)
+        logprobs = np.zeros(tokens.shape, np.float32)
+        for first in range(0, len(hidden_NH), 64):
+            places = range(first, min(first + 64, len(hidden_NH)))
+            logits = all_logits(hidden_NH[first : places.stop], head)
+            for draw in range(request.num_alternatives):
+                key = sample_key(request.params.seed or 0, -1 - draw)  # no sample's
+                picker = Picker([request.params] * len(places), [key] * len(places), 0, hidden_NH.device)
+                picked = picker.pick(logits.clone(), list(places))
+                tokens[first : places.stop, draw] = picked.tokens.cpu().numpy()
+                logprobs[first : places.stop, draw] = picked.logprobs.cpu().numpy()
+        return TensorData(tokens), TensorData(logprobs)
 
     # ---- generating
 

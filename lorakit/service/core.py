@@ -101,12 +101,16 @@ class Service:
                 self._engines[path] = Engine(self.load(path), **self.engine_options)
             return self._engines[path]
 
-    def close(self) -> None:
-        """End the engines, and the database."""
+    def close_engines(self) -> None:
+        """End the engines; what waits gets an error."""
         for model in self.trained.values():
             self._charge(model)
         for engine in self._engines.values():
             engine.close()
+
+    def close(self) -> None:
+        """End the engines, and the database."""
+        self.close_engines()
         self.store.close()
 
     # ---- models
@@ -343,6 +347,20 @@ class Service:
             raise CheckpointError(f"{path!r} is no path of a checkpoint (tinker://RUN/KIND/NAME), nor a folder here")
         state = open_trained_state(Path(path).expanduser())
         return state, str(state.facts.get("base_model") or state.adapter.config.get("base_model_name_or_path") or "")
+
+    def base_of(self, path: str, owner: str = LOCAL_OWNER) -> str:
+        """Return the name of the base that a checkpoint was made for. Raises CheckpointError, AdapterError."""
+        return self._open(path, owner)[1]
+
+    def describe_models(self) -> list[dict[str, Any]]:
+        """The models that were named, and the longest row that each takes."""
+        found = []
+        for name, path in self.models.items():
+            engine = self._engines.get(path)
+            limit = engine.base.max_tokens if engine else None
+            is_sampled = engine is None or engine.base.sampling_problem is None
+            found.append({"model_name": name, "max_context_length": limit, "trainable": True, "sampleable": is_sampled})
+        return found
 
     def delete_checkpoint(self, path: str, owner: str = LOCAL_OWNER) -> None:
         """Remove a checkpoint. Raises CheckpointError where there is none."""

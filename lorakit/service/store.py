@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from lorakit.errors import CheckpointError
 
+Found = TypeVar("Found", bound="_Table")
 KINDS = ("weights", "sampler_weights", "external_weights")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,127}")
 
@@ -54,6 +55,49 @@ class Checkpoint(_Table):
     def path(self) -> str:
         """``tinker://run/kind/name``."""
         return f"tinker://{self.run_id}/{self.kind}/{self.name}"
+
+
+class ApiKey(_Table):
+    """A user of the server. The key itself is nowhere."""
+
+    __tablename__ = "keys"
+    user: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[str]  # SHA-256, in hexadecimal
+    created: Mapped[datetime.datetime]
+
+
+class ClientSession(_Table):
+    """What a program of the SDK opened."""
+
+    __tablename__ = "sessions"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(index=True)
+    created: Mapped[datetime.datetime]
+    ended: Mapped[datetime.datetime | None]
+    display_name: Mapped[str | None]
+    user_metadata: Mapped[dict[str, Any]]
+
+
+class SamplerRow(_Table):
+    """What a client samples from: a base, or a checkpoint. A snapshot, which is nowhere but in memory, has neither."""
+
+    __tablename__ = "samplers"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    session_id: Mapped[str] = mapped_column(index=True)
+    owner: Mapped[str]
+    base_model: Mapped[str]
+    model_path: Mapped[str | None]
+
+
+class Result(_Table):
+    """What a request came to."""
+
+    __tablename__ = "results"
+    request_id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    kind: Mapped[str]  # json, or the message that the payload is
+    payload: Mapped[bytes]
+    finished: Mapped[datetime.datetime] = mapped_column(index=True)
 
 
 class Store:
@@ -101,6 +145,29 @@ class Store:
         """Set what a run has cost so far."""
         with self.session() as session:
             session.execute(sa.update(Run).where(Run.id == run_id).values(tokens=tokens, seconds=seconds, last_request=now()))
+
+    # ---- what the server keeps
+
+    def add(self, *rows: Any) -> None:
+        """Write rows, or new values of those that are there."""
+        with self.session() as session:
+            for row in rows:
+                session.merge(row)
+
+    def get(self, table: type[Found], key: str) -> Found | None:
+        """Return the row of ``table`` with this primary key, or None."""
+        with self.session() as session:
+            return session.get(table, key)
+
+    def select(self, table: type[Found], **equal: Any) -> list[Found]:
+        """Return the rows of ``table`` whose columns are ``equal``."""
+        with self.session() as session:
+            return list(session.scalars(sa.select(table).filter_by(**equal)))
+
+    def drop_results_before(self, time: datetime.datetime) -> None:
+        """Forget results that were finished before ``time``."""
+        with self.session() as session:
+            session.execute(sa.delete(Result).where(Result.finished < time))
 
     # ---- checkpoints
 
@@ -154,6 +221,6 @@ def parse_path(path: str) -> tuple[str, str, str]:
 
 def _set_pragmas(connection: Any, record: Any) -> None:
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=10000"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()

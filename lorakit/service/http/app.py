@@ -1,0 +1,75 @@
+"""The HTTP server: Tinker's protocol and OpenAI's over one Service."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from lorakit import __version__
+from lorakit.errors import LorakitError
+from lorakit.service.http import catalogue, connection, sampling, training
+from lorakit.service.http.state import ServerState
+
+log = logging.getLogger("lorakit")
+# What the SDK can ask for and is answered 404: 501 it would try for a minute and more.
+NOT_OFFERED = {
+    "billing/*": "your own hardware sends no bills",
+    "audit": "there is no audit log",
+    "auth/*": "keys are all there is",
+    "sessions/search": "list the sessions instead",
+    "sessions/{id}/trace_export": "times of calls are logged by the server",
+    "sessions/{id}/project": "there are no projects",
+    "create_custom_loss": "custom losses run in the client, by forward_backward_custom",
+    "retrieve_futures": "results are fetched one by one, by retrieve_future",
+    "join_sampling_session": "sampling clients can be copied without it",
+    "copy_weights": "there are no projects to copy between",
+    "training_runs/{id}/checkpoints/{kind}/{name}/publish": "files of one user are not shown to others",
+}
+
+
+def create_app(state: ServerState) -> FastAPI:
+    """Return the application over ``state``."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        state.start()
+        try:
+            yield
+        finally:
+            await state.stop()
+
+    app = FastAPI(title="lorakit", version=__version__, lifespan=lifespan)
+    app.state.lorakit = state
+    for module in (connection, training, sampling, catalogue):
+        app.include_router(module.router)
+    app.add_exception_handler(RequestValidationError, _on_bad_body)
+    app.add_exception_handler(LorakitError, _on_user_error)
+
+    @app.api_route("/api/v1/{path:path}", methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False)
+    async def not_offered(path: str) -> JSONResponse:
+        reason = next((why for pattern, why in NOT_OFFERED.items() if _matches(path, pattern)), "there is no such route")
+        raise HTTPException(404, f"lorakit does not offer {path}: {reason}")
+
+    return app
+
+
+def _matches(path: str, pattern: str) -> bool:
+    parts, wanted = path.split("/"), pattern.split("/")
+    if wanted[-1] == "*":
+        return parts[: len(wanted) - 1] == wanted[:-1]
+    return len(parts) == len(wanted) and all(w.startswith("{") or p == w for p, w in zip(parts, wanted, strict=True))
+
+
+async def _on_bad_body(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    return JSONResponse({"detail": problems}, status_code=400)
+
+
+async def _on_user_error(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"detail": str(error)}, status_code=400)

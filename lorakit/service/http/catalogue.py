@@ -1,0 +1,210 @@
+"""Routes that list, describe, delete and hand out what was trained and saved."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import hmac
+import secrets
+import time
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Query, Request, Response
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, Field
+
+from lorakit.errors import AdapterError, CheckpointError
+from lorakit.service.http.common import State, User
+from lorakit.service.http.state import ServerState
+from lorakit.service.store import Checkpoint, ClientSession, Run, SamplerRow, now, parse_path
+
+router = APIRouter(prefix="/api/v1", tags=["catalogue"])
+_TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
+_URL_SECONDS = 3600
+_URL_SECRET = secrets.token_bytes(32)  # of this process: URLs end with it
+
+
+class WeightsInfo(BaseModel):
+    tinker_path: str
+
+
+class Ttl(BaseModel):
+    ttl_seconds: int | None = Field(None, ge=0)
+
+
+@router.get("/training_runs")
+async def list_training_runs(
+    state: State, user: User, limit: int = Query(20, ge=1, le=1000), offset: int = Query(0, ge=0)
+) -> dict[str, Any]:
+    """The user's runs, those that were asked something last first."""
+    runs, total = state.store.runs(user, limit=limit, offset=offset)
+    saved = state.store.checkpoints([run.id for run in runs])
+    cursor = {"offset": offset, "limit": limit, "total_count": total}
+    return {"training_runs": [_run(state, run, saved) for run in runs], "cursor": cursor}
+
+
+@router.get("/training_runs/{run_id}")
+async def get_training_run(run_id: str, state: State, user: User) -> dict[str, Any]:
+    """One run, with the tokens and seconds that it has cost."""
+    run = _own(state, run_id, user)
+    return _run(state, run, state.store.checkpoints([run_id]))
+
+
+@router.get("/training_runs/{run_id}/checkpoints")
+async def list_checkpoints(run_id: str, state: State, user: User) -> dict[str, Any]:
+    """The checkpoints of a run, last first."""
+    _own(state, run_id, user)
+    return {"checkpoints": [_checkpoint(saved) for saved in state.store.checkpoints([run_id])]}
+
+
+@router.get("/checkpoints")
+async def list_user_checkpoints(
+    state: State, user: User, limit: int = Query(100, ge=1, le=1000), offset: int = Query(0, ge=0)
+) -> dict[str, Any]:
+    """The checkpoints of all runs, last first."""
+    runs, _ = state.store.runs(user, limit=1_000_000)
+    saved = state.store.checkpoints([run.id for run in runs])
+    cursor = {"offset": offset, "limit": limit, "total_count": len(saved)}
+    return {"checkpoints": [_checkpoint(one) for one in saved[offset : offset + limit]], "cursor": cursor}
+
+
+@router.delete("/training_runs/{run_id}/checkpoints/{kind}/{name}", status_code=204)
+async def delete_checkpoint(run_id: str, kind: str, name: str, state: State, user: User) -> Response:
+    """Remove a checkpoint and its files."""
+    _find(state, run_id, kind, name, user)
+    state.service.delete_checkpoint(f"tinker://{run_id}/{kind}/{name}", user)
+    return Response(status_code=204)
+
+
+@router.put("/training_runs/{run_id}/checkpoints/{kind}/{name}/ttl")
+async def set_checkpoint_ttl(run_id: str, kind: str, name: str, body: Ttl, state: State, user: User) -> dict[str, Any]:
+    """Let a checkpoint be removed after so many seconds, or, without a number, never."""
+    saved = _find(state, run_id, kind, name, user)
+    saved.expires = None if body.ttl_seconds is None else now() + datetime.timedelta(seconds=body.ttl_seconds)
+    state.store.add(saved)
+    return _checkpoint(saved)
+
+
+@router.post("/weights_info")
+async def weights_info(body: WeightsInfo, state: State, user: User) -> dict[str, Any]:
+    """What a checkpoint was made of."""
+    try:
+        run_id, kind, name = parse_path(body.tinker_path)
+    except CheckpointError as error:
+        raise HTTPException(404, str(error)) from error
+    run = _own(state, run_id, user)
+    _find(state, run_id, kind, name, user)
+    flags = {name: run.lora.get(name) for name in ("train_unembed", "train_mlp", "train_attn")}
+    return {
+        "base_model": run.base_model, "is_lora": True, "lora_rank": run.lora.get("rank"), "optimizer_config": {"type": "adamw"},
+        **flags,
+    }  # fmt: skip
+
+
+@router.get("/training_runs/{run_id}/checkpoints/{kind}/{name}/external_weights_urls")
+async def external_weights_urls(
+    run_id: str, kind: str, name: str, request: Request, state: State, user: User
+) -> dict[str, Any]:
+    """Where each file of a checkpoint can be fetched for an hour, without a key."""
+    _find(state, run_id, kind, name, user)
+    folder = state.store.checkpoint_folder(run_id, kind, name)
+    expires = int(time.time()) + _URL_SECONDS
+    urls = {}
+    for path in sorted(folder.iterdir()):
+        url = request.url_for("download", run_id=run_id, kind=kind, name=name, file=path.name)
+        urls[path.name] = str(
+            url.include_query_params(expires=expires, signature=_sign(run_id, kind, name, path.name, expires))
+        )
+    return {"urls": urls, "expires": datetime.datetime.fromtimestamp(expires, datetime.UTC).isoformat()}
+
+
+@router.get("/files/{run_id}/{kind}/{name}/{file}", name="download")
+async def download(
+    run_id: str, kind: str, name: str, file: str, state: State, expires: int = 0, signature: str = ""
+) -> FileResponse:
+    """One file of a checkpoint, by a URL that ``external_weights_urls`` has signed."""
+    if not hmac.compare_digest(signature.encode(), _sign(run_id, kind, name, file, expires).encode()) or time.time() > expires:
+        raise HTTPException(404, "this URL is not valid (any more)")
+    folder = state.store.checkpoint_folder(run_id, kind, name)
+    if file not in {path.name for path in folder.iterdir()}:
+        raise HTTPException(404, f"there is no file {file}")
+    return FileResponse(folder / file, filename=file)
+
+
+@router.get("/sessions")
+async def list_sessions(
+    state: State, user: User, limit: int = Query(20, ge=1, le=1000), offset: int = Query(0, ge=0)
+) -> dict[str, Any]:
+    """The user's sessions, last first."""
+    rows = sorted(state.store.select(ClientSession, owner=user), key=lambda row: row.created, reverse=True)
+    return {"sessions": [row.id for row in rows[offset : offset + limit]]}
+
+
+@router.get("/sessions/{session_id}")
+async def get_session(session_id: str, state: State, user: User) -> dict[str, Any]:
+    """What a session has made."""
+    row = state.store.get(ClientSession, session_id)
+    if row is None or row.owner != user:
+        raise HTTPException(404, f"there is no session {session_id}")
+    return {
+        "training_run_ids": [run.id for run in state.store.select(Run, session_id=session_id)],
+        "sampler_ids": [sampler.id for sampler in state.store.select(SamplerRow, session_id=session_id)],
+        "user_metadata": _texts(row.user_metadata), "display_name": row.display_name,
+    }  # fmt: skip
+
+
+# ---- pieces
+
+
+def _own(state: ServerState, run_id: str, user: str) -> Run:
+    try:
+        return state.store.run(run_id, user)
+    except CheckpointError as error:
+        raise HTTPException(404, str(error)) from error
+
+
+def _find(state: ServerState, run_id: str, kind: str, name: str, user: str) -> Checkpoint:
+    _own(state, run_id, user)
+    try:
+        parse_path(f"tinker://{run_id}/{kind}/{name}")
+        found = state.store.find_checkpoint(run_id, kind, name)
+    except (CheckpointError, AdapterError) as error:
+        raise HTTPException(404, str(error)) from error
+    if found is None:
+        raise HTTPException(404, f"there is no checkpoint tinker://{run_id}/{kind}/{name}")
+    return found
+
+
+def _run(state: ServerState, run: Run, saved: list[Checkpoint]) -> dict[str, Any]:
+    own = [one for one in saved if one.run_id == run.id]
+    model = state.service.trained.get(run.id)
+    usage = state.service.usage(model) if model else None
+    return {
+        "training_run_id": run.id, "base_model": run.base_model, "model_owner": run.owner, "is_lora": True, "corrupted": False,
+        "lora_rank": run.lora.get("rank"), "last_request_time": _time(run.last_request),
+        "last_checkpoint": next((_checkpoint(one) for one in own if one.kind == "weights"), None),
+        "last_sampler_checkpoint": next((_checkpoint(one) for one in own if one.kind == "sampler_weights"), None),
+        "user_metadata": _texts(run.user_metadata),
+        "tokens": usage.tokens if usage else run.tokens, "seconds": usage.seconds if usage else run.seconds,
+    }  # fmt: skip
+
+
+def _checkpoint(saved: Checkpoint) -> dict[str, Any]:
+    return {
+        "checkpoint_id": f"{saved.kind}/{saved.name}", "checkpoint_type": _TYPES[saved.kind], "time": _time(saved.created),
+        "tinker_path": saved.path, "size_bytes": saved.size_bytes, "public": False, "user_metadata": _texts(saved.user_metadata),
+        "expires_at": None if saved.expires is None else _time(saved.expires),
+    }  # fmt: skip
+
+
+def _time(time: datetime.datetime) -> str:
+    return time.replace(tzinfo=datetime.UTC).isoformat()  # SQLite forgets that it is UTC
+
+
+def _texts(metadata: dict[str, Any]) -> dict[str, str]:
+    return {str(name): str(value) for name, value in metadata.items()}
+
+
+def _sign(run_id: str, kind: str, name: str, file: str, expires: int) -> str:
+    text = "\n".join((run_id, kind, name, file, str(expires)))
+    return hmac.new(_URL_SECRET, text.encode(), hashlib.sha256).hexdigest()

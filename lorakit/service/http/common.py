@@ -1,0 +1,140 @@
+"""What routes have in common: who asks, what a body says, how a call becomes a promise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+from fastapi import Depends, HTTPException, Request
+from fastapi.responses import JSONResponse
+
+from lorakit.service.core import Model
+from lorakit.service.http.promises import Encode, Promise
+from lorakit.service.http.state import InOrder, ServerState, as_future
+
+Body = TypeVar("Body", bound=pydantic.BaseModel)
+
+
+class TooLarge(Exception):
+    """A body over the limit, of which the first bytes were kept."""
+
+    def __init__(self, head: bytes) -> None:
+        super().__init__("the body is too large")
+        self.head = head
+
+
+def state_of(request: Request) -> ServerState:
+    """The server's state."""
+    state = request.app.state.lorakit
+    assert isinstance(state, ServerState)
+    return state
+
+
+def user_of(request: Request) -> str:
+    """Whose key the request bears. 401 where it is nobody's."""
+    key = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
+    user = state_of(request).user_of(key)
+    if user is None:
+        raise HTTPException(401, "this key is not known here; `lorakit serve` names the file of its key")
+    return user
+
+
+State = Annotated[ServerState, Depends(state_of)]
+User = Annotated[str, Depends(user_of)]
+
+
+async def read_body(request: Request, limit: int, keep: int = 4096) -> bytes:
+    """Return the body. Raises TooLarge, when all of it was received: a client that is still sending would see a broken pipe."""
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        if size <= max(limit, keep):
+            parts.append(part)
+        size += len(part)
+    body = b"".join(parts)
+    if size > limit:
+        raise TooLarge(body[:keep])
+    if request.headers.get("content-encoding") == "zstd":
+        import zstandard
+
+        try:
+            return zstandard.ZstdDecompressor().decompress(body, max_output_size=limit)
+        except zstandard.ZstdError as error:
+            raise HTTPException(400, f"the body is not zstd: {error}") from error
+    return body
+
+
+async def read_json(request: Request, limit: int) -> dict[str, Any]:
+    """Return a JSON object. 400 where the body is none."""
+    try:
+        body = json.loads(await read_body(request, limit))
+    except TooLarge as error:
+        ids = _ids_in_head(error.head)
+        if ids is None:
+            raise HTTPException(400, f"the body has more than {limit:,} bytes") from error
+        return {**ids, "_too_large": True}
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise HTTPException(400, "the body is not a JSON object")
+    return body
+
+
+def _ids_in_head(head: bytes) -> dict[str, Any] | None:
+    """model_id and seq_id, as far as the beginning of a JSON object names them."""
+    import re
+
+    model_id = re.search(rb'"model_id"\s*:\s*"([^"\\]+)"', head)
+    seq_id = re.search(rb'"seq_id"\s*:\s*(\d+)', head)
+    if not model_id or not seq_id:
+        return None
+    return {"model_id": model_id.group(1).decode("utf-8", "replace"), "seq_id": int(seq_id.group(1))}
+
+
+def parsed(kind: type[Body], body: dict[str, Any]) -> Body | str:
+    """Return ``body`` as a ``kind``, or what is wrong with it."""
+    try:
+        return kind.model_validate(body)
+    except pydantic.ValidationError as error:
+        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+
+
+def accept(
+    state: ServerState, user: str, model_id: str, seq_id: int, start: Callable[[Model], Future[Any]] | str, encode: Encode
+) -> JSONResponse:
+    """Answer a call of a model at once with its request_id, and start it when those before it were started.
+
+    Args:
+        start: makes the call's future; or what is wrong with the call, which then fails when its turn comes.
+    """
+    if state.is_others(model_id, user):
+        raise HTTPException(404, f"there is no model {model_id}")
+    promise, is_new = state.promises.open(f"{model_id}:{seq_id}", user)
+    if is_new:
+        model = state.service.trained.get(model_id)
+        if model is None:
+            state.promises.fail(
+                promise, f"there is no model {model_id} (any more): its session ended, or the server was started anew; go on from "
+                "its last save_state with create_training_client_from_state_with_optimizer",
+            )  # fmt: skip
+        else:
+            if (session := state.session(model_id.partition(":")[0], user)) is not None:
+                session.model_ids.add(model_id)
+            give_out = _starter(state, promise, model, start, encode)
+            state.order.setdefault(model_id, InOrder()).put(seq_id, give_out)
+    return JSONResponse({"request_id": promise.request_id, "model_id": model_id})
+
+
+def _starter(
+    state: ServerState, promise: Promise, model: Model, start: Callable[[Model], Future[Any]] | str, encode: Encode
+) -> Callable[[], None]:
+    def give_out() -> None:
+        if isinstance(start, str):
+            state.promises.fail(promise, start)
+        else:
+            state.promises.settle(promise, as_future(lambda: start(model)), encode)
+
+    return give_out

@@ -1,0 +1,112 @@
+"""Routes by which a program connects, and is told what its requests came to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from lorakit import __version__
+from lorakit.service.http.common import State, User
+
+router = APIRouter(prefix="/api/v1", tags=["connection"])
+
+
+class CreateSession(BaseModel):
+    tags: list[str] | None = None
+    user_metadata: dict[str, Any] | None = None
+    sdk_version: str = ""
+    project_id: str | None = None
+    display_name: str | None = None
+
+
+class Heartbeat(BaseModel):
+    session_id: str
+
+
+class RetrieveFuture(BaseModel):
+    request_id: str
+    allow_metadata_only: bool = False
+
+
+class CancelFuture(BaseModel):
+    request_id: str | None = None
+    request_ids: list[str] = []
+
+
+@router.get("/healthz")
+async def healthz(state: State) -> dict[str, Any]:
+    """Whether the server is there, and how much waits. Needs no key."""
+    return {"status": "ok", "version": __version__, "open_requests": state.promises.num_open, "max_waiting": state.max_waiting}
+
+
+@router.get("/get_server_capabilities")
+async def get_server_capabilities(state: State, user: User) -> dict[str, Any]:
+    """The models that can be asked for."""
+    return {"supported_models": state.service.describe_models()}
+
+
+@router.post("/client/config")
+async def client_config(user: User) -> dict[str, Any]:
+    """Flags of the SDK: its own defaults do."""
+    return {}
+
+
+@router.post("/client/dynamic_config")
+async def client_dynamic_config(user: User) -> dict[str, Any]:
+    """Flags that may change: sampling that nobody waits for is cancelled."""
+    return {"sample_cancel_enabled": True}
+
+
+@router.post("/create_session")
+async def create_session(body: CreateSession, state: State, user: User) -> dict[str, Any]:
+    """Open a session; it ends without heartbeats, and its adapters are freed."""
+    session = state.open_session(user, display_name=body.display_name, user_metadata=body.user_metadata or {})
+    return {"session_id": session.id}
+
+
+@router.post("/session_heartbeat")
+async def session_heartbeat(body: Heartbeat, state: State, user: User) -> dict[str, Any]:
+    """Keep a session. 410 where it has ended."""
+    if state.session(body.session_id, user) is None:
+        raise HTTPException(410, f"session {body.session_id} has ended")
+    return {}
+
+
+@router.post("/sessions/{session_id}/finish", status_code=204)
+async def finish_session(session_id: str, state: State, user: User) -> Response:
+    """End a session, and free its adapters."""
+    if (session := state.session(session_id, user)) is not None:
+        state.end_session(session)
+    return Response(status_code=204)
+
+
+@router.post("/telemetry")
+async def telemetry(user: User) -> dict[str, Any]:
+    """Accepted and dropped: nothing is kept of it."""
+    return {"status": "accepted"}
+
+
+@router.post("/retrieve_future")
+async def retrieve_future(body: RetrieveFuture, request: Request, state: State, user: User) -> Response:
+    """Return what a request came to. 408 where it takes longer: ask again. 410 where it is not known (any more)."""
+    promise = state.promises.find(body.request_id, user)
+    if promise is None:
+        raise HTTPException(410, f"request {body.request_id} is not known; the server may have been started anew")
+    answer = await state.promises.wait(promise, state.poll_seconds)
+    if answer is None:
+        waiting = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}
+        return JSONResponse(waiting, status_code=408)
+    media_type, payload = answer.body(accepts_protobuf="application/x-protobuf" in request.headers.get("accept", ""))
+    return Response(payload, media_type=media_type)
+
+
+@router.post("/cancel_future")
+async def cancel_future(body: CancelFuture, state: State, user: User) -> dict[str, Any]:
+    """Give up requests that have not begun."""
+    wanted = [*body.request_ids, *([body.request_id] if body.request_id else [])]
+    promises = [state.promises.find(request_id, user) for request_id in wanted]
+    cancelled = [p.request_id for p in promises if p is not None and p.future is not None and p.future.cancel()]
+    return {"cancelled": cancelled}

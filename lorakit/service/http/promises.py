@@ -1,0 +1,190 @@
+"""Results by request: finished ones are in the database before anyone is told, so that a killed server still has them."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorakit.errors import LorakitError, TrainingError
+from lorakit.service.http import wire
+from lorakit.service.store import Result, Store, now
+
+log = logging.getLogger("lorakit")
+KEPT_HOURS = 24.0
+_AS_JSON = {"ForwardBackwardOutput": wire.forward_backward_as_json, "SampleResponse": wire.sample_response_as_json}
+Encode = Callable[[Any], tuple[str, bytes]]  # what a call gave -> kind and payload
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished request's payload: JSON, or a protobuf message of this kind."""
+
+    kind: str
+    payload: bytes
+
+    def body(self, *, accepts_protobuf: bool) -> tuple[str, bytes]:
+        """Return media type and bytes."""
+        if self.kind == "json":
+            return "application/json", self.payload
+        if accepts_protobuf:
+            return "application/x-protobuf", self.payload
+        return "application/json", json.dumps(_AS_JSON[self.kind](self.payload)).encode()
+
+
+@dataclass(eq=False)
+class Promise:
+    """A request that was accepted."""
+
+    request_id: str
+    owner: str
+    answer: Answer | None = None
+    future: Future[Any] | None = None  # of the work, once it is given out
+    waiters: set[asyncio.Future[None]] = field(default_factory=set)
+
+
+class Promises:
+    """All of a server's promises. Methods are called in the event loop, but for ``settle``'s work, which has a thread."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._promises: dict[str, Promise] = {}
+        self._done: queue.SimpleQueue[tuple[Promise, Encode, Any] | None] = queue.SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._writer = threading.Thread(target=self._write, name="lorakit-results", daemon=True)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that are not finished."""
+        return sum(promise.answer is None for promise in self._promises.values())
+
+    def start(self) -> None:
+        """Begin, in the event loop that will ask."""
+        self._loop = asyncio.get_running_loop()
+        self._writer.start()
+
+    def stop(self) -> None:
+        """End when what is finished is written."""
+        self._done.put(None)
+        self._writer.join(10)
+
+    def open(self, request_id: str, owner: str) -> tuple[Promise, bool]:
+        """Return the promise of a request, and whether it is new: a request that comes again has the same."""
+        if request_id in self._promises:
+            return self._promises[request_id], False
+        promise = self._promises[request_id] = Promise(request_id, owner)
+        if (found := self.store.get(Result, request_id)) is not None:  # of before a restart
+            promise.answer = Answer(found.kind, found.payload)
+            return promise, False
+        return promise, True
+
+    def settle(self, promise: Promise, future: Future[Any], encode: Encode) -> None:
+        """Let ``promise`` be what ``future`` gives, encoded."""
+        promise.future = future
+        future.add_done_callback(lambda done: self._done.put((promise, encode, done)))
+
+    def fail(self, promise: Promise, message: str, category: str = "user") -> None:
+        """Let ``promise`` be an error."""
+        failed: Future[Any] = Future()
+        failed.set_result({"error": message, "category": category})
+        self.settle(promise, failed, encode_json)
+
+    def find(self, request_id: str, owner: str) -> Promise | None:
+        """Return the promise of a request of ``owner``, or None where it is not known (any more)."""
+        promise = self._promises.get(request_id)
+        if promise is None:
+            found = self.store.get(Result, request_id)
+            promise = None if found is None else Promise(request_id, found.owner, Answer(found.kind, found.payload))
+        return promise if promise is not None and promise.owner == owner else None
+
+    async def wait(self, promise: Promise, seconds: float) -> Answer | None:
+        """Return the answer, or None where it takes longer than that."""
+        if promise.answer is None:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            promise.waiters.add(waiter)
+            try:
+                await asyncio.wait_for(waiter, seconds)
+            except TimeoutError:
+                return None
+            finally:
+                promise.waiters.discard(waiter)
+        return promise.answer
+
+    def forget(self, *, delivered_before: float) -> None:
+        """Drop from memory what was finished, and from the database what is older than a day."""
+        for request_id in [i for i, promise in self._promises.items() if promise.answer is not None and not promise.waiters]:
+            del self._promises[request_id]
+        self.store.drop_results_before(now() - datetime.timedelta(hours=KEPT_HOURS))
+
+    # ---- the writer's thread
+
+    def _write(self) -> None:
+        while (first := self._done.get()) is not None:
+            batch, is_last = [first], False
+            while not self._done.empty():
+                if (more := self._done.get()) is None:
+                    is_last = True
+                    break
+                batch.append(more)
+            self._write_batch(batch)
+            if is_last:
+                return
+
+    def _write_batch(self, batch: list[tuple[Promise, Encode, Any]]) -> None:
+        answers = [(promise, _answer(encode, future)) for promise, encode, future in batch]
+        time_now = now()
+        rows = [
+            Result(
+                request_id=promise.request_id, owner=promise.owner, kind=answer.kind, payload=answer.payload, finished=time_now
+            )
+            for promise, answer in answers
+        ]
+        for attempt in range(3):
+            try:
+                self.store.add(*rows)
+                break
+            except Exception as error:  # a full disk: the answer is given all the same, and only a restart would lose it
+                log.error("results could not be written (%s)", error)
+                time.sleep(0.1 * 4**attempt)
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(_tell, answers)
+
+
+def _tell(answers: list[tuple[Promise, Answer]]) -> None:
+    for promise, answer in answers:
+        promise.answer, promise.future = answer, None
+        for waiter in promise.waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+def _answer(encode: Encode, future: Future[Any]) -> Answer:
+    try:
+        return Answer(*encode(future.result()))
+    except BaseException as error:
+        is_users = isinstance(error, LorakitError) and not isinstance(error, TrainingError)
+        if not isinstance(error, LorakitError):
+            log.error("a request failed", exc_info=error)
+        text = str(error) or type(error).__name__
+        return Answer(*encode_json({"error": text, "category": "user" if is_users else "server"}))
+
+
+def encode_json(value: Any) -> tuple[str, bytes]:
+    """Any plain value."""
+    return "json", json.dumps(value).encode()
+
+
+def encode_forward_backward(value: Any) -> tuple[str, bytes]:
+    return "ForwardBackwardOutput", wire.write_forward_backward(value)
+
+
+def encode_sample(value: Any) -> tuple[str, bytes]:
+    return "SampleResponse", wire.write_sample_response(value)

@@ -1,0 +1,140 @@
+"""Routes that sample."""
+
+from __future__ import annotations
+
+import secrets
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from lorakit.errors import DataError, LorakitError
+from lorakit.service.http import wire
+from lorakit.service.http.common import State, User, parsed, read_json
+from lorakit.service.http.promises import encode_sample
+from lorakit.service.http.state import EPHEMERAL, ServerState, as_future, chained
+from lorakit.service.store import SamplerRow
+from lorakit.types import SampleResponse, TensorData
+
+router = APIRouter(prefix="/api/v1", tags=["sampling"])
+
+
+class CreateSamplingSession(BaseModel):
+    session_id: str
+    sampling_session_seq_id: int
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+class Sample(BaseModel):
+    prompt: dict[str, Any]
+    sampling_params: dict[str, Any] = {}
+    num_samples: int = 1
+    sampling_session_id: str | None = None
+    seq_id: int | None = None
+    base_model: str | None = None
+    model_path: str | None = None
+    prompt_logprobs: bool | None = None
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs: dict[str, Any] | None = None
+    prompt_alt_tokens_k: int = 0
+    prompt_logprobs_last_n: int | None = None
+
+
+@router.post("/create_sampling_session")
+async def create_sampling_session(request: Request, state: State, user: User) -> JSONResponse:
+    """Name what will be sampled from. A checkpoint that cannot be read is an error of the samples."""
+    body = parsed(CreateSamplingSession, await read_json(request, state.max_body_bytes))
+    if isinstance(body, str):
+        raise HTTPException(400, body)
+    if (session := state.session(body.session_id, user)) is None:
+        raise HTTPException(404, f"there is no session {body.session_id}; make a new ServiceClient")
+    sampler_id = f"{session.id}:sample:{body.sampling_session_seq_id}"
+    if sampler_id not in state.samplers:
+        try:
+            base_model = body.base_model or state.service.base_of(body.model_path or "", user)
+        except LorakitError as error:
+            raise HTTPException(404, str(error)) from error
+        reading: Future[Any] = state.pool.submit(
+            as_future, lambda: state.service.weights(base_model=base_model, path=body.model_path, owner=user)
+        )
+        future = chained(reading, lambda found: found)
+        state.add_sampler(session, sampler_id, future, base_model=base_model, model_path=body.model_path)
+    return JSONResponse({"sampling_session_id": sampler_id})
+
+
+@router.get("/samplers/{sampler_id}")
+async def get_sampler(sampler_id: str, state: State, user: User) -> dict[str, Any]:
+    """What a sampler samples from."""
+    row = state.store.get(SamplerRow, sampler_id)
+    if row is None or row.owner != user:
+        raise HTTPException(404, f"there is no sampler {sampler_id}")
+    path = None if row.model_path == EPHEMERAL else row.model_path
+    return {"sampler_id": row.id, "base_model": row.base_model, "model_path": path}
+
+
+@router.post("/asample")
+async def asample(request: Request, state: State, user: User) -> JSONResponse:
+    """Generate completions of a prompt."""
+    given = await read_json(request, state.max_body_bytes)
+    if state.promises.num_open >= state.max_waiting:
+        raise HTTPException(429, f"{state.max_waiting:,} requests wait already; send it again later")
+    body = parsed(Sample, given)
+    session_id, seq_id = given.get("sampling_session_id"), given.get("seq_id")
+    has_ids = isinstance(session_id, str) and isinstance(seq_id, int)
+    if isinstance(body, str) and not has_ids:
+        raise HTTPException(400, body)
+    request_id = f"{session_id}:{seq_id}" if has_ids else f"sample:{secrets.token_hex(12)}"
+    promise, is_new = state.promises.open(request_id, user)
+    if is_new:
+        if isinstance(body, str):
+            state.promises.fail(promise, body)
+        else:
+            state.promises.settle(promise, as_future(lambda: _sample(state, user, body)), encode_sample)
+    num_samples = given.get("num_samples", 1)
+    count = num_samples if isinstance(num_samples, int) and 0 < num_samples <= 100_000 else 1
+    return JSONResponse(
+        {"request_id": request_id, "sample_sequence_ids": [f"{request_id}:{number}" for number in range(count)]}
+    )
+
+
+def _sample(state: ServerState, user: str, body: Sample) -> Future[Any]:
+    if body.sampling_session_id is not None:
+        weights = state.weights(body.sampling_session_id, user)
+        state.session(body.sampling_session_id.partition(":")[0], user)  # it is alive
+    else:
+        weights = state.service.weights(base_model=body.base_model, path=body.model_path, owner=user)
+    try:
+        prompt = wire.model_input_from_json(body.prompt)
+        params = wire.sampling_params_from_json(body.sampling_params)
+        targets = (
+            None if body.target_prompt_logprobs is None else TensorData(wire.tensor_from_json(body.target_prompt_logprobs))
+        )
+    except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"the request cannot be read: {error}") from error
+    if body.num_samples > 100_000:
+        raise DataError(f"num_samples={body.num_samples:,} is more than 100,000")
+    last_n = body.prompt_logprobs_last_n
+    asked = {
+        "num_best": body.topk_sample_logprobs, "scores_prompt": bool(body.prompt_logprobs),
+        "num_best_of_prompt": body.topk_prompt_logprobs, "prompt_targets": targets, "num_alternatives": body.prompt_alt_tokens_k,
+    }  # fmt: skip
+    found = chained(weights, lambda loaded: state.service.sample(loaded, prompt, params, body.num_samples, **asked))
+    return found if last_n is None else chained(found, lambda response: _only_last(response, last_n))
+
+
+def _only_last(response: SampleResponse, count: int) -> Future[Any]:
+    """The prompt's log-probabilities for its last ``count`` tokens alone."""
+
+    def cut(values: list[Any] | None) -> list[Any] | None:
+        return None if values is None else [None] * (len(values) - count) + values[len(values) - count :]
+
+    done: Future[Any] = Future()
+    done.set_result(replace(
+        response, prompt_logprobs=cut(response.prompt_logprobs), topk_prompt_logprobs=cut(response.topk_prompt_logprobs)
+    ))  # fmt: skip
+    return done

@@ -1,0 +1,215 @@
+"""What a server holds while it runs: sessions, the order of each model's calls, samplers, keys."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorakit.errors import CheckpointError, LorakitError
+from lorakit.service.core import Service
+from lorakit.service.http.promises import Promises
+from lorakit.service.store import ApiKey, ClientSession, Run, SamplerRow, now
+
+KEY_PREFIX = "tml-"  # the SDK refuses others
+
+
+@dataclass
+class InOrder:
+    """One model's calls, which may come in any order and twice, given out by their seq_id, from 1."""
+
+    next_seq_id: int = 1
+    held: dict[int, Callable[[], None]] = field(default_factory=dict)
+
+    def put(self, seq_id: int, give_out: Callable[[], None]) -> None:
+        """Give out now, or when all before have come."""
+        self.held[seq_id] = give_out
+        while (ready := self.held.pop(self.next_seq_id, None)) is not None:
+            self.next_seq_id += 1
+            ready()
+
+
+@dataclass
+class Session:
+    """A program that is connected."""
+
+    id: str
+    owner: str
+    last_seen: float = field(default_factory=time.monotonic)
+    model_ids: set[str] = field(default_factory=set)
+    sampler_ids: set[str] = field(default_factory=set)
+
+
+class ServerState:
+    """Everything that routes need."""
+
+    def __init__(
+        self, service: Service, *, session_timeout_seconds: float = 600.0, max_waiting: int = 16_384,
+        max_body_bytes: int = 256 << 20, poll_seconds: float = 30.0,
+    ) -> None:  # fmt: skip
+        self.service, self.store = service, service.store
+        self.promises = Promises(service.store)
+        self.session_timeout_seconds, self.max_waiting = session_timeout_seconds, max_waiting
+        self.max_body_bytes, self.poll_seconds = max_body_bytes, poll_seconds
+        self.sessions: dict[str, Session] = {}
+        self.order: dict[str, InOrder] = {}
+        self.samplers: dict[str, tuple[str, Future[Any]]] = {}  # id -> owner, and the future of its Weights
+        self.pool = ThreadPoolExecutor(8, thread_name_prefix="lorakit-http")
+        self._keys: list[ApiKey] = []
+        self._sweeper: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin, in the event loop."""
+        self.promises.start()
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    async def stop(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await asyncio.to_thread(self.service.close_engines)
+        self.promises.stop()
+        self.store.close()
+
+    # ---- keys
+
+    def make_key(self, user: str) -> str:
+        """Return a new key of ``user``, of which only a digest is kept. Raises CheckpointError where the user has one."""
+        if self.store.get(ApiKey, user) is not None:
+            raise CheckpointError(f"{user} has a key already")
+        key = KEY_PREFIX + secrets.token_urlsafe(32)
+        self.store.add(ApiKey(user=user, digest=_digest(key), created=now()))
+        return key
+
+    def user_of(self, key: str) -> str | None:
+        """Return whose key it is, or None. Every digest is compared, in constant time."""
+        self._keys = self._keys or self.store.select(ApiKey)
+        digest, found = _digest(key), None
+        for known in self._keys:
+            if hmac.compare_digest(known.digest, digest):
+                found = known.user
+        return found
+
+    # ---- sessions
+
+    def open_session(self, owner: str, *, display_name: str | None, user_metadata: dict[str, Any]) -> Session:
+        session = Session(secrets.token_hex(8), owner)
+        self.sessions[session.id] = session
+        self.store.add(ClientSession(
+            id=session.id, owner=owner, created=now(), ended=None, display_name=display_name, user_metadata=user_metadata
+        ))  # fmt: skip
+        return session
+
+    def session(self, session_id: str, owner: str) -> Session | None:
+        """Return a session of ``owner`` that goes on, be it from before a restart; None where there is none."""
+        if (session := self.sessions.get(session_id)) is not None:
+            if session.owner != owner:
+                return None
+            session.last_seen = time.monotonic()
+            return session
+        row = self.store.get(ClientSession, session_id)
+        if row is None or row.owner != owner or row.ended is not None:
+            return None
+        session = self.sessions[session_id] = Session(session_id, owner)
+        return session
+
+    def end_session(self, session: Session) -> None:
+        """Free what the session trains and samples."""
+        self.sessions.pop(session.id, None)
+        for model_id in session.model_ids:
+            self.service.drop_model(model_id)
+            if (order := self.order.pop(model_id, None)) is not None:
+                for give_out in order.held.values():  # what waits for calls that never came is told that the model is gone
+                    give_out()
+        for sampler_id in session.sampler_ids:
+            self.samplers.pop(sampler_id, None)
+        row = self.store.get(ClientSession, session.id)
+        if row is not None:
+            row.ended = now()
+            self.store.add(row)
+
+    async def _sweep(self) -> None:
+        """End sessions that nobody has heard of, and forget old results."""
+        while True:
+            await asyncio.sleep(min(5.0, self.session_timeout_seconds / 4))
+            limit = time.monotonic() - self.session_timeout_seconds
+            for session in [session for session in self.sessions.values() if session.last_seen < limit]:
+                self.end_session(session)
+            self.promises.forget(delivered_before=limit)
+
+    # ---- models and samplers
+
+    def is_others(self, model_id: str, owner: str) -> bool:
+        """Whether a model is known, and another user's."""
+        if (model := self.service.trained.get(model_id)) is not None:
+            return model.owner != owner
+        run = self.store.get(Run, model_id)
+        return run is not None and run.owner != owner
+
+    def weights(self, sampler_id: str, owner: str) -> Future[Any]:
+        """Return the future of a sampler's Weights. Raises CheckpointError where there is no such sampler."""
+        if (found := self.samplers.get(sampler_id)) is not None and found[0] == owner:
+            return found[1]
+        row = self.store.get(SamplerRow, sampler_id)
+        if row is None or row.owner != owner:
+            raise CheckpointError(f"there is no sampler {sampler_id}")
+        if row.model_path == EPHEMERAL:
+            raise CheckpointError(f"the weights of {sampler_id} were in memory only, and the server was started anew")
+        future = self.service.weights(base_model=row.base_model, path=row.model_path, owner=owner)
+        self.samplers[sampler_id] = (owner, future)
+        return future
+
+    def add_sampler(
+        self, session: Session, sampler_id: str, future: Future[Any], *, base_model: str, model_path: str | None
+    ) -> None:
+        """Remember a sampler, whose Weights ``future`` gives."""
+        session.sampler_ids.add(sampler_id)
+        self.samplers[sampler_id] = (session.owner, future)
+        self.store.add(SamplerRow(
+            id=sampler_id, session_id=session.id, owner=session.owner, base_model=base_model, model_path=model_path
+        ))  # fmt: skip
+
+
+EPHEMERAL = "memory"  # in the place of a sampler's path
+
+
+def chained(first: Future[Any], then: Callable[[Any], Future[Any]]) -> Future[Any]:
+    """Return the future of what ``then`` returns for the result of ``first``; errors of either are its own."""
+    found: Future[Any] = Future()
+
+    def on_second(done: Future[Any]) -> None:
+        if not found.set_running_or_notify_cancel():
+            return
+        if (error := done.exception()) is not None:
+            found.set_exception(error)
+        else:
+            found.set_result(done.result())
+
+    def on_first(done: Future[Any]) -> None:
+        try:
+            then(done.result()).add_done_callback(on_second)
+        except BaseException as error:
+            if found.set_running_or_notify_cancel():
+                found.set_exception(error)
+
+    first.add_done_callback(on_first)
+    return found
+
+
+def as_future(start: Callable[[], Future[Any]]) -> Future[Any]:
+    """Return ``start()``, or a future of the LorakitError that it raises."""
+    try:
+        return start()
+    except LorakitError as error:
+        failed: Future[Any] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()

@@ -1,0 +1,306 @@
+"""Routes that train: models, the verbs, saving and loading."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+
+from lorakit.errors import DataError
+from lorakit.service.core import Model
+from lorakit.service.http import wire
+from lorakit.service.http.common import State, TooLarge, User, accept, parsed, read_body, read_json
+from lorakit.service.http.promises import encode_forward_backward, encode_json
+from lorakit.service.http.state import EPHEMERAL, ServerState, as_future, chained
+from lorakit.service.store import check_name
+from lorakit.types import AdamParams
+
+router = APIRouter(prefix="/api/v1", tags=["training"])
+Start = Callable[[Model], Future[Any]]
+
+
+class LoraConfig(BaseModel):
+    rank: int = Field(default=32, ge=1, le=4096)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class CreateModel(BaseModel):
+    session_id: str
+    model_seq_id: int
+    base_model: str
+    user_metadata: dict[str, Any] | None = None
+    lora_config: LoraConfig = LoraConfig()
+    optimizer_config: dict[str, Any] | None = None
+
+
+class ModelCall(BaseModel):
+    model_id: str
+    seq_id: int
+
+
+class Adam(BaseModel):
+    learning_rate: float = Field(1e-4, ge=0, allow_inf_nan=False)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-12, ge=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    grad_clip_norm: float = Field(0.0, allow_inf_nan=False)
+
+
+class OptimStep(ModelCall):
+    adam_params: Adam | None = None
+    optimizer_params: dict[str, Any] | None = None
+
+
+class SaveWeights(ModelCall):
+    path: str | None = None
+    ttl_seconds: int | None = Field(default=None, ge=0)
+    overwrite: bool = False
+    user_metadata: dict[str, str] | None = None
+    sampling_session_seq_id: int | None = None
+    kind: str = "snapshot"
+
+
+class LoadWeights(BaseModel):
+    path: str
+    optimizer: bool = False
+    model_id: str | None = None
+    seq_id: int | None = None
+    session_id: str | None = None
+    model_seq_id: int | None = None
+    base_model: str | None = None
+    user_metadata: dict[str, Any] | None = None
+    weights_access_token: str | None = None
+
+
+class GetInfo(BaseModel):
+    model_id: str
+
+
+@router.post("/create_model")
+async def create_model(request: Request, state: State, user: User) -> JSONResponse:
+    """Make a new adapter. Its id is ``{session_id}:train:{model_seq_id}``."""
+    body = parsed(CreateModel, await read_json(request, state.max_body_bytes))
+    if isinstance(body, str):
+        raise HTTPException(400, body)
+
+    def start(model_id: str) -> Future[Any]:
+        if (kind := (body.optimizer_config or {}).get("type", "adamw")) != "adamw":
+            raise DataError(f"optimizer_config {kind!r} is not offered; adamw is")
+        lora = body.lora_config
+        return state.service.create_model(
+            model_id, body.base_model, rank=lora.rank, seed=lora.seed, train_attn=lora.train_attn, train_mlp=lora.train_mlp,
+            train_unembed=lora.train_unembed, owner=user, user_metadata=body.user_metadata,
+        )  # fmt: skip
+
+    return _make_model(state, user, body.session_id, body.model_seq_id, start, {"type": "create_model"})
+
+
+def _make_model(
+    state: ServerState,
+    user: str,
+    session_id: str,
+    model_seq_id: int,
+    start: Callable[[str], Future[Any]],
+    answer: dict[str, Any],
+) -> JSONResponse:
+    session = state.session(session_id, user)
+    model_id = f"{session_id}:train:{model_seq_id}"
+    promise, is_new = state.promises.open(f"{model_id}:create", user)
+    if is_new and session is None:
+        state.promises.fail(promise, f"there is no session {session_id} (any more); make a new ServiceClient")
+    elif is_new and session is not None:
+        session.model_ids.add(model_id)
+        # A base may have to be read first, which takes a while.
+        reading: Future[Any] = state.pool.submit(as_future, lambda: start(model_id))
+        made = chained(reading, lambda future: future)
+        state.promises.settle(promise, made, lambda model: encode_json({"model_id": model.id, **answer}))
+    return JSONResponse({"request_id": promise.request_id})
+
+
+@router.post("/get_info")
+async def get_info(body: GetInfo, state: State, user: User) -> dict[str, Any]:
+    """Facts about a model under training, and what it has cost so far."""
+    model = state.service.trained.get(body.model_id)
+    if model is None or model.owner != user:
+        raise HTTPException(404, f"there is no model {body.model_id}")
+    base, usage = model.engine.base, state.service.usage(model)
+    data = {"arch": base.model.config.model_type, "model_name": model.base_model, "tokenizer_id": model.base_model}
+    return {
+        "type": "get_info", "model_data": data, "model_id": model.id, "model_name": model.base_model, "is_lora": True,
+        "lora_rank": model.lora.get("rank"), "optimizer_config": {"type": "adamw"},
+        "usage": {"tokens": usage.tokens, "seconds": usage.seconds, "calls": usage.calls},
+    }  # fmt: skip
+
+
+@router.post("/forward_backward")
+async def forward_backward(request: Request, state: State, user: User) -> JSONResponse:
+    """Add a loss's gradient; with ``forward_only`` only compute it. Protobuf, or the JSON of older SDKs."""
+    return await _forward_backward(request, state, user, forward_only=False)
+
+
+@router.post("/forward")
+async def forward(request: Request, state: State, user: User) -> JSONResponse:
+    """Compute a loss without gradient, as older SDKs ask for it."""
+    return await _forward_backward(request, state, user, forward_only=True)
+
+
+async def _forward_backward(request: Request, state: ServerState, user: str, *, forward_only: bool) -> JSONResponse:
+    if "json" in request.headers.get("content-type", "json"):
+        body = await read_json(request, state.max_body_bytes)
+        _require_ids(body)
+        if body.get("_too_large"):
+            return accept(state, user, body["model_id"], body["seq_id"], _over(state), encode_json)
+        call = wire.read_forward_backward_json(body, forward_only=forward_only)
+    else:
+        try:
+            call = wire.read_forward_backward(await read_body(request, state.max_body_bytes))
+        except TooLarge as error:
+            if (ids := wire.peek_ids(error.head)) is None:
+                raise HTTPException(400, "the body is too large, and does not begin with model_id and seq_id") from error
+            return accept(state, user, *ids, _over(state), encode_json)
+        except DataError as error:
+            raise HTTPException(400, str(error)) from error
+        _require_ids({"model_id": call.model_id, "seq_id": call.seq_id})
+
+    def start(model: Model) -> Future[Any]:
+        return state.service.forward_backward(
+            model, call.data(), call.loss_fn, call.loss_fn_config, needs_gradient=not (call.forward_only or forward_only)
+        )
+
+    return accept(state, user, call.model_id, call.seq_id, start, encode_forward_backward)
+
+
+@router.post("/optim_step")
+async def optim_step(request: Request, state: State, user: User) -> JSONResponse:
+    """Make one step of AdamW."""
+
+    def start(body: OptimStep, model: Model) -> Future[Any]:
+        if body.optimizer_params is not None and body.optimizer_params.get("type", "adamw") != "adamw":
+            raise DataError(f"optimizer_params {body.optimizer_params.get('type')!r} are not offered; adam_params are")
+        adam = body.adam_params or Adam(**{k: v for k, v in (body.optimizer_params or {}).items() if k != "type"})
+        return state.service.optim_step(model, AdamParams(**adam.model_dump()))
+
+    return await _model_call(request, state, user, OptimStep, start, lambda metrics: encode_json({"metrics": metrics}))
+
+
+@router.post("/save_weights")
+async def save_weights(request: Request, state: State, user: User) -> JSONResponse:
+    """Save weights and optimiser."""
+    return await _save(request, state, user, "weights", "save_weights")
+
+
+@router.post("/save_weights_external")
+async def save_weights_external(request: Request, state: State, user: User) -> JSONResponse:
+    """Save weights as a PEFT folder to download."""
+    return await _save(request, state, user, "external_weights", "save_weights_external")
+
+
+@router.post("/save_weights_for_sampler")
+async def save_weights_for_sampler(request: Request, state: State, user: User) -> JSONResponse:
+    """Save weights to sample from, by name; or hold them in memory for a sampling session."""
+    body = await read_json(request, state.max_body_bytes)
+    if body.get("path") is not None:
+        return await _save(request, state, user, "sampler_weights", "save_weights_for_sampler", body)
+
+    def start(call: SaveWeights, model: Model) -> Future[Any]:
+        session = state.session(model.id.partition(":")[0], user)
+        if session is None or call.sampling_session_seq_id is None:
+            raise DataError("give a path, or a sampling_session_seq_id of a session that goes on")
+        sampler_id = f"{session.id}:sample:{call.sampling_session_seq_id}"
+        future = state.service.snapshot(model)
+        state.add_sampler(session, sampler_id, future, base_model=model.base_model, model_path=EPHEMERAL)
+        return chained(future, lambda weights: _done(sampler_id))
+
+    answer = {"type": "save_weights_for_sampler"}
+    return await _model_call(
+        request, state, user, SaveWeights, start, lambda sampler: encode_json({"sampling_session_id": sampler, **answer}), body
+    )
+
+
+async def _save(
+    request: Request, state: ServerState, user: str, kind: str, answer: str, body: dict[str, Any] | None = None
+) -> JSONResponse:
+    def start(call: SaveWeights, model: Model) -> Future[Any]:
+        if call.path is None:
+            raise DataError("path is missing: the checkpoint's name")
+        check_name(call.path)
+        return state.service.save(
+            model,
+            call.path,
+            kind=kind,
+            overwrite=call.overwrite,
+            ttl_seconds=call.ttl_seconds,
+            user_metadata=call.user_metadata,
+        )
+
+    def encode(saved: Any) -> tuple[str, bytes]:
+        return encode_json({"path": saved.path, "size_bytes": saved.size_bytes, "type": answer})
+
+    return await _model_call(request, state, user, SaveWeights, start, encode, body)
+
+
+@router.post("/load_weights")
+async def load_weights(request: Request, state: State, user: User) -> JSONResponse:
+    """Make a model that starts from a checkpoint (``session_id``), or let one go on from it (``model_id``)."""
+    given = await read_json(request, state.max_body_bytes)
+    body = parsed(LoadWeights, given)
+    if isinstance(body, str) and not ("model_id" in given and "seq_id" in given):
+        raise HTTPException(400, body)
+    if isinstance(body, str) or body.model_id is not None:
+
+        def start(call: LoadWeights, model: Model) -> Future[Any]:
+            return state.service.load_state(model, call.path, with_optimizer=call.optimizer)
+
+        return await _model_call(
+            request, state, user, LoadWeights, start, lambda path: encode_json({"path": path, "type": "load_weights"}), given
+        )
+    if body.session_id is None or body.model_seq_id is None:
+        raise HTTPException(400, "load_weights wants session_id and model_seq_id, or model_id and seq_id")
+
+    def make(model_id: str) -> Future[Any]:
+        return state.service.create_model_from(
+            model_id, body.path, base_model=body.base_model, with_optimizer=body.optimizer, owner=user,
+            user_metadata=body.user_metadata,
+        )  # fmt: skip
+
+    return _make_model(state, user, body.session_id, body.model_seq_id, make, {"path": body.path, "type": "load_weights"})
+
+
+# ---- pieces
+
+
+async def _model_call(
+    request: Request, state: ServerState, user: str, kind: Any, start: Callable[[Any, Model], Future[Any]], encode: Any,
+    body: dict[str, Any] | None = None,
+) -> JSONResponse:  # fmt: skip
+    """A JSON call that names a model and its place in the model's order."""
+    given = await read_json(request, state.max_body_bytes) if body is None else body
+    _require_ids(given)
+    call = _over(state) if given.get("_too_large") else parsed(kind, given)
+    begin = call if isinstance(call, str) else functools.partial(start, call)
+    return accept(state, user, given["model_id"], given["seq_id"], begin, encode)
+
+
+def _require_ids(body: dict[str, Any]) -> None:
+    model_id, seq_id = body.get("model_id"), body.get("seq_id")
+    if not isinstance(model_id, str) or not model_id or not isinstance(seq_id, int) or isinstance(seq_id, bool) or seq_id < 1:
+        raise HTTPException(400, "the body names no model_id and seq_id (from 1)")
+
+
+def _over(state: ServerState) -> str:
+    return f"the request has more than {state.max_body_bytes:,} bytes; send fewer Datums at a time"
+
+
+def _done(value: Any) -> Future[Any]:
+    done: Future[Any] = Future()
+    done.set_result(value)
+    return done
