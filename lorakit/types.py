@@ -32,8 +32,8 @@ class TensorData(np.ndarray):
 
     def __new__(cls, data: Given, dtype: Any = None, shape: Sequence[int] | None = None) -> TensorData:
         if hasattr(data, "detach"):  # of torch, which numpy may not read: on a GPU, with a graph, or of 16 bit
-            data = data.detach().cpu()
-            data = data.float() if data.dtype.itemsize == 2 else data
+            data = data.detach().cpu().to_dense()
+            data = (data.float() if data.is_floating_point() and data.dtype.itemsize == 2 else data).numpy()
         array = np.array(data, dtype=dtype)
         return (array if shape is None else array.reshape(tuple(shape))).view(cls)
 
@@ -124,12 +124,20 @@ class Datum:
         self.loss_fn_inputs: dict[str, TensorData] = {}
         for name, values in loss_fn_inputs.items():
             try:
-                array = TensorData(values, dtype=_DTYPES.get(name, np.float32))
+                given = TensorData(values)
             except (TypeError, ValueError, OverflowError) as error:
                 raise DataError(f"loss_fn_inputs[{name!r}] is not an array of numbers: {error}") from error
+            if given.size and given.dtype.kind not in "iufb":
+                raise DataError(f"loss_fn_inputs[{name!r}] is not an array of numbers, but of {given.dtype}")
+            with np.errstate(over="ignore", invalid="ignore"):
+                array = given.astype(_DTYPES.get(name, np.float32)).view(TensorData)
+            if name == "target_tokens" and given.dtype.kind != "i" and not np.array_equal(array, given):
+                raise DataError(f"loss_fn_inputs[{name!r}] must be whole numbers")
             if array.shape[:1] != (model_input.length,) or array.ndim > (2 if name in SEVERAL_PER_POSITION else 1):
+                several = " or several" if name in SEVERAL_PER_POSITION else ""
                 raise DataError(
-                    f"loss_fn_inputs[{name!r}] has shape {array.shape}, but model_input has {model_input.length} positions"
+                    f"loss_fn_inputs[{name!r}] has shape {array.shape}, but model_input has {model_input.length} positions: "
+                    f"one number{several} for each"
                 )
             array.flags.writeable = False
             self.loss_fn_inputs[name] = array

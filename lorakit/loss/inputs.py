@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -37,12 +38,22 @@ def check_knobs(name: str, loss: Callable[..., Any], given: Mapping[str, Any] | 
     problems += [
         f"{key}={value!r} is not a finite number"
         for key, value in (given or {}).items()
-        if key in knobs and not (isinstance(value, (int, float)) and np.isfinite(value))
+        if key in knobs and not _is_number(value)
     ]
+    used = {**knobs, **{key: float(value) for key, value in (given or {}).items() if key in knobs and _is_number(value)}}
+    if used.get("clip_low_threshold", 0.0) > used.get("clip_high_threshold", math.inf):
+        problems.append("clip_low_threshold is above clip_high_threshold")
     if problems:
         there = ", ".join(f"{key} ({value:g})" for key, value in knobs.items()) or "none"
         raise DataError(report("loss_fn_config:", problems, remedy=f"{name} takes: {there}."))
-    return {**knobs, **(given or {})}
+    return used
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, (int, float, np.number)) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def prepare(
@@ -60,14 +71,14 @@ def prepare(
         raise DataError("data is empty; give at least one Datum")
     problems = [f"data[{i}]{text}" for i, datum in enumerate(data) for text in _problems(datum, loss, vocab_size, max_tokens)]
     if problems:
-        takes = ", ".join(("target_tokens", *loss.inputs, *(f"{name} (optional)" for name in loss.optional_inputs)))  # type: ignore[attr-defined]
-        raise DataError(report(f"{name} cannot use this data:", problems, remedy=f"{name} takes: {takes}."))
+        taken = ", ".join(("target_tokens", *loss.inputs, *(f"{name} (optional)" for name in loss.optional_inputs)))  # type: ignore[attr-defined]
+        raise DataError(report(f"{name} cannot use this data:", problems, remedy=f"{name} takes: {taken}."))
     fillings: dict[str, float] = {}
     if "weights" not in loss.inputs:  # type: ignore[attr-defined]
         fillings["weights"] = 1.0
     for extra in loss.optional_inputs:  # type: ignore[attr-defined]
         if any(extra in datum.loss_fn_inputs for datum in data):
-            fillings[extra] = (knobs or {}).get(extra, 0.0)
+            fillings[extra] = {**knobs_of(loss), **(knobs or {})}[extra]
     return [_filled(datum, fillings) for datum in data]
 
 
@@ -98,9 +109,14 @@ def _problems(datum: Datum, loss: Callable[..., Any], vocab_size: int, max_token
             problems.append(
                 f".loss_fn_inputs['target_tokens'] has shape {given['target_tokens'].shape}; one per position, please"
             )
+        elif several and not given["target_tokens"].shape[1]:
+            problems.append(f".loss_fn_inputs['target_tokens'] has shape {given['target_tokens'].shape}: no target at all")
         elif "weights" in given and given["weights"].shape != given["target_tokens"].shape:
             shapes = f"{given['weights'].shape}, target_tokens {given['target_tokens'].shape}"
             problems.append(f".loss_fn_inputs['weights'] has shape {shapes}")
+    mask = given.get("sequence_ratio_mask")
+    if mask is not None and not mask.any() and np.any(given.get("advantages", 0)):
+        problems.append(".loss_fn_inputs['sequence_ratio_mask'] is 0 everywhere: there is no ratio of this sequence")
     for name, array in given.items():
         if name != "target_tokens" and not np.isfinite(array).all():
             where = np.argwhere(~np.isfinite(array))[0].tolist()

@@ -26,7 +26,8 @@ def ppo(
     logprobs: torch.Tensor, batch: Batch, *, clip_low_threshold: float = 0.8, clip_high_threshold: float = 1.2
 ) -> LossOutput:
     """Return ``-sum(min(r * A, clamp(r, low, high) * A))`` (Schulman et al. 2017, arXiv 1707.06347, equation 7)."""
-    return _clipped(_ratio(logprobs, batch), logprobs, batch, clip_low_threshold, clip_high_threshold)
+    distance = (logprobs - batch.extras["logprobs"]).masked_fill(batch.weights == 0, 0.0)
+    return _clipped(distance, logprobs, batch, clip_low_threshold, clip_high_threshold)
 
 
 @takes("logprobs", "advantages", optional=BOUNDS)
@@ -54,24 +55,28 @@ def gspo(
 
     The gradient goes to each token: ``s = exp(sg(mean) + lp - sg(lp))`` (GSPO-token, arXiv 2507.18071, section 4.3; bounds of 5.1).
     """
-    distance, mask = logprobs.detach() - batch.extras["logprobs"], batch.extras["sequence_ratio_mask"] != 0
-    means = torch.zeros_like(logprobs)
+    mask = (batch.extras["sequence_ratio_mask"] != 0) & (batch.weights != 0)
+    apart = (logprobs.detach() - batch.extras["logprobs"]).masked_fill(~mask, 0.0)
+    means = torch.zeros_like(apart)
     for row, start, end in batch.spans:
-        here = mask[row, start:end]
-        means[row, start:end] = distance[row, start:end][here].mean() if bool(here.any()) else 0.0
-    ratio = (means + logprobs - logprobs.detach()).exp()
-    return _clipped(ratio, logprobs, batch, clip_low_threshold, clip_high_threshold)
+        means[row, start:end] = apart[row, start:end].sum() / mask[row, start:end].sum().clamp(min=1)
+    distance = means + (logprobs - logprobs.detach())  # the difference first: it is exactly 0
+    return _clipped(distance, logprobs, batch, clip_low_threshold, clip_high_threshold)
 
 
 def _ratio(logprobs: torch.Tensor, batch: Batch) -> torch.Tensor:
     """r where there is a token, else 1."""
-    return ((logprobs - batch.extras["logprobs"]) * (batch.weights != 0)).exp()
+    is_silent = (batch.weights == 0) | (batch.extras["advantages"] == 0)
+    return (logprobs - batch.extras["logprobs"]).masked_fill(is_silent, 0.0).exp()
 
 
-def _clipped(ratio: torch.Tensor, logprobs: torch.Tensor, batch: Batch, low: float, high: float) -> LossOutput:
-    bounds = _bounds(batch, low, high)
-    advantages = batch.extras["advantages"]
-    return _sum_of(torch.minimum(ratio * advantages, _clamp(ratio, *bounds) * advantages), logprobs)
+def _clipped(distance: torch.Tensor, logprobs: torch.Tensor, batch: Batch, low: float, high: float) -> LossOutput:
+    """``-sum(min(r * A, clamp(r) * A))``; r may be infinite where that is a constant, and 0 times it would be no number."""
+    advantages, ratio = batch.extras["advantages"], distance.detach().exp()
+    bound = _clamp(ratio, *_bounds(batch, low, high))
+    is_constant = (advantages == 0) | (bound * advantages < ratio * advantages)
+    moving = distance.masked_fill(is_constant, 0.0).exp()
+    return _sum_of(torch.where(is_constant, bound, moving) * advantages, logprobs)
 
 
 def _clamp(ratio: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:

@@ -25,14 +25,21 @@ def dpo(reference_logprobs: Sequence[Any], *, beta: float = 0.1) -> CustomLoss:
     """
 
     def loss(data: Sequence[Any], logprobs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        if len(data) % 2 or len(data) != len(reference_logprobs):
+        if not data or len(data) % 2 or len(data) != len(reference_logprobs):
             raise DataError(
                 f"dpo wants pairs of chosen and rejected: {len(data)} Datums, {len(reference_logprobs)} reference_logprobs"
             )
         distances = []
-        for datum, ours, theirs in zip(data, logprobs, reference_logprobs, strict=True):
-            weights = torch.as_tensor(datum.loss_fn_inputs["weights"].tolist())
-            reference = torch.as_tensor(theirs.tolist() if hasattr(theirs, "tolist") else theirs)
+        for number, (datum, ours, theirs) in enumerate(zip(data, logprobs, reference_logprobs, strict=True)):
+            if "weights" not in datum.loss_fn_inputs:
+                raise DataError(f"data[{number}].loss_fn_inputs['weights'] is missing, which dpo sums by")
+            weights = datum.loss_fn_inputs["weights"].to_torch().to(ours)
+            reference = torch.as_tensor(theirs.tolist() if hasattr(theirs, "tolist") else theirs).to(ours)
+            if not weights.shape == reference.shape == ours.shape:
+                raise DataError(
+                    f"reference_logprobs[{number}] has shape {tuple(reference.shape)}, log-probabilities {tuple(ours.shape)}, "
+                    f"weights {tuple(weights.shape)}"
+                )
             distances.append((weights * (ours - reference)).sum())
         chosen, rejected = torch.stack(distances[0::2]), torch.stack(distances[1::2])
         margins = beta * (chosen - rejected)

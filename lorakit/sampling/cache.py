@@ -20,6 +20,11 @@ ROOM = 64  # tokens of room come in multiples of it
 RUN_COST_BYTES = 2 << 20  # one more call costs as much as reading so much
 
 
+def rounded(num_tokens: int) -> int:
+    """Return the room that is made for so many tokens."""
+    return -(-num_tokens // ROOM) * ROOM
+
+
 class KVCache:
     """Room for ``max_rows`` sequences, which grows as they do."""
 
@@ -46,7 +51,7 @@ class KVCache:
 
     def reserve(self, num_rows: int, num_tokens: int) -> None:
         """Make room for so many rows, and so many tokens in each; what there is stays."""
-        num_tokens = -(-num_tokens // ROOM) * ROOM
+        num_tokens = rounded(num_tokens)
         if num_rows <= self.num_rows and num_tokens <= self.room:
             return
         self.num_rows, self.room = max(num_rows, self.num_rows), max(num_tokens, self.room)

@@ -21,7 +21,7 @@ from lorakit.lora.flat import Key
 from lorakit.loss.head import Head, HeadAdapter, all_logits, best_logprobs, head_logprobs
 from lorakit.loss.logprobs import hidden_states
 from lorakit.model.attention import cached_attention, find_difference, packed_documents
-from lorakit.sampling.cache import KVCache, wasted_tokens
+from lorakit.sampling.cache import KVCache, rounded, wasted_tokens
 from lorakit.sampling.ending import Ending, end_token_ids
 from lorakit.sampling.pick import Picked, Picker, sample_key
 from lorakit.sampling.request import Request, Row, Running, best_of_row
@@ -109,7 +109,7 @@ class Sampler:
             first = self._waiting[0]
             num_tokens += len(first.running.request.prompt)
             num_rows += len(first.numbers)
-            room = max(room, len(first.running.request.prompt) + first.running.max_tokens)
+            room = max(room, rounded(len(first.running.request.prompt) + first.running.max_tokens))
             fits = num_rows <= self.max_rows and num_rows * room <= self.max_cache_tokens
             if (joining and num_tokens > MAX_PREFILL_TOKENS) or (not fits and (self._rows or joining)):
                 break
@@ -133,7 +133,10 @@ class Sampler:
         ends = np.cumsum(lengths).tolist()
         spans = {key: (0, end - length, end) for key, end, length in zip(prompts, ends, lengths, strict=True)}
         # A prompt that is only scored is laid into the row behind the last, which is free.
-        self.cache.reserve(row + 1, max(len(e.running.request.prompt) + e.running.max_tokens for e in joining))
+        self.cache.reserve(
+            row + any(not places for places in prompts.values()),
+            max(len(e.running.request.prompt) + e.running.max_tokens for e in joining),
+        )
         self.cache.prefill([places[0] if places else row for places in prompts.values()], lengths, device)
         adapter_of = {id(entry.running.request.adapter): entry.running.request.adapter for entry in joining}
         hidden_TH, head = self._run(

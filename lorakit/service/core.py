@@ -222,6 +222,8 @@ class Service:
         base = engine.base
 
         def ready() -> list[Datum]:
+            if missing := [str(n) for n, datum in enumerate(data) if "target_tokens" not in datum.loss_fn_inputs]:
+                raise DataError(f"data[{', '.join(missing[:20])}].loss_fn_inputs['target_tokens'] is missing")
             bare = [with_unit_weights(datum) for datum in data]
             return prepare(bare, "a custom loss", cross_entropy, vocab_size=base.vocab_size, max_tokens=base.max_tokens)
 

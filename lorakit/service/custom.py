@@ -21,9 +21,10 @@ def as_loss(function: CustomLoss, data: Sequence[Datum]) -> Loss:
         for (row, start, end), datum in zip(batch.spans, data, strict=True):
             found = logprobs[row, start:end]
             targets = datum.loss_fn_inputs["target_tokens"]
-            own.append(found[:, : targets.shape[1]] if targets.ndim > 1 else found if found.ndim == 1 else found[:, 0])
+            found = found[:, : targets.shape[1]] if targets.ndim > 1 else found if found.ndim == 1 else found[:, 0]
+            own.append(found.cpu())  # where the caller's own numbers are
         value, metrics = _call(function, data, own)
-        return LossOutput(value.sum().float(), logprobs.detach(), metrics)
+        return LossOutput(value.sum().float().to(logprobs.device), logprobs.detach(), metrics)
 
     return loss
 
@@ -50,9 +51,7 @@ def pull_back(
 
 def with_unit_weights(datum: Datum) -> Datum:
     """Only what log-probabilities need: a custom loss reads the rest itself."""
-    targets = datum.loss_fn_inputs.get("target_tokens")
-    if targets is None:
-        return Datum(datum.model_input, {})
+    targets = datum.targets
     return Datum(datum.model_input, {"target_tokens": targets, "weights": np.ones(targets.shape, np.float32)})
 
 

@@ -1,4 +1,4 @@
-"""What a loss is given is looked at first: one DataError names every Datum and field that is wrong, and what passes can be collated."""
+"""What a loss is given is looked at first: one DataError names every Datum and field that is wrong; what passes collates."""
 
 from __future__ import annotations
 
@@ -70,7 +70,12 @@ WRONG: dict[str, tuple[str, Datum, str, str]] = {
         "loss_fn_inputs['weights']",
         "(3, 3)",
     ),
-    "several targets for a policy": ("ppo", good("ppo", target_tokens=[[4, 5]] * 3), "loss_fn_inputs['target_tokens']", "(3, 2)"),
+    "several targets for a policy": (
+        "ppo",
+        good("ppo", target_tokens=[[4, 5]] * 3),
+        "loss_fn_inputs['target_tokens']",
+        "(3, 2)",
+    ),
     "no target at all": (
         "cross_entropy",
         good(target_tokens=np.zeros((3, 0)), weights=np.zeros((3, 0))),
@@ -78,10 +83,25 @@ WRONG: dict[str, tuple[str, Datum, str, str]] = {
         "(3, 0)",
     ),
     "a negative token": ("cross_entropy", make((3, -1, 5), **good().loss_fn_inputs), "model_input", "[1] is token -1,"),
-    "a token too large": ("cross_entropy", make((3, 4, VOCAB), **good().loss_fn_inputs), "model_input", f"[2] is token {VOCAB},"),
+    "a token too large": (
+        "cross_entropy",
+        make((3, 4, VOCAB), **good().loss_fn_inputs),
+        "model_input",
+        f"[2] is token {VOCAB},",
+    ),
     "a token beyond 64 bit": ("cross_entropy", make((2**70, 4, 5), **good().loss_fn_inputs), "model_input", f"{2**70}"),
-    "a negative target": ("ppo", good("ppo", target_tokens=[4, 5, -100]), "loss_fn_inputs['target_tokens']", "[2] is token -100"),
-    "a target too large": ("cross_entropy", good(target_tokens=[VOCAB, 5, 6]), "loss_fn_inputs['target_tokens']", "[0] is token"),
+    "a negative target": (
+        "ppo",
+        good("ppo", target_tokens=[4, 5, -100]),
+        "loss_fn_inputs['target_tokens']",
+        "[2] is token -100",
+    ),
+    "a target too large": (
+        "cross_entropy",
+        good(target_tokens=[VOCAB, 5, 6]),
+        "loss_fn_inputs['target_tokens']",
+        "[0] is token",
+    ),
     "a soft target too large": (
         "cross_entropy",
         good(target_tokens=[[4, 5], [6, 99], [7, 8]], weights=[[1, 1]] * 3),
@@ -89,19 +109,33 @@ WRONG: dict[str, tuple[str, Datum, str, str]] = {
         "[1, 1] is token 99",
     ),
     "a weight that is NaN": ("cross_entropy", good(weights=[1, float("nan"), 1]), "loss_fn_inputs['weights']", "[1] is nan"),
-    "a weight that is infinite": ("cross_entropy", good(weights=[1, 1, float("-inf")]), "loss_fn_inputs['weights']", "[2] is -inf"),
-    "a weight that is None": ("cross_entropy", good(weights=[None, 1, 1]), "loss_fn_inputs['weights']", "[0] is nan"),
+    "a weight that is infinite": (
+        "cross_entropy",
+        good(weights=[1, 1, float("-inf")]),
+        "loss_fn_inputs['weights']",
+        "[2] is -inf",
+    ),
     "a soft weight that is NaN": (
         "cross_entropy",
         good(target_tokens=[[4, 5]] * 3, weights=[[1, 1], [1, 1], [float("nan"), 1]]),
         "loss_fn_inputs['weights']",
         "[2, 0] is nan",
     ),
-    "an infinite advantage": ("ppo", good("ppo", advantages=[0, float("inf"), 0]), "loss_fn_inputs['advantages']", "[1] is inf"),
+    "an infinite advantage": (
+        "ppo",
+        good("ppo", advantages=[0, float("inf"), 0]),
+        "loss_fn_inputs['advantages']",
+        "[1] is inf",
+    ),
     "a NaN logprob": ("dro", good("dro", logprobs=[float("nan"), 0, 0]), "loss_fn_inputs['logprobs']", "[0] is nan"),
-    "a NaN bound": ("ppo", good("ppo", clip_high_threshold=[1, 1, float("nan")]), "loss_fn_inputs['clip_high_threshold']", "[2] is"),
+    "a NaN bound": (
+        "ppo",
+        good("ppo", clip_high_threshold=[1, 1, float("nan")]),
+        "loss_fn_inputs['clip_high_threshold']",
+        "[2] is",
+    ),
     "nothing to read": ("cross_entropy", make((), target_tokens=[], weights=[]), "model_input", "empty"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("name", "wrong", "field", "said"), WRONG.values(), ids=list(WRONG))
@@ -247,7 +281,7 @@ def test_an_unknown_knob_is_refused_with_those_that_there_are(name: str) -> None
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "0.5", None, [0.5], 10**400], ids=lambda v: str(v)[:8])
 def test_a_knob_that_is_no_finite_number_is_refused_by_name(value: Any) -> None:
-    with pytest.raises(DataError, match="beta.*is not a finite number") as caught:
+    with pytest.raises(DataError, match=r"beta.*is not a finite number") as caught:
         check_knobs("dro", LOSSES["dro"], {"beta": value})
     assert "beta (0.05)" in str(caught.value)
 
@@ -336,3 +370,18 @@ def test_a_datum_has_arrays_of_its_own_that_cannot_be_written() -> None:
         datum.weights[0] = 2.0
     datum.weights.to_torch()[0] = 2.0  # a copy
     assert datum.weights.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_sequence_without_a_ratio_is_refused_where_it_would_train() -> None:
+    def datum(advantage: float) -> Datum:
+        ones = {name: [0.0, 0.0] for name in ("logprobs", "sequence_ratio_mask")}
+        return Datum(ModelInput.from_ints([3, 4]), {"target_tokens": [4, 5], **ones, "advantages": [0.0, advantage]})
+
+    prepare([datum(0.0)], "gspo", LOSSES["gspo"], vocab_size=8)
+    with pytest.raises(DataError, match=r"data\[1\].*sequence_ratio_mask.* is 0 everywhere"):
+        prepare([datum(0.0), datum(1.0)], "gspo", LOSSES["gspo"], vocab_size=8)
+
+
+def test_bounds_that_cross_are_refused() -> None:
+    with pytest.raises(DataError, match="above clip_high_threshold"):
+        check_knobs("ppo", LOSSES["ppo"], {"clip_low_threshold": 1.3})

@@ -79,7 +79,9 @@ def test_a_margin_that_is_very_negative_is_finite() -> None:
     np.testing.assert_allclose(found[0], -data[0].weights)
 
 
-@pytest.mark.parametrize("kind", [list, torch.from_numpy, TensorData, lambda a: TensorData(a.astype(np.float64)), np.ndarray.tolist])
+@pytest.mark.parametrize(
+    "kind", [list, torch.from_numpy, TensorData, lambda a: TensorData(a.astype(np.float64)), np.ndarray.tolist]
+)
 def test_the_reference_may_be_lists_arrays_and_tensors(kind: Callable[[np.ndarray], Any]) -> None:
     data, ours, theirs = make_pairs()
     expected = run(data, ours, theirs)

@@ -1,0 +1,134 @@
+"""Adapters of several ranks on one base, in one pass, are what PEFT computes for each of them alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make_datums, make_model
+
+from lorakit.data.collate import collate, join
+from lorakit.errors import AdapterError, ConfigError
+from lorakit.lora.bank import Adapter, AdapterBank, Mix
+from lorakit.lora.flat import AdapterLayout, plan_layout
+from lorakit.lora.inject import inject
+from lorakit.lora.spec import LoRASpec
+from lorakit.lora.state import adapter_state, load_adapter_state
+from lorakit.loss import LOSSES
+from lorakit.loss.head import HeadAdapter
+from lorakit.training.step import Share, compute_loss, compute_losses
+from lorakit.types import Batch, LossOutput
+
+CROSS_ENTROPY = LOSSES["cross_entropy"]
+CASES = [
+    ("qwen3_moe", "per_expert", False),
+    ("qwen3_moe", "per_expert", True),
+    ("qwen3_moe", "shared_outer", False),
+    ("qwen3", "per_expert", True),
+    ("llama", "per_expert", False),
+]
+
+
+def random_vector(layout: AdapterLayout, seed: int) -> torch.Tensor:
+    return torch.randn(layout.num_params, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def run_mixed(model: Any, bank: AdapterBank, adapters: list[Adapter | None], batches: list[Batch]) -> list[LossOutput]:
+    joined = join(batches, 0)
+    rows = [number for number, batch in enumerate(batches) for _ in range(len(batch.input_ids))]
+    owners = torch.tensor(rows).repeat_interleave(joined.input_ids.shape[1])
+    heads = [bank.on_head(adapter) for adapter in adapters]
+    shares = [
+        Share(batch, CROSS_ENTROPY, () if head is None else (HeadAdapter(*head),))
+        for batch, head in zip(batches, heads, strict=True)
+    ]
+    with bank.active(Mix(adapters, owners)):
+        outputs = compute_losses(model, joined, shares)
+        torch.stack([output.loss_sum for output in outputs]).sum().backward()
+    return outputs
+
+
+def file_gradients(adapter: Adapter) -> dict[str, torch.Tensor]:
+    vector = torch.cat([leaf.grad.flatten() for leaf in adapter.leaves if leaf.grad is not None])
+    return adapter.layout.file_tensors(vector)
+
+
+@pytest.mark.parametrize(("family", "expert_layout", "unembedding"), CASES)
+def test_a_mix_of_ranks_equals_peft_on_each_adapter_alone(family: str, expert_layout: str, unembedding: bool) -> None:
+    base = make_model(family)
+    bank = AdapterBank(base)
+    specs = [LoRASpec(rank=rank, expert_layout=expert_layout, unembedding=unembedding) for rank in (4, 2, 7)]
+    layouts = [plan_layout(base, spec) for spec in specs]
+    adapters = [Adapter(layout, random_vector(layout, n), trains=True) for n, layout in enumerate(layouts)]
+    batches = [collate([[datum] for datum in make_datums(3, seed=n)], 0) for n in range(3)]
+    outputs = run_mixed(base, bank, [*adapters], batches)
+    for spec, layout, adapter, batch, output in zip(specs, layouts, adapters, batches, outputs, strict=True):
+        alone = inject(make_model(family), spec)
+        load_adapter_state(alone, layout.file_tensors(adapter.vector), source="the bank's")
+        expected = compute_loss(alone, batch, CROSS_ENTROPY, all_positions=True)
+        assert torch.allclose(output.logprobs, expected.logprobs, atol=1e-5)
+        expected.loss_sum.backward()
+        for parameter in alone.parameters():  # so that the names and shapes of files are those of gradients too
+            if parameter.requires_grad:
+                parameter.data = parameter.grad.clone()  # type: ignore[union-attr]
+        theirs, ours = adapter_state(alone), file_gradients(adapter)
+        assert ours.keys() == theirs.keys()
+        distance = sum(float((ours[name] - theirs[name]).square().sum()) for name in ours)
+        assert distance**0.5 < 1e-5 * sum(float(tensor.square().sum()) for tensor in theirs.values()) ** 0.5
+
+
+def test_rows_of_the_bare_base_beside_an_adapter_are_those_of_the_bare_base() -> None:
+    base, bare = make_model(), make_model()
+    bank, layout = AdapterBank(base), plan_layout(base, LoRASpec(rank=4, unembedding=True))
+    batches = [collate([[datum] for datum in make_datums(3, seed=n)], 0) for n in range(2)]
+    outputs = run_mixed(base, bank, [Adapter(layout, random_vector(layout, 0), trains=True), None], batches)
+    expected = compute_loss(bare, batches[1], CROSS_ENTROPY, all_positions=True)
+    assert torch.allclose(outputs[1].logprobs, expected.logprobs, atol=1e-5)
+    assert not torch.allclose(
+        outputs[0].logprobs, compute_loss(bare, batches[0], CROSS_ENTROPY, all_positions=True).logprobs, atol=1e-2
+    )
+
+
+def test_the_base_gains_no_parameter_and_no_gradient() -> None:
+    base = make_model()
+    names = [name for name, _ in base.named_parameters()]
+    bank, layout = AdapterBank(base), plan_layout(base, LoRASpec(rank=4))
+    batch = collate([[datum] for datum in make_datums(3)], 0)
+    run_mixed(base, bank, [Adapter(layout, random_vector(layout, n), trains=True) for n in range(2)], [batch, batch])
+    assert [name for name, _ in base.named_parameters()] == names
+    assert all(parameter.grad is None for parameter in base.parameters())
+
+
+@pytest.mark.parametrize("expert_layout", ["per_expert", "shared_outer"])
+def test_a_vector_survives_files(expert_layout: str) -> None:
+    layout = plan_layout(make_model(), LoRASpec(rank=3, expert_layout=expert_layout, unembedding=True))
+    vector = random_vector(layout, 0)
+    assert torch.equal(layout.from_file_tensors(layout.file_tensors(vector), source="a file"), vector)
+
+
+def test_files_that_do_not_fit_are_refused_with_every_difference() -> None:
+    layout = plan_layout(make_model("qwen3"), LoRASpec(rank=3))
+    tensors = layout.file_tensors(random_vector(layout, 0))
+    lost, *_ = tensors
+    tensors["base_model.model.elsewhere.lora_A.weight"] = tensors.pop(lost)
+    name = next(name for name in tensors if "q_proj.lora_B" in name)
+    tensors[name] = tensors[name][:-1]
+    with pytest.raises(AdapterError) as caught:
+        layout.from_file_tensors(tensors, source="there")
+    for part in ("not in the plan: base_model.model.elsewhere", "missing:", "has shape"):
+        assert part in str(caught.value)
+
+
+def test_a_new_adapter_changes_nothing_and_the_same_seed_draws_the_same() -> None:
+    base = make_model()
+    layout = plan_layout(base, LoRASpec(rank=4))
+    first, again, other = layout.draw(3), layout.draw(3), layout.draw(4)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    for a, b in layout.views(first).values():
+        assert not b.any() and 0 < float(a.abs().max()) <= a.shape[-1] ** -0.5
+
+
+def test_what_the_bank_cannot_serve_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="DoRA"):
+        plan_layout(make_model("qwen3"), LoRASpec(rank=4, dora=True))

@@ -1,0 +1,369 @@
+"""The verbs in this process: values against independent ones, order, errors, and what is saved."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from programs import PAIRS, make_data, train
+from tiny_models import make_batches, make_trainer, sgd
+
+import lorakit
+from lorakit import types
+from lorakit.errors import AdapterError, CheckpointError, ConfigError, DataError, TrainingError
+from lorakit.lora.inject import inject
+from lorakit.lora.spec import LoRASpec
+from lorakit.lora.state import adapter_state, load_adapter_state
+from lorakit.loss.preference import dpo
+from lorakit.model.load import load_model
+from lorakit.training.module import LoRAModule
+
+# A step of AdamW with which weights move by exactly the gradient: g / (|g| + eps) * eps.
+GRADIENT_STEP = types.AdamParams(learning_rate=1e5, beta1=0.0, beta2=0.0, eps=1e5)
+
+
+@pytest.fixture
+def client(service: lorakit.ServiceClient) -> lorakit.TrainingClient:
+    return service.create_lora_training_client("tiny", rank=8, seed=1)
+
+
+@pytest.fixture
+def data(client: lorakit.TrainingClient) -> list[types.Datum]:
+    return make_data(types, client.get_tokenizer())
+
+
+def trainee_of(client: lorakit.TrainingClient) -> Any:
+    return client._model.made()
+
+
+def test_the_gradient_is_that_of_the_lightning_module_times_its_denominator(
+    client: lorakit.TrainingClient, data: list[types.Datum], tmp_path: Path
+) -> None:
+    trainee = trainee_of(client)
+    trainee.vector.add_(torch.randn(trainee.vector.shape, generator=torch.Generator().manual_seed(0)), alpha=0.02)
+    start = trainee.layout.file_tensors(trainee.vector.clone())
+
+    def build() -> Any:
+        model = inject(load_model("tiny"), LoRASpec(rank=8, unembedding=True))
+        load_adapter_state(model, start, source="the client's")
+        return model
+
+    module = LoRAModule(build, optimizer=sgd(1.0), clip_norm=0.0)
+    batches = make_batches(data, rows_each=1, accumulate=3)
+    trainer = make_trainer(tmp_path, accumulate_grad_batches=3)
+    trainer.fit(module, train_dataloaders=torch.utils.data.DataLoader(batches, batch_size=None))
+    client.forward_backward(data, "cross_entropy").result()
+    ours, after = trainee.layout.file_tensors(trainee.gradient), adapter_state(module.model)
+    moved = {name: (start[name] - after[name]) * batches[0].window_weight for name in after}
+    distance = sum(float((ours[name] - moved[name]).square().sum()) for name in ours) ** 0.5
+    assert distance < 1e-6 * batches[0].window_weight * sum(float(t.square().sum()) for t in ours.values()) ** 0.5
+
+
+def test_gradients_add_up_until_the_step_and_forward_adds_none(client: lorakit.TrainingClient, data: list[types.Datum]) -> None:
+    client.forward_backward(data, "cross_entropy").result()
+    once = trainee_of(client).gradient.clone()
+    client.forward(data, "cross_entropy").result()
+    assert torch.equal(trainee_of(client).gradient, once)
+    client.forward_backward(data[:1], "cross_entropy").result()
+    client.forward_backward(data[1:], "cross_entropy").result()
+    assert torch.allclose(trainee_of(client).gradient, 2 * once, atol=1e-5 * float(once.abs().max()))
+    assert client.optim_step(types.AdamParams()).result().metrics["grad_norm"] > 0
+    assert not trainee_of(client).gradient.any()
+
+
+def test_scored_and_sampled_logprobs_equal_those_of_training(client: lorakit.TrainingClient, data: list[types.Datum]) -> None:
+    train(client, types, data, 3)
+    computed = client.forward(data, "cross_entropy").result()
+    sampling = client.save_weights_and_get_sampling_client()
+    for datum, output in zip(data, computed.loss_fn_outputs, strict=True):
+        tokens = [*datum.model_input.to_ints(), int(datum.targets[-1])]
+        scored = sampling.compute_logprobs(types.ModelInput.from_ints(tokens)).result()
+        assert scored[0] is None
+        assert np.allclose(scored[1:], output["logprobs"], atol=1e-4)
+    prompt = data[0].model_input
+    sample = sampling.sample(prompt, 1, types.SamplingParams(max_tokens=12, stop=[], seed=1)).result().sequences[0]
+    whole = sampling.compute_logprobs(types.ModelInput.from_ints([*prompt.to_ints(), *sample.tokens])).result()
+    assert np.allclose(whole[prompt.length :], sample.logprobs, atol=1e-4)
+
+
+def test_an_error_arrives_in_its_future_and_leaves_the_gradient(
+    client: lorakit.TrainingClient, data: list[types.Datum]
+) -> None:
+    client.forward_backward(data, "cross_entropy").result()
+    before = trainee_of(client).gradient.clone()
+    nan = types.Datum(data[0].model_input, {"target_tokens": data[0].targets, "weights": [float("nan")] * len(data[0])})
+    wrong = [
+        client.forward_backward([data[0], nan], "cross_entropy"),
+        client.forward_backward([], "cross_entropy"),
+        client.forward_backward(data, "crossentropy"),
+        client.forward_backward(data, "ppo"),
+        client.forward_backward(data, "cross_entropy", {"clip": 1.0}),
+        client.load_state("tinker://nobody/weights/nothing"),
+    ]
+    after = client.forward(data, "cross_entropy")
+    messages = []
+    for future in wrong:
+        with pytest.raises((DataError, CheckpointError)) as caught:
+            future.result(60)
+        messages.append(str(caught.value))
+    assert "data[1].loss_fn_inputs['weights']" in messages[0] and "nan" in messages[0]
+    assert "empty" in messages[1] and "cross_entropy, importance_sampling" in messages[2]
+    assert "data[0].loss_fn_inputs['advantages'] is missing" in messages[3] and "'weights'] is unknown" in messages[3]
+    assert after.result(60).metrics["loss:sum"] > 0
+    assert torch.equal(trainee_of(client).gradient, before)
+
+
+def test_a_gradient_that_is_not_finite_makes_no_step(client: lorakit.TrainingClient, data: list[types.Datum]) -> None:
+    trainee = trainee_of(client)
+    before = trainee.vector.clone()
+    trainee.gradient.fill_(float("inf"))
+    with pytest.raises(TrainingError, match="not finite"):
+        client.optim_step(types.AdamParams()).result(60)
+    assert torch.equal(trainee.vector, before) and not trainee.gradient.any()
+    client.forward_backward(data, "cross_entropy").result(60)
+    client.optim_step(types.AdamParams()).result(60)
+
+
+def test_adapters_of_several_clients_go_through_the_base_together(service: lorakit.ServiceClient) -> None:
+    ranks = (4, 8, 3)
+    clients = [service.create_lora_training_client("tiny", rank=rank, seed=rank) for rank in ranks]
+    alone = [service.create_lora_training_client("tiny", rank=rank, seed=rank) for rank in ranks]
+    data = make_data(types, clients[0].get_tokenizer())
+    runner = clients[0]._model.engine.runner
+    for _ in range(2):
+        futures = [one.forward_backward(data[n : n + 1], "cross_entropy") for n, one in enumerate(clients)]
+        together = [future.result() for future in futures]
+        separate = [one.forward_backward(data[n : n + 1], "cross_entropy").result() for n, one in enumerate(alone)]
+        for ours, theirs in zip(together, separate, strict=True):
+            assert np.allclose(ours.loss_fn_outputs[0]["logprobs"], theirs.loss_fn_outputs[0]["logprobs"], atol=1e-5)
+        for ours, theirs in zip(clients, alone, strict=True):
+            scale = float(trainee_of(theirs).gradient.abs().max())
+            assert torch.allclose(trainee_of(ours).gradient, trainee_of(theirs).gradient, atol=1e-5 * scale)
+        for one in (*clients, *alone):
+            one.optim_step(types.AdamParams(learning_rate=1e-3)).result()
+    before = runner.num_passes
+    blocked, go = threading.Event(), threading.Event()
+
+    def block() -> None:
+        blocked.set()
+        go.wait(60)
+
+    clients[0]._model.engine.submit("nobody", "wait", block)
+    blocked.wait(60)
+    futures = [one.forward_backward(data, "cross_entropy") for one in clients]  # all wait when the engine is free again
+    go.set()
+    wait([future.future() for future in futures], 60)
+    assert runner.num_passes == before + 1
+
+
+def test_an_adapter_that_is_not_finite_spoils_no_other(service: lorakit.ServiceClient) -> None:
+    clients = [service.create_lora_training_client("tiny", rank=4, seed=n) for n in range(2)]
+    data = make_data(types, clients[0].get_tokenizer())
+    expected = clients[0].forward_backward(data, "cross_entropy").result()
+    gradient = trainee_of(clients[0]).gradient.clone()
+    trainee_of(clients[0]).gradient.zero_()
+    trainee_of(clients[1]).vector.fill_(1e30)
+    futures = [one.forward_backward(data, "cross_entropy") for one in clients]
+    good, bad = (future.result(60) for future in futures)
+    assert good.metrics["loss:sum"] == pytest.approx(expected.metrics["loss:sum"], rel=1e-6)
+    assert not np.isfinite(bad.metrics["loss:sum"])
+    assert torch.allclose(trainee_of(clients[0]).gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_many_datums_are_cut_into_passes_without_a_change(tmp_path: Path) -> None:
+    found = []
+    for max_pass_tokens in (16_384, 100):
+        with lorakit.ServiceClient(
+            folder=tmp_path / str(max_pass_tokens), accelerator="cpu", max_pass_tokens=max_pass_tokens
+        ) as service:
+            client = service.create_lora_training_client("tiny", rank=4, seed=1)
+            data = make_data(types, client.get_tokenizer(), PAIRS * 3)
+            output = client.forward_backward(data, "cross_entropy").result()
+            found.append((output, trainee_of(client).gradient.clone(), client._model.engine.runner.num_passes))
+    (whole, gradient, one), (cut, cut_gradient, several) = found
+    assert one == 1 and several > 3
+    for ours, theirs in zip(cut.loss_fn_outputs, whole.loss_fn_outputs, strict=True):
+        assert np.allclose(ours["logprobs"], theirs["logprobs"], atol=1e-5)
+    assert cut.metrics["loss:sum"] == pytest.approx(whole.metrics["loss:sum"], rel=1e-5)
+    assert torch.allclose(cut_gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_a_saved_state_goes_on_to_the_same_bits(service: lorakit.ServiceClient, client: Any, data: list[types.Datum]) -> None:
+    train(client, types, data, 3)
+    saved = client.save_state("three").result()
+    assert saved.path == f"tinker://{client.model_id}/weights/three"
+    expected = train(client, types, data, 3)
+    other = service.create_training_client_from_state_with_optimizer(saved.path)
+    assert train(other, types, data, 3) == expected
+    fresh = service.create_training_client_from_state(saved.path)
+    restarted = train(fresh, types, data, 3)
+    assert restarted[0] == expected[0] and restarted[1:] != expected[1:]
+    client.load_state_with_optimizer(saved.path).result()
+    assert train(client, types, data, 3) == expected
+
+
+def test_what_is_saved_is_a_peft_folder_that_peft_loads(
+    service: lorakit.ServiceClient, client: Any, data: list[types.Datum]
+) -> None:
+    import peft
+
+    train(client, types, data, 2)
+    saved = client.save_weights_for_sampler("now").result()
+    run_id, kind, name = saved.path.removeprefix("tinker://").split("/")
+    folder = service._service.store.checkpoint_folder(run_id, kind, name)
+    model = peft.PeftModel.from_pretrained(load_model("tiny"), str(folder)).eval()
+    tokens = data[0].model_input.to_ints()
+    with torch.no_grad():
+        theirs = model(input_ids=torch.tensor([tokens])).logits.log_softmax(-1)[0, :-1]
+    ours = service.create_sampling_client(saved.path).compute_logprobs(data[0].model_input).result()[1:]
+    assert np.allclose(ours, theirs.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0], atol=1e-4)
+    from_folder = service.create_training_client_from_state(str(folder), base_model="tiny")
+    assert torch.equal(trainee_of(from_folder).vector, trainee_of(client).vector)
+
+
+def test_names_are_free_safe_and_not_written_over(service: lorakit.ServiceClient, client: Any) -> None:
+    client.save_state("once").result()
+    with pytest.raises(CheckpointError, match="exists"):
+        client.save_state("once").result()
+    client.save_state("once", overwrite=True).result()
+    for name in ("../up", "a/b", "", ".hidden", "x" * 200, "nul\0"):
+        with pytest.raises(CheckpointError, match="name"):
+            client.save_state(name).result()
+    with pytest.raises((CheckpointError, AdapterError)):
+        service.create_sampling_client("tinker://../../etc/weights/passwd")
+    with pytest.raises((CheckpointError, AdapterError)):
+        service.create_sampling_client("/etc")
+    with pytest.raises(ConfigError):
+        service.create_lora_training_client("no/such/model/at/all")
+    with pytest.raises(ConfigError, match="nothing would be trained"):
+        service.create_lora_training_client("tiny", train_attn=False, train_mlp=False, train_unembed=False)
+
+
+def test_runs_and_checkpoints_are_listed_with_what_they_cost_and_deleted(
+    service: lorakit.ServiceClient, client: Any, data: list[types.Datum]
+) -> None:
+    train(client, types, data, 2)
+    saved = client.save_state("kept").result()
+    info, rest = client.get_info(), service.create_rest_client()
+    assert info.tokens == 2 * sum(map(len, data)) and info.seconds > 0 and info.num_steps == 2 and info.lora_rank == 8
+    (run,) = rest.list_training_runs().result()
+    assert run.id == client.model_id and run.tokens == info.tokens
+    (checkpoint,) = rest.list_checkpoints(run.id).result()
+    assert checkpoint.path == saved.path and checkpoint.size_bytes > 100_000
+    rest.delete_checkpoint_from_tinker_path(saved.path).result()
+    assert rest.list_checkpoints(run.id).result() == []
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        client.load_state(saved.path).result()
+
+
+def test_every_spelling_of_waiting_works(service: lorakit.ServiceClient, client: Any, data: list[types.Datum]) -> None:
+    async def program() -> list[float]:
+        first = await client.forward_backward(data, "cross_entropy")
+        future = await client.forward_backward_async(data, "cross_entropy")
+        second = await future
+        third = await client.forward(data, "cross_entropy").result_async(60)
+        await (await client.optim_step_async(types.AdamParams()))
+        again = await service.create_lora_training_client("tiny", rank=8, seed=1)
+        fourth = await asyncio.create_task(again.forward(data, "cross_entropy").coroutine())
+        sampling = await client.save_weights_and_get_sampling_client_async()
+        params = types.SamplingParams(max_tokens=2, temperature=0.0)
+        assert len((await sampling.sample_async(data[0].model_input, 2, params)).sequences) == 2
+        assert (await sampling.compute_logprobs_async(data[0].model_input))[0] is None
+        return [output.metrics["loss:sum"] for output in (first, second, third, fourth)]
+
+    losses = asyncio.run(program())
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+    blocked = threading.Event()
+    client._model.engine.submit("nobody", "wait", lambda: blocked.wait(60))
+    future = client.forward(data, "cross_entropy")
+    with pytest.raises(TimeoutError):
+        future.result(timeout=0.05)
+    blocked.set()
+    assert future.result(60).metrics["loss:sum"] > 0
+    assert client.result() is client
+
+
+def test_a_custom_loss_has_the_gradient_of_the_same_loss_built_in(tmp_path: Path) -> None:
+    def negative_log_likelihood(data: Any, logprobs: Any) -> tuple[torch.Tensor, dict[str, float]]:
+        terms = [(lp * torch.as_tensor(d.weights)).sum() for d, lp in zip(data, logprobs, strict=True)]
+        return -torch.stack(terms).sum(), {"terms": float(len(terms))}
+
+    for max_pass_tokens in (16_384, 100):  # in one pass, and in two parts
+        with lorakit.ServiceClient(
+            folder=tmp_path / str(max_pass_tokens), accelerator="cpu", max_pass_tokens=max_pass_tokens
+        ) as service:
+            custom, plain = (service.create_lora_training_client("tiny", rank=4, seed=1) for _ in range(2))
+            data = make_data(types, custom.get_tokenizer())
+            ours = custom.forward_backward_custom(data, negative_log_likelihood).result()
+            theirs = plain.forward_backward(data, "cross_entropy").result()
+            assert ours.metrics["terms"] == 3.0
+            assert ours.metrics["loss:sum"] == pytest.approx(theirs.metrics["loss:sum"], rel=1e-5)
+            gradient = trainee_of(plain).gradient
+            assert torch.allclose(trainee_of(custom).gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
+
+            def broken(data: Any, logprobs: Any) -> Any:
+                raise KeyError("mine")
+
+            with pytest.raises(KeyError, match="mine"):
+                custom.forward_backward_custom(data, broken).result()
+            with pytest.raises(DataError, match="scalar tensor"):
+                custom.forward_backward_custom(data, lambda data, logprobs: (1.0, {})).result()
+            assert torch.allclose(trainee_of(custom).gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_dpo_prefers_what_was_chosen(client: lorakit.TrainingClient) -> None:
+    tokenizer = client.get_tokenizer()
+    pairs = [("cat", "at-cay"), ("cat", "xt-cxy"), ("dog", "og-day"), ("dog", "xg-dxy")]
+    data = make_data(types, tokenizer, pairs)
+    reference = [output["logprobs"] for output in client.forward(data, "cross_entropy").result().loss_fn_outputs]
+    accuracies = []
+    for _ in range(8):
+        computed = client.forward_backward_custom(data, dpo(reference, beta=0.5))
+        client.optim_step(types.AdamParams(learning_rate=2e-3)).result()
+        accuracies.append(computed.result().metrics["accuracy:mean"])
+    assert accuracies[0] == 0.0 and accuracies[-1] == 1.0
+
+
+def test_soft_targets_and_single_ones_go_together(client: lorakit.TrainingClient, data: list[types.Datum]) -> None:
+    first = data[0]
+    soft = types.Datum(
+        first.model_input,
+        {
+            "target_tokens": np.stack([first.targets, first.targets], axis=1),
+            "weights": np.stack([0.25 * first.weights, 0.75 * first.weights], axis=1),
+        },
+    )
+    hard = client.forward_backward([first, data[1]], "cross_entropy").result()
+    gradient = trainee_of(client).gradient.clone()
+    trainee_of(client).gradient.zero_()
+    mixed = client.forward_backward([soft, data[1]], "cross_entropy").result()
+    assert mixed.metrics["loss:sum"] == pytest.approx(hard.metrics["loss:sum"], rel=1e-5)
+    assert mixed.loss_fn_outputs[0]["logprobs"].shape == (len(first), 2)
+    assert mixed.loss_fn_outputs[1]["logprobs"].shape == (len(data[1]),)
+    assert torch.allclose(trainee_of(client).gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_closing_ends_what_waits_with_an_error(tmp_path: Path) -> None:
+    service = lorakit.ServiceClient(folder=tmp_path / "service", accelerator="cpu")
+    client = service.create_lora_training_client("tiny", rank=4)
+    data = make_data(types, client.get_tokenizer())
+    go = threading.Event()
+    client._model.engine.submit("nobody", "wait", lambda: go.wait(60))
+    waiting = client.forward_backward(data, "cross_entropy")
+    closer = threading.Thread(target=service.close)
+    closer.start()
+    while not client._model.engine._is_closed:
+        time.sleep(0.001)
+    go.set()
+    closer.join(60)
+    with pytest.raises(TrainingError, match="ended"):
+        waiting.result(10)
+    with pytest.raises(TrainingError, match="ended"):
+        client.forward_backward(data, "cross_entropy").result(10)
