@@ -25,6 +25,12 @@ def main(arguments: list[str]) -> None:
     if problem := find_write_problem(folder / "a file"):
         raise ConfigError(f"--data {folder} cannot be used: {problem}")
     folder.mkdir(parents=True, exist_ok=True)
+    if options.new_user:
+        from lorakit.service.http.keys import Keys
+        from lorakit.service.store import Store
+
+        print(f"the key of {options.new_user}, shown this once: {Keys(Store(folder)).make(options.new_user)}")
+        return
     if (lock := lock_file(folder / ".lock")) is None:
         raise ConfigError(f"--data {folder} is served by another process; choose another folder, or end that one")
     with lock:
@@ -51,6 +57,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8470, help="default: %(default)s")
+    parser.add_argument(
+        "--new-user", metavar="NAME", help="make a key for one more user, print it, and end; a server may be running"
+    )
     parser.add_argument("--accelerator", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--precision", default="auto", help="auto, 32-true, bf16-mixed or 16-mixed")
     parser.add_argument("--lora-alpha", type=float, default=32.0, help="alpha of new adapters (default: %(default)s)")
@@ -108,7 +117,7 @@ def print_key(state: Any, folder: Path) -> None:
     """At the first start make a key, print it once, and write it to a file that only its owner can read."""
     path = folder / KEY_FILE
     try:
-        key = state.make_key(FIRST_USER)
+        key = state.keys.make(FIRST_USER)
     except LorakitError:
         print(f"the key is in {path}" if path.exists() else f"the key was made at the first start, and {path} is gone")
         return

@@ -96,8 +96,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def sdk(server: Server, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The real SDK, told of the server by the printed variables."""
-    for name, value in server.environment().items():
+    variables = server.environment()
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    # Read when it was imported; in a program of its own the variables are enough, as recipes show.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", f"{variables['HF_HOME']}/hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     import tinker
 
     return tinker

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -16,11 +17,12 @@ from lorakit.service.http import catalogue, connection, sampling, training
 from lorakit.service.http.state import ServerState
 
 log = logging.getLogger("lorakit")
+METHODS = ["GET", "POST", "PUT", "DELETE"]
 # What the SDK can ask for and is answered 404: 501 it would try for a minute and more.
 NOT_OFFERED = {
-    "billing/*": "your own hardware sends no bills",
+    "billing/{path:path}": "your own hardware sends no bills",
     "audit": "there is no audit log",
-    "auth/*": "keys are all there is",
+    "auth/{path:path}": "keys are all there is",
     "sessions/search": "list the sessions instead",
     "sessions/{id}/trace_export": "times of calls are logged by the server",
     "sessions/{id}/project": "there are no projects",
@@ -45,24 +47,24 @@ def create_app(state: ServerState) -> FastAPI:
 
     app = FastAPI(title="lorakit", version=__version__, lifespan=lifespan)
     app.state.lorakit = state
+    for pattern, reason in NOT_OFFERED.items():
+        app.add_api_route(f"/api/v1/{pattern}", _refuse(pattern, reason), methods=METHODS, include_in_schema=False)
     for module in (connection, training, sampling, catalogue):
         app.include_router(module.router)
     app.add_exception_handler(RequestValidationError, _on_bad_body)
     app.add_exception_handler(LorakitError, _on_user_error)
 
-    @app.api_route("/api/v1/{path:path}", methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False)
-    async def not_offered(path: str) -> JSONResponse:
-        reason = next((why for pattern, why in NOT_OFFERED.items() if _matches(path, pattern)), "there is no such route")
-        raise HTTPException(404, f"lorakit does not offer {path}: {reason}")
-
+    app.add_api_route(
+        "/api/v1/{path:path}", _refuse("this", "there is no such route"), methods=METHODS, include_in_schema=False
+    )
     return app
 
 
-def _matches(path: str, pattern: str) -> bool:
-    parts, wanted = path.split("/"), pattern.split("/")
-    if wanted[-1] == "*":
-        return parts[: len(wanted) - 1] == wanted[:-1]
-    return len(parts) == len(wanted) and all(w.startswith("{") or p == w for p, w in zip(parts, wanted, strict=True))
+def _refuse(what: str, reason: str) -> Callable[[], Any]:
+    async def not_offered() -> None:
+        raise HTTPException(404, f"lorakit does not offer {what}: {reason}")
+
+    return not_offered
 
 
 async def _on_bad_body(request: Request, error: Exception) -> JSONResponse:

@@ -36,7 +36,7 @@ def state_of(request: Request) -> ServerState:
 def user_of(request: Request) -> str:
     """Whose key the request bears. 401 where it is nobody's."""
     key = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
-    user = state_of(request).user_of(key)
+    user = state_of(request).keys.user_of(key)
     if user is None:
         raise HTTPException(401, "this key is not known here; `lorakit serve` names the file of its key")
     return user

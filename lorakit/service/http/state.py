@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import secrets
 import time
 from collections.abc import Callable
@@ -14,10 +12,9 @@ from typing import Any
 
 from lorakit.errors import CheckpointError, LorakitError
 from lorakit.service.core import Service
+from lorakit.service.http.keys import Keys
 from lorakit.service.http.promises import Promises
-from lorakit.service.store import ApiKey, ClientSession, Run, SamplerRow, now
-
-KEY_PREFIX = "tml-"  # the SDK refuses others
+from lorakit.service.store import ClientSession, Run, SamplerRow, now
 
 
 @dataclass
@@ -61,7 +58,7 @@ class ServerState:
         self.order: dict[str, InOrder] = {}
         self.samplers: dict[str, tuple[str, Future[Any]]] = {}  # id -> owner, and the future of its Weights
         self.pool = ThreadPoolExecutor(8, thread_name_prefix="lorakit-http")
-        self._keys: list[ApiKey] = []
+        self.keys = Keys(service.store)
         self._sweeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -75,25 +72,6 @@ class ServerState:
         await asyncio.to_thread(self.service.close_engines)
         self.promises.stop()
         self.store.close()
-
-    # ---- keys
-
-    def make_key(self, user: str) -> str:
-        """Return a new key of ``user``, of which only a digest is kept. Raises CheckpointError where the user has one."""
-        if self.store.get(ApiKey, user) is not None:
-            raise CheckpointError(f"{user} has a key already")
-        key = KEY_PREFIX + secrets.token_urlsafe(32)
-        self.store.add(ApiKey(user=user, digest=_digest(key), created=now()))
-        return key
-
-    def user_of(self, key: str) -> str | None:
-        """Return whose key it is, or None. Every digest is compared, in constant time."""
-        self._keys = self._keys or self.store.select(ApiKey)
-        digest, found = _digest(key), None
-        for known in self._keys:
-            if hmac.compare_digest(known.digest, digest):
-                found = known.user
-        return found
 
     # ---- sessions
 
@@ -209,7 +187,3 @@ def as_future(start: Callable[[], Future[Any]]) -> Future[Any]:
         failed: Future[Any] = Future()
         failed.set_exception(error)
         return failed
-
-
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
