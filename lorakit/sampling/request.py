@@ -30,6 +30,7 @@ class Request:
     num_alternatives: int = 0  # to draw at each place of the prompt after the first, at the request's temperature
     done: Callable[[SampleResponse | BaseException], Any] = lambda outcome: None
     each: Callable[[Row], Any] | None = None  # is told of each new token
+    is_cancelled: bool = False  # whoever asked does not wait any more; may be set from any thread
 
     def __post_init__(self) -> None:
         if self.params.seed is None:

@@ -93,12 +93,18 @@ class Sampler:
     @torch.inference_mode()
     def step(self) -> None:
         """Let requests join where there is room, then generate one token for each row."""
+        self._drop_cancelled()
         while joining := self._next_to_join():
             self._prefill(joining)
         if self._rows:
             self._decode()
         if not self.is_busy:
             self.cache.clear()
+
+    def _drop_cancelled(self) -> None:
+        self._remove([place for place, row in enumerate(self._rows) if row.running.request.is_cancelled])
+        if any(entry.running.request.is_cancelled for entry in self._waiting):
+            self._waiting = collections.deque(entry for entry in self._waiting if not entry.running.request.is_cancelled)
 
     # ---- joining
 

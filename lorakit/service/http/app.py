@@ -10,10 +10,11 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from lorakit import __version__
 from lorakit.errors import LorakitError
-from lorakit.service.http import catalogue, connection, sampling, training
+from lorakit.service.http import catalogue, connection, openai, sampling, training
 from lorakit.service.http.state import ServerState
 
 log = logging.getLogger("lorakit")
@@ -49,10 +50,11 @@ def create_app(state: ServerState) -> FastAPI:
     app.state.lorakit = state
     for pattern, reason in NOT_OFFERED.items():
         app.add_api_route(f"/api/v1/{pattern}", _refuse(pattern, reason), methods=METHODS, include_in_schema=False)
-    for module in (connection, training, sampling, catalogue):
+    for module in (connection, training, sampling, catalogue, openai):
         app.include_router(module.router)
     app.add_exception_handler(RequestValidationError, _on_bad_body)
-    app.add_exception_handler(LorakitError, _on_user_error)
+    app.add_exception_handler(LorakitError, _on_error)
+    app.add_exception_handler(StarletteHTTPException, _on_error)
 
     app.add_api_route(
         "/api/v1/{path:path}", _refuse("this", "there is no such route"), methods=METHODS, include_in_schema=False
@@ -70,8 +72,15 @@ def _refuse(what: str, reason: str) -> Callable[[], Any]:
 async def _on_bad_body(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-    return JSONResponse({"detail": problems}, status_code=400)
+    return _say(request, HTTPException(400, problems))
 
 
-async def _on_user_error(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, status_code=400)
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    return _say(request, error if isinstance(error, StarletteHTTPException) else HTTPException(400, str(error)))
+
+
+def _say(request: Request, error: StarletteHTTPException) -> JSONResponse:
+    """An error in the shape of the interface that was asked."""
+    if request.url.path.startswith("/v1/"):
+        return openai.error_response(error)
+    return JSONResponse({"detail": error.detail}, status_code=error.status_code)

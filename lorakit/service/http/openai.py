@@ -1,0 +1,329 @@
+"""OpenAI's completions over any base or adapter: ``model`` is a served name, or the ``tinker://`` path of a checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from lorakit.data.encode import Encoder
+from lorakit.errors import DataError
+from lorakit.sampling.ending import stop_strings
+from lorakit.sampling.request import Row
+from lorakit.sampling.text_stream import TextStream
+from lorakit.service.core import Weights
+from lorakit.service.http.common import State, User
+from lorakit.service.http.state import ServerState, as_future
+from lorakit.types import ModelInput, Sample, SampleResponse, SamplingParams
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+_IGNORED = {"user", "store", "metadata", "service_tier", "stream_options"}
+
+
+class _Asked(BaseModel, extra="allow"):
+    model: str
+    max_tokens: int | None = Field(default=None, ge=0)
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    n: int = Field(default=1, ge=1, le=1024)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        """Raise DataError for what would be ignored."""
+        asked = {name: value for name, value in (self.model_extra or {}).items() if name not in _IGNORED and value}
+        unknown = [name for name, value in asked.items() if not (name == "best_of" and value == self.n)]
+        if unknown:
+            raise DataError(f"not offered here: {', '.join(sorted(unknown))}")
+
+    def params(self, max_tokens: int | None) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            stop=self.stop,
+        )
+
+
+class Completion(_Asked):
+    prompt: str | list[str] | list[int] | list[list[int]] = ""
+    logprobs: int | None = Field(default=None, ge=0)
+    echo: bool = False
+
+
+class ChatCompletion(_Asked):
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = Field(default=None, ge=0)
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0)
+
+
+@dataclass
+class _Choice:
+    """One completion as it comes."""
+
+    index: int
+    prompt: list[int]
+    stream: TextStream
+    text: str = ""
+    sample: Sample | None = None
+
+
+@dataclass
+class _Job:
+    """What one HTTP request asks: the completions of its prompts."""
+
+    weights: Weights
+    prompts: list[list[int]]
+    params: SamplingParams
+    n: int
+    asked: dict[str, Any]
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.weights.engine.base.tokenizer
+
+
+@router.get("/models")
+async def list_models(state: State, user: User) -> dict[str, Any]:
+    """The served names."""
+    data = [{"id": name, "object": "model", "created": 0, "owned_by": "lorakit"} for name in state.service.models]
+    return {"object": "list", "data": data}
+
+
+@router.get("/models/{model:path}")
+async def get_model(model: str, state: State, user: User) -> dict[str, Any]:
+    """One of them."""
+    if model not in state.service.models:
+        raise HTTPException(404, f"there is no model {model!r}")
+    return {"id": model, "object": "model", "created": 0, "owned_by": "lorakit"}
+
+
+@router.post("/completions", response_model=None)
+async def completions(body: Completion, request: Request, state: State, user: User) -> JSONResponse | StreamingResponse:
+    """Go on from text or tokens."""
+    body.check()
+    weights = await _weights(state, user, body.model)
+    encoder = Encoder(weights.engine.base.tokenizer)
+    given: Any = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    if given and isinstance(given[0], int):
+        given = [given]
+    prompts = [encoder.encode_prompt(one) if isinstance(one, str) else list(one) for one in given]
+    asked = {"num_best": body.logprobs or 0, "scores_prompt": body.echo and body.logprobs is not None}
+    job = _Job(weights, prompts, body.params(16 if body.max_tokens is None else body.max_tokens), body.n, asked)
+
+    def whole(choice: _Choice, response: SampleResponse) -> dict[str, Any]:
+        assert choice.sample is not None
+        echoed = job.tokenizer.decode(choice.prompt) if body.echo else ""
+        logprobs = None if body.logprobs is None else _completion_logprobs(job, choice, body, response)
+        return {
+            "index": choice.index, "text": echoed + choice.sample.text, "logprobs": logprobs,
+            "finish_reason": choice.sample.stop_reason,
+        }  # fmt: skip
+
+    def piece(choice: _Choice, text: str, reason: str | None) -> dict[str, Any]:
+        return {"index": choice.index, "text": text, "logprobs": None, "finish_reason": reason}
+
+    return await _answer(state, request, body, job, "text_completion", "cmpl", whole, piece)
+
+
+@router.post("/chat/completions", response_model=None)
+async def chat_completions(
+    body: ChatCompletion, request: Request, state: State, user: User
+) -> JSONResponse | StreamingResponse:
+    """Answer a conversation, by the model's chat template."""
+    body.check()
+    weights = await _weights(state, user, body.model)
+    tokenizer = weights.engine.base.tokenizer
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(f"{body.model} has no chat template; use /v1/completions")
+    prompt = Encoder(tokenizer).encode_chat(body.messages)
+    max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    asked = {"num_best": max(1, body.top_logprobs) if body.logprobs else 0}
+    job = _Job(weights, [prompt], body.params(max_tokens), body.n, asked)
+
+    def whole(choice: _Choice, response: SampleResponse) -> dict[str, Any]:
+        assert choice.sample is not None
+        return {
+            "index": choice.index, "message": {"role": "assistant", "content": choice.sample.text},
+            "logprobs": {"content": _chat_logprobs(job, choice.sample, body.top_logprobs)} if body.logprobs else None,
+            "finish_reason": choice.sample.stop_reason,
+        }  # fmt: skip
+
+    def piece(choice: _Choice, text: str, reason: str | None) -> dict[str, Any]:
+        delta = {} if reason else {"role": "assistant", "content": text}
+        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+    return await _answer(state, request, body, job, "chat.completion", "chatcmpl", whole, piece)
+
+
+# ---- pieces
+
+
+async def _weights(state: ServerState, user: str, model: str) -> Weights:
+    """What ``model`` names; read once for each user."""
+    name = f"openai:{user}:{model}"
+    if name not in state.samplers or (state.samplers[name][1].done() and state.samplers[name][1].exception()):
+        if model not in state.service.models and not model.startswith("tinker://"):
+            raise HTTPException(404, f"there is no model {model!r}; there are: {', '.join(state.service.models)}")
+        options = {"path": model} if model.startswith("tinker://") else {"base_model": model}
+        state.samplers[name] = (user, as_future(lambda: state.service.weights(owner=user, **options)))
+    weights = await asyncio.wrap_future(state.samplers[name][1])
+    assert isinstance(weights, Weights)
+    return weights
+
+
+async def _answer(
+    state: ServerState, request: Request, body: _Asked, job: _Job, kind: str, prefix: str,
+    whole: Callable[[_Choice, SampleResponse], dict[str, Any]], piece: Callable[[_Choice, str, str | None], dict[str, Any]],
+) -> JSONResponse | StreamingResponse:  # fmt: skip
+    if state.promises.num_open >= state.max_waiting:
+        raise HTTPException(429, f"{state.max_waiting:,} requests wait already; send it again later")
+    head = {"id": f"{prefix}-{job.id}", "created": job.created, "model": body.model}
+    if body.stream:
+        include_usage = bool((body.stream_options or {}).get("include_usage"))
+        name = kind if kind == "text_completion" else f"{kind}.chunk"
+        return StreamingResponse(
+            _events(state, job, {**head, "object": name}, piece, include_usage=include_usage), media_type="text/event-stream"
+        )
+    futures = _start(state, job, None)
+    responses = await asyncio.gather(*(asyncio.wrap_future(future) for _, future in futures))
+    choices = []
+    for (asked, _), response in zip(futures, responses, strict=True):
+        for choice, sample in zip(asked, response.sequences, strict=True):
+            choice.sample = sample
+            choices.append(whole(choice, response))
+    generated = sum(len(sample.tokens) for response in responses for sample in response.sequences)
+    return JSONResponse({**head, "object": kind, "choices": choices, "usage": _usage(job, generated)})
+
+
+def _start(
+    state: ServerState, job: _Job, each: Callable[[_Choice, Row], None] | None
+) -> list[tuple[list[_Choice], Future[Any]]]:
+    """Ask for each prompt's completions; ``each`` is told of every token, in the engine's thread."""
+    stop, found = stop_strings(job.params), []
+    for number, prompt in enumerate(job.prompts):
+        choices = [_Choice(number * job.n + i, prompt, TextStream(job.tokenizer, stop)) for i in range(job.n)]
+
+        def tell(row: Row, choices: list[_Choice] = choices) -> None:
+            assert each is not None
+            each(choices[row.number], row)
+
+        asked = {**job.asked, "each": tell if each else None}
+        found.append((choices, state.service.sample(job.weights, ModelInput.from_ints(prompt), job.params, job.n, **asked)))
+    return found
+
+
+async def _events(
+    state: ServerState, job: _Job, head: dict[str, Any], piece: Callable[[_Choice, str, str | None], dict[str, Any]], *,
+    include_usage: bool,
+) -> AsyncIterator[str]:  # fmt: skip
+    """Server-sent events, a piece of text each; whoever goes away ends the generation."""
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any, str | None]]()
+    requests: dict[int, Any] = {}
+    num_generated = 0
+
+    def on_token(choice: _Choice, row: Row) -> None:
+        requests[id(row.running.request)] = row.running.request
+        tokens = row.tokens[:-1] if row.stop_reason == "stop" and row.tokens[-1] in row.running.ending.tokens else row.tokens
+        text = choice.stream.add(tokens)
+        if row.stop_reason:  # what was held back, up to the stop string
+            text = row.running.ending.text(row.tokens, is_stopped=row.stop_reason == "stop")[len(choice.text) :]
+        choice.text += text
+        loop.call_soon_threadsafe(queue.put_nowait, (text, choice, row.stop_reason or None))
+
+    def on_done(future: Future[Any]) -> None:
+        if (error := future.exception()) is not None:
+            loop.call_soon_threadsafe(queue.put_nowait, ("", error, None))
+
+    left = len(job.prompts) * job.n
+    for _, future in _start(state, job, on_token):
+        future.add_done_callback(on_done)
+    try:
+        while left:
+            text, choice, reason = await queue.get()
+            if isinstance(choice, BaseException):
+                yield _event({"error": _error_body(str(choice), 400)})
+                return
+            num_generated += 1
+            if text:
+                yield _event({**head, "choices": [piece(choice, text, None)]})
+            if reason:
+                left -= 1
+                yield _event({**head, "choices": [piece(choice, "", reason)]})
+        if include_usage:
+            yield _event({**head, "choices": [], "usage": _usage(job, num_generated)})
+        yield "data: [DONE]\n\n"
+    finally:
+        for request in requests.values():
+            request.is_cancelled = True
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def _usage(job: _Job, generated: int) -> dict[str, int]:
+    prompt = sum(map(len, job.prompts))
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+
+
+def _completion_logprobs(job: _Job, choice: _Choice, body: Completion, response: SampleResponse) -> dict[str, Any]:
+    sample = choice.sample
+    assert sample is not None
+    tokens: list[int] = list(sample.tokens)
+    logprobs: list[float | None] = list(sample.logprobs or ())
+    best: list[Any] = list(sample.topk_logprobs or [None] * len(tokens))
+    if body.echo:
+        tokens = [*choice.prompt, *tokens]
+        logprobs = [*(response.prompt_logprobs or [None] * len(choice.prompt)), *logprobs]
+        best = [*[None] * len(choice.prompt), *best]
+    texts = [job.tokenizer.decode([token]) for token in tokens]
+    offsets = [0]
+    for text in texts[:-1]:
+        offsets.append(offsets[-1] + len(text))
+    named = [None if row is None else {job.tokenizer.decode([token]): value for token, value in row} for row in best]
+    return {
+        "tokens": texts,
+        "token_logprobs": logprobs,
+        "top_logprobs": named if body.logprobs else None,
+        "text_offset": offsets,
+    }
+
+
+def _chat_logprobs(job: _Job, sample: Sample, num_best: int) -> list[dict[str, Any]]:
+    def named(token: int, logprob: float) -> dict[str, Any]:
+        text = job.tokenizer.decode([token])
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    rows = zip(sample.tokens, sample.logprobs or (), sample.topk_logprobs or (), strict=True)
+    return [
+        {**named(token, logprob), "top_logprobs": [named(*one) for one in best[:num_best]]} for token, logprob, best in rows
+    ]
+
+
+def error_response(error: StarletteHTTPException) -> JSONResponse:
+    """An error in OpenAI's shape."""
+    return JSONResponse({"error": _error_body(str(error.detail), error.status_code)}, status_code=error.status_code)
+
+
+def _error_body(message: str, status: int) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"message": message, "type": kind, "param": None, "code": status}
