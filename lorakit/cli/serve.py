@@ -20,6 +20,7 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     models = dict(named_model(text) for text in options.model or ["tiny"])
     folder = Path(options.data).expanduser()
+    from lorakit.strategy.world import current_world
     from lorakit.weights.files import find_write_problem, lock_file, write_json
 
     if problem := find_write_problem(folder / "a file"):
@@ -31,6 +32,8 @@ def main(arguments: list[str]) -> None:
 
         print(f"the key of {options.new_user}, shown this once: {Keys(Store(folder)).make(options.new_user)}")
         return
+    if not current_world().is_first:
+        build_state(options, models, folder)  # follows the first process, and ends with it
     if (lock := lock_file(folder / ".lock")) is None:
         raise ConfigError(f"--data {folder} is served by another process; choose another folder, or end that one")
     with lock:
@@ -62,6 +65,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--accelerator", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--precision", default="auto", help="auto, 32-true, bf16-mixed or 16-mixed")
+    parser.add_argument(
+        "--strategy", default="auto", help="of several processes, under torchrun: auto, ddp, zero1, zero2 or zero3"
+    )
     parser.add_argument("--lora-alpha", type=float, default=32.0, help="alpha of new adapters (default: %(default)s)")
     parser.add_argument("--expert-layout", default="per_expert", help="per_expert or shared_outer (default: %(default)s)")
     parser.add_argument(
@@ -95,7 +101,7 @@ def build_state(options: argparse.Namespace, models: dict[str, str], folder: Pat
     from lorakit.service.core import Service
     from lorakit.service.http.state import ServerState
 
-    load = functools.partial(Base.load, accelerator=options.accelerator, precision=options.precision)
+    load = functools.partial(Base.load, accelerator=options.accelerator, precision=options.precision, strategy=options.strategy)
     lora = {"alpha": options.lora_alpha, "expert_layout": options.expert_layout}
     service = Service(
         folder,
@@ -103,7 +109,7 @@ def build_state(options: argparse.Namespace, models: dict[str, str], folder: Pat
         any_model=False,
         load=load,
         lora=lora,
-        engine_options={"max_pass_tokens": options.max_pass_tokens},
+        replica_options={"max_pass_tokens": options.max_pass_tokens},
     )
     console = Console(stderr=True)
     for name in models:

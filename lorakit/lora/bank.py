@@ -115,12 +115,9 @@ class AdapterBank:
         finally:
             self._mix = before
 
-    def on_head(self, adapter: Adapter | None) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """Return A, B and the scale of what ``adapter`` has on the unembedding."""
-        key = Key(self.head_name or "")
-        if adapter is None or key not in adapter.factors:
-            return None
-        return (*adapter.factors[key], adapter.layout.slots[key].scale)
+    def on_head(self, mix: Mix, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float | torch.Tensor] | None:
+        """Return what the adapters of ``mix`` have on the unembedding: A, B and gate or scale, as ``Mix.pair``."""
+        return mix.pair(Key(self.head_name), dtype) if self.head_name else None
 
     def _add_to_linear(self, key: Key, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         if self._mix is None or (found := self._mix.pair(key, output.dtype)) is None:

@@ -43,6 +43,14 @@ class HeadAdapter(NamedTuple):
     gate_NR: torch.Tensor | None = None  # multiplies what A gives: several adapters side by side, of which each token has one
 
 
+def as_head_adapters(found: tuple[torch.Tensor, torch.Tensor, float | torch.Tensor] | None) -> tuple[HeadAdapter, ...]:
+    """Return what an unembedding has beside itself: A, B and the scale of one adapter, or the gate (T, R) of several."""
+    if found is None:
+        return ()
+    a_RH, b_VR, gate = found
+    return (HeadAdapter(a_RH, b_VR, gate) if isinstance(gate, float) else HeadAdapter(a_RH, b_VR, 1.0, gate_NR=gate),)
+
+
 @dataclass(frozen=True)
 class Head:
     """An unembedding: ``logits = cap(multiplier * (hidden W' + bias + sum of scale * dropout(hidden) A' B'))``."""
@@ -103,7 +111,7 @@ def best_logprobs(
     tokens = torch.zeros_like(values, dtype=torch.long)
     lse = hidden_NH.new_full((len(hidden_NH), 1), float("-inf"), dtype=torch.float32)
     narrow = _narrow(head, hidden_NH)
-    with torch.autocast(hidden_NH.device.type, enabled=False):
+    with torch.autocast(hidden_NH.device.type, enabled=False), whole(head.frozen):
         for rows in call.row_blocks(len(hidden_NH)):
             for first, logits in call.logit_blocks(hidden_NH[rows], [inner[rows] for inner in narrow]):
                 lse[rows] = torch.logaddexp(lse[rows], logits.logsumexp(dim=-1, keepdim=True))

@@ -24,7 +24,7 @@ _CHECKED: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary
 
 def target_logprobs(
     model: Any, batch: Batch, *, all_positions: bool = False, is_weighted_sum: bool = False,
-    adapters_of_rows: Sequence[tuple[int, tuple[HeadAdapter, ...]]] | None = None,
+    head_adapters: Sequence[HeadAdapter] = (),
 ) -> torch.Tensor:  # fmt: skip
     """Return log p(target | what stands before it) for each target, shaped as the targets, float32, with graph.
 
@@ -33,7 +33,7 @@ def target_logprobs(
 
     Args:
         is_weighted_sum: the loss will sum them by the batch's weights, which spares a trained unembedding its logits a second time.
-        adapters_of_rows: numbers of rows, in order, and what each has on the unembedding beside what the model itself has there.
+        head_adapters: on the unembedding, beside what the model itself has there; their gates have a row for each position.
     """
     hidden_BLH, head = hidden_states(model, lambda: _run(model, batch))
     logits_BLV = _run(model, batch).logits if hidden_BLH is None else None
@@ -43,35 +43,20 @@ def target_logprobs(
     if hidden_BLH is not None and head is not None:
         weights_NK = batch.weights.reshape(num_positions, -1)[places_N] if is_weighted_sum else None
         hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, places_N)
-        parts = _heads_of_rows(head, adapters_of_rows, places_N, batch.input_ids.shape[1])
-        found = [
-            head_logprobs(hidden_NH[part], own, targets_NK[part], weights_NK=None if weights_NK is None else weights_NK[part])
-            for part, own in parts
-        ]
-        logprobs_NK = found[0] if len(found) == 1 else torch.cat(found)
+        gated = tuple(
+            adapter if adapter.gate_NR is None else adapter._replace(gate_NR=adapter.gate_NR[places_N])
+            for adapter in head_adapters
+        )
+        head = replace(head, adapters=(*head.adapters, *gated))
+        logprobs_NK = head_logprobs(hidden_NH, head, targets_NK, weights_NK=weights_NK)
     else:
         assert logits_BLV is not None
-        if any(adapters for _, adapters in adapters_of_rows or ()):
+        if head_adapters:
             raise ConfigError(f"LoRA on the unembedding of {type(model).__name__} is not possible; set train_unembed=False")
         logits_NV = logits_BLV.flatten(0, 1).index_select(0, places_N).float()
         logprobs_NK = logits_NV.log_softmax(dim=-1).gather(1, targets_NK)
     logprobs = logprobs_NK.new_zeros((num_positions, targets_NK.shape[1]))
     return logprobs.index_copy(0, places_N, logprobs_NK).view(batch.targets.shape)
-
-
-def _heads_of_rows(
-    head: Head, adapters_of_rows: Sequence[tuple[int, tuple[HeadAdapter, ...]]] | None, places_N: torch.Tensor, row_length: int
-) -> list[tuple[slice, Head]]:
-    """Which of the places meet which head, in order."""
-    if adapters_of_rows is None:
-        return [(slice(None), head)]
-    parts, rows, start = [], 0, 0
-    for num_rows, adapters in adapters_of_rows:
-        rows += num_rows
-        end = int(torch.searchsorted(places_N, rows * row_length))
-        parts.append((slice(start, end), replace(head, adapters=(*head.adapters, *adapters))))
-        start = end
-    return parts
 
 
 def hidden_states(model: Any, run: Callable[[], Any]) -> tuple[torch.Tensor | None, Head | None]:

@@ -28,7 +28,7 @@ class Request:
     num_best_of_prompt: int = 0
     prompt_targets: TensorData | None = None  # (prompt - 1, K) int64, -1 to skip
     num_alternatives: int = 0  # to draw at each place of the prompt after the first, at the request's temperature
-    done: Callable[[SampleResponse | BaseException], Any] = lambda outcome: None
+    done: Callable[[SampleResponse | BaseException], Any] | None = None
     each: Callable[[Row], Any] | None = None  # is told of each new token
     is_cancelled: bool = False  # whoever asked does not wait any more; may be set from any thread
 
@@ -100,9 +100,14 @@ class Running:
         """Answer when every sample is there."""
         done = [sample for sample in self.samples if sample is not None]
         if len(done) == len(self.samples):
-            self.request.done(SampleResponse(
+            self.answer(SampleResponse(
                 done, self.prompt_logprobs, self.best_of_prompt, self.target_logprobs, self.alternatives
             ))  # fmt: skip
+
+    def answer(self, outcome: SampleResponse | BaseException) -> None:
+        """Tell whoever asked."""
+        if self.request.done is not None:
+            self.request.done(outcome)
 
 
 @dataclass(eq=False)

@@ -17,8 +17,7 @@ import torch
 
 from lorakit.errors import ConfigError
 from lorakit.lora.bank import Adapter, AdapterBank, Mix
-from lorakit.lora.flat import Key
-from lorakit.loss.head import Head, HeadAdapter, all_logits, best_logprobs, head_logprobs
+from lorakit.loss.head import Head, all_logits, as_head_adapters, best_logprobs, head_logprobs
 from lorakit.loss.logprobs import hidden_states
 from lorakit.model.attention import cached_attention, find_difference, packed_documents
 from lorakit.sampling.cache import KVCache, rounded, wasted_tokens
@@ -28,6 +27,7 @@ from lorakit.sampling.request import Request, Row, Running, best_of_row
 from lorakit.types import TensorData
 
 SORT_PAYS_AFTER = 8  # steps: rows mostly stay for longer
+RunPass = Callable[[Callable[[], tuple[torch.Tensor, Any]]], tuple[torch.Tensor, Any]]
 MAX_PREFILL_TOKENS = 8192  # of prompts at a time; a longer one comes alone
 
 
@@ -46,13 +46,14 @@ class Sampler:
         bank: of the adapters that requests name; None where the model has its own.
         max_rows: samples at work at a time.
         max_cache_tokens: tokens whose keys and values are held at most; what would need more waits.
+        run_pass: runs what computes (a tensor, anything), where the model wants something around each pass.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, *, bank: AdapterBank | None = None, max_rows: int = 256, max_cache_tokens: int = 1 << 20,
-        autocast: Callable[[], Any] = contextlib.nullcontext,
+        run_pass: RunPass = lambda compute: compute(),
     ) -> None:  # fmt: skip
-        self.model, self.tokenizer, self.bank, self.autocast = model, tokenizer, bank, autocast
+        self.model, self.tokenizer, self.bank, self.run_pass = model, tokenizer, bank, run_pass
         self.max_rows, self.max_cache_tokens = max_rows, max_cache_tokens
         self.cache = KVCache()
         self.num_forwards = self.num_generated = 0
@@ -88,7 +89,7 @@ class Sampler:
         self._rows, self._settled = [], None
         self.cache.clear()
         for one in running.values():
-            one.request.done(error)
+            one.answer(error)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -267,14 +268,19 @@ class Sampler:
         """Return what the unembedding is given, flattened to (T, H), and the unembedding."""
         active = self.bank.active(mix) if self.bank is not None and mix is not None else contextlib.nullcontext()
         self.num_forwards += 1
-        with active, cached_attention(self.cache), packed_documents(spans), self.autocast():
+
+        def compute() -> tuple[torch.Tensor, Head]:
             hidden, head = hidden_states(
                 self.model, lambda: self.model(input_ids=tokens, position_ids=positions, use_cache=False)
             )
-        if hidden is None or head is None:
-            raise ConfigError(
-                f"{type(self.model).__name__} cannot be sampled in batches: its unembedding is not a linear layer"
-            )
+            if hidden is None or head is None:
+                raise ConfigError(
+                    f"{type(self.model).__name__} cannot be sampled in rows: its unembedding is not a linear layer"
+                )
+            return hidden, head
+
+        with active, cached_attention(self.cache), packed_documents(spans):
+            hidden, head = self.run_pass(compute)
         return hidden.flatten(0, 1), head
 
     def _mix_of(self, adapters: Sequence[Adapter | None], num_tokens: Sequence[int]) -> Mix | None:
@@ -290,13 +296,9 @@ class Sampler:
 
     def _head(self, head: Head, mix: Mix | None) -> Head:
         """``head`` with what the adapters of ``mix`` have on it."""
-        if self.bank is None or mix is None or not self.bank.head_name:
+        if self.bank is None or mix is None:
             return head
-        if (found := mix.pair(Key(self.bank.head_name), head.weight_VH.dtype)) is None:
-            return head
-        a, b, gate = found
-        adapter = HeadAdapter(a, b, gate) if isinstance(gate, float) else HeadAdapter(a, b, 1.0, gate_NR=gate)
-        return replace(head, adapters=(*head.adapters, adapter))
+        return replace(head, adapters=(*head.adapters, *as_head_adapters(self.bank.on_head(mix, head.weight_VH.dtype))))
 
     def _logits(self, hidden_BH: torch.Tensor, head: Head, mix: Mix | None) -> torch.Tensor:
         return all_logits(hidden_BH, self._head(head, mix))

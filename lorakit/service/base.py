@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +17,11 @@ from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER, LoRASpec
 from lorakit.model.attention import attend_by_document
 from lorakit.model.load import base_name, load_model, load_tokenizer
 from lorakit.sampling.sampler import decoding_problem
+from lorakit.strategy.world import current_world
 from lorakit.training.precision import base_dtype, resolve_accelerator, resolve_precision
 from lorakit.weights.adapter import AdapterFiles
+
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 
 
 @dataclass
@@ -28,20 +33,67 @@ class Base:
     tokenizer: Any
     precision: str
     bank: AdapterBank
+    strategy: str = "single"
     sampling_problem: str | None = None  # why it cannot be sampled in rows
+    _partitioned: Any = None  # strategy/partitioned.py:PartitionedBase
     _layouts: dict[LoRASpec, AdapterLayout] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: str, *, accelerator: str = "auto", precision: str = "auto", attention: str = "sdpa") -> Base:
-        """Read the model at ``path``. Precision ``auto`` is float32 on a CPU, 16 bit on a GPU. Raises ConfigError."""
+    def load(
+        cls, path: str, *, accelerator: str = "auto", precision: str = "auto", attention: str = "sdpa", strategy: str = "auto"
+    ) -> Base:
+        """Read the model at ``path``; of several processes all call together.
+
+        Args:
+            precision: ``auto`` is float32 on a CPU, 16 bit on a GPU.
+            strategy: how several processes share the work: ``ddp`` has everything in each; ``zero1`` and ``zero2`` share the
+                optimisers' state; ``zero3`` and ``zero3_offload`` the base too. ``auto`` is ``zero2``, and ``single`` for one process.
+
+        Raises:
+            ConfigError: the model cannot be read, or a setting is unknown.
+        """
+        strategy = _resolve_strategy(strategy)
         device = resolve_accelerator(accelerator)
         precision = "32-true" if precision == "auto" and device == "cpu" else resolve_precision(precision, device)
-        model = load_model(path, dtype=base_dtype("auto", precision), attention=attention, device=device)
-        problem = attend_by_document(model) or decoding_problem(model)
-        return cls(base_name(path), model, load_tokenizer(path), precision, AdapterBank(model), problem)
+        where = f"cuda:{current_world().local_rank}" if device == "cuda" else device
+        build = functools.partial(load_model, path, dtype=base_dtype("auto", precision), attention=attention, device=where)
+        partitioned = None
+        if strategy.startswith("zero3"):
+            from lorakit.strategy.partitioned import PartitionedBase
+
+            partitioned = PartitionedBase(build, offload=strategy.endswith("offload"))
+        model = partitioned.model if partitioned else build()
+        base = cls(base_name(path), model, load_tokenizer(path), precision, AdapterBank(model), strategy, None, partitioned)
+        with torch.no_grad():
+            _, base.sampling_problem = base.run_pass(
+                lambda: (torch.zeros(()), attend_by_document(model) or decoding_problem(model))
+            )
+        return base
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether each process holds a part of the base, so that all must run it together."""
+        return self._partitioned is not None
+
+    @property
+    def shards_optimizer(self) -> bool:
+        """Whether each process holds the optimisers' state for a share of every adapter."""
+        return self.strategy.startswith("zero")
+
+    def run_pass(self, compute: Callable[[], tuple[torch.Tensor, Any]]) -> tuple[torch.Tensor, Any]:
+        """Return what ``compute`` returns, in the base's number format, with its parameters where it needs them."""
+        with self.autocast():
+            return self._partitioned.run(compute) if self._partitioned else compute()
+
+    def release(self) -> None:
+        """To be called behind each backward pass."""
+        if self._partitioned:
+            self._partitioned.release()
 
     @property
     def device(self) -> torch.device:
+        if self._partitioned is not None and torch.cuda.is_available():  # parts may lie in the host's memory
+            return torch.device("cuda", current_world().local_rank)
         return self.model.device
 
     @property
@@ -78,6 +130,17 @@ class Base:
         except ConfigError as error:
             raise AdapterError(f"{files.folder} does not fit {self.name}: {error}") from error
         return layout, layout.from_file_tensors(files.tensors(), source=str(files.folder))
+
+
+def _resolve_strategy(strategy: str) -> str:
+    several = current_world().size > 1
+    if strategy == "auto":
+        return "zero2" if several else "single"
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"strategy={strategy} is unknown; choose auto, {', '.join(STRATEGIES)}")
+    if strategy == "single" and several:
+        raise ConfigError("strategy=single is for one process; choose ddp, zero1, zero2 or zero3")
+    return strategy
 
 
 def _spec_of(files: AdapterFiles, model: Any) -> LoRASpec:

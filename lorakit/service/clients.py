@@ -56,16 +56,19 @@ class ServiceClient(_AsFuture):
         precision: auto (float32 on a CPU, 16 bit on a GPU), 32-true, bf16-mixed or 16-mixed.
         lora_alpha, expert_layout: of the adapters, as ``lora.alpha`` and ``lora.expert_layout``.
         max_pass_tokens: positions of a forward pass, padding included.
+        strategy: of several processes (`torchrun program.py`): auto, ddp, zero1, zero2, zero3 or zero3_offload. The first runs the
+            program; the others do here what it asks for, and end with it.
     """
 
     def __init__(
         self, user_metadata: Mapping[str, str] | None = None, project_id: str | None = None, *, folder: str | Path = "runs/service",
         models: Mapping[str, str] | None = None, accelerator: str = "auto", precision: str = "auto", lora_alpha: float = 32.0,
-        expert_layout: str = "per_expert", max_pass_tokens: int = 16_384,
+        expert_layout: str = "per_expert", max_pass_tokens: int = 16_384, strategy: str = "auto",
     ) -> None:  # fmt: skip
         self._service = Service(
-            folder, models=models or {}, load=lambda path: Base.load(path, accelerator=accelerator, precision=precision),
-            lora={"alpha": lora_alpha, "expert_layout": expert_layout}, engine_options={"max_pass_tokens": max_pass_tokens},
+            folder, models=models or {}, accelerator=accelerator,
+            load=lambda path: Base.load(path, accelerator=accelerator, precision=precision, strategy=strategy),
+            lora={"alpha": lora_alpha, "expert_layout": expert_layout}, replica_options={"max_pass_tokens": max_pass_tokens},
         )  # fmt: skip
         self._session, self._num_models = secrets.token_hex(6), 0
         self.user_metadata = dict(user_metadata or {})

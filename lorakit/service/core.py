@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
+import itertools
 import secrets
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorakit.errors import CheckpointError, ConfigError, DataError
-from lorakit.lora.bank import Adapter
-from lorakit.lora.flat import AdapterLayout
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss import LOSSES
 from lorakit.loss.inputs import check_knobs, prepare
 from lorakit.loss.preference import CustomLoss
-from lorakit.sampling.request import Request
+from lorakit.sampling.request import Request, Row
 from lorakit.service.base import Base
-from lorakit.service.custom import as_loss, pull_back, with_unit_weights
+from lorakit.service.custom import pull_back, with_unit_weights
 from lorakit.service.engine import Engine, Usage
-from lorakit.service.passes import Work
+from lorakit.service.replica import Replica, WorkOrder
 from lorakit.service.store import Checkpoint, Run, Store, now, parse_path
+from lorakit.service.team import Team, leave
 from lorakit.service.trainee import Trainee
+from lorakit.strategy.world import current_world, together
+from lorakit.training.precision import resolve_accelerator
 from lorakit.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput, SamplingParams
 from lorakit.weights.files import recover
 from lorakit.weights.trained_state import SavedState, open_trained_state, read_optimizer, save_trained_state
@@ -46,23 +46,23 @@ class Model:
     base_model: str
     engine: Engine
     lora: dict[str, Any]
-    trainee: Trainee | None = None  # once it is made
 
     def made(self) -> Trainee:
-        """Raises CheckpointError where its making failed."""
-        if self.trainee is None:
-            raise CheckpointError(f"{self.id} was not made; see what its creation said")
-        return self.trainee
+        """Its numbers. Raises CheckpointError where its making failed."""
+        return self.engine.replica.trainee(self.id)
 
 
-@dataclass(frozen=True)
 class Weights:
-    """What is sampled: an adapter as it was at some moment, or none, on a base."""
+    """What is sampled: an adapter as it was at some moment, or none, on a base. It is forgotten when nobody holds this."""
 
-    base_model: str
-    engine: Engine
-    adapter: Adapter | None = None
-    path: str | None = None
+    def __init__(self, base_model: str, engine: Engine, snapshot_id: str | None = None) -> None:
+        self.base_model, self.engine, self.snapshot_id = base_model, engine, snapshot_id
+        if snapshot_id is not None:
+            weakref.finalize(self, _drop, engine, snapshot_id)
+
+
+def _drop(engine: Engine, snapshot_id: str) -> None:
+    engine.submit(snapshot_id, "drop_snapshot", lambda: engine.do("drop_snapshot", snapshot_id))
 
 
 @dataclass
@@ -73,6 +73,7 @@ class Service:
         models: names that clients use -> folders or names of models; a name that is not here stands for itself, if ``any_model``.
         folder: of the database and the checkpoints.
         load: reads a base; its settings are bound to it.
+        accelerator: what bases are read to.
         lora: settings of ``LoRASpec`` that clients cannot name: alpha, expert_layout.
     """
 
@@ -80,13 +81,19 @@ class Service:
     models: Mapping[str, str] = field(default_factory=dict)
     any_model: bool = True
     load: Callable[[str], Base] = Base.load
+    accelerator: str = "auto"
     lora: Mapping[str, Any] = field(default_factory=dict)
-    engine_options: Mapping[str, Any] = field(default_factory=dict)
+    replica_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.team = Team(self._open_replica, device=resolve_accelerator(self.accelerator))
+        if not self.team.world.is_first:
+            self.team.follow()
+            leave()
         self.store = Store(self.folder)
         self.trained: dict[str, Model] = {}
         self._engines: dict[str, Engine] = {}
+        self._numbers = itertools.count()
         self._lock = threading.RLock()
 
     def engine(self, base_model: str) -> Engine:
@@ -98,8 +105,11 @@ class Service:
             path = base_model
         with self._lock:
             if path not in self._engines:
-                self._engines[path] = Engine(self.load(path), **self.engine_options)
+                self._engines[path] = Engine(self.team, path)
             return self._engines[path]
+
+    def _open_replica(self, path: str) -> Replica:
+        return together(lambda: Replica(self.load(path), current_world(), **self.replica_options))
 
     def close_engines(self) -> None:
         """End the engines; what waits gets an error."""
@@ -107,6 +117,7 @@ class Service:
             self._charge(model)
         for engine in self._engines.values():
             engine.close()
+        self.team.end()
 
     def close(self) -> None:
         """End the engines, and the database."""
@@ -131,11 +142,8 @@ class Service:
         seed = secrets.randbits(31) if seed is None else seed
         engine = self.engine(base_model)
 
-        def make() -> tuple[AdapterLayout, torch.Tensor]:
-            layout = engine.base.layout(spec)
-            return layout, layout.draw(seed)
-
-        return self._add_model(Model(model_id, owner, base_model, engine, asked), make, None, user_metadata)
+        model = Model(model_id, owner, base_model, engine, asked)
+        return self._add_model(model, lambda: engine.do("make", model_id, spec, seed), user_metadata)
 
     def create_model_from(
         self, model_id: str, path: str, *, base_model: str | None = None, with_optimizer: bool = False, owner: str = LOCAL_OWNER,
@@ -147,23 +155,19 @@ class Service:
         engine = self.engine(base_model)
         config = state.adapter.config
         asked = state.facts.get("lora") or {"rank": int(config.get("r", 0))}
-        loads = functools.partial(read_optimizer, state) if with_optimizer else None
-        return self._add_model(
-            Model(model_id, owner, base_model, engine, asked), lambda: engine.base.read_adapter(state.adapter), loads,
-            user_metadata, num_steps=int(state.facts.get("num_steps", 0)),
-        )  # fmt: skip
+        model = Model(model_id, owner, base_model, engine, asked)
 
-    def _add_model(
-        self, model: Model, make: Callable[[], tuple[AdapterLayout, torch.Tensor]],
-        read_optimizer_state: Callable[[AdapterLayout], dict[str, torch.Tensor]] | None,
-        user_metadata: Mapping[str, str] | None, num_steps: int = 0,
-    ) -> Future[Any]:  # fmt: skip
+        def make() -> None:
+            layout, vector = engine.base.read_adapter(state.adapter)
+            optimizer_state = read_optimizer(state, layout) if with_optimizer else None
+            engine.do("make", model_id, layout.spec, vector)
+            engine.do("load", model_id, vector, optimizer_state, int(state.facts.get("num_steps", 0)))
+
+        return self._add_model(model, make, user_metadata)
+
+    def _add_model(self, model: Model, make: Callable[[], None], user_metadata: Mapping[str, str] | None) -> Future[Any]:
         def run() -> Model:
-            layout, vector = make()
-            trainee = Trainee(layout, vector, model.engine.base.device)
-            if read_optimizer_state is not None:
-                trainee.load(vector, read_optimizer_state(layout), num_steps)
-            model.trainee = trainee
+            make()
             time = now()
             self.store.add_run(Run(
                 id=model.id, session_id=model.id.partition(":")[0], owner=model.owner, base_model=model.base_model,
@@ -178,11 +182,7 @@ class Service:
         """Free an adapter and its optimiser, behind what it was asked before."""
         if (model := self.trained.pop(model_id, None)) is not None:
             self._charge(model)
-
-            def free() -> None:
-                model.trainee = None
-
-            model.engine.submit(model_id, "free", free)
+            model.engine.submit(model_id, "free", lambda: model.engine.do("free", model_id))
 
     def usage(self, model: Model) -> Usage:
         """What a model has cost so far."""
@@ -201,17 +201,17 @@ class Service:
     ) -> Future[Any]:  # fmt: skip
         """Add the gradient of ``loss_fn``, a sum over tokens, to what has accumulated; without ``needs_gradient`` only compute it."""
 
-        def work() -> Work:
+        def order() -> WorkOrder:
             if loss_fn not in LOSSES:
                 raise DataError(f"loss_fn {loss_fn!r} is unknown; there are: {', '.join(LOSSES)}")
             loss = LOSSES[loss_fn]
             knobs = check_knobs(loss_fn, loss, loss_fn_config)
             base = model.engine.base
             ready = prepare(data, loss_fn, loss, vocab_size=base.vocab_size, max_tokens=base.max_tokens, knobs=knobs)
-            bound = functools.partial(loss, **knobs) if knobs else loss
-            return Work(model.made(), ready, bound, knobs, needs_gradient)
+            model.made()
+            return WorkOrder(model.id, ready, loss_fn, knobs, needs_gradient)
 
-        return model.engine.submit_work(model.id, "forward_backward" if needs_gradient else "forward", work)
+        return model.engine.submit_work(model.id, "forward_backward" if needs_gradient else "forward", order)
 
     def forward_backward_custom(self, model: Model, data: Sequence[Datum], loss: CustomLoss) -> Future[Any]:
         """The same for the caller's own function of all Datums' log-probabilities.
@@ -228,23 +228,29 @@ class Service:
             return prepare(bare, "a custom loss", cross_entropy, vocab_size=base.vocab_size, max_tokens=base.max_tokens)
 
         def in_two() -> ForwardBackwardOutput:
-            (found,) = engine.runner.run([Work(model.made(), ready(), cross_entropy, needs_gradient=False)])
+            (found,) = engine.do("run", [WorkOrder(model.id, ready(), "cross_entropy", {}, needs_gradient=False)])
             if isinstance(found, BaseException):
                 raise found
             weighted, value, metrics = pull_back(loss, data, [output["logprobs"] for output in found.loss_fn_outputs])
-            (pulled,) = engine.runner.run([Work(model.made(), weighted, cross_entropy)])
+            (pulled,) = engine.do("run", [WorkOrder(model.id, weighted, "cross_entropy", {})])
             if isinstance(pulled, BaseException):
                 raise pulled
             return replace(pulled, metrics={**pulled.metrics, "loss:sum": value, **metrics})
 
         name = "forward_backward_custom"
-        if len(data) * max(map(len, data), default=0) > engine.runner.max_tokens:
+        is_large = len(data) * max(map(len, data), default=0) > engine.replica.runner.max_tokens
+        if is_large or self.team.size > 1:  # a function stays in its process
             return engine.submit(model.id, name, in_two)
-        return engine.submit_work(model.id, name, lambda: Work(model.made(), ready(), as_loss(loss, data), is_whole=True))
+
+        def order() -> WorkOrder:
+            model.made()
+            return WorkOrder(model.id, ready(), "cross_entropy", {}, custom=(loss, data))
+
+        return engine.submit_work(model.id, name, order)
 
     def optim_step(self, model: Model, params: AdamParams) -> Future[Any]:
         """Make one step of AdamW with the accumulated gradient; the future gives its figures."""
-        return model.engine.submit(model.id, "optim_step", lambda: model.made().step(params))
+        return model.engine.submit(model.id, "optim_step", lambda: model.engine.do("step", model.id, params))
 
     def save(
         self, model: Model, name: str, *, kind: str, overwrite: bool = False, ttl_seconds: int | None = None,
@@ -269,9 +275,9 @@ class Service:
         if folder.exists() and not overwrite:
             raise CheckpointError(f"tinker://{model.id}/{kind}/{name} exists; choose another name, or overwrite=True")
         facts = {"base_model": model.base_model, "lora": model.lora, "num_steps": trainee.num_steps, "run": model.id}
-        optimizer_state = trainee.optimizer_state() if kind == "weights" else None
+        vector, optimizer_state = model.engine.do("state", model.id) if kind == "weights" else (trainee.vector, None)
         try:
-            size = save_trained_state(folder, trainee.layout, trainee.vector, optimizer_state, facts)
+            size = save_trained_state(folder, trainee.layout, vector, optimizer_state, facts)
         except OSError as error:
             raise CheckpointError(f"{name} was not saved: {error.strerror or error}") from error
         created = now()
@@ -295,16 +301,20 @@ class Service:
                 raise CheckpointError(f"{path} has other matrices than {model.id}")
             vector = trainee.layout.from_file_tensors(layout.file_tensors(vector), source=path)
             optimizer = read_optimizer(state, trainee.layout) if with_optimizer else None
-            trainee.load(vector, optimizer, int(state.facts.get("num_steps", 0)))
+            model.engine.do("load", model.id, vector, optimizer, int(state.facts.get("num_steps", 0)))
             return path
 
         return model.engine.submit(model.id, "load_state", run)
 
     def snapshot(self, model: Model) -> Future[Any]:
         """The future gives the Weights of a model as they are when its turn comes."""
-        return model.engine.submit(
-            model.id, "snapshot", lambda: Weights(model.base_model, model.engine, model.made().snapshot())
-        )
+
+        def run() -> Weights:
+            snapshot_id = f"snapshot {next(self._numbers)}"
+            model.engine.do("snapshot", model.id, snapshot_id)
+            return Weights(model.base_model, model.engine, snapshot_id)
+
+        return model.engine.submit(model.id, "snapshot", run)
 
     # ---- sampling
 
@@ -322,15 +332,27 @@ class Service:
 
         def read() -> Weights:
             layout, vector = engine.base.read_adapter(state.adapter)
-            return Weights(base_model, engine, Adapter(layout, vector.to(engine.base.device)), path)
+            snapshot_id = f"snapshot {next(self._numbers)}"
+            engine.do("put_snapshot", snapshot_id, layout.spec, vector)
+            return Weights(base_model, engine, snapshot_id)
 
         return engine.submit(f"read {path}", "read_adapter", read)
 
     def sample(
-        self, weights: Weights, prompt: ModelInput, params: SamplingParams, num_samples: int = 1, **asked: Any
-    ) -> Future[Any]:
-        """The future gives a SampleResponse. ``asked``: further fields of ``sampling/request.py:Request``."""
-        return weights.engine.sample(lambda: Request(prompt.to_ints(), params, num_samples, adapter=weights.adapter, **asked))
+        self, weights: Weights, prompt: ModelInput, params: SamplingParams, num_samples: int = 1, *,
+        each: Callable[[Row], None] | None = None, **asked: Any,
+    ) -> Future[Any]:  # fmt: skip
+        """The future gives a SampleResponse; until then it keeps the weights.
+
+        Args:
+            each: is told of every token, in the engine's thread.
+            asked: further fields of ``sampling/request.py:Request``.
+        """
+        future = weights.engine.sample(
+            weights.snapshot_id, lambda: Request(prompt.to_ints(), params, num_samples, **asked), each
+        )
+        future.add_done_callback(lambda done, kept=weights: None)  # type: ignore[misc]
+        return future
 
     # ---- what was saved
 

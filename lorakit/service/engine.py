@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import itertools
 import logging
 import threading
@@ -21,11 +20,11 @@ from typing import Any
 import psutil
 import torch
 
-from lorakit.errors import ConfigError, LorakitError, TrainingError
-from lorakit.sampling.request import Request
-from lorakit.sampling.sampler import Sampler
+from lorakit.errors import LorakitError, TrainingError
+from lorakit.sampling.request import Request, Row
 from lorakit.service.base import Base
-from lorakit.service.passes import PassRunner, Work
+from lorakit.service.replica import Replica, SampleOrder, WorkOrder
+from lorakit.service.team import Team
 
 log = logging.getLogger("lorakit")
 MAX_TOGETHER = 16  # calls in one pass
@@ -45,47 +44,54 @@ class Usage:
 
 @dataclass
 class _Task:
-    """A call that waits: a Work, or anything else as a function."""
+    """A call that waits: a WorkOrder, or anything else as a function."""
 
     model_id: str
     name: str
     number: int
-    prepare: Callable[[], Work] | None
+    prepare: Callable[[], WorkOrder] | None
     run: Callable[[], Any] | None
     future: Future[Any] = field(default_factory=Future)
-    work: Work | None = None
+    order: WorkOrder | None = None
+
+
+@dataclass
+class _Asked:
+    """A request that waits to be sampled."""
+
+    number: int
+    make: Callable[[], SampleOrder]
+    future: Future[Any]
+    each: Callable[[Row], None] | None
 
 
 class Engine:
-    """One base and everything that is trained on it.
+    """Runs one base of a team, and everything that is trained and sampled on it. Only the team's first process has engines."""
 
-    Args:
-        max_pass_tokens: positions of a forward pass, padding included.
-        max_sample_rows: samples that are generated at a time.
-        max_cache_tokens: tokens whose keys and values are held at most.
-    """
-
-    def __init__(
-        self, base: Base, *, max_pass_tokens: int = 16_384, max_sample_rows: int = 256, max_cache_tokens: int = 1 << 20
-    ) -> None:
-        self.base = base
-        self.runner = PassRunner(
-            base.model, base.bank, pad_token_id=base.pad_token_id, max_tokens=max_pass_tokens, autocast=base.autocast
-        )
-        self.sampler = Sampler(
-            base.model, base.tokenizer, bank=base.bank, max_rows=max_sample_rows, max_cache_tokens=max_cache_tokens,
-            autocast=base.autocast,
-        )  # fmt: skip
+    def __init__(self, team: Team, key: str) -> None:
+        self.team, self.key = team, key
+        self.replica: Replica = team.open(key)
         self.usage: dict[str, Usage] = collections.defaultdict(Usage)
         self._queues: dict[str, collections.deque[_Task]] = {}
-        self._requests: collections.deque[tuple[Future[Any], Callable[[], Request]]] = collections.deque()
+        self._asked: collections.deque[_Asked] = collections.deque()
+        self._cancelled: list[int] = []
+        self._sampling: dict[int, Future[Any]] = {}
         self._last_call: dict[str, float] = {}
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._problem: BaseException | None = None
         self._is_closed = False
+        team.on_problem.append(self._end_by)
         self._thread = threading.Thread(target=self._serve, name="lorakit-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def base(self) -> Base:
+        return self.replica.base
+
+    def do(self, method: str, *args: Any) -> Any:
+        """Execute a method of the replica in every process; in the engine's own thread, that is inside of a call."""
+        return self.team.do(self.key, method, *args)
 
     # ---- asking, from any thread
 
@@ -93,19 +99,28 @@ class Engine:
         """Queue ``run`` behind what ``model_id`` has asked before; its result, or error, arrives in the future."""
         return self._put(_Task(model_id, name, next(self._numbers), None, run))
 
-    def submit_work(self, model_id: str, name: str, prepare: Callable[[], Work]) -> Future[Any]:
-        """Queue a Work, which may go through the base with those of other models. ``prepare`` is called when its turn comes."""
+    def submit_work(self, model_id: str, name: str, prepare: Callable[[], WorkOrder]) -> Future[Any]:
+        """Queue an order, which may go through the base with those of other models. ``prepare`` is called when its turn comes."""
         return self._put(_Task(model_id, name, next(self._numbers), prepare, None))
 
-    def sample(self, make_request: Callable[[], Request]) -> Future[Any]:
-        """Let a request join those that are being sampled. ``make_request`` is called by the engine."""
+    def sample(
+        self, snapshot_id: str | None, make: Callable[[], Request], each: Callable[[Row], None] | None = None
+    ) -> Future[Any]:
+        """Let a request join those that are being sampled.
+
+        Args:
+            make: makes the request; called by the engine, so that its errors arrive in the future.
+            each: is told of every token, in the engine's thread.
+        """
         future: Future[Any] = Future()
+        number = next(self._numbers)
         with self._changed:
             if (ended := self._ended()) is not None:
                 future.set_exception(ended)
                 return future
-            self._requests.append((future, make_request))
+            self._asked.append(_Asked(number, lambda: SampleOrder(number, snapshot_id, make()), future, each))
             self._changed.notify_all()
+        future.add_done_callback(lambda done: self._cancelled.append(number) if done.cancelled() else None)
         return future
 
     def close(self, timeout_seconds: float = 30.0) -> None:
@@ -147,46 +162,75 @@ class Engine:
             self._is_closed = True
             left = [task for queue in self._queues.values() for task in queue]
             self._queues.clear()
-            requests, self._requests = list(self._requests), collections.deque()
+            asked, self._asked = list(self._asked), collections.deque()
         ended = self._ended() or TrainingError("the engine has ended")
-        for future in (*(task.future for task in left), *(future for future, _ in requests)):
+        for future in (*(task.future for task in left), *(one.future for one in asked), *self._sampling.values()):
             _fail(future, ended)
-        self.sampler.fail_all(ended)
+        self._sampling.clear()
+
+    def _end_by(self, problem: BaseException) -> None:
+        """Another process is gone."""
+        with self._changed:
+            self._problem = self._problem or problem
+            self._is_closed = True
+            self._changed.notify_all()
 
     def _sample(self, min_seconds: float) -> None:
         """Sample for as long as training took, or until training is asked for."""
         end = time.perf_counter() + min_seconds
         while True:
-            with self._changed:
-                requests, self._requests = list(self._requests), collections.deque()
-            for future, make_request in requests:
-                self._admit(future, make_request)
-            if not self.sampler.is_busy:
+            orders = self._admit()
+            if not orders and not self._sampling:
                 return
+            cancelled, self._cancelled = self._cancelled, []
             try:
-                self.sampler.step()
+                finished = self._step_samples(orders, cancelled)
             except Exception as error:
                 log.exception("sampling failed")
-                self.sampler.fail_all(error if isinstance(error, LorakitError) else TrainingError(f"sampling failed: {error}"))
+                failed = error if isinstance(error, LorakitError) else TrainingError(f"sampling failed: {error}")
+                self.replica.fail_samples(failed)
+                finished = [(number, failed) for number in self._sampling]
+            for number, outcome in finished:
+                if (future := self._sampling.pop(number, None)) is not None:
+                    _settle(future, outcome)
             if (self._queues and time.perf_counter() > end) or self._is_closed:
                 return
 
-    def _admit(self, future: Future[Any], make_request: Callable[[], Request]) -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            if self.base.sampling_problem:
-                raise ConfigError(f"{self.base.name} cannot be sampled here: {self.base.sampling_problem}")
-            request = make_request()
-            request.done = functools.partial(_settle, future)
-            self.sampler.add(request)
-        except Exception as error:
-            _fail(future, error)
+    def _step_samples(self, orders: list[SampleOrder], cancelled: list[int]) -> list[tuple[int, Any]]:
+        """Sampling takes every process where each has a part of the base; where each has all of it, this one does it alone."""
+        if self.base.is_partitioned:
+            found: list[tuple[int, Any]] = self.do("sample", orders, cancelled)
+            return found
+        return self.replica.sample(orders, cancelled)
+
+    def _admit(self) -> list[SampleOrder]:
+        with self._changed:
+            asked, self._asked = list(self._asked), collections.deque()
+        orders = []
+        for one in asked:
+            if not one.future.set_running_or_notify_cancel():
+                continue
+            try:
+                orders.append(one.make())
+            except Exception as error:
+                _fail(one.future, error)
+                continue
+            self._sampling[one.number] = one.future
+            if one.each is not None:
+                self.replica.listeners[one.number] = one.each
+        return orders
+
+    def cancel_sample(self, future: Future[Any]) -> None:
+        """End the generation that ``future`` waits for, if it has begun; nobody will be told."""
+        for number, waiting in list(self._sampling.items()):
+            if waiting is future:
+                self._cancelled.append(number)
+                self._sampling.pop(number, None)
 
     def _next(self) -> list[_Task] | None:
         """Wait for calls and return those to run now: one, or several Works; none where there is only sampling. None: it is over."""
         with self._changed:
-            while not (self._queues or self._requests or self.sampler.is_busy or self._is_closed):
+            while not (self._queues or self._asked or self._sampling or self._is_closed):
                 self._changed.wait()
             if self._is_closed:
                 return None
@@ -220,14 +264,16 @@ class Engine:
         for task in tasks:
             if task.prepare is not None:
                 try:
-                    task.work = task.prepare()
+                    task.order = task.prepare()
                 except Exception as error:
                     _fail(task.future, error)
-        works = [task for task in tasks if task.work is not None]
-        for group in self._groups(works):
-            began, passes = time.perf_counter(), self.runner.num_passes
-            outcomes = self.runner.run([task.work for task in group if task.work is not None])
-            self._log(group, time.perf_counter() - began, self.runner.num_passes - passes)
+        for group in self._groups([task for task in tasks if task.order is not None]):
+            began, passes = time.perf_counter(), self.replica.runner.num_passes
+            try:
+                outcomes = self.do("run", [task.order for task in group])
+            except Exception as error:
+                outcomes = [error] * len(group)
+            self._log(group, time.perf_counter() - began, self.replica.runner.num_passes - passes)
             for task, outcome in zip(group, outcomes, strict=True):
                 _settle(task.future, outcome)
         for task in tasks:
@@ -241,21 +287,21 @@ class Engine:
                 _settle(task.future, outcome)
 
     def _groups(self, tasks: list[_Task]) -> list[list[_Task]]:
-        """Which Works go through the base together: as many as the limits allow, in their order."""
+        """Which orders go through the base together: as many as the limits allow, in their order."""
         groups: list[list[_Task]] = []
         for task in tasks:
-            assert task.work is not None
-            last = groups[-1] if groups else None
-            ranks = {id(t.work.trainee): t.work.trainee.layout.spec.rank for t in [*(last or ()), task] if t.work}
-            fits = last is not None and sum(ranks.values()) <= MAX_RANK_TOGETHER
-            if not fits or task.work.is_whole or (last and last[0].work and last[0].work.is_whole):
+            last = groups[-1] if groups else []
+            models = {t.model_id for t in (*last, task)}
+            ranks = [self.replica.trainees[m].layout.spec.rank for m in models if m in self.replica.trainees]
+            is_alone = any(t.order is not None and t.order.custom is not None for t in (*last, task))
+            if not last or is_alone or sum(ranks) > MAX_RANK_TOGETHER:
                 groups.append([])
             groups[-1].append(task)
         return groups
 
     def _log(self, tasks: list[_Task], seconds: float, num_passes: int) -> None:
         """Log time and memory of calls, and charge each model its share by tokens."""
-        tokens = [task.work.num_tokens if task.work else 0 for task in tasks]
+        tokens = [task.order.num_tokens if task.order else 0 for task in tasks]
         for task, own in zip(tasks, tokens, strict=True):
             usage = self.usage[task.model_id]
             usage.tokens += own

@@ -1,25 +1,32 @@
-"""Datums of several adapters through the base together: cut into passes, run, and put together again."""
+"""Datums of several adapters through the base together: cut into passes, run, and put together again.
+
+Of several processes each runs every so-manieth pass. Gradients stay where they were found until the step adds them up; everything
+else is told to all.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from lorakit.data.collate import collate, join
+from lorakit.data.collate import collate, idle_batch, join
 from lorakit.data.packing import assign_batches
-from lorakit.lora.bank import AdapterBank, Mix
-from lorakit.loss import Loss
-from lorakit.loss.head import HeadAdapter
+from lorakit.lora.bank import Mix
+from lorakit.loss import LOSSES, Loss
+from lorakit.loss.head import as_head_adapters
+from lorakit.service.base import Base
 from lorakit.service.trainee import Trainee
+from lorakit.strategy.world import World, gather
 from lorakit.training.step import Share, compute_losses
 from lorakit.types import Datum, ForwardBackwardOutput, TensorData
 
 log = logging.getLogger("lorakit")
+Entry = tuple[int, int]  # a Work, and one of its Datums
 
 
 @dataclass
@@ -31,7 +38,7 @@ class Work:
     loss: Loss  # with its knobs
     knobs: dict[str, float] = field(default_factory=dict)
     needs_gradient: bool = True
-    is_whole: bool = False  # all of its data must be in one pass
+    is_whole: bool = False  # all of its data must be in one pass, by itself
 
     @property
     def num_tokens(self) -> int:
@@ -42,15 +49,20 @@ class Work:
 class _Found:
     """What passes have found for a Work so far."""
 
-    logprobs: list[TensorData | None]
+    logprobs: dict[int, TensorData] = field(default_factory=dict)  # by number of the Datum
     metrics: dict[str, float] = field(default_factory=dict)
-    gradients: list[torch.Tensor] | None = None
+    gradients: list[torch.Tensor] | None = None  # of this process
 
-    def add(self, gradients: Sequence[torch.Tensor]) -> None:
+    def add_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
         if self.gradients is None:
             self.gradients = list(gradients)
         else:
             torch._foreach_add_(self.gradients, list(gradients))
+
+    def is_finite(self) -> bool:
+        if not all(math.isfinite(value) for value in self.metrics.values()):
+            return False
+        return self.gradients is None or bool(torch.stack([g.sum() for g in self.gradients]).isfinite().all())
 
 
 class PassRunner:
@@ -60,16 +72,8 @@ class PassRunner:
         max_tokens: positions of a pass, padding included; a Datum that is longer has a pass of its own.
     """
 
-    def __init__(
-        self, model: Any, bank: AdapterBank, *, pad_token_id: int, max_tokens: int, autocast: Callable[[], Any]
-    ) -> None:
-        self.model, self.bank, self.pad_token_id, self.max_tokens, self.autocast = (
-            model,
-            bank,
-            pad_token_id,
-            max_tokens,
-            autocast,
-        )
+    def __init__(self, base: Base, *, max_tokens: int, world: World) -> None:
+        self.base, self.max_tokens, self.world = base, max_tokens, world
         self.num_passes = 0
 
     def run(self, works: Sequence[Work]) -> list[ForwardBackwardOutput | BaseException]:
@@ -77,11 +81,13 @@ class PassRunner:
         try:
             found = self._run_together(works)
         except Exception as error:
+            if self.world.size > 1:
+                raise  # the others may be in the middle of it
             if len(works) == 1:
                 return [error]
             log.warning("a pass of %d calls failed (%s); each is run by itself", len(works), error)
             found = None
-        if found is None or (len({id(work.trainee) for work in works}) > 1 and not all(map(_is_finite, found))):
+        if found is None or (len({id(work.trainee) for work in works}) > 1 and not self._are_finite(found)):
             # Of one adapter what is not finite must not reach another's gradient, where a gate's 0 times it is not 0.
             return [outcome for work in works for outcome in self.run([work])]
         for work, result in zip(works, found, strict=True):
@@ -89,67 +95,95 @@ class PassRunner:
                 work.trainee.add_gradients(result.gradients)
         return [_output(work, result) for work, result in zip(works, found, strict=True)]
 
+    def _are_finite(self, found: Sequence[_Found]) -> bool:
+        return all(gather(all(result.is_finite() for result in found)))
+
     def _run_together(self, works: Sequence[Work]) -> list[_Found]:
-        found = [_Found([None] * len(work.data)) for work in works]
-        entries = [(w, d) for w, work in enumerate(works) for d in range(len(work.data))]
-        for part in self._cut(works, entries):
-            self._run_pass(works, part, found)
+        found = [_Found() for _ in works]
+        parts, world = self._cut(works), self.world
+        needs_gradient = any(work.needs_gradient for work in works)  # the same everywhere: a backward pass is of all
+        for first in range(0, len(parts), world.size):
+            mine = parts[first + world.rank] if first + world.rank < len(parts) else []
+            if mine or self.base.is_partitioned:
+                self._run_pass(works, mine, found, needs_gradient)
+        if world.size > 1:
+            for others in gather([(result.logprobs, result.metrics) for result in found]):
+                if others is not None:
+                    _merge(found, others)
         return found
 
-    def _cut(self, works: Sequence[Work], entries: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-        """Share out (Work, Datum) over passes, those of like length together."""
+    def _cut(self, works: Sequence[Work]) -> list[list[Entry]]:
+        """Share out Datums over passes, those of like length together."""
+        entries = [(w, d) for w, work in enumerate(works) for d in range(len(work.data))]
         if any(work.is_whole for work in works):
             return [entries]
-        entries = sorted(entries, key=lambda entry: len(works[entry[0]].data[entry[1]]))
+        entries.sort(key=lambda entry: len(works[entry[0]].data[entry[1]]))
         lengths = [len(works[w].data[d]) for w, d in entries]
-        plan = assign_batches(lengths, batch_size=None, batch_tokens=self.max_tokens, row_tokens=None, rng=None)
+        most = min(self.max_tokens, -(-sum(lengths) // self.world.size)) if self.world.size > 1 else self.max_tokens
+        plan = assign_batches(lengths, batch_size=None, batch_tokens=most, row_tokens=None, rng=None)
         return [sorted(entries[row[0]] for row in rows) for rows in plan]
 
-    def _run_pass(self, works: Sequence[Work], part: list[tuple[int, int]], found: list[_Found]) -> None:
+    def _run_pass(self, works: Sequence[Work], part: Sequence[Entry], found: list[_Found], needs_gradient: bool) -> None:
         by_work: dict[int, list[int]] = {}
         for w, d in part:
             by_work.setdefault(w, []).append(d)
-        batches = {w: collate([[works[w].data[d]] for d in datums], self.pad_token_id) for w, datums in by_work.items()}
-        device = works[0].trainee.vector.device
-        joined = join(list(batches.values()), self.pad_token_id).to(device)
-        trainees = list({id(works[w].trainee): works[w].trainee for w in by_work}.values())
-        number_of = {id(trainee): number for number, trainee in enumerate(trainees)}
-        owners_T = None
-        if len(trainees) > 1:
-            owners = [number_of[id(works[w].trainee)] for w, datums in by_work.items() for _ in datums]
-            owners_T = torch.tensor(owners, device=device).repeat_interleave(joined.input_ids.shape[1])
-        mix = Mix([trainee.adapter for trainee in trainees], owners_T)
-        shares = [Share(batch.to(device), works[w].loss, self._on_head(works[w])) for w, batch in batches.items()]
-        needs_gradient = any(works[w].needs_gradient for w in by_work)
-        self.num_passes += 1
-        with self.bank.active(mix), torch.set_grad_enabled(needs_gradient):
-            with self.autocast():
-                outputs = compute_losses(self.model, joined, shares)
-            for (w, datums), output, share in zip(by_work.items(), outputs, shares, strict=True):
+        base, pad = self.base, self.base.pad_token_id
+        if by_work:
+            shares = [Share(collate([[works[w].data[d]] for d in ds], pad), works[w].loss) for w, ds in by_work.items()]
+        else:  # a process without a pass takes part in that of the others
+            shares = [Share(idle_batch(pad), LOSSES["cross_entropy"])]
+        owners = [works[w].trainee for w, datums in by_work.items() for _ in datums] or [works[0].trainee]
+        joined = join([share.batch for share in shares], pad).to(base.device)
+        shares = [Share(share.batch.to(base.device), share.loss) for share in shares]
+        mix = _mix_of(owners, joined.input_ids.shape[1], base.device)
+        self.num_passes += bool(by_work)
+
+        def compute() -> tuple[torch.Tensor, Any]:
+            on_head = as_head_adapters(base.bank.on_head(mix, base.model.dtype))
+            outputs = compute_losses(base.model, joined, shares, on_head)
+            wanted = [works[w].needs_gradient for w in by_work] or [needs_gradient]
+            losses = [output.loss_sum for output, wants in zip(outputs, wanted, strict=True) if wants]
+            return torch.stack(losses).sum() if losses else joined.weights.new_zeros(()), outputs
+
+        with base.bank.active(mix), torch.set_grad_enabled(needs_gradient):
+            total, outputs = base.run_pass(compute)
+            for (w, datums), output, share in zip(by_work.items(), outputs, shares, strict=False):
                 _keep(found[w], works[w], datums, output, share)
             if needs_gradient:
-                self._pull(works, dict(zip(by_work, outputs, strict=True)), found)
+                self._pull(works, by_work, total, found, owners[0])
 
-    def _on_head(self, work: Work) -> tuple[HeadAdapter, ...]:
-        on_head = self.bank.on_head(work.trainee.adapter)
-        return () if on_head is None else (HeadAdapter(*on_head),)
-
-    def _pull(self, works: Sequence[Work], outputs: dict[int, Any], found: list[_Found]) -> None:
+    def _pull(
+        self, works: Sequence[Work], by_work: dict[int, list[int]], total: torch.Tensor, found: list[_Found], idle: Trainee
+    ) -> None:
         """The way back. Of several Works of one adapter the first is given the gradient of all, which are added or dropped together."""
         first_of: dict[int, int] = {}
-        for w in outputs:
+        for w in by_work:
             if works[w].needs_gradient:
                 first_of.setdefault(id(works[w].trainee), w)
-        leaves = {w: works[w].trainee.adapter.leaves for w in first_of.values()}
-        total = torch.stack([outputs[w].loss_sum for w in outputs if works[w].needs_gradient]).sum()
+        leaves = {w: works[w].trainee.adapter.leaves for w in first_of.values()} or {-1: idle.adapter.leaves}
+        if not total.requires_grad:
+            return
         flat = [leaf for own in leaves.values() for leaf in own]
         gradients = iter(torch.autograd.grad(total, flat, allow_unused=True))
+        self.base.release()
         for w, own in leaves.items():
             mine = [next(gradients) for _ in own]
-            found[w].add([torch.zeros_like(leaf) if g is None else g for leaf, g in zip(own, mine, strict=True)])
+            if w >= 0:
+                zeros = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(own, mine, strict=True)]
+                found[w].add_gradients(zeros)
 
 
-def _keep(found: _Found, work: Work, datums: list[int], output: Any, share: Share) -> None:
+def _mix_of(owners: Sequence[Trainee], row_length: int, device: torch.device) -> Mix:
+    """The adapters of a pass, by the owner of each row."""
+    trainees = list({id(trainee): trainee for trainee in owners}.values())
+    if len(trainees) == 1:
+        return Mix([trainees[0].adapter], None)
+    number_of = {id(trainee): number for number, trainee in enumerate(trainees)}
+    rows = torch.tensor([number_of[id(trainee)] for trainee in owners], device=device)
+    return Mix([trainee.adapter for trainee in trainees], rows.repeat_interleave(row_length))
+
+
+def _keep(found: _Found, work: Work, datums: Sequence[int], output: Any, share: Share) -> None:
     logprobs = output.logprobs.float().cpu().numpy()
     for (row, start, end), number in zip(share.batch.spans, datums, strict=True):
         own = logprobs[row, start:end]
@@ -159,13 +193,16 @@ def _keep(found: _Found, work: Work, datums: list[int], output: Any, share: Shar
     found.metrics |= output.metrics  # of a custom loss, which has one pass
 
 
-def _is_finite(found: _Found) -> bool:
-    if not all(math.isfinite(value) for value in found.metrics.values()):
-        return False
-    return found.gradients is None or bool(torch.stack([g.sum() for g in found.gradients]).isfinite().all())
+def _merge(found: list[_Found], others: list[tuple[dict[int, TensorData], dict[str, float]]]) -> None:
+    """Add what another process has found; of this one's own, which comes back too, everything is there."""
+    for result, (logprobs, metrics) in zip(found, others, strict=True):
+        if logprobs and not logprobs.keys() <= result.logprobs.keys():
+            result.logprobs |= logprobs
+            for name, value in metrics.items():
+                result.metrics[name] = result.metrics.get(name, 0.0) + value
 
 
 def _output(work: Work, found: _Found) -> ForwardBackwardOutput:
-    outputs = [{"logprobs": logprobs} for logprobs in found.logprobs if logprobs is not None]
+    outputs = [{"logprobs": found.logprobs[number]} for number in range(len(work.data))]
     knobs = {f"{name}:mean": float(value) for name, value in work.knobs.items()}
     return ForwardBackwardOutput(outputs, {**found.metrics, "tokens:sum": float(work.num_tokens), **knobs})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lorakit.errors import CheckpointError, TrainingError
@@ -14,16 +15,37 @@ from lorakit.types import AdamParams
 
 
 class Trainee:
-    """Everything that grows with one more adapter: four vectors, of which the optimiser's two are made at its first step."""
+    """Everything that grows with one more adapter: four vectors, of which the optimiser's two are made at its first step.
 
-    def __init__(self, layout: AdapterLayout, vector: torch.Tensor, device: torch.device) -> None:
-        self.layout = layout
-        self.vector = vector.to(device)
+    Of several processes each accumulates the gradient of what it computed; a step adds them up.
+
+    Args:
+        shards: each process holds the optimiser's state for its share of the vector alone.
+    """
+
+    def __init__(
+        self,
+        layout: AdapterLayout,
+        vector: torch.Tensor,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        size: int = 1,
+        shards: bool = False,
+    ) -> None:
+        self.layout, self.size = layout, size
+        self._share = -(-layout.num_params // size) if shards else layout.num_params
+        storage = torch.zeros(self._share * (size if shards else 1), device=device)
+        self._shares = storage.split(self._share)
+        self.vector = storage[: layout.num_params]
+        self.vector.copy_(vector)
         self.adapter = Adapter(layout, self.vector, trains=True)
-        self.gradient = torch.zeros_like(self.vector)
+        gradient = torch.zeros_like(storage)
+        self.gradient = gradient[: layout.num_params]
         self._gradient_views = [view for pair in layout.views(self.gradient).values() for view in pair]
-        self._parameter = nn.Parameter(self.vector)
-        self._parameter.grad = self.gradient
+        self._mine = rank if shards else 0
+        self._parameter = nn.Parameter(self._shares[self._mine])
+        self._parameter.grad = gradient.split(self._share)[self._mine]
         self._optimizer = torch.optim.AdamW([self._parameter], fused=True)
         self.num_steps = 0
 
@@ -38,6 +60,8 @@ class Trainee:
         Raises:
             TrainingError: the gradient is not finite; the step is not made, and the gradient is dropped.
         """
+        if self.size > 1:
+            dist.all_reduce(self.gradient)
         norm = torch.linalg.vector_norm(self.gradient)
         if not bool(torch.isfinite(norm)):
             self.gradient.zero_()
@@ -53,6 +77,9 @@ class Trainee:
         self._optimizer.step()
         self.gradient.zero_()
         self.num_steps += 1
+        with torch.no_grad():
+            if len(self._shares) > 1:
+                dist.all_gather(list(self._shares), self._shares[self._mine].clone())
         return {"grad_norm": float(norm), "unclipped_grad_l2:mean": float(norm)}
 
     def snapshot(self) -> Adapter:
@@ -60,8 +87,16 @@ class Trainee:
         return Adapter(self.layout, self.vector.clone())
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """The optimiser's tensors by name; empty before the first step."""
-        return {name: tensor.detach() for name, tensor in self._optimizer.state.get(self._parameter, {}).items()}
+        """The optimiser's tensors by name, whole; empty before the first step. All processes ask together."""
+        found = {}
+        for name, tensor in self._optimizer.state.get(self._parameter, {}).items():
+            tensor = tensor.detach()
+            if tensor.shape == self._parameter.shape and len(self._shares) > 1:
+                parts = [torch.empty_like(tensor) for _ in self._shares]
+                dist.all_gather(parts, tensor)
+                tensor = torch.cat(parts)
+            found[name] = tensor[: self.layout.num_params] if tensor.ndim else tensor
+        return found
 
     @torch.no_grad()
     def load(self, vector: torch.Tensor, optimizer_state: Mapping[str, torch.Tensor] | None, num_steps: int = 0) -> None:
@@ -72,6 +107,13 @@ class Trainee:
         self.gradient.zero_()
         self._optimizer.state.clear()
         if optimizer_state:
-            state = {name: tensor.clone().to(self.vector.device) for name, tensor in optimizer_state.items()}
-            self._optimizer.state[self._parameter] = state
+            start = self._mine * self._share
+            mine = {}
+            for name, tensor in optimizer_state.items():
+                if tensor.ndim:
+                    whole = tensor.new_zeros(self._share * len(self._shares))
+                    whole[: len(tensor)] = tensor
+                    tensor = whole[start : start + self._share]
+                mine[name] = tensor.clone().to(self.vector.device)
+            self._optimizer.state[self._parameter] = mine
         self.num_steps = num_steps if optimizer_state else 0

@@ -55,9 +55,9 @@ class ZeroStrategy(DeepSpeedStrategy):
             )
         if stage not in (1, 2, 3):
             raise ConfigError(f"strategy.stage={stage} is unknown; choose 1, 2 or 3")
-        _prepare_deepspeed()
+        prepare_deepspeed()
         super().__init__(
-            config=_config(stage, offload, bucket_elements, persist_elements, live_elements),
+            config=zero_config(stage, offload, bucket_elements, persist_elements, live_elements),
             precision_plugin=ZeroPrecision(precision),
             timeout=datetime.timedelta(seconds=timeout_seconds),
         )
@@ -222,9 +222,14 @@ class ZeroPrecision(DeepSpeedPrecision):
         engine.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
 
 
-def _config(
-    stage: int, offload: bool, bucket_elements: int, persist_elements: int, live_elements: int
-) -> dict[str, Any]:  # fmt: skip
+def zero_config(
+    stage: int,
+    offload: bool,
+    bucket_elements: int = 50_000_000,
+    persist_elements: int = 100_000,
+    live_elements: int = 100_000_000,
+) -> dict[str, Any]:
+    """DeepSpeed's config of a stage."""
     zero: dict[str, Any] = {
         "stage": stage, "reduce_bucket_size": bucket_elements, "allgather_bucket_size": bucket_elements,
         "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True,
@@ -247,7 +252,7 @@ def _config(
     }
 
 
-def _prepare_deepspeed() -> None:
+def prepare_deepspeed() -> None:
     """Import DeepSpeed so that it works without a compiler and keeps quiet. Raises ConfigError where it is missing."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -27,18 +27,23 @@ def compute_loss(model: Any, batch: Batch, loss: Loss, *, all_positions: bool = 
 
 @dataclass(frozen=True)
 class Share:
-    """Rows that go through the model with others', under a loss and an adapter of the unembedding of their own."""
+    """Rows that go through the model with others', under a loss of their own."""
 
     batch: Batch
     loss: Loss
-    head_adapters: tuple[HeadAdapter, ...] = ()
 
 
-def compute_losses(model: Any, joined: Batch, shares: Sequence[Share]) -> list[LossOutput]:
-    """Run ``model`` once over ``joined``, the rows of all ``shares``, and return the output of each; logprobs of all positions."""
+def compute_losses(
+    model: Any, joined: Batch, shares: Sequence[Share], head_adapters: Sequence[HeadAdapter] = ()
+) -> list[LossOutput]:
+    """Run ``model`` once over ``joined``, the rows of all ``shares``, and return the output of each; logprobs of all positions.
+
+    Args:
+        head_adapters: on the unembedding, beside what the model itself has there; their gates have a row for each position.
+    """
     logprobs = target_logprobs(
         model, joined, all_positions=True, is_weighted_sum=all(_is_weighted_sum(share.loss) for share in shares),
-        adapters_of_rows=[(len(share.batch.input_ids), share.head_adapters) for share in shares],
+        head_adapters=head_adapters,
     )  # fmt: skip
     outputs, first = [], 0
     for share in shares:

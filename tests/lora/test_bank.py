@@ -16,7 +16,7 @@ from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.lora.state import adapter_state, load_adapter_state
 from lorakit.loss import LOSSES
-from lorakit.loss.head import HeadAdapter
+from lorakit.loss.head import as_head_adapters
 from lorakit.training.step import Share, compute_loss, compute_losses
 from lorakit.types import Batch, LossOutput
 
@@ -38,13 +38,9 @@ def run_mixed(model: Any, bank: AdapterBank, adapters: list[Adapter | None], bat
     joined = join(batches, 0)
     rows = [number for number, batch in enumerate(batches) for _ in range(len(batch.input_ids))]
     owners = torch.tensor(rows).repeat_interleave(joined.input_ids.shape[1])
-    heads = [bank.on_head(adapter) for adapter in adapters]
-    shares = [
-        Share(batch, CROSS_ENTROPY, () if head is None else (HeadAdapter(*head),))
-        for batch, head in zip(batches, heads, strict=True)
-    ]
-    with bank.active(Mix(adapters, owners)):
-        outputs = compute_losses(model, joined, shares)
+    shares, mix = [Share(batch, CROSS_ENTROPY) for batch in batches], Mix(adapters, owners)
+    with bank.active(mix):
+        outputs = compute_losses(model, joined, shares, as_head_adapters(bank.on_head(mix, torch.float32)))
         torch.stack([output.loss_sum for output in outputs]).sum().backward()
     return outputs
 

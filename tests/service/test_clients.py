@@ -136,7 +136,7 @@ def test_adapters_of_several_clients_go_through_the_base_together(service: lorak
     clients = [service.create_lora_training_client("tiny", rank=rank, seed=rank) for rank in ranks]
     alone = [service.create_lora_training_client("tiny", rank=rank, seed=rank) for rank in ranks]
     data = make_data(types, clients[0].get_tokenizer())
-    runner = clients[0]._model.engine.runner
+    runner = clients[0]._model.engine.replica.runner
     for _ in range(2):
         futures = [one.forward_backward(data[n : n + 1], "cross_entropy") for n, one in enumerate(clients)]
         together = [future.result() for future in futures]
@@ -186,7 +186,7 @@ def test_many_datums_are_cut_into_passes_without_a_change(tmp_path: Path) -> Non
             client = service.create_lora_training_client("tiny", rank=4, seed=1)
             data = make_data(types, client.get_tokenizer(), PAIRS * 3)
             output = client.forward_backward(data, "cross_entropy").result()
-            found.append((output, trainee_of(client).gradient.clone(), client._model.engine.runner.num_passes))
+            found.append((output, trainee_of(client).gradient.clone(), client._model.engine.replica.runner.num_passes))
     (whole, gradient, one), (cut, cut_gradient, several) = found
     assert one == 1 and several > 3
     for ours, theirs in zip(cut.loss_fn_outputs, whole.loss_fn_outputs, strict=True):

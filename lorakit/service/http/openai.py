@@ -226,8 +226,8 @@ def _start(
             assert each is not None
             each(choices[row.number], row)
 
-        asked = {**job.asked, "each": tell if each else None}
-        found.append((choices, state.service.sample(job.weights, ModelInput.from_ints(prompt), job.params, job.n, **asked)))
+        tokens, each_token = ModelInput.from_ints(prompt), tell if each else None
+        found.append((choices, state.service.sample(job.weights, tokens, job.params, job.n, each=each_token, **job.asked)))
     return found
 
 
@@ -237,11 +237,9 @@ async def _events(
 ) -> AsyncIterator[str]:  # fmt: skip
     """Server-sent events, a piece of text each; whoever goes away ends the generation."""
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any, str | None]]()
-    requests: dict[int, Any] = {}
     num_generated = 0
 
     def on_token(choice: _Choice, row: Row) -> None:
-        requests[id(row.running.request)] = row.running.request
         tokens = row.tokens[:-1] if row.stop_reason == "stop" and row.tokens[-1] in row.running.ending.tokens else row.tokens
         text = choice.stream.add(tokens)
         if row.stop_reason:  # what was held back, up to the stop string
@@ -250,11 +248,12 @@ async def _events(
         loop.call_soon_threadsafe(queue.put_nowait, (text, choice, row.stop_reason or None))
 
     def on_done(future: Future[Any]) -> None:
-        if (error := future.exception()) is not None:
+        if not future.cancelled() and (error := future.exception()) is not None:
             loop.call_soon_threadsafe(queue.put_nowait, ("", error, None))
 
     left = len(job.prompts) * job.n
-    for _, future in _start(state, job, on_token):
+    futures = [future for _, future in _start(state, job, on_token)]
+    for future in futures:
         future.add_done_callback(on_done)
     try:
         while left:
@@ -272,8 +271,9 @@ async def _events(
             yield _event({**head, "choices": [], "usage": _usage(job, num_generated)})
         yield "data: [DONE]\n\n"
     finally:
-        for request in requests.values():
-            request.is_cancelled = True
+        for future in futures:
+            if not future.cancel():
+                job.weights.engine.cancel_sample(future)
 
 
 def _event(body: dict[str, Any]) -> str:
@@ -290,11 +290,11 @@ def _completion_logprobs(job: _Job, choice: _Choice, body: Completion, response:
     assert sample is not None
     tokens: list[int] = list(sample.tokens)
     logprobs: list[float | None] = list(sample.logprobs or ())
-    best: list[Any] = list(sample.topk_logprobs or [None] * len(tokens))
+    best: list[Any] = [*(sample.topk_logprobs or [None] * len(tokens))]
     if body.echo:
         tokens = [*choice.prompt, *tokens]
         logprobs = [*(response.prompt_logprobs or [None] * len(choice.prompt)), *logprobs]
-        best = [*[None] * len(choice.prompt), *best]
+        best[:0] = [None] * len(choice.prompt)
     texts = [job.tokenizer.decode([token]) for token in tokens]
     offsets = [0]
     for text in texts[:-1]:

@@ -119,7 +119,7 @@ def _sample(state: ServerState, user: str, body: Sample) -> Future[Any]:
     if body.num_samples > 100_000:
         raise DataError(f"num_samples={body.num_samples:,} is more than 100,000")
     last_n = body.prompt_logprobs_last_n
-    asked = {
+    asked: dict[str, Any] = {
         "num_best": body.topk_sample_logprobs, "scores_prompt": bool(body.prompt_logprobs),
         "num_best_of_prompt": body.topk_prompt_logprobs, "prompt_targets": targets, "num_alternatives": body.prompt_alt_tokens_k,
     }  # fmt: skip

@@ -1,0 +1,174 @@
+"""One base with its adapters in one process. Every process of a service has the same, and does the same to it, in the same order."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lorakit.errors import CheckpointError, ConfigError, DataError, LorakitError
+from lorakit.lora.bank import Adapter
+from lorakit.lora.spec import LoRASpec
+from lorakit.loss import LOSSES
+from lorakit.loss.preference import CustomLoss
+from lorakit.sampling.request import Request, Row
+from lorakit.sampling.sampler import Sampler
+from lorakit.service.base import Base
+from lorakit.service.custom import as_loss
+from lorakit.service.passes import PassRunner, Work
+from lorakit.service.trainee import Trainee
+from lorakit.strategy.world import World
+from lorakit.types import AdamParams, Datum, ForwardBackwardOutput
+
+
+@dataclass(frozen=True)
+class WorkOrder:
+    """A Work as it can be sent: the model by its id, the loss by its name."""
+
+    model_id: str
+    data: Sequence[Datum]
+    loss_fn: str
+    knobs: Mapping[str, float]
+    needs_gradient: bool = True
+    custom: tuple[CustomLoss, Sequence[Datum]] | None = None  # the caller's own function; in one process only
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.data))
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """A request as it can be sent. ``request`` has no adapter and calls nobody."""
+
+    number: int
+    snapshot_id: str | None
+    request: Request
+
+
+class Replica:
+    """What commands are executed on (`service/team.py`).
+
+    Args:
+        max_pass_tokens: positions of a forward pass, padding included.
+        max_sample_rows, max_cache_tokens: as `sampling/sampler.py:Sampler` has them.
+    """
+
+    def __init__(
+        self, base: Base, world: World, *, max_pass_tokens: int = 16_384, max_sample_rows: int = 256,
+        max_cache_tokens: int = 1 << 20,
+    ) -> None:  # fmt: skip
+        self.base, self.world = base, world
+        self.runner = PassRunner(base, max_tokens=max_pass_tokens, world=world)
+        self.sampler = Sampler(
+            base.model, base.tokenizer, bank=base.bank, max_rows=max_sample_rows, max_cache_tokens=max_cache_tokens,
+            run_pass=base.run_pass,
+        )  # fmt: skip
+        self.trainees: dict[str, Trainee] = {}
+        self.snapshots: dict[str, Adapter] = {}
+        self.listeners: dict[int, Callable[[Row], None]] = {}  # who reads a sample along, by number of its order; here alone
+        self._requests: dict[int, Request] = {}
+        self._finished: list[tuple[int, Any]] = []
+
+    # ---- training
+
+    def make(self, model_id: str, spec: LoRASpec, start: int | torch.Tensor) -> None:
+        """Make an adapter: from a seed, or from its numbers. Raises ConfigError."""
+        layout = self.base.layout(spec)
+        vector = start if isinstance(start, torch.Tensor) else layout.draw(start)
+        self.trainees[model_id] = Trainee(
+            layout, vector, self.base.device, rank=self.world.rank, size=self.world.size, shards=self.base.shards_optimizer
+        )
+
+    def free(self, model_id: str) -> None:
+        """Forget an adapter and its optimiser."""
+        self.trainees.pop(model_id, None)
+
+    def load(
+        self, model_id: str, vector: torch.Tensor, optimizer_state: dict[str, torch.Tensor] | None, num_steps: int
+    ) -> None:
+        """Let an adapter be what was saved. Raises CheckpointError."""
+        self.trainee(model_id).load(vector, optimizer_state, num_steps)
+
+    def run(self, orders: Sequence[WorkOrder]) -> list[ForwardBackwardOutput | BaseException]:
+        """Return what each order came to."""
+        return self.runner.run([self._work(order) for order in orders])
+
+    def _work(self, order: WorkOrder) -> Work:
+        trainee, loss = self.trainee(order.model_id), LOSSES[order.loss_fn]
+        if order.custom is not None:
+            return Work(trainee, order.data, as_loss(*order.custom), is_whole=True)
+        bound = functools.partial(loss, **order.knobs) if order.knobs else loss
+        return Work(trainee, order.data, bound, dict(order.knobs), order.needs_gradient)
+
+    def step(self, model_id: str, params: AdamParams) -> dict[str, float]:
+        """Make an optimiser step. Raises TrainingError."""
+        return self.trainee(model_id).step(params)
+
+    def state(self, model_id: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return an adapter's numbers and its optimiser's state, whole."""
+        trainee = self.trainee(model_id)
+        return trainee.vector, trainee.optimizer_state()
+
+    def trainee(self, model_id: str) -> Trainee:
+        """Raises CheckpointError where there is none, because its making failed or it was freed."""
+        if model_id not in self.trainees:
+            raise CheckpointError(f"there is no model {model_id}: see what its creation said")
+        return self.trainees[model_id]
+
+    # ---- sampling
+
+    def snapshot(self, model_id: str, snapshot_id: str) -> None:
+        """Keep an adapter as it is now, to be sampled."""
+        self.snapshots[snapshot_id] = self.trainee(model_id).snapshot()
+
+    def put_snapshot(self, snapshot_id: str, spec: LoRASpec, vector: torch.Tensor) -> None:
+        """Keep a saved adapter, to be sampled."""
+        self.snapshots[snapshot_id] = Adapter(self.base.layout(spec), vector.to(self.base.device))
+
+    def drop_snapshot(self, snapshot_id: str) -> None:
+        """Forget one."""
+        self.snapshots.pop(snapshot_id, None)
+
+    def sample(self, orders: Sequence[SampleOrder], cancelled: Sequence[int]) -> list[tuple[int, Any]]:
+        """Let requests join, generate a token for each row, and return what was finished, by number of its order."""
+        for number in cancelled:
+            if (request := self._requests.pop(number, None)) is not None:
+                request.is_cancelled = True
+        for order in orders:
+            try:
+                self._admit(order)
+            except LorakitError as error:
+                self._finished.append((order.number, error))
+        if self.sampler.is_busy:
+            self.sampler.step()
+        finished, self._finished = self._finished, []
+        for number, _ in finished:
+            self._requests.pop(number, None)
+            self.listeners.pop(number, None)
+        return finished
+
+    def _admit(self, order: SampleOrder) -> None:
+        if self.base.sampling_problem:
+            raise ConfigError(f"{self.base.name} cannot be sampled here: {self.base.sampling_problem}")
+        if order.snapshot_id is not None and order.snapshot_id not in self.snapshots:
+            raise DataError("what was to be sampled is gone")
+        adapter = None if order.snapshot_id is None else self.snapshots[order.snapshot_id]
+        request = replace(
+            order.request, adapter=adapter, done=functools.partial(self._finish, order.number),
+            each=self.listeners.get(order.number),
+        )  # fmt: skip
+        self.sampler.add(request)
+        self._requests[order.number] = request
+
+    def _finish(self, number: int, outcome: Any) -> None:
+        self._finished.append((number, outcome))
+
+    def fail_samples(self, error: BaseException) -> list[tuple[int, Any]]:
+        """End everything that is being sampled, and return whose it was."""
+        self.sampler.fail_all(error)
+        finished, self._finished = self._finished, []
+        return finished
