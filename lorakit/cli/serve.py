@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.cli.guard import run_command
-from lorakit.errors import ConfigError, LorakitError
+from lorakit.errors import ConfigError, LorakitError, TrainingError
 
 KEY_FILE, ADDRESS_FILE = "api-key", "server.json"
 FIRST_USER = "owner"
@@ -143,7 +143,11 @@ def serve(state: Any, host: str, port: int) -> None:
         create_app(state), host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=75,
         timeout_graceful_shutdown=3,
     )  # fmt: skip
-    uvicorn.Server(config).run()
+    server, team = uvicorn.Server(config), state.service.team
+    team.on_problem.append(lambda error: setattr(server, "should_exit", True))  # another process is gone
+    server.run()
+    if team.problem is not None:
+        raise TrainingError(f"the server has ended: {team.problem}")
 
 
 if __name__ == "__main__":

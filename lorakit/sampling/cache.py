@@ -76,12 +76,13 @@ class KVCache:
         places_T = [place for length in lengths for place in range(length)]
         self._fill = (torch.tensor(row_T, device=device), torch.tensor(places_T, device=device))
 
-    def decode(self, lengths: Sequence[int], device: torch.device) -> None:
-        """What is computed next is one token for each of the first rows, which have ``lengths`` tokens so far."""
+    def decode(self, lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+        """What is computed next is one token for each of the first rows, which have ``lengths`` tokens so far: its places, (B,)."""
         self._fill, self._lengths = None, list(lengths)
         self._lengths_B = torch.tensor(lengths, device=device)
         self._rows_B = torch.arange(len(lengths), device=device)
         self._runs, self._masks = plan_runs(lengths, self.run_cost), {}
+        return self._lengths_B
 
     def permute(self, order: Sequence[int]) -> None:
         """Let row ``order[i]`` become row i."""

@@ -28,6 +28,7 @@ from lorakit.types import TensorData
 
 SORT_PAYS_AFTER = 8  # steps: rows mostly stay for longer
 RunPass = Callable[[Callable[[], tuple[torch.Tensor, Any]]], tuple[torch.Tensor, Any]]
+NO_MASK = torch.zeros((1, 1, 1, 1))  # transformers makes none where one of four dimensions is given; the cache has its own
 MAX_PREFILL_TOKENS = 8192  # of prompts at a time; a longer one comes alone
 
 
@@ -212,9 +213,9 @@ class Sampler:
         rows = self._rows
         picker, mix = self._settled = self._settled or self._settle(rows)
         lengths = [row.length for row in rows]
-        self.cache.decode(lengths, device)
+        positions = self.cache.decode(lengths, device)[:, None]
         tokens = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
-        hidden_BH, head = self._run(tokens, torch.tensor(lengths, device=device)[:, None], [(0, 0, 1)], mix)
+        hidden_BH, head = self._run(tokens, positions, None, mix)
         for row in rows:
             row.length += 1
         self._pick(rows, picker, self._logits(hidden_BH, head, mix), 0)
@@ -263,16 +264,15 @@ class Sampler:
     # ---- the model
 
     def _run(
-        self, tokens: torch.Tensor, positions: torch.Tensor, spans: list[tuple[int, int, int]], mix: Mix | None
+        self, tokens: torch.Tensor, positions: torch.Tensor, spans: list[tuple[int, int, int]] | None, mix: Mix | None
     ) -> tuple[torch.Tensor, Head]:
-        """Return what the unembedding is given, flattened to (T, H), and the unembedding."""
+        """Return what the unembedding is given, flattened to (T, H), and the unembedding. ``spans`` None: a token for each row."""
         active = self.bank.active(mix) if self.bank is not None and mix is not None else contextlib.nullcontext()
         self.num_forwards += 1
 
         def compute() -> tuple[torch.Tensor, Head]:
-            hidden, head = hidden_states(
-                self.model, lambda: self.model(input_ids=tokens, position_ids=positions, use_cache=False)
-            )
+            given = {"input_ids": tokens, "position_ids": positions, "attention_mask": None if spans else NO_MASK}
+            hidden, head = hidden_states(self.model, lambda: self.model(**given, use_cache=False))
             if hidden is None or head is None:
                 raise ConfigError(
                     f"{type(self.model).__name__} cannot be sampled in rows: its unembedding is not a linear layer"

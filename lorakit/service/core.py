@@ -392,5 +392,14 @@ class Service:
         self.store.run(run_id, owner)
         if (found := self.store.find_checkpoint(run_id, kind, name)) is None:
             raise CheckpointError(f"there is no checkpoint {path}")
-        self.store.forget_checkpoint(found)
-        shutil.rmtree(self.store.checkpoint_folder(run_id, kind, name), ignore_errors=True)
+        self._remove(found)
+
+    def delete_expired(self) -> None:
+        """Remove checkpoints whose time is over."""
+        for checkpoint in self.store.expired():
+            self._remove(checkpoint)
+
+    def _remove(self, checkpoint: Checkpoint) -> None:
+        self.store.forget_checkpoint(checkpoint)
+        folder = self.store.checkpoint_folder(checkpoint.run_id, checkpoint.kind, checkpoint.name)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -190,6 +190,11 @@ class Store:
             wanted = sa.select(Checkpoint).where(Checkpoint.run_id.in_(run_ids))
             return list(session.scalars(wanted.order_by(Checkpoint.created.desc())))
 
+    def expired(self) -> list[Checkpoint]:
+        """Return the checkpoints whose time is over."""
+        with self.session() as session:
+            return list(session.scalars(sa.select(Checkpoint).where(Checkpoint.expires < now())))
+
     def forget_checkpoint(self, checkpoint: Checkpoint) -> None:
         with self.session() as session:
             session.execute(sa.delete(Checkpoint).where(

@@ -290,7 +290,8 @@ def _completion_logprobs(job: _Job, choice: _Choice, body: Completion, response:
     assert sample is not None
     tokens: list[int] = list(sample.tokens)
     logprobs: list[float | None] = list(sample.logprobs or ())
-    best: list[Any] = [*(sample.topk_logprobs or [None] * len(tokens))]
+    best: list[Any] = [None] * len(tokens)
+    best[: len(sample.topk_logprobs or ())] = sample.topk_logprobs or ()
     if body.echo:
         tokens = [*choice.prompt, *tokens]
         logprobs = [*(response.prompt_logprobs or [None] * len(choice.prompt)), *logprobs]

@@ -118,7 +118,7 @@ class Promises:
                 promise.waiters.discard(waiter)
         return promise.answer
 
-    def forget(self, *, delivered_before: float) -> None:
+    def forget(self) -> None:
         """Drop from memory what was finished, and from the database what is older than a day."""
         for request_id in [i for i, promise in self._promises.items() if promise.answer is not None and not promise.waiters]:
             del self._promises[request_id]

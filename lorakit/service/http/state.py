@@ -118,7 +118,8 @@ class ServerState:
             limit = time.monotonic() - self.session_timeout_seconds
             for session in [session for session in self.sessions.values() if session.last_seen < limit]:
                 self.end_session(session)
-            self.promises.forget(delivered_before=limit)
+            self.promises.forget()
+            await asyncio.to_thread(self.service.delete_expired)
 
     # ---- models and samplers
 
