@@ -106,7 +106,7 @@ class Engine:
     def sample(
         self, snapshot_id: str | None, make: Callable[[], Request], each: Callable[[Row], None] | None = None
     ) -> Future[Any]:
-        """Let a request join those that are being sampled.
+        """Let a request join those that are being sampled. Cancelling the future ends it, whenever that is.
 
         Args:
             make: makes the request; called by the engine, so that its errors arrive in the future.
@@ -208,7 +208,7 @@ class Engine:
             asked, self._asked = list(self._asked), collections.deque()
         orders = []
         for one in asked:
-            if not one.future.set_running_or_notify_cancel():
+            if one.future.cancelled():
                 continue
             try:
                 orders.append(one.make())
@@ -219,13 +219,6 @@ class Engine:
             if one.each is not None:
                 self.replica.listeners[one.number] = one.each
         return orders
-
-    def cancel_sample(self, future: Future[Any]) -> None:
-        """End the generation that ``future`` waits for, if it has begun; nobody will be told."""
-        for number, waiting in list(self._sampling.items()):
-            if waiting is future:
-                self._cancelled.append(number)
-                self._sampling.pop(number, None)
 
     def _next(self) -> list[_Task] | None:
         """Wait for calls and return those to run now: one, or several Works; none where there is only sampling. None: it is over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,19 @@ def test_a_request_that_is_too_large_fails_in_its_turn(api: httpx.Client, tmp_pa
             assert "metrics" in http.post("/retrieve_future", json=after.json()).json()
     finally:
         small.stop()
+
+
+def test_a_sample_that_is_cancelled_ends(api: httpx.Client) -> None:
+    ask: dict[str, Any] = {"prompt": {"chunks": [{"tokens": [5, 6, 7]}]}, "base_model": "tiny", "num_samples": 64}
+    ask["sampling_params"] = {"max_tokens": 1000, "temperature": 2.0, "stop": []}
+    asked = api.post("/asample", json=ask).json()
+    assert api.post("/cancel_future", json={"request_id": asked["request_id"]}).json() == {"cancelled": [asked["request_id"]]}
+    assert api.post("/retrieve_future", json={"request_id": asked["request_id"]}).json()["error"] == "it was cancelled"
+    began = time.monotonic()
+    ask["sampling_params"] = {"max_tokens": 2}
+    short = api.post("/asample", json={**ask, "num_samples": 1}).json()
+    assert api.post("/retrieve_future", json={"request_id": short["request_id"]}).json()["sequences"]
+    assert time.monotonic() - began < 10
 
 
 def test_the_json_of_older_sdks_is_taken_and_answered(api: httpx.Client, model_id: str) -> None:

@@ -105,7 +105,7 @@ async def retrieve_future(body: RetrieveFuture, request: Request, state: State, 
 
 @router.post("/cancel_future")
 async def cancel_future(body: CancelFuture, state: State, user: User) -> dict[str, Any]:
-    """Give up requests that have not begun."""
+    """Give up samples, and other requests that have not begun."""
     wanted = [*body.request_ids, *([body.request_id] if body.request_id else [])]
     promises = [state.promises.find(request_id, user) for request_id in wanted]
     cancelled = [p.request_id for p in promises if p is not None and p.future is not None and p.future.cancel()]

@@ -272,8 +272,7 @@ async def _events(
         yield "data: [DONE]\n\n"
     finally:
         for future in futures:
-            if not future.cancel():
-                job.weights.engine.cancel_sample(future)
+            future.cancel()
 
 
 def _event(body: dict[str, Any]) -> str:

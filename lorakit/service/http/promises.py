@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,6 +169,8 @@ def _tell(answers: list[tuple[Promise, Answer]]) -> None:
 def _answer(encode: Encode, future: Future[Any]) -> Answer:
     try:
         return Answer(*encode(future.result()))
+    except CancelledError:
+        return Answer(*encode_json({"error": "it was cancelled", "category": "user"}))
     except BaseException as error:
         is_users = isinstance(error, LorakitError) and not isinstance(error, TrainingError)
         if not isinstance(error, LorakitError):

@@ -158,11 +158,11 @@ EPHEMERAL = "memory"  # in the place of a sampler's path
 
 
 def chained(first: Future[Any], then: Callable[[Any], Future[Any]]) -> Future[Any]:
-    """Return the future of what ``then`` returns for the result of ``first``; errors of either are its own."""
+    """Return the future of what ``then`` returns for the result of ``first``, errors of either included; cancelling it cancels both."""
     found: Future[Any] = Future()
 
     def on_second(done: Future[Any]) -> None:
-        if not found.set_running_or_notify_cancel():
+        if done.cancelled() or not found.set_running_or_notify_cancel():
             return
         if (error := done.exception()) is not None:
             found.set_exception(error)
@@ -171,7 +171,9 @@ def chained(first: Future[Any], then: Callable[[Any], Future[Any]]) -> Future[An
 
     def on_first(done: Future[Any]) -> None:
         try:
-            then(done.result()).add_done_callback(on_second)
+            second = then(done.result())
+            found.add_done_callback(lambda done: second.cancel() if done.cancelled() else None)
+            second.add_done_callback(on_second)
         except BaseException as error:
             if found.set_running_or_notify_cancel():
                 found.set_exception(error)
