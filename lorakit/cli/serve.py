@@ -73,6 +73,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-pass-tokens", type=int, default=16_384, help="positions of a forward pass (default: %(default)s)"
     )
+    parser.add_argument(
+        "--batch-invariant", action="store_true", help="sampled and scored log-probabilities equal to the bit; slow"
+    )
     parser.add_argument("--max-body-mb", type=int, default=256, help="largest request (default: %(default)s)")
     parser.add_argument(
         "--session-timeout",
@@ -102,6 +105,7 @@ def build_state(options: argparse.Namespace, models: dict[str, str], folder: Pat
     from lorakit.service.http.state import ServerState
 
     load = functools.partial(Base.load, accelerator=options.accelerator, precision=options.precision, strategy=options.strategy)
+    replica_options = {"max_pass_tokens": options.max_pass_tokens, "batch_invariant": options.batch_invariant}
     lora = {"alpha": options.lora_alpha, "expert_layout": options.expert_layout}
     service = Service(
         folder,
@@ -109,7 +113,7 @@ def build_state(options: argparse.Namespace, models: dict[str, str], folder: Pat
         any_model=False,
         load=load,
         lora=lora,
-        replica_options={"max_pass_tokens": options.max_pass_tokens},
+        replica_options=replica_options,
     )
     console = Console(stderr=True)
     for name in models:

@@ -14,9 +14,10 @@ from torch import nn
 
 from lorakit.errors import ConfigError
 from lorakit.loss.head import Head, HeadAdapter, head_logprobs
+from lorakit.loss.vocabulary import VocabularyLoss, vocabulary_loss
 from lorakit.model.attention import packed_documents
 from lorakit.model.partition import is_partitioned
-from lorakit.types import Batch
+from lorakit.types import Batch, LossOutput
 
 log = logging.getLogger("lorakit")
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # unembedding -> whether Head describes it
@@ -57,6 +58,21 @@ def target_logprobs(
         logprobs_NK = logits_NV.log_softmax(dim=-1).gather(1, targets_NK)
     logprobs = logprobs_NK.new_zeros((num_positions, targets_NK.shape[1]))
     return logprobs.index_copy(0, places_N, logprobs_NK).view(batch.targets.shape)
+
+
+def whole_distributions(
+    model: Any, batch: Batch, function: VocabularyLoss, head_adapters: Sequence[HeadAdapter] = ()
+) -> LossOutput:
+    """Run ``model`` and return the loss of ``function``, which is given the log-probabilities of the whole vocabulary in chunks.
+
+    Raises:
+        ConfigError: the model's unembedding is none that ``Head`` describes.
+    """
+    hidden_BLH, head = hidden_states(model, lambda: _run(model, batch))
+    if hidden_BLH is None or head is None:
+        raise ConfigError(f"{type(model).__name__} has no unembedding whose distributions could be given out in chunks")
+    head = replace(head, adapters=(*head.adapters, *head_adapters))
+    return vocabulary_loss(hidden_BLH, head, batch.spans, batch.targets, function)
 
 
 def hidden_states(model: Any, run: Callable[[], Any]) -> tuple[torch.Tensor | None, Head | None]:

@@ -48,14 +48,17 @@ class Sampler:
         max_rows: samples at work at a time.
         max_cache_tokens: tokens whose keys and values are held at most; what would need more waits.
         run_pass: runs what computes (a tensor, anything), where the model wants something around each pass.
+        batch_invariant: compute each token of each sequence by itself, those of prompts too. A product in another shape rounds
+            otherwise; so a log-probability is the same to the bit, whether its token was sampled or is scored, in any company. Slow.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, *, bank: AdapterBank | None = None, max_rows: int = 256, max_cache_tokens: int = 1 << 20,
-        run_pass: RunPass = lambda compute: compute(),
+        run_pass: RunPass = lambda compute: compute(), batch_invariant: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.bank, self.run_pass = model, tokenizer, bank, run_pass
-        self.max_rows, self.max_cache_tokens = max_rows, max_cache_tokens
+        self.max_rows, self.max_cache_tokens = 1 if batch_invariant else max_rows, max_cache_tokens
+        self.batch_invariant = batch_invariant
         self.cache = KVCache()
         self.num_forwards = self.num_generated = 0
         self._waiting: collections.deque[_Joining] = collections.deque()
@@ -97,7 +100,10 @@ class Sampler:
         """Let requests join where there is room, then generate one token for each row."""
         self._drop_cancelled()
         while joining := self._next_to_join():
-            self._prefill(joining)
+            if self.batch_invariant:
+                self._prefill_by_token(joining)
+            else:
+                self._prefill(joining)
         if self._rows:
             self._decode()
         if not self.is_busy:
@@ -112,6 +118,8 @@ class Sampler:
 
     def _next_to_join(self) -> list[_Joining]:
         joining: list[_Joining] = []
+        if self.batch_invariant and self._rows:  # it has the only row
+            return joining
         num_rows, num_tokens, room = len(self._rows), 0, self.cache.room
         while self._waiting:
             first = self._waiting[0]
@@ -165,6 +173,22 @@ class Sampler:
             picker, mix = self._settle(rows)
             self._pick(rows, picker, self._logits(hidden_TH[last], head, mix), first)
 
+    def _prefill_by_token(self, joining: Sequence[_Joining]) -> None:
+        """Compute prompts as samples are generated."""
+        for entry in joining:
+            request, hidden = entry.running.request, []
+            self.cache.reserve(1, len(request.prompt) + entry.running.max_tokens)
+            mix = self._mix_of([request.adapter], [1])
+            for place, token in enumerate(request.prompt):
+                positions = self.cache.decode([place], self.model.device)[:, None]
+                found, head = self._run(torch.tensor([[token]], device=self.model.device), positions, None, mix)
+                hidden.append(found)
+            self._score_prompt(entry, torch.cat(hidden), head, (0, 0, len(hidden)))
+            if entry.numbers:
+                self._rows = [Row.of(entry.running, entry.numbers[0])]
+                self._settled = None
+                self._pick(self._rows, self._settle(self._rows)[0], self._logits(hidden[-1], head, mix), 0)
+
     def _score_prompt(self, entry: _Joining, hidden_TH: torch.Tensor, head: Head, span: tuple[int, int, int]) -> None:
         """Keep what is asked about the prompt itself, at temperature 1."""
         running, request, (_, start, end) = entry.running, entry.running.request, span
@@ -173,7 +197,8 @@ class Sampler:
             head = self._head(head, self._mix_of([request.adapter], [end - 1 - start]))
             if request.scores_prompt:
                 targets = torch.tensor(tokens[1:], device=hidden.device)[:, None]
-                running.prompt_logprobs = [None, *head_logprobs(hidden, head, targets)[:, 0].tolist()]
+                score = _score_by_token if self.batch_invariant else head_logprobs
+                running.prompt_logprobs = [None, *score(hidden, head, targets)[:, 0].tolist()]
             if request.num_best_of_prompt:
                 num_best = min(request.num_best_of_prompt, self._vocab_size)
                 values, best = best_logprobs(hidden, head, num_best)
@@ -302,6 +327,12 @@ class Sampler:
 
     def _logits(self, hidden_BH: torch.Tensor, head: Head, mix: Mix | None) -> torch.Tensor:
         return all_logits(hidden_BH, self._head(head, mix))
+
+
+def _score_by_token(hidden_NH: torch.Tensor, head: Head, targets_N1: torch.Tensor) -> torch.Tensor:
+    """As sampled tokens are scored: the logits of one at a time, (N, 1)."""
+    rows = [all_logits(hidden_NH[n : n + 1], head).log_softmax(dim=-1) for n in range(len(hidden_NH))]
+    return torch.cat(rows).gather(1, targets_N1) if rows else hidden_NH.new_zeros((0, 1))
 
 
 def _key_of(running: Running) -> tuple[int, tuple[int, ...]]:

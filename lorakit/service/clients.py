@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from lorakit.errors import ConfigError
-from lorakit.loss.preference import CustomLoss
 from lorakit.service.base import Base
 from lorakit.service.core import LOCAL_OWNER, Model, Service, Weights
 from lorakit.service.futures import APIFuture
@@ -56,6 +55,7 @@ class ServiceClient(_AsFuture):
         precision: auto (float32 on a CPU, 16 bit on a GPU), 32-true, bf16-mixed or 16-mixed.
         lora_alpha, expert_layout: of the adapters, as ``lora.alpha`` and ``lora.expert_layout``.
         max_pass_tokens: positions of a forward pass, padding included.
+        batch_invariant: log-probabilities of sampled tokens and those that ``compute_logprobs`` finds are equal to the bit; slow.
         strategy: of several processes (`torchrun program.py`): auto, ddp, zero1, zero2, zero3 or zero3_offload. The first runs the
             program; the others do here what it asks for, and end with it.
     """
@@ -64,11 +64,13 @@ class ServiceClient(_AsFuture):
         self, user_metadata: Mapping[str, str] | None = None, project_id: str | None = None, *, folder: str | Path = "runs/service",
         models: Mapping[str, str] | None = None, accelerator: str = "auto", precision: str = "auto", lora_alpha: float = 32.0,
         expert_layout: str = "per_expert", max_pass_tokens: int = 16_384, strategy: str = "auto",
+        batch_invariant: bool = False,
     ) -> None:  # fmt: skip
         self._service = Service(
             folder, models=models or {}, accelerator=accelerator,
             load=lambda path: Base.load(path, accelerator=accelerator, precision=precision, strategy=strategy),
-            lora={"alpha": lora_alpha, "expert_layout": expert_layout}, replica_options={"max_pass_tokens": max_pass_tokens},
+            lora={"alpha": lora_alpha, "expert_layout": expert_layout},
+            replica_options={"max_pass_tokens": max_pass_tokens, "batch_invariant": batch_invariant},
         )  # fmt: skip
         self._session, self._num_models = secrets.token_hex(6), 0
         self.user_metadata = dict(user_metadata or {})
@@ -191,11 +193,19 @@ class TrainingClient(_AsFuture):
         return APIFuture(self._service.forward_backward(self._model, list(data), loss_fn, loss_fn_config))
 
     def forward_backward_custom(
-        self, data: Sequence[Datum], loss_fn: CustomLoss, *, loss_type_input: str | None = None
+        self, data: Sequence[Datum], loss_fn: Any, *, loss_type_input: str | None = None
     ) -> APIFuture[ForwardBackwardOutput]:
-        """The same for ``loss_fn(data, logprobs)``, which returns (scalar tensor, metrics); it runs in another thread."""
+        """The same for a loss of your own, which runs in another thread.
+
+        Args:
+            loss_fn: ``loss_fn(data, logprobs)`` returns (scalar tensor, metrics); ``logprobs`` has a tensor for each Datum. With
+                ``loss_type_input="vocabulary"`` it is ``loss_fn(number, first, logprobs)``, called for chunks of each Datum with the
+                log-probabilities of the whole vocabulary, (positions, V) from position ``first``, and returns a scalar to be summed.
+        """
+        if loss_type_input == "vocabulary":
+            return APIFuture(self._service.forward_backward_vocabulary(self._model, list(data), loss_fn))
         if loss_type_input not in (None, "logprobs"):
-            raise ConfigError(f"loss_type_input={loss_type_input!r} is unknown; it is given logprobs")
+            raise ConfigError(f"loss_type_input={loss_type_input!r} is unknown; choose logprobs or vocabulary")
         return APIFuture(self._service.forward_backward_custom(self._model, list(data), loss_fn))
 
     def optim_step(

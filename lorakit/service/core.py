@@ -20,6 +20,7 @@ from lorakit.lora.spec import LoRASpec
 from lorakit.loss import LOSSES
 from lorakit.loss.inputs import check_knobs, prepare
 from lorakit.loss.preference import CustomLoss
+from lorakit.loss.vocabulary import VocabularyLoss
 from lorakit.sampling.request import Request, Row
 from lorakit.service.base import Base
 from lorakit.service.custom import pull_back, with_unit_weights
@@ -218,14 +219,10 @@ class Service:
 
         What fits one pass goes through the base once; else log-probabilities come first, then the gradient with respect to them.
         """
-        engine, cross_entropy = model.engine, LOSSES["cross_entropy"]
-        base = engine.base
+        engine = model.engine
 
         def ready() -> list[Datum]:
-            if missing := [str(n) for n, datum in enumerate(data) if "target_tokens" not in datum.loss_fn_inputs]:
-                raise DataError(f"data[{', '.join(missing[:20])}].loss_fn_inputs['target_tokens'] is missing")
-            bare = [with_unit_weights(datum) for datum in data]
-            return prepare(bare, "a custom loss", cross_entropy, vocab_size=base.vocab_size, max_tokens=base.max_tokens)
+            return self._bare(model, data)
 
         def in_two() -> ForwardBackwardOutput:
             (found,) = engine.do("run", [WorkOrder(model.id, ready(), "cross_entropy", {}, needs_gradient=False)])
@@ -247,6 +244,24 @@ class Service:
             return WorkOrder(model.id, ready(), "cross_entropy", {}, custom=(loss, data))
 
         return engine.submit_work(model.id, name, order)
+
+    def forward_backward_vocabulary(self, model: Model, data: Sequence[Datum], function: VocabularyLoss) -> Future[Any]:
+        """The same for a function of whole distributions, which is given them in chunks. Raises ConfigError on several processes."""
+        if self.team.size > 1:
+            raise ConfigError("a loss of the vocabulary runs in one process")
+
+        def order() -> WorkOrder:
+            model.made()
+            return WorkOrder(model.id, self._bare(model, data), "cross_entropy", {}, vocabulary=function)
+
+        return model.engine.submit_work(model.id, "forward_backward_custom", order)
+
+    def _bare(self, model: Model, data: Sequence[Datum]) -> list[Datum]:
+        """What a caller's own loss needs of ``data``: it reads the rest itself. Raises DataError."""
+        if missing := [str(n) for n, datum in enumerate(data) if "target_tokens" not in datum.loss_fn_inputs]:
+            raise DataError(f"data[{', '.join(missing[:20])}].loss_fn_inputs['target_tokens'] is missing")
+        bare, base = [with_unit_weights(datum) for datum in data], model.engine.base
+        return prepare(bare, "a custom loss", LOSSES["cross_entropy"], vocab_size=base.vocab_size, max_tokens=base.max_tokens)
 
     def optim_step(self, model: Model, params: AdamParams) -> Future[Any]:
         """Make one step of AdamW with the accumulated gradient; the future gives its figures."""

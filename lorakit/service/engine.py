@@ -286,7 +286,7 @@ class Engine:
             last = groups[-1] if groups else []
             models = {t.model_id for t in (*last, task)}
             ranks = [self.replica.trainees[m].layout.spec.rank for m in models if m in self.replica.trainees]
-            is_alone = any(t.order is not None and t.order.custom is not None for t in (*last, task))
+            is_alone = any(t.order is not None and t.order.is_alone for t in (*last, task))
             if not last or is_alone or sum(ranks) > MAX_RANK_TOGETHER:
                 groups.append([])
             groups[-1].append(task)

@@ -19,6 +19,8 @@ from lorakit.data.packing import assign_batches
 from lorakit.lora.bank import Mix
 from lorakit.loss import LOSSES, Loss
 from lorakit.loss.head import as_head_adapters
+from lorakit.loss.logprobs import whole_distributions
+from lorakit.loss.vocabulary import VocabularyLoss
 from lorakit.service.base import Base
 from lorakit.service.trainee import Trainee
 from lorakit.strategy.world import World, gather
@@ -39,6 +41,7 @@ class Work:
     knobs: dict[str, float] = field(default_factory=dict)
     needs_gradient: bool = True
     is_whole: bool = False  # all of its data must be in one pass, by itself
+    vocabulary: VocabularyLoss | None = None  # in the place of ``loss``; each pass is of this Work alone
 
     @property
     def num_tokens(self) -> int:
@@ -140,6 +143,10 @@ class PassRunner:
 
         def compute() -> tuple[torch.Tensor, Any]:
             on_head = as_head_adapters(base.bank.on_head(mix, base.model.dtype))
+            if (function := works[0].vocabulary) is not None:
+                numbers = by_work[0]  # of the Datums in this pass
+                found = whole_distributions(base.model, joined, lambda n, *rest: function(numbers[n], *rest), on_head)
+                return found.loss_sum, [found]
             outputs = compute_losses(base.model, joined, shares, on_head)
             wanted = [works[w].needs_gradient for w in by_work] or [needs_gradient]
             losses = [output.loss_sum for output, wants in zip(outputs, wanted, strict=True) if wants]

@@ -14,6 +14,7 @@ from lorakit.lora.bank import Adapter
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss import LOSSES
 from lorakit.loss.preference import CustomLoss
+from lorakit.loss.vocabulary import VocabularyLoss
 from lorakit.sampling.request import Request, Row
 from lorakit.sampling.sampler import Sampler
 from lorakit.service.base import Base
@@ -34,6 +35,12 @@ class WorkOrder:
     knobs: Mapping[str, float]
     needs_gradient: bool = True
     custom: tuple[CustomLoss, Sequence[Datum]] | None = None  # the caller's own function; in one process only
+    vocabulary: VocabularyLoss | None = None  # the same, of whole distributions
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nothing else goes through the base with it."""
+        return self.custom is not None or self.vocabulary is not None
 
     @property
     def num_tokens(self) -> int:
@@ -54,18 +61,18 @@ class Replica:
 
     Args:
         max_pass_tokens: positions of a forward pass, padding included.
-        max_sample_rows, max_cache_tokens: as `sampling/sampler.py:Sampler` has them.
+        max_sample_rows, max_cache_tokens, batch_invariant: as `sampling/sampler.py:Sampler` has them.
     """
 
     def __init__(
         self, base: Base, world: World, *, max_pass_tokens: int = 16_384, max_sample_rows: int = 256,
-        max_cache_tokens: int = 1 << 20,
+        max_cache_tokens: int = 1 << 20, batch_invariant: bool = False,
     ) -> None:  # fmt: skip
         self.base, self.world = base, world
         self.runner = PassRunner(base, max_tokens=max_pass_tokens, world=world)
         self.sampler = Sampler(
             base.model, base.tokenizer, bank=base.bank, max_rows=max_sample_rows, max_cache_tokens=max_cache_tokens,
-            run_pass=base.run_pass,
+            run_pass=base.run_pass, batch_invariant=batch_invariant,
         )  # fmt: skip
         self.trainees: dict[str, Trainee] = {}
         self.snapshots: dict[str, Adapter] = {}
@@ -101,6 +108,8 @@ class Replica:
         trainee, loss = self.trainee(order.model_id), LOSSES[order.loss_fn]
         if order.custom is not None:
             return Work(trainee, order.data, as_loss(*order.custom), is_whole=True)
+        if order.vocabulary is not None:
+            return Work(trainee, order.data, loss, vocabulary=order.vocabulary)
         bound = functools.partial(loss, **order.knobs) if order.knobs else loss
         return Work(trainee, order.data, bound, dict(order.knobs), order.needs_gradient)
 

@@ -106,6 +106,31 @@ def test_of_a_thousand_requests_in_random_company_at_most_one_differs(tiny: tupl
     assert len(differing) <= 1
 
 
+def test_batch_invariant_logprobs_are_the_same_to_the_bit_sampled_and_scored() -> None:
+    base = make_model("qwen3_moe")
+    base.generation_config.eos_token_id = None
+    bank, layout = AdapterBank(base), plan_layout(base, LoRASpec(rank=4, unembedding=True))
+    assert attend_by_document(base) is None
+    adapter = Adapter(layout, torch.randn(layout.num_params, generator=torch.Generator().manual_seed(0)) * 0.05)
+    prompts = prompts_of(6)
+    sampler = Sampler(base, Text(), bank=bank, batch_invariant=True)
+    asked = [Request(p, replace(OPEN, seed=n), adapter=adapter, num_samples=2) for n, p in enumerate(prompts)]
+    answers = run(sampler, asked, at_a_time=2)
+    scoring = [
+        Request(prompt + sample.tokens, replace(OPEN, max_tokens=0), adapter=adapter, scores_prompt=True)
+        for prompt, answer in zip(prompts, answers, strict=True)
+        for sample in answer.sequences
+    ]
+    scored_again = run(Sampler(base, Text(), bank=bank, batch_invariant=True), scoring[::-1])[::-1]
+    sampled = [(prompt, sample) for prompt, answer in zip(prompts, answers, strict=True) for sample in answer.sequences]
+    for (prompt, sample), answer in zip(sampled, scored_again, strict=True):
+        assert answer.prompt_logprobs is not None and answer.prompt_logprobs[len(prompt) :] == sample.logprobs
+    plain = run(Sampler(base, Text(), bank=bank), asked)
+    assert [[one.tokens for one in answer.sequences] for answer in plain] == [
+        [one.tokens for one in answer.sequences] for answer in answers
+    ]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
 def test_logprobs_are_those_of_the_distribution_that_temperature_makes(model: Any, temperature: float) -> None:
     prompts = prompts_of(5)

@@ -318,6 +318,41 @@ def test_a_custom_loss_has_the_gradient_of_the_same_loss_built_in(tmp_path: Path
             assert torch.allclose(trainee_of(custom).gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
 
 
+@pytest.mark.parametrize("max_pass_tokens", [16_384, 100])
+def test_a_loss_of_whole_distributions_has_the_gradient_of_soft_targets(tmp_path: Path, max_pass_tokens: int) -> None:
+    """Minus half the log-probability of each token of the vocabulary's first hundred: soft targets can say that too."""
+    with lorakit.ServiceClient(folder=tmp_path, accelerator="cpu", max_pass_tokens=max_pass_tokens) as service:
+        custom, plain = (service.create_lora_training_client("tiny", rank=4, seed=1) for _ in range(2))
+        data = make_data(types, custom.get_tokenizer())
+        seen: list[tuple[int, int, torch.Size]] = []
+
+        def loss(number: int, first: int, logprobs: torch.Tensor) -> torch.Tensor:
+            seen.append((number, first, logprobs.shape))
+            return -0.5 * (number + 1) * logprobs[:, :100].sum()
+
+        ours = custom.forward_backward_custom(data, loss, loss_type_input="vocabulary").result()
+        soft = [
+            types.Datum(
+                datum.model_input,
+                {
+                    "target_tokens": np.tile(np.arange(100), (len(datum), 1)),
+                    "weights": np.full((len(datum), 100), 0.5 * (number + 1)),
+                },
+            )
+            for number, datum in enumerate(data)
+        ]
+        theirs = plain.forward_backward(soft, "cross_entropy").result()
+        assert ours.metrics["loss:sum"] == pytest.approx(theirs.metrics["loss:sum"], rel=1e-5)
+        gradient = trainee_of(plain).gradient
+        assert torch.allclose(trainee_of(custom).gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
+        assert sorted(seen) == [(n, 0, torch.Size([len(datum), 288])) for n, datum in enumerate(data)]
+        expected = plain.forward(data, "cross_entropy").result()
+        for output, other in zip(ours.loss_fn_outputs, expected.loss_fn_outputs, strict=True):
+            assert np.allclose(output["logprobs"], other["logprobs"], atol=1e-5)
+        with pytest.raises(DataError, match="scalar tensor"):
+            custom.forward_backward_custom(data, lambda n, first, lp: 1.0, loss_type_input="vocabulary").result()
+
+
 def test_dpo_prefers_what_was_chosen(client: lorakit.TrainingClient) -> None:
     tokenizer = client.get_tokenizer()
     pairs = [("cat", "at-cay"), ("cat", "xt-cxy"), ("dog", "og-day"), ("dog", "xg-dxy")]

@@ -29,12 +29,12 @@ class WeightsInfo(BaseModel):
 
 
 class Ttl(BaseModel):
-    ttl_seconds: int | None = Field(None, ge=0)
+    ttl_seconds: int | None = Field(default=None, ge=0, lt=2**31)
 
 
 @router.get("/training_runs")
 async def list_training_runs(
-    state: State, user: User, limit: int = Query(20, ge=1, le=1000), offset: int = Query(0, ge=0)
+    state: State, user: User, limit: int = Query(20, ge=1, le=1000), offset: int = Query(0, ge=0, lt=2**31)
 ) -> dict[str, Any]:
     """The user's runs, those that were asked something last first."""
     runs, total = state.store.runs(user, limit=limit, offset=offset)
@@ -59,7 +59,7 @@ async def list_checkpoints(run_id: str, state: State, user: User) -> dict[str, A
 
 @router.get("/checkpoints")
 async def list_user_checkpoints(
-    state: State, user: User, limit: int = Query(100, ge=1, le=1000), offset: int = Query(0, ge=0)
+    state: State, user: User, limit: int = Query(100, ge=1, le=1000), offset: int = Query(0, ge=0, lt=2**31)
 ) -> dict[str, Any]:
     """The checkpoints of all runs, last first."""
     runs, _ = state.store.runs(user, limit=1_000_000)
@@ -133,7 +133,7 @@ async def download(
 
 @router.get("/sessions")
 async def list_sessions(
-    state: State, user: User, limit: int = Query(20, ge=1, le=1000), offset: int = Query(0, ge=0)
+    state: State, user: User, limit: int = Query(20, ge=1, le=1000), offset: int = Query(0, ge=0, lt=2**31)
 ) -> dict[str, Any]:
     """The user's sessions, last first."""
     rows = sorted(state.store.select(ClientSession, owner=user), key=lambda row: row.created, reverse=True)

@@ -62,7 +62,7 @@ class OptimStep(ModelCall):
 
 class SaveWeights(ModelCall):
     path: str | None = None
-    ttl_seconds: int | None = Field(default=None, ge=0)
+    ttl_seconds: int | None = Field(default=None, ge=0, lt=2**31)
     overwrite: bool = False
     user_metadata: dict[str, str] | None = None
     sampling_session_seq_id: int | None = None
