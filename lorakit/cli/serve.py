@@ -12,7 +12,7 @@ from lorakit.errors import ConfigError, LorakitError, TrainingError
 
 KEY_FILE, ADDRESS_FILE = "api-key", "server.json"
 FIRST_USER = "owner"
-SDK_RANGE = "0.38"
+SDK_RANGE = "0.13 to 0.38"
 
 
 def main(arguments: list[str]) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import hashlib
 import hmac
+import os
 import secrets
+import tarfile
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, RedirectResponse
 from pydantic import BaseModel, Field
+from starlette.background import BackgroundTask
 
 from lorakit.errors import AdapterError, CheckpointError
 from lorakit.service.http.common import State, User
@@ -118,13 +124,40 @@ async def external_weights_urls(
     return {"urls": urls, "expires": datetime.datetime.fromtimestamp(expires, datetime.UTC).isoformat()}
 
 
+@router.get("/training_runs/{run_id}/checkpoints/{kind}/{name}/archive")
+async def archive(run_id: str, kind: str, name: str, request: Request, state: State, user: User) -> RedirectResponse:
+    """A checkpoint's folder as one file, as older SDKs fetch it: leads to an address that needs no key."""
+    _find(state, run_id, kind, name, user)
+    expires = int(time.time()) + _URL_SECONDS
+    url = request.url_for("download_archive", run_id=run_id, kind=kind, name=name)
+    signature = _sign(run_id, kind, name, "archive", expires)
+    return RedirectResponse(str(url.include_query_params(expires=expires, signature=signature)), status_code=302)
+
+
+@router.get("/archives/{run_id}/{kind}/{name}", name="download_archive")
+async def download_archive(
+    run_id: str, kind: str, name: str, state: State, expires: int = 0, signature: str = ""
+) -> FileResponse:
+    """A checkpoint's folder as a tar file, by an address that ``archive`` has signed."""
+    _check_signature(signature, run_id, kind, name, "archive", expires)
+    folder = state.store.checkpoint_folder(run_id, kind, name)
+    file = tempfile.NamedTemporaryFile(suffix=".tar", delete=False)  # noqa: SIM115 - deleted when it was sent
+    await asyncio.to_thread(_write_tar, folder, file)
+    return FileResponse(file.name, filename=f"{name}.tar", background=BackgroundTask(os.unlink, file.name))
+
+
+def _write_tar(folder: Path, file: Any) -> None:
+    with file, tarfile.open(fileobj=file, mode="w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, arcname=path.name)
+
+
 @router.get("/files/{run_id}/{kind}/{name}/{file}", name="download")
 async def download(
     run_id: str, kind: str, name: str, file: str, state: State, expires: int = 0, signature: str = ""
 ) -> FileResponse:
     """One file of a checkpoint, by a URL that ``external_weights_urls`` has signed."""
-    if not hmac.compare_digest(signature.encode(), _sign(run_id, kind, name, file, expires).encode()) or time.time() > expires:
-        raise HTTPException(404, "this URL is not valid (any more)")
+    _check_signature(signature, run_id, kind, name, file, expires)
     folder = state.store.checkpoint_folder(run_id, kind, name)
     if file not in {path.name for path in folder.iterdir()}:
         raise HTTPException(404, f"there is no file {file}")
@@ -203,6 +236,11 @@ def _time(time: datetime.datetime) -> str:
 
 def _texts(metadata: dict[str, Any]) -> dict[str, str]:
     return {str(name): str(value) for name, value in metadata.items()}
+
+
+def _check_signature(signature: str, run_id: str, kind: str, name: str, file: str, expires: int) -> None:
+    if not hmac.compare_digest(signature.encode(), _sign(run_id, kind, name, file, expires).encode()) or time.time() > expires:
+        raise HTTPException(404, "this address is not valid (any more)")
 
 
 def _sign(run_id: str, kind: str, name: str, file: str, expires: int) -> str:

@@ -126,6 +126,18 @@ def _make_model(
     return JSONResponse({"request_id": promise.request_id})
 
 
+@router.post("/unload_model")
+async def unload_model(body: GetInfo, state: State, user: User) -> dict[str, Any]:
+    """Free an adapter, as older SDKs ask for it."""
+    model = state.service.trained.get(body.model_id)
+    if model is None or model.owner != user:
+        raise HTTPException(404, f"there is no model {body.model_id}")
+    promise, _ = state.promises.open(f"{body.model_id}:unload", user)
+    state.service.drop_model(body.model_id)
+    state.promises.settle(promise, _done({"model_id": body.model_id, "type": "unload_model"}), encode_json)
+    return {"request_id": promise.request_id, "model_id": body.model_id}
+
+
 @router.post("/get_info")
 async def get_info(body: GetInfo, state: State, user: User) -> dict[str, Any]:
     """Facts about a model under training, and what it has cost so far."""
