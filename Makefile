@@ -1,10 +1,10 @@
-# make demo | test | test-all | test-gpu | test-oldest | check | format | bench | bench-quick | bench-several | bench-gpu. All but those for a GPU set up .venv by themselves, with the versions of constraints.txt.
+# make demo | test | test-all | test-gpu | test-oldest | check | format | bench | bench-quick | bench-several | bench-service | bench-gpu. All but those for a GPU set up .venv by themselves, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-gpu test-oldest check format bench bench-quick bench-several bench-gpu clean
+.PHONY: demo test test-all test-gpu test-oldest check format bench bench-quick bench-several bench-service bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/lorakit demo
@@ -48,6 +48,10 @@ bench bench-quick: $(STAMP)
 bench-several: $(STAMP)
 	$(BIN)/python scripts/bench/several.py
 	$(BIN)/python scripts/bench/several.py --sequence
+
+# Many adapters on one base, sampling beside transformers, calls through the server.
+bench-service: $(STAMP)
+	$(BIN)/python scripts/bench/service.py
 
 # On a machine with a GPU: runs in whatever environment has its torch (PYTHON), not in .venv, whose torch is for the CPU.
 bench-gpu:
