@@ -64,7 +64,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--new-user", metavar="NAME", help="make a key for one more user, print it, and end; a server may be running"
     )
     parser.add_argument("--accelerator", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--precision", default="auto", help="auto, 32-true, bf16-mixed or 16-mixed")
+    parser.add_argument("--precision", default="auto", help="auto, 32-true or bf16-mixed")
     parser.add_argument(
         "--strategy", default="auto", help="of several processes, under torchrun: auto, ddp, zero1, zero2 or zero3"
     )

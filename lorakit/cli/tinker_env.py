@@ -48,10 +48,11 @@ def seed_cache(home: Path, models: dict[str, str]) -> Path:
     hub.mkdir(parents=True, exist_ok=True)
     before = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     if before.resolve() != home.resolve():
-        for entry in (before / "hub").glob("models--*"):
+        for entry in (before / "hub").glob("*--*"):
             _link(hub / entry.name, entry.resolve())
-        if (before / "token").is_file():
-            _link(home / "token", (before / "token").resolve())
+        for name in ("token", "datasets"):
+            if (before / name).exists():
+                _link(home / name, (before / name).resolve())
     for name, path in models.items():
         folder = Path(resolve_model_path(path))
         if not folder.is_dir():

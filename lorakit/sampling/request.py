@@ -7,11 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from lorakit.errors import DataError, report
 from lorakit.lora.bank import Adapter
 from lorakit.sampling.ending import Ending
 from lorakit.sampling.pick import Picked, sample_key
 from lorakit.types import Sample, SampleResponse, SamplingParams, TensorData
+
+MAX_ALTERNATIVES = 64  # drawn one after the other, within one step
 
 
 @dataclass
@@ -52,8 +56,13 @@ class Request:
             problems.append(
                 f"prompt has {len(self.prompt):,} tokens, and the model takes {max_tokens:,} with those that follow"
             )
-        if self.num_samples < 1:
-            problems.append(f"num_samples={self.num_samples} must be at least 1")
+        for name, least, most in (
+            ("num_samples", 1, 100_000), ("num_best", 0, vocab_size), ("num_best_of_prompt", 0, vocab_size),
+            ("num_alternatives", 0, MAX_ALTERNATIVES),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not _is_int(value) or not least <= value <= most:
+                problems.append(f"{name}={value} must be a whole number from {least} to {most:,}")
         if self.prompt_targets is not None:
             problems += self._target_problems(vocab_size)
         if problems := problems + params_problems(params):
@@ -62,6 +71,8 @@ class Request:
     def _target_problems(self, vocab_size: int) -> list[str]:
         targets = self.prompt_targets
         assert targets is not None
+        if targets.dtype.kind != "i":
+            return [f"target_prompt_logprobs has numbers of {targets.dtype}; tokens they must be"]
         if targets.ndim != 2 or len(targets) != len(self.prompt) - 1:
             return [f"target_prompt_logprobs has shape {targets.shape}; ({len(self.prompt) - 1}, K) it must be"]
         if bool(((targets < -1) | (targets >= vocab_size)).any()):
@@ -72,15 +83,28 @@ class Request:
 def params_problems(params: SamplingParams) -> list[str]:
     """What is wrong with sampling params by themselves."""
     problems = []
-    if params.max_tokens is not None and params.max_tokens < 0:
-        problems.append(f"max_tokens={params.max_tokens} must not be negative")
-    if not 0 <= params.temperature < float("inf"):
+    if params.max_tokens is not None and (not _is_int(params.max_tokens) or params.max_tokens < 0):
+        problems.append(f"max_tokens={params.max_tokens} must be a whole number, not negative")
+    if not _is_number(params.temperature) or not 0 <= params.temperature < 1e6:
         problems.append(f"temperature={params.temperature} must be at least 0")
-    if not 0 < params.top_p <= 1:
+    if not _is_number(params.top_p) or not 0 < params.top_p <= 1:
         problems.append(f"top_p={params.top_p} must be more than 0 and at most 1")
-    if params.top_k < -1 or params.top_k == 0:
+    if not _is_int(params.top_k) or params.top_k < -1 or params.top_k == 0 or params.top_k >= 2**31:
         problems.append(f"top_k={params.top_k} must be at least 1, or -1 for all tokens")
+    if params.seed is not None and not _is_int(params.seed):
+        problems.append(f"seed={params.seed!r} must be a whole number")
+    stop = params.stop if isinstance(params.stop, (list, tuple)) else [params.stop]
+    if not all(one is None or isinstance(one, str) or _is_int(one) for one in stop) or _is_int(params.stop):
+        problems.append(f"stop={params.stop!r} must be a text, a list of texts, or a list of tokens")
     return problems
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
 @dataclass(eq=False)

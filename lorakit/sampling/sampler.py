@@ -70,16 +70,18 @@ class Sampler:
 
     def add(self, request: Request) -> None:
         """Let ``request`` join at the next step. Raises DataError where the model cannot take it."""
-        request.check(vocab_size=self._vocab_size, max_tokens=self._limit)
-        most = self._limit - len(request.prompt)
+        limit = min(self._limit, self.max_cache_tokens)
+        request.check(vocab_size=self._vocab_size, max_tokens=limit)
+        most = limit - len(request.prompt)
         max_tokens = most if request.params.max_tokens is None else min(request.params.max_tokens, most)
         running = Running(request, Ending(request.params, self.tokenizer, self._end_ids), max_tokens)
         if not max_tokens:
             self._waiting.append(_Joining(running, range(0)))
             return
         running.samples = [None] * request.num_samples
-        for first in range(0, request.num_samples, self.max_rows):
-            self._waiting.append(_Joining(running, range(first, min(first + self.max_rows, request.num_samples))))
+        each = max(1, min(self.max_rows, self.max_cache_tokens // rounded(len(request.prompt) + max_tokens)))
+        for first in range(0, request.num_samples, each):
+            self._waiting.append(_Joining(running, range(first, min(first + each, request.num_samples))))
 
     @property
     def is_busy(self) -> bool:
@@ -118,8 +120,8 @@ class Sampler:
 
     def _next_to_join(self) -> list[_Joining]:
         joining: list[_Joining] = []
-        if self.batch_invariant and self._rows:  # it has the only row
-            return joining
+        if self.batch_invariant:  # there is one row
+            return [self._waiting.popleft()] if self._waiting and not self._rows else joining
         num_rows, num_tokens, room = len(self._rows), 0, self.cache.room
         while self._waiting:
             first = self._waiting[0]

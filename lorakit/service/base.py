@@ -45,7 +45,7 @@ class Base:
         """Read the model at ``path``; of several processes all call together.
 
         Args:
-            precision: ``auto`` is float32 on a CPU, 16 bit on a GPU.
+            precision: ``auto`` is bf16 on a GPU that has it, else float32.
             strategy: how several processes share the work: ``ddp`` has everything in each; ``zero1`` and ``zero2`` share the
                 optimisers' state; ``zero3`` and ``zero3_offload`` the base too. ``auto`` is ``zero2``, and ``single`` for one process.
 
@@ -54,7 +54,12 @@ class Base:
         """
         strategy = _resolve_strategy(strategy)
         device = resolve_accelerator(accelerator)
-        precision = "32-true" if precision == "auto" and device == "cpu" else resolve_precision(precision, device)
+        if precision == "16-mixed":
+            raise ConfigError(
+                "precision=16-mixed is not offered here: its gradients want a scaled loss; choose bf16-mixed or 32-true"
+            )
+        resolved = "32-true" if precision == "auto" and device == "cpu" else resolve_precision(precision, device)
+        precision = "32-true" if resolved == "16-mixed" else resolved
         where = f"cuda:{current_world().local_rank}" if device == "cuda" else device
         build = functools.partial(load_model, path, dtype=base_dtype("auto", precision), attention=attention, device=where)
         partitioned = None

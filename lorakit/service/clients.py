@@ -52,7 +52,7 @@ class ServiceClient(_AsFuture):
         folder: of the database and the checkpoints.
         models: names that programs use -> folders or names of models, for programs that ask for a model of the hub.
         accelerator: auto, cpu, cuda or mps.
-        precision: auto (float32 on a CPU, 16 bit on a GPU), 32-true, bf16-mixed or 16-mixed.
+        precision: auto (bf16 on a GPU that has it, else float32), 32-true or bf16-mixed.
         lora_alpha, expert_layout: of the adapters, as ``lora.alpha`` and ``lora.expert_layout``.
         max_pass_tokens: positions of a forward pass, padding included.
         batch_invariant: log-probabilities of sampled tokens and those that ``compute_logprobs`` finds are equal to the bit; slow.

@@ -59,11 +59,7 @@ class Weights:
     def __init__(self, base_model: str, engine: Engine, snapshot_id: str | None = None) -> None:
         self.base_model, self.engine, self.snapshot_id = base_model, engine, snapshot_id
         if snapshot_id is not None:
-            weakref.finalize(self, _drop, engine, snapshot_id)
-
-
-def _drop(engine: Engine, snapshot_id: str) -> None:
-    engine.submit(snapshot_id, "drop_snapshot", lambda: engine.do("drop_snapshot", snapshot_id))
+            weakref.finalize(self, engine.dropped.append, snapshot_id)  # runs wherever garbage is collected
 
 
 @dataclass
@@ -314,6 +310,11 @@ class Service:
             layout, vector = model.engine.base.read_adapter(state.adapter)
             if layout.file_tensors(vector).keys() != trainee.layout.file_tensors(trainee.vector).keys():
                 raise CheckpointError(f"{path} has other matrices than {model.id}")
+            if layout.spec.scale != trainee.layout.spec.scale:
+                scales = f"{layout.spec.scale:g}, {model.id} {trainee.layout.spec.scale:g}"
+                raise CheckpointError(
+                    f"{path} has the scale {scales}: alpha or rank differ; make a client from the state instead"
+                )
             vector = trainee.layout.from_file_tensors(layout.file_tensors(vector), source=path)
             optimizer = read_optimizer(state, trainee.layout) if with_optimizer else None
             model.engine.do("load", model.id, vector, optimizer, int(state.facts.get("num_steps", 0)))
@@ -391,6 +392,14 @@ class Service:
         """Return the name of the base that a checkpoint was made for. Raises CheckpointError, AdapterError."""
         return self._open(path, owner)[1]
 
+    def checkpoint(self, path: str, owner: str = LOCAL_OWNER) -> Checkpoint:
+        """Return what is known of a checkpoint. Raises CheckpointError where there is none."""
+        run_id, kind, name = parse_path(path)
+        self.store.run(run_id, owner)
+        if (found := self.store.find_checkpoint(run_id, kind, name)) is None:
+            raise CheckpointError(f"there is no checkpoint {path}")
+        return found
+
     def describe_models(self) -> list[dict[str, Any]]:
         """The models that were named, and the longest row that each takes."""
         found = []
@@ -403,11 +412,7 @@ class Service:
 
     def delete_checkpoint(self, path: str, owner: str = LOCAL_OWNER) -> None:
         """Remove a checkpoint. Raises CheckpointError where there is none."""
-        run_id, kind, name = parse_path(path)
-        self.store.run(run_id, owner)
-        if (found := self.store.find_checkpoint(run_id, kind, name)) is None:
-            raise CheckpointError(f"there is no checkpoint {path}")
-        self._remove(found)
+        self._remove(self.checkpoint(path, owner))
 
     def delete_expired(self) -> None:
         """Remove checkpoints whose time is over."""

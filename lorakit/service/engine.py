@@ -33,6 +33,10 @@ LINGER_SECONDS = 0.002  # for other models' calls to come, where several have ca
 RECENT_SECONDS = 1.0
 
 
+class EngineEnded(TrainingError):
+    """What was asked will not be done: the engine has ended before."""
+
+
 @dataclass
 class Usage:
     """What a model has cost so far."""
@@ -74,7 +78,10 @@ class Engine:
         self.usage: dict[str, Usage] = collections.defaultdict(Usage)
         self._queues: dict[str, collections.deque[_Task]] = {}
         self._asked: collections.deque[_Asked] = collections.deque()
-        self._cancelled: list[int] = []
+        self._cancelled: collections.deque[int] = collections.deque()
+        self.dropped: collections.deque[str] = (
+            collections.deque()
+        )  # snapshots that nobody holds; appended by finalisers, anywhere
         self._sampling: dict[int, Future[Any]] = {}
         self._last_call: dict[str, float] = {}
         self._numbers = itertools.count()
@@ -137,14 +144,15 @@ class Engine:
                 task.future.set_exception(ended)
                 return task.future
             self._queues.setdefault(task.model_id, collections.deque()).append(task)
-            self._last_call[task.model_id] = time.monotonic()
+            if task.prepare is not None:
+                self._last_call[task.model_id] = time.monotonic()
             self._changed.notify_all()
         return task.future
 
-    def _ended(self) -> TrainingError | None:
+    def _ended(self) -> EngineEnded | None:
         if not self._is_closed and self._problem is None:
             return None
-        return TrainingError(f"the engine has ended{f': {self._problem}' if self._problem else ''}")
+        return EngineEnded(f"the engine has ended{f': {self._problem}' if self._problem else ''}")
 
     # ---- doing, in the engine's own thread
 
@@ -154,6 +162,8 @@ class Engine:
                 began = time.perf_counter()
                 if tasks:
                     self._run(tasks)
+                while self.dropped:
+                    self.do("drop_snapshot", self.dropped.popleft())
                 self._sample(min_seconds=time.perf_counter() - began)
         except BaseException as error:
             self._problem = error
@@ -163,7 +173,7 @@ class Engine:
             left = [task for queue in self._queues.values() for task in queue]
             self._queues.clear()
             asked, self._asked = list(self._asked), collections.deque()
-        ended = self._ended() or TrainingError("the engine has ended")
+        ended = self._ended() or EngineEnded("the engine has ended")
         for future in (*(task.future for task in left), *(one.future for one in asked), *self._sampling.values()):
             _fail(future, ended)
         self._sampling.clear()
@@ -179,10 +189,12 @@ class Engine:
         """Sample for as long as training took, or until training is asked for."""
         end = time.perf_counter() + min_seconds
         while True:
-            orders = self._admit()
-            if not orders and not self._sampling:
+            orders, cancelled = self._admit(), []
+            while self._cancelled:
+                cancelled.append(self._cancelled.popleft())
+                self._sampling.pop(cancelled[-1], None)
+            if not orders and not cancelled and not self._sampling:
                 return
-            cancelled, self._cancelled = self._cancelled, []
             try:
                 finished = self._step_samples(orders, cancelled)
             except Exception as error:
@@ -233,7 +245,8 @@ class Engine:
             if first.prepare is None:
                 return [self._take(first.model_id)]
             now = time.monotonic()
-            recent = sum(now - last < RECENT_SECONDS for last in self._last_call.values())
+            self._last_call = {model: last for model, last in self._last_call.items() if now - last < RECENT_SECONDS}
+            recent = len(self._last_call)
             waiting = sum(queue[0].prepare is not None for queue in self._queues.values())
         if recent > 1 and waiting < recent:
             time.sleep(LINGER_SECONDS)
@@ -296,6 +309,8 @@ class Engine:
         """Log time and memory of calls, and charge each model its share by tokens."""
         tokens = [task.order.num_tokens if task.order else 0 for task in tasks]
         for task, own in zip(tasks, tokens, strict=True):
+            if task.model_id not in self.replica.trainees:
+                continue
             usage = self.usage[task.model_id]
             usage.tokens += own
             usage.calls += 1

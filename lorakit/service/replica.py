@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lorakit.errors import CheckpointError, ConfigError, DataError, LorakitError
+from lorakit.errors import CheckpointError, ConfigError, DataError
 from lorakit.lora.bank import Adapter
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss import LOSSES
@@ -132,11 +132,17 @@ class Replica:
 
     def snapshot(self, model_id: str, snapshot_id: str) -> None:
         """Keep an adapter as it is now, to be sampled."""
-        self.snapshots[snapshot_id] = self.trainee(model_id).snapshot()
+        self._keep(snapshot_id, self.trainee(model_id).snapshot())
 
     def put_snapshot(self, snapshot_id: str, spec: LoRASpec, vector: torch.Tensor) -> None:
         """Keep a saved adapter, to be sampled."""
-        self.snapshots[snapshot_id] = Adapter(self.base.layout(spec), vector.to(self.base.device))
+        self._keep(snapshot_id, Adapter(self.base.layout(spec), vector.to(self.base.device)))
+
+    def _keep(self, snapshot_id: str, adapter: Adapter) -> None:
+        """Beside others in one pass, what is not finite would spoil their samples too. Raises CheckpointError."""
+        if not bool(adapter.vector.isfinite().all()):
+            raise CheckpointError("this adapter has numbers that are not finite, so it cannot be sampled")
+        self.snapshots[snapshot_id] = adapter
 
     def drop_snapshot(self, snapshot_id: str) -> None:
         """Forget one."""
@@ -144,14 +150,15 @@ class Replica:
 
     def sample(self, orders: Sequence[SampleOrder], cancelled: Sequence[int]) -> list[tuple[int, Any]]:
         """Let requests join, generate a token for each row, and return what was finished, by number of its order."""
-        for number in cancelled:
-            if (request := self._requests.pop(number, None)) is not None:
-                request.is_cancelled = True
         for order in orders:
             try:
                 self._admit(order)
-            except LorakitError as error:
+            except Exception as error:  # of this order alone
                 self._finished.append((order.number, error))
+        for number in cancelled:
+            self.listeners.pop(number, None)
+            if (request := self._requests.pop(number, None)) is not None:
+                request.is_cancelled = True
         if self.sampler.is_busy:
             self.sampler.step()
         finished, self._finished = self._finished, []
@@ -176,8 +183,9 @@ class Replica:
     def _finish(self, number: int, outcome: Any) -> None:
         self._finished.append((number, outcome))
 
-    def fail_samples(self, error: BaseException) -> list[tuple[int, Any]]:
-        """End everything that is being sampled, and return whose it was."""
+    def fail_samples(self, error: BaseException) -> None:
+        """End everything that is being sampled."""
         self.sampler.fail_all(error)
-        finished, self._finished = self._finished, []
-        return finished
+        self._finished.clear()
+        self._requests.clear()
+        self.listeners.clear()

@@ -254,6 +254,27 @@ def test_what_ends_a_sample(tiny: tuple[Any, Any]) -> None:
     assert whole.stop_reason == "stop" and whole.tokens[-1] == tokenizer.eos_token_id
 
 
+def test_samples_of_one_request_wait_for_the_cache_too(model: Any) -> None:
+    sampler, answers = Sampler(model, Text(), max_cache_tokens=4 * ROOM), []
+    sampler.add(Request([5, 9], OPEN, num_samples=20, done=answers.append))
+    while sampler.is_busy:
+        sampler.step()
+        assert sampler.cache.num_rows * sampler.cache.room <= 4 * ROOM
+    assert len(answers[0].sequences) == 20
+    with pytest.raises(DataError, match="the model takes"):
+        sampler.add(Request([5] * 300, OPEN))
+
+
+def test_batch_invariant_scores_do_not_touch_a_sample_that_joins_with_them() -> None:
+    base = make_model("llama")
+    base.generation_config.eos_token_id = None
+    assert attend_by_document(base) is None
+    sample, score = Request([5, 9, 3], OPEN), Request([7] * 12, replace(OPEN, max_tokens=0), scores_prompt=True)
+    alone = run(Sampler(base, Text(), batch_invariant=True), [sample])[0]
+    together = run(Sampler(base, Text(), batch_invariant=True), [sample, score])[0]
+    assert together.sequences[0].logprobs == alone.sequences[0].logprobs
+
+
 def test_rows_wait_for_the_cache(model: Any) -> None:
     sampler = Sampler(model, Text(), max_cache_tokens=4 * ROOM)
     most = 0
@@ -292,6 +313,14 @@ def test_what_cannot_be_sampled_is_refused_with_its_reasons(model: Any) -> None:
         (Request([5, 64], OPEN), r"prompt\[1\] is token 64"),
         (Request([-1], OPEN), "token -1"),
         (Request([5], OPEN, num_samples=0), "num_samples=0"),
+        (Request([5], OPEN, num_best=-1), "num_best=-1"),
+        (Request([5], OPEN, num_best_of_prompt=65), "num_best_of_prompt=65"),
+        (Request([5], OPEN, num_alternatives=1000), "num_alternatives=1000"),
+        (Request([5], replace(OPEN, seed="x")), "seed='x'"),  # type: ignore[arg-type]
+        (Request([5], replace(OPEN, stop=5)), "stop=5"),  # type: ignore[arg-type]
+        (Request([5], replace(OPEN, stop=[{}])), "stop="),  # type: ignore[list-item]
+        (Request([5], replace(OPEN, top_k=2**70)), "top_k"),
+        (Request([5, 6], OPEN, prompt_targets=TensorData([[1.0]], dtype="float32")), "tokens they must be"),
         (Request([5], replace(OPEN, temperature=float("nan"))), "temperature"),
         (Request([5], replace(OPEN, top_p=0.0)), "top_p"),
         (Request([5], replace(OPEN, top_k=0)), "top_k"),

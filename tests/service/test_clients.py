@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from concurrent.futures import wait
@@ -175,6 +176,51 @@ def test_an_adapter_that_is_not_finite_spoils_no_other(service: lorakit.ServiceC
     assert good.metrics["loss:sum"] == pytest.approx(expected.metrics["loss:sum"], rel=1e-6)
     assert not np.isfinite(bad.metrics["loss:sum"])
     assert torch.allclose(trainee_of(clients[0]).gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_a_cancelled_sample_ends_and_the_engine_rests(service: lorakit.ServiceClient, client: lorakit.TrainingClient) -> None:
+    sampling, engine = client.save_weights_and_get_sampling_client(), client._model.engine
+    params = types.SamplingParams(max_tokens=1000, temperature=2.0, stop=[])
+    futures = [sampling.sample(types.ModelInput.from_ints([5, 6]), 4, params) for _ in range(3)]
+    while not engine._sampling:
+        time.sleep(0.001)
+    assert all(future.future().cancel() for future in futures)
+    deadline = time.monotonic() + 20
+    while (engine._sampling or engine.replica.sampler.is_busy) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    steps = engine.replica.sampler.num_forwards
+    time.sleep(0.2)
+    assert not engine._sampling and not engine.replica._requests and engine.replica.sampler.num_forwards == steps
+    short = types.SamplingParams(max_tokens=2, stop=[])
+    assert len(sampling.sample(types.ModelInput.from_ints([5, 6]), 1, short).result(60).sequences[0].tokens) == 2
+
+
+def test_an_adapter_that_is_not_finite_is_not_sampled(client: lorakit.TrainingClient) -> None:
+    trainee_of(client).vector[5] = float("nan")
+    with pytest.raises(CheckpointError, match="not finite"):
+        client.save_weights_and_get_sampling_client()
+
+
+def test_snapshots_that_nobody_holds_are_forgotten(client: lorakit.TrainingClient, data: list[types.Datum]) -> None:
+    replica = client._model.engine.replica
+    for _ in range(5):
+        client.save_weights_and_get_sampling_client()
+    gc.collect()
+    client.forward(data, "cross_entropy").result()
+    client.forward(data, "cross_entropy").result()
+    assert not replica.snapshots
+
+
+def test_a_state_of_another_scale_is_refused(tmp_path: Path) -> None:
+    paths = []
+    for alpha in (32.0, 8.0):
+        with lorakit.ServiceClient(folder=tmp_path, accelerator="cpu", lora_alpha=alpha) as service:
+            client = service.create_lora_training_client("tiny", rank=4)
+            paths.append(client.save_state("a").result().path)
+            if alpha == 8.0:
+                with pytest.raises(CheckpointError, match="scale"):
+                    client.load_state(paths[0]).result()
+                assert trainee_of(service.create_training_client_from_state(paths[0])).layout.spec.scale == 8.0
 
 
 def test_many_datums_are_cut_into_passes_without_a_change(tmp_path: Path) -> None:

@@ -281,6 +281,33 @@ def test_only_some_errors_are_of_http(api: httpx.Client, model_id: str, server: 
     assert "takes text" in api.post("/retrieve_future", json=image.json()).json()["error"]
 
 
+def test_what_would_be_ignored_or_cannot_be_read_fails_and_nobody_elses(api: httpx.Client, model_id: str) -> None:
+    good: dict[str, Any] = {"prompt": {"chunks": [{"tokens": [5, 6, 7]}]}, "base_model": "tiny", "num_samples": 1}
+    long = api.post("/asample", json={**good, "sampling_params": {"max_tokens": 200, "temperature": 2.0, "stop": []}}).json()
+    for params, more in (
+        ({"seed": "x"}, {}), ({"stop": 5}, {}), ({"top_k": 2**70}, {}), ({"temperature": 10**400}, {}),
+        ({}, {"topk_sample_logprobs": -1}), ({}, {"prompt_alt_tokens_k": 10**6}), ({}, {"prompt_logprobs_last_n": 7}),
+        ({}, {"record_stability_info": True}),
+    ):  # fmt: skip
+        asked = api.post("/asample", json={**good, "sampling_params": {"max_tokens": 2, **params}, **more})
+        if asked.status_code == 200:
+            assert "error" in api.post("/retrieve_future", json={"request_id": asked.json()["request_id"]}).json(), (
+                params,
+                more,
+            )
+        else:
+            assert asked.status_code == 400
+    for seq_id, body in enumerate(
+        ({"path": "x", "age_encryption_recipients": ["age1"]}, {"sampling_session_seq_id": 0, "kind": "inflight"}), start=1
+    ):
+        route = "/save_weights_external" if "path" in body else "/save_weights_for_sampler"
+        asked = api.post(route, json={"model_id": model_id, "seq_id": seq_id, **body})
+        assert "not offered" in api.post("/retrieve_future", json=asked.json()).json()["error"]
+    bad = {"model_id": model_id, "seq_id": 3, "optimizer_params": {"type": "adamw", "learning_rate": -1}}
+    assert "error" in api.post("/retrieve_future", json=api.post("/optim_step", json=bad).json()).json()
+    assert len(api.post("/retrieve_future", json={"request_id": long["request_id"]}).json()["sequences"][0]["tokens"]) == 200
+
+
 def test_a_request_that_is_too_large_fails_in_its_turn(api: httpx.Client, tmp_path: Path) -> None:
     small = Server.start(tmp_path, "--max-body-mb", "1")
     try:

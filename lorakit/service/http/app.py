@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from lorakit import __version__
 from lorakit.errors import LorakitError
 from lorakit.service.http import catalogue, connection, openai, sampling, training
+from lorakit.service.http.common import NO_KEY
 from lorakit.service.http.state import ServerState
 
 log = logging.getLogger("lorakit")
@@ -48,6 +49,7 @@ def create_app(state: ServerState) -> FastAPI:
 
     app = FastAPI(title="lorakit", version=__version__, lifespan=lifespan)
     app.state.lorakit = state
+    app.add_middleware(Gate, state=state)
     for pattern, reason in NOT_OFFERED.items():
         app.add_api_route(f"/api/v1/{pattern}", _refuse(pattern, reason), methods=METHODS, include_in_schema=False)
     for module in (connection, training, sampling, catalogue, openai):
@@ -60,6 +62,31 @@ def create_app(state: ServerState) -> FastAPI:
         "/api/v1/{path:path}", _refuse("this", "there is no such route"), methods=METHODS, include_in_schema=False
     )
     return app
+
+
+OPEN = ("/api/v1/healthz", "/api/v1/files/", "/api/v1/archives/", "/docs", "/openapi.json")  # healthz, and what is signed
+
+
+class Gate:
+    """Lets nobody in without a key, before a body is read; nor with a body over the limit, where no route takes it with a promise."""
+
+    def __init__(self, app: Any, state: ServerState) -> None:
+        self.app, self.state = app, state
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and not scope["path"].startswith(OPEN):
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            key = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+            problem = None if self.state.keys.user_of(key) else (401, NO_KEY)
+            if problem is None and scope["path"].startswith("/v1/"):  # Tinker's routes count for themselves
+                length = headers.get("content-length", "0" if scope["method"] == "GET" else "")
+                if not length.isdigit() or int(length) > self.state.max_body_bytes:
+                    problem = (413, f"say content-length, of at most {self.state.max_body_bytes:,} bytes")
+            if problem is not None:
+                answer = _say(Request(scope), HTTPException(*problem))
+                await answer(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 def _refuse(what: str, reason: str) -> Callable[[], Any]:

@@ -18,6 +18,9 @@ from lorakit.service.http.state import InOrder, ServerState, as_future
 Body = TypeVar("Body", bound=pydantic.BaseModel)
 
 
+NO_KEY = "this key is not known here; `lorakit serve` names the file of its key"
+
+
 class TooLarge(Exception):
     """A body over the limit, of which the first bytes were kept."""
 
@@ -38,7 +41,7 @@ def user_of(request: Request) -> str:
     key = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
     user = state_of(request).keys.user_of(key)
     if user is None:
-        raise HTTPException(401, "this key is not known here; `lorakit serve` names the file of its key")
+        raise HTTPException(401, NO_KEY)
     return user
 
 
@@ -61,9 +64,12 @@ async def read_body(request: Request, limit: int, keep: int = 4096) -> bytes:
         import zstandard
 
         try:
-            return zstandard.ZstdDecompressor().decompress(body, max_output_size=limit)
+            with zstandard.ZstdDecompressor().stream_reader(body) as reader:
+                body = reader.read(limit + 1)  # whatever the frame says of its size
         except zstandard.ZstdError as error:
             raise HTTPException(400, f"the body is not zstd: {error}") from error
+        if len(body) > limit:
+            raise TooLarge(body[:keep])
     return body
 
 
@@ -124,7 +130,11 @@ def accept(
             if (session := state.session(model_id.partition(":")[0], user)) is not None:
                 session.model_ids.add(model_id)
             give_out = _starter(state, promise, model, start, encode)
-            state.order.setdefault(model_id, InOrder()).put(seq_id, give_out)
+            order = state.order.setdefault(model_id, InOrder())
+            if seq_id < order.next_seq_id:
+                state.promises.fail(promise, f"call {seq_id} was done before, and its result is not known any more", "server")
+            else:
+                order.put(seq_id, give_out)
     return JSONResponse({"request_id": promise.request_id, "model_id": model_id})
 
 

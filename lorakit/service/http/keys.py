@@ -7,6 +7,7 @@ import hmac
 import secrets
 
 from lorakit.errors import ConfigError
+from lorakit.service.core import LOCAL_OWNER
 from lorakit.service.store import ApiKey, Store, now
 
 KEY_PREFIX = "tml-"  # the SDK refuses others
@@ -21,6 +22,8 @@ class Keys:
 
     def make(self, user: str) -> str:
         """Return a new key of ``user``, which is nowhere else. Raises ConfigError where the user has one."""
+        if not user or user == LOCAL_OWNER:
+            raise ConfigError(f"{user!r} cannot be a user's name")
         if self._store.get(ApiKey, user) is not None:
             raise ConfigError(f"{user} has a key already")
         key = KEY_PREFIX + secrets.token_urlsafe(32)

@@ -27,6 +27,7 @@ from lorakit.service.http.state import ServerState, as_future
 from lorakit.types import ModelInput, Sample, SampleResponse, SamplingParams
 
 router = APIRouter(prefix="/v1", tags=["openai"])
+MAX_KNOWN = 32  # adapters that are held for it
 _IGNORED = {"user", "store", "metadata", "service_tier", "stream_options"}
 
 
@@ -179,11 +180,16 @@ async def chat_completions(
 
 async def _weights(state: ServerState, user: str, model: str) -> Weights:
     """What ``model`` names; read once for each user."""
-    name = f"openai:{user}:{model}"
+    is_path = model.startswith("tinker://")
+    made = state.service.checkpoint(model, user).created if is_path else ""  # one that was written over is another
+    name = f"openai:{user}:{model}:{made}"
     if name not in state.samplers or (state.samplers[name][1].done() and state.samplers[name][1].exception()):
-        if model not in state.service.models and not model.startswith("tinker://"):
+        if model not in state.service.models and not is_path:
             raise HTTPException(404, f"there is no model {model!r}; there are: {', '.join(state.service.models)}")
-        options = {"path": model} if model.startswith("tinker://") else {"base_model": model}
+        options = {"path": model} if is_path else {"base_model": model}
+        known = [key for key in state.samplers if key.startswith("openai:")]
+        for old in known[: max(0, len(known) + 1 - MAX_KNOWN)]:
+            del state.samplers[old]
         state.samplers[name] = (user, as_future(lambda: state.service.weights(owner=user, **options)))
     weights = await asyncio.wrap_future(state.samplers[name][1])
     assert isinstance(weights, Weights)

@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorakit.errors import LorakitError, TrainingError
+from lorakit.service.engine import EngineEnded
 from lorakit.service.http import wire
 from lorakit.service.store import Result, Store, now
+from lorakit.types import SampleResponse
 
 log = logging.getLogger("lorakit")
 KEPT_HOURS = 24.0
@@ -30,6 +32,7 @@ class Answer:
 
     kind: str
     payload: bytes
+    is_final: bool = True  # else the server has ended before: a new one does not know the request, and the SDK sends it again
 
     def body(self, *, accepts_protobuf: bool) -> tuple[str, bytes]:
         """Return media type and bytes."""
@@ -49,6 +52,7 @@ class Promise:
     answer: Answer | None = None
     future: Future[Any] | None = None  # of the work, once it is given out
     waiters: set[asyncio.Future[None]] = field(default_factory=set)
+    is_written: bool = True  # whether the database has the answer
 
 
 class Promises:
@@ -80,11 +84,11 @@ class Promises:
         """Return the promise of a request, and whether it is new: a request that comes again has the same."""
         if request_id in self._promises:
             return self._promises[request_id], False
+        found = self.store.get(Result, request_id)
         promise = self._promises[request_id] = Promise(request_id, owner)
-        if (found := self.store.get(Result, request_id)) is not None:  # of before a restart
+        if found is not None:  # of before a restart
             promise.answer = Answer(found.kind, found.payload)
-            return promise, False
-        return promise, True
+        return promise, found is None
 
     def settle(self, promise: Promise, future: Future[Any], encode: Encode) -> None:
         """Let ``promise`` be what ``future`` gives, encoded."""
@@ -120,7 +124,7 @@ class Promises:
 
     def forget(self) -> None:
         """Drop from memory what was finished, and from the database what is older than a day."""
-        for request_id in [i for i, promise in self._promises.items() if promise.answer is not None and not promise.waiters]:
+        for request_id in [i for i, p in self._promises.items() if p.answer is not None and p.is_written and not p.waiters]:
             del self._promises[request_id]
         self.store.drop_results_before(now() - datetime.timedelta(hours=KEPT_HOURS))
 
@@ -146,14 +150,18 @@ class Promises:
                 request_id=promise.request_id, owner=promise.owner, kind=answer.kind, payload=answer.payload, finished=time_now
             )
             for promise, answer in answers
+            if answer.is_final
         ]
         for attempt in range(3):
             try:
                 self.store.add(*rows)
                 break
-            except Exception as error:  # a full disk: the answer is given all the same, and only a restart would lose it
+            except Exception as error:
                 log.error("results could not be written (%s)", error)
                 time.sleep(0.1 * 4**attempt)
+        else:  # a full disk: answers stay in memory, and only a restart loses them
+            for promise, _ in answers:
+                promise.is_written = False
         assert self._loop is not None
         self._loop.call_soon_threadsafe(_tell, answers)
 
@@ -176,7 +184,8 @@ def _answer(encode: Encode, future: Future[Any]) -> Answer:
         if not isinstance(error, LorakitError):
             log.error("a request failed", exc_info=error)
         text = str(error) or type(error).__name__
-        return Answer(*encode_json({"error": text, "category": "user" if is_users else "server"}))
+        kind, payload = encode_json({"error": text, "category": "user" if is_users else "server"})
+        return Answer(kind, payload, is_final=not isinstance(error, EngineEnded))
 
 
 def encode_json(value: Any) -> tuple[str, bytes]:
@@ -188,5 +197,15 @@ def encode_forward_backward(value: Any) -> tuple[str, bytes]:
     return "ForwardBackwardOutput", wire.write_forward_backward(value)
 
 
-def encode_sample(value: Any) -> tuple[str, bytes]:
-    return "SampleResponse", wire.write_sample_response(value)
+def encode_sample(value: Any, *, last_n: int | None = None) -> tuple[str, bytes]:
+    """``last_n``: the prompt's log-probabilities for so many of its last tokens alone."""
+    return "SampleResponse", wire.write_sample_response(value if last_n is None else _only_last(value, last_n))
+
+
+def _only_last(response: SampleResponse, count: int) -> SampleResponse:
+    def cut(values: list[Any] | None) -> list[Any] | None:
+        return None if values is None else [None] * max(0, len(values) - count) + values[max(0, len(values) - count) :]
+
+    return replace(
+        response, prompt_logprobs=cut(response.prompt_logprobs), topk_prompt_logprobs=cut(response.topk_prompt_logprobs)
+    )

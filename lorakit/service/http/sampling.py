@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
@@ -17,7 +17,7 @@ from lorakit.service.http.common import State, User, parsed, read_json
 from lorakit.service.http.promises import encode_sample
 from lorakit.service.http.state import EPHEMERAL, ServerState, as_future, chained
 from lorakit.service.store import SamplerRow
-from lorakit.types import SampleResponse, TensorData
+from lorakit.types import TensorData
 
 router = APIRouter(prefix="/api/v1", tags=["sampling"])
 
@@ -43,6 +43,7 @@ class Sample(BaseModel):
     target_prompt_logprobs: dict[str, Any] | None = None
     prompt_alt_tokens_k: int = 0
     prompt_logprobs_last_n: int | None = None
+    record_stability_info: bool | None = None
 
 
 @router.post("/create_sampling_session")
@@ -94,7 +95,8 @@ async def asample(request: Request, state: State, user: User) -> JSONResponse:
         if isinstance(body, str):
             state.promises.fail(promise, body)
         else:
-            state.promises.settle(promise, as_future(lambda: _sample(state, user, body)), encode_sample)
+            encode = functools.partial(encode_sample, last_n=body.prompt_logprobs_last_n)
+            state.promises.settle(promise, as_future(lambda: _sample(state, user, body)), encode)
     num_samples = given.get("num_samples", 1)
     count = num_samples if isinstance(num_samples, int) and 0 < num_samples <= 100_000 else 1
     return JSONResponse(
@@ -116,25 +118,14 @@ def _sample(state: ServerState, user: str, body: Sample) -> Future[Any]:
         )
     except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"the request cannot be read: {error}") from error
-    if body.num_samples > 100_000:
-        raise DataError(f"num_samples={body.num_samples:,} is more than 100,000")
-    last_n = body.prompt_logprobs_last_n
+    if (last_n := body.prompt_logprobs_last_n) is not None and not 1 <= last_n < max(2, prompt.length):
+        raise DataError(
+            f"prompt_logprobs_last_n={last_n} must be from 1 to {prompt.length - 1}, less than the prompt has tokens"
+        )
+    if body.record_stability_info:
+        raise DataError("record_stability_info is not offered: its loss is not public")
     asked: dict[str, Any] = {
         "num_best": body.topk_sample_logprobs, "scores_prompt": bool(body.prompt_logprobs),
         "num_best_of_prompt": body.topk_prompt_logprobs, "prompt_targets": targets, "num_alternatives": body.prompt_alt_tokens_k,
     }  # fmt: skip
-    found = chained(weights, lambda loaded: state.service.sample(loaded, prompt, params, body.num_samples, **asked))
-    return found if last_n is None else chained(found, lambda response: _only_last(response, last_n))
-
-
-def _only_last(response: SampleResponse, count: int) -> Future[Any]:
-    """The prompt's log-probabilities for its last ``count`` tokens alone."""
-
-    def cut(values: list[Any] | None) -> list[Any] | None:
-        return None if values is None else [None] * (len(values) - count) + values[len(values) - count :]
-
-    done: Future[Any] = Future()
-    done.set_result(replace(
-        response, prompt_logprobs=cut(response.prompt_logprobs), topk_prompt_logprobs=cut(response.topk_prompt_logprobs)
-    ))  # fmt: skip
-    return done
+    return chained(weights, lambda loaded: state.service.sample(loaded, prompt, params, body.num_samples, **asked))

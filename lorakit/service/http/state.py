@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import collections
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -10,11 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorakit.errors import CheckpointError, LorakitError
+from lorakit.errors import CheckpointError
 from lorakit.service.core import Service
 from lorakit.service.http.keys import Keys
 from lorakit.service.http.promises import Promises
 from lorakit.service.store import ClientSession, Run, SamplerRow, now
+
+log = logging.getLogger("lorakit")
+MAX_SNAPSHOTS = 16  # of a session, in memory: an adapter each; programs sample the newest
 
 
 @dataclass
@@ -41,6 +46,7 @@ class Session:
     last_seen: float = field(default_factory=time.monotonic)
     model_ids: set[str] = field(default_factory=set)
     sampler_ids: set[str] = field(default_factory=set)
+    snapshots: collections.deque[str] = field(default_factory=collections.deque)  # samplers of weights that are in memory only
 
 
 class ServerState:
@@ -116,10 +122,13 @@ class ServerState:
         while True:
             await asyncio.sleep(min(5.0, self.session_timeout_seconds / 4))
             limit = time.monotonic() - self.session_timeout_seconds
-            for session in [session for session in self.sessions.values() if session.last_seen < limit]:
-                self.end_session(session)
-            self.promises.forget()
-            await asyncio.to_thread(self.service.delete_expired)
+            try:
+                for session in [session for session in self.sessions.values() if session.last_seen < limit]:
+                    self.end_session(session)
+                self.promises.forget()
+                await asyncio.to_thread(self.service.delete_expired)
+            except Exception as error:  # a full disk, say: later
+                log.error("cleaning up failed: %s", error)
 
     # ---- models and samplers
 
@@ -138,9 +147,14 @@ class ServerState:
         if row is None or row.owner != owner:
             raise CheckpointError(f"there is no sampler {sampler_id}")
         if row.model_path == EPHEMERAL:
-            raise CheckpointError(f"the weights of {sampler_id} were in memory only, and the server was started anew")
+            raise CheckpointError(
+                f"the weights of {sampler_id} were in memory only, and are gone: {MAX_SNAPSHOTS} newer ones came, or the server was "
+                "started anew; save_weights_for_sampler keeps them on disk"
+            )
         future = self.service.weights(base_model=row.base_model, path=row.model_path, owner=owner)
         self.samplers[sampler_id] = (owner, future)
+        if (session := self.session(row.session_id, owner)) is not None:
+            session.sampler_ids.add(sampler_id)
         return future
 
     def add_sampler(
@@ -149,6 +163,10 @@ class ServerState:
         """Remember a sampler, whose Weights ``future`` gives."""
         session.sampler_ids.add(sampler_id)
         self.samplers[sampler_id] = (session.owner, future)
+        if model_path == EPHEMERAL:
+            session.snapshots.append(sampler_id)
+            while len(session.snapshots) > MAX_SNAPSHOTS:
+                self.samplers.pop(session.snapshots.popleft(), None)
         self.store.add(SamplerRow(
             id=sampler_id, session_id=session.id, owner=session.owner, base_model=base_model, model_path=model_path
         ))  # fmt: skip
@@ -183,10 +201,10 @@ def chained(first: Future[Any], then: Callable[[Any], Future[Any]]) -> Future[An
 
 
 def as_future(start: Callable[[], Future[Any]]) -> Future[Any]:
-    """Return ``start()``, or a future of the LorakitError that it raises."""
+    """Return ``start()``, or a future of what it raises: a promise that was made must be settled."""
     try:
         return start()
-    except LorakitError as error:
+    except Exception as error:
         failed: Future[Any] = Future()
         failed.set_exception(error)
         return failed

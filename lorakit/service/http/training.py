@@ -67,6 +67,14 @@ class SaveWeights(ModelCall):
     user_metadata: dict[str, str] | None = None
     sampling_session_seq_id: int | None = None
     kind: str = "snapshot"
+    age_encryption_recipients: list[str] | None = None
+
+    def refuse_what_is_not_offered(self) -> None:
+        """Raise DataError for what would be ignored."""
+        if self.age_encryption_recipients:
+            raise DataError("age_encryption_recipients are not offered: files are written as they are")
+        if self.kind != "snapshot":
+            raise DataError(f"kind={self.kind!r} is not offered; snapshot is: make a new sampling client for new weights")
 
 
 class LoadWeights(BaseModel):
@@ -224,6 +232,7 @@ async def save_weights_for_sampler(request: Request, state: State, user: User) -
         return await _save(request, state, user, "sampler_weights", "save_weights_for_sampler", body)
 
     def start(call: SaveWeights, model: Model) -> Future[Any]:
+        call.refuse_what_is_not_offered()
         session = state.session(model.id.partition(":")[0], user)
         if session is None or call.sampling_session_seq_id is None:
             raise DataError("give a path, or a sampling_session_seq_id of a session that goes on")
@@ -242,6 +251,7 @@ async def _save(
     request: Request, state: ServerState, user: str, kind: str, answer: str, body: dict[str, Any] | None = None
 ) -> JSONResponse:
     def start(call: SaveWeights, model: Model) -> Future[Any]:
+        call.refuse_what_is_not_offered()
         if call.path is None:
             raise DataError("path is missing: the checkpoint's name")
         check_name(call.path)

@@ -22,7 +22,7 @@ from lorakit.types import (
 
 _DTYPES = {schema.FLOAT32: np.float32, schema.INT64: np.int64, schema.INT32: np.int32, schema.BFLOAT16: np.uint16}
 _MISSING_LOGPROB = -99999.0  # with token 0: a candidate that is not there
-MAX_DENSE_ELEMENTS = 1 << 28  # of a sparse tensor that is written out
+MAX_DENSE_ELEMENTS = 1 << 25  # of a sparse tensor that is written out
 
 
 @dataclass(frozen=True)
