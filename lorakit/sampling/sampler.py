@@ -368,14 +368,15 @@ def _compare(model: Any) -> str | None:
         if step:
             cache.decode([length + step - 1 for length in lengths], device)
             ids = torch.tensor([[row[length + step - 1]] for row, length in zip(tokens, lengths, strict=True)], device=device)
-            positions, spans = torch.tensor([[length + step - 1] for length in lengths], device=device), [(0, 0, 1)]
+            positions, spans = torch.tensor([[length + step - 1] for length in lengths], device=device), None
         else:
             cache.prefill([0, 1], lengths, device)
             ids = torch.tensor([[t for row, length in zip(tokens, lengths, strict=True) for t in row[:length]]], device=device)
             positions = torch.tensor([[i for length in lengths for i in range(length)]], device=device)
             spans = [(0, 0, lengths[0]), (0, lengths[0], sum(lengths))]
         with cached_attention(cache), packed_documents(spans):
-            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+            given = {"input_ids": ids, "position_ids": positions, "attention_mask": None if spans else NO_MASK}
+            logits = model(**given, use_cache=False).logits.float()
         ours.append(logits[:, -1] if step else logits[0, [lengths[0] - 1, sum(lengths) - 1]])
     whole = [model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0].float() for row in tokens]
     theirs = [torch.stack([row[n - 1 + step] for row, n in zip(whole, lengths, strict=True)]) for step in range(4)]

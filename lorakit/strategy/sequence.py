@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lorakit.errors import ConfigError
 from lorakit.model.attention import (
@@ -92,7 +91,7 @@ def attention_in_parts(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """As ``attention_by_document``, for parts of rows too, which the processes of ``group`` share; L is then a part's length."""
     if attention_mask is None or attention_mask.dtype != torch.long or attention_mask.dim() != 2:
-        return sdpa_attention_forward(module, query_BHLD, key_BGLD, value_BGLD, attention_mask, **kwargs)
+        return attention_by_document(module, query_BHLD, key_BGLD, value_BGLD, attention_mask, **kwargs)
     if not len(attention_mask) or tuple(attention_mask[0].tolist()) != IN_PARTS:
         return attention_by_document(module, query_BHLD, key_BGLD, value_BGLD, attention_mask, **kwargs)
     heads, kv_heads, parts = query_BHLD.shape[1], key_BGLD.shape[1], dist.get_world_size(group)
