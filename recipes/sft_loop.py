@@ -4,8 +4,8 @@ Without a file it teaches pig latin. ``--resume tinker://…``, a path that a ru
 other options are as they were: in this process to the same bits. ``--server`` runs the same by the public SDK, once
 `lorakit serve` runs and ``eval "$(lorakit tinker-env)"`` has told where.
 
-The tiny model's loss per token (two cores of an AMD EPYC, torch 2.13.0): 3.86 at the first step; on held-out rows 0.063 after
-10 steps and 0.0005 after 60, and the four answers that it prints are right. 23 s in this process, 21 s by a server.
+The tiny model's loss per token on held-out rows (two cores of an AMD EPYC, torch 2.13.0): 3.79 before training, 0.063 after 10
+steps, 0.0005 after 60, and the four answers that it prints are right. 22 s in this process, 24 s by a server.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def train(
 ) -> dict[int, float]:
     """Make the steps that are left. What a step does follows from its number, so that it is the same after ``--resume``."""
     losses: dict[int, float] = {}
+    evaluate(training, held_out, first_step)
     for step in range(first_step, options.steps):
         started = time.perf_counter()
         batch = batch_of_step(data, step, options.batch_size, options.seed)
@@ -66,17 +67,20 @@ def train(
         optim = training.optim_step(types.AdamParams(learning_rate=learning_rate))
         losses[step] = mean_loss(forward_backward.result(), batch)
         optim.result()
-        print(
-            f"step {step:3d}  loss {losses[step]:.4f}  lr {learning_rate:.1e}  {time.perf_counter() - started:.2f} s",
-            flush=True,
-        )
+        seconds = time.perf_counter() - started
+        print(f"step {step:3d}  loss {losses[step]:.4f}  lr {learning_rate:.1e}  {seconds:.2f} s", flush=True)
         num_steps, is_last = step + 1, step + 1 == options.steps
         if num_steps % options.eval_every == 0 or is_last:
-            held_out_loss = mean_loss(training.forward(held_out, "cross_entropy").result(), held_out)
-            print(f"after {num_steps} steps: held-out loss {held_out_loss:.4f} ({len(held_out)} rows)")
+            evaluate(training, held_out, num_steps)
         if num_steps % options.save_every == 0 or is_last:
             print(f"saved {training.save_state(f'step-{num_steps}').result().path}")
     return losses
+
+
+def evaluate(training: Any, held_out: list[Any], num_steps: int) -> None:
+    """Print the loss on rows that are not trained on."""
+    loss = mean_loss(training.forward(held_out, "cross_entropy").result(), held_out)
+    print(f"after {num_steps} steps: held-out loss {loss:.4f} ({len(held_out)} rows)")
 
 
 def schedule(step: int, num_steps: int) -> float:
