@@ -16,8 +16,6 @@ _cache = tempfile.TemporaryDirectory(prefix="lorakit-tests-")  # removed when th
 os.environ["HF_DATASETS_CACHE"] = _cache.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Threads that spin while they wait take the time of those that work, where several programs share two cores. Before torch comes.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # No deadline, since machines are shared; the same examples every time; no folder of hypothesis's own in the checkout.
 hypothesis.settings.register_profile("lorakit", deadline=None, max_examples=40, derandomize=True, database=None)

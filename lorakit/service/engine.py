@@ -6,6 +6,7 @@ queued behind it goes on.
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import itertools
@@ -91,6 +92,8 @@ class Engine:
         team.on_problem.append(self._end_by)
         self._thread = threading.Thread(target=self._serve, name="lorakit-engine", daemon=True)
         self._thread.start()
+        # A program that ends without closing: in the middle of torch the thread would bring the interpreter down with it.
+        atexit.register(self.close)
 
     @property
     def base(self) -> Base:
@@ -132,6 +135,7 @@ class Engine:
 
     def close(self, timeout_seconds: float = 30.0) -> None:
         """End after what runs now; whatever waits gets an error."""
+        atexit.unregister(self.close)
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import wait
@@ -429,6 +431,21 @@ def test_soft_targets_and_single_ones_go_together(client: lorakit.TrainingClient
     assert mixed.loss_fn_outputs[0]["logprobs"].shape == (len(first), 2)
     assert mixed.loss_fn_outputs[1]["logprobs"].shape == (len(data[1]),)
     assert torch.allclose(trainee_of(client).gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_a_program_that_ends_with_work_in_flight_ends_well(tmp_path: Path) -> None:
+    program = f"""
+import lorakit
+from lorakit import types
+training = lorakit.ServiceClient(folder={str(tmp_path)!r}, accelerator="cpu").create_lora_training_client("tiny", rank=4)
+datum = types.Datum(types.ModelInput.from_ints([5, 6, 7]), {{"target_tokens": [6, 7, 8], "weights": [1, 1, 1]}})
+sampling = training.save_weights_and_get_sampling_client()
+params = types.SamplingParams(max_tokens=50, stop=[])
+kept = [sampling.sample(types.ModelInput.from_ints([5, 6, n]), 16, params) for n in range(32)]
+kept += [training.forward_backward([datum] * 64, "cross_entropy") for _ in range(8)]
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert ran.returncode == 0 and "terminate called" not in ran.stderr, ran.stderr[-500:]
 
 
 def test_closing_ends_what_waits_with_an_error(tmp_path: Path) -> None:
