@@ -12,6 +12,7 @@ import msgspec
 
 from lorakit.errors import ConfigError
 from lorakit.loss import LOSSES
+from lorakit.loss.inputs import inputs_of
 
 
 class ModelSettings(msgspec.Struct, forbid_unknown_fields=True):
@@ -123,7 +124,7 @@ def check_settings(config: dict[str, Any]) -> None:
                 problems += find_argument_problems(entry, f"{group}.{name}")
     if config["loss"]["name"] not in LOSSES:
         problems.append(f"loss.name={config['loss']['name']} is unknown; there are: {', '.join(LOSSES)}")
-    elif missing := [name for name in LOSSES[config["loss"]["name"]].inputs if name != "weights"]:  # type: ignore[attr-defined]
+    elif missing := [name for name in inputs_of(LOSSES[config["loss"]["name"]]).required if name != "weights"]:
         problems.append(
             f"loss.name={config['loss']['name']} takes {', '.join(missing)} for each token, which rows of data have not; "
             "write its loop with lorakit.ServiceClient"

@@ -114,7 +114,8 @@ class AdapterLayout:
 
     def file_tensors(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the adapter's tensors by the names, and in the shapes, that they have in PEFT's files."""
-        tensors, by_module = {}, {module: {} for module in self._experts}  # type: ignore[var-annotated]
+        tensors: dict[str, torch.Tensor] = {}
+        by_module: dict[str, dict[tuple[str, str], torch.Tensor]] = {module: {} for module in self._experts}
         for key, (a, b) in self.views(vector.detach()).items():
             if key.matrix:
                 by_module[key.module] |= {("lora_A", key.matrix): a, ("lora_B", key.matrix): b}

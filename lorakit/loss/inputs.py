@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,11 +16,27 @@ from lorakit.types import Datum, TensorData
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """The loss_fn_inputs that a loss takes beside ``target_tokens``."""
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    is_weighted_sum: bool = False  # whether the loss is a multiple of the sum of weights times log-probabilities
+
+
+def inputs_of(loss: Callable[..., Any]) -> Inputs:
+    """What ``takes`` said of ``loss``; nothing of a function that it never saw."""
+    found = getattr(loss, "__dict__", {}).get("takes", Inputs())
+    assert isinstance(found, Inputs)
+    return found
+
+
 def takes(*inputs: str, optional: Sequence[str] = (), linear: bool = False) -> Callable[[Function], Function]:
     """Say which loss_fn_inputs a loss takes beside ``target_tokens``, and whether it is a weighted sum of log-probabilities."""
 
     def mark(loss: Function) -> Function:
-        loss.inputs, loss.optional_inputs, loss.is_weighted_sum = inputs, tuple(optional), linear  # type: ignore[attr-defined]
+        loss.__dict__["takes"] = Inputs(inputs, tuple(optional), linear)
         return loss
 
     return mark
@@ -67,16 +84,17 @@ def prepare(
     Raises:
         DataError: with every problem, by number of the Datum and name of the field.
     """
+    needs = inputs_of(loss)
     if not data:
         raise DataError("data is empty; give at least one Datum")
     problems = [f"data[{i}]{text}" for i, datum in enumerate(data) for text in _problems(datum, loss, vocab_size, max_tokens)]
     if problems:
-        taken = ", ".join(("target_tokens", *loss.inputs, *(f"{name} (optional)" for name in loss.optional_inputs)))  # type: ignore[attr-defined]
+        taken = ", ".join(("target_tokens", *needs.required, *(f"{name} (optional)" for name in needs.optional)))
         raise DataError(report(f"{name} cannot use this data:", problems, remedy=f"{name} takes: {taken}."))
     fillings: dict[str, float] = {}
-    if "weights" not in loss.inputs:  # type: ignore[attr-defined]
+    if "weights" not in needs.required:
         fillings["weights"] = 1.0
-    for extra in loss.optional_inputs:  # type: ignore[attr-defined]
+    for extra in needs.optional:
         if any(extra in datum.loss_fn_inputs for datum in data):
             fillings[extra] = {**knobs_of(loss), **(knobs or {})}[extra]
     return [_filled(datum, fillings) for datum in data]
@@ -93,8 +111,9 @@ def _filled(datum: Datum, fillings: Mapping[str, float]) -> Datum:
 def _problems(datum: Datum, loss: Callable[..., Any], vocab_size: int, max_tokens: int | None) -> list[str]:
     """What is wrong with one Datum, each beginning with the field."""
     problems = []
-    given, required = datum.loss_fn_inputs, ("target_tokens", *loss.inputs)  # type: ignore[attr-defined]
-    known = {*required, *loss.optional_inputs}  # type: ignore[attr-defined]
+    inputs = inputs_of(loss)
+    given, required = datum.loss_fn_inputs, ("target_tokens", *inputs.required)
+    known = {*required, *inputs.optional}
     problems += [f".loss_fn_inputs[{name!r}] is missing" for name in required if name not in given]
     problems += [f".loss_fn_inputs[{name!r}] is unknown" for name in given if name not in known]
     if not len(datum):
@@ -105,7 +124,7 @@ def _problems(datum: Datum, loss: Callable[..., Any], vocab_size: int, max_token
     if "target_tokens" in given:
         problems += _outside(".loss_fn_inputs['target_tokens']", given["target_tokens"], vocab_size)
         several = given["target_tokens"].ndim > 1
-        if several and not loss.is_weighted_sum:  # type: ignore[attr-defined]
+        if several and not inputs.is_weighted_sum:
             problems.append(
                 f".loss_fn_inputs['target_tokens'] has shape {given['target_tokens'].shape}; one per position, please"
             )

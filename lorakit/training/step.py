@@ -8,6 +8,7 @@ from typing import Any
 
 from lorakit.loss import Loss
 from lorakit.loss.head import HeadAdapter
+from lorakit.loss.inputs import inputs_of
 from lorakit.loss.logprobs import target_logprobs
 from lorakit.types import Batch, LossOutput
 
@@ -18,7 +19,7 @@ def compute_loss(model: Any, batch: Batch, loss: Loss, *, all_positions: bool = 
     Positions of weight 0 never reach the unembedding, and their log-probability is NaN, unless ``all_positions``. The loss itself
     is given 0 there.
     """
-    logprobs = target_logprobs(model, batch, all_positions=all_positions, is_weighted_sum=_is_weighted_sum(loss))
+    logprobs = target_logprobs(model, batch, all_positions=all_positions, is_weighted_sum=inputs_of(loss).is_weighted_sum)
     output = loss(logprobs, batch)
     if all_positions:
         return output
@@ -42,7 +43,7 @@ def compute_losses(
         head_adapters: on the unembedding, beside what the model itself has there; their gates have a row for each position.
     """
     logprobs = target_logprobs(
-        model, joined, all_positions=True, is_weighted_sum=all(_is_weighted_sum(share.loss) for share in shares),
+        model, joined, all_positions=True, is_weighted_sum=all(inputs_of(share.loss).is_weighted_sum for share in shares),
         head_adapters=head_adapters,
     )  # fmt: skip
     outputs, first = [], 0
@@ -54,7 +55,3 @@ def compute_losses(
         outputs.append(share.loss(own, share.batch))
         first += shape[0]
     return outputs
-
-
-def _is_weighted_sum(loss: Loss) -> bool:
-    return getattr(loss, "is_weighted_sum", False)
