@@ -67,8 +67,8 @@ def _choices(datum: Datum, several: bool) -> tuple[slice, ...]:
 
 def _columns(datum: Datum, several: bool) -> tuple[np.ndarray, np.ndarray]:
     """A Datum's targets and weights, with a second dimension where the batch has one."""
-    arrays = datum.targets.to_numpy(), datum.weights.to_numpy()
-    return tuple(array[:, None] if several and array.ndim == 1 else array for array in arrays)  # type: ignore[return-value]
+    targets, weights = datum.targets.to_numpy(), datum.weights.to_numpy()
+    return (targets[:, None], weights[:, None]) if several and targets.ndim == 1 else (targets, weights)
 
 
 def join(batches: Sequence[Batch], pad_token_id: int) -> Batch:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -104,7 +104,7 @@ class KVCache:
         scaling: float | None = None, sliding_window: int | None = None, **kwargs: Any,
     ) -> torch.Tensor | None:  # fmt: skip
         """Keep keys and values; return what one token of each row attends to, (B, 1, H, D), or None for a prefill."""
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        layer = int(cast(Any, module).layer_idx)
         for tensors, new in ((self.keys, key_BGLD), (self.values, value_BGLD)):
             if layer not in tensors:
                 tensors[layer] = self._make(new)

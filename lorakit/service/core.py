@@ -367,7 +367,8 @@ class Service:
         future = weights.engine.sample(
             weights.snapshot_id, lambda: Request(prompt.to_ints(), params, num_samples, **asked), each
         )
-        future.add_done_callback(lambda done, kept=weights: None)  # type: ignore[misc]
+        held = [weights]  # by the callback, so that its snapshot stays until the answer
+        future.add_done_callback(lambda done: held.clear())
         return future
 
     # ---- what was saved
