@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorakit.lora.expert_function import ExpertCall, ExpertFunction, Part
+from lorakit.lora.expert_function import ExpertCall, ExpertFunction, Part, run_forward
 from lorakit.lora.flat import AdapterLayout, Key
+from lorakit.lora.grouped import prefers_padding
 from lorakit.model.families import ExpertStack, find_targets
 
 
@@ -44,15 +45,18 @@ class Mix:
 
     Args:
         owners_T: for each token of a pass, flattened, the number of its adapter; None where there is one adapter.
+        like: a Mix that went through the same model; what passes ask for is then laid side by side at once.
     """
 
-    def __init__(self, adapters: Sequence[Adapter | None], owners_T: torch.Tensor | None) -> None:
+    def __init__(self, adapters: Sequence[Adapter | None], owners_T: torch.Tensor | None, *, like: Mix | None = None) -> None:
         assert owners_T is not None or len(adapters) == 1
         self.adapters, self.owners_T = tuple(adapters), owners_T
         self._pairs: dict[tuple[Key, torch.dtype], tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]] | None] = {}
+        for key, dtype in like._pairs if like is not None else ():
+            self._pairs[key, dtype] = self._lay(key, dtype)
         self._gates: dict[tuple[Any, ...], torch.Tensor] = {}
 
-    def with_owners(self, owners_T: torch.Tensor) -> Mix:
+    def with_owners(self, owners_T: torch.Tensor | None) -> Mix:
         """Return the same adapters for other tokens; what was laid side by side is not laid again."""
         other = Mix(self.adapters, owners_T)
         other._pairs = self._pairs
@@ -66,6 +70,41 @@ class Mix:
             return None
         a, b, columns = found
         return a, b, self._gate(columns) if self.owners_T is not None else columns[0][2]
+
+    # ---- for recorded passes (`sampling/replay.py`)
+
+    def structure(self) -> Hashable | None:
+        """What of the adapters a recording holds for good, or None before the first pass: their numbers it does not."""
+        if not self._pairs:
+            return None
+        scale = None if self.owners_T is not None else 0
+        return tuple((key, dtype, found and (scale is None or found[2][0][2])) for (key, dtype), found in self._pairs.items())
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What a pass reads: the factors, and the gates of the columns that they have."""
+        pairs = [found for found in self._pairs.values() if found is not None]
+        if self.owners_T is None:
+            return [factor for a, b, _ in pairs for factor in (a, b)]
+        return [tensor for a, b, columns in pairs for tensor in (a, b, self._gate(columns))]
+
+    @contextlib.contextmanager
+    def lent(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Within it these stand in the place of ``tensors()``."""
+        rest, before = iter(tensors), (self._pairs, self._gates)
+        pairs, gates = {}, {}
+        for place, (name, found) in enumerate(self._pairs.items()):
+            if found is None:
+                pairs[name] = None
+                continue
+            columns = found[2] if self.owners_T is None else (*found[2], place)  # each its own gate
+            pairs[name] = next(rest), next(rest), columns
+            if self.owners_T is not None:
+                gates[columns] = next(rest)
+        self._pairs, self._gates = pairs, gates
+        try:
+            yield
+        finally:
+            self._pairs, self._gates = before
 
     def _lay(self, key: Key, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]] | None:
         present = [(n, adapter) for n, adapter in enumerate(self.adapters) if adapter is not None and key in adapter.factors]
@@ -94,6 +133,7 @@ class AdapterBank:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._mix: Mix | None = None
+        self._has_few_tokens = False
         head = model.get_output_embeddings()
         self.head_name = next((name for name, module in model.named_modules() if module is head), None)
         targets, modules = find_targets(model), dict(model.named_modules())
@@ -107,13 +147,13 @@ class AdapterBank:
                 modules[target.module].register_forward_hook(functools.partial(self._add_to_linear, Key(target.module)))
 
     @contextlib.contextmanager
-    def active(self, mix: Mix) -> Iterator[None]:
+    def active(self, mix: Mix, *, has_few_tokens: bool = False) -> Iterator[None]:
         """Within it passes of the model, forward and backward, have the adapters of ``mix``."""
-        before, self._mix = self._mix, mix
+        before, self._mix, self._has_few_tokens = (self._mix, self._has_few_tokens), mix, has_few_tokens
         try:
             yield
         finally:
-            self._mix = before
+            self._mix, self._has_few_tokens = before
 
     def on_head(self, mix: Mix, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float | torch.Tensor] | None:
         """Return what the adapters of ``mix`` have on the unembedding: A, B and gate or scale, as ``Mix.pair``."""
@@ -149,11 +189,15 @@ class AdapterBank:
             factors += [a, b]
         if not factors:
             return plain(hidden_states, top_k_index, top_k_weights)
+        has_gradient = torch.is_grad_enabled()
+        pads = self._has_few_tokens and not has_gradient and prefers_padding(*stack.weights())
         call = ExpertCall(
             stack.weights, stack.biases, stack.activate, top_k_index, stack.num_experts, tuple(first), tuple(second),
-            keeps=torch.is_grad_enabled(),
+            keeps=has_gradient, products="padded" if pads else "auto",
         )  # fmt: skip
-        return ExpertFunction.apply(hidden_states, top_k_weights, call, *factors)
+        if has_gradient:
+            return ExpertFunction.apply(hidden_states, top_k_weights, call, *factors)
+        return run_forward(hidden_states, top_k_weights, call, factors)[0]
 
 
 @functools.cache

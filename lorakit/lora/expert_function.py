@@ -16,7 +16,7 @@ Shapes: T tokens, S = T * top_k rows sorted by expert, H hidden, I expert width,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,7 @@ class ExpertCall:
     first: tuple[Part, ...]  # factors on the way in
     second: tuple[Part, ...]  # factors on the way out
     keeps: bool = True  # whether a backward may follow
-    products: str = "auto"  # or: loop, grouped
+    products: str = "auto"  # or: loop, grouped, padded
 
 
 class ExpertFunction(torch.autograd.Function):
@@ -72,16 +72,12 @@ class ExpertFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x_TH: torch.Tensor, weights_TK: torch.Tensor, call: ExpertCall, *factors: torch.Tensor
     ) -> torch.Tensor:
-        with torch.autocast(x_TH.device.type, enabled=False):  # it would cast the frozen stacks
-            layer = _Layer(call, factors)
-            x = x_TH.to(layer.dtype)
-            weights_S = layer.rows.take(weights_TK).to(layer.dtype)
-            keeps = call.keeps and any(ctx.needs_input_grad)
-            out_TH, hidden_SN, narrow = layer.forward(x, weights_S, keeps=keeps)
+        keeps = call.keeps and any(ctx.needs_input_grad)
+        out_TH, kept = run_forward(x_TH, weights_TK, call, factors, keeps=keeps)
         if keeps:
             ctx.call, ctx.num_factors = call, len(factors)
-            ctx.save_for_backward(x, weights_TK, hidden_SN, *narrow, *factors)
-        return out_TH.to(x_TH.dtype)
+            ctx.save_for_backward(*kept, *factors)
+        return out_TH
 
     @staticmethod
     @once_differentiable
@@ -100,10 +96,22 @@ class ExpertFunction(torch.autograd.Function):
         return (None if grad_x is None else grad_x.to(grad_TH.dtype), grad_weights, None, *grad_factors)
 
 
+def run_forward(
+    x_TH: torch.Tensor, weights_TK: torch.Tensor, call: ExpertCall, factors: Sequence[torch.Tensor], *, keeps: bool = False
+) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """Return what ``ExpertFunction`` returns, and what its backward needs where ``keeps``."""
+    with torch.autocast(x_TH.device.type, enabled=False):  # it would cast the frozen stacks
+        layer = _Layer(call, factors)
+        x = x_TH.to(layer.dtype)
+        weights_S = layer.rows.take(weights_TK).to(layer.dtype)
+        out_TH, hidden_SN, narrow = layer.forward(x, weights_S, keeps=keeps)
+    return out_TH.to(x_TH.dtype), (x, weights_TK, hidden_SN, *narrow)
+
+
 class _Layer:
     """The mathematics of one call, block by block of rows."""
 
-    def __init__(self, call: ExpertCall, factors: tuple[torch.Tensor, ...] | list[torch.Tensor]) -> None:
+    def __init__(self, call: ExpertCall, factors: Sequence[torch.Tensor]) -> None:
         self.call = call
         self.w1_EHN, self.w2_EIH = call.weights()
         self.b1_EN, self.b2_EH = call.biases()
@@ -117,7 +125,10 @@ class _Layer:
         # not chosen for it) may overflow, and infinity times a weight of 0 is not 0.
         is_single = emulates_products(self.w1_EHN) or self.dtype == torch.float16
         max_rows = 0 if is_single else MAX_RUN_BYTES // (self.w1_EHN.shape[2] * self.w1_EHN.element_size())
-        self.rows = SortedRows.sort(call.experts_TK, call.num_experts, grouped=self.grouped, max_rows=max_rows)
+        if call.products == "padded":
+            self.rows = SortedRows.pad(call.experts_TK, call.num_experts)
+        else:
+            self.rows = SortedRows.sort(call.experts_TK, call.num_experts, grouped=self.grouped, max_rows=max_rows)
         self.originals = factors
         self._masks: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
         self.factors = [self._prepare(factor, dim=2 if number % 2 else 1) for number, factor in enumerate(factors)]
@@ -129,8 +140,8 @@ class _Layer:
         self, x_TH: torch.Tensor, weights_S: torch.Tensor, *, keeps: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
         """Return out (T, H), h (S, N) and the rows of rank width of each part; the latter two only where ``keeps``."""
-        num_rows, num_out = len(weights_S), self.w1_EHN.shape[2]
-        out_TH = x_TH.new_zeros((len(x_TH), self.w2_EIH.shape[2]), dtype=self.sum_dtype)
+        num_rows, num_out = weights_S.shape[0], self.w1_EHN.shape[2]
+        out_TH = x_TH.new_zeros((x_TH.shape[0], self.w2_EIH.shape[2]), dtype=self.sum_dtype)
         hidden_SN = x_TH.new_empty((num_rows, num_out)) if keeps or self.grouped else None
         narrow = {part.index: self._narrow(part, x_TH, num_rows) for part in (*self.call.first, *self.call.second)}
         for block in self.rows.blocks():

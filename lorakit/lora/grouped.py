@@ -6,8 +6,10 @@ Shapes: S rows (token, expert pairs, and padding), T tokens, E experts, K and N 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -27,7 +29,7 @@ class Run:
 
     first: int
     num_experts: int
-    rows_each: int
+    rows_each: int  # -1: as many as the rows are, for each
 
 
 def plan_runs(num_per_expert: list[int], *, max_rows: int) -> list[Run]:
@@ -80,6 +82,15 @@ class SortedRows:
         padded_S[place_S] = order_S
         return cls(padded_S, experts_S, counts_E, num_tokens, top_k, runs)
 
+    @classmethod
+    def pad(cls, experts_TK: torch.Tensor, num_experts: int) -> SortedRows:
+        """Give every expert as many rows as the busiest has: one run, by fewer calls than a sort and a plan, and none to be recorded
+        wrongly (`sampling/replay.py`)."""
+        num_tokens, top_k = experts_TK.shape
+        experts_S = experts_TK.reshape(-1)
+        order_S = (_scripted_pad() if torch.jit.is_tracing() else pad_rows)(experts_S, num_experts)
+        return cls(order_S, experts_S, experts_S.new_empty(0), num_tokens, top_k, [Run(0, num_experts, -1)])
+
     @functools.cached_property
     def tokens_S(self) -> torch.Tensor:
         """Each row's token; padding has the last one's."""
@@ -98,7 +109,7 @@ class SortedRows:
     def sum_tokens(self, y_SN: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the sum of each token's rows, (T, N), always in the same order, which a GPU's ``index_add_`` does not keep."""
         back = self.order_S.new_empty(self.num_tokens * self.top_k + 1)
-        back[self.order_S] = torch.arange(len(self.order_S), device=back.device)
+        back[self.order_S] = torch.arange(self.order_S.shape[0], device=back.device)
         return y_SN[back[:-1]].view(self.num_tokens, self.top_k, y_SN.shape[1]).sum(dim=1, dtype=dtype)
 
     def blocks(self) -> Iterator[AdjacentExperts | AllExperts]:
@@ -106,10 +117,32 @@ class SortedRows:
         if self.runs is None:
             yield AllExperts(self)
             return
+        if [run.rows_each for run in self.runs] == [-1]:
+            yield AdjacentExperts(self, self.runs[0], slice(None))
+            return
         start = 0
         for run in self.runs:
-            yield AdjacentExperts(self, run, start)
-            start += run.num_experts * run.rows_each
+            end = start + run.num_experts * run.rows_each
+            yield AdjacentExperts(self, run, slice(start, end))
+            start = end
+
+
+def pad_rows(experts_S: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Return where each row stood, expert by expert with as many rows for each as the busiest has, and S for padding."""
+    is_expert_SE = experts_S[:, None] == torch.arange(num_experts, device=experts_S.device)
+    place_S = is_expert_SE.cumsum(0).gather(1, experts_S[:, None])[:, 0]  # from 1, among the expert's rows
+    rows_each = int(place_S.max())
+    order = torch.full((num_experts * rows_each,), experts_S.numel(), dtype=torch.long, device=experts_S.device)
+    order[experts_S * rows_each + place_S - 1] = torch.arange(experts_S.numel(), device=experts_S.device)
+    return order
+
+
+@functools.cache
+def _scripted_pad() -> Any:
+    """As a trace records it: the number of rows for each is found anew at each replay."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(pad_rows)
 
 
 class AdjacentExperts:
@@ -118,9 +151,9 @@ class AdjacentExperts:
     A processor that multiplies 16-bit numbers only by emulation, tens of times slower, is given the experts in float32.
     """
 
-    def __init__(self, sorted_rows: SortedRows, run: Run, start: int) -> None:
+    def __init__(self, sorted_rows: SortedRows, run: Run, rows: slice) -> None:
         self.experts, self._shape = slice(run.first, run.first + run.num_experts), (run.num_experts, run.rows_each)
-        self.rows = slice(start, start + run.num_experts * run.rows_each)
+        self.rows = rows
         self.tokens = sorted_rows.tokens_S[self.rows]
 
     def times(self, x_SK: torch.Tensor, w_EKN: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -152,7 +185,7 @@ class AdjacentExperts:
 
     def per_row(self, values_EN: torch.Tensor) -> torch.Tensor:
         """Return what each row's expert has, (rows, N)."""
-        return values_EN[self.experts].repeat_interleave(self._shape[1], dim=0)
+        return values_EN[self.experts].repeat_interleave(self.tokens.shape[0] // self._shape[0], dim=0)
 
     def _by_expert(self, x_SK: torch.Tensor) -> torch.Tensor:
         return x_SK.unflatten(0, self._shape)
@@ -202,6 +235,14 @@ def can_group(num_rows: int, *weights_EKN: torch.Tensor) -> bool:
     if is_cuda and (first.dtype != torch.bfloat16 or torch.cuda.get_device_capability(first.device) < (8, 0)):
         return False
     return all(size * w.element_size() % ALIGNMENT_BYTES == 0 for w in weights_EKN for size in w.shape[1:])
+
+
+def prefers_padding(*weights_EKN: torch.Tensor) -> bool:
+    """Whether a few tokens are best given to all experts at once, on a CPU: stacks so small that reading all of them costs less than
+    choosing."""
+    first = weights_EKN[0]
+    is_wide = first.dtype in (torch.float32, torch.float64)
+    return first.device.type == "cpu" and is_wide and sum(w.nbytes for w in weights_EKN) <= MAX_RUN_BYTES
 
 
 def emulates_products(x: torch.Tensor) -> bool:

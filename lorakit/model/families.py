@@ -6,6 +6,7 @@ says attention belongs to the attention family, and so on.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -117,9 +118,14 @@ class ExpertStack:
         stack = ExpertStack(module)
         return all(isinstance(getattr(module, name, None), nn.Parameter) for name in (stack.first, stack.second))
 
+    @functools.cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of both stacks, as they are stored."""
+        return {name: tuple(map(int, full_shape(self.weight(name)))) for name in (self.first, self.second)}
+
     @property
     def num_experts(self) -> int:
-        return int(full_shape(self.weight(self.second))[0])
+        return self._shapes[self.second][0]
 
     def weight(self, parameter: str) -> nn.Parameter:
         """A stack as it is stored."""
@@ -164,10 +170,10 @@ class ExpertStack:
         return slice(0, width) if matrix == "gate_proj" else slice(width, None)
 
     def out_features(self, parameter: str) -> int:
-        return int(full_shape(self.weight(parameter))[2 if self.module.is_transposed else 1])
+        return self._shapes[parameter][2 if self.module.is_transposed else 1]
 
     def in_features(self, parameter: str) -> int:
-        return int(full_shape(self.weight(parameter))[1 if self.module.is_transposed else 2])
+        return self._shapes[parameter][1 if self.module.is_transposed else 2]
 
     def factor_shapes(self, ranks: dict[str, int], *, shares_outer: bool) -> dict[str, tuple[str, Shape, Shape]]:
         """Return matrix -> (its stack, shape of A, shape of B) for the stacks in ``ranks``."""

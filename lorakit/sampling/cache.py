@@ -9,7 +9,9 @@ Shapes: R rows, G heads of keys, C tokens of room, D width of a head; B rows at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 ROOM = 64  # tokens of room come in multiples of it
-RUN_COST_BYTES = 2 << 20  # one more call costs as much as reading so much
+RUN_COST_BYTES = 4 << 20  # one more call costs as much as reading so much
 
 
 def rounded(num_tokens: int) -> int:
@@ -38,6 +40,7 @@ class KVCache:
         self._lengths: list[int] = []
         self._runs: list[_Run] = []
         self._masks: dict[tuple[_Run, int | None], torch.Tensor] = {}  # by run and window
+        self._windows: dict[int | None, None] = {}  # that layers have; a dict for its order
 
     @property
     def num_bytes(self) -> int:
@@ -82,6 +85,9 @@ class KVCache:
         self._lengths_B = torch.tensor(lengths, device=device)
         self._rows_B = torch.arange(len(lengths), device=device)
         self._runs, self._masks = plan_runs(lengths, self.run_cost), {}
+        for like in itertools.islice(self.keys.values(), 1):
+            for run, window in itertools.product(self._runs, self._windows):
+                self._mask(run, window, like)
         return self._lengths_B
 
     def permute(self, order: Sequence[int]) -> None:
@@ -97,6 +103,31 @@ class KVCache:
             for tensor in tensors.values():
                 tensor[list(targets), :, :num_tokens] = tensor[source, :, :num_tokens]
 
+    # ---- for recorded passes (`sampling/replay.py`)
+
+    def step_kind(self) -> Hashable | None:
+        """What is the same in all passes of one token for each row that a recording stands for; None where there is none for it."""
+        if not self.keys or len(self._masks) != len(self._runs) * len(self._windows) or self._fill is not None:
+            return None
+        return (len(self._runs), *self.keys, *self._windows, next(iter(self.keys.values())).dtype)
+
+    def step_tensors(self) -> list[torch.Tensor]:
+        """What such a pass reads and writes."""
+        assert self._rows_B is not None and self._lengths_B is not None
+        return [self._rows_B, self._lengths_B, *self._masks.values(), *self.keys.values(), *self.values.values()]
+
+    @contextlib.contextmanager
+    def lent(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Within it these stand in the place of ``step_tensors``."""
+        before = self._rows_B, self._lengths_B, self._masks, self.keys, self.values
+        rest = iter(tensors)
+        self._rows_B, self._lengths_B = next(rest), next(rest)
+        self._masks, self.keys, self.values = (dict(zip(old, rest)) for old in before[2:])  # noqa: B905
+        try:
+            yield
+        finally:
+            self._rows_B, self._lengths_B, self._masks, self.keys, self.values = before
+
     # ---- called by each layer's attention
 
     def take(
@@ -109,24 +140,25 @@ class KVCache:
             if layer not in tensors:
                 tensors[layer] = self._make(new)
             if self._fill is not None:
-                rows_T, places_T = self._fill
-                tensors[layer][rows_T, :, places_T] = new[0].transpose(0, 1)
+                at, tokens = self._fill, new[0].transpose(0, 1)
             else:
                 assert self._rows_B is not None and self._lengths_B is not None
-                tensors[layer][self._rows_B, :, self._lengths_B] = new[:, :, 0]
+                at, tokens = (self._rows_B, self._lengths_B), new[:, :, 0]
+            tensors[layer].transpose(1, 2).index_put_(at, tokens)  # no assignment, whose shape a recording would hold for good
         if self._fill is not None:
             return None
         batch, heads, _, width = query_BHLD.shape
         keys, values = self.keys[layer], self.values[layer]
         # The heads that share keys stand in the place of positions: no key is copied for them.
         query = query_BHLD.reshape(batch, keys.shape[1], heads // keys.shape[1], width)
-        attended = []
+        attended: list[torch.Tensor] = []
+        self._windows.setdefault(sliding_window)
+        first = 0
         for run in self._runs:
-            rows, places = slice(run.first, run.end), slice(0, run.longest + 1)
             mask = self._mask(run, sliding_window, query)
-            attended.append(
-                F.scaled_dot_product_attention(query[rows], keys[rows, :, places], values[rows, :, places], mask, scale=scaling)
-            )
+            rows, places = slice(first, first + mask.shape[0]), slice(0, mask.shape[3])  # of the mask: recordings follow it
+            attended.append(_attend(query[rows], keys[rows, :, places], values[rows, :, places], mask, scaling))
+            first = first + mask.shape[0]
         out = attended[0] if len(attended) == 1 else torch.cat(attended)
         return out.reshape(batch, 1, heads, values.shape[3])
 
@@ -141,6 +173,16 @@ class KVCache:
             bias = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
             self._masks[run, window] = bias[:, None, None]
         return self._masks[run, window]
+
+
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    if query.device.type != "cpu" or query.dtype != torch.float32:
+        return F.scaled_dot_product_attention(query, keys, values, mask, scale=scaling)
+    # torch's kernel for CPUs cuts its work by positions of the query, of which there are one or two here: half as fast as products.
+    scores = torch.matmul(query * (scaling or query.shape[-1] ** -0.5), keys.mT).add_(mask)
+    return torch.matmul(scores.softmax(dim=-1), values)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from lorakit.model.attention import cached_attention, find_difference, packed_do
 from lorakit.sampling.cache import KVCache, rounded, wasted_tokens
 from lorakit.sampling.ending import Ending, end_token_ids
 from lorakit.sampling.pick import Picked, Picker, sample_key
+from lorakit.sampling.replay import Replayer
 from lorakit.sampling.request import Request, Row, Running, best_of_row
 from lorakit.types import TensorData
 
@@ -61,6 +62,9 @@ class Sampler:
         self.batch_invariant = batch_invariant
         self.cache = KVCache()
         self.num_forwards = self.num_generated = 0
+        self._replayer = Replayer(model)
+        self._last_mix: Mix | None = None
+        self._last_head: Head | None = None  # as the last pass that was not replayed found it
         self._waiting: collections.deque[_Joining] = collections.deque()
         self._rows: list[Row] = []
         self._end_ids = end_token_ids(model, tokenizer)
@@ -110,6 +114,7 @@ class Sampler:
             self._decode()
         if not self.is_busy:
             self.cache.clear()
+            self._last_mix = None  # it holds adapters
 
     def _drop_cancelled(self) -> None:
         self._remove([place for place, row in enumerate(self._rows) if row.running.request.is_cancelled])
@@ -294,17 +299,26 @@ class Sampler:
         self, tokens: torch.Tensor, positions: torch.Tensor, spans: list[tuple[int, int, int]] | None, mix: Mix | None
     ) -> tuple[torch.Tensor, Head]:
         """Return what the unembedding is given, flattened to (T, H), and the unembedding. ``spans`` None: a token for each row."""
-        active = self.bank.active(mix) if self.bank is not None and mix is not None else contextlib.nullcontext()
+        has_few_tokens = spans is None
+        active = self.bank.active(mix, has_few_tokens=has_few_tokens) if self.bank and mix else contextlib.nullcontext()
         self.num_forwards += 1
 
-        def compute() -> tuple[torch.Tensor, Head]:
-            given = {"input_ids": tokens, "position_ids": positions, "attention_mask": None if spans else NO_MASK}
-            hidden, head = hidden_states(self.model, lambda: self.model(**given, use_cache=False))
-            if hidden is None or head is None:
+        def model_pass(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            given = {"input_ids": tokens, "position_ids": positions, "attention_mask": NO_MASK if has_few_tokens else None}
+            hidden, self._last_head = hidden_states(self.model, lambda: self.model(**given, use_cache=False))
+            if hidden is None or self._last_head is None:
                 raise ConfigError(
                     f"{type(self.model).__name__} cannot be sampled in rows: its unembedding is not a linear layer"
                 )
-            return hidden, head
+            return hidden
+
+        def compute() -> tuple[torch.Tensor, Head]:
+            if has_few_tokens:
+                hidden = self._replayer.run(model_pass, tokens, positions, self.cache, mix)
+            else:
+                hidden = model_pass(tokens, positions)
+            assert self._last_head is not None
+            return hidden, self._last_head
 
         with active, cached_attention(self.cache), packed_documents(spans):
             hidden, head = self.run_pass(compute)
@@ -315,11 +329,17 @@ class Sampler:
         if self.bank is None:
             return None
         distinct = list({id(adapter): adapter for adapter in adapters}.values())
-        if len(distinct) == 1:
-            return Mix(distinct, None)
-        number = {id(adapter): n for n, adapter in enumerate(distinct)}
-        owners = torch.tensor([number[id(a)] for a, count in zip(adapters, num_tokens, strict=True) for _ in range(count)])
-        return Mix(distinct, owners.to(self.model.device))
+        owners = None
+        if len(distinct) > 1:
+            number = {id(adapter): n for n, adapter in enumerate(distinct)}
+            numbers = [number[id(a)] for a, count in zip(adapters, num_tokens, strict=True) for _ in range(count)]
+            owners = torch.tensor(numbers, device=self.model.device)
+        last = self._last_mix
+        if last is not None and [id(adapter) for adapter in last.adapters] == [id(adapter) for adapter in distinct]:
+            self._last_mix = last.with_owners(owners)  # what lies side by side is not laid again
+        else:
+            self._last_mix = Mix(distinct, owners, like=last)
+        return self._last_mix
 
     def _head(self, head: Head, mix: Mix | None) -> Head:
         """``head`` with what the adapters of ``mix`` have on it."""

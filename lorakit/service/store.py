@@ -100,6 +100,10 @@ class Result(_Table):
     finished: Mapped[datetime.datetime] = mapped_column(index=True)
 
 
+_RESULT = sa.select(Result.owner, Result.kind, Result.payload).where(Result.request_id == sa.bindparam("id"))
+_NEW_RESULT = sa.insert(Result).prefix_with("OR REPLACE")
+
+
 class Store:
     """The database and the folders of checkpoints below ``folder``."""
 
@@ -163,6 +167,17 @@ class Store:
         """Return the rows of ``table`` whose columns are ``equal``."""
         with self.session() as session:
             return list(session.scalars(sa.select(table).filter_by(**equal)))
+
+    def result(self, request_id: str) -> Any:
+        """Return owner, kind and payload of a finished request, or None. Asked for each request: a plain row, no object."""
+        with self._engine.connect() as connection:
+            return connection.execute(_RESULT, {"id": request_id}).first()
+
+    def add_results(self, rows: list[dict[str, Any]]) -> None:
+        """Write finished requests, each the values of a Result, all or none."""
+        if rows:
+            with self._engine.begin() as connection:
+                connection.execute(_NEW_RESULT, rows)
 
     def drop_results_before(self, time: datetime.datetime) -> None:
         """Forget results that were finished before ``time``."""

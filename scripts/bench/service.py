@@ -104,23 +104,25 @@ def sampling(rounds: int, folder: Path) -> None:
         tokenizer, draw = load_tokenizer("tiny"), random.Random(SEED)
         asked = [([draw.randrange(256) for _ in range(draw.randint(8, 256))], draw.randint(8, 256)) for _ in range(64)]
         useful = sum(count for _, count in asked)
+        sampler = Sampler(model, tokenizer)  # one for all rounds, as the service and a callback have it
         contenders: dict[str, Callable[[], float]] = {
             "transformers, padded": lambda model=model, asked=asked: useful_rate(_padded, model, asked),  # type: ignore[misc]
-            "lorakit": lambda model=model, asked=asked, t=tokenizer: useful_rate(_rows, model, asked, t),  # type: ignore[misc]
+            "lorakit": lambda sampler=sampler, asked=asked: useful_rate(_rows, sampler, asked),  # type: ignore[misc]
         }
         found = compare(contenders, rounds if name == "tiny" else max(1, rounds // 2))
         show(f"sampling, {name}: {useful:,} useful tokens, float32", found, "tokens/s")
         if name == "tiny":
             try:
+                model.set_attn_implementation("sdpa")
                 rate = useful_rate(_continuous, model, asked)
                 print(f"transformers, continuous batching (generate_batch), once: {rate:,.0f} tokens/s")
             except Exception as error:
                 print(f"transformers' generate_batch does not run here: {type(error).__name__}: {str(error)[:200]}")
 
 
-def useful_rate(run: Callable[..., None], model: Any, asked: list[tuple[list[int], int]], *more: Any) -> float:
+def useful_rate(run: Callable[..., None], model: Any, asked: list[tuple[list[int], int]]) -> float:
     began = time.perf_counter()
-    run(model, asked, *more)
+    run(model, asked)
     return sum(count for _, count in asked) / (time.perf_counter() - began)
 
 
@@ -136,8 +138,7 @@ def _padded(model: Any, asked: list[tuple[list[int], int]]) -> None:
     model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
 
 
-def _rows(model: Any, asked: list[tuple[list[int], int]], tokenizer: Any) -> None:
-    sampler = Sampler(model, tokenizer)
+def _rows(sampler: Sampler, asked: list[tuple[list[int], int]]) -> None:
     for prompt, count in asked:
         sampler.add(Request(prompt, SamplingParams(max_tokens=count, temperature=0.0, stop=[])))
     while sampler.is_busy:

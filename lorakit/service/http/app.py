@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from lorakit import __version__
 from lorakit.errors import LorakitError
 from lorakit.service.http import catalogue, connection, openai, sampling, training
-from lorakit.service.http.common import NO_KEY
+from lorakit.service.http.common import NO_KEY, USER
 from lorakit.service.http.state import ServerState
 
 log = logging.getLogger("lorakit")
@@ -77,7 +77,8 @@ class Gate:
         if scope["type"] == "http" and not scope["path"].startswith(OPEN):
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             key = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
-            problem = None if self.state.keys.user_of(key) else (401, NO_KEY)
+            user = scope[USER] = self.state.keys.user_of(key)
+            problem = None if user else (401, NO_KEY)
             if problem is None and scope["path"].startswith("/v1/"):  # Tinker's routes count for themselves
                 length = headers.get("content-length", "0" if scope["method"] == "GET" else "")
                 if not length.isdigit() or int(length) > self.state.max_body_bytes:

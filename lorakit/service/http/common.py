@@ -18,6 +18,7 @@ from lorakit.service.http.state import InOrder, ServerState, as_future
 Body = TypeVar("Body", bound=pydantic.BaseModel)
 
 
+USER = "lorakit.user"  # in a request's scope
 NO_KEY = "this key is not known here; `lorakit serve` names the file of its key"
 
 
@@ -29,17 +30,16 @@ class TooLarge(Exception):
         self.head = head
 
 
-def state_of(request: Request) -> ServerState:
+async def state_of(request: Request) -> ServerState:  # async, for else a thread would be asked
     """The server's state."""
     state = request.app.state.lorakit
     assert isinstance(state, ServerState)
     return state
 
 
-def user_of(request: Request) -> str:
+async def user_of(request: Request) -> str:
     """Whose key the request bears. 401 where it is nobody's."""
-    key = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
-    user = state_of(request).keys.user_of(key)
+    user: str | None = request.scope.get(USER)  # of the gate, who lets nobody in without
     if user is None:
         raise HTTPException(401, NO_KEY)
     return user

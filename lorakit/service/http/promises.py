@@ -17,7 +17,7 @@ from typing import Any
 from lorakit.errors import LorakitError, TrainingError
 from lorakit.service.engine import EngineEnded
 from lorakit.service.http import wire
-from lorakit.service.store import Result, Store, now
+from lorakit.service.store import Store, now
 from lorakit.types import SampleResponse
 
 log = logging.getLogger("lorakit")
@@ -60,15 +60,11 @@ class Promises:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.num_open = 0  # requests that are not finished
         self._promises: dict[str, Promise] = {}
         self._done: queue.SimpleQueue[tuple[Promise, Encode, Any] | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._writer = threading.Thread(target=self._write, name="lorakit-results", daemon=True)
-
-    @property
-    def num_open(self) -> int:
-        """Requests that are not finished."""
-        return sum(promise.answer is None for promise in self._promises.values())
 
     def start(self) -> None:
         """Begin, in the event loop that will ask."""
@@ -84,9 +80,11 @@ class Promises:
         """Return the promise of a request, and whether it is new: a request that comes again has the same."""
         if request_id in self._promises:
             return self._promises[request_id], False
-        found = self.store.get(Result, request_id)
+        found = self.store.result(request_id)
         promise = self._promises[request_id] = Promise(request_id, owner)
-        if found is not None:  # of before a restart
+        if found is None:
+            self.num_open += 1
+        else:  # of before a restart
             promise.answer = Answer(found.kind, found.payload)
         return promise, found is None
 
@@ -105,7 +103,7 @@ class Promises:
         """Return the promise of a request of ``owner``, or None where it is not known (any more)."""
         promise = self._promises.get(request_id)
         if promise is None:
-            found = self.store.get(Result, request_id)
+            found = self.store.result(request_id)
             promise = None if found is None else Promise(request_id, found.owner, Answer(found.kind, found.payload))
         return promise if promise is not None and promise.owner == owner else None
 
@@ -145,16 +143,17 @@ class Promises:
     def _write_batch(self, batch: list[tuple[Promise, Encode, Any]]) -> None:
         answers = [(promise, _answer(encode, future)) for promise, encode, future in batch]
         time_now = now()
-        rows = [
-            Result(
-                request_id=promise.request_id, owner=promise.owner, kind=answer.kind, payload=answer.payload, finished=time_now
-            )
+        rows: list[dict[str, Any]] = [
+            {
+                "request_id": promise.request_id, "owner": promise.owner, "kind": answer.kind, "payload": answer.payload,
+                "finished": time_now,
+            }
             for promise, answer in answers
             if answer.is_final
-        ]
+        ]  # fmt: skip
         for attempt in range(3):
             try:
-                self.store.add(*rows)
+                self.store.add_results(rows)
                 break
             except Exception as error:
                 log.error("results could not be written (%s)", error)
@@ -163,15 +162,15 @@ class Promises:
             for promise, _ in answers:
                 promise.is_written = False
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(_tell, answers)
+        self._loop.call_soon_threadsafe(self._tell, answers)
 
-
-def _tell(answers: list[tuple[Promise, Answer]]) -> None:
-    for promise, answer in answers:
-        promise.answer, promise.future = answer, None
-        for waiter in promise.waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+    def _tell(self, answers: list[tuple[Promise, Answer]]) -> None:
+        self.num_open -= len(answers)
+        for promise, answer in answers:
+            promise.answer, promise.future = answer, None
+            for waiter in promise.waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
 
 
 def _answer(encode: Encode, future: Future[Any]) -> Answer:
