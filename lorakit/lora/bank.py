@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.lora.expert_function import ExpertCall, ExpertFunction, Part, run_forward
+from lorakit.lora.expert_function import Part, run_experts
 from lorakit.lora.flat import AdapterLayout, Key
-from lorakit.lora.grouped import prefers_padding
+from lorakit.lora.grouped import few_tokens, is_plain_product
 from lorakit.model.families import ExpertStack, find_targets
 
 
@@ -133,7 +133,6 @@ class AdapterBank:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._mix: Mix | None = None
-        self._has_few_tokens = False
         head = model.get_output_embeddings()
         self.head_name = next((name for name, module in model.named_modules() if module is head), None)
         targets, modules = find_targets(model), dict(model.named_modules())
@@ -147,13 +146,13 @@ class AdapterBank:
                 modules[target.module].register_forward_hook(functools.partial(self._add_to_linear, Key(target.module)))
 
     @contextlib.contextmanager
-    def active(self, mix: Mix, *, has_few_tokens: bool = False) -> Iterator[None]:
+    def active(self, mix: Mix) -> Iterator[None]:
         """Within it passes of the model, forward and backward, have the adapters of ``mix``."""
-        before, self._mix, self._has_few_tokens = (self._mix, self._has_few_tokens), mix, has_few_tokens
+        before, self._mix = self._mix, mix
         try:
             yield
         finally:
-            self._mix, self._has_few_tokens = before
+            self._mix = before
 
     def on_head(self, mix: Mix, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float | torch.Tensor] | None:
         """Return what the adapters of ``mix`` have on the unembedding: A, B and gate or scale, as ``Mix.pair``."""
@@ -187,17 +186,16 @@ class AdapterBank:
             part = Part(len(factors) // 2, stack.columns(key.matrix), scale, key.is_shared, gate_TR=gate_TR)
             (second if is_second else first).append(part)
             factors += [a, b]
-        if not factors:
+        if self._mix is None or (not factors and not _beats_plain(stack, top_k_index)):
             return plain(hidden_states, top_k_index, top_k_weights)
-        has_gradient = torch.is_grad_enabled()
-        pads = self._has_few_tokens and not has_gradient and prefers_padding(*stack.weights())
-        call = ExpertCall(
-            stack.weights, stack.biases, stack.activate, top_k_index, stack.num_experts, tuple(first), tuple(second),
-            keeps=has_gradient, products="padded" if pads else "auto",
-        )  # fmt: skip
-        if has_gradient:
-            return ExpertFunction.apply(hidden_states, top_k_weights, call, *factors)
-        return run_forward(hidden_states, top_k_weights, call, factors)[0]
+        return run_experts(stack.module, stack, hidden_states, top_k_index, top_k_weights, first, second, factors)
+
+
+def _beats_plain(stack: ExpertStack, experts_TK: torch.Tensor) -> bool:
+    """Whether our products are faster than torch's grouped ones where nothing is adapted: on a CPU, for many tokens or by padding."""
+    if torch.is_grad_enabled() or not is_plain_product(stack.weight(stack.first)):
+        return False
+    return (few := few_tokens()) is None or few.pads(stack.module, experts_TK, *stack.weights())
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lorakit.lora.grouped import (
@@ -30,8 +31,10 @@ from lorakit.lora.grouped import (
     SortedRows,
     can_group,
     emulates_products,
+    few_tokens,
     pad_rank,
 )
+from lorakit.model.families import ExpertStack
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,23 @@ class ExpertCall:
     second: tuple[Part, ...]  # factors on the way out
     keeps: bool = True  # whether a backward may follow
     products: str = "auto"  # or: loop, grouped, padded
+
+
+def run_experts(
+    layer: nn.Module, stack: ExpertStack, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor,
+    first: Sequence[Part], second: Sequence[Part], factors: Sequence[torch.Tensor], *, products: str = "auto",
+) -> torch.Tensor:  # fmt: skip
+    """Return what ``layer``, which holds ``stack``, makes of tokens, with the parts of adapters; with graph where gradients are on."""
+    keeps = torch.is_grad_enabled()
+    if not keeps and (few := few_tokens()) is not None and few.pads(layer, experts_TK, *stack.weights()):
+        products = "padded"
+    call = ExpertCall(
+        stack.weights, stack.biases, stack.activate, experts_TK, stack.num_experts, tuple(first), tuple(second), keeps, products
+    )
+    if keeps:
+        out: torch.Tensor = ExpertFunction.apply(x_TH, weights_TK, call, *factors)
+        return out
+    return run_forward(x_TH, weights_TK, call, factors)[0]
 
 
 class ExpertFunction(torch.autograd.Function):

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from lorakit.lora.expert_function import ExpertCall, ExpertFunction, Part
+from lorakit.lora.expert_function import Part, run_experts
 from lorakit.lora.layouts import expand_shared_outer, flatten_a, flatten_b, from_file_tensors, to_file_tensors
 from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER
 from lorakit.model.families import ExpertStack
@@ -210,13 +210,8 @@ class ExpertLora(nn.Module, LoraLayer):
         names = [] if self.disable_adapters or self.merged else [name for name in self.active_adapters if name in self.lora_A]
         if not names:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
-        stack = self.stack
-        first, second, factors = self._parts(names)
-        call = ExpertCall(
-            stack.weights, stack.biases, stack.activate, top_k_index, stack.num_experts, first, second,
-            keeps=torch.is_grad_enabled(), products=self.products,
-        )  # fmt: skip
-        return ExpertFunction.apply(hidden_states, top_k_weights, call, *factors)
+        parts = self._parts(names)
+        return run_experts(self, self.stack, hidden_states, top_k_index, top_k_weights, *parts, products=self.products)
 
     def _parts(self, names: list[str]) -> tuple[tuple[Part, ...], tuple[Part, ...], list[torch.Tensor]]:
         stack = self.stack

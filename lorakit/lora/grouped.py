@@ -5,6 +5,8 @@ Shapes: S rows (token, expert pairs, and padding), T tokens, E experts, K and N 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import warnings
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from lorakit.model.partition import has_values
@@ -237,12 +240,54 @@ def can_group(num_rows: int, *weights_EKN: torch.Tensor) -> bool:
     return all(size * w.element_size() % ALIGNMENT_BYTES == 0 for w in weights_EKN for size in w.shape[1:])
 
 
-def prefers_padding(*weights_EKN: torch.Tensor) -> bool:
-    """Whether a few tokens are best given to all experts at once, on a CPU: stacks so small that reading all of them costs less than
-    choosing."""
-    first = weights_EKN[0]
-    is_wide = first.dtype in (torch.float32, torch.float64)
-    return first.device.type == "cpu" and is_wide and sum(w.nbytes for w in weights_EKN) <= MAX_RUN_BYTES
+class FewTokens:
+    """Decides, in passes of one token for each row, which layers give every expert as many rows as the busiest has.
+
+    On a CPU that is one product instead of one for each expert. It pays where most experts have a token, or the whole stack is
+    small. A recorded pass (`sampling/replay.py`) holds these decisions for good, so they depend on the number of tokens alone.
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._at_least: dict[int, int | None] = {}  # layer -> tokens from which it pads
+
+    def pads(self, layer: nn.Module, experts_TK: torch.Tensor, *weights_EKN: torch.Tensor) -> bool:
+        """Decide for ``layer``, whose stacks are ``weights_EKN``."""
+        if id(layer) not in self._at_least:
+            first = weights_EKN[0]
+            is_small = sum(w.nbytes for w in weights_EKN) <= MAX_RUN_BYTES
+            at_least = 0 if is_small else -(-first.shape[0] // experts_TK.shape[1])
+            self._at_least[id(layer)] = at_least if is_plain_product(first) else None
+        found = self._at_least[id(layer)]
+        return found is not None and self.num_tokens >= found
+
+    @property
+    def decisions(self) -> tuple[bool, ...]:
+        """What was decided for the layers of the pass before."""
+        return tuple(found is not None and self.num_tokens >= found for found in self._at_least.values())
+
+
+_few_tokens: contextvars.ContextVar[FewTokens | None] = contextvars.ContextVar("few_tokens", default=None)
+
+
+@contextlib.contextmanager
+def having(few_tokens: FewTokens | None) -> Iterator[FewTokens | None]:
+    """Within it passes are of few tokens; of any number for None."""
+    token = _few_tokens.set(few_tokens)
+    try:
+        yield few_tokens
+    finally:
+        _few_tokens.reset(token)
+
+
+def few_tokens() -> FewTokens | None:
+    """What the pass that runs now was said to be."""
+    return _few_tokens.get()
+
+
+def is_plain_product(x: torch.Tensor) -> bool:
+    """Whether products of ``x`` are made on a CPU in their own, wide, number format."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def emulates_products(x: torch.Tensor) -> bool:

@@ -51,10 +51,10 @@ class Replayer:
         self._recordings: dict[Hashable, _Recording | None] = {}
 
     def run(
-        self, compute: Compute, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, mix: Mix | None
+        self, compute: Compute, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, mix: Mix | None, way: Hashable
     ) -> torch.Tensor:
-        """Return what ``compute`` returns. It reads and writes ``cache``, and has the adapters of ``mix``."""
-        kind = self._kind(cache, mix)
+        """Return what ``compute`` returns. It reads and writes ``cache``, has the adapters of ``mix``, and goes one ``way``."""
+        kind = self._kind(cache, mix, way)
         if kind is None or (kind in self._recordings and self._recordings[kind] is None):
             return compute(tokens, positions)
         recording = self._recordings.get(kind)
@@ -76,13 +76,12 @@ class Replayer:
         self.num_replayed += 1
         return recording(tokens, positions, inputs)
 
-    def _kind(self, cache: KVCache, mix: Mix | None) -> Hashable | None:
+    def _kind(self, cache: KVCache, mix: Mix | None, way: Hashable) -> Hashable | None:
         """What a recording holds for good; None for what is not recorded."""
         if not self.records or torch.is_autocast_enabled("cpu") or (shape := cache.step_kind()) is None:
             return None
-        if mix is None:
-            return shape
-        return None if (structure := mix.structure()) is None else (shape, structure)
+        structure = () if mix is None else mix.structure()
+        return None if structure is None else (shape, way, structure)
 
 
 def _checked(

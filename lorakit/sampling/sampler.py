@@ -17,6 +17,7 @@ import torch
 
 from lorakit.errors import ConfigError
 from lorakit.lora.bank import Adapter, AdapterBank, Mix
+from lorakit.lora.grouped import FewTokens, having
 from lorakit.loss.head import Head, all_logits, as_head_adapters, best_logprobs, head_logprobs
 from lorakit.loss.logprobs import hidden_states
 from lorakit.model.attention import cached_attention, find_difference, packed_documents
@@ -62,7 +63,7 @@ class Sampler:
         self.batch_invariant = batch_invariant
         self.cache = KVCache()
         self.num_forwards = self.num_generated = 0
-        self._replayer = Replayer(model)
+        self._replayer, self._few_tokens = Replayer(model), FewTokens()
         self._last_mix: Mix | None = None
         self._last_head: Head | None = None  # as the last pass that was not replayed found it
         self._waiting: collections.deque[_Joining] = collections.deque()
@@ -299,12 +300,12 @@ class Sampler:
         self, tokens: torch.Tensor, positions: torch.Tensor, spans: list[tuple[int, int, int]] | None, mix: Mix | None
     ) -> tuple[torch.Tensor, Head]:
         """Return what the unembedding is given, flattened to (T, H), and the unembedding. ``spans`` None: a token for each row."""
-        has_few_tokens = spans is None
-        active = self.bank.active(mix, has_few_tokens=has_few_tokens) if self.bank and mix else contextlib.nullcontext()
+        active = self.bank.active(mix) if self.bank and mix else contextlib.nullcontext()
+        few = self._few_tokens if spans is None else None
         self.num_forwards += 1
 
         def model_pass(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            given = {"input_ids": tokens, "position_ids": positions, "attention_mask": NO_MASK if has_few_tokens else None}
+            given = {"input_ids": tokens, "position_ids": positions, "attention_mask": None if spans else NO_MASK}
             hidden, self._last_head = hidden_states(self.model, lambda: self.model(**given, use_cache=False))
             if hidden is None or self._last_head is None:
                 raise ConfigError(
@@ -313,14 +314,15 @@ class Sampler:
             return hidden
 
         def compute() -> tuple[torch.Tensor, Head]:
-            if has_few_tokens:
-                hidden = self._replayer.run(model_pass, tokens, positions, self.cache, mix)
-            else:
+            if few is None:
                 hidden = model_pass(tokens, positions)
+            else:
+                few.num_tokens = tokens.shape[0]
+                hidden = self._replayer.run(model_pass, tokens, positions, self.cache, mix, few.decisions)
             assert self._last_head is not None
             return hidden, self._last_head
 
-        with active, cached_attention(self.cache), packed_documents(spans):
+        with active, cached_attention(self.cache), packed_documents(spans), having(few):
             hidden, head = self.run_pass(compute)
         return hidden.flatten(0, 1), head
 

@@ -25,6 +25,7 @@ from steps import make_model
 
 import lorakit
 from lorakit import types
+from lorakit.lora.bank import AdapterBank
 from lorakit.model.attention import attend_by_document
 from lorakit.model.load import load_model, load_tokenizer
 from lorakit.sampling.request import Request
@@ -104,7 +105,7 @@ def sampling(rounds: int, folder: Path) -> None:
         tokenizer, draw = load_tokenizer("tiny"), random.Random(SEED)
         asked = [([draw.randrange(256) for _ in range(draw.randint(8, 256))], draw.randint(8, 256)) for _ in range(64)]
         useful = sum(count for _, count in asked)
-        sampler = Sampler(model, tokenizer)  # one for all rounds, as the service and a callback have it
+        sampler = Sampler(model, tokenizer, bank=AdapterBank(model))  # one for all rounds, as the service has it
         contenders: dict[str, Callable[[], float]] = {
             "transformers, padded": lambda model=model, asked=asked: useful_rate(_padded, model, asked),  # type: ignore[misc]
             "lorakit": lambda sampler=sampler, asked=asked: useful_rate(_rows, sampler, asked),  # type: ignore[misc]
