@@ -9,6 +9,8 @@ from pathlib import Path
 
 import hypothesis
 
+import lorakit  # noqa: F401  (before torch: how threads wait for one another)
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts" / "bench"))
 

@@ -40,6 +40,10 @@ class Adapter:
         return [factor for pair in self.factors.values() for factor in pair]
 
 
+# What a pass asks for -> A and B side by side, and whose columns they are; None where no adapter has it.
+_Pairs = dict[tuple[Key, torch.dtype], tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]] | None]
+
+
 class Mix:
     """Adapters side by side, and which token of a pass has which. None stands for the base alone.
 
@@ -51,7 +55,7 @@ class Mix:
     def __init__(self, adapters: Sequence[Adapter | None], owners_T: torch.Tensor | None, *, like: Mix | None = None) -> None:
         assert owners_T is not None or len(adapters) == 1
         self.adapters, self.owners_T = tuple(adapters), owners_T
-        self._pairs: dict[tuple[Key, torch.dtype], tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]] | None] = {}
+        self._pairs: _Pairs = {}
         for key, dtype in like._pairs if like is not None else ():
             self._pairs[key, dtype] = self._lay(key, dtype)
         self._gates: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -91,7 +95,8 @@ class Mix:
     def lent(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
         """Within it these stand in the place of ``tensors()``."""
         rest, before = iter(tensors), (self._pairs, self._gates)
-        pairs, gates = {}, {}
+        pairs: _Pairs = {}
+        gates: dict[tuple[Any, ...], torch.Tensor] = {}
         for place, (name, found) in enumerate(self._pairs.items()):
             if found is None:
                 pairs[name] = None

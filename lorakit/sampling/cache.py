@@ -122,7 +122,8 @@ class KVCache:
         before = self._rows_B, self._lengths_B, self._masks, self.keys, self.values
         rest = iter(tensors)
         self._rows_B, self._lengths_B = next(rest), next(rest)
-        self._masks, self.keys, self.values = (dict(zip(old, rest)) for old in before[2:])  # noqa: B905
+        self._masks = {name: next(rest) for name in self._masks}
+        self.keys, self.values = {name: next(rest) for name in self.keys}, {name: next(rest) for name in self.values}
         try:
             yield
         finally:

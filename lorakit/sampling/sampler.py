@@ -28,6 +28,7 @@ from lorakit.sampling.replay import Replayer
 from lorakit.sampling.request import Request, Row, Running, best_of_row
 from lorakit.types import TensorData
 
+JOIN_SHARE, MAX_STEPS_WAITED = 16, 8  # who joins are a 16th of the rows at work or more, or have waited for so many steps
 SORT_PAYS_AFTER = 8  # steps: rows mostly stay for longer
 RunPass = Callable[[Callable[[], tuple[torch.Tensor, Any]]], tuple[torch.Tensor, Any]]
 NO_MASK = torch.zeros((1, 1, 1, 1))  # transformers makes none where one of four dimensions is given; the cache has its own
@@ -63,6 +64,7 @@ class Sampler:
         self.batch_invariant = batch_invariant
         self.cache = KVCache()
         self.num_forwards = self.num_generated = 0
+        self._steps_waited = 0  # by those who could join
         self._replayer, self._few_tokens = Replayer(model), FewTokens()
         self._last_mix: Mix | None = None
         self._last_head: Head | None = None  # as the last pass that was not replayed found it
@@ -105,7 +107,7 @@ class Sampler:
     @torch.inference_mode()
     def step(self) -> None:
         """Let requests join where there is room, then generate one token for each row."""
-        self._drop_cancelled()
+        self._remove([place for place, row in enumerate(self._rows) if row.running.request.is_cancelled])
         while joining := self._next_to_join():
             if self.batch_invariant:
                 self._prefill_by_token(joining)
@@ -117,20 +119,17 @@ class Sampler:
             self.cache.clear()
             self._last_mix = None  # it holds adapters
 
-    def _drop_cancelled(self) -> None:
-        self._remove([place for place, row in enumerate(self._rows) if row.running.request.is_cancelled])
-        if any(entry.running.request.is_cancelled for entry in self._waiting):
-            self._waiting = collections.deque(entry for entry in self._waiting if not entry.running.request.is_cancelled)
-
     # ---- joining
 
     def _next_to_join(self) -> list[_Joining]:
+        """Take those that join now out of those that wait: none before they are enough to be worth a pass, or have waited for long."""
         joining: list[_Joining] = []
-        if self.batch_invariant:  # there is one row
-            return [self._waiting.popleft()] if self._waiting and not self._rows else joining
         num_rows, num_tokens, room = len(self._rows), 0, self.cache.room
-        while self._waiting:
+        while self._waiting and not (self.batch_invariant and (self._rows or joining)):  # then there is one row
             first = self._waiting[0]
+            if first.running.request.is_cancelled:
+                self._waiting.popleft()
+                continue
             num_tokens += len(first.running.request.prompt)
             num_rows += len(first.numbers)
             room = max(room, rounded(len(first.running.request.prompt) + first.running.max_tokens))
@@ -138,6 +137,12 @@ class Sampler:
             if (joining and num_tokens > MAX_PREFILL_TOKENS) or (not fits and (self._rows or joining)):
                 break
             joining.append(self._waiting.popleft())
+        num_joining = sum(len(entry.numbers) or 1 for entry in joining)
+        if joining and num_joining * JOIN_SHARE < len(self._rows) and self._steps_waited < MAX_STEPS_WAITED:
+            self._waiting.extendleft(reversed(joining))
+            self._steps_waited += 1
+            return []
+        self._steps_waited = 0
         return joining
 
     def _prefill(self, joining: Sequence[_Joining]) -> None:

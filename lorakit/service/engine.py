@@ -75,7 +75,6 @@ class Engine:
 
     def __init__(self, team: Team, key: str) -> None:
         self.team, self.key = team, key
-        self.replica: Replica = team.open(key)
         self.usage: dict[str, Usage] = collections.defaultdict(Usage)
         self._queues: dict[str, collections.deque[_Task]] = {}
         self._asked: collections.deque[_Asked] = collections.deque()
@@ -90,8 +89,10 @@ class Engine:
         self._problem: BaseException | None = None
         self._is_closed = False
         team.on_problem.append(self._end_by)
-        self._thread = threading.Thread(target=self._serve, name="lorakit-engine", daemon=True)
+        opened: Future[Replica] = Future()
+        self._thread = threading.Thread(target=self._serve, args=(opened,), name="lorakit-engine", daemon=True)
         self._thread.start()
+        self.replica = opened.result()
         # A program that ends without closing: in the middle of torch the thread would bring the interpreter down with it.
         atexit.register(self.close)
 
@@ -160,7 +161,14 @@ class Engine:
 
     # ---- doing, in the engine's own thread
 
-    def _serve(self) -> None:
+    def _serve(self, opened: Future[Replica]) -> None:
+        # The base is read here too: each thread that computes has OpenMP threads of its own, and where these are more than the
+        # processors, none of them waits awake for the next product, which is what small products need.
+        try:
+            opened.set_result(self.team.open(self.key))
+        except BaseException as error:
+            opened.set_exception(error)
+            return
         try:
             while (tasks := self._next()) is not None:
                 began = time.perf_counter()
