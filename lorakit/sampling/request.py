@@ -32,6 +32,7 @@ class Request:
     num_best_of_prompt: int = 0
     prompt_targets: TensorData | None = None  # (prompt - 1, K) int64, -1 to skip
     num_alternatives: int = 0  # to draw at each place of the prompt after the first, at the request's temperature
+    last_n: int | None = None  # prompt's log-probabilities for so many of its last tokens alone; None for all
     done: Callable[[SampleResponse | BaseException], Any] | None = None
     each: Callable[[Row], Any] | None = None  # is told of each new token
     is_cancelled: bool = False  # whoever asked does not wait any more; may be set from any thread
@@ -63,6 +64,9 @@ class Request:
             value = getattr(self, name)
             if not _is_int(value) or not least <= value <= most:
                 problems.append(f"{name}={value} must be a whole number from {least} to {most:,}")
+        most = max(1, len(self.prompt) - 1)
+        if self.last_n is not None and (not _is_int(self.last_n) or not 1 <= self.last_n <= most):
+            problems.append(f"prompt_logprobs_last_n={self.last_n} must be from 1 to {most:,}, less than the prompt has tokens")
         if self.prompt_targets is not None:
             problems += self._target_problems(vocab_size)
         if problems := problems + params_problems(params):
@@ -124,9 +128,14 @@ class Running:
         """Answer when every sample is there."""
         done = [sample for sample in self.samples if sample is not None]
         if len(done) == len(self.samples):
-            self.answer(SampleResponse(
-                done, self.prompt_logprobs, self.best_of_prompt, self.target_logprobs, self.alternatives
-            ))  # fmt: skip
+            of_prompt = self._last(self.prompt_logprobs), self._last(self.best_of_prompt)
+            self.answer(SampleResponse(done, *of_prompt, self.target_logprobs, self.alternatives))
+
+    def _last(self, values: list[Any] | None) -> list[Any] | None:
+        if values is None or self.request.last_n is None:
+            return values
+        num_left_out = max(0, len(values) - self.request.last_n)
+        return [None] * num_left_out + values[num_left_out:]
 
     def answer(self, outcome: SampleResponse | BaseException) -> None:
         """Tell whoever asked."""

@@ -15,8 +15,9 @@ from typing import Any, Self
 
 from lorakit.errors import ConfigError
 from lorakit.service.base import Base
-from lorakit.service.core import LOCAL_OWNER, Model, Service, Weights
+from lorakit.service.core import Model, Service, Weights
 from lorakit.service.futures import APIFuture
+from lorakit.service.saved import LOCAL_OWNER, SaveAs
 from lorakit.service.store import Checkpoint, Run
 from lorakit.types import (
     AdamParams,
@@ -221,16 +222,16 @@ class TrainingClient(_AsFuture):
         self, name: str, ttl_seconds: int | None = None, overwrite: bool = False, user_metadata: Mapping[str, str] | None = None
     ) -> APIFuture[SavedPath]:
         """Save weights and optimiser; ``.path`` of the result is what ``load_state`` takes."""
-        return self._save(name, "weights", overwrite=overwrite, ttl_seconds=ttl_seconds, user_metadata=user_metadata)
+        return self._save(SaveAs("weights", name, overwrite, ttl_seconds, user_metadata))
 
     def save_weights_for_sampler(
         self, name: str, ttl_seconds: int | None = None, user_metadata: Mapping[str, str] | None = None
     ) -> APIFuture[SavedPath]:
         """Save weights alone, a PEFT folder."""
-        return self._save(name, "sampler_weights", ttl_seconds=ttl_seconds, user_metadata=user_metadata)
+        return self._save(SaveAs("sampler_weights", name, ttl_seconds=ttl_seconds, user_metadata=user_metadata))
 
-    def _save(self, name: str, kind: str, **options: Any) -> APIFuture[SavedPath]:
-        return APIFuture(self._service.save(self._model, name, kind=kind, **options), lambda saved: SavedPath(saved.path))
+    def _save(self, wanted: SaveAs) -> APIFuture[SavedPath]:
+        return APIFuture(self._service.save(self._model, wanted), lambda saved: SavedPath(saved.path))
 
     def load_state(self, path: str) -> APIFuture[SavedPath]:
         """Take up saved weights; the optimiser starts anew."""
@@ -305,15 +306,19 @@ class SamplingClient(_AsFuture):
     def sample(
         self, prompt: ModelInput, num_samples: int, sampling_params: SamplingParams, include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0, topk_sample_logprobs: int = 0, target_prompt_logprobs: TensorData | None = None,
+        prompt_alt_tokens_k: int = 0, prompt_logprobs_last_n: int | None = None,
     ) -> APIFuture[SampleResponse]:  # fmt: skip
         """Generate ``num_samples`` completions of ``prompt``.
 
         Log-probabilities of generated tokens are those of the distribution that the temperature makes; those of the prompt have
-        temperature 1. ``topk_*`` name so many of the best candidates for each token, as many as the vocabulary has if need be.
+        temperature 1. ``topk_*`` name so many of the best candidates for each token, as many as the vocabulary has if need be;
+        ``prompt_alt_tokens_k`` draws so many other tokens for each place of the prompt; ``prompt_logprobs_last_n`` scores so many
+        of its last tokens alone.
         """
         return APIFuture(self._service.sample(
             self._weights, prompt, sampling_params, num_samples, num_best=topk_sample_logprobs,
             scores_prompt=include_prompt_logprobs, num_best_of_prompt=topk_prompt_logprobs, prompt_targets=target_prompt_logprobs,
+            num_alternatives=prompt_alt_tokens_k, last_n=prompt_logprobs_last_n,
         ))  # fmt: skip
 
     def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
@@ -353,7 +358,7 @@ class RestClient(_AsFuture):
         return _done(self._service.store.checkpoints([run.id]))
 
     def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
-        self._service.delete_checkpoint(tinker_path)
+        self._service.saved.delete(tinker_path, LOCAL_OWNER)
         return _done(None)
 
 

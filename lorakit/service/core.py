@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import itertools
 import secrets
-import shutil
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -26,16 +24,14 @@ from lorakit.service.base import Base
 from lorakit.service.custom import pull_back, with_unit_weights
 from lorakit.service.engine import Engine, Usage
 from lorakit.service.replica import Replica, WorkOrder
-from lorakit.service.store import Checkpoint, Run, Store, now, parse_path
+from lorakit.service.saved import LOCAL_OWNER, SaveAs, Saved
+from lorakit.service.store import Checkpoint, Run, Store, now
 from lorakit.service.team import Team, leave
 from lorakit.service.trainee import Trainee
 from lorakit.strategy.world import current_world, together
 from lorakit.training.precision import resolve_accelerator
 from lorakit.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput, SamplingParams
-from lorakit.weights.files import recover
-from lorakit.weights.trained_state import SavedState, open_trained_state, read_optimizer, save_trained_state
-
-LOCAL_OWNER = "local"
+from lorakit.weights.trained_state import read_optimizer
 
 
 @dataclass
@@ -88,6 +84,7 @@ class Service:
             self.team.follow()
             leave()
         self.store = Store(self.folder)
+        self.saved = Saved(self.store)
         self.trained: dict[str, Model] = {}
         self._engines: dict[str, Engine] = {}
         self._numbers = itertools.count()
@@ -147,16 +144,16 @@ class Service:
         user_metadata: Mapping[str, str] | None = None,
     ) -> Future[Any]:  # fmt: skip
         """Make an adapter that starts from a checkpoint (``tinker://…``), or from a folder of any PEFT adapter."""
-        state, theirs = self._open(path, owner)
-        base_model = base_model or theirs
+        base_model = base_model or self.saved.base_of(path, owner)
         engine = self.engine(base_model)
-        config = state.adapter.config
-        asked = state.facts.get("lora") or {"rank": int(config.get("r", 0))}
+        with self.saved.opened(path, owner) as state:
+            asked = state.facts.get("lora") or {"rank": int(state.adapter.config.get("r", 0))}
         model = Model(model_id, owner, base_model, engine, asked)
 
         def make() -> None:
-            layout, vector = engine.base.read_adapter(state.adapter)
-            optimizer_state = read_optimizer(state, layout) if with_optimizer else None
+            with self.saved.opened(path, owner) as state:
+                layout, vector = engine.base.read_adapter(state.adapter)
+                optimizer_state = read_optimizer(state, layout) if with_optimizer else None
             engine.do("make", model_id, layout.spec, vector)
             engine.do("load", model_id, vector, optimizer_state, int(state.facts.get("num_steps", 0)))
 
@@ -263,51 +260,28 @@ class Service:
         """Make one step of AdamW with the accumulated gradient; the future gives its figures."""
         return model.engine.submit(model.id, "optim_step", lambda: model.engine.do("step", model.id, params))
 
-    def save(
-        self, model: Model, name: str, *, kind: str, overwrite: bool = False, ttl_seconds: int | None = None,
-        user_metadata: Mapping[str, str] | None = None,
-    ) -> Future[Any]:  # fmt: skip
+    def save(self, model: Model, wanted: SaveAs) -> Future[Any]:
         """Save adapter and, as ``weights``, optimiser; the future gives the Checkpoint."""
-        return model.engine.submit(
-            model.id, f"save {kind}", lambda: self._save(model, name, kind, overwrite, ttl_seconds, user_metadata)
-        )
 
-    def _save(
-        self,
-        model: Model,
-        name: str,
-        kind: str,
-        overwrite: bool,
-        ttl_seconds: int | None,
-        user_metadata: Mapping[str, str] | None,
-    ) -> Checkpoint:
-        folder, trainee = self.store.checkpoint_folder(model.id, kind, name), model.made()
-        recover(folder.parent) if folder.parent.is_dir() else None
-        if folder.exists() and not overwrite:
-            raise CheckpointError(f"tinker://{model.id}/{kind}/{name} exists; choose another name, or overwrite=True")
-        facts = {"base_model": model.base_model, "lora": model.lora, "num_steps": trainee.num_steps, "run": model.id}
-        vector, optimizer_state = model.engine.do("state", model.id) if kind == "weights" else (trainee.vector, None)
-        try:
-            size = save_trained_state(folder, trainee.layout, vector, optimizer_state, facts)
-        except OSError as error:
-            raise CheckpointError(f"{name} was not saved: {error.strerror or error}") from error
-        created = now()
-        expires = None if ttl_seconds is None else created + datetime.timedelta(seconds=ttl_seconds)
-        saved = Checkpoint(
-            run_id=model.id, kind=kind, name=name, created=created, size_bytes=size, expires=expires,
-            user_metadata=dict(user_metadata or {}),
-        )  # fmt: skip
-        self.store.add_checkpoint(saved)
-        self._charge(model)
-        return saved
+        def run() -> Checkpoint:
+            trainee = model.made()
+            facts = {"base_model": model.base_model, "lora": model.lora, "num_steps": trainee.num_steps, "run": model.id}
+            has_optimizer = wanted.kind == "weights"
+            vector, optimizer = model.engine.do("state", model.id) if has_optimizer else (trainee.vector, None)
+            checkpoint = self.saved.save(model.id, wanted, trainee.layout, vector, optimizer, facts)
+            self._charge(model)
+            return checkpoint
+
+        return model.engine.submit(model.id, f"save {wanted.kind}", run)
 
     def load_state(self, model: Model, path: str, *, with_optimizer: bool) -> Future[Any]:
         """Let a model go on from a checkpoint of the same shape."""
 
         def run() -> str:
-            state, _ = self._open(path, model.owner)
             trainee = model.made()
-            layout, vector = model.engine.base.read_adapter(state.adapter)
+            with self.saved.opened(path, model.owner) as state:
+                layout, vector = model.engine.base.read_adapter(state.adapter)
+                optimizer = read_optimizer(state, trainee.layout) if with_optimizer else None
             if layout.file_tensors(vector).keys() != trainee.layout.file_tensors(trainee.vector).keys():
                 raise CheckpointError(f"{path} has other matrices than {model.id}")
             if layout.spec.scale != trainee.layout.spec.scale:
@@ -316,7 +290,6 @@ class Service:
                     f"{path} has the scale {scales}: alpha or rank differ; make a client from the state instead"
                 )
             vector = trainee.layout.from_file_tensors(layout.file_tensors(vector), source=path)
-            optimizer = read_optimizer(state, trainee.layout) if with_optimizer else None
             model.engine.do("load", model.id, vector, optimizer, int(state.facts.get("num_steps", 0)))
             return path
 
@@ -342,12 +315,12 @@ class Service:
             done: Future[Any] = Future()
             done.set_result(Weights(base_model, self.engine(base_model)))
             return done
-        state, theirs = self._open(path, owner)
-        base_model = base_model or theirs
+        base_model = base_model or self.saved.base_of(path, owner)
         engine = self.engine(base_model)
 
         def read() -> Weights:
-            layout, vector = engine.base.read_adapter(state.adapter)
+            with self.saved.opened(path, owner) as state:
+                layout, vector = engine.base.read_adapter(state.adapter)
             snapshot_id = f"snapshot {next(self._numbers)}"
             engine.do("put_snapshot", snapshot_id, layout.spec, vector)
             return Weights(base_model, engine, snapshot_id)
@@ -371,36 +344,6 @@ class Service:
         future.add_done_callback(lambda done: held.clear())
         return future
 
-    # ---- what was saved
-
-    def _open(self, path: str, owner: str) -> tuple[SavedState, str]:
-        """Return what lies at ``path``, and the name of its base."""
-        if path.startswith("tinker://"):
-            run_id, kind, name = parse_path(path)
-            run = self.store.run(run_id, owner)
-            folder = self.store.checkpoint_folder(run_id, kind, name)
-            if folder.parent.is_dir():
-                recover(folder.parent)
-            if self.store.find_checkpoint(run_id, kind, name) is None or not folder.is_dir():
-                raise CheckpointError(f"there is no checkpoint {path}")
-            return open_trained_state(folder), run.base_model
-        if owner != LOCAL_OWNER or not Path(path).expanduser().is_dir():
-            raise CheckpointError(f"{path!r} is no path of a checkpoint (tinker://RUN/KIND/NAME), nor a folder here")
-        state = open_trained_state(Path(path).expanduser())
-        return state, str(state.facts.get("base_model") or state.adapter.config.get("base_model_name_or_path") or "")
-
-    def base_of(self, path: str, owner: str = LOCAL_OWNER) -> str:
-        """Return the name of the base that a checkpoint was made for. Raises CheckpointError, AdapterError."""
-        return self._open(path, owner)[1]
-
-    def checkpoint(self, path: str, owner: str = LOCAL_OWNER) -> Checkpoint:
-        """Return what is known of a checkpoint. Raises CheckpointError where there is none."""
-        run_id, kind, name = parse_path(path)
-        self.store.run(run_id, owner)
-        if (found := self.store.find_checkpoint(run_id, kind, name)) is None:
-            raise CheckpointError(f"there is no checkpoint {path}")
-        return found
-
     def describe_models(self) -> list[dict[str, Any]]:
         """The models that were named, and the longest row that each takes."""
         found = []
@@ -410,17 +353,3 @@ class Service:
             is_sampled = engine is None or engine.base.sampling_problem is None
             found.append({"model_name": name, "max_context_length": limit, "trainable": True, "sampleable": is_sampled})
         return found
-
-    def delete_checkpoint(self, path: str, owner: str = LOCAL_OWNER) -> None:
-        """Remove a checkpoint. Raises CheckpointError where there is none."""
-        self._remove(self.checkpoint(path, owner))
-
-    def delete_expired(self) -> None:
-        """Remove checkpoints whose time is over."""
-        for checkpoint in self.store.expired():
-            self._remove(checkpoint)
-
-    def _remove(self, checkpoint: Checkpoint) -> None:
-        self.store.forget_checkpoint(checkpoint)
-        folder = self.store.checkpoint_folder(checkpoint.run_id, checkpoint.kind, checkpoint.name)
-        shutil.rmtree(folder, ignore_errors=True)

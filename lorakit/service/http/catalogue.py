@@ -22,7 +22,7 @@ from starlette.background import BackgroundTask
 from lorakit.errors import AdapterError, CheckpointError
 from lorakit.service.http.common import State, User
 from lorakit.service.http.state import ServerState
-from lorakit.service.store import Checkpoint, ClientSession, Run, SamplerRow, now, parse_path
+from lorakit.service.store import Checkpoint, ClientSession, Run, SamplerRow, parse_path
 
 router = APIRouter(prefix="/api/v1", tags=["catalogue"])
 _TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
@@ -78,17 +78,18 @@ async def list_user_checkpoints(
 async def delete_checkpoint(run_id: str, kind: str, name: str, state: State, user: User) -> Response:
     """Remove a checkpoint and its files."""
     _find(state, run_id, kind, name, user)
-    state.service.delete_checkpoint(f"tinker://{run_id}/{kind}/{name}", user)
+    await asyncio.to_thread(
+        state.service.saved.delete, f"tinker://{run_id}/{kind}/{name}", user
+    )  # another may be being written
     return Response(status_code=204)
 
 
 @router.put("/training_runs/{run_id}/checkpoints/{kind}/{name}/ttl")
 async def set_checkpoint_ttl(run_id: str, kind: str, name: str, body: Ttl, state: State, user: User) -> dict[str, Any]:
     """Let a checkpoint be removed after so many seconds, or, without a number, never."""
-    saved = _find(state, run_id, kind, name, user)
-    saved.expires = None if body.ttl_seconds is None else now() + datetime.timedelta(seconds=body.ttl_seconds)
-    state.store.add(saved)
-    return _checkpoint(saved)
+    _find(state, run_id, kind, name, user)
+    path = f"tinker://{run_id}/{kind}/{name}"
+    return _checkpoint(await asyncio.to_thread(state.service.saved.set_ttl, path, user, body.ttl_seconds))
 
 
 @router.post("/weights_info")

@@ -19,6 +19,7 @@ Body = TypeVar("Body", bound=pydantic.BaseModel)
 
 
 USER = "lorakit.user"  # in a request's scope
+MAX_HELD = 1024  # calls of a model that came before those before them
 NO_KEY = "this key is not known here; `lorakit serve` names the file of its key"
 
 
@@ -118,6 +119,9 @@ def accept(
     """
     if state.is_others(model_id, user):
         raise HTTPException(404, f"there is no model {model_id}")
+    order = state.order.get(model_id)
+    if order is not None and len(order.held) >= MAX_HELD and seq_id != order.next_seq_id:
+        raise HTTPException(429, f"{MAX_HELD:,} calls wait for call {order.next_seq_id} of {model_id}; send that one first")
     promise, is_new = state.promises.open(f"{model_id}:{seq_id}", user)
     if is_new:
         model = state.service.trained.get(model_id)

@@ -39,7 +39,7 @@ class CancelFuture(BaseModel):
 @router.get("/healthz")
 async def healthz(state: State) -> dict[str, Any]:
     """Whether the server is there, and how much waits. Needs no key."""
-    return {"status": "ok", "version": __version__, "open_requests": state.promises.num_open, "max_waiting": state.max_waiting}
+    return {"status": "ok", "version": __version__, "open_requests": state.num_waiting, "max_waiting": state.max_waiting}
 
 
 @router.get("/get_server_capabilities")

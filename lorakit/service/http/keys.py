@@ -7,7 +7,7 @@ import hmac
 import secrets
 
 from lorakit.errors import ConfigError
-from lorakit.service.core import LOCAL_OWNER
+from lorakit.service.saved import LOCAL_OWNER
 from lorakit.service.store import ApiKey, Store, now
 
 KEY_PREFIX = "tml-"  # the SDK refuses others

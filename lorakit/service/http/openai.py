@@ -27,6 +27,7 @@ from lorakit.service.http.state import ServerState, as_future
 from lorakit.types import ModelInput, Sample, SampleResponse, SamplingParams
 
 router = APIRouter(prefix="/v1", tags=["openai"])
+POLL_SECONDS = 1.0  # for clients that are gone
 MAX_KNOWN = 32  # adapters that are held for it
 _IGNORED = {"user", "store", "metadata", "service_tier", "stream_options"}
 
@@ -181,7 +182,7 @@ async def chat_completions(
 async def _weights(state: ServerState, user: str, model: str) -> Weights:
     """What ``model`` names; read once for each user."""
     is_path = model.startswith("tinker://")
-    made = state.service.checkpoint(model, user).created if is_path else ""  # one that was written over is another
+    made = state.service.saved.find(model, user).created if is_path else ""  # one that was written over is another
     name = f"openai:{user}:{model}:{made}"
     if name not in state.samplers or (state.samplers[name][1].done() and state.samplers[name][1].exception()):
         if model not in state.service.models and not is_path:
@@ -200,8 +201,7 @@ async def _answer(
     state: ServerState, request: Request, body: _Asked, job: _Job, kind: str, prefix: str,
     whole: Callable[[_Choice, SampleResponse], dict[str, Any]], piece: Callable[[_Choice, str, str | None], dict[str, Any]],
 ) -> JSONResponse | StreamingResponse:  # fmt: skip
-    if state.promises.num_open >= state.max_waiting:
-        raise HTTPException(429, f"{state.max_waiting:,} requests wait already; send it again later")
+    state.refuse_too_many()
     head = {"id": f"{prefix}-{job.id}", "created": job.created, "model": body.model}
     if body.stream:
         include_usage = bool((body.stream_options or {}).get("include_usage"))
@@ -210,7 +210,7 @@ async def _answer(
             _events(state, job, {**head, "object": name}, piece, include_usage=include_usage), media_type="text/event-stream"
         )
     futures = _start(state, job, None)
-    responses = await asyncio.gather(*(asyncio.wrap_future(future) for _, future in futures))
+    responses = await _all(request, [future for _, future in futures])
     choices = []
     for (asked, _), response in zip(futures, responses, strict=True):
         for choice, sample in zip(asked, response.sequences, strict=True):
@@ -218,6 +218,20 @@ async def _answer(
             choices.append(whole(choice, response))
     generated = sum(len(sample.tokens) for response in responses for sample in response.sequences)
     return JSONResponse({**head, "object": kind, "choices": choices, "usage": _usage(job, generated)})
+
+
+async def _all(request: Request, futures: list[Future[Any]]) -> list[SampleResponse]:
+    """Wait for all, or for the first error; whoever goes away ends the generation, as an error does."""
+    waiting = asyncio.gather(*map(asyncio.wrap_future, futures))
+    try:
+        while not (await asyncio.wait([waiting], timeout=POLL_SECONDS))[0]:
+            if await request.is_disconnected():
+                raise HTTPException(499, "the client is gone")
+        return waiting.result()
+    finally:
+        waiting.cancel()
+        for future in futures:
+            future.cancel()
 
 
 def _start(
@@ -233,7 +247,10 @@ def _start(
             each(choices[row.number], row)
 
         tokens, each_token = ModelInput.from_ints(prompt), tell if each else None
-        found.append((choices, state.service.sample(job.weights, tokens, job.params, job.n, each=each_token, **job.asked)))
+        future = state.service.sample(job.weights, tokens, job.params, job.n, each=each_token, **job.asked)
+        state.completions.add(future)
+        future.add_done_callback(state.completions.discard)
+        found.append((choices, future))
     return found
 
 

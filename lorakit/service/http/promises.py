@@ -11,14 +11,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit.errors import LorakitError, TrainingError
 from lorakit.service.engine import EngineEnded
 from lorakit.service.http import wire
 from lorakit.service.store import Store, now
-from lorakit.types import SampleResponse
 
 log = logging.getLogger("lorakit")
 KEPT_HOURS = 24.0
@@ -196,15 +195,5 @@ def encode_forward_backward(value: Any) -> tuple[str, bytes]:
     return "ForwardBackwardOutput", wire.write_forward_backward(value)
 
 
-def encode_sample(value: Any, *, last_n: int | None = None) -> tuple[str, bytes]:
-    """``last_n``: the prompt's log-probabilities for so many of its last tokens alone."""
-    return "SampleResponse", wire.write_sample_response(value if last_n is None else _only_last(value, last_n))
-
-
-def _only_last(response: SampleResponse, count: int) -> SampleResponse:
-    def cut(values: list[Any] | None) -> list[Any] | None:
-        return None if values is None else [None] * max(0, len(values) - count) + values[max(0, len(values) - count) :]
-
-    return replace(
-        response, prompt_logprobs=cut(response.prompt_logprobs), topk_prompt_logprobs=cut(response.topk_prompt_logprobs)
-    )
+def encode_sample(value: Any) -> tuple[str, bytes]:
+    return "SampleResponse", wire.write_sample_response(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import secrets
 from concurrent.futures import Future
 from typing import Any
@@ -20,6 +19,7 @@ from lorakit.service.store import SamplerRow
 from lorakit.types import TensorData
 
 router = APIRouter(prefix="/api/v1", tags=["sampling"])
+MAX_ANSWER_NUMBERS = 1 << 26  # half a gigabyte
 
 
 class CreateSamplingSession(BaseModel):
@@ -57,7 +57,7 @@ async def create_sampling_session(request: Request, state: State, user: User) ->
     sampler_id = f"{session.id}:sample:{body.sampling_session_seq_id}"
     if sampler_id not in state.samplers:
         try:
-            base_model = body.base_model or state.service.base_of(body.model_path or "", user)
+            base_model = body.base_model or state.service.saved.base_of(body.model_path or "", user)
         except LorakitError as error:
             raise HTTPException(404, str(error)) from error
         reading: Future[Any] = state.pool.submit(
@@ -82,8 +82,7 @@ async def get_sampler(sampler_id: str, state: State, user: User) -> dict[str, An
 async def asample(request: Request, state: State, user: User) -> JSONResponse:
     """Generate completions of a prompt."""
     given = await read_json(request, state.max_body_bytes)
-    if state.promises.num_open >= state.max_waiting:
-        raise HTTPException(429, f"{state.max_waiting:,} requests wait already; send it again later")
+    state.refuse_too_many()
     body = parsed(Sample, given)
     session_id, seq_id = given.get("sampling_session_id"), given.get("seq_id")
     has_ids = isinstance(session_id, str) and isinstance(seq_id, int)
@@ -95,8 +94,7 @@ async def asample(request: Request, state: State, user: User) -> JSONResponse:
         if isinstance(body, str):
             state.promises.fail(promise, body)
         else:
-            encode = functools.partial(encode_sample, last_n=body.prompt_logprobs_last_n)
-            state.promises.settle(promise, as_future(lambda: _sample(state, user, body)), encode)
+            state.promises.settle(promise, as_future(lambda: _sample(state, user, body)), encode_sample)
     num_samples = given.get("num_samples", 1)
     count = num_samples if isinstance(num_samples, int) and 0 < num_samples <= 100_000 else 1
     return JSONResponse(
@@ -118,14 +116,17 @@ def _sample(state: ServerState, user: str, body: Sample) -> Future[Any]:
         )
     except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"the request cannot be read: {error}") from error
-    if (last_n := body.prompt_logprobs_last_n) is not None and not 1 <= last_n < max(2, prompt.length):
+    per_token, per_sampled = 1 + body.topk_prompt_logprobs + body.prompt_alt_tokens_k, 1 + body.topk_sample_logprobs
+    num_numbers = prompt.length * per_token + body.num_samples * (params.max_tokens or 0) * per_sampled
+    if num_numbers > MAX_ANSWER_NUMBERS:
         raise DataError(
-            f"prompt_logprobs_last_n={last_n} must be from 1 to {prompt.length - 1}, less than the prompt has tokens"
+            f"the answer would have {num_numbers:,} log-probabilities, of which {MAX_ANSWER_NUMBERS:,} are sent at most"
         )
     if body.record_stability_info:
         raise DataError("record_stability_info is not offered: its loss is not public")
     asked: dict[str, Any] = {
         "num_best": body.topk_sample_logprobs, "scores_prompt": bool(body.prompt_logprobs),
         "num_best_of_prompt": body.topk_prompt_logprobs, "prompt_targets": targets, "num_alternatives": body.prompt_alt_tokens_k,
+        "last_n": body.prompt_logprobs_last_n,
     }  # fmt: skip
     return chained(weights, lambda loaded: state.service.sample(loaded, prompt, params, body.num_samples, **asked))

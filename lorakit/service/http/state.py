@@ -12,6 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastapi import HTTPException
+
 from lorakit.errors import CheckpointError
 from lorakit.service.core import Service
 from lorakit.service.http.keys import Keys
@@ -43,6 +45,7 @@ class Session:
 
     id: str
     owner: str
+    has_ended: bool = False
     last_seen: float = field(default_factory=time.monotonic)
     model_ids: set[str] = field(default_factory=set)
     sampler_ids: set[str] = field(default_factory=set)
@@ -58,6 +61,7 @@ class ServerState:
     ) -> None:  # fmt: skip
         self.service, self.store = service, service.store
         self.promises = Promises(service.store)
+        self.completions: set[Future[Any]] = set()  # that OpenAI clients wait for
         self.session_timeout_seconds, self.max_waiting = session_timeout_seconds, max_waiting
         self.max_body_bytes, self.poll_seconds = max_body_bytes, poll_seconds
         self.sessions: dict[str, Session] = {}
@@ -78,6 +82,16 @@ class ServerState:
         await asyncio.to_thread(self.service.close_engines)
         self.promises.stop()
         self.store.close()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are not finished."""
+        return self.promises.num_open + len(self.completions)
+
+    def refuse_too_many(self) -> None:
+        """Raise 429 where too many wait already."""
+        if self.num_waiting >= self.max_waiting:
+            raise HTTPException(429, f"{self.max_waiting:,} requests wait already; send it again later")
 
     # ---- sessions
 
@@ -105,11 +119,9 @@ class ServerState:
     def end_session(self, session: Session) -> None:
         """Free what the session trains and samples."""
         self.sessions.pop(session.id, None)
+        session.has_ended = True
         for model_id in session.model_ids:
-            self.service.drop_model(model_id)
-            if (order := self.order.pop(model_id, None)) is not None:
-                for give_out in order.held.values():  # what waits for calls that never came is told that the model is gone
-                    give_out()
+            self.drop_model(model_id)
         for sampler_id in session.sampler_ids:
             self.samplers.pop(sampler_id, None)
         row = self.store.get(ClientSession, session.id)
@@ -126,7 +138,7 @@ class ServerState:
                 for session in [session for session in self.sessions.values() if session.last_seen < limit]:
                     self.end_session(session)
                 self.promises.forget()
-                await asyncio.to_thread(self.service.delete_expired)
+                await asyncio.to_thread(self.service.saved.delete_expired)
             except Exception as error:  # a full disk, say: later
                 log.error("cleaning up failed: %s", error)
 
@@ -138,6 +150,13 @@ class ServerState:
             return model.owner != owner
         run = self.store.get(Run, model_id)
         return run is not None and run.owner != owner
+
+    def drop_model(self, model_id: str) -> None:
+        """Free a model behind what it was asked; what waits for calls that never came is told that it is gone."""
+        self.service.drop_model(model_id)
+        if (order := self.order.pop(model_id, None)) is not None:
+            for give_out in order.held.values():
+                give_out()
 
     def weights(self, sampler_id: str, owner: str) -> Future[Any]:
         """Return the future of a sampler's Weights. Raises CheckpointError where there is no such sampler."""

@@ -17,6 +17,7 @@ from lorakit.service.http import wire
 from lorakit.service.http.common import State, TooLarge, User, accept, parsed, read_body, read_json
 from lorakit.service.http.promises import encode_forward_backward, encode_json
 from lorakit.service.http.state import EPHEMERAL, ServerState, as_future, chained
+from lorakit.service.saved import SaveAs
 from lorakit.service.store import check_name
 from lorakit.types import AdamParams
 
@@ -130,6 +131,7 @@ def _make_model(
         # A base may have to be read first, which takes a while.
         reading: Future[Any] = state.pool.submit(as_future, lambda: start(model_id))
         made = chained(reading, lambda future: future)
+        made.add_done_callback(lambda done: state.drop_model(model_id) if session.has_ended else None)  # while it was made
         state.promises.settle(promise, made, lambda model: encode_json({"model_id": model.id, **answer}))
     return JSONResponse({"request_id": promise.request_id})
 
@@ -141,7 +143,7 @@ async def unload_model(body: GetInfo, state: State, user: User) -> dict[str, Any
     if model is None or model.owner != user:
         raise HTTPException(404, f"there is no model {body.model_id}")
     promise, _ = state.promises.open(f"{body.model_id}:unload", user)
-    state.service.drop_model(body.model_id)
+    state.drop_model(body.model_id)
     state.promises.settle(promise, _done({"model_id": body.model_id, "type": "unload_model"}), encode_json)
     return {"request_id": promise.request_id, "model_id": body.model_id}
 
@@ -255,14 +257,7 @@ async def _save(
         if call.path is None:
             raise DataError("path is missing: the checkpoint's name")
         check_name(call.path)
-        return state.service.save(
-            model,
-            call.path,
-            kind=kind,
-            overwrite=call.overwrite,
-            ttl_seconds=call.ttl_seconds,
-            user_metadata=call.user_metadata,
-        )
+        return state.service.save(model, SaveAs(kind, call.path, call.overwrite, call.ttl_seconds, call.user_metadata))
 
     def encode(saved: Any) -> tuple[str, bytes]:
         return encode_json({"path": saved.path, "size_bytes": saved.size_bytes, "type": answer})

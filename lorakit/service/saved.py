@@ -1,0 +1,137 @@
+"""What was saved: checkpoints in folders, and what the database knows of them. A folder is not replaced or removed while it is read."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit.errors import CheckpointError
+from lorakit.lora.flat import AdapterLayout
+from lorakit.service.store import Checkpoint, Store, now, parse_path
+from lorakit.weights.files import recover
+from lorakit.weights.trained_state import SavedState, open_trained_state, save_trained_state
+
+LOCAL_OWNER = "local"  # may name folders, too
+
+
+@dataclass(frozen=True)
+class SaveAs:
+    """How something is to be saved."""
+
+    kind: str
+    name: str
+    overwrite: bool = False
+    ttl_seconds: int | None = None
+    user_metadata: Mapping[str, str] | None = None
+
+
+class Saved:
+    """The checkpoints of a store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.RLock()  # folders, and their rows, change under it
+
+    def save(
+        self, run_id: str, wanted: SaveAs, layout: AdapterLayout, vector: torch.Tensor,
+        optimizer_state: Mapping[str, torch.Tensor] | None, facts: dict[str, Any],
+    ) -> Checkpoint:  # fmt: skip
+        """Write a checkpoint of a run, whole or not at all. Raises CheckpointError."""
+        with self._lock:
+            folder = self._folder(run_id, wanted.kind, wanted.name)
+            if folder.exists() and not wanted.overwrite:
+                path = f"tinker://{run_id}/{wanted.kind}/{wanted.name}"
+                raise CheckpointError(f"{path} exists; choose another name, or overwrite=True")
+            try:
+                size = save_trained_state(folder, layout, vector, optimizer_state, facts)
+            except OSError as error:
+                raise CheckpointError(f"{wanted.name} was not saved: {error.strerror or error}") from error
+            saved = Checkpoint(
+                run_id=run_id, kind=wanted.kind, name=wanted.name, created=now(), size_bytes=size, expires=_after(wanted.ttl_seconds),
+                user_metadata=dict(wanted.user_metadata or {}),
+            )  # fmt: skip
+            self._store.add_checkpoint(saved)
+            return saved
+
+    @contextlib.contextmanager
+    def opened(self, path: str, owner: str) -> Iterator[SavedState]:
+        """Yield what lies at ``path``, which stays as it is inside the block. Raises CheckpointError, AdapterError.
+
+        Args:
+            path: ``tinker://…``, or a folder of any PEFT adapter.
+        """
+        if not path.startswith("tinker://"):
+            yield open_trained_state(_local_folder(path, owner))
+            return
+        with self._lock:
+            run_id, kind, name = parse_path(path)
+            self.find(path, owner)
+            folder = self._folder(run_id, kind, name)
+            if not folder.is_dir():
+                raise CheckpointError(f"there is no checkpoint {path}")
+            yield open_trained_state(folder)
+
+    def base_of(self, path: str, owner: str) -> str:
+        """Return the name of the base that ``path`` was made for. Raises CheckpointError, AdapterError."""
+        if path.startswith("tinker://"):
+            self.find(path, owner)
+            return self._store.run(parse_path(path)[0], owner).base_model
+        state = open_trained_state(_local_folder(path, owner))
+        return str(state.facts.get("base_model") or state.adapter.config.get("base_model_name_or_path") or "")
+
+    def find(self, path: str, owner: str) -> Checkpoint:
+        """Return what is known of a checkpoint. Raises CheckpointError where there is none."""
+        run_id, kind, name = parse_path(path)
+        self._store.run(run_id, owner)
+        if (found := self._store.find_checkpoint(run_id, kind, name)) is None:
+            raise CheckpointError(f"there is no checkpoint {path}")
+        return found
+
+    def set_ttl(self, path: str, owner: str, seconds: int | None) -> Checkpoint:
+        """Let a checkpoint be removed after so many seconds, or never. Raises CheckpointError where there is none."""
+        with self._lock:
+            found = self.find(path, owner)
+            found.expires = _after(seconds)
+            self._store.add_checkpoint(found)
+            return found
+
+    def delete(self, path: str, owner: str) -> None:
+        """Remove a checkpoint. Raises CheckpointError where there is none."""
+        with self._lock:
+            self._remove(self.find(path, owner))
+
+    def delete_expired(self) -> None:
+        """Remove checkpoints whose time is over."""
+        if self._store.expired():
+            with self._lock:
+                for checkpoint in self._store.expired():  # read again: one may have been written over
+                    self._remove(checkpoint)
+
+    def _remove(self, checkpoint: Checkpoint) -> None:
+        self._store.forget_checkpoint(checkpoint)
+        shutil.rmtree(self._folder(checkpoint.run_id, checkpoint.kind, checkpoint.name), ignore_errors=True)
+
+    def _folder(self, run_id: str, kind: str, name: str) -> Path:
+        folder = self._store.checkpoint_folder(run_id, kind, name)
+        if folder.parent.is_dir():
+            recover(folder.parent)
+        return folder
+
+
+def _after(seconds: int | None) -> datetime.datetime | None:
+    return None if seconds is None else now() + datetime.timedelta(seconds=seconds)
+
+
+def _local_folder(path: str, owner: str) -> Path:
+    folder = Path(path).expanduser()
+    if owner != LOCAL_OWNER or not folder.is_dir():
+        raise CheckpointError(f"{path!r} is no path of a checkpoint (tinker://RUN/KIND/NAME), nor a folder here")
+    return folder
