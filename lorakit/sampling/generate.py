@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from lorakit.model.attention import attending_by_document
+from lorakit.sampling.check import decoding_problem
 from lorakit.sampling.ending import end_token_ids, stop_strings
 from lorakit.sampling.request import Request
-from lorakit.sampling.sampler import Sampler, decoding_problem
+from lorakit.sampling.sampler import Sampler
 from lorakit.types import Sample, SamplingParams
 
 log = logging.getLogger("lorakit")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +19,7 @@ from lorakit.lora.bank import Adapter, AdapterBank, Mix
 from lorakit.lora.grouped import FewTokens, having
 from lorakit.loss.head import Head, all_logits, as_head_adapters, best_logprobs, head_logprobs
 from lorakit.loss.logprobs import hidden_states
-from lorakit.model.attention import cached_attention, find_difference, packed_documents
+from lorakit.model.attention import cached_attention, packed_documents
 from lorakit.sampling.cache import KVCache, rounded, wasted_tokens
 from lorakit.sampling.ending import Ending, end_token_ids
 from lorakit.sampling.pick import Picked, Picker, sample_key
@@ -366,45 +365,3 @@ def _score_by_token(hidden_NH: torch.Tensor, head: Head, targets_N1: torch.Tenso
 
 def _key_of(running: Running) -> tuple[int, tuple[int, ...]]:
     return id(running.request.adapter), tuple(running.request.prompt)
-
-
-_PROBLEMS: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()  # of models that were looked at
-
-
-def decoding_problem(model: Any) -> str | None:
-    """Return why ``model``, which attends by document, cannot be sampled in rows, or None.
-
-    Two prompts are computed at once, then three tokens for each, and the logits compared with those of whole sequences: layers
-    that carry another state than keys and values differ. Looked at once for each model.
-    """
-    if model not in _PROBLEMS:
-        try:
-            _PROBLEMS[model] = _compare(model)
-        except Exception as error:  # whatever a model does with one token at a time
-            _PROBLEMS[model] = f"{type(error).__name__}: {error}"
-    return _PROBLEMS[model]
-
-
-@torch.inference_mode()
-def _compare(model: Any) -> str | None:
-    device, vocab_size = model.device, model.config.get_text_config().vocab_size
-    tokens = torch.randint(0, vocab_size, (2, 23), generator=torch.Generator().manual_seed(0)).tolist()
-    lengths, cache, ours = (20, 7), KVCache(), []
-    cache.reserve(2, 23)
-    for step in range(4):
-        if step:
-            cache.decode([length + step - 1 for length in lengths], device)
-            ids = torch.tensor([[row[length + step - 1]] for row, length in zip(tokens, lengths, strict=True)], device=device)
-            positions, spans = torch.tensor([[length + step - 1] for length in lengths], device=device), None
-        else:
-            cache.prefill([0, 1], lengths, device)
-            ids = torch.tensor([[t for row, length in zip(tokens, lengths, strict=True) for t in row[:length]]], device=device)
-            positions = torch.tensor([[i for length in lengths for i in range(length)]], device=device)
-            spans = [(0, 0, lengths[0]), (0, lengths[0], sum(lengths))]
-        with cached_attention(cache), packed_documents(spans):
-            given = {"input_ids": ids, "position_ids": positions, "attention_mask": None if spans else NO_MASK}
-            logits = model(**given, use_cache=False).logits.float()
-        ours.append(logits[:, -1] if step else logits[0, [lengths[0] - 1, sum(lengths) - 1]])
-    whole = [model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0].float() for row in tokens]
-    theirs = [torch.stack([row[n - 1 + step] for row, n in zip(whole, lengths, strict=True)]) for step in range(4)]
-    return find_difference(torch.stack(ours), torch.stack(theirs), is_exact=model.dtype == torch.float32)

@@ -16,7 +16,7 @@ from lorakit.lora.flat import AdapterLayout, plan_layout
 from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER, LoRASpec
 from lorakit.model.attention import attend_by_document
 from lorakit.model.load import base_name, load_model, load_tokenizer
-from lorakit.sampling.sampler import decoding_problem
+from lorakit.sampling.check import decoding_problem
 from lorakit.strategy.world import current_world
 from lorakit.training.precision import base_dtype, resolve_accelerator, resolve_precision
 from lorakit.weights.adapter import AdapterFiles

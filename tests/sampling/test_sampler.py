@@ -21,9 +21,10 @@ from lorakit.lora.state import load_adapter_state
 from lorakit.model.attention import attend_by_document
 from lorakit.model.load import load_model, load_tokenizer
 from lorakit.sampling.cache import ROOM, plan_runs
+from lorakit.sampling.check import decoding_problem
 from lorakit.sampling.generate import generate
 from lorakit.sampling.request import Request
-from lorakit.sampling.sampler import Sampler, decoding_problem
+from lorakit.sampling.sampler import Sampler
 from lorakit.types import SampleResponse, SamplingParams, TensorData
 
 OPEN = SamplingParams(max_tokens=12, temperature=1.0, stop=[], seed=0)
