@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.lora.grouped import (
     MAX_RUN_BYTES,
+    RUN_OPERATIONS,
     AdjacentExperts,
     AllExperts,
     SortedRows,
@@ -148,7 +149,10 @@ class _Layer:
         if call.products == "padded":
             self.rows = SortedRows.pad(call.experts_TK, call.num_experts)
         else:
-            self.rows = SortedRows.sort(call.experts_TK, call.num_experts, grouped=self.grouped, max_rows=max_rows)
+            run_rows = RUN_OPERATIONS / (2 * (self.w1_EHN[0].numel() + self.w2_EIH[0].numel()))
+            self.rows = SortedRows.sort(
+                call.experts_TK, call.num_experts, grouped=self.grouped, max_rows=max_rows, run_rows=run_rows
+            )
         self.originals = factors
         self._masks: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
         self.factors = [self._prepare(factor, dim=2 if number % 2 else 1) for number, factor in enumerate(factors)]

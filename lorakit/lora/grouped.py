@@ -24,6 +24,7 @@ ALIGNMENT_BYTES = 16  # of a row, for grouped products
 MAX_RUN_BYTES = 4 << 20  # of what a run's first products make: it still fits the processor's cache
 MAX_PADDING = 1.3  # cost of a run with padding, as a multiple of that without
 READ_ROWS = 16  # reading an expert's matrices costs as much as so many rows
+RUN_OPERATIONS = 4e6  # multiplications and additions, as long as which one more run takes beside its products
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,20 @@ class Run:
     rows_each: int  # -1: as many as the rows are, for each
 
 
-def plan_runs(num_per_expert: list[int], *, max_rows: int) -> list[Run]:
-    """Cut the experts into runs, which end where padding would cost more than it saves; experts without a row need none."""
+def plan_runs(num_per_expert: list[int], *, max_rows: int, run_rows: float = 0.0) -> list[Run]:
+    """Cut the experts into runs, which end where padding would cost more than it saves; experts without a row need none.
+
+    Args:
+        max_rows: of a run.
+        run_rows: one more run costs as much as so many rows.
+    """
     runs: list[Run] = []
     first = num = rows_each = cost = 0
     for expert, count in enumerate(num_per_expert):
         if not count:
             continue
         grown, widest = expert - first + 1, max(rows_each, count)
-        is_cheap = grown * (widest + READ_ROWS) <= MAX_PADDING * (cost + count + READ_ROWS)
+        is_cheap = grown * (widest + READ_ROWS) <= MAX_PADDING * (cost + count + READ_ROWS) + (grown - 1) * run_rows
         if num and is_cheap and grown * widest <= max_rows:
             num, rows_each, cost = grown, widest, cost + count + READ_ROWS
             continue
@@ -65,7 +71,9 @@ class SortedRows:
     runs: list[Run] | None  # None: all experts in one grouped product, without padding
 
     @classmethod
-    def sort(cls, experts_TK: torch.Tensor, num_experts: int, *, grouped: bool, max_rows: int = 0) -> SortedRows:
+    def sort(
+        cls, experts_TK: torch.Tensor, num_experts: int, *, grouped: bool, max_rows: int = 0, run_rows: float = 0.0
+    ) -> SortedRows:
         """Sort the router's choices, (T, top_k): for one grouped product, or in runs of at most ``max_rows`` rows or one expert."""
         num_tokens, top_k = experts_TK.shape
         experts_S, order_S = experts_TK.reshape(-1).sort(stable=True)
@@ -73,7 +81,7 @@ class SortedRows:
         counts_E.scatter_add_(0, experts_S, torch.ones_like(experts_S, dtype=torch.int32))
         if grouped:
             return cls(order_S, experts_S, counts_E, num_tokens, top_k, None)
-        runs = plan_runs(_read_counts(counts_E, experts_TK.numel()), max_rows=max_rows)
+        runs = plan_runs(_read_counts(counts_E, experts_TK.numel()), max_rows=max_rows, run_rows=run_rows)
         starts = torch.zeros(num_experts, dtype=torch.long)  # of each expert's rows
         end = 0
         for run in runs:

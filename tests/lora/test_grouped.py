@@ -15,6 +15,8 @@ def test_experts_of_about_equal_load_go_together_up_to_the_largest_run() -> None
     assert plan_runs([60, 64, 62, 64], max_rows=1024) == [Run(0, 4, 64)]
     assert plan_runs([60, 64, 62, 64], max_rows=130) == [Run(0, 2, 64), Run(2, 2, 64)]
     assert plan_runs([60, 64], max_rows=0) == [Run(0, 1, 60), Run(1, 1, 64)]
+    assert plan_runs([4, 40, 5], max_rows=1024) == [Run(0, 1, 4), Run(1, 1, 40), Run(2, 1, 5)]
+    assert plan_runs([4, 40, 5], max_rows=1024, run_rows=50.0) == [Run(0, 3, 40)]  # small matrices: a run is dear
 
 
 def test_an_expert_that_gets_most_rows_goes_alone_and_one_that_gets_none_is_left_out() -> None:

@@ -203,6 +203,34 @@ def test_an_adapter_that_is_not_finite_is_not_sampled(client: lorakit.TrainingCl
         client.save_weights_and_get_sampling_client()
 
 
+def test_memory_grows_by_an_adapter_and_its_optimiser_alone(
+    service: lorakit.ServiceClient, client: lorakit.TrainingClient, data: list[types.Datum]
+) -> None:
+    def held_bytes() -> int:
+        gc.collect()
+        for _ in range(2):  # snapshots that nobody holds go behind a call
+            service._service.engine("tiny").submit("", "wait", lambda: None).result()
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if is_tensor(t)}
+        return sum(storages.values())
+
+    def is_tensor(found: Any) -> bool:
+        return issubclass(type(found), torch.Tensor) and found.device.type == "cpu"
+
+    def work(one: lorakit.TrainingClient) -> None:
+        one.forward_backward(data, "cross_entropy").result()
+        one.optim_step(types.AdamParams(learning_rate=1e-3)).result()
+        one.save_weights_and_get_sampling_client().compute_logprobs(data[0].model_input).result()
+
+    work(client)
+    before, clients, num_params = held_bytes(), [], 0
+    for seed, rank in enumerate((8, 16, 4)):
+        clients.append(service.create_lora_training_client("tiny", rank=rank, seed=seed))
+        work(clients[-1])
+        num_params += trainee_of(clients[-1]).layout.num_params
+    grown = held_bytes() - before  # numbers, gradient and two moments, 4 bytes each
+    assert 0.99 * 16 * num_params < grown < 1.01 * 16 * num_params + 10_000
+
+
 def test_snapshots_that_nobody_holds_are_forgotten(client: lorakit.TrainingClient, data: list[types.Datum]) -> None:
     replica = client._model.engine.replica
     for _ in range(5):
