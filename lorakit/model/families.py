@@ -220,10 +220,8 @@ def row_sharing_problem(config: Any, parts: int, max_tokens: int | None = None) 
         return f"its {text.num_attention_heads} attention heads cannot be divided so"
     if (reason := packing_is_doubtful(config)) is not None:
         return reason
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kinds = {str(entry.get("rope_type")) for entry in (rope, *rope.values()) if isinstance(entry, dict)}
-    if moving := kinds & {"dynamic", "longrope"}:
-        return f"its rotary positions ({', '.join(sorted(moving))}) change with the length of a row"
+    if moving := sorted({str(entry["rope_type"]) for entry in _moving_ropes(text)}):
+        return f"its rotary positions ({', '.join(moving)}) change with the length of a row"
     if getattr(text, "attn_temperature_tuning", False):
         return "its attention is scaled by the place in a row"
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
@@ -231,6 +229,23 @@ def row_sharing_problem(config: Any, parts: int, max_tokens: int | None = None) 
     if window and (max_tokens is None or window < max_tokens):
         return f"its attention has a window of {window} positions, and rows are longer"
     return None
+
+
+def _moving_ropes(text: Any) -> list[dict[str, Any]]:
+    """Settings of rotary positions that change, for all positions, with the length of the longest row of a pass."""
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    entries = [entry for entry in (rope, *rope.values()) if isinstance(entry, dict)]
+    return [entry for entry in entries if str(entry.get("rope_type", entry.get("type"))) in ("dynamic", "longrope")]
+
+
+def steady_positions(text: Any) -> int | None:
+    """Return how many positions rows may have without changing one another's rotary positions; None for any number."""
+    limits = [
+        entry.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        or text.max_position_embeddings
+        for entry in _moving_ropes(text)
+    ]  # fmt: skip
+    return min(limits, default=None)
 
 
 def router_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -1,8 +1,8 @@
 """Passes of one token for each row, recorded once and replayed without Python, which is half of their time where products are small.
 
-``torch.jit.trace`` is torch's one recorder that needs no compiler. What a recording takes as given would be wrong silently, so
-everything that changes is an input of it (cache, masks, adapters), it is compared to the bit with the plain pass when it is made and
-when the number of rows is another for the first time, and a pass that torch warns of is never recorded. A replay also leaves the
+torch's tracer is its one recorder that needs no compiler. What a recording takes as given would be wrong silently. So everything that
+changes is an input of it (cache, masks, adapters); a pass that torch warns of is never recorded; and a recording is compared to the bit
+with the plain pass at several steps and at the first other number of rows, where the plain one is in force. A replay also leaves the
 interpreter to other threads, those of a server.
 """
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import linecache
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,20 +27,27 @@ from lorakit.sampling.cache import KVCache
 log = logging.getLogger("lorakit")
 RECORD_AFTER = 16  # passes of one kind: a recording costs as much as some ten
 MAX_RECORDINGS = 16
+CHECKS = 3  # steps at which a recording is compared before it is trusted
+_recording_lock = threading.Lock()  # filters of warnings belong to all threads
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # tokens and positions, (B, 1) -> what the unembedding is given
 
 
 @dataclass
 class _Recording:
-    """A recorded pass, and the number of rows that it was made with, until it was compared with another number."""
+    """A recorded pass, and how far it was compared with the plain one."""
 
     function: Any
-    made_with: int | None
+    made_with: int | None  # rows; None when it was compared with another number
+    num_checks: int = 0
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         with torch.jit.optimized_execution(False):  # else the first calls are watched, and slow
             hidden: torch.Tensor = self.function(tokens, positions, *inputs)
         return hidden
+
+    def is_trusted(self, num_rows: int) -> bool:
+        """Whether it need not be compared for so many rows."""
+        return self.num_checks >= CHECKS and self.made_with in (None, num_rows)
 
 
 class Replayer:
@@ -59,22 +68,21 @@ class Replayer:
             return compute(tokens, positions)
         recording = self._recordings.get(kind)
         inputs = [*cache.step_tensors(), *(mix.tensors() if mix is not None else ())]
-        if recording is None:
-            hidden = compute(tokens, positions)
-            self._seen[kind] += 1
-            if self._seen[kind] == RECORD_AFTER and len(self._recordings) < MAX_RECORDINGS:
-                with _frozen(self.model):
-                    recording = _record(compute, tokens, positions, cache, mix, inputs)
-                self._recordings[kind] = _checked(recording, hidden, tokens, positions, inputs)
+        if recording is not None:
+            found = _try(recording, tokens, positions, inputs)
+            if found is not None and recording.is_trusted(len(tokens)):
+                self.num_replayed += 1
+                return found
+            hidden = compute(tokens, positions)  # behind it: what it has written into the cache is written over
+            self._recordings[kind] = _compared(recording, found, hidden)
             return hidden
-        if recording.made_with not in (None, len(tokens)):
-            hidden = compute(tokens, positions)
-            self._recordings[kind] = recording = _checked(recording, hidden, tokens, positions, inputs)
-            if recording is not None:
-                recording.made_with = None
-            return hidden
-        self.num_replayed += 1
-        return recording(tokens, positions, inputs)
+        hidden = compute(tokens, positions)
+        self._seen[kind] += 1
+        if self._seen[kind] == RECORD_AFTER and sum(r is not None for r in self._recordings.values()) < MAX_RECORDINGS:
+            with _frozen(self.model):
+                self._recordings[kind] = _record(compute, tokens, positions, cache, mix, inputs)
+            hidden = compute(tokens, positions)  # the recorder has run it too
+        return hidden
 
     def _kind(self, cache: KVCache, mix: Mix | None, way: Hashable) -> Hashable | None:
         """What a recording holds for good; None for what is not recorded."""
@@ -84,21 +92,25 @@ class Replayer:
         return None if structure is None else (shape, way, structure)
 
 
-def _checked(
-    recording: _Recording | None, hidden: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor,
-    inputs: Sequence[torch.Tensor],
-) -> _Recording | None:  # fmt: skip
-    """Return ``recording`` where it gives ``hidden`` to the bit. The pass writes what it has written before."""
-    if recording is None:
-        return None
+def _try(
+    recording: _Recording, tokens: torch.Tensor, positions: torch.Tensor, inputs: Sequence[torch.Tensor]
+) -> torch.Tensor | None:
     try:
-        if torch.equal(recording(tokens, positions, inputs), hidden):
-            return recording
-        problem = "it differs"
-    except RuntimeError as error:
-        problem = str(error)
-    log.debug("a recorded pass is not used: %s", problem)
-    return None
+        return recording(tokens, positions, inputs)
+    except RuntimeError as error:  # of shapes
+        log.debug("a recorded pass fails: %s", error)
+        return None
+
+
+def _compared(recording: _Recording, found: torch.Tensor | None, hidden: torch.Tensor) -> _Recording | None:
+    """Return ``recording``, which gave ``found``, where that is ``hidden`` to the bit."""
+    if found is None or not torch.equal(found, hidden):
+        log.debug("a recorded pass is not used: it differs")
+        return None
+    recording.num_checks += 1
+    if recording.made_with != len(hidden):
+        recording.made_with = None
+    return recording
 
 
 @contextlib.contextmanager
@@ -125,15 +137,23 @@ def _record(
         with cache.lent(lent[:num_of_cache]), of_mix:
             return compute(tokens, positions)
 
-    with warnings.catch_warnings(record=True) as warned:
+    given = (tokens, positions, *inputs)
+    with _recording_lock, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
-            function = torch.jit.trace(run, (tokens, positions, *inputs), check_trace=False)
-        except RuntimeError as error:
+            # What torch.jit.trace does, but for keeping the graph, its weights and this closure as long as the process lives.
+            graph, _ = torch._C._create_graph_by_tracing(run, given, _name_of, True, False)
+            function = torch._C._create_function_from_graph("step", graph)
+        except (RuntimeError, AttributeError, TypeError) as error:
             log.debug("this pass cannot be recorded: %s", error)
             return None
-    doubtful = [w for w in warned if w.category is torch.jit.TracerWarning and not w.filename.endswith("nn/functional.py")]
-    if doubtful:  # but for the embedding's check of its own size
-        log.debug("this pass is not recorded: %s:%s: %s", doubtful[0].filename, doubtful[0].lineno, doubtful[0].message)
-        return None
+    for warning in warned:
+        is_size_check = "padding_idx" in linecache.getline(warning.filename, warning.lineno)  # the embedding's, of itself
+        if warning.category is torch.jit.TracerWarning and not is_size_check:
+            log.debug("this pass is not recorded: %s:%s: %s", warning.filename, warning.lineno, warning.message)
+            return None
     return _Recording(function, len(tokens))
+
+
+def _name_of(value: Any) -> str:
+    return ""  # names of values are for reading graphs

@@ -20,6 +20,7 @@ from lorakit.lora.grouped import FewTokens, having
 from lorakit.loss.head import Head, all_logits, as_head_adapters, best_logprobs, head_logprobs
 from lorakit.loss.logprobs import hidden_states
 from lorakit.model.attention import cached_attention, packed_documents
+from lorakit.model.families import steady_positions
 from lorakit.sampling.cache import KVCache, rounded, wasted_tokens
 from lorakit.sampling.ending import Ending, end_token_ids
 from lorakit.sampling.pick import Picked, Picker, sample_key
@@ -72,6 +73,8 @@ class Sampler:
         self._end_ids = end_token_ids(model, tokenizer)
         config = model.config.get_text_config()
         self._vocab_size, self._limit = config.vocab_size, getattr(config, "max_position_embeddings", None) or 1 << 30
+        if (steady := steady_positions(config)) is not None:
+            self._limit = min(self._limit, steady)
         self._settled: tuple[Picker, Mix | None] | None = None  # what depends on who has which row
 
     def add(self, request: Request) -> None:
@@ -98,7 +101,7 @@ class Sampler:
         """End everything with ``error``."""
         running = {id(r): r for r in (*(row.running for row in self._rows), *(joining.running for joining in self._waiting))}
         self._waiting.clear()
-        self._rows, self._settled = [], None
+        self._rows, self._settled, self._last_mix = [], None, None
         self.cache.clear()
         for one in running.values():
             one.answer(error)
@@ -112,6 +115,8 @@ class Sampler:
                 self._prefill_by_token(joining)
             else:
                 self._prefill(joining)
+            if not all(entry.numbers for entry in joining):
+                break  # scored prompts take no row, so nothing else would end it before all are done
         if self._rows:
             self._decode()
         if not self.is_busy:

@@ -88,13 +88,17 @@ class Engine:
         self._changed = threading.Condition()
         self._problem: BaseException | None = None
         self._is_closed = False
-        team.on_problem.append(self._end_by)
         opened: Future[Replica] = Future()
         self._thread = threading.Thread(target=self._serve, args=(opened,), name="lorakit-engine", daemon=True)
         self._thread.start()
-        self.replica = opened.result()
         # A program that ends without closing: in the middle of torch the thread would bring the interpreter down with it.
         atexit.register(self.close)
+        try:
+            self.replica = opened.result()
+        except Exception:
+            atexit.unregister(self.close)
+            raise
+        team.on_problem.append(self._end_by)
 
     @property
     def base(self) -> Base:

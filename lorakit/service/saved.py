@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
 import shutil
@@ -38,14 +39,15 @@ class Saved:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._lock = threading.RLock()  # folders, and their rows, change under it
+        # Of a run, under which its folders, and their rows, change: a large one of another run keeps nobody waiting.
+        self._locks: collections.defaultdict[str, threading.RLock] = collections.defaultdict(threading.RLock)
 
     def save(
         self, run_id: str, wanted: SaveAs, layout: AdapterLayout, vector: torch.Tensor,
         optimizer_state: Mapping[str, torch.Tensor] | None, facts: dict[str, Any],
     ) -> Checkpoint:  # fmt: skip
         """Write a checkpoint of a run, whole or not at all. Raises CheckpointError."""
-        with self._lock:
+        with self._locks[run_id]:
             folder = self._folder(run_id, wanted.kind, wanted.name)
             if folder.exists() and not wanted.overwrite:
                 path = f"tinker://{run_id}/{wanted.kind}/{wanted.name}"
@@ -71,13 +73,18 @@ class Saved:
         if not path.startswith("tinker://"):
             yield open_trained_state(_local_folder(path, owner))
             return
-        with self._lock:
-            run_id, kind, name = parse_path(path)
-            self.find(path, owner)
-            folder = self._folder(run_id, kind, name)
-            if not folder.is_dir():
-                raise CheckpointError(f"there is no checkpoint {path}")
+        self.find(path, owner)
+        with self.reading(*parse_path(path)) as folder:
             yield open_trained_state(folder)
+
+    @contextlib.contextmanager
+    def reading(self, run_id: str, kind: str, name: str) -> Iterator[Path]:
+        """Yield a checkpoint's folder, which stays as it is inside the block. Raises CheckpointError where there is none."""
+        with self._locks[run_id]:
+            folder = self._folder(run_id, kind, name)
+            if self._store.find_checkpoint(run_id, kind, name) is None or not folder.is_dir():
+                raise CheckpointError(f"there is no checkpoint tinker://{run_id}/{kind}/{name}")
+            yield folder
 
     def base_of(self, path: str, owner: str) -> str:
         """Return the name of the base that ``path`` was made for. Raises CheckpointError, AdapterError."""
@@ -97,7 +104,7 @@ class Saved:
 
     def set_ttl(self, path: str, owner: str, seconds: int | None) -> Checkpoint:
         """Let a checkpoint be removed after so many seconds, or never. Raises CheckpointError where there is none."""
-        with self._lock:
+        with self._locks[parse_path(path)[0]]:
             found = self.find(path, owner)
             found.expires = _after(seconds)
             self._store.add_checkpoint(found)
@@ -105,15 +112,16 @@ class Saved:
 
     def delete(self, path: str, owner: str) -> None:
         """Remove a checkpoint. Raises CheckpointError where there is none."""
-        with self._lock:
+        with self._locks[parse_path(path)[0]]:
             self._remove(self.find(path, owner))
 
     def delete_expired(self) -> None:
         """Remove checkpoints whose time is over."""
-        if self._store.expired():
-            with self._lock:
+        for run_id in {checkpoint.run_id for checkpoint in self._store.expired()}:
+            with self._locks[run_id]:
                 for checkpoint in self._store.expired():  # read again: one may have been written over
-                    self._remove(checkpoint)
+                    if checkpoint.run_id == run_id:
+                        self._remove(checkpoint)
 
     def _remove(self, checkpoint: Checkpoint) -> None:
         self._store.forget_checkpoint(checkpoint)

@@ -93,6 +93,29 @@ def test_a_sample_does_not_depend_on_its_company(model: Any) -> None:
     assert sampler.cache.num_bytes == 0  # given back
 
 
+def test_prompts_to_score_are_not_all_done_in_one_step(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakit.sampling.sampler.MAX_PREFILL_TOKENS", 40)
+    sampler, answers = Sampler(model, Text()), []
+    for prompt in prompts_of(12):
+        request = Request(prompt, replace(OPEN, max_tokens=0), scores_prompt=True, done=answers.append)
+        sampler.add(request)
+    sampler.step()
+    assert 0 < len(answers) < 12
+    while sampler.is_busy:
+        sampler.step()
+    assert len(answers) == 12
+
+
+def test_rows_that_would_change_one_anothers_positions_are_refused() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = make_model("llama")
+    model.config.rope_parameters = rope
+    model.config.original_max_position_embeddings = 16
+    sampler = Sampler(model, Text())
+    with pytest.raises(DataError, match="takes 16"):
+        sampler.add(Request(list(range(3, 21)), OPEN))
+
+
 @pytest.mark.slow
 def test_of_a_thousand_requests_in_random_company_at_most_one_differs(tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny

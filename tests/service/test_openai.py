@@ -60,6 +60,17 @@ def test_logprobs_of_completions(client: openai.OpenAI) -> None:
             assert len(best) == 3 and np.isclose(best[token], value, atol=1e-5)
 
 
+def test_a_prompt_alone_is_scored(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "prompt": "copy: abc\n", "max_tokens": 0, "n": 2}
+    scored = client.completions.create(**asked, echo=True, logprobs=1).choices
+    longer = client.completions.create(**{**asked, "max_tokens": 1}, echo=True, logprobs=1).choices[0].logprobs
+    num_tokens = len(load_tokenizer("tiny").encode("copy: abc\n"))
+    assert [choice.text for choice in scored] == ["copy: abc\n"] * 2 and scored[0].finish_reason == "length"
+    assert scored[0].logprobs.token_logprobs == longer.token_logprobs[:num_tokens]  # type: ignore[union-attr]
+    events = list(client.completions.create(**asked, stream=True))
+    assert [event.choices[0].finish_reason for event in events] == ["length", "length"]
+
+
 def test_chats_and_their_logprobs(client: openai.OpenAI) -> None:
     messages: Any = [{"role": "user", "content": "hello"}]
     answer = client.chat.completions.create(

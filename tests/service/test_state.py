@@ -14,7 +14,7 @@ from conftest import Server
 from fastapi.testclient import TestClient
 
 from lorakit.service.core import Service
-from lorakit.service.http import common, sampling
+from lorakit.service.http import common
 from lorakit.service.http.app import create_app
 from lorakit.service.http.state import ServerState
 
@@ -83,6 +83,16 @@ def test_calls_that_wait_for_one_that_never_came_end_with_their_model(state: Ser
     assert state.num_waiting == 0 and model not in state.order
 
 
+def test_what_a_session_still_asked_does_not_bring_it_back(state: ServerState, api: TestClient) -> None:
+    session, model, asked = create(api)
+    result(api, asked)
+    held = post(api, "save_weights_for_sampler", model_id=model, seq_id=2, sampling_session_seq_id=0)["request_id"]
+    assert api.post(f"/api/v1/sessions/{session}/finish").status_code == 204
+    assert "error" in result(api, held)
+    assert api.post("/api/v1/session_heartbeat", json={"session_id": session}).status_code == 410
+    assert session not in state.sessions
+
+
 def test_not_more_than_so_many_calls_wait_for_one(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "MAX_HELD", 2)
     _, model, asked = create(api)
@@ -95,7 +105,7 @@ def test_not_more_than_so_many_calls_wait_for_one(api: TestClient, monkeypatch: 
 
 
 def test_an_answer_that_would_be_huge_is_refused(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "MAX_ANSWER_NUMBERS", 100)
+    monkeypatch.setattr(common, "MAX_ANSWER_NUMBERS", 100)
     prompt = {"chunks": [{"type": "encoded_text", "tokens": [5, 6, 7]}]}
     ask: dict[str, Any] = {
         "base_model": "tiny",
@@ -104,8 +114,11 @@ def test_an_answer_that_would_be_huge_is_refused(api: TestClient, monkeypatch: p
         "prompt_logprobs": True,
     }
     assert "error" not in result(api, post(api, "asample", **ask)["request_id"])
-    failed = result(api, post(api, "asample", **ask, topk_prompt_logprobs=200)["request_id"])
-    assert "log-probabilities" in failed["error"] and failed["category"] == "user"
+    for more in ({"topk_prompt_logprobs": 200}, {"sampling_params": {}}, {"num_samples": 99}):
+        failed = result(api, post(api, "asample", **{**ask, **more})["request_id"])
+        assert "log-probabilities" in failed["error"] and failed["category"] == "user"
+    refused = api.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 9, "n": 50})
+    assert refused.status_code == 400 and "log-probabilities" in refused.json()["error"]["message"]
 
 
 def test_whoever_does_not_wait_for_a_whole_answer_ends_the_generation(server: Server) -> None:

@@ -11,7 +11,6 @@ import secrets
 import tarfile
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response
@@ -114,14 +113,11 @@ async def external_weights_urls(
 ) -> dict[str, Any]:
     """Where each file of a checkpoint can be fetched for an hour, without a key."""
     _find(state, run_id, kind, name, user)
-    folder = state.store.checkpoint_folder(run_id, kind, name)
     expires = int(time.time()) + _URL_SECONDS
     urls = {}
-    for path in sorted(folder.iterdir()):
-        url = request.url_for("download", run_id=run_id, kind=kind, name=name, file=path.name)
-        urls[path.name] = str(
-            url.include_query_params(expires=expires, signature=_sign(run_id, kind, name, path.name, expires))
-        )
+    for file in await asyncio.to_thread(_files, state, run_id, kind, name):
+        url = request.url_for("download", run_id=run_id, kind=kind, name=name, file=file)
+        urls[file] = str(url.include_query_params(expires=expires, signature=_sign(run_id, kind, name, file, expires)))
     return {"urls": urls, "expires": datetime.datetime.fromtimestamp(expires, datetime.UTC).isoformat()}
 
 
@@ -141,16 +137,33 @@ async def download_archive(
 ) -> FileResponse:
     """A checkpoint's folder as a tar file, by an address that ``archive`` has signed."""
     _check_signature(signature, run_id, kind, name, "archive", expires)
-    folder = state.store.checkpoint_folder(run_id, kind, name)
+    path = await asyncio.to_thread(_write_tar, state, run_id, kind, name)
+    return FileResponse(path, filename=f"{name}.tar", background=BackgroundTask(os.unlink, path))
+
+
+def _write_tar(state: ServerState, run_id: str, kind: str, name: str) -> str:
+    """Return the path of a file for whoever sends it to delete."""
     file = tempfile.NamedTemporaryFile(suffix=".tar", delete=False)  # noqa: SIM115 - deleted when it was sent
-    await asyncio.to_thread(_write_tar, folder, file)
-    return FileResponse(file.name, filename=f"{name}.tar", background=BackgroundTask(os.unlink, file.name))
+    try:
+        with state.service.saved.reading(run_id, kind, name) as folder, file, tarfile.open(fileobj=file, mode="w") as tar:
+            for path in sorted(folder.iterdir()):
+                tar.add(path, arcname=path.name)
+    except CheckpointError as error:
+        os.unlink(file.name)
+        raise HTTPException(404, str(error)) from error
+    except BaseException:
+        os.unlink(file.name)
+        raise
+    return file.name
 
 
-def _write_tar(folder: Path, file: Any) -> None:
-    with file, tarfile.open(fileobj=file, mode="w") as tar:
-        for path in sorted(folder.iterdir()):
-            tar.add(path, arcname=path.name)
+def _files(state: ServerState, run_id: str, kind: str, name: str) -> list[str]:
+    """The names of a checkpoint's files. 404 where there is none."""
+    try:
+        with state.service.saved.reading(run_id, kind, name) as folder:
+            return sorted(path.name for path in folder.iterdir())
+    except CheckpointError as error:
+        raise HTTPException(404, str(error)) from error
 
 
 @router.get("/files/{run_id}/{kind}/{name}/{file}", name="download")
@@ -159,10 +172,9 @@ async def download(
 ) -> FileResponse:
     """One file of a checkpoint, by a URL that ``external_weights_urls`` has signed."""
     _check_signature(signature, run_id, kind, name, file, expires)
-    folder = state.store.checkpoint_folder(run_id, kind, name)
-    if file not in {path.name for path in folder.iterdir()}:
+    if file not in await asyncio.to_thread(_files, state, run_id, kind, name):
         raise HTTPException(404, f"there is no file {file}")
-    return FileResponse(folder / file, filename=file)
+    return FileResponse(state.store.checkpoint_folder(run_id, kind, name) / file, filename=file)
 
 
 @router.get("/sessions")

@@ -11,7 +11,8 @@ import pydantic
 from fastapi import Depends, HTTPException, Request
 from fastapi.responses import JSONResponse
 
-from lorakit.service.core import Model
+from lorakit.errors import DataError
+from lorakit.service.core import Model, Weights
 from lorakit.service.http.promises import Encode, Promise
 from lorakit.service.http.state import InOrder, ServerState, as_future
 
@@ -19,8 +20,20 @@ Body = TypeVar("Body", bound=pydantic.BaseModel)
 
 
 USER = "lorakit.user"  # in a request's scope
+MAX_ANSWER_NUMBERS = 1 << 26  # half a gigabyte
 MAX_HELD = 1024  # calls of a model that came before those before them
 NO_KEY = "this key is not known here; `lorakit serve` names the file of its key"
+
+
+def refuse_huge(weights: Weights, num_of_prompt: int, num_samples: int, max_tokens: int | None, num_best: int) -> None:
+    """Raise DataError where an answer would have more numbers than are sent."""
+    limit = weights.engine.base.max_tokens
+    longest = min(n for n in (max_tokens, limit, 1 << 20) if n is not None)
+    count = num_of_prompt + num_samples * longest * (1 + num_best)
+    if count > MAX_ANSWER_NUMBERS:
+        raise DataError(
+            f"the answer may have {count:,} log-probabilities; {MAX_ANSWER_NUMBERS:,} are sent at most: set max_tokens"
+        )
 
 
 class TooLarge(Exception):
@@ -120,7 +133,7 @@ def accept(
     if state.is_others(model_id, user):
         raise HTTPException(404, f"there is no model {model_id}")
     order = state.order.get(model_id)
-    if order is not None and len(order.held) >= MAX_HELD and seq_id != order.next_seq_id:
+    if order is not None and len(order.held) >= MAX_HELD and seq_id > order.next_seq_id and seq_id not in order.held:
         raise HTTPException(429, f"{MAX_HELD:,} calls wait for call {order.next_seq_id} of {model_id}; send that one first")
     promise, is_new = state.promises.open(f"{model_id}:{seq_id}", user)
     if is_new:

@@ -22,11 +22,12 @@ from lorakit.sampling.ending import stop_strings
 from lorakit.sampling.request import Row
 from lorakit.sampling.text_stream import TextStream
 from lorakit.service.core import Weights
-from lorakit.service.http.common import State, User
+from lorakit.service.http.common import State, User, refuse_huge
 from lorakit.service.http.state import ServerState, as_future
 from lorakit.types import ModelInput, Sample, SampleResponse, SamplingParams
 
 router = APIRouter(prefix="/v1", tags=["openai"])
+NOTHING = Sample([], "", "length", [], [])  # what max_tokens=0 generates
 POLL_SECONDS = 1.0  # for clients that are gone
 MAX_KNOWN = 32  # adapters that are held for it
 _IGNORED = {"user", "store", "metadata", "service_tier", "stream_options"}
@@ -201,7 +202,9 @@ async def _answer(
     state: ServerState, request: Request, body: _Asked, job: _Job, kind: str, prefix: str,
     whole: Callable[[_Choice, SampleResponse], dict[str, Any]], piece: Callable[[_Choice, str, str | None], dict[str, Any]],
 ) -> JSONResponse | StreamingResponse:  # fmt: skip
-    state.refuse_too_many()
+    state.refuse_too_many(len(job.prompts))
+    num_prompt, num_best = sum(map(len, job.prompts)), int(job.asked["num_best"])
+    refuse_huge(job.weights, num_prompt, len(job.prompts) * job.n, job.params.max_tokens, num_best)
     head = {"id": f"{prefix}-{job.id}", "created": job.created, "model": body.model}
     if body.stream:
         include_usage = bool((body.stream_options or {}).get("include_usage"))
@@ -213,7 +216,7 @@ async def _answer(
     responses = await _all(request, [future for _, future in futures])
     choices = []
     for (asked, _), response in zip(futures, responses, strict=True):
-        for choice, sample in zip(asked, response.sequences, strict=True):
+        for choice, sample in zip(asked, response.sequences or [NOTHING] * job.n, strict=True):
             choice.sample = sample
             choices.append(whole(choice, response))
     generated = sum(len(sample.tokens) for response in responses for sample in response.sequences)
@@ -222,14 +225,19 @@ async def _answer(
 
 async def _all(request: Request, futures: list[Future[Any]]) -> list[SampleResponse]:
     """Wait for all, or for the first error; whoever goes away ends the generation, as an error does."""
-    waiting = asyncio.gather(*map(asyncio.wrap_future, futures))
+    waiting = {asyncio.ensure_future(asyncio.wrap_future(future)) for future in futures}
     try:
-        while not (await asyncio.wait([waiting], timeout=POLL_SECONDS))[0]:
-            if await request.is_disconnected():
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, timeout=POLL_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
+            for error in [one.exception() for one in done]:
+                if error is not None:
+                    raise error
+            if waiting and await request.is_disconnected():
                 raise HTTPException(499, "the client is gone")
-        return waiting.result()
+        return [future.result() for future in futures]
     finally:
-        waiting.cancel()
+        for one in waiting:
+            one.cancel()
         for future in futures:
             future.cancel()
 
@@ -271,13 +279,20 @@ async def _events(
         loop.call_soon_threadsafe(queue.put_nowait, (text, choice, row.stop_reason or None))
 
     def on_done(future: Future[Any]) -> None:
-        if not future.cancelled() and (error := future.exception()) is not None:
+        if future.cancelled():
+            loop.call_soon_threadsafe(queue.put_nowait, ("", DataError("it was cancelled"), None))
+        elif (error := future.exception()) is not None:
             loop.call_soon_threadsafe(queue.put_nowait, ("", error, None))
 
     left = len(job.prompts) * job.n
-    futures = [future for _, future in _start(state, job, on_token)]
+    started = _start(state, job, on_token)
+    futures = [future for _, future in started]
     for future in futures:
         future.add_done_callback(on_done)
+    if job.params.max_tokens == 0:  # no token will be told of
+        left = 0
+        for choice in (choice for choices, _ in started for choice in choices):
+            yield _event({**head, "choices": [piece(choice, "", "length")]})
     try:
         while left:
             text, choice, reason = await queue.get()

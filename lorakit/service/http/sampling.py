@@ -11,15 +11,15 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from lorakit.errors import DataError, LorakitError
+from lorakit.service.core import Weights
 from lorakit.service.http import wire
-from lorakit.service.http.common import State, User, parsed, read_json
+from lorakit.service.http.common import State, User, parsed, read_json, refuse_huge
 from lorakit.service.http.promises import encode_sample
 from lorakit.service.http.state import EPHEMERAL, ServerState, as_future, chained
 from lorakit.service.store import SamplerRow
 from lorakit.types import TensorData
 
 router = APIRouter(prefix="/api/v1", tags=["sampling"])
-MAX_ANSWER_NUMBERS = 1 << 26  # half a gigabyte
 
 
 class CreateSamplingSession(BaseModel):
@@ -116,12 +116,6 @@ def _sample(state: ServerState, user: str, body: Sample) -> Future[Any]:
         )
     except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"the request cannot be read: {error}") from error
-    per_token, per_sampled = 1 + body.topk_prompt_logprobs + body.prompt_alt_tokens_k, 1 + body.topk_sample_logprobs
-    num_numbers = prompt.length * per_token + body.num_samples * (params.max_tokens or 0) * per_sampled
-    if num_numbers > MAX_ANSWER_NUMBERS:
-        raise DataError(
-            f"the answer would have {num_numbers:,} log-probabilities, of which {MAX_ANSWER_NUMBERS:,} are sent at most"
-        )
     if body.record_stability_info:
         raise DataError("record_stability_info is not offered: its loss is not public")
     asked: dict[str, Any] = {
@@ -129,4 +123,10 @@ def _sample(state: ServerState, user: str, body: Sample) -> Future[Any]:
         "num_best_of_prompt": body.topk_prompt_logprobs, "prompt_targets": targets, "num_alternatives": body.prompt_alt_tokens_k,
         "last_n": body.prompt_logprobs_last_n,
     }  # fmt: skip
-    return chained(weights, lambda loaded: state.service.sample(loaded, prompt, params, body.num_samples, **asked))
+    num_of_prompt = prompt.length * (1 + body.topk_prompt_logprobs + body.prompt_alt_tokens_k)
+
+    def start(loaded: Weights) -> Future[Any]:
+        refuse_huge(loaded, num_of_prompt, body.num_samples, params.max_tokens, body.topk_sample_logprobs)
+        return state.service.sample(loaded, prompt, params, body.num_samples, **asked)
+
+    return chained(weights, start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import logging
 import secrets
 import time
@@ -70,9 +71,11 @@ class ServerState:
         self.pool = ThreadPoolExecutor(8, thread_name_prefix="lorakit-http")
         self.keys = Keys(service.store)
         self._sweeper: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
         """Begin, in the event loop."""
+        self._loop = asyncio.get_running_loop()
         self.promises.start()
         self._sweeper = asyncio.create_task(self._sweep())
 
@@ -88,9 +91,9 @@ class ServerState:
         """Requests that are not finished."""
         return self.promises.num_open + len(self.completions)
 
-    def refuse_too_many(self) -> None:
-        """Raise 429 where too many wait already."""
-        if self.num_waiting >= self.max_waiting:
+    def refuse_too_many(self, num_more: int = 1) -> None:
+        """Raise 429 where so many more were too many."""
+        if self.num_waiting + num_more > self.max_waiting:
             raise HTTPException(429, f"{self.max_waiting:,} requests wait already; send it again later")
 
     # ---- sessions
@@ -120,14 +123,14 @@ class ServerState:
         """Free what the session trains and samples."""
         self.sessions.pop(session.id, None)
         session.has_ended = True
+        row = self.store.get(ClientSession, session.id)
+        if row is not None:  # before held calls are given out: they would find it to go on
+            row.ended = now()
+            self.store.add(row)
         for model_id in session.model_ids:
             self.drop_model(model_id)
         for sampler_id in session.sampler_ids:
             self.samplers.pop(sampler_id, None)
-        row = self.store.get(ClientSession, session.id)
-        if row is not None:
-            row.ended = now()
-            self.store.add(row)
 
     async def _sweep(self) -> None:
         """End sessions that nobody has heard of, and forget old results."""
@@ -157,6 +160,12 @@ class ServerState:
         if (order := self.order.pop(model_id, None)) is not None:
             for give_out in order.held.values():
                 give_out()
+
+    def drop_if_ended(self, session: Session, model_id: str) -> None:
+        """Free a model whose session has ended while it was made. From any thread."""
+        if session.has_ended and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the server has ended, too
+                self._loop.call_soon_threadsafe(self.drop_model, model_id)
 
     def weights(self, sampler_id: str, owner: str) -> Future[Any]:
         """Return the future of a sampler's Weights. Raises CheckpointError where there is no such sampler."""

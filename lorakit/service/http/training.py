@@ -131,7 +131,7 @@ def _make_model(
         # A base may have to be read first, which takes a while.
         reading: Future[Any] = state.pool.submit(as_future, lambda: start(model_id))
         made = chained(reading, lambda future: future)
-        made.add_done_callback(lambda done: state.drop_model(model_id) if session.has_ended else None)  # while it was made
+        made.add_done_callback(lambda done: state.drop_if_ended(session, model_id))
         state.promises.settle(promise, made, lambda model: encode_json({"model_id": model.id, **answer}))
     return JSONResponse({"request_id": promise.request_id})
 
