@@ -200,7 +200,7 @@ def _beats_plain(stack: ExpertStack, experts_TK: torch.Tensor) -> bool:
     """Whether our products are faster than torch's grouped ones where nothing is adapted: on a CPU, for many tokens or by padding."""
     if torch.is_grad_enabled() or not is_plain_product(stack.weight(stack.first)):
         return False
-    return (few := few_tokens()) is None or few.pads(stack.module, experts_TK, *stack.weights())
+    return (few := few_tokens()) is None or few.pads(stack.module, experts_TK, *stack.weights(), is_adapted=False)
 
 
 @functools.cache

@@ -259,15 +259,15 @@ class FewTokens:
         self.num_tokens = 0
         self._at_least: dict[int, int | None] = {}  # layer -> tokens from which it pads
 
-    def pads(self, layer: nn.Module, experts_TK: torch.Tensor, *weights_EKN: torch.Tensor) -> bool:
-        """Decide for ``layer``, whose stacks are ``weights_EKN``."""
+    def pads(self, layer: nn.Module, experts_TK: torch.Tensor, *weights_EKN: torch.Tensor, is_adapted: bool = True) -> bool:
+        """Decide for ``layer``, whose stacks are ``weights_EKN``. A small one without adapters is best left to torch."""
         if id(layer) not in self._at_least:
             first = weights_EKN[0]
             is_small = sum(w.nbytes for w in weights_EKN) <= MAX_RUN_BYTES
             at_least = 0 if is_small else -(-first.shape[0] // experts_TK.shape[1])
             self._at_least[id(layer)] = at_least if is_plain_product(first) else None
         found = self._at_least[id(layer)]
-        return found is not None and self.num_tokens >= found
+        return found is not None and self.num_tokens >= found and (is_adapted or found > 0)
 
     @property
     def decisions(self) -> tuple[bool, ...]:
