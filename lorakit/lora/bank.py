@@ -5,8 +5,9 @@ adapters stand side by side, as one adapter of the summed rank, and a gate lets 
 
     y = x W + ((x [A_1; A_2; …]') * gate) [B_1 B_2 …]'
 
-so that the base's products, and ours, are as few as for one adapter. What a gate excludes adds exact zeros. (Punica, arXiv
-2310.18547, groups tokens by adapter instead; the products of many small ones are what costs here.)
+so that the base's products, and ours, are as few as for one adapter. What a gate excludes adds exact zeros. Where tokens are many,
+linear layers have the factors one over the other instead, and a batch of products with the tokens of each (as Punica groups them,
+arXiv 2310.18547, section 4).
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lorakit.lora.expert_function import Part, run_experts
 from lorakit.lora.flat import AdapterLayout, Key
@@ -50,14 +52,21 @@ class Mix:
     Args:
         owners_T: for each token of a pass, flattened, the number of its adapter; None where there is one adapter.
         like: a Mix that went through the same model; what passes ask for is then laid side by side at once.
+        is_sorted: give linear layers each adapter's tokens by themselves, which pays where tokens are many.
     """
 
-    def __init__(self, adapters: Sequence[Adapter | None], owners_T: torch.Tensor | None, *, like: Mix | None = None) -> None:
+    def __init__(
+        self, adapters: Sequence[Adapter | None], owners_T: torch.Tensor | None, *, like: Mix | None = None,
+        is_sorted: bool = False,
+    ) -> None:  # fmt: skip
         assert owners_T is not None or len(adapters) == 1
+        self.is_sorted = is_sorted and owners_T is not None
+        self._stacks: dict[tuple[Key, torch.dtype], Stacked | None] = {}
         self.adapters, self.owners_T = tuple(adapters), owners_T
         self._pairs: _Pairs = {}
         for key, dtype in like._pairs if like is not None else ():
             self._pairs[key, dtype] = self._lay(key, dtype)
+        self._places: dict[tuple[Any, ...], tuple[torch.Tensor | None, torch.Tensor]] = {}
         self._gates: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def with_owners(self, owners_T: torch.Tensor | None) -> Mix:
@@ -74,6 +83,30 @@ class Mix:
             return None
         a, b, columns = found
         return a, b, self._gate(columns) if self.owners_T is not None else columns[0][2]
+
+    def stacked(self, key: Key, dtype: torch.dtype) -> Stacked | None:
+        """Return the factors of ``key`` one adapter over the other, with the tokens of each; None where none adapts it."""
+        if (key, dtype) not in self._stacks:
+            self._stacks[key, dtype] = self._stack(key, dtype)
+        return self._stacks[key, dtype]
+
+    def _stack(self, key: Key, dtype: torch.dtype) -> Stacked | None:
+        assert self.owners_T is not None
+        present = [(n, adapter) for n, adapter in enumerate(self.adapters) if adapter is not None and key in adapter.factors]
+        if not present:
+            return None
+        slots = [adapter.layout.slots[key] for _, adapter in present]
+        widest = max(slot.rank for slot in slots)
+        a = torch.stack(
+            [F.pad(x.factors[key][0], (0, 0, 0, widest - slot.rank)) for (_, x), slot in zip(present, slots, strict=True)]
+        )
+        b = torch.stack(
+            [F.pad(x.factors[key][1], (0, widest - slot.rank)) for (_, x), slot in zip(present, slots, strict=True)]
+        )
+        name = tuple((n, slot.scale) for (n, _), slot in zip(present, slots, strict=True))
+        if name not in self._places:
+            self._places[name] = _places(self.owners_T, name)
+        return Stacked(a.to(dtype), b.to(dtype), *self._places[name])
 
     # ---- for recorded passes (`sampling/replay.py`)
 
@@ -132,6 +165,35 @@ class Mix:
         return self._gates[columns]
 
 
+class Stacked(NamedTuple):
+    """Factors of n adapters, and the tokens of each, at most M, of which there are T in all."""
+
+    a_nRI: torch.Tensor
+    b_nOR: torch.Tensor
+    places_nM: torch.Tensor | None  # which tokens they are; None where they are all tokens in their order
+    gate_nM1: torch.Tensor  # the adapter's scale; 0 where a place is filled up
+
+    def add_to(self, output_TO: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+        """Return ``output_TO`` with what the adapters make of ``x_TI``."""
+        num_adapters = len(self.a_nRI)
+        x_nMI = x_TI.unflatten(0, (num_adapters, -1)) if self.places_nM is None else x_TI[self.places_nM]
+        narrow = torch.bmm(x_nMI, self.a_nRI.mT) * self.gate_nM1.to(x_TI.dtype)
+        if self.places_nM is None:
+            return torch.baddbmm(output_TO.unflatten(0, (num_adapters, -1)), narrow, self.b_nOR.mT).flatten(0, 1)
+        return output_TO.index_add(0, self.places_nM.flatten(), torch.bmm(narrow, self.b_nOR.mT).flatten(0, 1))
+
+
+def _places(owners_T: torch.Tensor, adapters: Sequence[tuple[int, float]]) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The tokens of each of ``adapters`` (number, scale), filled up with its last one, and their gate."""
+    tokens = [(owners_T == number).nonzero()[:, 0] for number, _ in adapters]
+    place_M = torch.arange(max(map(len, tokens)), device=owners_T.device)
+    places_nM = torch.stack([own[place_M.clamp(max=len(own) - 1)] for own in tokens])
+    gate_nM = torch.stack([(place_M < len(own)) * scale for own, (_, scale) in zip(tokens, adapters, strict=True)])
+    all_T = torch.arange(len(owners_T), device=owners_T.device)
+    is_plain = places_nM.numel() == len(owners_T) and torch.equal(places_nM.flatten(), all_T)
+    return None if is_plain else places_nM, gate_nM[:, :, None]
+
+
 class AdapterBank:
     """Gives ``model`` the hooks by which a ``Mix`` takes part in its passes."""
 
@@ -164,7 +226,14 @@ class AdapterBank:
         return mix.pair(Key(self.head_name), dtype) if self.head_name else None
 
     def _add_to_linear(self, key: Key, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        if self._mix is None or (found := self._mix.pair(key, output.dtype)) is None:
+        if self._mix is None:
+            return output
+        if self._mix.is_sorted:
+            if (stacked := self._mix.stacked(key, output.dtype)) is None:
+                return output
+            with torch.autocast(output.device.type, enabled=False):
+                return stacked.add_to(output.flatten(0, -2), args[0].flatten(0, -2).to(output.dtype)).view(output.shape)
+        if (found := self._mix.pair(key, output.dtype)) is None:
             return output
         a, b, gate = found
         x_TI = args[0].flatten(0, -2).to(output.dtype)

@@ -187,7 +187,7 @@ def _mix_of(owners: Sequence[Trainee], row_length: int, device: torch.device) ->
         return Mix([trainees[0].adapter], None)
     number_of = {id(trainee): number for number, trainee in enumerate(trainees)}
     rows = torch.tensor([number_of[id(trainee)] for trainee in owners], device=device)
-    return Mix([trainee.adapter for trainee in trainees], rows.repeat_interleave(row_length))
+    return Mix([trainee.adapter for trainee in trainees], rows.repeat_interleave(row_length), is_sorted=True)
 
 
 def _keep(found: _Found, work: Work, datums: Sequence[int], output: Any, share: Share) -> None:

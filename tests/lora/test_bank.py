@@ -30,15 +30,20 @@ CASES = [
 ]
 
 
+SORTED = pytest.mark.parametrize("is_sorted", [False, True])
+
+
 def random_vector(layout: AdapterLayout, seed: int) -> torch.Tensor:
     return torch.randn(layout.num_params, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
-def run_mixed(model: Any, bank: AdapterBank, adapters: list[Adapter | None], batches: list[Batch]) -> list[LossOutput]:
+def run_mixed(
+    model: Any, bank: AdapterBank, adapters: list[Adapter | None], batches: list[Batch], *, is_sorted: bool = False
+) -> list[LossOutput]:
     joined = join(batches, 0)
     rows = [number for number, batch in enumerate(batches) for _ in range(len(batch.input_ids))]
     owners = torch.tensor(rows).repeat_interleave(joined.input_ids.shape[1])
-    shares, mix = [Share(batch, CROSS_ENTROPY) for batch in batches], Mix(adapters, owners)
+    shares, mix = [Share(batch, CROSS_ENTROPY) for batch in batches], Mix(adapters, owners, is_sorted=is_sorted)
     with bank.active(mix):
         outputs = compute_losses(model, joined, shares, as_head_adapters(bank.on_head(mix, torch.float32)))
         torch.stack([output.loss_sum for output in outputs]).sum().backward()
@@ -50,15 +55,18 @@ def file_gradients(adapter: Adapter) -> dict[str, torch.Tensor]:
     return adapter.layout.file_tensors(vector)
 
 
+@pytest.mark.parametrize(("is_sorted", "rows"), [(False, (3, 3, 3)), (True, (3, 3, 3)), (True, (1, 4, 2))])
 @pytest.mark.parametrize(("family", "expert_layout", "unembedding"), CASES)
-def test_a_mix_of_ranks_equals_peft_on_each_adapter_alone(family: str, expert_layout: str, unembedding: bool) -> None:
+def test_a_mix_of_ranks_equals_peft_on_each_adapter_alone(
+    family: str, expert_layout: str, unembedding: bool, is_sorted: bool, rows: tuple[int, ...]
+) -> None:
     base = make_model(family)
     bank = AdapterBank(base)
     specs = [LoRASpec(rank=rank, expert_layout=expert_layout, unembedding=unembedding) for rank in (4, 2, 7)]
     layouts = [plan_layout(base, spec) for spec in specs]
     adapters = [Adapter(layout, random_vector(layout, n), trains=True) for n, layout in enumerate(layouts)]
-    batches = [collate([[datum] for datum in make_datums(3, seed=n)], 0) for n in range(3)]
-    outputs = run_mixed(base, bank, [*adapters], batches)
+    batches = [collate([[datum] for datum in make_datums(rows[n], seed=n)], 0) for n in range(3)]
+    outputs = run_mixed(base, bank, [*adapters], batches, is_sorted=is_sorted)
     for spec, layout, adapter, batch, output in zip(specs, layouts, adapters, batches, outputs, strict=True):
         alone = inject(make_model(family), spec)
         load_adapter_state(alone, layout.file_tensors(adapter.vector), source="the bank's")
@@ -74,11 +82,14 @@ def test_a_mix_of_ranks_equals_peft_on_each_adapter_alone(family: str, expert_la
         assert distance**0.5 < 1e-5 * sum(float(tensor.square().sum()) for tensor in theirs.values()) ** 0.5
 
 
-def test_rows_of_the_bare_base_beside_an_adapter_are_those_of_the_bare_base() -> None:
+@SORTED
+def test_rows_of_the_bare_base_beside_an_adapter_are_those_of_the_bare_base(is_sorted: bool) -> None:
     base, bare = make_model(), make_model()
     bank, layout = AdapterBank(base), plan_layout(base, LoRASpec(rank=4, unembedding=True))
     batches = [collate([[datum] for datum in make_datums(3, seed=n)], 0) for n in range(2)]
-    outputs = run_mixed(base, bank, [Adapter(layout, random_vector(layout, 0), trains=True), None], batches)
+    outputs = run_mixed(
+        base, bank, [Adapter(layout, random_vector(layout, 0), trains=True), None], batches, is_sorted=is_sorted
+    )
     expected = compute_loss(bare, batches[1], CROSS_ENTROPY, all_positions=True)
     assert torch.allclose(outputs[1].logprobs, expected.logprobs, atol=1e-5)
     assert not torch.allclose(

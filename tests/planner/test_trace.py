@@ -40,6 +40,12 @@ def batch_of(rows: int, positions: int) -> Batch:
     return Batch(tokens, tokens.roll(-1), torch.ones(rows, positions), None, tuple((row, 0, positions) for row in range(rows)))
 
 
+@pytest.fixture(autouse=True)
+def _only_padding_that_large_matrices_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of small ones are padded by what the router chose, to save calls; which no plan knows."""
+    monkeypatch.setattr("lorakit.lora.expert_function.RUN_OPERATIONS", 0.0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_traced_peak_is_that_of_real_tensors(family: str) -> None:
     """Counted on tensors with values; where experts' rows are cut otherwise, padding may differ a little."""
