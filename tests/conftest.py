@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import tempfile
@@ -9,8 +10,7 @@ from pathlib import Path
 
 import hypothesis
 
-import lorakit  # noqa: F401  (before torch: how threads wait for one another)
-
+importlib.import_module("lorakit")  # before any test loads torch: it says how OpenMP's threads wait for one another
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts" / "bench"))
 

@@ -92,8 +92,7 @@ class Mix:
 
     def _stack(self, key: Key, dtype: torch.dtype) -> Stacked | None:
         assert self.owners_T is not None
-        present = [(n, adapter) for n, adapter in enumerate(self.adapters) if adapter is not None and key in adapter.factors]
-        if not present:
+        if not (present := self._having(key)):
             return None
         slots = [adapter.layout.slots[key] for _, adapter in present]
         widest = max(slot.rank for slot in slots)
@@ -145,14 +144,17 @@ class Mix:
             self._pairs, self._gates = before
 
     def _lay(self, key: Key, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]] | None:
-        present = [(n, adapter) for n, adapter in enumerate(self.adapters) if adapter is not None and key in adapter.factors]
-        if not present:
+        if not (present := self._having(key)):
             return None
         pairs = [adapter.factors[key] for _, adapter in present]
         columns = tuple((n, adapter.layout.slots[key].rank, adapter.layout.slots[key].scale) for n, adapter in present)
         if len(pairs) == 1:
             return pairs[0][0].to(dtype), pairs[0][1].to(dtype), columns
         return torch.cat([a for a, _ in pairs], dim=-2).to(dtype), torch.cat([b for _, b in pairs], dim=-1).to(dtype), columns
+
+    def _having(self, key: Key) -> list[tuple[int, Adapter]]:
+        """The adapters of ``key``, with their numbers."""
+        return [(n, adapter) for n, adapter in enumerate(self.adapters) if adapter is not None and key in adapter.factors]
 
     def _gate(self, columns: tuple[Any, ...]) -> torch.Tensor:
         """The scale of its adapter where a token meets its own adapter's columns, else 0, (T, R)."""

@@ -279,11 +279,11 @@ _few_tokens: contextvars.ContextVar[FewTokens | None] = contextvars.ContextVar("
 
 
 @contextlib.contextmanager
-def having(few_tokens: FewTokens | None) -> Iterator[FewTokens | None]:
+def having(few: FewTokens | None) -> Iterator[None]:
     """Within it passes are of few tokens; of any number for None."""
-    token = _few_tokens.set(few_tokens)
+    token = _few_tokens.set(few)
     try:
-        yield few_tokens
+        yield
     finally:
         _few_tokens.reset(token)
 

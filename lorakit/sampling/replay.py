@@ -76,13 +76,11 @@ class Replayer:
             hidden = compute(tokens, positions)  # behind it: what it has written into the cache is written over
             self._recordings[kind] = _compared(recording, found, hidden)
             return hidden
-        hidden = compute(tokens, positions)
         self._seen[kind] += 1
         if self._seen[kind] == RECORD_AFTER and sum(r is not None for r in self._recordings.values()) < MAX_RECORDINGS:
             with _frozen(self.model):
                 self._recordings[kind] = _record(compute, tokens, positions, cache, mix, inputs)
-            hidden = compute(tokens, positions)  # the recorder has run it too
-        return hidden
+        return compute(tokens, positions)  # behind the recorder, which has run it too
 
     def _kind(self, cache: KVCache, mix: Mix | None, way: Hashable) -> Hashable | None:
         """What a recording holds for good; None for what is not recorded."""

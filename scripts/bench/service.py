@@ -6,6 +6,7 @@ Run it on an idle machine: beside another busy process OpenMP's barriers make sm
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import statistics
 import subprocess
@@ -107,8 +108,8 @@ def sampling(rounds: int, folder: Path) -> None:
         useful = sum(count for _, count in asked)
         sampler = Sampler(model, tokenizer, bank=AdapterBank(model))  # one for all rounds, as the service has it
         contenders: dict[str, Callable[[], float]] = {
-            "transformers, padded": lambda model=model, asked=asked: useful_rate(_padded, model, asked),  # type: ignore[misc]
-            "lorakit": lambda sampler=sampler, asked=asked: useful_rate(_rows, sampler, asked),  # type: ignore[misc]
+            "transformers, padded": functools.partial(useful_rate, _padded, model, asked),
+            "lorakit": functools.partial(useful_rate, _rows, sampler, asked),
         }
         found = compare(contenders, rounds if name == "tiny" else max(1, rounds // 2))
         show(f"sampling, {name}: {useful:,} useful tokens, float32", found, "tokens/s")

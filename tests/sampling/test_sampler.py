@@ -332,6 +332,9 @@ def test_top_k_and_top_p_keep_to_their_candidates(model: Any) -> None:
 
 def test_what_cannot_be_sampled_is_refused_with_its_reasons(model: Any) -> None:
     sampler = Sampler(model, Text())
+    of_other_types: list[tuple[dict[str, Any], str]] = [
+        ({"seed": "x"}, "seed='x'"), ({"stop": 5}, "stop=5"), ({"stop": [{}]}, "stop="),
+    ]  # fmt: skip
     bad = [
         (Request([], OPEN), "empty"),
         (Request([5, 64], OPEN), r"prompt\[1\] is token 64"),
@@ -340,9 +343,7 @@ def test_what_cannot_be_sampled_is_refused_with_its_reasons(model: Any) -> None:
         (Request([5], OPEN, num_best=-1), "num_best=-1"),
         (Request([5], OPEN, num_best_of_prompt=65), "num_best_of_prompt=65"),
         (Request([5], OPEN, num_alternatives=1000), "num_alternatives=1000"),
-        (Request([5], replace(OPEN, seed="x")), "seed='x'"),  # type: ignore[arg-type]
-        (Request([5], replace(OPEN, stop=5)), "stop=5"),  # type: ignore[arg-type]
-        (Request([5], replace(OPEN, stop=[{}])), "stop="),  # type: ignore[list-item]
+        *((Request([5], replace(OPEN, **wrong)), message) for wrong, message in of_other_types),
         (Request([5], replace(OPEN, top_k=2**70)), "top_k"),
         (Request([5, 6], OPEN, prompt_targets=TensorData([[1.0]], dtype="float32")), "tokens they must be"),
         (Request([5], replace(OPEN, temperature=float("nan"))), "temperature"),

@@ -62,11 +62,11 @@ def test_logprobs_of_completions(client: openai.OpenAI) -> None:
 
 def test_a_prompt_alone_is_scored(client: openai.OpenAI) -> None:
     asked: Any = {"model": "tiny", "prompt": "copy: abc\n", "max_tokens": 0, "n": 2}
-    scored = client.completions.create(**asked, echo=True, logprobs=1).choices
-    longer = client.completions.create(**{**asked, "max_tokens": 1}, echo=True, logprobs=1).choices[0].logprobs
+    scored: Any = client.completions.create(**asked, echo=True, logprobs=1).choices
+    longer: Any = client.completions.create(**{**asked, "max_tokens": 1}, echo=True, logprobs=1).choices[0].logprobs
     num_tokens = len(load_tokenizer("tiny").encode("copy: abc\n"))
     assert [choice.text for choice in scored] == ["copy: abc\n"] * 2 and scored[0].finish_reason == "length"
-    assert scored[0].logprobs.token_logprobs == longer.token_logprobs[:num_tokens]  # type: ignore[union-attr]
+    assert scored[0].logprobs.token_logprobs == longer.token_logprobs[:num_tokens]
     events = list(client.completions.create(**asked, stream=True))
     assert [event.choices[0].finish_reason for event in events] == ["length", "length"]
 

@@ -32,9 +32,10 @@ def saved(tmp_path: Path) -> Saved:
     return Saved(store)
 
 
-def save(saved: Saved, layout: AdapterLayout, value: float, **options: int) -> None:
+def save(saved: Saved, layout: AdapterLayout, value: float, ttl_seconds: int | None = None) -> None:
     vector = torch.full((layout.num_params,), value)
-    saved.save(RUN, SaveAs("weights", "a", overwrite=True, **options), layout, vector, {"exp_avg": vector}, {"value": value})  # type: ignore[arg-type]
+    wanted = SaveAs("weights", "a", overwrite=True, ttl_seconds=ttl_seconds)
+    saved.save(RUN, wanted, layout, vector, {"exp_avg": vector}, {"value": value})
 
 
 def test_what_is_read_is_not_written_over_meanwhile(saved: Saved, layout: AdapterLayout) -> None:
