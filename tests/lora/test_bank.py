@@ -97,6 +97,21 @@ def test_rows_of_the_bare_base_beside_an_adapter_are_those_of_the_bare_base(is_s
     )
 
 
+def test_tokens_in_any_order_have_their_own_adapter_sorted_or_behind_a_gate() -> None:
+    base = make_model("llama")
+    bank, layouts = AdapterBank(base), [plan_layout(base, LoRASpec(rank=rank, alpha=3.0 * rank)) for rank in (4, 2)]
+    adapters = [Adapter(layouts[0], random_vector(layouts[0], 0)), None, Adapter(layouts[1], random_vector(layouts[1], 1))]
+    linear, draw = base.model.layers[0].self_attn.q_proj, torch.Generator().manual_seed(0)
+    x_TI = torch.randn(1, 40, linear.in_features, generator=draw)
+    owners_T = torch.randint(0, 3, (40,), generator=draw)
+    found = []
+    for is_sorted in (False, True):
+        with bank.active(Mix(adapters, owners_T, is_sorted=is_sorted)):
+            found.append(linear(x_TI))
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+    assert not torch.allclose(found[0][0, owners_T != 1], linear(x_TI)[0, owners_T != 1], atol=1e-2)
+
+
 def test_the_base_gains_no_parameter_and_no_gradient() -> None:
     base = make_model()
     names = [name for name, _ in base.named_parameters()]
