@@ -357,8 +357,12 @@ def test_the_json_of_older_sdks_is_taken_and_answered(api: httpx.Client, model_i
     first = api.post("/forward", json={"model_id": model_id, "seq_id": 1, "forward_input": given}).json()
     second = api.post("/forward_backward", json={"model_id": model_id, "seq_id": 2, "forward_backward_input": given}).json()
     answers = [api.post("/retrieve_future", json={"request_id": one["request_id"]}).json() for one in (first, second)]
-    assert answers[0] == answers[1]
-    logprobs = answers[0]["loss_fn_outputs"][0]["logprobs"]
+    logprobs, again = (answer["loss_fn_outputs"][0].pop("logprobs") for answer in answers)
+    # The two calls may share a pass, in which equal rows are rounded otherwise.
+    assert again.pop("data") == pytest.approx(logprobs["data"], abs=1e-5)
+    assert again == {name: value for name, value in logprobs.items() if name != "data"}
+    assert answers[0]["metrics"] == pytest.approx(answers[1]["metrics"], rel=1e-5)
+    assert {**answers[0], "metrics": {}} == {**answers[1], "metrics": {}}
     assert logprobs["shape"] == [3] and answers[0]["metrics"]["loss:sum"] == pytest.approx(-sum(logprobs["data"][1:]), rel=1e-5)
     sample = {"prompt": {"chunks": [{"tokens": [5, 6, 7]}]}, "sampling_params": {"max_tokens": 2}, "base_model": "tiny"}
     asked = api.post("/asample", json=sample).json()
