@@ -6,6 +6,7 @@ Shape suffixes: ``B`` rows of a batch, ``L`` positions of a row, ``N`` trained p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -262,7 +263,11 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class AdamParams:
-    """One step of AdamW with decoupled weight decay. ``grad_clip_norm`` 0 does not clip."""
+    """One step of AdamW with decoupled weight decay. ``grad_clip_norm`` 0 does not clip.
+
+    Raises:
+        DataError: numbers with which a step would be wrong; with eps=0 the first one is 0 / 0 for every weight of A.
+    """
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -270,6 +275,16 @@ class AdamParams:
     eps: float = 1e-12
     weight_decay: float = 0.0
     grad_clip_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        limits = {
+            "learning_rate": self.learning_rate >= 0, "beta1": 0 <= self.beta1 < 1, "beta2": 0 <= self.beta2 < 1,
+            "eps": self.eps > 0, "weight_decay": self.weight_decay >= 0, "grad_clip_norm": True,
+        }  # fmt: skip
+        bad = [name for name, is_within in limits.items() if not is_within or not math.isfinite(getattr(self, name))]
+        if bad:
+            said = ", ".join(f"{name}={getattr(self, name)}" for name in bad)
+            raise DataError(f"AdamParams: {said}; betas are from 0 to below 1, eps is above 0, the others are 0 or more")
 
 
 @dataclass(frozen=True)

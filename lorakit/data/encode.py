@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorakit.errors import DataError
+
 _ANCHORS = ("\n", "a", ":", ".")  # texts to put before a continuation; the first that merges with nothing of it serves
 
 
@@ -51,8 +53,15 @@ class Encoder:
         return self._ids(text)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation by the model's template, up to where the assistant begins to write."""
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        """Token ids of a conversation by the model's template, up to where the assistant begins to write.
+
+        Raises:
+            DataError: the template refuses it.
+        """
+        try:
+            rendered = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # templates raise whatever jinja or their author likes
+            raise DataError(f"the chat template refuses the conversation: {error}") from error
         return self.encode_rendered(rendered)
 
     def decode(self, tokens: list[int]) -> str:

@@ -52,16 +52,25 @@ class KVCache:
         bytes_each = max((t[0, :, 0].nbytes for t in self.keys.values()), default=1024)
         return RUN_COST_BYTES // (2 * bytes_each)
 
-    def reserve(self, num_rows: int, num_tokens: int) -> None:
-        """Make room for so many rows, and so many tokens in each; what there is stays."""
+    def reserve(self, num_rows: int, num_tokens: int, *, num_used: int = 0, max_cache_tokens: int | None = None) -> None:
+        """Make room for so many rows, and so many tokens in each.
+
+        Args:
+            num_used: of the first rows, whose tokens, at most ``num_tokens`` each, stay.
+            max_cache_tokens: rows times room beyond which what there was room for before is given up.
+        """
         num_tokens = rounded(num_tokens)
         if num_rows <= self.num_rows and num_tokens <= self.room:
             return
-        self.num_rows, self.room = max(num_rows, self.num_rows), max(num_tokens, self.room)
+        rows, room = max(num_rows, self.num_rows), max(num_tokens, self.room)
+        if max_cache_tokens is not None and rows * room > max_cache_tokens:
+            rows, room = num_rows, num_tokens
+        self.num_rows, self.room = rows, room
         for tensors in (self.keys, self.values):
             for layer, old in tensors.items():
                 tensors[layer] = self._make(old)
-                tensors[layer][: old.shape[0], :, : old.shape[2]] = old
+                kept = old[:num_used, :, :room]
+                tensors[layer][:num_used, :, : kept.shape[2]] = kept
 
     def clear(self) -> None:
         """Give the memory back."""

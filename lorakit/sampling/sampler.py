@@ -128,16 +128,17 @@ class Sampler:
     def _next_to_join(self) -> list[_Joining]:
         """Take those that join now out of those that wait: none before they are enough to be worth a pass, or have waited for long."""
         joining: list[_Joining] = []
-        num_rows, num_tokens, room = len(self._rows), 0, self.cache.room
+        num_rows, num_tokens, room = len(self._rows), 0, max((_room_of(row.running) for row in self._rows), default=0)
+        num_spare = 0  # rows that prompts are laid into which are only scored
         while self._waiting and not (self.batch_invariant and (self._rows or joining)):  # then there is one row
             first = self._waiting[0]
             if first.running.request.is_cancelled:
                 self._waiting.popleft()
                 continue
             num_tokens += len(first.running.request.prompt)
-            num_rows += len(first.numbers)
-            room = max(room, rounded(len(first.running.request.prompt) + first.running.max_tokens))
-            fits = num_rows <= self.max_rows and num_rows * room <= self.max_cache_tokens
+            num_rows, num_spare = num_rows + len(first.numbers), max(num_spare, int(not first.numbers))
+            room = max(room, _room_of(first.running))
+            fits = num_rows <= self.max_rows and (num_rows + num_spare) * room <= self.max_cache_tokens
             if (joining and num_tokens > MAX_PREFILL_TOKENS) or (not fits and (self._rows or joining)):
                 break
             joining.append(self._waiting.popleft())
@@ -168,8 +169,9 @@ class Sampler:
         # A prompt that is only scored is laid into the row behind the last, which is free.
         self.cache.reserve(
             row + any(not places for places in prompts.values()),
-            max(len(e.running.request.prompt) + e.running.max_tokens for e in joining),
-        )
+            max(_room_of(running) for running in (*(r.running for r in self._rows), *(e.running for e in joining))),
+            num_used=first, max_cache_tokens=self.max_cache_tokens,
+        )  # fmt: skip
         self.cache.prefill([places[0] if places else row for places in prompts.values()], lengths, device)
         adapter_of = {id(entry.running.request.adapter): entry.running.request.adapter for entry in joining}
         hidden_TH, head = self._run(
@@ -366,6 +368,11 @@ def _score_by_token(hidden_NH: torch.Tensor, head: Head, targets_N1: torch.Tenso
     """As sampled tokens are scored: the logits of one at a time, (N, 1)."""
     rows = [all_logits(hidden_NH[n : n + 1], head).log_softmax(dim=-1) for n in range(len(hidden_NH))]
     return torch.cat(rows).gather(1, targets_N1) if rows else hidden_NH.new_zeros((0, 1))
+
+
+def _room_of(running: Running) -> int:
+    """Tokens that each of its rows may come to have."""
+    return rounded(len(running.request.prompt) + running.max_tokens)
 
 
 def _key_of(running: Running) -> tuple[int, tuple[int, ...]]:

@@ -105,10 +105,13 @@ class Service:
     def _open_replica(self, path: str) -> Replica:
         return together(lambda: Replica(self.load(path), current_world(), **self.replica_options))
 
+    def problems(self) -> list[str]:
+        """Why engines have ended by themselves."""
+        return [f"{path}: {engine.problem}" for path, engine in list(self._engines.items()) if engine.problem]
+
     def close_engines(self) -> None:
         """End the engines; what waits gets an error."""
-        for model in self.trained.values():
-            self._charge(model)
+        self.charge_all()
         for engine in self._engines.values():
             engine.close()
         self.team.end()
@@ -175,17 +178,31 @@ class Service:
     def drop_model(self, model_id: str) -> None:
         """Free an adapter and its optimiser, behind what it was asked before."""
         if (model := self.trained.pop(model_id, None)) is not None:
-            self._charge(model)
-            model.engine.submit(model_id, "free", lambda: model.engine.do("free", model_id))
+
+            def free() -> None:
+                model.engine.do("free", model_id)
+                self._charge(model)
+                model.engine.usage.pop(model_id, None)
+
+            model.engine.submit(model_id, "free", free)
 
     def usage(self, model: Model) -> Usage:
         """What a model has cost so far."""
         return model.engine.usage[model.id]
 
+    def charge_all(self) -> None:
+        """Write down what every model that was asked something since the last time has cost."""
+        for model in list(self.trained.values()):
+            self._charge(model)
+
     def _charge(self, model: Model) -> None:
         usage = self.usage(model)
+        if usage.calls == usage.calls_charged:
+            return
         with contextlib.suppress(Exception):  # what it cost is not worth an error
+            calls = usage.calls
             self.store.charge(model.id, tokens=usage.tokens, seconds=usage.seconds)
+            usage.calls_charged = calls
 
     # ---- the verbs
 

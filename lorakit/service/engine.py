@@ -32,6 +32,7 @@ MAX_TOGETHER = 16  # calls in one pass
 MAX_RANK_TOGETHER = 512  # summed over the adapters of a pass: each token meets the columns of all
 LINGER_SECONDS = 0.002  # for other models' calls to come, where several have called lately
 RECENT_SECONDS = 1.0
+DROP_SECONDS = 1.0  # after which an idle engine looks for snapshots that nobody holds: finalisers may not wake it
 
 
 class EngineEnded(TrainingError):
@@ -45,6 +46,7 @@ class Usage:
     tokens: int = 0
     seconds: float = 0.0
     calls: int = 0
+    calls_charged: int = 0  # of them, those that the database knows of
 
 
 @dataclass
@@ -103,6 +105,11 @@ class Engine:
     @property
     def base(self) -> Base:
         return self.replica.base
+
+    @property
+    def problem(self) -> str | None:
+        """What ended it; None while it runs, or was closed."""
+        return None if self._problem is None else str(self._problem) or type(self._problem).__name__
 
     def do(self, method: str, *args: Any) -> Any:
         """Execute a method of the replica in every process; in the engine's own thread, that is inside of a call."""
@@ -175,11 +182,12 @@ class Engine:
             return
         try:
             while (tasks := self._next()) is not None:
+                while self.dropped:  # before a pass, which may need their memory
+                    self.do("drop_snapshot", self.dropped.popleft())
                 began = time.perf_counter()
                 if tasks:
                     self._run(tasks)
-                while self.dropped:
-                    self.do("drop_snapshot", self.dropped.popleft())
+                del tasks  # it holds data and results
                 self._sample(min_seconds=time.perf_counter() - began)
         except BaseException as error:
             self._problem = error
@@ -251,8 +259,8 @@ class Engine:
     def _next(self) -> list[_Task] | None:
         """Wait for calls and return those to run now: one, or several Works; none where there is only sampling. None: it is over."""
         with self._changed:
-            while not (self._queues or self._asked or self._sampling or self._is_closed):
-                self._changed.wait()
+            while not (self._queues or self._asked or self._sampling or self.dropped or self._is_closed):
+                self._changed.wait(DROP_SECONDS)
             if self._is_closed:
                 return None
             if not self._queues:
@@ -291,6 +299,8 @@ class Engine:
                     _fail(task.future, error)
         for group in self._groups([task for task in tasks if task.order is not None]):
             began, passes = time.perf_counter(), self.replica.runner.num_passes
+            if self.base.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.base.device)
             try:
                 outcomes = self.do("run", [task.order for task in group])
             except Exception as error:

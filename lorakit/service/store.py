@@ -79,7 +79,7 @@ class ClientSession(_Table):
 
 
 class SamplerRow(_Table):
-    """What a client samples from: a base, or a checkpoint. A snapshot, which is nowhere but in memory, has neither."""
+    """What a client samples from: a base, or a checkpoint. Of a snapshot, in memory only, the path is ``EPHEMERAL``."""
 
     __tablename__ = "samplers"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -92,15 +92,17 @@ class SamplerRow(_Table):
 class Result(_Table):
     """What a request came to."""
 
-    __tablename__ = "results"
+    __tablename__ = "answers"
     request_id: Mapped[str] = mapped_column(primary_key=True)
-    owner: Mapped[str]
+    owner: Mapped[str] = mapped_column(primary_key=True)
     kind: Mapped[str]  # json, or the message that the payload is
     payload: Mapped[bytes]
     finished: Mapped[datetime.datetime] = mapped_column(index=True)
 
 
-_RESULT = sa.select(Result.owner, Result.kind, Result.payload).where(Result.request_id == sa.bindparam("id"))
+_RESULT = sa.select(Result.kind, Result.payload).where(
+    Result.request_id == sa.bindparam("id"), Result.owner == sa.bindparam("owner")
+)
 _NEW_RESULT = sa.insert(Result).prefix_with("OR REPLACE")
 
 
@@ -168,10 +170,10 @@ class Store:
         with self.session() as session:
             return list(session.scalars(sa.select(table).filter_by(**equal)))
 
-    def result(self, request_id: str) -> Any:
-        """Return owner, kind and payload of a finished request, or None. Asked for each request: a plain row, no object."""
+    def result(self, request_id: str, owner: str) -> Any:
+        """Return kind and payload of a finished request of ``owner``, or None. Asked for each request: a plain row, no object."""
         with self._engine.connect() as connection:
-            return connection.execute(_RESULT, {"id": request_id}).first()
+            return connection.execute(_RESULT, {"id": request_id, "owner": owner}).first()
 
     def add_results(self, rows: list[dict[str, Any]]) -> None:
         """Write finished requests, each the values of a Result, all or none."""
@@ -226,7 +228,7 @@ def check_name(name: str) -> None:
     """Raise CheckpointError for a name of a checkpoint that a folder cannot have."""
     if not _NAME.fullmatch(name):
         raise CheckpointError(
-            f"{name!r} cannot be a checkpoint's name: up to 128 letters, digits and _.=+- it may have, the first a letter or digit"
+            f"{name!r} cannot be a checkpoint's name: up to 128 letters, digits and _.=+- it may have, the first a letter, a digit or _"
         )
 
 

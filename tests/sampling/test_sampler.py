@@ -289,6 +289,25 @@ def test_samples_of_one_request_wait_for_the_cache_too(model: Any) -> None:
         sampler.add(Request([5] * 300, OPEN))
 
 
+def test_the_cache_stays_within_its_limit_whatever_came_before(model: Any) -> None:
+    limit = 16 * ROOM
+    sampler, answers = Sampler(model, Text(), max_cache_tokens=limit), []
+    short = SamplingParams(max_tokens=4, temperature=0.0, stop=[])
+    sampler.add(Request([5, 9], replace(short, max_tokens=20), done=answers.append))
+    sampler.add(Request([5, 9], short, num_samples=12, done=answers.append))
+    while sampler.is_busy:
+        sampler.step()
+        assert sampler.cache.num_rows * sampler.cache.room <= limit
+        if len(sampler._rows) == 1 and len(answers) == 1:  # the long ones come while one is at work
+            for number in range(3):
+                sampler.add(Request([7] * (5 + number), replace(short, max_tokens=5 * ROOM), done=answers.append))
+            answers.append(None)
+    whole = [answer.sequences[0].tokens for answer in answers if answer is not None]
+    assert len(whole) == 5
+    (alone,) = run(Sampler(model, Text()), [Request([5, 9], replace(short, max_tokens=20))])
+    assert whole[1] == alone.sequences[0].tokens
+
+
 def test_batch_invariant_scores_do_not_touch_a_sample_that_joins_with_them() -> None:
     base = make_model("llama")
     base.generation_config.eos_token_id = None

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import Server
 
 import lorakit
 from lorakit.service.base import Base
@@ -28,62 +22,6 @@ def tiny_base() -> Base:
 def service(tmp_path: Path) -> Iterator[lorakit.ServiceClient]:
     with lorakit.ServiceClient(folder=tmp_path / "service", accelerator="cpu") as client:
         yield client
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@dataclass
-class Server:
-    """`lorakit serve` as a process of its own."""
-
-    folder: Path
-    port: int
-    process: subprocess.Popen[str]
-    key: str
-
-    @classmethod
-    def start(cls, folder: Path, *options: str, port: int | None = None, models: tuple[str, ...] = ("tiny",)) -> Server:
-        port = port or free_port()
-        named = [part for model in models for part in ("--model", model)]
-        log = (folder / "serve.log").open("a")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lorakit", "serve", *named, "--data", str(folder / "data"), "--port", str(port), *options],
-            stdout=log, stderr=log, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )  # fmt: skip
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    key = (folder / "data" / "api-key").read_text().strip()
-                    return cls(folder, port, process, key)
-            if process.poll() is not None:
-                raise RuntimeError((folder / "serve.log").read_text())
-            time.sleep(0.05)
-        raise TimeoutError("the server did not start")
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "serve.log").read_text()
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(30)
-
-    def environment(self) -> dict[str, str]:
-        """The variables that `lorakit tinker-env` prints."""
-        printed = subprocess.run(
-            [sys.executable, "-m", "lorakit", "tinker-env", "--data", str(self.folder / "data")],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-        return dict(re.findall(r"export (\w+)=(\S+)", printed))
 
 
 @pytest.fixture(scope="session")

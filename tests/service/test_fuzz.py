@@ -7,10 +7,10 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from conftest import Server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
+from serving import Server
 
 from lorakit.service.http import schema, wire
 

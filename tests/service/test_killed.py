@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import Server, free_port
+from serving import Server, free_port
 
 PROGRAM = Path(__file__).with_name("resuming_program.py")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import Server
+from serving import Server
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "pig_latin.py"
 MORE = """

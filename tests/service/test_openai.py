@@ -8,10 +8,10 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from conftest import Server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import make_data, train
+from serving import Server
 
 from lorakit.model.load import load_tokenizer
 from lorakit.sampling.text_stream import TextStream
@@ -99,6 +99,34 @@ def test_streams_say_what_the_whole_answer_says(client: openai.OpenAI, stop: Any
     for part in client.chat.completions.create(messages=messages, stream=True, **asked):
         said[part.choices[0].index] += part.choices[0].delta.content or ""
     assert said == [choice.message.content for choice in chat.choices]
+
+
+def test_streams_say_logprobs_as_the_whole_answer_does(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 12, "temperature": 0.0}
+    plain: Any = {"prompt": "copy: abc\n", "logprobs": 2, **asked}
+    whole: Any = client.completions.create(**plain).choices[0].logprobs
+    parts: Any = [e.choices[0].logprobs for e in client.completions.create(**plain, stream=True) if e.choices[0].logprobs]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [value for part in parts for value in getattr(part, name)] == getattr(whole, name), name
+    talk: Any = {"messages": [{"role": "user", "content": "hello"}], "logprobs": True, "top_logprobs": 2, **asked}
+    content: Any = client.chat.completions.create(**talk).choices[0].logprobs
+    pieces: Any = [e.choices[0].logprobs for e in client.chat.completions.create(**talk, stream=True) if e.choices[0].logprobs]
+    assert [one for piece in pieces for one in piece.content] == content.content
+    with pytest.raises(openai.BadRequestError, match="echo of a stream"):
+        client.completions.create(model="tiny", prompt="a", echo=True, stream=True)
+
+
+def test_messages_of_parts_are_read_and_strange_ones_refused(client: openai.OpenAI) -> None:
+    def ask(content: Any, **more: Any) -> str:
+        message: Any = {"role": "user", **({} if content is None else {"content": content}), **more}
+        answer = client.chat.completions.create(model="tiny", messages=[message], temperature=0, max_tokens=4)
+        return str(answer.choices[0].message.content)
+
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    assert ask(parts) == ask("hello")
+    for strange in (None, [{"type": "input_audio", "input_audio": {}}], 5):
+        with pytest.raises(openai.BadRequestError, match="messages"):
+            ask(strange)
 
 
 def test_an_adapter_is_named_by_its_path(client: openai.OpenAI, sdk: Any) -> None:

@@ -12,9 +12,9 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import Server
 from programs import PAIRS, make_data, train
 from safetensors.torch import load_file
+from serving import Server
 
 import lorakit
 from lorakit import types

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Server, free_port
+from serving import Server, free_port
 
 HERE = Path(__file__).parent
 

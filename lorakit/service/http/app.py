@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from lorakit import __version__
 from lorakit.errors import LorakitError
 from lorakit.service.http import catalogue, connection, openai, sampling, training
-from lorakit.service.http.common import NO_KEY, USER
+from lorakit.service.http.common import NO_KEY, USER, status_of
 from lorakit.service.http.state import ServerState
 
 log = logging.getLogger("lorakit")
@@ -104,7 +104,7 @@ async def _on_bad_body(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    return _say(request, error if isinstance(error, StarletteHTTPException) else HTTPException(400, str(error)))
+    return _say(request, error if isinstance(error, StarletteHTTPException) else HTTPException(status_of(error), str(error)))
 
 
 def _say(request: Request, error: StarletteHTTPException) -> JSONResponse:

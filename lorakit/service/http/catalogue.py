@@ -11,12 +11,12 @@ import secrets
 import tarfile
 import tempfile
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import IO, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response
-from fastapi.responses import FileResponse, RedirectResponse
+from fastapi.responses import RedirectResponse, StreamingResponse
 from pydantic import BaseModel, Field
-from starlette.background import BackgroundTask
 
 from lorakit.errors import AdapterError, CheckpointError
 from lorakit.service.http.common import State, User
@@ -112,49 +112,59 @@ async def external_weights_urls(
     run_id: str, kind: str, name: str, request: Request, state: State, user: User
 ) -> dict[str, Any]:
     """Where each file of a checkpoint can be fetched for an hour, without a key."""
-    _find(state, run_id, kind, name, user)
-    expires = int(time.time()) + _URL_SECONDS
+    saved, expires = _find(state, run_id, kind, name, user), int(time.time()) + _URL_SECONDS
     urls = {}
     for file in await asyncio.to_thread(_files, state, run_id, kind, name):
         url = request.url_for("download", run_id=run_id, kind=kind, name=name, file=file)
-        urls[file] = str(url.include_query_params(expires=expires, signature=_sign(run_id, kind, name, file, expires)))
+        urls[file] = str(url.include_query_params(expires=expires, signature=_sign(saved, file, expires)))
     return {"urls": urls, "expires": datetime.datetime.fromtimestamp(expires, datetime.UTC).isoformat()}
 
 
 @router.get("/training_runs/{run_id}/checkpoints/{kind}/{name}/archive")
 async def archive(run_id: str, kind: str, name: str, request: Request, state: State, user: User) -> RedirectResponse:
     """A checkpoint's folder as one file, as older SDKs fetch it: leads to an address that needs no key."""
-    _find(state, run_id, kind, name, user)
-    expires = int(time.time()) + _URL_SECONDS
+    saved, expires = _find(state, run_id, kind, name, user), int(time.time()) + _URL_SECONDS
     url = request.url_for("download_archive", run_id=run_id, kind=kind, name=name)
-    signature = _sign(run_id, kind, name, "archive", expires)
+    signature = _sign(saved, "archive", expires)
     return RedirectResponse(str(url.include_query_params(expires=expires, signature=signature)), status_code=302)
 
 
 @router.get("/archives/{run_id}/{kind}/{name}", name="download_archive")
 async def download_archive(
     run_id: str, kind: str, name: str, state: State, expires: int = 0, signature: str = ""
-) -> FileResponse:
+) -> StreamingResponse:
     """A checkpoint's folder as a tar file, by an address that ``archive`` has signed."""
-    _check_signature(signature, run_id, kind, name, "archive", expires)
-    path = await asyncio.to_thread(_write_tar, state, run_id, kind, name)
-    return FileResponse(path, filename=f"{name}.tar", background=BackgroundTask(os.unlink, path))
+    _check_signature(state, signature, run_id, kind, name, "archive", expires)
+    return _send(await asyncio.to_thread(_write_tar, state, run_id, kind, name), f"{name}.tar")
 
 
-def _write_tar(state: ServerState, run_id: str, kind: str, name: str) -> str:
-    """Return the path of a file for whoever sends it to delete."""
-    file = tempfile.NamedTemporaryFile(suffix=".tar", delete=False)  # noqa: SIM115 - deleted when it was sent
+def _write_tar(state: ServerState, run_id: str, kind: str, name: str) -> IO[bytes]:
+    """Return a file that has no name, and is gone when it is closed."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed when it was sent
     try:
-        with state.service.saved.reading(run_id, kind, name) as folder, file, tarfile.open(fileobj=file, mode="w") as tar:
+        with state.service.saved.reading(run_id, kind, name) as folder, tarfile.open(fileobj=file, mode="w") as tar:
             for path in sorted(folder.iterdir()):
                 tar.add(path, arcname=path.name)
-    except CheckpointError as error:
-        os.unlink(file.name)
-        raise HTTPException(404, str(error)) from error
-    except BaseException:
-        os.unlink(file.name)
+    except BaseException as error:
+        file.close()
+        if isinstance(error, CheckpointError):
+            raise HTTPException(404, str(error)) from error
         raise
-    return file.name
+    file.seek(0)
+    return file
+
+
+def _send(file: IO[bytes], name: str) -> StreamingResponse:
+    """All of an open file, which may be removed or written over meanwhile."""
+
+    def parts() -> Iterator[bytes]:
+        with file:
+            while part := file.read(1 << 20):
+                yield part
+
+    size = os.fstat(file.fileno()).st_size
+    headers = {"content-length": str(size), "content-disposition": f'attachment; filename="{name}"'}
+    return StreamingResponse(parts(), headers=headers, media_type="application/octet-stream")
 
 
 def _files(state: ServerState, run_id: str, kind: str, name: str) -> list[str]:
@@ -169,12 +179,21 @@ def _files(state: ServerState, run_id: str, kind: str, name: str) -> list[str]:
 @router.get("/files/{run_id}/{kind}/{name}/{file}", name="download")
 async def download(
     run_id: str, kind: str, name: str, file: str, state: State, expires: int = 0, signature: str = ""
-) -> FileResponse:
+) -> StreamingResponse:
     """One file of a checkpoint, by a URL that ``external_weights_urls`` has signed."""
-    _check_signature(signature, run_id, kind, name, file, expires)
-    if file not in await asyncio.to_thread(_files, state, run_id, kind, name):
-        raise HTTPException(404, f"there is no file {file}")
-    return FileResponse(state.store.checkpoint_folder(run_id, kind, name) / file, filename=file)
+    _check_signature(state, signature, run_id, kind, name, file, expires)
+    return _send(await asyncio.to_thread(_open, state, run_id, kind, name, file), file)
+
+
+def _open(state: ServerState, run_id: str, kind: str, name: str, file: str) -> IO[bytes]:
+    try:
+        with state.service.saved.reading(run_id, kind, name) as folder:
+            found = next((path for path in folder.iterdir() if path.name == file), None)
+            if found is None:
+                raise HTTPException(404, f"there is no file {file}")
+            return found.open("rb")
+    except CheckpointError as error:
+        raise HTTPException(404, str(error)) from error
 
 
 @router.get("/sessions")
@@ -251,11 +270,14 @@ def _texts(metadata: dict[str, Any]) -> dict[str, str]:
     return {str(name): str(value) for name, value in metadata.items()}
 
 
-def _check_signature(signature: str, run_id: str, kind: str, name: str, file: str, expires: int) -> None:
-    if not hmac.compare_digest(signature.encode(), _sign(run_id, kind, name, file, expires).encode()) or time.time() > expires:
+def _check_signature(state: ServerState, signature: str, run_id: str, kind: str, name: str, file: str, expires: int) -> None:
+    saved = state.store.find_checkpoint(run_id, kind, name)
+    expected = _sign(saved, file, expires) if saved is not None else ""
+    if not expected or not hmac.compare_digest(signature.encode(), expected.encode()) or time.time() > expires:
         raise HTTPException(404, "this address is not valid (any more)")
 
 
-def _sign(run_id: str, kind: str, name: str, file: str, expires: int) -> str:
-    text = "\n".join((run_id, kind, name, file, str(expires)))
+def _sign(saved: Checkpoint, file: str, expires: int) -> str:
+    """A signature of a file of this save: files of two saves under one name are not handed out as one."""
+    text = "\n".join((saved.path, saved.created.isoformat(), file, str(expires)))
     return hmac.new(_URL_SECRET, text.encode(), hashlib.sha256).hexdigest()

@@ -11,7 +11,7 @@ import pydantic
 from fastapi import Depends, HTTPException, Request
 from fastapi.responses import JSONResponse
 
-from lorakit.errors import DataError
+from lorakit.errors import DataError, LorakitError, TrainingError
 from lorakit.service.core import Model, Weights
 from lorakit.service.http.promises import Encode, Promise
 from lorakit.service.http.state import InOrder, ServerState, as_future
@@ -34,6 +34,11 @@ def refuse_huge(weights: Weights, num_of_prompt: int, num_samples: int, max_toke
         raise DataError(
             f"the answer may have {count:,} log-probabilities; {MAX_ANSWER_NUMBERS:,} are sent at most: set max_tokens"
         )
+
+
+def status_of(error: BaseException) -> int:
+    """The status of an error that a route answers at once: a client's own, or a server's, after which it may try again."""
+    return 400 if isinstance(error, LorakitError) and not isinstance(error, TrainingError) else 503
 
 
 class TooLarge(Exception):

@@ -38,8 +38,10 @@ class CancelFuture(BaseModel):
 
 @router.get("/healthz")
 async def healthz(state: State) -> dict[str, Any]:
-    """Whether the server is there, and how much waits. Needs no key."""
-    return {"status": "ok", "version": __version__, "open_requests": state.num_waiting, "max_waiting": state.max_waiting}
+    """Whether the server is there and its engines run, and how much waits. Needs no key."""
+    problems = state.service.problems()
+    status = {"status": "failed", "problems": problems} if problems else {"status": "ok"}
+    return {**status, "version": __version__, "open_requests": state.num_waiting, "max_waiting": state.max_waiting}
 
 
 @router.get("/get_server_capabilities")

@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from lorakit.sampling.ending import stop_strings
 from lorakit.sampling.request import Row
 from lorakit.sampling.text_stream import TextStream
 from lorakit.service.core import Weights
-from lorakit.service.http.common import State, User, refuse_huge
+from lorakit.service.http.common import State, User, refuse_huge, status_of
 from lorakit.service.http.state import ServerState, as_future
 from lorakit.types import ModelInput, Sample, SampleResponse, SamplingParams
 
@@ -96,6 +96,7 @@ class _Job:
     params: SamplingParams
     n: int
     asked: dict[str, Any]
+    says_logprobs: bool = False  # of each token
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -123,6 +124,8 @@ async def get_model(model: str, state: State, user: User) -> dict[str, Any]:
 async def completions(body: Completion, request: Request, state: State, user: User) -> JSONResponse | StreamingResponse:
     """Go on from text or tokens."""
     body.check()
+    if body.stream and body.echo:
+        raise DataError("not offered here: echo of a stream")
     weights = await _weights(state, user, body.model)
     encoder = Encoder(weights.engine.base.tokenizer)
     given: Any = body.prompt if isinstance(body.prompt, list) else [body.prompt]
@@ -130,7 +133,8 @@ async def completions(body: Completion, request: Request, state: State, user: Us
         given = [given]
     prompts = [encoder.encode_prompt(one) if isinstance(one, str) else list(one) for one in given]
     asked = {"num_best": body.logprobs or 0, "scores_prompt": body.echo and body.logprobs is not None}
-    job = _Job(weights, prompts, body.params(16 if body.max_tokens is None else body.max_tokens), body.n, asked)
+    params = body.params(16 if body.max_tokens is None else body.max_tokens)
+    job = _Job(weights, prompts, params, body.n, asked, body.logprobs is not None)
 
     def whole(choice: _Choice, response: SampleResponse) -> dict[str, Any]:
         assert choice.sample is not None
@@ -141,8 +145,11 @@ async def completions(body: Completion, request: Request, state: State, user: Us
             "finish_reason": choice.sample.stop_reason,
         }  # fmt: skip
 
-    def piece(choice: _Choice, text: str, reason: str | None) -> dict[str, Any]:
-        return {"index": choice.index, "text": text, "logprobs": None, "finish_reason": reason}
+    def piece(choice: _Choice, text: str, reason: str | None, token: Sample | None) -> dict[str, Any]:
+        logprobs = None
+        if body.logprobs is not None and token is not None:
+            logprobs = _named_logprobs(job, token, has_best=bool(body.logprobs), offset=len(choice.text) - len(text))
+        return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     return await _answer(state, request, body, job, "text_completion", "cmpl", whole, piece)
 
@@ -157,10 +164,10 @@ async def chat_completions(
     tokenizer = weights.engine.base.tokenizer
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(f"{body.model} has no chat template; use /v1/completions")
-    prompt = Encoder(tokenizer).encode_chat(body.messages)
+    prompt = Encoder(tokenizer).encode_chat(_plain_messages(body.messages))
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     asked = {"num_best": max(1, body.top_logprobs) if body.logprobs else 0}
-    job = _Job(weights, [prompt], body.params(max_tokens), body.n, asked)
+    job = _Job(weights, [prompt], body.params(max_tokens), body.n, asked, body.logprobs)
 
     def whole(choice: _Choice, response: SampleResponse) -> dict[str, Any]:
         assert choice.sample is not None
@@ -170,14 +177,35 @@ async def chat_completions(
             "finish_reason": choice.sample.stop_reason,
         }  # fmt: skip
 
-    def piece(choice: _Choice, text: str, reason: str | None) -> dict[str, Any]:
+    def piece(choice: _Choice, text: str, reason: str | None, token: Sample | None) -> dict[str, Any]:
         delta = {} if reason else {"role": "assistant", "content": text}
-        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        logprobs = None
+        if body.logprobs and token is not None:
+            logprobs = {"content": _chat_logprobs(job, token, body.top_logprobs)}
+        return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     return await _answer(state, request, body, job, "chat.completion", "chatcmpl", whole, piece)
 
 
 # ---- pieces
+
+_Piece = Callable[[_Choice, str, str | None, Sample | None], dict[str, Any]]  # of a stream: text, why it ends, the token itself
+
+
+def _plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose content is text, of one part or several. Raises DataError for anything else: a template might print it."""
+    plain = []
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [part for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+            if len(parts) < len(content):
+                raise DataError(f"messages[{number}].content has a part that is not text")
+            content = "".join(part["text"] for part in parts)
+        if not isinstance(content, str) or not isinstance(message.get("role"), str):
+            raise DataError(f"messages[{number}] needs a role, and content that is text")
+        plain.append({**message, "content": content})
+    return plain
 
 
 async def _weights(state: ServerState, user: str, model: str) -> Weights:
@@ -200,7 +228,7 @@ async def _weights(state: ServerState, user: str, model: str) -> Weights:
 
 async def _answer(
     state: ServerState, request: Request, body: _Asked, job: _Job, kind: str, prefix: str,
-    whole: Callable[[_Choice, SampleResponse], dict[str, Any]], piece: Callable[[_Choice, str, str | None], dict[str, Any]],
+    whole: Callable[[_Choice, SampleResponse], dict[str, Any]], piece: _Piece,
 ) -> JSONResponse | StreamingResponse:  # fmt: skip
     state.refuse_too_many(len(job.prompts))
     num_prompt, num_best = sum(map(len, job.prompts)), int(job.asked["num_best"])
@@ -263,11 +291,10 @@ def _start(
 
 
 async def _events(
-    state: ServerState, job: _Job, head: dict[str, Any], piece: Callable[[_Choice, str, str | None], dict[str, Any]], *,
-    include_usage: bool,
-) -> AsyncIterator[str]:  # fmt: skip
+    state: ServerState, job: _Job, head: dict[str, Any], piece: _Piece, *, include_usage: bool
+) -> AsyncIterator[str]:
     """Server-sent events, a piece of text each; whoever goes away ends the generation."""
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any, str | None]]()
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any, str | None, Sample | None]]()
     num_generated = 0
 
     def on_token(choice: _Choice, row: Row) -> None:
@@ -276,13 +303,14 @@ async def _events(
         if row.stop_reason:  # what was held back, up to the stop string
             text = row.running.ending.text(row.tokens, is_stopped=row.stop_reason == "stop")[len(choice.text) :]
         choice.text += text
-        loop.call_soon_threadsafe(queue.put_nowait, (text, choice, row.stop_reason or None))
+        token = Sample(row.tokens[-1:], "", "", row.logprobs[-1:], row.best[-1:]) if job.says_logprobs else None
+        loop.call_soon_threadsafe(queue.put_nowait, (text, choice, row.stop_reason or None, token))
 
     def on_done(future: Future[Any]) -> None:
         if future.cancelled():
-            loop.call_soon_threadsafe(queue.put_nowait, ("", DataError("it was cancelled"), None))
+            loop.call_soon_threadsafe(queue.put_nowait, ("", DataError("it was cancelled"), None, None))
         elif (error := future.exception()) is not None:
-            loop.call_soon_threadsafe(queue.put_nowait, ("", error, None))
+            loop.call_soon_threadsafe(queue.put_nowait, ("", error, None, None))
 
     left = len(job.prompts) * job.n
     started = _start(state, job, on_token)
@@ -292,19 +320,19 @@ async def _events(
     if job.params.max_tokens == 0:  # no token will be told of
         left = 0
         for choice in (choice for choices, _ in started for choice in choices):
-            yield _event({**head, "choices": [piece(choice, "", "length")]})
+            yield _event({**head, "choices": [piece(choice, "", "length", None)]})
     try:
         while left:
-            text, choice, reason = await queue.get()
+            text, choice, reason, token = await queue.get()
             if isinstance(choice, BaseException):
-                yield _event({"error": _error_body(str(choice), 400)})
+                yield _event({"error": _error_body(str(choice), status_of(choice))})
                 return
             num_generated += 1
-            if text:
-                yield _event({**head, "choices": [piece(choice, text, None)]})
+            if text or token is not None:
+                yield _event({**head, "choices": [piece(choice, text, None, token)]})
             if reason:
                 left -= 1
-                yield _event({**head, "choices": [piece(choice, "", reason)]})
+                yield _event({**head, "choices": [piece(choice, "", reason, None)]})
         if include_usage:
             yield _event({**head, "choices": [], "usage": _usage(job, num_generated)})
         yield "data: [DONE]\n\n"
@@ -323,25 +351,28 @@ def _usage(job: _Job, generated: int) -> dict[str, int]:
 
 
 def _completion_logprobs(job: _Job, choice: _Choice, body: Completion, response: SampleResponse) -> dict[str, Any]:
-    sample = choice.sample
-    assert sample is not None
-    tokens: list[int] = list(sample.tokens)
-    logprobs: list[float | None] = list(sample.logprobs or ())
+    assert choice.sample is not None
+    before = zip(choice.prompt, response.prompt_logprobs or [None] * len(choice.prompt), strict=True) if body.echo else ()
+    return _named_logprobs(job, choice.sample, list(before), has_best=bool(body.logprobs))
+
+
+def _named_logprobs(
+    job: _Job, sample: Sample, before: Sequence[tuple[int, float | None]] = (), *, has_best: bool, offset: int = 0
+) -> dict[str, Any]:
+    """Tokens as text, with their log-probabilities, and where in the text they begin."""
+    tokens = [*(token for token, _ in before), *sample.tokens]
+    logprobs = [*(logprob for _, logprob in before), *(sample.logprobs or ())]
     best: list[Any] = [None] * len(tokens)
-    best[: len(sample.topk_logprobs or ())] = sample.topk_logprobs or ()
-    if body.echo:
-        tokens = [*choice.prompt, *tokens]
-        logprobs = [*(response.prompt_logprobs or [None] * len(choice.prompt)), *logprobs]
-        best[:0] = [None] * len(choice.prompt)
+    best[len(before) : len(before) + len(sample.topk_logprobs or ())] = sample.topk_logprobs or ()
     texts = [job.tokenizer.decode([token]) for token in tokens]
-    offsets = [0]
+    offsets = [offset]
     for text in texts[:-1]:
         offsets.append(offsets[-1] + len(text))
     named = [None if row is None else {job.tokenizer.decode([token]): value for token, value in row} for row in best]
     return {
         "tokens": texts,
         "token_logprobs": logprobs,
-        "top_logprobs": named if body.logprobs else None,
+        "top_logprobs": named if has_best else None,
         "text_offset": offsets,
     }
 

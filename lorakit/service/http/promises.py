@@ -60,7 +60,9 @@ class Promises:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.num_open = 0  # requests that are not finished
-        self._promises: dict[str, Promise] = {}
+        self._promises: dict[
+            tuple[str, str], Promise
+        ] = {}  # (owner, request): clients choose their ids, and see their own only
         self._done: queue.SimpleQueue[tuple[Promise, Encode, Any] | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._writer = threading.Thread(target=self._write, name="lorakit-results", daemon=True)
@@ -77,10 +79,10 @@ class Promises:
 
     def open(self, request_id: str, owner: str) -> tuple[Promise, bool]:
         """Return the promise of a request, and whether it is new: a request that comes again has the same."""
-        if request_id in self._promises:
-            return self._promises[request_id], False
-        found = self.store.result(request_id)
-        promise = self._promises[request_id] = Promise(request_id, owner)
+        if (owner, request_id) in self._promises:
+            return self._promises[owner, request_id], False
+        found = self.store.result(request_id, owner)
+        promise = self._promises[owner, request_id] = Promise(request_id, owner)
         if found is None:
             self.num_open += 1
         else:  # of before a restart
@@ -100,11 +102,10 @@ class Promises:
 
     def find(self, request_id: str, owner: str) -> Promise | None:
         """Return the promise of a request of ``owner``, or None where it is not known (any more)."""
-        promise = self._promises.get(request_id)
-        if promise is None:
-            found = self.store.result(request_id)
-            promise = None if found is None else Promise(request_id, found.owner, Answer(found.kind, found.payload))
-        return promise if promise is not None and promise.owner == owner else None
+        if (promise := self._promises.get((owner, request_id))) is None:
+            found = self.store.result(request_id, owner)
+            promise = None if found is None else Promise(request_id, owner, Answer(found.kind, found.payload))
+        return promise
 
     async def wait(self, promise: Promise, seconds: float) -> Answer | None:
         """Return the answer, or None where it takes longer than that."""
@@ -121,8 +122,12 @@ class Promises:
 
     def forget(self) -> None:
         """Drop from memory what was finished, and from the database what is older than a day."""
-        for request_id in [i for i, p in self._promises.items() if p.answer is not None and p.is_written and not p.waiters]:
-            del self._promises[request_id]
+        unwritten = [(p, p.answer) for p in self._promises.values() if p.answer is not None and not p.is_written]
+        self.store.add_results(_rows(unwritten))  # raises while the disk is still full
+        for promise, _ in unwritten:
+            promise.is_written = True
+        for name in [name for name, p in self._promises.items() if p.answer is not None and not p.waiters]:
+            del self._promises[name]
         self.store.drop_results_before(now() - datetime.timedelta(hours=KEPT_HOURS))
 
     # ---- the writer's thread
@@ -141,15 +146,7 @@ class Promises:
 
     def _write_batch(self, batch: list[tuple[Promise, Encode, Any]]) -> None:
         answers = [(promise, _answer(encode, future)) for promise, encode, future in batch]
-        time_now = now()
-        rows: list[dict[str, Any]] = [
-            {
-                "request_id": promise.request_id, "owner": promise.owner, "kind": answer.kind, "payload": answer.payload,
-                "finished": time_now,
-            }
-            for promise, answer in answers
-            if answer.is_final
-        ]  # fmt: skip
+        rows = _rows(answers)
         for attempt in range(3):
             try:
                 self.store.add_results(rows)
@@ -170,6 +167,19 @@ class Promises:
             for waiter in promise.waiters:
                 if not waiter.done():
                     waiter.set_result(None)
+
+
+def _rows(answers: list[tuple[Promise, Answer]]) -> list[dict[str, Any]]:
+    """What the database keeps of finished requests."""
+    finished = now()
+    return [
+        {
+            "request_id": promise.request_id, "owner": promise.owner, "kind": answer.kind, "payload": answer.payload,
+            "finished": finished,
+        }
+        for promise, answer in answers
+        if answer.is_final
+    ]  # fmt: skip
 
 
 def _answer(encode: Encode, future: Future[Any]) -> Answer:

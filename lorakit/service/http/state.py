@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
+import functools
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,8 @@ from lorakit.service.http.promises import Promises
 from lorakit.service.store import ClientSession, Run, SamplerRow, now
 
 log = logging.getLogger("lorakit")
-MAX_SNAPSHOTS = 16  # of a session, in memory: an adapter each; programs sample the newest
+MAX_SNAPSHOTS = 16  # of a session, in memory only: an adapter each; those that were sampled last stay
+MAX_READ = 16  # of a session, read from checkpoints: one that had to go is read again
 
 
 @dataclass
@@ -50,7 +51,8 @@ class Session:
     last_seen: float = field(default_factory=time.monotonic)
     model_ids: set[str] = field(default_factory=set)
     sampler_ids: set[str] = field(default_factory=set)
-    snapshots: collections.deque[str] = field(default_factory=collections.deque)  # samplers of weights that are in memory only
+    # Samplers with an adapter in memory, each whether it is there only; those that were asked last are last.
+    holding: dict[str, bool] = field(default_factory=dict)
 
 
 class ServerState:
@@ -120,13 +122,13 @@ class ServerState:
         return session
 
     def end_session(self, session: Session) -> None:
-        """Free what the session trains and samples."""
-        self.sessions.pop(session.id, None)
-        session.has_ended = True
+        """Free what the session trains and samples. Where that cannot be written, nothing has changed."""
         row = self.store.get(ClientSession, session.id)
         if row is not None:  # before held calls are given out: they would find it to go on
             row.ended = now()
             self.store.add(row)
+        self.sessions.pop(session.id, None)
+        session.has_ended = True
         for model_id in session.model_ids:
             self.drop_model(model_id)
         for sampler_id in session.sampler_ids:
@@ -137,13 +139,23 @@ class ServerState:
         while True:
             await asyncio.sleep(min(5.0, self.session_timeout_seconds / 4))
             limit = time.monotonic() - self.session_timeout_seconds
-            try:
-                for session in [session for session in self.sessions.values() if session.last_seen < limit]:
-                    self.end_session(session)
-                self.promises.forget()
-                await asyncio.to_thread(self.service.saved.delete_expired)
-            except Exception as error:  # a full disk, say: later
-                log.error("cleaning up failed: %s", error)
+            old = [session for session in self.sessions.values() if session.last_seen < limit]
+            ending: list[Callable[[], None]] = [functools.partial(self.end_session, session) for session in old]
+            for clean in (*ending, self.promises.forget):
+                with self._later():
+                    clean()
+            for clean in (self.service.saved.delete_expired, self.service.charge_all):
+                with self._later():
+                    await asyncio.to_thread(clean)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _later() -> Iterator[None]:
+        """What fails within it, for a full disk, say, is tried again at the next sweep."""
+        try:
+            yield
+        except Exception as error:
+            log.error("cleaning up failed: %s", error)
 
     # ---- models and samplers
 
@@ -170,44 +182,59 @@ class ServerState:
     def weights(self, sampler_id: str, owner: str) -> Future[Any]:
         """Return the future of a sampler's Weights. Raises CheckpointError where there is no such sampler."""
         if (found := self.samplers.get(sampler_id)) is not None and found[0] == owner:
+            session = self.sessions.get(sampler_id.partition(":")[0])
+            if session is not None and sampler_id in session.holding:
+                session.holding[sampler_id] = session.holding.pop(sampler_id)
             return found[1]
         row = self.store.get(SamplerRow, sampler_id)
         if row is None or row.owner != owner:
             raise CheckpointError(f"there is no sampler {sampler_id}")
+        if (session := self.session(row.session_id, owner)) is None:
+            raise CheckpointError(f"the session of {sampler_id} has ended; make a new sampling client")
         if row.model_path == EPHEMERAL:
             raise CheckpointError(
                 f"the weights of {sampler_id} were in memory only, and are gone: {MAX_SNAPSHOTS} newer ones came, or the server was "
                 "started anew; save_weights_for_sampler keeps them on disk"
             )
         future = self.service.weights(base_model=row.base_model, path=row.model_path, owner=owner)
-        self.samplers[sampler_id] = (owner, future)
-        if (session := self.session(row.session_id, owner)) is not None:
-            session.sampler_ids.add(sampler_id)
+        self._hold(session, sampler_id, future, row.model_path)
         return future
 
     def add_sampler(
         self, session: Session, sampler_id: str, future: Future[Any], *, base_model: str, model_path: str | None
     ) -> None:
         """Remember a sampler, whose Weights ``future`` gives."""
-        session.sampler_ids.add(sampler_id)
-        self.samplers[sampler_id] = (session.owner, future)
-        if model_path == EPHEMERAL:
-            session.snapshots.append(sampler_id)
-            while len(session.snapshots) > MAX_SNAPSHOTS:
-                self.samplers.pop(session.snapshots.popleft(), None)
+        self._hold(session, sampler_id, future, model_path)
         self.store.add(SamplerRow(
             id=sampler_id, session_id=session.id, owner=session.owner, base_model=base_model, model_path=model_path
         ))  # fmt: skip
+
+    def _hold(self, session: Session, sampler_id: str, future: Future[Any], model_path: str | None) -> None:
+        """Keep a sampler's Weights, and let go those of its kind that were not asked for longest, where they are too many."""
+        session.sampler_ids.add(sampler_id)
+        self.samplers[sampler_id] = (session.owner, future)
+        if model_path is None:  # the base itself
+            return
+        is_snapshot = session.holding[sampler_id] = model_path == EPHEMERAL
+        alike = [name for name, kind in session.holding.items() if kind == is_snapshot]
+        for name in alike[: max(0, len(alike) - (MAX_SNAPSHOTS if is_snapshot else MAX_READ))]:
+            del session.holding[name]
+            self.samplers.pop(name, None)
 
 
 EPHEMERAL = "memory"  # in the place of a sampler's path
 
 
 def chained(first: Future[Any], then: Callable[[Any], Future[Any]]) -> Future[Any]:
-    """Return the future of what ``then`` returns for the result of ``first``, errors of either included; cancelling it cancels both."""
+    """Return the future of what ``then`` returns for the result of ``first``, errors of either included.
+
+    Cancelling it cancels what ``then`` returned, not ``first``, which others may wait for.
+    """
     found: Future[Any] = Future()
+    waiting: list[Future[Any]] = []  # no circle of futures: what they hold, adapters among it, would stay until garbage is collected
 
     def on_second(done: Future[Any]) -> None:
+        waiting.clear()
         if done.cancelled() or not found.set_running_or_notify_cancel():
             return
         if (error := done.exception()) is not None:
@@ -218,7 +245,8 @@ def chained(first: Future[Any], then: Callable[[Any], Future[Any]]) -> Future[An
     def on_first(done: Future[Any]) -> None:
         try:
             second = then(done.result())
-            found.add_done_callback(lambda done: second.cancel() if done.cancelled() else None)
+            waiting.append(second)
+            found.add_done_callback(lambda done: [one.cancel() for one in waiting] if done.cancelled() else None)
             second.add_done_callback(on_second)
         except BaseException as error:
             if found.set_running_or_notify_cancel():

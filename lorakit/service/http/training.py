@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import pydantic
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
@@ -47,18 +48,20 @@ class ModelCall(BaseModel):
     seq_id: int
 
 
-class Adam(BaseModel):
-    learning_rate: float = Field(1e-4, ge=0, allow_inf_nan=False)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-12, ge=0, allow_inf_nan=False)
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
-    grad_clip_norm: float = Field(0.0, allow_inf_nan=False)
-
-
 class OptimStep(ModelCall):
-    adam_params: Adam | None = None
+    adam_params: AdamParams | None = None
     optimizer_params: dict[str, Any] | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _name_adam(cls, given: Any) -> Any:
+        """``optimizer_params`` of the type adamw are ``adam_params`` by another name."""
+        named = given.get("optimizer_params") if isinstance(given, dict) else None
+        if not isinstance(named, dict) or given.get("adam_params") is not None:
+            return given
+        if (kind := named.get("type", "adamw")) != "adamw":
+            raise ValueError(f"optimizer_params {kind!r} are not offered; adamw is")
+        return {**given, "adam_params": {name: value for name, value in named.items() if name != "type"}}
 
 
 class SaveWeights(ModelCall):
@@ -87,6 +90,7 @@ class LoadWeights(BaseModel):
     model_seq_id: int | None = None
     base_model: str | None = None
     user_metadata: dict[str, Any] | None = None
+    optimizer_config: dict[str, Any] | None = None
     weights_access_token: str | None = None
 
 
@@ -102,8 +106,7 @@ async def create_model(request: Request, state: State, user: User) -> JSONRespon
         raise HTTPException(400, body)
 
     def start(model_id: str) -> Future[Any]:
-        if (kind := (body.optimizer_config or {}).get("type", "adamw")) != "adamw":
-            raise DataError(f"optimizer_config {kind!r} is not offered; adamw is")
+        _refuse_optimizer(body.optimizer_config)
         lora = body.lora_config
         return state.service.create_model(
             model_id, body.base_model, rank=lora.rank, seed=lora.seed, train_attn=lora.train_attn, train_mlp=lora.train_mlp,
@@ -206,10 +209,7 @@ async def optim_step(request: Request, state: State, user: User) -> JSONResponse
     """Make one step of AdamW."""
 
     def start(body: OptimStep, model: Model) -> Future[Any]:
-        if body.optimizer_params is not None and body.optimizer_params.get("type", "adamw") != "adamw":
-            raise DataError(f"optimizer_params {body.optimizer_params.get('type')!r} are not offered; adam_params are")
-        adam = body.adam_params or Adam(**{k: v for k, v in (body.optimizer_params or {}).items() if k != "type"})
-        return state.service.optim_step(model, AdamParams(**adam.model_dump()))
+        return state.service.optim_step(model, body.adam_params or AdamParams())
 
     return await _model_call(request, state, user, OptimStep, start, lambda metrics: encode_json({"metrics": metrics}))
 
@@ -275,6 +275,7 @@ async def load_weights(request: Request, state: State, user: User) -> JSONRespon
     if isinstance(body, str) or body.model_id is not None:
 
         def start(call: LoadWeights, model: Model) -> Future[Any]:
+            _refuse_optimizer(call.optimizer_config)
             return state.service.load_state(model, call.path, with_optimizer=call.optimizer)
 
         return await _model_call(
@@ -284,6 +285,7 @@ async def load_weights(request: Request, state: State, user: User) -> JSONRespon
         raise HTTPException(400, "load_weights wants session_id and model_seq_id, or model_id and seq_id")
 
     def make(model_id: str) -> Future[Any]:
+        _refuse_optimizer(body.optimizer_config)
         return state.service.create_model_from(
             model_id, body.path, base_model=body.base_model, with_optimizer=body.optimizer, owner=user,
             user_metadata=body.user_metadata,
@@ -293,6 +295,12 @@ async def load_weights(request: Request, state: State, user: User) -> JSONRespon
 
 
 # ---- pieces
+
+
+def _refuse_optimizer(config: dict[str, Any] | None) -> None:
+    """Raise DataError for an optimiser that is not the one there is."""
+    if (kind := (config or {}).get("type", "adamw")) != "adamw":
+        raise DataError(f"optimizer_config {kind!r} is not offered; adamw is")
 
 
 async def _model_call(

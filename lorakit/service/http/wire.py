@@ -35,14 +35,17 @@ class ForwardBackwardCall:
     loss_fn_config: dict[str, Any]
     forward_only: bool
     _data: Any
+    _problem: str = ""  # of the request as a whole
 
     def data(self) -> list[Datum]:
         """Raises DataError that names Datum and field."""
+        if self._problem:
+            raise DataError(self._problem)
         found = []
         for number, message in enumerate(self._data):
             try:
                 found.append(_datum_from_json(message) if isinstance(message, Mapping) else _datum(message))
-            except (DataError, ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 raise DataError(f"data[{number}]: {error}") from error
         return found
 
@@ -63,9 +66,14 @@ def read_forward_backward(body: bytes) -> ForwardBackwardCall:
 def read_forward_backward_json(body: Mapping[str, Any], *, forward_only: bool) -> ForwardBackwardCall:
     """The form of older SDKs: ``forward_backward_input`` (or ``forward_input``) with data, loss_fn and loss_fn_config."""
     given = body.get("forward_backward_input") or body.get("forward_input") or {}
+    problem = "" if isinstance(given, Mapping) else "forward_backward_input is not an object"
+    given = given if isinstance(given, Mapping) else {}
+    config, data = given.get("loss_fn_config") or {}, given.get("data") or []
+    if not isinstance(config, Mapping) or not isinstance(data, list):
+        problem, config, data = "loss_fn_config is an object, and data a list", {}, []
     return ForwardBackwardCall(
-        str(body.get("model_id")), int(body.get("seq_id") or 0), str(given.get("loss_fn", "")),
-        dict(given.get("loss_fn_config") or {}), forward_only or bool(body.get("forward_only")), given.get("data") or [],
+        str(body.get("model_id")), int(body.get("seq_id") or 0), str(given.get("loss_fn", "")), dict(config),
+        forward_only or bool(body.get("forward_only")), data, problem,
     )  # fmt: skip
 
 
