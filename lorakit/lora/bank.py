@@ -3,11 +3,12 @@
 The base is given hooks, not wrapped, so that nothing of it is copied and ZeRO-3 can partition it. In a pass the factors of the
 adapters stand side by side, as one adapter of the summed rank, and a gate lets each token have the columns of its own:
 
-    y = x W + ((x [A_1; A_2; …]') * gate) [B_1 B_2 …]'
+    y = x W + ((x [A_1; A_2; …]') * gate) [s_1 B_1, s_2 B_2, …]'
 
-so that the base's products, and ours, are as few as for one adapter. What a gate excludes adds exact zeros. Where tokens are many,
-linear layers have the factors one over the other instead, and a batch of products with the tokens of each (as Punica groups them,
-arXiv 2310.18547, section 4).
+so that the base's products, and ours, are as few as for one adapter. What a gate excludes adds exact zeros. Scales go into B in
+float32: in a gate of 16 bit most would be rounded, and an adapter would be another in company. Where tokens are many, layers have the
+factors one over the other instead, and a batch of products with the tokens of each (as Punica groups them, arXiv 2310.18547, section
+4); experts' rows are sorted by adapter for it (`lora/grouped.py:Owners`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 from lorakit.lora.expert_function import Part, run_experts
 from lorakit.lora.flat import AdapterLayout, Key
-from lorakit.lora.grouped import few_tokens, is_plain_product
+from lorakit.lora.grouped import Owners, can_group, few_tokens, is_plain_product
 from lorakit.model.families import ExpertStack, find_targets
 
 
@@ -63,6 +64,7 @@ class Mix:
         self.is_sorted = is_sorted and owners_T is not None
         self._stacks: dict[tuple[Key, torch.dtype], Stacked | None] = {}
         self.adapters, self.owners_T = tuple(adapters), owners_T
+        self.owners = Owners(owners_T, len(self.adapters)) if owners_T is not None and is_sorted else None
         self._pairs: _Pairs = {}
         for key, dtype in like._pairs if like is not None else ():
             self._pairs[key, dtype] = self._lay(key, dtype)
@@ -94,18 +96,21 @@ class Mix:
         assert self.owners_T is not None
         if not (present := self._having(key)):
             return None
-        slots = [adapter.layout.slots[key] for _, adapter in present]
-        widest = max(slot.rank for slot in slots)
-        a = torch.stack(
-            [F.pad(x.factors[key][0], (0, 0, 0, widest - slot.rank)) for (_, x), slot in zip(present, slots, strict=True)]
-        )
-        b = torch.stack(
-            [F.pad(x.factors[key][1], (0, widest - slot.rank)) for (_, x), slot in zip(present, slots, strict=True)]
-        )
-        name = tuple((n, slot.scale) for (n, _), slot in zip(present, slots, strict=True))
-        if name not in self._places:
-            self._places[name] = _places(self.owners_T, name)
-        return Stacked(a.to(dtype), b.to(dtype), *self._places[name])
+        a, b = _one_over_the_other([adapter for _, adapter in present], key, dim=0)
+        numbers = tuple(n for n, _ in present)
+        if numbers not in self._places:
+            self._places[numbers] = _places(self.owners_T, numbers)
+        return Stacked(a.to(dtype), b.to(dtype), *self._places[numbers])
+
+    def owned(self, key: Key) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return A (E * n, r, in) and B (E * n, out, r) of ``key``, a stack of experts: for each pair of expert and adapter, n in all.
+
+        Those of an adapter that has none are zeros. None where none adapts it.
+        """
+        if not self._having(key):
+            return None
+        a, b = _one_over_the_other(self.adapters, key, dim=1)
+        return a.flatten(0, 1), b.flatten(0, 1)
 
     # ---- for recorded passes (`sampling/replay.py`)
 
@@ -146,10 +151,11 @@ class Mix:
     def _lay(self, key: Key, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]] | None:
         if not (present := self._having(key)):
             return None
-        pairs = [adapter.factors[key] for _, adapter in present]
         columns = tuple((n, adapter.layout.slots[key].rank, adapter.layout.slots[key].scale) for n, adapter in present)
-        if len(pairs) == 1:
-            return pairs[0][0].to(dtype), pairs[0][1].to(dtype), columns
+        if len(self.adapters) == 1:
+            a, b = present[0][1].factors[key]
+            return a.to(dtype), b.to(dtype), columns
+        pairs = [_scaled(adapter, key) for _, adapter in present]
         return torch.cat([a for a, _ in pairs], dim=-2).to(dtype), torch.cat([b for _, b in pairs], dim=-1).to(dtype), columns
 
     def _having(self, key: Key) -> list[tuple[int, Adapter]]:
@@ -157,14 +163,33 @@ class Mix:
         return [(n, adapter) for n, adapter in enumerate(self.adapters) if adapter is not None and key in adapter.factors]
 
     def _gate(self, columns: tuple[Any, ...]) -> torch.Tensor:
-        """The scale of its adapter where a token meets its own adapter's columns, else 0, (T, R)."""
+        """1 where a token meets its own adapter's columns, else 0, (T, R)."""
         if columns not in self._gates:
             assert self.owners_T is not None
-            device = self.owners_T.device
-            owners_R = torch.tensor([n for n, rank, _ in columns for _ in range(rank)], device=device)
-            scales_R = torch.tensor([scale for _, rank, scale in columns for _ in range(rank)], device=device)
-            self._gates[columns] = (self.owners_T[:, None] == owners_R) * scales_R
+            owners_R = torch.tensor([n for n, rank, _ in columns for _ in range(rank)], device=self.owners_T.device)
+            self._gates[columns] = (self.owners_T[:, None] == owners_R).float()
         return self._gates[columns]
+
+
+def _scaled(adapter: Adapter, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and s B."""
+    (a, b), scale = adapter.factors[key], adapter.layout.slots[key].scale
+    return a, b if scale == 1 else b * scale
+
+
+def _one_over_the_other(adapters: Sequence[Adapter | None], key: Key, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and s B of all ``adapters`` along a new dimension, filled up with zeros to the largest rank."""
+    pairs = [_scaled(x, key) if x is not None and key in x.factors else None for x in adapters]
+    a, b = max((pair for pair in pairs if pair is not None), key=lambda pair: pair[0].shape[-2])
+    widest = a.shape[-2]
+    nothing = a.new_zeros(a.shape), b.new_zeros(b.shape)
+    filled = [
+        nothing if pair is None
+        else pair if (missing := widest - pair[0].shape[-2]) == 0
+        else (F.pad(pair[0], (0, 0, 0, missing)), F.pad(pair[1], (0, missing)))
+        for pair in pairs
+    ]  # fmt: skip
+    return torch.stack([a for a, _ in filled], dim), torch.stack([b for _, b in filled], dim)
 
 
 class Stacked(NamedTuple):
@@ -173,7 +198,7 @@ class Stacked(NamedTuple):
     a_nRI: torch.Tensor
     b_nOR: torch.Tensor
     places_nM: torch.Tensor | None  # which tokens they are; None where they are all tokens in their order
-    gate_nM1: torch.Tensor  # the adapter's scale; 0 where a place is filled up
+    gate_nM1: torch.Tensor  # 1; 0 where a place is filled up
 
     def add_to(self, output_TO: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
         """Return ``output_TO`` with what the adapters make of ``x_TI``."""
@@ -185,12 +210,12 @@ class Stacked(NamedTuple):
         return output_TO.index_add(0, self.places_nM.flatten(), torch.bmm(narrow, self.b_nOR.mT).flatten(0, 1))
 
 
-def _places(owners_T: torch.Tensor, adapters: Sequence[tuple[int, float]]) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The tokens of each of ``adapters`` (number, scale), filled up with its last one, and their gate."""
-    tokens = [(owners_T == number).nonzero()[:, 0] for number, _ in adapters]
+def _places(owners_T: torch.Tensor, adapters: Sequence[int]) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The tokens of each of ``adapters``, filled up with its last one, and their gate."""
+    tokens = [(owners_T == number).nonzero()[:, 0] for number in adapters]
     place_M = torch.arange(max(map(len, tokens)), device=owners_T.device)
     places_nM = torch.stack([own[place_M.clamp(max=len(own) - 1)] for own in tokens])
-    gate_nM = torch.stack([(place_M < len(own)) * scale for own, (_, scale) in zip(tokens, adapters, strict=True)])
+    gate_nM = torch.stack([(place_M < len(own)).float() for own in tokens])
     all_T = torch.arange(len(owners_T), device=owners_T.device)
     is_plain = places_nM.numel() == len(owners_T) and torch.equal(places_nM.flatten(), all_T)
     return None if is_plain else places_nM, gate_nM[:, :, None]
@@ -254,17 +279,41 @@ class AdapterBank:
         first: list[Part] = []
         second: list[Part] = []
         factors: list[torch.Tensor] = []
+        owners = None if self._mix is None else _owners_of_rows(self._mix, name, stack, top_k_index)
         for key, is_second in _expert_keys(name, stack):
-            if self._mix is None or (found := self._mix.pair(key, torch.float32)) is None:
-                continue
-            a, b, gate = found
-            scale, gate_TR = (gate, None) if isinstance(gate, float) else (1.0, gate)
-            part = Part(len(factors) // 2, stack.columns(key.matrix), scale, key.is_shared, gate_TR=gate_TR)
-            (second if is_second else first).append(part)
-            factors += [a, b]
+            if self._mix is None:
+                break
+            parts, index, columns = (second if is_second else first), len(factors) // 2, stack.columns(key.matrix)
+            if owners is not None and not key.is_shared:
+                if (owned := self._mix.owned(key)) is not None:
+                    parts.append(Part(index, columns, 1.0, is_owned=True))
+                    factors += owned
+            elif (found := self._mix.pair(key, torch.float32)) is not None:
+                a, b, gate = found
+                scale, gate_TR = (gate, None) if isinstance(gate, float) else (1.0, gate)
+                parts.append(Part(index, columns, scale, key.is_shared, gate_TR=gate_TR))
+                factors += [a, b]
         if self._mix is None or (not factors and not _beats_plain(stack, top_k_index)):
             return plain(hidden_states, top_k_index, top_k_weights)
-        return run_experts(stack.module, stack, hidden_states, top_k_index, top_k_weights, first, second, factors)
+        return run_experts(
+            stack.module, stack, hidden_states, top_k_index, top_k_weights, first, second, factors, owners=owners
+        )
+
+
+def _owners_of_rows(mix: Mix, name: str, stack: ExpertStack, experts_TK: torch.Tensor) -> Owners | None:
+    """The owners of tokens where sorting rows by them pays, else None: then gates tell adapters apart."""
+    if mix.owners is None or stack.weight(stack.first).dtype == torch.float16:  # rows to fill up: padding may overflow in it
+        return None
+    keys = [key for key, _ in _expert_keys(name, stack) if not key.is_shared]
+    ranks = [x.layout.slots[key].rank for x in mix.adapters if x is not None for key in keys if key in x.factors]
+    if not ranks:
+        return None
+    first, second = stack.weight(stack.first), stack.weight(stack.second)
+    base_cost = (first.numel() + second.numel()) / stack.num_experts
+    widths = sum(stack.in_features(one) + stack.out_features(one) for one in (stack.first, stack.second))
+    pads = experts_TK.device.type == "cpu" or not can_group(experts_TK.numel(), *stack.weights())
+    pays = mix.owners.pay(experts_TK, stack.num_experts, base_cost=base_cost, factor_cost=max(ranks) * widths, pads=pads)
+    return mix.owners if pays else None
 
 
 def _beats_plain(stack: ExpertStack, experts_TK: torch.Tensor) -> bool:

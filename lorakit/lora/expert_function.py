@@ -4,8 +4,9 @@ For a row x of expert e, with W the frozen matrices and A, B the factors of each
 
     h = W1_e x + s B1_e A1_e x        a = act(h)        y = W2_e a + s B2_e A2_e a        out = sum over experts of weight_e y
 
-A factor with one entry for all experts is applied to tokens instead of rows. Where adapters are mixed, the factors are those of all
-side by side, and a gate, in which s stands, lets each token have its own adapter's columns of the rank.
+A factor with one entry for all experts is applied to tokens instead of rows. Where adapters are mixed, there are two ways. Rows are
+sorted by adapter within each expert, and a factor has an entry for each pair of expert and adapter; or the factors are those of all
+adapters side by side, and a gate lets each token have its own adapter's columns of the rank. s stands in B then.
 
 Kept for the backward are x, h and the rows of rank width; everything else is computed again, because it costs a gather or an
 activation, and h makes a of it. The gradient of the router's weight needs no y: <g, W2 a + s B2 A2 a> = <W2' g + s A2' B2' g, a>, and
@@ -29,6 +30,7 @@ from lorakit.lora.grouped import (
     RUN_OPERATIONS,
     AdjacentExperts,
     AllExperts,
+    Owners,
     SortedRows,
     can_group,
     emulates_products,
@@ -52,6 +54,7 @@ class Part:
     dropout: float = 0.0
     seed: int = 0  # of the dropout of this call
     gate_TR: torch.Tensor | None = field(default=None, compare=False)  # what each token's rows of rank width are multiplied by
+    is_owned: bool = False  # A (E * owners, r, in) and B (E * owners, out, r): one entry for each pair of expert and owner
 
 
 @dataclass(frozen=True)
@@ -67,19 +70,27 @@ class ExpertCall:
     second: tuple[Part, ...]  # factors on the way out
     keeps: bool = True  # whether a backward may follow
     products: str = "auto"  # or: loop, grouped, padded
+    owners: Owners | None = None  # of tokens, where parts are owned
+
+    @property
+    def prefers_groups(self) -> bool:
+        """Whether one grouped product is wanted: on a CPU a few experts at a time keep what they make in the cache."""
+        return self.products == "grouped" or (self.products == "auto" and self.experts_TK.device.type != "cpu")
 
 
 def run_experts(
     layer: nn.Module, stack: ExpertStack, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor,
     first: Sequence[Part], second: Sequence[Part], factors: Sequence[torch.Tensor], *, products: str = "auto",
+    owners: Owners | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Return what ``layer``, which holds ``stack``, makes of tokens, with the parts of adapters; with graph where gradients are on."""
     keeps = torch.is_grad_enabled()
     if not keeps and (few := few_tokens()) is not None and few.pads(layer, experts_TK, *stack.weights()):
         products = "padded"
     call = ExpertCall(
-        stack.weights, stack.biases, stack.activate, experts_TK, stack.num_experts, tuple(first), tuple(second), keeps, products
-    )
+        stack.weights, stack.biases, stack.activate, experts_TK, stack.num_experts, tuple(first), tuple(second), keeps, products,
+        owners,
+    )  # fmt: skip
     if keeps:
         out: torch.Tensor = ExpertFunction.apply(x_TH, weights_TK, call, *factors)
         return out
@@ -137,9 +148,7 @@ class _Layer:
         self.w1_EHN, self.w2_EIH = call.weights()
         self.b1_EN, self.b2_EH = call.biases()
         self.dtype = self.w1_EHN.dtype
-        # On a CPU a few experts at a time keep what they make in the cache.
-        prefers_groups = call.products == "grouped" or (call.products == "auto" and self.w1_EHN.device.type != "cpu")
-        self.grouped = prefers_groups and can_group(call.experts_TK.numel(), self.w1_EHN, self.w2_EIH)
+        self.grouped = call.prefers_groups and can_group(call.experts_TK.numel(), self.w1_EHN, self.w2_EIH)
         if call.products == "grouped" and not self.grouped:
             raise ValueError(f"grouped products do not take {self.dtype} stacks of {tuple(self.w1_EHN.shape)} here")
         # No run where experts are given in float32, one at a time, nor in float16, in which padding (a token at an expert that was
@@ -151,7 +160,12 @@ class _Layer:
         else:
             run_rows = RUN_OPERATIONS / (2 * (self.w1_EHN[0].numel() + self.w2_EIH[0].numel()))
             self.rows = SortedRows.sort(
-                call.experts_TK, call.num_experts, grouped=self.grouped, max_rows=max_rows, run_rows=run_rows
+                call.experts_TK,
+                call.num_experts,
+                grouped=self.grouped,
+                max_rows=max_rows,
+                run_rows=run_rows,
+                owners=call.owners,
             )
         self.originals = factors
         self._masks: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
@@ -175,22 +189,24 @@ class _Layer:
                 h.add_(block.per_row(self.b1_EN))
             for part in self.call.first:
                 a, b = self._pair(part)
+                own = block.owned if part.is_owned else block
                 if part.is_shared:
                     u = narrow[part.index][block.tokens]
                 else:
-                    u = block.times(self._take_dropped(x_TH, part, block.tokens), a.mT, out=narrow[part.index][rows])
+                    u = own.times(self._take_dropped(x_TH, part, block.tokens), a.mT, out=narrow[part.index][rows])
                     self._gate_(u, part, block.tokens)
-                self._add_times(block, h, part.columns, u, b.mT, part.scale)
+                self._add_times(own, h, part.columns, u, b.mT, part.scale)
             act = self.call.activate(h)
             y = block.times(act, self.w2_EIH)
             if self.b2_EH is not None:
                 y.add_(block.per_row(self.b2_EH))
             for part in self.call.second:
                 a, b = self._pair(part)
-                v = block.times(self._drop_rows(act, part, rows), a.mT, out=narrow[part.index][rows])
+                own = block.owned if part.is_owned else block
+                v = own.times(self._drop_rows(act, part, rows), a.mT, out=narrow[part.index][rows])
                 self._gate_(v, part, block.tokens)
                 if not part.is_shared:
-                    block.add_times_(y, v, b.mT, part.scale)
+                    own.add_times_(y, v, b.mT, part.scale)
             block.add_to_tokens_(out_TH, y.mul_(weights_S[rows, None]))
         for part in self.call.second:
             _, b = self._pair(part)
@@ -240,6 +256,7 @@ class _Layer:
     ) -> None:  # fmt: skip
         """Add the part's way back to ``grad_act`` and the sums of its factors' gradients."""
         a, b = self._pair(part)
+        block = block.owned if part.is_owned else block
         sum_a, sum_b = sums[2 * part.index], sums[2 * part.index + 1]
         q = shared[part.index][block.tokens] if part.is_shared else self._gate_(block.times(g, b), part, block.tokens)
         dropped = self._drop_rows(act, part, block.rows)
@@ -258,6 +275,7 @@ class _Layer:
     ) -> None:  # fmt: skip
         """Add the part's way back to ``grad_rows`` and the sums of its factors' gradients."""
         a, b = self._pair(part)
+        block = block.owned if part.is_owned else block
         sum_a, sum_b = sums[2 * part.index], sums[2 * part.index + 1]
         grad_part = grad_h[:, part.columns]
         p = block.times(grad_part, b)

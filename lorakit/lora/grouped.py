@@ -1,5 +1,8 @@
 """Products over rows that are sorted by expert: of a few adjacent experts at a time, or of all experts in one grouped product.
 
+Where tokens belong to several owners, each with factors of its own, an expert's rows are sorted by owner, and each owner has as many:
+products with the expert's matrix see all of them, products with factors see them by pair of expert and owner (``owned``).
+
 Shapes: S rows (token, expert pairs, and padding), T tokens, E experts, K and N inner and outer widths; g experts of m rows each.
 """
 
@@ -60,38 +63,76 @@ def plan_runs(num_per_expert: list[int], *, max_rows: int, run_rows: float = 0.0
 
 
 @dataclass(frozen=True)
+class Owners:
+    """Whose factors each token has, of ``num``."""
+
+    owners_T: torch.Tensor
+    num: int
+
+    def pay(self, experts_TK: torch.Tensor, num_experts: int, *, base_cost: float, factor_cost: float, pads: bool) -> bool:
+        """Whether rows by owner cost less than factors of all owners for each row, of which a gate lets one through.
+
+        Args:
+            base_cost: of a row's products with its expert's matrices.
+            factor_cost: of its products with one owner's factors, in the same unit.
+            pads: whether every owner of an expert must have as many rows.
+        """
+        if not pads or not has_values(experts_TK):
+            return True
+        counts = _count(_pairs(experts_TK, self), num_experts * self.num).view(num_experts, self.num)
+        num_padded = int(counts.amax(1).sum()) * self.num
+        return num_padded * (base_cost + factor_cost) < experts_TK.numel() * (base_cost + self.num * factor_cost)
+
+
+def _pairs(experts_TK: torch.Tensor, owners: Owners | None) -> torch.Tensor:
+    """expert * owners + owner for each choice, flat."""
+    if owners is None:
+        return experts_TK.reshape(-1)
+    return (experts_TK * owners.num + owners.owners_T[:, None]).reshape(-1)
+
+
+def _count(pairs_S: torch.Tensor, num_pairs: int) -> torch.Tensor:
+    counts = torch.zeros(num_pairs, dtype=torch.int32, device=pairs_S.device)
+    return counts.scatter_add_(0, pairs_S, torch.ones_like(pairs_S, dtype=torch.int32))
+
+
+@dataclass(frozen=True)
 class SortedRows:
     """The pairs of token and expert, in the order of the experts, with padding where runs of experts have it."""
 
     order_S: torch.Tensor  # where each sorted row stood: token * top_k + choice; T * top_k for padding
-    experts_S: torch.Tensor  # without padding
-    num_per_expert_E: torch.Tensor
+    pairs_S: torch.Tensor  # expert * owners + owner of each row, without padding
+    num_per_pair: torch.Tensor
     num_tokens: int
     top_k: int
     runs: list[Run] | None  # None: all experts in one grouped product, without padding
+    num_owners: int = 1
 
     @classmethod
     def sort(
-        cls, experts_TK: torch.Tensor, num_experts: int, *, grouped: bool, max_rows: int = 0, run_rows: float = 0.0
-    ) -> SortedRows:
+        cls, experts_TK: torch.Tensor, num_experts: int, *, grouped: bool, max_rows: int = 0, run_rows: float = 0.0,
+        owners: Owners | None = None,
+    ) -> SortedRows:  # fmt: skip
         """Sort the router's choices, (T, top_k): for one grouped product, or in runs of at most ``max_rows`` rows or one expert."""
         num_tokens, top_k = experts_TK.shape
-        experts_S, order_S = experts_TK.reshape(-1).sort(stable=True)
-        counts_E = torch.zeros(num_experts, dtype=torch.int32, device=experts_S.device)
-        counts_E.scatter_add_(0, experts_S, torch.ones_like(experts_S, dtype=torch.int32))
+        num_owners = owners.num if owners else 1
+        pairs_S, order_S = _pairs(experts_TK, owners).sort(stable=True)
+        counts = _count(pairs_S, num_experts * num_owners)
         if grouped:
-            return cls(order_S, experts_S, counts_E, num_tokens, top_k, None)
-        runs = plan_runs(_read_counts(counts_E, experts_TK.numel()), max_rows=max_rows, run_rows=run_rows)
-        starts = torch.zeros(num_experts, dtype=torch.long)  # of each expert's rows
+            return cls(order_S, pairs_S, counts, num_tokens, top_k, None, num_owners)
+        most_E = counts.view(num_experts, num_owners).amax(1) * num_owners
+        runs = plan_runs(_read_counts(most_E, experts_TK.numel()), max_rows=max_rows, run_rows=run_rows)
+        starts = torch.zeros((num_experts, num_owners), dtype=torch.long)  # of each pair's rows
         end = 0
         for run in runs:
-            starts[run.first : run.first + run.num_experts] = end + run.rows_each * torch.arange(run.num_experts)
-            end += run.num_experts * run.rows_each
-        shift_E = starts.to(counts_E.device) - (counts_E.cumsum(0) - counts_E)
-        place_S = torch.arange(len(order_S), device=order_S.device) + shift_E[experts_S]
+            num_pairs, each = run.num_experts * num_owners, run.rows_each // num_owners
+            starts[run.first : run.first + run.num_experts] = (end + each * torch.arange(num_pairs)).view(-1, num_owners)
+            end += num_pairs * each
+        shift = starts.flatten().to(counts.device) - (counts.cumsum(0) - counts)
+        place_S = torch.arange(len(order_S), device=order_S.device) + shift[pairs_S]
         padded_S = order_S.new_full((end,), num_tokens * top_k)
         padded_S[place_S] = order_S
-        return cls(padded_S, experts_S, counts_E, num_tokens, top_k, runs)
+        return cls(padded_S, pairs_S, counts, num_tokens, top_k, runs, num_owners)
 
     @classmethod
     def pad(cls, experts_TK: torch.Tensor, num_experts: int) -> SortedRows:
@@ -162,10 +203,18 @@ class AdjacentExperts:
     A processor that multiplies 16-bit numbers only by emulation, tens of times slower, is given the experts in float32.
     """
 
-    def __init__(self, sorted_rows: SortedRows, run: Run, rows: slice) -> None:
-        self.experts, self._shape = slice(run.first, run.first + run.num_experts), (run.num_experts, run.rows_each)
+    def __init__(self, sorted_rows: SortedRows, run: Run, rows: slice, *, num_owners: int = 1) -> None:
+        first, num = run.first * num_owners, run.num_experts * num_owners
+        self.experts, self._shape = slice(first, first + num), (num, run.rows_each // num_owners)
         self.rows = rows
         self.tokens = sorted_rows.tokens_S[self.rows]
+        self._made_of = sorted_rows, run
+
+    @functools.cached_property
+    def owned(self) -> AdjacentExperts:
+        """The same rows by pair of expert and owner."""
+        sorted_rows, run = self._made_of
+        return AdjacentExperts(sorted_rows, run, self.rows, num_owners=sorted_rows.num_owners)
 
     def times(self, x_SK: torch.Tensor, w_EKN: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return each row times its expert's matrix, (rows, N)."""
@@ -205,10 +254,16 @@ class AdjacentExperts:
 class AllExperts:
     """All rows at once, by grouped products (`torch.nn.functional.grouped_mm`)."""
 
-    def __init__(self, sorted_rows: SortedRows) -> None:
+    def __init__(self, sorted_rows: SortedRows, *, num_owners: int = 1) -> None:
         self.rows, self.tokens = slice(None), sorted_rows.tokens_S
-        self._sorted = sorted_rows
-        self._ends_E = sorted_rows.num_per_expert_E.cumsum(0, dtype=torch.int32)
+        self._sorted, self._num_owners = sorted_rows, num_owners
+        self._counts_E = sorted_rows.num_per_pair.view(-1, sorted_rows.num_owners // num_owners).sum(1)
+        self._ends_E = self._counts_E.cumsum(0, dtype=torch.int32)
+
+    @functools.cached_property
+    def owned(self) -> AllExperts:
+        """The same rows by pair of expert and owner."""
+        return AllExperts(self._sorted, num_owners=self._sorted.num_owners)
 
     def times(self, x_SK: torch.Tensor, w_EKN: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         product = F.grouped_mm(x_SK.contiguous(), w_EKN, offs=self._ends_E)
@@ -219,14 +274,14 @@ class AllExperts:
 
     def put_outer_(self, sum_EMN: torch.Tensor, a_SM: torch.Tensor, b_SN: torch.Tensor, scale: float) -> None:
         product = F.grouped_mm(a_SM.contiguous().t(), b_SN.contiguous(), offs=self._ends_E)
-        is_empty_E = self._sorted.num_per_expert_E == 0  # the kernel may leave these as they were
+        is_empty_E = self._counts_E == 0  # the kernel may leave these as they were
         sum_EMN.copy_(product.masked_fill_(is_empty_E[:, None, None], 0.0).mul_(scale))
 
     def add_to_tokens_(self, sum_TN: torch.Tensor, y_SN: torch.Tensor) -> None:
         sum_TN.add_(self._sorted.sum_tokens(y_SN, sum_TN.dtype))
 
     def per_row(self, values_EN: torch.Tensor) -> torch.Tensor:
-        return values_EN[self._sorted.experts_S]
+        return values_EN[self._sorted.pairs_S // (self._sorted.num_owners // self._num_owners)]
 
 
 def _read_counts(num_per_expert_E: torch.Tensor, num_rows: int) -> list[int]:

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_models import make_datums, make_model
 
 from lorakit.data.collate import collate, join
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.lora.bank import Adapter, AdapterBank, Mix
+from lorakit.lora.expert_function import ExpertCall
 from lorakit.lora.flat import AdapterLayout, plan_layout
+from lorakit.lora.grouped import Owners
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.lora.state import adapter_state, load_adapter_state
@@ -55,11 +58,16 @@ def file_gradients(adapter: Adapter) -> dict[str, torch.Tensor]:
     return adapter.layout.file_tensors(vector)
 
 
-@pytest.mark.parametrize(("is_sorted", "rows"), [(False, (3, 3, 3)), (True, (3, 3, 3)), (True, (1, 4, 2))])
+@pytest.mark.parametrize(
+    ("is_sorted", "pays", "rows"),
+    [(False, False, (3, 3, 3)), (True, False, (3, 3, 3)), (True, True, (3, 3, 3)), (True, True, (1, 4, 2))],
+)
 @pytest.mark.parametrize(("family", "expert_layout", "unembedding"), CASES)
 def test_a_mix_of_ranks_equals_peft_on_each_adapter_alone(
-    family: str, expert_layout: str, unembedding: bool, is_sorted: bool, rows: tuple[int, ...]
-) -> None:
+    family: str, expert_layout: str, unembedding: bool, is_sorted: bool, pays: bool, rows: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Owners, "pay", lambda self, *args, **options: pays)
     base = make_model(family)
     bank = AdapterBank(base)
     specs = [LoRASpec(rank=rank, expert_layout=expert_layout, unembedding=unembedding) for rank in (4, 2, 7)]
@@ -110,6 +118,61 @@ def test_tokens_in_any_order_have_their_own_adapter_sorted_or_behind_a_gate() ->
             found.append(linear(x_TI))
     assert torch.allclose(found[0], found[1], atol=1e-5)
     assert not torch.allclose(found[0][0, owners_T != 1], linear(x_TI)[0, owners_T != 1], atol=1e-2)
+
+
+def make_gpt_oss() -> Any:
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    base = transformers.GptOssForCausalLM(config).eval().requires_grad_(False)
+    for parameter in base.parameters():
+        parameter.normal_(std=0.1)
+    return base
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # the latter has biases, and gate and up interleaved
+def test_experts_rows_by_owner_equal_those_behind_a_gate(family: str, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ExpertCall, "prefers_groups", grouped)
+    base = make_model() if family == "qwen3_moe" else make_gpt_oss()
+    bank, layouts = AdapterBank(base), [plan_layout(base, LoRASpec(rank=rank, alpha=3.0 * rank)) for rank in (4, 8)]
+    adapters = [
+        Adapter(layouts[0], random_vector(layouts[0], 0), trains=True), None,
+        Adapter(layouts[1], random_vector(layouts[1], 1), trains=True),
+    ]  # fmt: skip
+    experts, draw = base.model.layers[0].mlp.experts, torch.Generator().manual_seed(0)
+    width, num_experts = base.config.hidden_size, len(experts.down_proj)
+    chosen_TK = torch.stack([torch.randperm(num_experts, generator=draw)[:2] for _ in range(40)])
+    owners_T = torch.randint(0, 3, (40,), generator=draw)
+    found = []
+    for pays in (False, True):
+        monkeypatch.setattr(Owners, "pay", lambda self, *args, pays=pays, **options: pays)
+        x_TH = torch.randn(40, width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        weights_TK = torch.rand(40, 2, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        with bank.active(Mix(adapters, owners_T, is_sorted=True)):
+            out_TH = experts(x_TH, chosen_TK, weights_TK)
+        leaves = [leaf for x in adapters if x is not None for key, pair in x.factors.items() if "layers.0" in key.module
+                  and "experts" in key.module for leaf in pair]  # fmt: skip
+        found.append([out_TH, *torch.autograd.grad(out_TH.square().sum(), [x_TH, weights_TK, *leaves])])
+    assert len(found[0]) == 3 + 2 * 2 * 2
+    for gated, owned in zip(*found, strict=True):
+        assert torch.allclose(gated, owned, atol=1e-5 * float(gated.detach().abs().max()))
+
+
+def test_an_adapter_has_the_same_scale_in_company_as_alone_in_16_bit() -> None:
+    base = make_model("llama")
+    layouts = [plan_layout(base, LoRASpec(rank=6, alpha=8.0)), plan_layout(base, LoRASpec(rank=2, alpha=2.0))]
+    one, two = (Adapter(layout, random_vector(layout, n)) for n, layout in enumerate(layouts))
+    key = next(iter(one.factors))
+    owners_T = torch.tensor([0, 1, 0])
+    found = Mix([one, two], owners_T).pair(key, torch.bfloat16)
+    assert found is not None and isinstance(found[2], torch.Tensor)
+    assert found[2].tolist() == [[1.0] * 6 + [0.0] * 2, [0.0] * 6 + [1.0] * 2, [1.0] * 6 + [0.0] * 2]
+    assert torch.equal(found[1][:, :6], (one.factors[key][1] * (8 / 6)).bfloat16())
+    stacked = Mix([one, two], owners_T, is_sorted=True).stacked(key, torch.bfloat16)
+    assert stacked is not None and torch.equal(stacked.b_nOR[0], (one.factors[key][1] * (8 / 6)).bfloat16())
 
 
 def test_the_base_gains_no_parameter_and_no_gradient() -> None:

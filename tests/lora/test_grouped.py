@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit.lora.grouped import MAX_PADDING, READ_ROWS, Run, SortedRows, plan_runs
+from lorakit.lora.grouped import MAX_PADDING, READ_ROWS, Owners, Run, SortedRows, plan_runs
 
 
 def test_experts_of_about_equal_load_go_together_up_to_the_largest_run() -> None:
@@ -62,3 +63,32 @@ def test_values_by_choice_come_back_from_padded_rows() -> None:
 
 def _holds(run: Run, expert: int) -> bool:
     return run.first <= expert < run.first + run.num_experts
+
+
+def test_rows_by_owner_pay_where_they_are_even_and_not_where_most_would_be_padding() -> None:
+    costs: dict[str, Any] = {"base_cost": 100.0, "factor_cost": 50.0}
+    even = torch.arange(4).repeat(16, 1)  # each token goes to all experts: every owner has as many rows
+    owners = Owners(torch.arange(16) % 4, 4)
+    assert owners.pay(even, 4, **costs, pads=True)
+    skewed = (torch.arange(16) % 4)[:, None]  # each owner has an expert of its own
+    assert not owners.pay(skewed, 4, **costs, pads=True) and owners.pay(skewed, 4, **costs, pads=False)
+
+
+@given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_rows_by_owner_hold_every_choice_with_its_pair(num_tokens: int, num_owners: int, num_experts: int, draw: Any) -> None:
+    top_k = draw.randint(1, num_experts)
+    experts_TK = torch.tensor([draw.sample(range(num_experts), top_k) for _ in range(num_tokens)])
+    owners = Owners(torch.tensor([draw.randrange(num_owners) for _ in range(num_tokens)]), num_owners)
+    rows = SortedRows.sort(experts_TK, num_experts, grouped=False, max_rows=8, owners=owners)
+    seen = []
+    for block in rows.blocks():
+        order = rows.order_S[block.rows]
+        each = block.owned.per_row(torch.arange(num_experts * num_owners)[:, None])[:, 0]
+        expert = block.per_row(torch.arange(num_experts)[:, None])[:, 0]
+        assert torch.equal(each // num_owners, expert)
+        for place, pair in zip(order.tolist(), each.tolist(), strict=True):
+            if place < num_tokens * top_k:
+                seen.append(place)
+                token = place // top_k
+                assert pair == int(experts_TK.flatten()[place]) * num_owners + int(owners.owners_T[token])
+    assert sorted(seen) == list(range(num_tokens * top_k))
