@@ -7,7 +7,7 @@ Shape suffixes: ``B`` rows of a batch, ``L`` positions of a row, ``N`` trained p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -70,11 +70,51 @@ class EncodedTextChunk:
         return len(self.tokens)
 
 
+class ImageChunk:
+    """An encoded image, PNG or JPEG say, among the text.
+
+    Args:
+        data: its bytes, or what reads them when they are wanted.
+        format: ``png``, ``jpeg``, …; the bytes themselves decide.
+        expected_tokens: positions that it takes. Another number than the model's processor makes of it is an error.
+        name: what errors call it.
+    """
+
+    __slots__ = ("_data", "expected_tokens", "format", "name")
+
+    def __init__(
+        self, data: bytes | Callable[[], bytes], format: str = "png", expected_tokens: int | None = None, *, name: str = ""
+    ) -> None:
+        self._data, self.format, self.expected_tokens, self.name = data, format, expected_tokens, name
+
+    @property
+    def data(self) -> bytes:
+        return self._data if isinstance(self._data, bytes) else self._data()
+
+    @property
+    def length(self) -> int:
+        if self.expected_tokens is None:
+            raise DataError("an image without expected_tokens: how many positions it takes is not known here")
+        return self.expected_tokens
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ImageChunk) and (self.data, self.expected_tokens) == (other.data, other.expected_tokens)
+
+    def __hash__(self) -> int:
+        return hash((self.data, self.expected_tokens))
+
+    def __repr__(self) -> str:
+        return f"ImageChunk({self.format}, {self.expected_tokens} tokens)"
+
+
+Chunk = EncodedTextChunk | ImageChunk
+
+
 @dataclass(frozen=True)
 class ModelInput:
-    """What the model reads, as chunks. Text is the only kind of chunk so far."""
+    """What the model reads, as chunks of tokens and images."""
 
-    chunks: tuple[EncodedTextChunk, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "chunks", tuple(self.chunks))
@@ -84,7 +124,7 @@ class ModelInput:
         """Return an input without positions."""
         return cls()
 
-    def append(self, chunk: EncodedTextChunk) -> ModelInput:
+    def append(self, chunk: Chunk) -> ModelInput:
         """Return this input with ``chunk`` behind it."""
         return ModelInput((*self.chunks, chunk))
 
@@ -98,8 +138,34 @@ class ModelInput:
         return cls((EncodedTextChunk(tuple(tokens)),))
 
     def to_ints(self) -> list[int]:
-        """Return the token ids of all chunks in order."""
-        return [token for chunk in self.chunks for token in chunk.tokens]
+        """Return the token ids of all chunks in order. Raises DataError where one is an image, which has none."""
+        if self.images:
+            raise DataError("this model_input has images: it is no list of tokens")
+        return self.text_tokens()
+
+    def text_tokens(self) -> list[int]:
+        """Return the token ids of the chunks of text, in order."""
+        return [token for chunk in self.chunks if isinstance(chunk, EncodedTextChunk) for token in chunk.tokens]
+
+    def first(self, num_positions: int) -> ModelInput:
+        """Return the first so many positions. Raises ValueError where they end within an image."""
+        chunks: list[Chunk] = []
+        for chunk in self.chunks:
+            if num_positions <= 0:
+                break
+            if isinstance(chunk, EncodedTextChunk):
+                chunks.append(EncodedTextChunk(chunk.tokens[:num_positions]))
+            elif chunk.length > num_positions:
+                raise ValueError(f"{num_positions} positions end within an image")
+            else:
+                chunks.append(chunk)
+            num_positions -= chunk.length
+        return ModelInput(tuple(chunks))
+
+    @property
+    def images(self) -> list[ImageChunk]:
+        """The images, in order."""
+        return [chunk for chunk in self.chunks if isinstance(chunk, ImageChunk)]
 
     @property
     def length(self) -> int:
@@ -178,11 +244,23 @@ class Cursor:
 
 
 @dataclass(frozen=True)
+class Images:
+    """The images of a batch, one after the other in the order of their rows, as the model's vision tower takes them."""
+
+    patches_PD: torch.Tensor  # all patches of all images, float32
+    grids_N3: torch.Tensor  # of each image: frames, and patches down and across, int64
+
+    def to(self, device: torch.device | str) -> Images:
+        return Images(self.patches_PD.to(device), self.grids_N3.to(device))
+
+
+@dataclass(frozen=True)
 class Batch:
     """Datums as tensors. Padding is on the right, with weight 0; a row may hold several documents.
 
     ``position_ids`` is None for rows of one document, else it restarts at 0 with each document (and with the padding),
-    which is how transformers isolates packed documents from one another (attention mask and cache must be absent).
+    which is how transformers isolates packed documents from one another (attention mask and cache must be absent). With images it
+    is (4, B, L): the place in the document, then time, height and width (M-RoPE).
 
     Where several processes share each row, L is the length of this one's ``part``, and ``position_ids`` are given.
     """
@@ -190,12 +268,13 @@ class Batch:
     input_ids: torch.Tensor  # (B, L) int64
     targets: torch.Tensor  # (B, L) int64, or (B, L, K) with several targets per position
     weights: torch.Tensor  # as targets, float32
-    position_ids: torch.Tensor | None  # (B, L) int64
+    position_ids: torch.Tensor | None  # (B, L) or (4, B, L) int64
     spans: tuple[tuple[int, int, int], ...]  # per Datum: row, first position, one past the last, in whole rows
     window_weight: float = 0.0  # sum of |weights| over the whole accumulation window: the loss's denominator
     cursor: Cursor | None = None  # the stream's state after this batch
     part: tuple[int, int] | None = None  # first position of each row that is here, and one past the last; None: all are
     extras: dict[str, torch.Tensor] = field(default_factory=dict)  # further loss inputs, (B, L)
+    images: Images | None = None
 
     @cached_property
     def weight(self) -> float:
@@ -235,6 +314,8 @@ class Batch:
         named = {"input_ids": self.input_ids, "targets": self.targets, "weights": self.weights, **self.extras}
         if self.position_ids is not None:
             named["position_ids"] = self.position_ids
+        if self.images is not None:
+            named |= {"patches": self.images.patches_PD, "grids": self.images.grids_N3}
         return {name: tensor.detach().cpu() for name, tensor in named.items()}
 
     def to(self, device: torch.device | str) -> Batch:
@@ -247,6 +328,7 @@ class Batch:
             weights=self.weights.to(device),
             position_ids=position_ids,
             extras={name: tensor.to(device) for name, tensor in self.extras.items()},
+            images=None if self.images is None else self.images.to(device),
         )
         moved.__dict__.update(weight=self.weight, trained_positions=self.trained_positions.to(device))
         return moved

@@ -11,7 +11,7 @@ import lightning as L
 from lorakit.data.encode import Encoder
 from lorakit.data.rows import are_chats
 from lorakit.sampling.generate import generate
-from lorakit.types import SamplingParams
+from lorakit.types import ModelInput, SamplingParams
 from lorakit.weights.run import History
 
 
@@ -50,13 +50,14 @@ class Samples(L.Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         tokenizer = pl_module.tokenizer
-        prompts = self._prompt_tokens(trainer, tokenizer)
+        prompts = self._prompts(trainer, tokenizer)
         if not prompts:
             return
-        samples = generate(pl_module.model, tokenizer, prompts, self.params)  # by all processes: ZeRO-3 needs them
+        images = getattr(getattr(trainer, "datamodule", None), "images", None)
+        samples = generate(pl_module.model, tokenizer, prompts, self.params, images)  # by all processes: ZeRO-3 needs them
         if not trainer.is_global_zero:
             return
-        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        texts = [tokenizer.decode(prompt.to_ints() if images is None else images.tokens(prompt)) for prompt in prompts]
         rows = [[trainer.global_step, text, sample.text] for text, sample in zip(texts, samples, strict=True)]
         for step, prompt, text in rows:
             self.history.append({"step": step, "prompt": prompt, "sample": text})
@@ -65,12 +66,14 @@ class Samples(L.Callback):
             if hasattr(logger, "log_table"):
                 logger.log_table("samples", columns=["step", "prompt", "sample"], data=self._rows, step=trainer.global_step)
 
-    def _prompt_tokens(self, trainer: L.Trainer, tokenizer: Any) -> list[list[int]]:
+    def _prompts(self, trainer: L.Trainer, tokenizer: Any) -> list[ModelInput]:
         datamodule: Any = getattr(trainer, "datamodule", None)
         if self.prompts is not None:
             encoder = Encoder(tokenizer)
             is_chat = are_chats(datamodule.source.formats) if hasattr(datamodule, "source") else False
             if is_chat and tokenizer.chat_template:
-                return [encoder.encode_chat([{"role": "user", "content": text}]) for text in self.prompts]
-            return [encoder.encode_prompt(text) for text in self.prompts]
+                said = [encoder.encode_chat([{"role": "user", "content": text}]) for text in self.prompts]
+            else:
+                said = [encoder.encode_prompt(text) for text in self.prompts]
+            return [ModelInput.from_ints(tokens) for tokens in said]
         return datamodule.val_prompts(self.num_prompts) if hasattr(datamodule, "val_prompts") else []

@@ -24,12 +24,13 @@ from lorakit.cli.preflight import agree, fingerprint
 from lorakit.cli.processes import build_strategy, num_streams
 from lorakit.cli.schema import find_argument_problems, import_target
 from lorakit.data.datamodule import LoRADataModule
+from lorakit.data.images import ImageEncoder
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import LoRAPlan, inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.lora.state import adapter_state
 from lorakit.model.layers import compile_layers, enable_checkpointing
-from lorakit.model.load import base_name, load_model, load_tokenizer
+from lorakit.model.load import base_name, load_config, load_image_processor, load_model, load_tokenizer
 from lorakit.strategy.watch import PhaseCallback
 from lorakit.strategy.world import World
 from lorakit.training.module import LoRAModule
@@ -72,9 +73,17 @@ def load_data(config: Config) -> tuple[LoRADataModule, Any]:
     datamodule, settings = build_datamodule(config), config["model"]
     datamodule.check_rows()
     tokenizer = load_tokenizer(settings["path"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"])
-    datamodule.set_tokenizer(tokenizer)
+    datamodule.set_tokenizer(tokenizer, load_images(settings) if datamodule.has_images else None)
     datamodule.check_tokens()
     return datamodule, tokenizer
+
+
+def load_images(settings: Config) -> ImageEncoder:
+    """What encodes images for the model that ``settings`` name. Raises ConfigError where it takes none."""
+    options = {name: settings[name] for name in ("revision", "trust_remote_code")}
+    if (processor := load_image_processor(settings["path"], **options)) is None:
+        raise ConfigError(f"model.path={settings['path']} is a model of text, but rows have images")
+    return ImageEncoder(processor, load_config(settings["path"], **options))
 
 
 def build_spec(config: Config) -> LoRASpec:

@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> None:
 
 def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of ``trained`` on the rows that ``options`` name."""
+    from lorakit.cli.assemble import load_images
     from lorakit.data.datamodule import LoRADataModule
     from lorakit.sampling.score import answer_all, perplexity, score_loss
     from lorakit.types import SamplingParams
@@ -49,11 +50,12 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
         settings["val_rows"] = options.limit
     datamodule = LoRADataModule(**settings)
     model, tokenizer = trained.load(with_adapter=not options.base)
-    datamodule.set_tokenizer(tokenizer)
+    images = load_images(trained.config["model"]) if datamodule.has_images else None
+    datamodule.set_tokenizer(tokenizer, images)
     datums = [datum for index in datamodule.val_indices for datum in datamodule.val_examples.datums(int(index))]
     if not datums:
         raise ConfigError("no row to evaluate on is left; see data.on_long and data.on_error")
-    loss_sum, weight = score_loss(model, datums, pad_token_id=datamodule.pad_token_id)
+    loss_sum, weight = score_loss(model, datums, pad_token_id=datamodule.pad_token_id, images=datamodule.images)
     loss = loss_sum / weight
     figures: dict[str, Any] = {
         "run": trained.run.name,
@@ -65,7 +67,7 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
     }
     if not options.no_samples:
         params = SamplingParams(max_tokens=options.max_tokens, temperature=0.0, stop=settings["stop"])
-        answers = answer_all(model, tokenizer, datums, params)
+        answers = answer_all(model, tokenizer, datums, params, images=datamodule.images)
         figures["exact_match"] = sum(answer.is_exact for answer in answers) / len(answers)
     return figures
 

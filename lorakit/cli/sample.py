@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.guard import run_command
 from lorakit.cli.trained import add_run_arguments, open_trained
+from lorakit.data.images import StoredImage
 from lorakit.data.rows import are_chats
 from lorakit.errors import CheckpointError, ConfigError
+from lorakit.types import ImageChunk
+
+if TYPE_CHECKING:
+    from lorakit.data.images import ImageEncoder
 
 
 def main(arguments: list[str]) -> None:
@@ -32,7 +37,14 @@ def main(arguments: list[str]) -> None:
     if is_chat and not tokenizer.chat_template:
         raise ConfigError("the tokenizer has no chat template; use --raw")
     stop = options.stop if options.stop is not None else trained.config["data"].get("stop")
-    speaker = Speaker(model, tokenizer, options, stop=stop, is_chat=is_chat)
+    images = None
+    if options.image:
+        from lorakit.cli.assemble import load_images
+
+        images = load_images(trained.config["model"])
+    if images is not None and not is_chat:
+        raise ConfigError("--image is shown in a message; use --chat")
+    speaker = Speaker(model, tokenizer, options, stop=stop, is_chat=is_chat, images=images)
     if prompts is None:
         converse(speaker, trained.run.name)
         return
@@ -53,6 +65,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, str | None]:
     )
     add_run_arguments(parser)
     parser.add_argument("--prompt-file", type=Path, help="the prompt is this file's text")
+    parser.add_argument("--image", type=Path, action="append", default=[], help="shown before the text; may be repeated")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -96,13 +109,18 @@ def _checked(text: str, source: str) -> str:
 class Speaker:
     """A model with its sampling settings; remembers the conversation where it is one."""
 
-    def __init__(self, model: Any, tokenizer: Any, options: argparse.Namespace, *, stop: Any, is_chat: bool) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, options: argparse.Namespace, *, stop: Any, is_chat: bool,
+        images: ImageEncoder | None = None,
+    ) -> None:  # fmt: skip
         from lorakit.data.encode import Encoder
         from lorakit.types import SamplingParams
 
         self.model, self.tokenizer, self.is_chat = model, tokenizer, is_chat
-        self.encoder, self.num_samples = Encoder(tokenizer), options.num_samples
-        self.messages: list[dict[str, str]] = []
+        self.encoder, self.num_samples, self.images = Encoder(tokenizer), options.num_samples, images
+        self.messages: list[dict[str, Any]] = []
+        self.paths: list[Path] = options.image  # of the next message
+        self.shown: list[ImageChunk] = []  # of all messages
         self.params = SamplingParams(
             max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
             seed=options.seed, stop=stop,
@@ -111,18 +129,32 @@ class Speaker:
     def answer(self, text: str) -> str:
         """Return what the model writes behind ``text`` (all samples, each on lines of its own)."""
         from lorakit.sampling.generate import generate
+        from lorakit.types import ModelInput
 
         if self.is_chat:
-            self.messages.append({"role": "user", "content": text})
-            prompt = self.encoder.encode_chat(self.messages)
+            self.messages.append({"role": "user", "content": self._content(text)})
+            tokens = self.encoder.encode_chat(self.messages)
         else:
-            prompt = self.encoder.encode_prompt(text)
-        if not prompt:
+            tokens = self.encoder.encode_prompt(text)
+        if not tokens:
             raise ConfigError("the prompt is empty, and this tokenizer has no token that begins a text")
-        samples = generate(self.model, self.tokenizer, [prompt] * self.num_samples, self.params)
+        prompt = self.images.place(tokens, self.shown) if self.images else ModelInput.from_ints(tokens)
+        samples = generate(self.model, self.tokenizer, [prompt] * self.num_samples, self.params, self.images)
         if self.is_chat:
             self.messages.append({"role": "assistant", "content": samples[0].text})
         return "\n".join(sample.text for sample in samples)
+
+    def _content(self, text: str) -> str | list[dict[str, str]]:
+        """A message: the images that the command line named, which are shown once, and the text."""
+        if self.images is None or not self.paths:
+            return text
+        stored = [StoredImage(path=path) for path in self.paths]
+        self.shown += [
+            ImageChunk(image.read(), expected_tokens=self.images.num_tokens(*image.read_size()), name=image.name)
+            for image in stored
+        ]
+        self.paths = []
+        return [*({"type": "image"} for _ in stored), {"type": "text", "text": text}]
 
 
 def converse(speaker: Speaker, name: str) -> None:

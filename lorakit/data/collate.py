@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorakit.types import Batch, Datum, ModelInput
+from lorakit.data.images import EncodedImage, ImageEncoder
+from lorakit.errors import ConfigError
+from lorakit.types import Batch, Datum, Images, ModelInput
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import DTypeLike
 
 
-def collate(rows: Sequence[Sequence[Datum]], pad_token_id: int) -> Batch:
+def collate(rows: Sequence[Sequence[Datum]], pad_token_id: int, images: ImageEncoder | None = None) -> Batch:
     """Return the Batch of ``rows``, each a list of Datums laid end to end and padded on the right.
+
+    Raises:
+        DataError: an image cannot be decoded, or takes another number of positions than its chunk says.
 
     Padding has weight 0 and can change nothing: attention is causal, so no token sees what stands to its right. Rows with
     several Datums get ``position_ids`` that restart with each; the padding counts as a document of its own.
@@ -39,7 +45,7 @@ def collate(rows: Sequence[Sequence[Datum]], pad_token_id: int) -> Batch:
         start = 0
         for datum in row:
             end = start + len(datum)
-            inputs[number, start:end] = datum.model_input.to_ints()
+            inputs[number, start:end] = images.tokens(datum.model_input) if images else datum.model_input.to_ints()
             choices = _choices(datum, len(target_shape) > 2)
             targets[number, start:end][choices], weights[number, start:end][choices] = _columns(datum, len(target_shape) > 2)
             positions[number, start:end] = _count_up(len(datum), np.int64)
@@ -49,14 +55,41 @@ def collate(rows: Sequence[Sequence[Datum]], pad_token_id: int) -> Batch:
             start = end
         positions[number, start:] = _count_up(length - start, np.int64)
     is_packed = len(spans) > len(rows)
+    encoded = images.encode([image for row in rows for datum in row for image in datum.model_input.images]) if images else []
+    if images and encoded:
+        places = positions if is_packed else np.broadcast_to(_count_up(length, np.int64), shape)
+        positions = np.stack([places, *_grid_positions(rows, positions, images, encoded)])
     return Batch(
         input_ids=torch.from_numpy(inputs),
         targets=torch.from_numpy(targets),
         weights=torch.from_numpy(weights),
-        position_ids=torch.from_numpy(positions) if is_packed else None,
+        position_ids=torch.from_numpy(positions) if is_packed or encoded else None,
         spans=tuple(spans),
         extras={name: torch.from_numpy(array) for name, array in extras.items()},
+        images=stack_images(encoded) if encoded else None,
     )
+
+
+def _grid_positions(
+    rows: Sequence[Sequence[Datum]], positions_BL: np.ndarray, images: ImageEncoder, encoded: Sequence[EncodedImage]
+) -> np.ndarray:
+    """Time, height and width of each position, (3, B, L), from 0 in each Datum as ``positions_BL``, which padding keeps."""
+    found, rest = np.stack([positions_BL] * 3), iter(encoded)
+    for number, row in enumerate(rows):
+        start = 0
+        for datum in row:
+            own = [next(rest) for _ in datum.model_input.images]
+            found[:, number, start : start + len(datum)] = images.positions(datum.model_input, own)
+            start += len(datum)
+    return found
+
+
+def stack_images(encoded: Sequence[EncodedImage]) -> Images:
+    """Return images one after the other."""
+    import torch
+
+    patches_PD = np.concatenate([image.patches_PD for image in encoded])
+    return Images(torch.from_numpy(patches_PD), torch.tensor([image.grid for image in encoded]))
 
 
 def _choices(datum: Datum, several: bool) -> tuple[slice, ...]:
@@ -80,7 +113,7 @@ def join(batches: Sequence[Batch], pad_token_id: int) -> Batch:
 
     if len(batches) == 1:
         return batches[0]
-    assert all(batch.position_ids is None for batch in batches)
+    assert all(batch.position_ids is None or batch.position_ids.ndim == 3 for batch in batches)
     length = max(batch.input_ids.shape[1] for batch in batches)
     width = max((batch.targets.shape[2] if batch.targets.ndim > 2 else 0) for batch in batches)
 
@@ -95,13 +128,27 @@ def join(batches: Sequence[Batch], pad_token_id: int) -> Batch:
     for batch in batches:
         spans += [(rows + row, start, end) for row, start, end in batch.spans]
         rows += len(batch.input_ids)
+    shown = [batch.images for batch in batches if batch.images is not None]
     return Batch(
         input_ids=torch.cat([pad(batch.input_ids, pad_token_id, False) for batch in batches]),
         targets=torch.cat([pad(batch.targets, pad_token_id, width > 0) for batch in batches]),
         weights=torch.cat([pad(batch.weights, 0.0, width > 0) for batch in batches]),
-        position_ids=None,
+        position_ids=torch.cat([_positions_of(batch, length) for batch in batches], dim=1) if shown else None,
         spans=tuple(spans),
+        images=Images(*(torch.cat(parts) for parts in zip(*((i.patches_PD, i.grids_N3) for i in shown), strict=True)))
+        if shown
+        else None,
     )
+
+
+def _positions_of(batch: Batch, length: int) -> torch.Tensor:
+    """The positions of a batch of single Datums, (4, B, L), for rows of ``length``."""
+    import torch
+
+    counted = torch.arange(length).expand(4, len(batch.input_ids), length)
+    if batch.position_ids is None:
+        return counted
+    return torch.cat([batch.position_ids, counted[:, :, batch.input_ids.shape[1] :]], dim=2)
 
 
 def idle_batch(pad_token_id: int) -> Batch:
@@ -111,8 +158,15 @@ def idle_batch(pad_token_id: int) -> Batch:
 
 
 def take_part(batch: Batch, part: int, parts: int, pad_token_id: int) -> Batch:
-    """Return the part of every row that process ``part`` of ``parts`` holds; rows are padded so that parts are equally long."""
+    """Return the part of every row that process ``part`` of ``parts`` holds; rows are padded so that parts are equally long.
+
+    Raises:
+        ConfigError: the batch has images, which go to whole rows.
+    """
     import torch
+
+    if batch.images is not None:
+        raise ConfigError("rows with images cannot be shared by several processes; set strategy.sequence_parallel=1")
 
     length = -(-batch.input_ids.shape[1] // parts)
     missing, here = length * parts - batch.input_ids.shape[1], slice(part * length, (part + 1) * length)

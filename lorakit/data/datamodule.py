@@ -16,12 +16,13 @@ import torch
 
 from lorakit.data.datum import OnLong
 from lorakit.data.examples import DataReport, Examples, survey
+from lorakit.data.images import ImageEncoder
 from lorakit.data.packing import assign_batches
 from lorakit.data.render import Renderer, TrainOnWhat
 from lorakit.data.sources import Source, open_source
 from lorakit.data.stream import BatchStream
 from lorakit.errors import ConfigError
-from lorakit.types import Batch, Cursor
+from lorakit.types import Batch, Cursor, ModelInput
 
 DEFAULT_BATCH_SIZE = 8
 
@@ -43,6 +44,7 @@ class LoRADataModule(L.LightningDataModule):
         tokens_per_batch: in place of ``batch_size``, positions per micro-batch: as many rows as fit.
         epochs: passes over the rows; None goes on until the trainer's ``max_steps``.
         check_token_rows: rows whose tokens are checked before training; the others are checked as they stream.
+        min_pixels, max_pixels: images are scaled to lie between, at the same ratio; None: as the model's processor has it.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class LoRADataModule(L.LightningDataModule):
         seed: int = 0,
         window_rows: int = 1024,
         check_token_rows: int = 20_000,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         super().__init__()
         _check_settings(on_error=on_error, val_path=val_path, val_fraction=val_fraction)
@@ -77,6 +81,7 @@ class LoRADataModule(L.LightningDataModule):
             batch_size=batch_size, val_batch_size=val_batch_size, tokens_per_batch=tokens_per_batch,
             epochs=epochs, val_rows=val_rows, window_rows=window_rows,
             check_token_rows=check_token_rows, max_tokens=max_tokens, pack_tokens=pack_tokens,
+            min_pixels=min_pixels, max_pixels=max_pixels,
         )  # fmt: skip
         self.path, self.val_path, self.val_fraction, self.val_rows = path, val_path, val_fraction, val_rows
         self.format, self.split, self.on_error = format, split, on_error
@@ -100,7 +105,9 @@ class LoRADataModule(L.LightningDataModule):
         self.val_batch_size = val_batch_size or self.batch_size
         self.epochs, self.shuffle, self.seed, self.window_rows = epochs, shuffle, seed, window_rows
         self.check_token_rows = check_token_rows
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.tokenizer: Any = None
+        self.images: ImageEncoder | None = None
         self.report: DataReport | None = None
         self.val_report: DataReport | None = None
         self._cursor: Cursor | None = None
@@ -112,9 +119,17 @@ class LoRADataModule(L.LightningDataModule):
         for source in (self.source, self.val_source):  # asking for them reads them
             assert len(source)
 
-    def set_tokenizer(self, tokenizer: Any) -> None:
-        """Use ``tokenizer`` for everything that follows."""
+    def set_tokenizer(self, tokenizer: Any, images: ImageEncoder | None = None) -> None:
+        """Use ``tokenizer``, and ``images`` where the model takes some, for everything that follows."""
         self.tokenizer = tokenizer
+        if images is None and (self.min_pixels or self.max_pixels):
+            raise ConfigError("data.min_pixels and data.max_pixels have no effect: no row has an image")
+        self.images = images.within(self.min_pixels, self.max_pixels) if images else None
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any row has an image, so that ``set_tokenizer`` must be given what encodes it."""
+        return self.source.has_images or self.val_source.has_images
 
     def check_tokens(self) -> DataReport:
         """Render the rows and return their figures. Raises DataError with all problems."""
@@ -126,10 +141,10 @@ class LoRADataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Lightning's hook: do what was not done yet."""
         if self.tokenizer is None:
-            tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
-            if tokenizer is None:
+            module = getattr(self.trainer, "lightning_module", None)
+            if (tokenizer := getattr(module, "tokenizer", None)) is None:
                 raise ConfigError("LoRADataModule has no tokenizer; call set_tokenizer(tokenizer) first")
-            self.set_tokenizer(tokenizer)
+            self.set_tokenizer(tokenizer, getattr(module, "images", None))
         if self.report is None:
             self.check_tokens()
 
@@ -149,6 +164,7 @@ class LoRADataModule(L.LightningDataModule):
             seed=self.seed,
             window_rows=self.window_rows,
             cursor=self._cursor,
+            images=self.images,
         )
 
     def val_dataloader(self) -> BatchStream | list[Any]:
@@ -165,15 +181,16 @@ class LoRADataModule(L.LightningDataModule):
             **self._share,
             shuffle=False,
             window_rows=self.window_rows,
+            images=self.images,
         )
 
-    def val_prompts(self, count: int) -> list[list[int]]:
-        """Tokens of the first ``count`` evaluation examples, up to where their training begins."""
+    def val_prompts(self, count: int) -> list[ModelInput]:
+        """The first ``count`` evaluation examples, up to where their training begins."""
         prompts = []
         for index in self.val_indices[:count]:
             for datum in self.val_examples.datums(int(index))[:1]:
                 first = int(np.flatnonzero(datum.weights)[0])
-                prompts.append(datum.model_input.to_ints()[: first + 1])
+                prompts.append(datum.model_input.first(first + 1))
         return prompts
 
     # ---- state
@@ -232,6 +249,7 @@ class LoRADataModule(L.LightningDataModule):
             self.source.fingerprint, self.val_source.fingerprint, self.format, self.train_on, self.append_eos, self.stop,
             self.max_tokens, self.on_long, self.on_error, self.packing, self.pack_tokens, self.batch_size,
             self.tokens_per_batch, self.shuffle, self.seed, self.window_rows, self.val_fraction,
+            *(bound for bound in (self.min_pixels, self.max_pixels) if bound),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(settings, default=list).encode()).hexdigest()[:16]
 
@@ -257,8 +275,11 @@ class LoRADataModule(L.LightningDataModule):
         return round(windows * per_window + math.ceil(round(rest, 6) / self.batch_size)) * self.epochs
 
     def _make_examples(self, source: Source) -> Examples:
-        renderer = Renderer(self.tokenizer, train_on=self.train_on, append_eos=self.append_eos, stop=self.stop)
-        return Examples(source, renderer, self.max_tokens, self.on_long, self.on_error)
+        renderer = Renderer(
+            self.tokenizer, train_on=self.train_on, append_eos=self.append_eos, stop=self.stop,
+            image_token_id=self.images.token_id if self.images else None,
+        )  # fmt: skip
+        return Examples(source, renderer, self.max_tokens, self.on_long, self.on_error, self.images)
 
     def _split(self) -> np.ndarray:
         num_rows = len(self.source)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from lorakit.data.render import Rendered
+from lorakit.data.render import PlacedImage, Rendered
 from lorakit.errors import DataError
-from lorakit.types import Datum, ModelInput
+from lorakit.types import Chunk, Datum, EncodedTextChunk, ModelInput
 
 
 class OnLong(StrEnum):
@@ -35,17 +35,28 @@ class Cuts:
         self.num_tokens_cut += other.num_tokens_cut
 
 
-def make_datum(tokens: Sequence[int], weights: Sequence[float]) -> Datum:
+def make_datum(tokens: Sequence[int], weights: Sequence[float], images: Sequence[PlacedImage] = ()) -> Datum:
     """Shift once: position i reads token i and is to predict token i+1 with that token's weight.
+
+    Each of ``images`` becomes a chunk in the place of its placeholders.
 
     >>> datum = make_datum([5, 6, 7], [0, 0, 1])
     >>> datum.model_input.to_ints(), datum.targets.tolist(), datum.weights.tolist()
     ([5, 6], [6, 7], [0.0, 1.0])
     """
-    return Datum(
-        ModelInput.from_ints(tokens[:-1]),
-        {"target_tokens": list(tokens[1:]), "weights": list(weights[1:])},
-    )
+    if images and images[-1].start + images[-1].chunk.length == len(tokens):  # the shift would take its last token away
+        tokens, weights, images = tokens[: images[-1].first], weights[: images[-1].first], images[:-1]
+    chunks: list[Chunk] = []
+    end = 0
+    for image in images:
+        chunks += [*_text(tokens[end : image.start]), image.chunk]
+        end = image.start + image.chunk.length
+    model_input = ModelInput((*chunks, *_text(tokens[end:-1])))
+    return Datum(model_input, {"target_tokens": list(tokens[1:]), "weights": list(weights[1:])})
+
+
+def _text(tokens: Sequence[int]) -> list[EncodedTextChunk]:
+    return [EncodedTextChunk(tuple(tokens))] if len(tokens) else []
 
 
 def fit(example: Rendered, max_tokens: int, policy: OnLong, cuts: Cuts) -> Rendered | None:
@@ -65,29 +76,35 @@ def fit(example: Rendered, max_tokens: int, policy: OnLong, cuts: Cuts) -> Rende
     if policy is OnLong.DROP:
         cuts.num_dropped += 1
         return None
-    if policy is OnLong.TRUNCATE_RIGHT:
-        kept = Rendered(example.tokens[:max_tokens], example.weights[:max_tokens], example.num_prefix)
-    else:
-        kept = _cut_prompt(example, excess)
+    kept = _cut_right(example, max_tokens) if policy is OnLong.TRUNCATE_RIGHT else _cut_prompt(example, excess)
     if not any(kept.weights[1:]):
         raise DataError(f"no trained token is left of {len(example.tokens):,} within data.max_tokens={max_tokens:,}")
     cuts.num_truncated += 1
-    cuts.num_tokens_cut += excess
+    cuts.num_tokens_cut += len(example.tokens) - len(kept.tokens)
     return kept
+
+
+def _cut_right(example: Rendered, end: int) -> Rendered:
+    """Keep what stands before ``end``, and no part of an image."""
+    end = next((image.first for image in example.images if image.first < end < image.end), end)
+    images = tuple(image for image in example.images if image.end <= end)
+    return Rendered(example.tokens[:end], example.weights[:end], example.num_prefix, images)
 
 
 def _cut_prompt(example: Rendered, excess: int) -> Rendered:
     start = example.num_prefix
     prompt_end = next(i for i, weight in enumerate(example.weights) if weight)
     to_cut = prompt_end - max(start, 1)  # something must stay for the first trained token to be predicted from
-    if to_cut < excess:
+    keep_from = start + excess
+    keep_from = next((image.end for image in example.images if image.first < keep_from < image.end), keep_from)  # all of it
+    if to_cut < keep_from - start:
         raise DataError(
             f"{excess:,} tokens too long, but the prompt has only {max(to_cut, 0):,} to cut "
             "(raise data.max_tokens, or choose data.on_long=truncate_right or drop)"
         )
-    keep_from = start + excess
     return Rendered(
         example.tokens[:start] + example.tokens[keep_from:],
         example.weights[:start] + example.weights[keep_from:],
         start,
+        tuple(image.moved(start - keep_from) for image in example.images if image.first >= keep_from),
     )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from lorakit.data.datum import Cuts, OnLong, fit, make_datum
+from lorakit.data.images import ImageEncoder, images_of
 from lorakit.data.render import Rendered, Renderer
+from lorakit.data.rows import Chat, Row
 from lorakit.data.sources import Source
 from lorakit.errors import DataError, report
-from lorakit.types import Datum
+from lorakit.types import Datum, ImageChunk
 
 
 @dataclass
@@ -23,30 +26,51 @@ class Examples:
     max_tokens: int
     on_long: OnLong = OnLong.ERROR
     on_error: str = "raise"
+    images: ImageEncoder | None = None
     cuts: Cuts = field(default_factory=Cuts)
     num_skipped: int = 0
 
     def rendered(self, index: int) -> list[Rendered]:
         """Return the examples of row ``index`` before the shift. Raises DataError that names file and line."""
         try:
-            examples = self.renderer.render(self.source.row(index))
-            cuts = Cuts()
+            row, cuts = self.source.row(index), Cuts()
+            examples = self.renderer.render(row, self._images(index, row))
             fitted = [fit(example, self.max_tokens, self.on_long, cuts) for example in examples]
         except DataError as error:
             raise DataError(f"{self.source.where(index)}: {error}") from error
         self.cuts.add(cuts)
         return [example for example in fitted if example]
 
+    def _images(self, index: int, row: Row) -> list[ImageChunk]:
+        """The images of a row, of which only sizes are read: their bytes stay where they are until a batch is made of them."""
+        if not isinstance(row, Chat) or not (stored := images_of(row.messages, row.images, self.source.folder(index))):
+            return []
+        if self.images is None:
+            raise DataError("the row has an image, and set_tokenizer was given nothing that encodes it")
+        chunks = []
+        for number, image in enumerate(stored):
+            name = f"{image.name} ({self.source.where(index)})"
+            count = self.images.num_tokens(*image.read_size())
+            chunks.append(ImageChunk(functools.partial(self._read_image, index, number), expected_tokens=count, name=name))
+        return chunks
+
+    def _read_image(self, index: int, number: int) -> bytes:
+        row = self.source.row(index)
+        assert isinstance(row, Chat)
+        return images_of(row.messages, row.images, self.source.folder(index))[number].read()
+
     def datums(self, index: int) -> list[Datum]:
         """Return the Datums of row ``index``; none where it is dropped or, under ``on_error=skip``, cannot be used."""
         try:
             examples = self.rendered(index)
+            if self.on_error == "skip" and self.images is not None:  # else what is broken behind its header would come too late
+                self.images.encode([image.chunk for example in examples for image in example.images])
         except DataError:
             if self.on_error == "raise":
                 raise
             self.num_skipped += 1
             return []
-        return [make_datum(example.tokens, example.weights) for example in examples]
+        return [make_datum(example.tokens, example.weights, example.images) for example in examples]
 
 
 @dataclass(frozen=True)
@@ -61,6 +85,8 @@ class DataReport:
     lengths: np.ndarray  # tokens per example
     num_trained_tokens: int
     num_without_stop: int  # examples whose last trained token ends nothing
+    num_images: int
+    num_image_tokens: int
     cuts: Cuts
     formats: list[str]
     unused_columns: dict[str, str]  # with the format of their rows
@@ -99,10 +125,10 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
         DataError: under ``on_error=raise``, one report of all rows that give no usable example.
     """
     chosen = indices[:max_rows]
-    counted = Examples(examples.source, examples.renderer, examples.max_tokens, examples.on_long)
+    counted = Examples(examples.source, examples.renderer, examples.max_tokens, examples.on_long, images=examples.images)
     lengths: list[int] = []
     problems: list[str] = []
-    num_trained = num_without_stop = 0
+    num_trained = num_without_stop = num_images = num_image_tokens = 0
     for index in chosen:
         try:
             rendered = counted.rendered(int(index))
@@ -112,6 +138,8 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
         for example in rendered:
             lengths.append(len(example.tokens))
             num_trained += sum(1 for weight in example.weights[1:] if weight)  # nothing predicts the first
+            num_images += len(example.images)
+            num_image_tokens += sum(image.chunk.length for image in example.images)
             num_without_stop += not _ends_with_stop(example, examples.renderer)
     if problems and examples.on_error == "raise":
         remedy = "Mend these rows, or set data.on_error=skip to leave them out (they are counted)."
@@ -127,6 +155,8 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
         lengths=np.array(lengths),
         num_trained_tokens=num_trained,
         num_without_stop=num_without_stop,
+        num_images=num_images,
+        num_image_tokens=num_image_tokens,
         cuts=counted.cuts,
         formats=examples.source.formats,
         unused_columns=examples.source.unused_columns,

@@ -17,7 +17,18 @@ from typing import Any, get_args
 
 import msgspec
 
-from lorakit.data.rows import FORMATS, Message, Role, Row, Text, find_problem, recognise, required_columns, unused_columns
+from lorakit.data.rows import (
+    FORMATS,
+    Message,
+    Role,
+    Row,
+    Text,
+    find_problem,
+    has_images,
+    recognise,
+    required_columns,
+    unused_columns,
+)
 from lorakit.errors import DataError, report
 
 Progress = Callable[[int], None]  # is told how many more bytes were read
@@ -31,7 +42,7 @@ class LineFile:
 
     def __init__(self, path: Path, *, format: str | None = None, progress: Progress | None = None) -> None:
         self.path = path
-        self.num_rows_seen = 0
+        self.num_rows_seen, self.has_images = 0, False
         self.problems: list[tuple[int, str]] = []
         self._offsets, self._lines = array("q"), array("I")
         self.format = self._resolve_format(format)
@@ -117,7 +128,9 @@ class LineFile:
                     continue
                 self.num_rows_seen += 1
                 try:
-                    problem = find_problem(decode(line))
+                    row = decode(line)
+                    problem = find_problem(row)
+                    self.has_images = self.has_images or has_images(row)
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     problem = explain(error, FORMATS[self.format])
                 if problem:

@@ -15,8 +15,10 @@ from typing import Any
 import msgspec
 
 from lorakit.data.encode import Encoder
+from lorakit.data.images import is_image_part
 from lorakit.data.rows import Alpaca, Chat, Conversations, Message, PromptCompletion, Row, Text, Tokens, to_chat
 from lorakit.errors import ConfigError, DataError
+from lorakit.types import ImageChunk
 
 # After Stanford Alpaca's prompts (github.com/tatsu-lab/stanford_alpaca, README), for models without a chat template.
 ALPACA_WITH_INPUT = (
@@ -44,12 +46,26 @@ class TrainOnWhat(StrEnum):
 
 
 @dataclass(frozen=True)
+class PlacedImage:
+    """An image among the tokens: ``chunk.length`` placeholders from ``start``; from ``first`` to before ``end`` with its brackets."""
+
+    chunk: ImageChunk
+    start: int
+    first: int
+    end: int
+
+    def moved(self, by: int) -> PlacedImage:
+        return PlacedImage(self.chunk, self.start + by, self.first + by, self.end + by)
+
+
+@dataclass(frozen=True)
 class Rendered:
     """Tokens and their weights, not yet shifted."""
 
     tokens: list[int]
     weights: list[float]
     num_prefix: int = 0  # leading special tokens, which truncation keeps
+    images: tuple[PlacedImage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,12 +81,14 @@ class Renderer:
     Args:
         append_eos: ``auto`` ends plain rows with EOS unless they already end with one of ``stop``; True or False force it.
         stop: strings at which sampling will stop.
+        image_token_id: what the chat template writes once for each image; None where the model takes none.
     """
 
     def __init__(
         self,
         tokenizer: Any,
         *,
+        image_token_id: int | None = None,
         train_on: TrainOnWhat | str = TrainOnWhat.ALL_ASSISTANT_MESSAGES,
         append_eos: bool | str = "auto",
         stop: str | Sequence[str] | None = None,
@@ -81,13 +99,18 @@ class Renderer:
         self.append_eos = append_eos
         self.stop = tuple(text for text in ((stop,) if isinstance(stop, str) else stop or ()) if text)
         self.vocab_size = len(tokenizer)
+        self.image_token_id = image_token_id
+        self._image_token = "" if image_token_id is None else str(tokenizer.convert_ids_to_tokens(image_token_id))
         if append_eos not in (True, False, "auto"):
             raise ConfigError(f"data.append_eos={append_eos} is unknown; choose auto, true or false")
         if append_eos is True and tokenizer.eos_token_id is None:
             raise ConfigError("data.append_eos=true, but the tokenizer has no EOS token; set it, or use data.stop")
 
-    def render(self, row: Row) -> list[Rendered]:
+    def render(self, row: Row, images: Sequence[ImageChunk] = ()) -> list[Rendered]:
         """Return the examples of ``row``: one, or one per assistant turn where the template rewrites earlier turns.
+
+        Args:
+            images: of the row, in order, each with the number of its tokens.
 
         Raises:
             DataError: no token is trained, or the template cannot render the row; the message names the turn.
@@ -99,7 +122,7 @@ class Renderer:
         if isinstance(row, Tokens):
             examples = [self._render_tokens(row)]
         elif isinstance(row, Chat):
-            examples = self._render_chat(row)
+            examples = [self._with_images(example, images) for example in self._render_chat(row)]
         elif isinstance(row, Text):
             examples = [self._render_plain("", row.text, trains_all=True)]
         else:
@@ -120,6 +143,8 @@ class Renderer:
     def _render_tokens(self, row: Tokens) -> Rendered:
         if max(row.tokens) >= self.vocab_size:
             raise DataError(f"`tokens` holds the id {max(row.tokens)}, but the tokenizer has {self.vocab_size} tokens")
+        if self.image_token_id in row.tokens:
+            raise DataError(f"`tokens` holds the id {self.image_token_id}, which stands for an image")
         return Rendered(row.tokens, row.weights)
 
     def _render_plain(self, prompt: str, completion: str, *, trains_all: bool = False) -> Rendered:
@@ -159,6 +184,7 @@ class Renderer:
         weights = self._message_weights(row.messages)
         text = self._template(messages, row.tools, turn=len(messages) - 1)
         self._check_left_out(text, messages, row.tools)
+        self._check_placeholders(text, messages)
         if self.train_on is TrainOnWhat.ALL_TOKENS:
             return [self._encode_spans(text, [_Span(0, len(text), 1.0)])]
         trained = [index for index, weight in enumerate(weights) if weight]
@@ -177,6 +203,46 @@ class Renderer:
             silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
             if self._template(silent, tools, turn=turn) == text:
                 raise DataError(f"message {calling[0]} has `tool_calls`, but the model's chat template leaves them out")
+
+    def _check_placeholders(self, text: str, messages: list[dict]) -> None:
+        """Raise DataError where the rendered text has not one placeholder for each image."""
+        counts = [
+            sum(part["type"] == "image" for part in m["content"]) if isinstance(m["content"], list) else 0 for m in messages
+        ]
+        written = text.count(self._image_token) if self._image_token else 0
+        if written == sum(counts):
+            return
+        for number, message in enumerate(messages):
+            said = message["content"]
+            texts = [said] if isinstance(said, str) else [part["text"] for part in said if part["type"] == "text"]
+            if any(self._image_token in one for one in texts):
+                raise DataError(
+                    f"message {number} has the text {self._image_token}, which stands for an image; write a part of type image"
+                )
+        raise DataError(f"the row has {sum(counts)} images, but the model's chat template writes {written} placeholders")
+
+    def _with_images(self, example: Rendered, images: Sequence[ImageChunk]) -> Rendered:
+        """Widen each placeholder to the number of its image's tokens. They and their brackets weigh 0: no model writes them."""
+        if not images:
+            return example
+        tokens: list[int] = []
+        weights: list[float] = []
+        found: list[PlacedImage] = []
+        special, rest = self.encoder.special_ids, iter(images)
+        for place, (token, weight) in enumerate(zip(example.tokens, example.weights, strict=True)):
+            if token != self.image_token_id:
+                tokens.append(token)
+                weights.append(weight)
+                continue
+            chunk, start = next(rest), len(tokens)  # of a turn by itself the images before its end
+            opens = place > 0 and example.tokens[place - 1] in special
+            closes = place + 1 < len(example.tokens) and example.tokens[place + 1] in special
+            tokens += [token] * chunk.length
+            weights += [0.0] * chunk.length
+            found.append(PlacedImage(chunk, start, start - opens, len(tokens) + closes))
+        for image in found:
+            weights[image.first : image.end] = [0.0] * (image.end - image.first)
+        return Rendered(tokens, weights, example.num_prefix, tuple(found))
 
     def _message_weights(self, messages: list[Message]) -> list[float]:
         last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
@@ -270,7 +336,11 @@ class Renderer:
 def _to_plain(message: Message) -> dict[str, Any]:
     plain = {key: value for key, value in msgspec.to_builtins(message).items() if key not in ("weight", "id")}
     if isinstance(message.content, list):
-        plain["content"] = "".join(part["text"] for part in message.content)
+        plain["content"] = [
+            {"type": "image"} if is_image_part(part) else {"type": "text", "text": part["text"]} for part in message.content
+        ]
+        if not any(is_image_part(part) for part in message.content):  # as every template reads it
+            plain["content"] = "".join(part["text"] for part in message.content)
     return plain | ({"content": ""} if "content" not in plain else {})
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from lorakit.data.images import find_image_problem, find_stored_problem, has_no_name, is_image_part
+
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
@@ -40,10 +42,14 @@ class Message(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
 
 
 class Chat(msgspec.Struct):
-    """``{"messages": [{"role": …, "content": …}, …]}``."""
+    """``{"messages": [{"role": …, "content": …}, …]}``, where content is text, or parts that are text or images.
+
+    A part ``{"type": "image"}`` that names none stands for the next of ``images``.
+    """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
+    images: list[Any] | None = None
 
 
 class Turn(msgspec.Struct):
@@ -139,6 +145,13 @@ def are_chats(formats: Iterable[str]) -> bool:
     return bool(found := set(formats)) and found <= {"messages", "conversations", "alpaca"}
 
 
+def has_images(row: Row) -> bool:
+    """Whether a row has an image."""
+    return isinstance(row, Chat) and any(
+        is_image_part(part) for message in row.messages if isinstance(message.content, list) for part in message.content
+    )
+
+
 def to_chat(row: Conversations) -> Chat:
     """Return a ShareGPT row as messages. Raises KeyError for an unknown speaker."""
     messages = [Message(SPEAKERS[turn.speaker], turn.value, turn.weight) for turn in row.conversations]
@@ -152,7 +165,7 @@ def find_problem(row: Row) -> str | None:
     if isinstance(row, PromptCompletion):
         return None if row.completion else "`completion` is empty: no trained token"
     if isinstance(row, Chat):
-        return _find_message_problem(row.messages)
+        return _find_message_problem(row.messages) or _find_image_problem(row)
     if isinstance(row, Conversations):
         unknown = next((turn.speaker for turn in row.conversations if turn.speaker not in SPEAKERS), None)
         if unknown is not None:
@@ -215,8 +228,20 @@ def _find_order_problem(role: str, previous: str | None, index: int) -> str | No
 
 def _find_part_problem(parts: list[dict[str, Any]]) -> str | None:
     for number, part in enumerate(parts):
-        if part.get("type") != "text":
-            return f"content part {number} has type {part.get('type')!r}; this version trains on text parts only"
-        if not isinstance(part.get("text"), str):
+        if is_image_part(part):
+            if problem := find_image_problem(part):
+                return f"content part {number}: {problem}"
+        elif part.get("type", "text") != "text":
+            return f"content part {number} has type {part.get('type')!r}; there are text and image"
+        elif not isinstance(part.get("text"), str):
             return f"content part {number} has no `text`"
     return None
+
+
+def _find_image_problem(row: Chat) -> str | None:
+    """Parts that name no image, and the row's ``images``, must be as many."""
+    parts = [part for message in row.messages if isinstance(message.content, list) for part in message.content]
+    num_parts, num_images = sum(is_image_part(part) and has_no_name(part) for part in parts), len(row.images or ())
+    if num_parts != num_images:
+        return f"{num_parts} image parts name no image, but `images` holds {num_images}"
+    return next((problem for given in row.images or () if (problem := find_stored_problem(given))), None)

@@ -51,6 +51,16 @@ class Source:
         part, local = self._locate(index)
         return part.where(local)
 
+    def folder(self, index: int) -> Path | None:
+        """The folder of the file that row ``index`` is in; None where it is in none."""
+        part, _ = self._locate(index)
+        return part.path.parent if part.path.is_file() else None
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any row has an image."""
+        return any(part.has_images for part in self.parts)
+
     @property
     def formats(self) -> list[str]:
         """The formats of the rows, without repeats."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from lorakit.data.collate import collate, idle_batch, take_part
 from lorakit.data.examples import Examples
+from lorakit.data.images import ImageEncoder
 from lorakit.data.packing import plan_batches
 from lorakit.data.prefetch import prefetch
 from lorakit.types import Batch, Cursor, Datum
@@ -59,6 +60,7 @@ class BatchStream:
         seed: int = 0,
         window_rows: int = 1024,
         cursor: Cursor | None = None,
+        images: ImageEncoder | None = None,
     ) -> None:
         self.examples, self.indices = examples, indices
         self.pad_token_id, self.row_tokens = pad_token_id, row_tokens
@@ -67,7 +69,7 @@ class BatchStream:
         self.rank, self.world_size = rank, world_size
         self.part, self.parts = part, parts
         self.shuffle, self.seed, self.window_rows = shuffle, seed, window_rows
-        self.cursor = cursor or Cursor()
+        self.cursor, self.images = cursor or Cursor(), images
         self.seconds = 0.0  # spent on waiting for batches so far
 
     def __iter__(self) -> Iterator[Batch]:
@@ -87,7 +89,7 @@ class BatchStream:
             weight = sum(_weight_of(rows) for rows, _ in window)
             shares = sorted(window, key=lambda entry: _positions_of(entry[0])) if self.world_size > 1 else window
             mine = [
-                replace(collate(rows, self.pad_token_id), cursor=cursor)
+                replace(collate(rows, self.pad_token_id, self.images), cursor=cursor)
                 for rows, cursor in shares[self.rank :: self.world_size]
             ]
             mine += [idle_batch(self.pad_token_id)] * (self.accumulate - len(mine))

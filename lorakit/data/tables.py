@@ -13,11 +13,12 @@ from typing import Any
 import msgspec
 
 from lorakit.data.lines import Progress, explain, unrecognised
-from lorakit.data.rows import FORMATS, Row, find_problem, recognise, unused_columns
+from lorakit.data.rows import FORMATS, Row, find_problem, has_images, recognise, unused_columns
 from lorakit.errors import DataError
 from lorakit.hub import find_hub_problem
 
 _CHECK_ROWS = 1_000
+_CHECK_IMAGE_ROWS = 32  # where rows hold images, which may be some megabytes each
 csv.field_size_limit(sys.maxsize)  # else a cell ends at 128 KB
 Records = Any  # a list of dicts, or a datasets.Dataset
 
@@ -30,7 +31,7 @@ class Table:
         bad_rows: dict[int, str] | None = None,
     ) -> None:  # fmt: skip
         self.path, self.digest, self._records = Path(name), digest, records
-        self.num_rows_seen = len(records)
+        self.num_rows_seen, self.has_images = len(records), False
         self.problems: list[tuple[int, str]] = []
         found = format or recognise(columns)
         if found is None:
@@ -38,7 +39,8 @@ class Table:
         self.format = found
         self.unused_columns = unused_columns(columns, found)
         if not isinstance(records, list):
-            self._records = records.select_columns([column for column in columns if column not in self.unused_columns])
+            records = records.select_columns([column for column in columns if column not in self.unused_columns])
+            self._records = records.cast(_undecoded(records.features))
         self._rows = self._check(bad_rows or {})
 
     def __len__(self) -> int:
@@ -60,7 +62,10 @@ class Table:
         for number, record in enumerate(_records_of(self._records)):
             problem = bad_rows.get(number)
             try:
-                problem = problem or find_problem(self._convert(record))
+                if problem is None:
+                    row = self._convert(record)
+                    problem = find_problem(row)
+                    self.has_images = self.has_images or has_images(row)
             except msgspec.ValidationError as error:
                 problem = explain(error, FORMATS[self.format])
             if problem:
@@ -180,12 +185,33 @@ def _cache(digest: str) -> str:
     return str(Path(datasets.config.HF_DATASETS_CACHE) / "lorakit" / digest[:16])
 
 
+def _undecoded(features: Any) -> Any:
+    """``features`` with images as bytes and path: which of them are read, and when, is for others to say."""
+    import datasets
+
+    if isinstance(features, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(features, dict):
+        found = {name: _undecoded(inner) for name, inner in features.items()}
+        return datasets.Features(found) if isinstance(features, datasets.Features) else found
+    if isinstance(features, list):
+        return [_undecoded(inner) for inner in features]
+    if isinstance(features, datasets.List):
+        return datasets.List(_undecoded(features.feature), length=features.length)
+    return features
+
+
+def _holds_images(features: Any) -> bool:
+    return "Image(" in str(features) or "binary" in str(features)
+
+
 def _records_of(records: Records) -> Iterator[Any]:
     if isinstance(records, list):
         yield from records
         return
-    for start in range(0, len(records), _CHECK_ROWS):
-        columns = records[start : start + _CHECK_ROWS]
+    num = _CHECK_ROWS if not _holds_images(records.features) else _CHECK_IMAGE_ROWS
+    for start in range(0, len(records), num):
+        columns = records[start : start + num]
         for number in range(len(next(iter(columns.values()), []))):
             yield {name: values[number] for name, values in columns.items()}
 

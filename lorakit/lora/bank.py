@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from lorakit.lora.expert_function import Part, run_experts
 from lorakit.lora.flat import AdapterLayout, Key
 from lorakit.lora.grouped import Owners, can_group, few_tokens, is_plain_product
-from lorakit.model.families import ExpertStack, find_targets
+from lorakit.model.families import OF_IMAGES, ExpertStack, find_targets
 
 
 class Adapter:
@@ -229,7 +229,9 @@ class AdapterBank:
         self._mix: Mix | None = None
         head = model.get_output_embeddings()
         self.head_name = next((name for name, module in model.named_modules() if module is head), None)
-        targets, modules = find_targets(model), dict(model.named_modules())
+        # A vision tower's rows are patches, which belong to no token's adapter.
+        targets = [target for target in find_targets(model) if target.family not in OF_IMAGES]
+        modules = dict(model.named_modules())
         for name in dict.fromkeys(target.module for target in targets if target.outer):
             module = modules[name]
             module.forward = functools.partial(self._run_experts, name, ExpertStack(module), module.forward)

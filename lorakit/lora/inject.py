@@ -14,7 +14,7 @@ import torch
 
 from lorakit.errors import ConfigError
 from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER, LoRASpec
-from lorakit.model.families import FAMILIES, ExpertStack, Target, find_targets
+from lorakit.model.families import FAMILIES, OF_IMAGES, ExpertStack, Target, find_targets, speaks_of_images
 from lorakit.model.partition import full_shape
 
 if TYPE_CHECKING:
@@ -241,7 +241,8 @@ def _by_family(found: list[Target], spec: LoRASpec) -> list[Target]:
 def _by_pattern(found: list[Target], patterns: Iterable[str]) -> list[Target]:
     chosen: dict[str, Target] = {}
     for pattern in patterns:
-        matched = [target for target in found if _matches(target.name, pattern) or _matches(target.module, pattern)]
+        asked = found if speaks_of_images(pattern) else [target for target in found if target.family not in OF_IMAGES]
+        matched = [target for target in asked if _matches(target.name, pattern) or _matches(target.module, pattern)]
         if any(char in pattern for char in "*?["):  # a router only where it is written out
             leaf = pattern.rsplit(".", 1)[-1]
             routers = [t for t in matched if t.family == "router" and leaf not in (t.module.rsplit(".", 1)[-1], t.parameter)]

@@ -27,6 +27,7 @@ class LoRASpec:
         init: how A and B start; ``default`` is Kaiming-uniform A and zero B.
         dora: decompose into magnitude and direction (PEFT's DoRA), on linear layers only.
         attention, mlp, experts, unembedding: families of matrices. True must match something, ``auto`` may match nothing.
+        vision, merger: the same of a vision tower, and of what brings its output to the language model's width.
         expert_layout: ``per_expert`` gives each expert its own A and B, as PEFT does; ``shared_outer`` shares the factor that
             touches the hidden width among all experts of a layer, as Tinker does: far fewer parameters.
         targets: names, suffixes or patterns (``*.layers.0.*``) of matrices; where given, they alone decide.
@@ -46,6 +47,8 @@ class LoRASpec:
     mlp: Switch = "auto"
     experts: Switch = "auto"
     unembedding: Switch = False
+    vision: Switch = False
+    merger: Switch = False
     expert_layout: str = "per_expert"
     targets: Sequence[str] | None = None
     dtype: str = "float32"
@@ -68,7 +71,7 @@ class LoRASpec:
             problems.append(f"lora.expert_layout={self.expert_layout} is unknown; choose one of {', '.join(LAYOUTS)}")
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(f"lora.dtype={self.dtype} is unknown; choose float32 or bfloat16")
-        for family in ("attention", "mlp", "experts", "unembedding"):
+        for family in ("attention", "mlp", "experts", "unembedding", "vision", "merger"):
             if getattr(self, family) not in (True, False, "auto"):
                 problems.append(f"lora.{family}={getattr(self, family)} is unknown; choose true, false or auto")
         if isinstance(self.targets, str):
@@ -85,7 +88,7 @@ class LoRASpec:
         if self.any_base and not self.init_from:
             idle.append("lora.any_base=true has no effect without lora.init_from")
         if self.targets:
-            families = [name for name in ("mlp", "experts", "unembedding") if getattr(self, name) is True]
+            families = [name for name in ("mlp", "experts", "unembedding", "vision", "merger") if getattr(self, name) is True]
             idle += [f"lora.{name}=true has no effect beside lora.targets, which alone decide" for name in families]
         return idle
 

@@ -159,10 +159,13 @@ def describe_head(model: Any, unembedding: Any) -> Head | None:
 
 
 def _run(model: Any, batch: Batch) -> Any:
+    seen = {}
+    if batch.images is not None:
+        seen = {"pixel_values": batch.images.patches_PD, "image_grid_thw": batch.images.grids_N3}
     if batch.position_ids is None:
         return model(input_ids=batch.input_ids, use_cache=False)
     with packed_documents(batch.spans, in_parts=batch.part is not None):
-        return model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        return model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **seen)
 
 
 def _drops(dropout: nn.Module) -> bool:

@@ -144,7 +144,9 @@ def attention_by_document(
     attention_mask: torch.Tensor | None, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """As transformers' sdpa, (B, L, H, D) and None, where ``attention_mask`` may be a list of documents."""
-    if (cache := _cache.get()) is not None:
+    if (cache := _cache.get()) is not None and hasattr(
+        module, "layer_idx"
+    ):  # a vision tower's layers have no number, and no cache
         attended = cache.take(module, query_BHLD, key_BGLD, value_BGLD, **kwargs)
         if attended is not None:
             return attended, None

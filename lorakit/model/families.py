@@ -16,9 +16,12 @@ from torch import nn
 from lorakit.model.partition import full_shape
 
 Shape = tuple[int, ...]
-FAMILIES = ("attention", "mlp", "experts", "unembedding")
+FAMILIES = ("attention", "mlp", "experts", "unembedding", "vision", "merger")
+OF_IMAGES = ("vision", "merger")  # the tower, and what brings its output to the width of the language model
 _ATTENTION_NAMES = ("attn", "attention")
-_SKIPPED_NAMES = ("visual", "vision_tower", "vision_model", "audio_tower", "multi_modal_projector")
+_TOWER_NAMES = ("visual", "vision_tower", "vision_model")
+_MERGER_NAMES = ("merger", "deepstack_merger_list", "multi_modal_projector")
+_SKIPPED_NAMES = ("audio_tower",)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def find_targets(model: nn.Module) -> list[Target]:
         if any(part in _SKIPPED_NAMES for part in name.split(".")):
             continue
         if _is_linear(module):
-            family = "unembedding" if module is head else _family_of(name, model)
+            family = "unembedding" if module is head else _family_of(name)
             in_features, out_features = _features(module)
             targets.append(Target(family, name, None, 1, in_features, out_features))
             continue
@@ -269,8 +272,17 @@ def _holds_experts(name: str, module: nn.Module) -> bool:
     return "experts" in name.rsplit(".", 1)[-1] or "expert" in type(module).__name__.lower()
 
 
-def _family_of(name: str, model: nn.Module) -> str:
+def speaks_of_images(pattern: str) -> bool:
+    """Whether a name or pattern of matrices is meant for those of a vision tower or its merger."""
+    return any(name in pattern for name in (*_TOWER_NAMES, *_MERGER_NAMES))
+
+
+def _family_of(name: str) -> str:
     *parents, leaf = name.split(".")
+    if any(part in _MERGER_NAMES for part in parents):
+        return "merger"
+    if any(part in _TOWER_NAMES for part in parents):
+        return "vision"
     if any(word in part for part in parents for word in _ATTENTION_NAMES):
         return "attention"
     if leaf in ("gate", "router") or "router" in parents:

@@ -79,6 +79,22 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
         return AutoTokenizer.from_pretrained(resolve_model_path(path), revision=revision, trust_remote_code=trust_remote_code)
 
 
+def load_image_processor(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Return the model's image processor, None for a model of text. It computes with PIL, the same on every machine.
+
+    Raises:
+        ConfigError: the model takes images, and its folder has no settings for them.
+    """
+    from transformers import AutoImageProcessor
+
+    if getattr(load_config(path, revision=revision, trust_remote_code=trust_remote_code), "vision_config", None) is None:
+        return None
+    with _explained(path):
+        return AutoImageProcessor.from_pretrained(
+            resolve_model_path(path), revision=revision, trust_remote_code=trust_remote_code, backend="pil"
+        )
+
+
 def load_model(
     path: str,
     *,

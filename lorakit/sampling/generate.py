@@ -12,20 +12,25 @@ from typing import Any
 
 import torch
 
+from lorakit.data.images import ImageEncoder
+from lorakit.errors import ConfigError
 from lorakit.model.attention import attending_by_document
 from lorakit.sampling.check import decoding_problem
 from lorakit.sampling.ending import end_token_ids, stop_strings
-from lorakit.sampling.request import Request
+from lorakit.sampling.request import Request, read_prompt
 from lorakit.sampling.sampler import Sampler
-from lorakit.types import Sample, SamplingParams
+from lorakit.types import ModelInput, Sample, SamplingParams
 
 log = logging.getLogger("lorakit")
 
 MAX_BATCH = 128
+Prompt = Sequence[int] | ModelInput
 
 
-def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
-    """Return one Sample for each of ``prompts`` (token ids).
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], params: SamplingParams, images: ImageEncoder | None = None
+) -> list[Sample]:
+    """Return one Sample for each of ``prompts``: token ids, or inputs with images, which ``images`` encodes.
 
     Temperature 0 is greedy. The global random state and the model's mode are as before. The same ``seed`` gives the same
     samples, whatever else is sampled with them, and None gives new ones.
@@ -37,15 +42,20 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], param
     try:
         with _uncompiled(model), attending_by_document(model) as problem:
             if (problem := problem or decoding_problem(model)) is None:
-                return _generate_in_rows(model, tokenizer, prompts, params)
+                return _generate_in_rows(model, tokenizer, prompts, params, images)
+        if any(isinstance(prompt, ModelInput) and prompt.images for prompt in prompts):
+            raise ConfigError(f"prompts with images cannot be sampled from this model: {problem}")
         log.debug("sampling with transformers' generate: %s", problem)
+        plain = [read_prompt(prompt, None)[0] for prompt in prompts]
         with _uncompiled(model), _seeded(params.seed, model), torch.no_grad():
-            return _generate_padded(model, tokenizer, prompts, params)
+            return _generate_padded(model, tokenizer, plain, params)
     finally:
         model.train(was_training)
 
 
-def _generate_in_rows(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
+def _generate_in_rows(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], params: SamplingParams, images: ImageEncoder | None
+) -> list[Sample]:
     """By our own sampler."""
     params = replace(params, seed=secrets.randbits(63) if params.seed is None else params.seed)
     sampler = Sampler(model, tokenizer, max_rows=MAX_BATCH)
@@ -55,8 +65,8 @@ def _generate_in_rows(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int
         samples[number] = outcome.sequences[0]
 
     for number, prompt in enumerate(prompts):
-        request = Request(list(prompt), params, first_number=number, done=functools.partial(keep, number))
-        sampler.add(request)
+        tokens, shown = read_prompt(prompt, images)
+        sampler.add(Request(tokens, params, first_number=number, shown=shown, done=functools.partial(keep, number)))
     while sampler.is_busy:
         sampler.step()
     return [samples[number] for number in range(len(prompts))]

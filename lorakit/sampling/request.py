@@ -2,31 +2,71 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
+from lorakit.data.collate import stack_images
+from lorakit.data.images import ImageEncoder
 from lorakit.errors import DataError, report
 from lorakit.lora.bank import Adapter
 from lorakit.sampling.ending import Ending
 from lorakit.sampling.pick import Picked, sample_key
-from lorakit.types import Sample, SampleResponse, SamplingParams, TensorData
+from lorakit.types import ImageChunk, Images, ModelInput, Sample, SampleResponse, SamplingParams, TensorData
 
 MAX_ALTERNATIVES = 64  # drawn one after the other, within one step
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """The images of a prompt."""
+
+    images: Images
+    grid_positions_3L: torch.Tensor  # time, height and width of each of the prompt's positions
+    key: bytes  # the same for the same images
+
+    @property
+    def shift(self) -> int:
+        """What is added to the places of tokens behind the prompt for their time, height and width: images take few of these."""
+        return int(self.grid_positions_3L.max()) + 1 - self.grid_positions_3L.shape[1]
+
+
+def read_prompt(prompt: ModelInput | Sequence[int], encoder: ImageEncoder | None) -> tuple[list[int], Shown | None]:
+    """Return a prompt's tokens, and what it shows. Raises DataError where it has images and they cannot be read."""
+    prompt = prompt if isinstance(prompt, ModelInput) else ModelInput.from_ints(prompt)
+    if encoder is None and prompt.images:
+        raise DataError("the prompt has an image, and this model takes none")
+    if encoder is None or not prompt.images:
+        if encoder is not None:
+            encoder.check(prompt)
+        return prompt.to_ints(), None
+    chunks = [
+        chunk if not isinstance(chunk, ImageChunk) or chunk.expected_tokens is not None
+        else ImageChunk(chunk.data, chunk.format, encoder.count_tokens(chunk), name=chunk.name)
+        for chunk in prompt.chunks
+    ]  # fmt: skip
+    prompt = ModelInput(tuple(chunks))
+    encoded = encoder.check(prompt)
+    key = hashlib.sha256(b"".join(image.patches_PD.tobytes() + str(image.grid).encode() for image in encoded)).digest()
+    positions_3L = torch.from_numpy(encoder.positions(prompt, encoded))
+    return encoder.tokens(prompt), Shown(stack_images(encoded), positions_3L, key)
 
 
 @dataclass
 class Request:
     """What is asked about one prompt. ``params.max_tokens`` 0 only scores it; None generates as far as the model goes."""
 
-    prompt: list[int]
+    prompt: list[int]  # with as many placeholders for each image as it takes positions
     params: SamplingParams
     num_samples: int = 1
     first_number: int = 0  # of the samples, by which their random numbers differ
     adapter: Adapter | None = None
+    shown: Shown | None = None
     num_best: int = 0  # candidates to name for each generated token
     scores_prompt: bool = False
     num_best_of_prompt: int = 0

@@ -9,12 +9,12 @@ import collections
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, DataError
 from lorakit.lora.bank import Adapter, AdapterBank, Mix
 from lorakit.lora.grouped import FewTokens, having
 from lorakit.loss.head import Head, all_logits, as_head_adapters, best_logprobs, head_logprobs
@@ -25,8 +25,8 @@ from lorakit.sampling.cache import KVCache, rounded, wasted_tokens
 from lorakit.sampling.ending import Ending, end_token_ids
 from lorakit.sampling.pick import Picked, Picker, sample_key
 from lorakit.sampling.replay import Replayer
-from lorakit.sampling.request import Request, Row, Running, best_of_row
-from lorakit.types import TensorData
+from lorakit.sampling.request import Request, Row, Running, Shown, best_of_row
+from lorakit.types import Images, TensorData
 
 JOIN_SHARE, MAX_STEPS_WAITED = 16, 8  # who joins are a 16th of the rows at work or more, or have waited for so many steps
 SORT_PAYS_AFTER = 8  # steps: rows mostly stay for longer
@@ -75,12 +75,17 @@ class Sampler:
         self._vocab_size, self._limit = config.vocab_size, getattr(config, "max_position_embeddings", None) or 1 << 30
         if (steady := steady_positions(config)) is not None:
             self._limit = min(self._limit, steady)
+        self._has_grid = "mrope_section" in (
+            getattr(config, "rope_parameters", None) or {}
+        )  # positions are places in images, too
         self._settled: tuple[Picker, Mix | None] | None = None  # what depends on who has which row
 
     def add(self, request: Request) -> None:
         """Let ``request`` join at the next step. Raises DataError where the model cannot take it."""
         limit = min(self._limit, self.max_cache_tokens)
         request.check(vocab_size=self._vocab_size, max_tokens=limit)
+        if request.shown is not None and (self.batch_invariant or not self._has_grid):
+            raise DataError("an image goes through the model whole: not under sampler.batch_invariant, nor in a model of text")
         most = limit - len(request.prompt)
         max_tokens = most if request.params.max_tokens is None else min(request.params.max_tokens, most)
         running = Running(request, Ending(request.params, self.tokenizer, self._end_ids), max_tokens)
@@ -154,15 +159,15 @@ class Sampler:
         """Compute the prompts, each once however many ask the same, and give every sample its row and first token."""
         device, first = self.model.device, len(self._rows)
         rows = [Row.of(entry.running, number) for entry in joining for number in entry.numbers]
-        prompts: dict[
-            tuple[int, tuple[int, ...]], list[int]
-        ] = {}  # adapter and prompt -> rows; that of a scored one may be none
+        prompts: dict[_Key, list[int]] = {}  # -> rows; that of a scored one may be none
+        shown: dict[_Key, Shown | None] = {}
         row = first
         for entry in joining:
-            places = prompts.setdefault((id(entry.running.request.adapter), tuple(entry.running.request.prompt)), [])
-            places += range(row, row + len(entry.numbers))
+            key = _key_of(entry.running)
+            shown[key] = entry.running.request.shown
+            prompts.setdefault(key, []).extend(range(row, row + len(entry.numbers)))
             row += len(entry.numbers)
-        tokens = [prompt for _, prompt in prompts]
+        tokens = [key.prompt for key in prompts]
         lengths = [len(prompt) for prompt in tokens]
         ends = np.cumsum(lengths).tolist()
         spans = {key: (0, end - length, end) for key, end, length in zip(prompts, ends, lengths, strict=True)}
@@ -176,13 +181,14 @@ class Sampler:
         adapter_of = {id(entry.running.request.adapter): entry.running.request.adapter for entry in joining}
         hidden_TH, head = self._run(
             torch.tensor([[token for prompt in tokens for token in prompt]], device=device),
-            torch.tensor([[place for length in lengths for place in range(length)]], device=device),
+            self._positions_of_prompts(lengths, list(shown.values())),
             list(spans.values()),
-            self._mix_of([adapter_of[adapter] for adapter, _ in prompts], lengths),
+            self._mix_of([adapter_of[key.adapter] for key in prompts], lengths),
+            [one.images for one in shown.values() if one is not None],
         )
-        for (_, prompt), places in prompts.items():
+        for key, places in prompts.items():
             if len(places) > 1:
-                self.cache.copy_row(places[0], places[1:], len(prompt))
+                self.cache.copy_row(places[0], places[1:], len(key.prompt))
         for entry in joining:
             self._score_prompt(entry, hidden_TH, head, spans[_key_of(entry.running)])
         if rows:
@@ -192,6 +198,25 @@ class Sampler:
             picker, mix = self._settle(rows)
             self._pick(rows, picker, self._logits(hidden_TH[last], head, mix), first)
 
+    def _positions_of_prompts(self, lengths: Sequence[int], shown: Sequence[Shown | None]) -> torch.Tensor:
+        """Places of all prompts' tokens in their prompts, (1, T); with time, height and width below, (4, 1, T)."""
+        places = torch.tensor([[place for length in lengths for place in range(length)]])
+        if self._has_grid:
+            own = [
+                torch.arange(length).expand(3, length) if one is None else one.grid_positions_3L
+                for length, one in zip(lengths, shown, strict=True)
+            ]
+            places = torch.cat([places, torch.cat(own, dim=1)])[:, None]
+        return places.to(self.model.device)
+
+    def _positions_of_rows(self, places_B: torch.Tensor, shown: Sequence[Shown | None]) -> torch.Tensor:
+        """The same of the tokens that rows read next, (B, 1) or (4, B, 1)."""
+        if not self._has_grid:
+            return places_B[:, None]
+        shifts_B = torch.tensor([0 if one is None else one.shift for one in shown])
+        moved_B = places_B + shifts_B.to(places_B.device)
+        return torch.stack([places_B, moved_B, moved_B, moved_B])[:, :, None]
+
     def _prefill_by_token(self, joining: Sequence[_Joining]) -> None:
         """Compute prompts as samples are generated."""
         for entry in joining:
@@ -199,7 +224,7 @@ class Sampler:
             self.cache.reserve(1, len(request.prompt) + entry.running.max_tokens)
             mix = self._mix_of([request.adapter], [1])
             for place, token in enumerate(request.prompt):
-                positions = self.cache.decode([place], self.model.device)[:, None]
+                positions = self._positions_of_rows(self.cache.decode([place], self.model.device), [None])
                 found, head = self._run(torch.tensor([[token]], device=self.model.device), positions, None, mix)
                 hidden.append(found)
             self._score_prompt(entry, torch.cat(hidden), head, (0, 0, len(hidden)))
@@ -257,7 +282,7 @@ class Sampler:
         rows = self._rows
         picker, mix = self._settled = self._settled or self._settle(rows)
         lengths = [row.length for row in rows]
-        positions = self.cache.decode(lengths, device)[:, None]
+        positions = self._positions_of_rows(self.cache.decode(lengths, device), [row.running.request.shown for row in rows])
         tokens = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
         hidden_BH, head = self._run(tokens, positions, None, mix)
         for row in rows:
@@ -308,8 +333,9 @@ class Sampler:
     # ---- the model
 
     def _run(
-        self, tokens: torch.Tensor, positions: torch.Tensor, spans: list[tuple[int, int, int]] | None, mix: Mix | None
-    ) -> tuple[torch.Tensor, Head]:
+        self, tokens: torch.Tensor, positions: torch.Tensor, spans: list[tuple[int, int, int]] | None, mix: Mix | None,
+        images: Sequence[Images] = (),
+    ) -> tuple[torch.Tensor, Head]:  # fmt: skip
         """Return what the unembedding is given, flattened to (T, H), and the unembedding. ``spans`` None: a token for each row."""
         active = self.bank.active(mix) if self.bank and mix else contextlib.nullcontext()
         few = self._few_tokens if spans is None else None
@@ -317,6 +343,9 @@ class Sampler:
 
         def model_pass(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             given = {"input_ids": tokens, "position_ids": positions, "attention_mask": None if spans else NO_MASK}
+            if images:
+                given["pixel_values"] = torch.cat([one.patches_PD for one in images]).to(tokens.device)
+                given["image_grid_thw"] = torch.cat([one.grids_N3 for one in images]).to(tokens.device)
             hidden, self._last_head = hidden_states(self.model, lambda: self.model(**given, use_cache=False))
             if hidden is None or self._last_head is None:
                 raise ConfigError(
@@ -375,5 +404,14 @@ def _room_of(running: Running) -> int:
     return rounded(len(running.request.prompt) + running.max_tokens)
 
 
-def _key_of(running: Running) -> tuple[int, tuple[int, ...]]:
-    return id(running.request.adapter), tuple(running.request.prompt)
+class _Key(NamedTuple):
+    """What is computed once, however many ask it."""
+
+    adapter: int
+    prompt: tuple[int, ...]
+    images: bytes
+
+
+def _key_of(running: Running) -> _Key:
+    request = running.request
+    return _Key(id(request.adapter), tuple(request.prompt), request.shown.key if request.shown else b"")

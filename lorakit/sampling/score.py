@@ -11,10 +11,11 @@ import torch
 
 from lorakit.data.collate import collate
 from lorakit.data.encode import Encoder
+from lorakit.data.images import ImageEncoder
 from lorakit.loss.logprobs import target_logprobs
 from lorakit.sampling.ending import stop_strings
 from lorakit.sampling.generate import generate
-from lorakit.types import Datum, Sample, SamplingParams
+from lorakit.types import Datum, ModelInput, Sample, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,16 @@ class Answer:
 
 
 @torch.no_grad()
-def score_loss(model: Any, datums: Sequence[Datum], *, pad_token_id: int, batch_size: int = 32) -> tuple[float, float]:
+def score_loss(
+    model: Any, datums: Sequence[Datum], *, pad_token_id: int, batch_size: int = 32, images: ImageEncoder | None = None
+) -> tuple[float, float]:
     """Return (sum of -weight * logprob, sum of |weight|) over ``datums``."""
     was_training = model.training
     model.eval()
     loss_sum = weight_sum = 0.0
     ordered = sorted(datums, key=len)
     for start in range(0, len(ordered), batch_size):
-        batch = collate([[datum] for datum in ordered[start : start + batch_size]], pad_token_id).to(model.device)
+        batch = collate([[datum] for datum in ordered[start : start + batch_size]], pad_token_id, images).to(model.device)
         loss_sum -= float((batch.weights * target_logprobs(model, batch)).sum())
         weight_sum += batch.weight
     model.train(was_training)
@@ -47,17 +50,19 @@ def score_loss(model: Any, datums: Sequence[Datum], *, pad_token_id: int, batch_
 
 
 def answer_all(
-    model: Any, tokenizer: Any, datums: Sequence[Datum], params: SamplingParams, progress: Callable[[int], Any] | None = None
-) -> list[Answer]:
+    model: Any, tokenizer: Any, datums: Sequence[Datum], params: SamplingParams, progress: Callable[[int], Any] | None = None,
+    images: ImageEncoder | None = None,
+) -> list[Answer]:  # fmt: skip
     """Generate from each Datum's prompt (what stands before its first trained token) and pair it with its first trained span."""
     pairs = [_split(datum) for datum in datums]
     stop = stop_strings(params)
     answers: list[Answer] = []
     for start in range(0, len(pairs), 100):
         part = pairs[start : start + 100]
-        samples = generate(model, tokenizer, [prompt for prompt, _ in part], params)
+        samples = generate(model, tokenizer, [prompt for prompt, _ in part], params, images)
         for (prompt, expected), sample in zip(part, samples, strict=True):
-            answers.append(Answer(tokenizer.decode(prompt), _cut(tokenizer, expected, stop), sample))
+            tokens = images.tokens(prompt) if images else prompt.to_ints()
+            answers.append(Answer(tokenizer.decode(tokens), _cut(tokenizer, expected, stop), sample))
         if progress:
             progress(len(part))
     return answers
@@ -68,12 +73,12 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _split(datum: Datum) -> tuple[list[int], list[int]]:
+def _split(datum: Datum) -> tuple[ModelInput, list[int]]:
     trained = datum.weights != 0
     first = int(trained.argmax())
     rest = trained[first:]
     end = first + (int((~rest).argmax()) if not rest.all() else len(rest))
-    return datum.model_input.to_ints()[: first + 1], datum.targets[first:end].tolist()
+    return datum.model_input.first(first + 1), datum.targets[first:end].tolist()
 
 
 def _cut(tokenizer: Any, tokens: list[int], stop: Sequence[str]) -> str:

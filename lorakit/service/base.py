@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from lorakit.errors import AdapterError, ConfigError
+from lorakit.data.images import ImageEncoder
+from lorakit.errors import AdapterError, ConfigError, DataError
 from lorakit.lora.bank import AdapterBank
 from lorakit.lora.flat import AdapterLayout, plan_layout
 from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER, LoRASpec
 from lorakit.model.attention import attend_by_document
-from lorakit.model.load import base_name, load_model, load_tokenizer
+from lorakit.model.load import base_name, load_config, load_image_processor, load_model, load_tokenizer
 from lorakit.sampling.check import decoding_problem
 from lorakit.strategy.world import current_world
 from lorakit.training.precision import base_dtype, resolve_accelerator, resolve_precision
+from lorakit.types import Datum
 from lorakit.weights.adapter import AdapterFiles
+
+log = logging.getLogger("lorakit")
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 
@@ -36,6 +41,7 @@ class Base:
     strategy: str = "single"
     sampling_problem: str | None = None  # why it cannot be sampled in rows
     _partitioned: Any = None  # strategy/partitioned.py:PartitionedBase
+    images: ImageEncoder | None = None  # where it takes images
     _layouts: dict[LoRASpec, AdapterLayout] = field(default_factory=dict)
 
     @classmethod
@@ -68,12 +74,33 @@ class Base:
 
             partitioned = PartitionedBase(build, offload=strategy.endswith("offload"))
         model = partitioned.model if partitioned else build()
-        base = cls(base_name(path), model, load_tokenizer(path), precision, AdapterBank(model), strategy, None, partitioned)
+        base = cls(
+            base_name(path),
+            model,
+            load_tokenizer(path),
+            precision,
+            AdapterBank(model),
+            strategy,
+            None,
+            partitioned,
+            _images(path),
+        )
         with torch.no_grad():
             _, base.sampling_problem = base.run_pass(
                 lambda: (torch.zeros(()), attend_by_document(model) or decoding_problem(model))
             )
         return base
+
+    def check_images(self, data: Sequence[Datum]) -> None:
+        """Raise DataError, that names Datum and chunk, where images cannot go through this base, or text says that it is one."""
+        for number, datum in enumerate(data):
+            try:
+                if self.images is not None:
+                    self.images.check(datum.model_input)
+                elif datum.model_input.images:
+                    raise DataError("this model takes no images")
+            except DataError as error:
+                raise DataError(f"data[{number}].model_input: {error}") from error
 
     @property
     def is_partitioned(self) -> bool:
@@ -135,6 +162,18 @@ class Base:
         except ConfigError as error:
             raise AdapterError(f"{files.folder} does not fit {self.name}: {error}") from error
         return layout, layout.from_file_tensors(files.tensors(), source=str(files.folder))
+
+
+def _images(path: str) -> ImageEncoder | None:
+    """What encodes images for the model at ``path``; None where it takes none, or is of a family whose images are not known."""
+    config = load_config(path)
+    if getattr(config, "vision_config", None) is None:
+        return None
+    try:
+        return ImageEncoder(load_image_processor(path), config)
+    except ConfigError as error:
+        log.warning("%s: images cannot be sent to it: %s", path, error)
+        return None
 
 
 def _resolve_strategy(strategy: str) -> str:

@@ -19,7 +19,7 @@ from lorakit.loss import LOSSES
 from lorakit.loss.inputs import check_knobs, prepare
 from lorakit.loss.preference import CustomLoss
 from lorakit.loss.vocabulary import VocabularyLoss
-from lorakit.sampling.request import Request, Row
+from lorakit.sampling.request import Request, Row, read_prompt
 from lorakit.service.base import Base
 from lorakit.service.custom import pull_back, with_unit_weights
 from lorakit.service.engine import Engine, Usage
@@ -219,6 +219,7 @@ class Service:
             knobs = check_knobs(loss_fn, loss, loss_fn_config)
             base = model.engine.base
             ready = prepare(data, loss_fn, loss, vocab_size=base.vocab_size, max_tokens=base.max_tokens, knobs=knobs)
+            base.check_images(ready)
             model.made()
             return WorkOrder(model.id, ready, loss_fn, knobs, needs_gradient)
 
@@ -271,7 +272,9 @@ class Service:
         if missing := [str(n) for n, datum in enumerate(data) if "target_tokens" not in datum.loss_fn_inputs]:
             raise DataError(f"data[{', '.join(missing[:20])}].loss_fn_inputs['target_tokens'] is missing")
         bare, base = [with_unit_weights(datum) for datum in data], model.engine.base
-        return prepare(bare, "a custom loss", LOSSES["cross_entropy"], vocab_size=base.vocab_size, max_tokens=base.max_tokens)
+        ready = prepare(bare, "a custom loss", LOSSES["cross_entropy"], vocab_size=base.vocab_size, max_tokens=base.max_tokens)
+        base.check_images(ready)
+        return ready
 
     def optim_step(self, model: Model, params: AdamParams) -> Future[Any]:
         """Make one step of AdamW with the accumulated gradient; the future gives its figures."""
@@ -354,9 +357,12 @@ class Service:
             each: is told of every token, in the engine's thread.
             asked: further fields of ``sampling/request.py:Request``.
         """
-        future = weights.engine.sample(
-            weights.snapshot_id, lambda: Request(prompt.to_ints(), params, num_samples, **asked), each
-        )
+
+        def make() -> Request:
+            tokens, shown = read_prompt(prompt, weights.engine.base.images)
+            return Request(tokens, params, num_samples, shown=shown, **asked)
+
+        future = weights.engine.sample(weights.snapshot_id, make, each)
         held = [weights]  # by the callback, so that its snapshot stays until the answer
         future.add_done_callback(lambda done: held.clear())
         return future

@@ -132,7 +132,9 @@ class PassRunner:
             by_work.setdefault(w, []).append(d)
         base, pad = self.base, self.base.pad_token_id
         if by_work:
-            shares = [Share(collate([[works[w].data[d]] for d in ds], pad), works[w].loss) for w, ds in by_work.items()]
+            shares = [
+                Share(collate([[works[w].data[d]] for d in ds], pad, base.images), works[w].loss) for w, ds in by_work.items()
+            ]
         else:  # a process without a pass takes part in that of the others
             shares = [Share(idle_batch(pad), LOSSES["cross_entropy"])]
         owners = [works[w].trainee for w, datums in by_work.items() for _ in datums] or [works[0].trainee]

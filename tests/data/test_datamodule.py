@@ -59,7 +59,7 @@ def test_rows_for_evaluation_come_from_their_own_file_in_order(path: str, tmp_pa
 def test_prompts_for_samples_end_where_training_begins(path: str, tokenizer: Any) -> None:
     module = ready(tokenizer, path=path, val_fraction=0.2)
     expected = [tokenizer(f"row {index}:")["input_ids"] for index in module.val_indices[:4]]
-    assert module.val_prompts(4) == expected
+    assert [prompt.to_ints() for prompt in module.val_prompts(4)] == expected
 
 
 @pytest.mark.parametrize("settings", [

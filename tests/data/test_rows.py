@@ -90,7 +90,7 @@ def test_a_negative_token_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("content", "expected"), [
-    (None, "neither"), ([{"type": "image", "url": "x"}], "content part 0"), ([{"type": "text"}], "content part 0"),
+    (None, "neither"), ([{"type": "video", "video": "x"}], "content part 0"), ([{"type": "text"}], "content part 0"),
     ([{"type": "text", "text": "a"}, {"type": "text", "text": 3}], "content part 1"),
 ])  # fmt: skip
 def test_content_that_cannot_be_trained_on_is_named_by_message_and_part(content: Any, expected: str) -> None:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from lorakit.data.encode import Encoder
+from lorakit.data.images import ImageEncoder, locate
 from lorakit.errors import DataError
 from lorakit.sampling.ending import stop_strings
 from lorakit.sampling.request import Row
@@ -24,7 +25,7 @@ from lorakit.sampling.text_stream import TextStream
 from lorakit.service.core import Weights
 from lorakit.service.http.common import State, User, refuse_huge, status_of
 from lorakit.service.http.state import ServerState, as_future
-from lorakit.types import ModelInput, Sample, SampleResponse, SamplingParams
+from lorakit.types import ImageChunk, ModelInput, Sample, SampleResponse, SamplingParams
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 NOTHING = Sample([], "", "length", [], [])  # what max_tokens=0 generates
@@ -81,7 +82,7 @@ class _Choice:
     """One completion as it comes."""
 
     index: int
-    prompt: list[int]
+    prompt: ModelInput
     stream: TextStream
     text: str = ""
     sample: Sample | None = None
@@ -92,7 +93,7 @@ class _Job:
     """What one HTTP request asks: the completions of its prompts."""
 
     weights: Weights
-    prompts: list[list[int]]
+    prompts: list[ModelInput]
     params: SamplingParams
     n: int
     asked: dict[str, Any]
@@ -131,14 +132,14 @@ async def completions(body: Completion, request: Request, state: State, user: Us
     given: Any = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     if given and isinstance(given[0], int):
         given = [given]
-    prompts = [encoder.encode_prompt(one) if isinstance(one, str) else list(one) for one in given]
+    prompts = [ModelInput.from_ints(encoder.encode_prompt(one) if isinstance(one, str) else one) for one in given]
     asked = {"num_best": body.logprobs or 0, "scores_prompt": body.echo and body.logprobs is not None}
     params = body.params(16 if body.max_tokens is None else body.max_tokens)
     job = _Job(weights, prompts, params, body.n, asked, body.logprobs is not None)
 
     def whole(choice: _Choice, response: SampleResponse) -> dict[str, Any]:
         assert choice.sample is not None
-        echoed = job.tokenizer.decode(choice.prompt) if body.echo else ""
+        echoed = job.tokenizer.decode(choice.prompt.to_ints()) if body.echo else ""
         logprobs = None if body.logprobs is None else _completion_logprobs(job, choice, body, response)
         return {
             "index": choice.index, "text": echoed + choice.sample.text, "logprobs": logprobs,
@@ -164,7 +165,7 @@ async def chat_completions(
     tokenizer = weights.engine.base.tokenizer
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(f"{body.model} has no chat template; use /v1/completions")
-    prompt = Encoder(tokenizer).encode_chat(_plain_messages(body.messages))
+    prompt = await asyncio.to_thread(_read_messages, body.messages, Encoder(tokenizer), weights.engine.base.images)
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     asked = {"num_best": max(1, body.top_logprobs) if body.logprobs else 0}
     job = _Job(weights, [prompt], body.params(max_tokens), body.n, asked, body.logprobs)
@@ -192,20 +193,40 @@ async def chat_completions(
 _Piece = Callable[[_Choice, str, str | None, Sample | None], dict[str, Any]]  # of a stream: text, why it ends, the token itself
 
 
-def _plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose content is text, of one part or several. Raises DataError for anything else: a template might print it."""
-    plain = []
+def _read_messages(messages: list[dict[str, Any]], encoder: Encoder, images: ImageEncoder | None) -> ModelInput:
+    """A conversation up to where the assistant answers, by the chat template, with the images that it names in data: URLs.
+
+    Raises:
+        DataError: a part is neither text nor such an image; a template might print it.
+    """
+    plain: list[dict[str, Any]] = []
+    shown: list[ImageChunk] = []
     for number, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, list):
-            parts = [part for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
-            if len(parts) < len(content):
-                raise DataError(f"messages[{number}].content has a part that is not text")
-            content = "".join(part["text"] for part in parts)
-        if not isinstance(content, str) or not isinstance(message.get("role"), str):
+            parts = [_read_part(f"messages[{number}].content[{place}]", part, images) for place, part in enumerate(content)]
+            shown += [part for part in parts if isinstance(part, ImageChunk)]
+            content = [{"type": "image"} if isinstance(part, ImageChunk) else {"type": "text", "text": part} for part in parts]
+            if all(isinstance(part, str) for part in parts):  # as every template reads it
+                content = "".join(part["text"] for part in content)
+        if not isinstance(content, (str, list)) or not isinstance(message.get("role"), str):
             raise DataError(f"messages[{number}] needs a role, and content that is text")
         plain.append({**message, "content": content})
-    return plain
+    tokens = encoder.encode_chat(plain)
+    return images.place(tokens, shown) if images is not None else ModelInput.from_ints(tokens)
+
+
+def _read_part(name: str, part: Any, images: ImageEncoder | None) -> str | ImageChunk:
+    if isinstance(part, dict) and isinstance(part.get("text"), str):
+        return str(part["text"])
+    url = part.get("image_url") if isinstance(part, dict) else None
+    url = url.get("url") if isinstance(url, dict) else url
+    if not isinstance(url, str) or not url.startswith("data:"):  # a path would be one of this machine
+        raise DataError(f"{name} is neither text nor an image_url that begins with data:")
+    if images is None:
+        raise DataError(f"{name} is an image, and this model takes none")
+    chunk = ImageChunk(locate(url, None).read(), name=name)
+    return ImageChunk(chunk.data, expected_tokens=images.count_tokens(chunk), name=name)
 
 
 async def _weights(state: ServerState, user: str, model: str) -> Weights:
@@ -231,7 +252,7 @@ async def _answer(
     whole: Callable[[_Choice, SampleResponse], dict[str, Any]], piece: _Piece,
 ) -> JSONResponse | StreamingResponse:  # fmt: skip
     state.refuse_too_many(len(job.prompts))
-    num_prompt, num_best = sum(map(len, job.prompts)), int(job.asked["num_best"])
+    num_prompt, num_best = sum(prompt.length for prompt in job.prompts), int(job.asked["num_best"])
     refuse_huge(job.weights, num_prompt, len(job.prompts) * job.n, job.params.max_tokens, num_best)
     head = {"id": f"{prefix}-{job.id}", "created": job.created, "model": body.model}
     if body.stream:
@@ -282,8 +303,8 @@ def _start(
             assert each is not None
             each(choices[row.number], row)
 
-        tokens, each_token = ModelInput.from_ints(prompt), tell if each else None
-        future = state.service.sample(job.weights, tokens, job.params, job.n, each=each_token, **job.asked)
+        each_token = tell if each else None
+        future = state.service.sample(job.weights, prompt, job.params, job.n, each=each_token, **job.asked)
         state.completions.add(future)
         future.add_done_callback(state.completions.discard)
         found.append((choices, future))
@@ -346,13 +367,14 @@ def _event(body: dict[str, Any]) -> str:
 
 
 def _usage(job: _Job, generated: int) -> dict[str, int]:
-    prompt = sum(map(len, job.prompts))
+    prompt = sum(prompt.length for prompt in job.prompts)
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
 def _completion_logprobs(job: _Job, choice: _Choice, body: Completion, response: SampleResponse) -> dict[str, Any]:
     assert choice.sample is not None
-    before = zip(choice.prompt, response.prompt_logprobs or [None] * len(choice.prompt), strict=True) if body.echo else ()
+    echoed = choice.prompt.to_ints() if body.echo else []
+    before = zip(echoed, response.prompt_logprobs or [None] * len(echoed), strict=True) if body.echo else ()
     return _named_logprobs(job, choice.sample, list(before), has_best=bool(body.logprobs))
 
 

@@ -123,7 +123,8 @@ def _sample(state: ServerState, user: str, body: Sample) -> Future[Any]:
         "num_best_of_prompt": body.topk_prompt_logprobs, "prompt_targets": targets, "num_alternatives": body.prompt_alt_tokens_k,
         "last_n": body.prompt_logprobs_last_n,
     }  # fmt: skip
-    num_of_prompt = prompt.length * (1 + body.topk_prompt_logprobs + body.prompt_alt_tokens_k)
+    num_of_text = len(prompt.text_tokens()) + sum(image.expected_tokens or 0 for image in prompt.images)
+    num_of_prompt = num_of_text * (1 + body.topk_prompt_logprobs + body.prompt_alt_tokens_k)
 
     def start(loaded: Weights) -> Future[Any]:
         refuse_huge(loaded, num_of_prompt, body.num_samples, params.max_tokens, body.topk_sample_logprobs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,11 @@ import numpy as np
 from lorakit.errors import DataError
 from lorakit.service.http import schema
 from lorakit.types import (
+    Chunk,
     Datum,
     EncodedTextChunk,
     ForwardBackwardOutput,
+    ImageChunk,
     ModelInput,
     SampleResponse,
     SamplingParams,
@@ -104,13 +107,23 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
     return value, place
 
 
+def _image(number: int, data: bytes, format: str, expected_tokens: int | None) -> ImageChunk:
+    if expected_tokens is not None and expected_tokens < 1:
+        raise DataError(f"model_input.chunks[{number}]: expected_tokens={expected_tokens} must be at least 1")
+    return ImageChunk(data, format or "png", expected_tokens, name=f"chunks[{number}]")
+
+
 def _datum(message: Any) -> Datum:
-    chunks = []
+    chunks: list[Chunk] = []
     for number, chunk in enumerate(message.model_input):
         kind = chunk.WhichOneof("kind")
-        if kind != "encoded_text":
-            raise DataError(f"model_input.chunks[{number}] is {kind or 'empty'}; this model takes text")
-        chunks.append(EncodedTextChunk(tuple(np.frombuffer(chunk.encoded_text.tokens, np.int32).tolist())))
+        if kind == "encoded_text":
+            chunks.append(EncodedTextChunk(tuple(np.frombuffer(chunk.encoded_text.tokens, np.int32).tolist())))
+        elif kind == "image":
+            count = chunk.image.expected_tokens if chunk.image.HasField("expected_tokens") else None
+            chunks.append(_image(number, chunk.image.data, chunk.image.format, count))
+        else:
+            raise DataError(f"model_input.chunks[{number}] is {kind or 'empty'}; there are text and image")
     return Datum(ModelInput(tuple(chunks)), {name: _tensor(tensor) for name, tensor in message.loss_fn_inputs.items()})
 
 
@@ -151,12 +164,17 @@ def _datum_from_json(message: Mapping[str, Any]) -> Datum:
 
 
 def model_input_from_json(message: Mapping[str, Any]) -> ModelInput:
-    """Raises DataError for a chunk that is not text."""
-    chunks = []
+    """Raises DataError for a chunk that is neither text nor an image."""
+    chunks: list[Chunk] = []
     for number, chunk in enumerate(message.get("chunks", ())):
-        if chunk.get("type", "encoded_text") != "encoded_text":
-            raise DataError(f"chunks[{number}] is {chunk.get('type')}; this model takes text")
-        chunks.append(EncodedTextChunk(tuple(chunk["tokens"])))
+        kind = chunk.get("type", "encoded_text")
+        if kind == "encoded_text":
+            chunks.append(EncodedTextChunk(tuple(chunk["tokens"])))
+        elif kind == "image":
+            data = base64.b64decode(chunk["data"], validate=True)
+            chunks.append(_image(number, data, chunk.get("format", "png"), chunk.get("expected_tokens")))
+        else:
+            raise DataError(f"chunks[{number}] is {kind}; there are encoded_text and image")
     return ModelInput(tuple(chunks))
 
 

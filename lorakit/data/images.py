@@ -1,0 +1,292 @@
+"""Images of rows: where their bytes are, how many tokens they take, and what the vision tower is given.
+
+An image is one chunk of a Datum and as many tokens as its size makes. Until a batch is collated only its header is read.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+
+from lorakit.errors import ConfigError, DataError
+from lorakit.types import EncodedTextChunk, ImageChunk, ModelInput
+
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF: rows and columns change places
+_PART_KEYS = ("image", "path", "url", "image_url", "base64", "bytes")
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """Where one image of a row is: a file, or bytes in the row itself."""
+
+    path: Path | None = None
+    content: bytes | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.path) if self.path else "in the row"
+
+    def read(self) -> bytes:
+        """Return its bytes. Raises DataError that names the file."""
+        if self.content is not None:
+            return self.content
+        assert self.path is not None
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise DataError(f"image {self.path}: {error.strerror or error}") from error
+
+    def read_size(self) -> tuple[int, int]:
+        """Return (height, width) in pixels, of its header alone. Raises DataError."""
+        return _size_of(self.content if self.content is not None else self.path, self.name)
+
+
+def is_image_part(part: dict[str, Any]) -> bool:
+    """Whether a part of a message's content is an image."""
+    return part.get("type") in ("image", "image_url") or ("type" not in part and any(key in part for key in _PART_KEYS))
+
+
+def find_image_problem(part: dict[str, Any]) -> str | None:
+    """Return what is wrong with a part that is an image, as far as can be told without reading anything, or None."""
+    given = _given(part)
+    try:
+        return None if given is None else find_stored_problem(given)
+    except DataError as error:
+        return str(error)
+
+
+def find_stored_problem(given: Any) -> str | None:
+    """The same for what stands in a part, or in the column ``images``."""
+    try:
+        locate(given, None)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def images_of(messages: Sequence[Any], column: Sequence[Any] | None, folder: Path | None) -> list[StoredImage]:
+    """Return the images of a conversation in order: what parts name, or, where they name nothing, the next of the row's ``images``.
+
+    Args:
+        folder: of the file that the row is in: relative paths begin there.
+    """
+    parts = [part for m in messages if isinstance(m.content, list) for part in m.content if is_image_part(part)]
+    rest = iter(column or ())
+    return [locate(next(rest) if (given := _given(part)) is None else given, folder) for part in parts]
+
+
+def has_no_name(part: dict[str, Any]) -> bool:
+    """Whether a part stands for the next image of the row's ``images``."""
+    return _given(part) is None
+
+
+def locate(given: Any, folder: Path | None) -> StoredImage:
+    """Return where an image is: a path, a ``file:`` or ``data:`` URL, base64, bytes, or a record of bytes and path (of a parquet file).
+
+    Raises:
+        DataError: it is something else, or would have to be fetched.
+    """
+    if isinstance(given, dict) and (content := given.get("bytes")) is not None:
+        return locate(content, folder)
+    if isinstance(given, dict):
+        given = next((given[key] for key in ("path", "url", "base64", "image") if given.get(key) is not None), None)
+    if isinstance(given, (bytes, bytearray, memoryview)):
+        return StoredImage(content=bytes(given))
+    if not isinstance(given, str) or not given:
+        raise DataError(f"an image must be a path, a data: URL, base64 or bytes, not {type(given).__name__}")
+    if given.startswith("data:"):
+        return StoredImage(content=_from_base64(given.partition(",")[2]))
+    if given.startswith(("http://", "https://")):
+        raise DataError(f"image {given[:80]}: lorakit fetches nothing while it trains; download it, and give its path")
+    if given.startswith("file:"):
+        given = unquote(urlsplit(given).path)
+    elif len(given) > 255 and "." not in given[-8:]:
+        return StoredImage(content=_from_base64(given))
+    path = Path(given).expanduser()
+    return StoredImage(path=path if path.is_absolute() or folder is None else folder / path)
+
+
+def _given(part: dict[str, Any]) -> Any:
+    found = next((part[key] for key in _PART_KEYS if part.get(key) is not None), None)
+    return found.get("url") if part.get("type") == "image_url" and isinstance(found, dict) else found
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"an image in base64 cannot be decoded: {error}") from error
+
+
+def _size_of(source: bytes | Path | None, name: str) -> tuple[int, int]:
+    from PIL import Image
+
+    assert source is not None
+    with _explained(name), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        width, height = image.size
+        # Asked for the metadata of a PNG that says nothing of it in front, PIL decodes all of it.
+        says = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+        return (width, height) if says.get(_ORIENTATION) in _TURNED else (height, width)
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what PIL raises, which is anything, into an error that names the image."""
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"image {name}: there is no such file") from error
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        raise DataError(f"image {name} cannot be read: {reason}") from error
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """What the vision tower is given of one image."""
+
+    patches_PD: np.ndarray
+    grid: tuple[int, int, int]  # frames, and patches down and across
+
+
+class ImageEncoder:
+    """Wraps a model's image processor, of the family of Qwen's vision-language models.
+
+    Args:
+        config: of the model: which token stands for an image, how positions are counted.
+        min_pixels, max_pixels: images are scaled to lie between, at the same ratio; None: as the processor has it.
+
+    Raises:
+        ConfigError: the processor is of another family.
+    """
+
+    def __init__(self, processor: Any, config: Any, *, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
+        self.processor, self.config = processor, config
+        token_id: int | None = getattr(config, "image_token_id", None)
+        rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+        if token_id is None or not hasattr(processor, "merge_size") or "mrope_section" not in rope:
+            raise ConfigError(
+                f"images of {config.model_type} ({type(processor).__name__}) are not known to lorakit, which reads those of "
+                "Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3-VL-MoE; train it on rows of text"
+            )
+        self.token_id, self.merge = token_id, int(processor.merge_size)
+        size = dict(processor.size)
+        self.min_pixels, self.max_pixels = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+        if self.min_pixels > self.max_pixels:
+            raise ConfigError(f"data.min_pixels={self.min_pixels:,} is more than data.max_pixels={self.max_pixels:,}")
+
+    def within(self, min_pixels: int | None, max_pixels: int | None) -> ImageEncoder:
+        """Return the encoder with other bounds."""
+        if min_pixels is None and max_pixels is None:
+            return self
+        return ImageEncoder(self.processor, self.config, min_pixels=min_pixels, max_pixels=max_pixels)
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Return how many positions an image of so many pixels takes. Raises DataError for one that is too narrow."""
+        try:
+            bounds = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+            return int(self.processor.get_number_of_image_patches(height, width, bounds)) // self.merge**2
+        except (ValueError, ZeroDivisionError) as error:
+            raise DataError(f"an image of {width} x {height} pixels: {error}") from error
+
+    def count_tokens(self, chunk: ImageChunk) -> int:
+        """Return how many positions ``chunk`` takes. Raises DataError where it is no image."""
+        return self.num_tokens(*_size_of(chunk.data, chunk.name))
+
+    def check(self, model_input: ModelInput) -> list[EncodedImage]:
+        """Return the images of ``model_input``, encoded.
+
+        Raises:
+            DataError: a text has the token that stands for an image, or an image cannot be used as its chunk says.
+        """
+        for number, chunk in enumerate(model_input.chunks):
+            if isinstance(chunk, EncodedTextChunk) and self.token_id in chunk.tokens:
+                raise DataError(f"chunks[{number}] has token {self.token_id}, which stands for an image; give an ImageChunk")
+        images = [(number, chunk) for number, chunk in enumerate(model_input.chunks) if isinstance(chunk, ImageChunk)]
+        for number, chunk in images:
+            if not chunk.name:
+                chunk.name = f"chunks[{number}]"
+        return self.encode([chunk for _, chunk in images])
+
+    def tokens(self, model_input: ModelInput) -> list[int]:
+        """Return the token ids of ``model_input``, images as so many placeholders."""
+        found: list[int] = []
+        for chunk in model_input.chunks:
+            found += [self.token_id] * chunk.length if isinstance(chunk, ImageChunk) else chunk.tokens
+        return found
+
+    def place(self, tokens: Sequence[int], images: Sequence[ImageChunk]) -> ModelInput:
+        """Return a rendered conversation with its images in the places of their placeholders, one token each.
+
+        Raises:
+            DataError: there are more or fewer of the one than of the other.
+        """
+        if (count := list(tokens).count(self.token_id)) != len(images):
+            raise DataError(f"{len(images)} images, and the chat template writes {count} placeholders")
+        chunks: list[EncodedTextChunk | ImageChunk] = []
+        rest, start = iter(images), 0
+        for place in [*(place for place, token in enumerate(tokens) if token == self.token_id), len(tokens)]:
+            if start < place:
+                chunks.append(EncodedTextChunk(tuple(tokens[start:place])))
+            if place < len(tokens):
+                chunks.append(next(rest))
+            start = place + 1
+        return ModelInput(tuple(chunks))
+
+    def encode(self, chunks: Sequence[ImageChunk]) -> list[EncodedImage]:
+        """Decode images and cut them into patches, several at once.
+
+        Raises:
+            DataError: one cannot be decoded, or takes another number of positions than it says.
+        """
+        if len(chunks) < 2:
+            return [self._encode(chunk) for chunk in chunks]
+        with ThreadPoolExecutor(min(len(chunks), os.cpu_count() or 1, 8)) as pool:
+            return list(pool.map(self._encode, chunks))
+
+    def _encode(self, chunk: ImageChunk) -> EncodedImage:
+        from PIL import Image, ImageOps
+
+        data = chunk.data
+        with _explained(chunk.name), Image.open(io.BytesIO(data)) as opened:
+            image = ImageOps.exif_transpose(opened)
+            image.load()
+        size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+        found = self.processor(images=[image], size=size, return_tensors="np")
+        frames, down, across = map(int, found["image_grid_thw"][0])
+        count = frames * down * across // self.merge**2
+        if chunk.expected_tokens not in (None, count):
+            raise DataError(f"image {chunk.name}: expected_tokens={chunk.expected_tokens}, but it takes {count} positions here")
+        return EncodedImage(np.asarray(found["pixel_values"], np.float32), (frames, down, across))
+
+    def positions(self, model_input: ModelInput, images: Sequence[EncodedImage]) -> np.ndarray:
+        """Return time, height and width of each position, (3, L) (M-RoPE, Qwen2-VL, arXiv 2409.12191, section 2.1).
+
+        Text counts up in all three. An image's positions have the time at which it begins, and its rows and columns from there on;
+        what follows goes on behind the larger of both.
+        """
+        rest, start = iter(images), 0
+        parts: list[np.ndarray] = []
+        for chunk in model_input.chunks:
+            if isinstance(chunk, EncodedTextChunk):
+                parts.append(np.broadcast_to(np.arange(chunk.length) + start, (3, chunk.length)))
+                start += chunk.length
+                continue
+            frames, down, across = next(rest).grid
+            down, across = down // self.merge, across // self.merge
+            parts.append(np.stack(np.meshgrid(range(frames), range(down), range(across), indexing="ij")).reshape(3, -1) + start)
+            start += max(down, across)
+        return np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), np.int64)
