@@ -196,12 +196,12 @@ def main() -> None:
     model = model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
     if arguments.kind == "vl":
-        reader.image_processor.save_pretrained(out)
+        tiny_vl.save(model, tokenizer, out)
         tiny_vl.report_accuracy(model.float().eval(), reader)
     else:
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
         report_accuracy(model.float(), tokenizer)
 
 

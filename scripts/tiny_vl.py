@@ -6,9 +6,11 @@ import itertools
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from scenes import Question, draw_question
 from string_tasks import draw_question as draw_string_question
 from string_tasks import load_words
@@ -123,6 +125,19 @@ def make_batches(rng: random.Random, reader: Reader, num_rows: int) -> Iterator[
                 question = draw_question(rng)
                 rows.append((question.text, question.answer, question.images))
         yield reader.batch(rows)
+
+
+def save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write everything as the hub has it: experts' stacks are (E, H, 2I) and (E, I, H) there, which ``save_pretrained`` turns round."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    make_image_processor().save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file(
+        {name: tensor.mT.contiguous() if ".mlp.experts." in name else tensor for name, tensor in tensors.items()},
+        file, metadata={"format": "pt"},
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -71,7 +71,5 @@ def png(image: Image.Image, **options: Any) -> bytes:
 
 def save_vl_model(folder: Any) -> str:
     """Write the model with its tokenizer and image processor as the hub has them, and return the folder."""
-    make_vl_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    tiny_vl.make_image_processor().save_pretrained(folder)
+    tiny_vl.save(make_vl_model(), make_tokenizer(), folder)
     return str(folder)

@@ -17,6 +17,7 @@ from lorakit.loss.head import Head, HeadAdapter, head_logprobs
 from lorakit.loss.vocabulary import VocabularyLoss, vocabulary_loss
 from lorakit.model.attention import packed_documents
 from lorakit.model.partition import is_partitioned
+from lorakit.model.vision import with_blank_image
 from lorakit.types import Batch, LossOutput
 
 log = logging.getLogger("lorakit")
@@ -36,6 +37,8 @@ def target_logprobs(
         is_weighted_sum: the loss will sum them by the batch's weights, which spares a trained unembedding its logits a second time.
         head_adapters: on the unembedding, beside what the model itself has there; their gates have a row for each position.
     """
+    shape, length = batch.targets.shape, batch.input_ids.shape[1]
+    batch = with_blank_image(model, batch)
     hidden_BLH, head = hidden_states(model, lambda: _run(model, batch))
     logits_BLV = _run(model, batch).logits if hidden_BLH is None else None
     num_positions = batch.input_ids.numel()
@@ -57,7 +60,7 @@ def target_logprobs(
         logits_NV = logits_BLV.flatten(0, 1).index_select(0, places_N).float()
         logprobs_NK = logits_NV.log_softmax(dim=-1).gather(1, targets_NK)
     logprobs = logprobs_NK.new_zeros((num_positions, targets_NK.shape[1]))
-    return logprobs.index_copy(0, places_N, logprobs_NK).view(batch.targets.shape)
+    return logprobs.index_copy(0, places_N, logprobs_NK).view(batch.targets.shape)[:, :length].reshape(shape)
 
 
 def whole_distributions(

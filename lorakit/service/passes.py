@@ -21,6 +21,7 @@ from lorakit.loss import LOSSES, Loss
 from lorakit.loss.head import as_head_adapters
 from lorakit.loss.logprobs import whole_distributions
 from lorakit.loss.vocabulary import VocabularyLoss
+from lorakit.model.vision import with_blank_image
 from lorakit.service.base import Base
 from lorakit.service.trainee import Trainee
 from lorakit.strategy.world import World, gather
@@ -138,7 +139,7 @@ class PassRunner:
         else:  # a process without a pass takes part in that of the others
             shares = [Share(idle_batch(pad), LOSSES["cross_entropy"])]
         owners = [works[w].trainee for w, datums in by_work.items() for _ in datums] or [works[0].trainee]
-        joined = join([share.batch for share in shares], pad).to(base.device)
+        joined = with_blank_image(base.model, join([share.batch for share in shares], pad).to(base.device))
         shares = [Share(share.batch.to(base.device), share.loss) for share in shares]
         mix = _mix_of(owners, joined.input_ids.shape[1], base.device)
         self.num_passes += bool(by_work)

@@ -21,6 +21,7 @@ from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.lora.state import load_adapter_state
 from lorakit.loss import LOSSES
+from lorakit.model import vision as vision_module
 from lorakit.sampling.generate import generate
 from lorakit.training.step import compute_loss
 
@@ -150,6 +151,20 @@ def test_calls_of_several_adapters_with_and_without_images_share_a_pass(folder: 
             for output, expected in zip(same.loss_fn_outputs, one.loss_fn_outputs, strict=True):
                 assert np.allclose(output["logprobs"], expected["logprobs"], atol=1e-5)
     assert torch.is_grad_enabled()
+
+
+def test_a_tower_that_every_process_must_run_changes_nothing_for_text(
+    folder: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with lorakit.ServiceClient(folder=tmp_path, accelerator="cpu") as service:
+        clients = [service.create_lora_training_client(folder, rank=rank, seed=rank) for rank in (2, 4)]
+        plain = [client.forward_backward([text_datum(types)] * 2, "cross_entropy").result() for client in clients]
+        monkeypatch.setattr(vision_module, "is_partitioned", lambda parameter: True)
+        for _ in range(3):
+            futures = [client.forward([text_datum(types)] * 2, "cross_entropy") for client in clients]
+            for one, future in zip(plain, futures, strict=True):
+                for output, expected in zip(future.result().loss_fn_outputs, one.loss_fn_outputs, strict=True):
+                    assert np.allclose(output["logprobs"], expected["logprobs"], atol=1e-5)
 
 
 def test_an_openai_client_asks_about_an_image(vl_server: Server, folder: str) -> None:

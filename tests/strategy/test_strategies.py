@@ -63,7 +63,9 @@ def fits(world: int, shared: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def launch(folder: Path, shared: Path, strategy: str, world: int, wanted: dict[str, dict[str, Any]], parts: int = 1) -> Found:
+def launch(
+    folder: Path, shared: Path, strategy: str, world: int, wanted: dict[str, dict[str, Any]], parts: int = 1, **more: Any
+) -> Found:
     """Run ``wanted`` in ``world`` processes that find no compiler, and return what they left."""
     folder.mkdir(parents=True)
     plan = {
@@ -72,6 +74,7 @@ def launch(folder: Path, shared: Path, strategy: str, world: int, wanted: dict[s
         "model": str(shared / "model"),
         "rows": str(shared / "rows.jsonl"),
         "fits": wanted,
+        **more,
     }
     (folder / "plan.json").write_text(json.dumps(plan))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]

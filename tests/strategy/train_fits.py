@@ -17,6 +17,7 @@ from unittest import mock
 
 import lightning as L
 import torch
+import vision
 from tiny_models import FakeTokenizer
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
@@ -126,17 +127,24 @@ def fit(folder: Path, plan: dict[str, Any], name: str, options: dict[str, Any]) 
     world = current_world()
     L.seed_everything(7, verbose=False)
     datamodule = LoRADataModule(
-        path=options.get("rows", plan["rows"]), batch_size=options.get("batch_size", 2), epochs=options.get("epochs"), max_tokens=32,
+        path=options.get("rows", plan["rows"]), batch_size=options.get("batch_size", 2), epochs=options.get("epochs"),
+        max_tokens=options.get("max_tokens", 32),
         val_path=plan["rows"], val_rows=5, val_batch_size=2, packing=options.get("packing", False),
         shuffle=options.get("shuffle", True),
     )  # fmt: skip
-    datamodule.set_tokenizer(FakeTokenizer())
+    if plan.get("has_images"):
+        datamodule.set_tokenizer(vision.make_tokenizer(), vision.make_encoder())
+    else:
+        datamodule.set_tokenizer(FakeTokenizer())
 
     precision: Any = options.get("precision", "32-true")
     watched = WatchedAutocast()
 
     def build_model() -> Any:
-        spec = LoRASpec(rank=4, experts=options.get("experts", True), dropout=options.get("dropout", 0.0))
+        spec = LoRASpec(
+            rank=4, experts=options.get("experts", True), dropout=options.get("dropout", 0.0),
+            vision=options.get("vision", False), merger=options.get("vision", False),
+        )  # fmt: skip
         model = inject(load_model(plan["model"], dtype="bfloat16" if precision == "bf16-mixed" else "float32"), spec)
         if options.get("checkpointing"):
             enable_checkpointing(model)
