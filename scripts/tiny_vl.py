@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from scenes import Question, draw_question
 from string_tasks import draw_question as draw_string_question
 from string_tasks import load_words
 from transformers import PreTrainedTokenizerFast, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+from lorakit.weights.hub_layout import save_as_hub
 
 MERGE, PATCH = 2, 4  # an image token stands for MERGE x MERGE patches of PATCH x PATCH pixels
 VOCAB_SIZE = 288
@@ -128,16 +129,10 @@ def make_batches(rng: random.Random, reader: Reader, num_rows: int) -> Iterator[
 
 
 def save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write everything as the hub has it: experts' stacks are (E, H, 2I) and (E, I, H) there, which ``save_pretrained`` turns round."""
-    model.save_pretrained(folder)
+    """Write everything as the hub has it."""
+    save_as_hub(model, folder)
     tokenizer.save_pretrained(folder)
     make_image_processor().save_pretrained(folder)
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    save_file(
-        {name: tensor.mT.contiguous() if ".mlp.experts." in name else tensor for name, tensor in tensors.items()},
-        file, metadata={"format": "pt"},
-    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -13,9 +13,10 @@ from torch import nn
 
 from lorakit.errors import AdapterError, CheckpointError
 from lorakit.lora.layouts import split_a, split_b
-from lorakit.model.load import quiet_transformers
+from lorakit.model.load import quiet_transformers, resolve_model_path
 from lorakit.weights.adapter import AdapterFiles
 from lorakit.weights.files import whole_folder, write_json
+from lorakit.weights.hub_layout import copy_processor, save_as_hub
 
 TOLERANCE = 1e-4  # of the largest logit, between merged and adapter form in float32
 
@@ -294,6 +295,8 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def _write(merged: Any, tokenizer: Any, out: Path, report: MergeReport, base_path: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(out) as aside, quiet_transformers():
-        merged.save_pretrained(aside)
+        save_as_hub(merged, aside)
         tokenizer.save_pretrained(aside)
+        if getattr(merged.config, "vision_config", None) is not None:
+            copy_processor(resolve_model_path(base_path), aside)
         write_json(aside / "merge_report.json", {"base": base_path, **asdict(report)})

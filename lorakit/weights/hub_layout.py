@@ -1,0 +1,45 @@
+"""Files of a model as the hub has them, where ``save_pretrained`` writes them another way.
+
+Qwen3-VL-MoE's stacks of experts are (E, in, out) on the hub and (E, out, in) in the model. transformers' loader takes both where it
+can tell them apart by shape, which it cannot under ZeRO-3, nor can other programs; so what is written is what the hub has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+_TURNED = {"qwen3_vl_moe": (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")}  # model type -> endings of names
+_PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.json")
+
+
+def save_as_hub(model: Any, folder: Path) -> None:
+    """Write ``model`` to ``folder``, its tensors oriented as the hub's. One file at a time is read and written again."""
+    model.save_pretrained(folder)
+    if not (endings := _TURNED.get(model.config.model_type)):
+        return
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is no dict
+        if any(name.endswith(endings) for name in tensors):
+            turned = {name: tensor.mT.contiguous() if name.endswith(endings) else tensor for name, tensor in tensors.items()}
+            save_file(turned, file, metadata={"format": "pt"})
+
+
+def copy_processor(base_path: str, folder: Path, **options: Any) -> None:
+    """Copy to ``folder`` what the base has for images."""
+    from transformers.utils import cached_file
+
+    for name in _PROCESSOR_FILES:
+        found = cached_file(
+            base_path,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **options,
+        )
+        if found:
+            (folder / name).write_bytes(Path(found).read_bytes())

@@ -1,0 +1,64 @@
+"""A vision-language model in the hub's layout, trained, merged, and read by plain transformers and plain PEFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_models import randomise
+from transformers import AutoModelForImageTextToText
+from vision import draw_image, make_encoder, make_reference, make_tokenizer, save_vl_model
+
+from lorakit.lora.inject import inject
+from lorakit.lora.spec import LoRASpec
+from lorakit.model.load import load_image_processor, load_model
+from lorakit.weights.adapter import save_adapter
+from lorakit.weights.merge import merge_adapter
+
+
+def shapes(folder: str | Path) -> dict[str, list[int]]:
+    with safe_open(Path(folder) / "model.safetensors", "pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no dict
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    text = "a<|vision_start|><|image_pad|><|vision_end|>How many?"
+    inputs = make_reference()(text=[text], images=[draw_image(1, (48, 32))], return_tensors="pt")
+    return model(**inputs, use_cache=False).logits
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_vl_model(tmp_path_factory.mktemp("base"))
+
+
+def test_from_the_hubs_layout_through_training_and_merging_back_to_it(base: str, tmp_path: Path) -> None:
+    assert shapes(base)["model.language_model.layers.0.mlp.experts.gate_up_proj"] == [12, 128, 192]
+    spec = LoRASpec(rank=4, vision=True, merger=True, unembedding=True)
+    model = randomise(inject(load_model(base), spec, base_name=base))
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(load_model(base)), atol=1e-2)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(model, tmp_path / "adapter")
+
+    plain = peft.PeftModel.from_pretrained(
+        AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32), tmp_path / "adapter"
+    )
+    assert torch.allclose(logits(plain.eval()), expected, atol=2e-4)
+
+    report = merge_adapter(
+        base, lambda dtype: load_model(base, dtype=dtype), tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32,
+        tokenizer=make_tokenizer(), can_compare=True,
+    )  # fmt: skip
+    assert {name.split(".")[1] for name in (tensor.name for tensor in report.tensors) if "visual" in name}
+    assert shapes(tmp_path / "merged") == shapes(base)
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert torch.allclose(logits(merged), expected, atol=2e-4)
+    processor = load_image_processor(str(tmp_path / "merged"))
+    assert json.loads(processor.to_json_string()) == json.loads(make_encoder().processor.to_json_string())
