@@ -278,7 +278,7 @@ def test_only_some_errors_are_of_http(api: httpx.Client, model_id: str, server: 
     image = api.post(
         "/forward_backward", content=message.SerializeToString(), headers={"content-type": "application/x-protobuf"}
     )
-    assert "takes text" in api.post("/retrieve_future", json=image.json()).json()["error"]
+    assert "expected_tokens" in api.post("/retrieve_future", json=image.json()).json()["error"]
 
 
 def test_what_would_be_ignored_or_cannot_be_read_fails_and_nobody_elses(api: httpx.Client, model_id: str) -> None:
