@@ -120,7 +120,8 @@ def _problems(datum: Datum, loss: Callable[..., Any], vocab_size: int, max_token
         return [*problems, ".model_input is empty"]
     if max_tokens is not None and len(datum) > max_tokens:
         problems.append(f".model_input has {len(datum):,} positions, and the model takes {max_tokens:,}")
-    problems += _outside(".model_input", np.asarray(datum.model_input.text_tokens(), np.int64), vocab_size)
+    if tokens := datum.model_input.text_tokens():  # as they are: one may be beyond 64 bit
+        problems += _outside(".model_input", np.asarray(tokens), vocab_size)
     if "target_tokens" in given:
         problems += _outside(".loss_fn_inputs['target_tokens']", given["target_tokens"], vocab_size)
         several = given["target_tokens"].ndim > 1

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -77,6 +77,13 @@ class ChatCompletion(_Asked):
     top_logprobs: int = Field(default=0, ge=0)
 
 
+class _Token(NamedTuple):
+    """One token of a stream with its log-probabilities, and where in the text of all tokens it begins."""
+
+    sample: Sample
+    offset: int
+
+
 @dataclass
 class _Choice:
     """One completion as it comes."""
@@ -85,7 +92,14 @@ class _Choice:
     prompt: ModelInput
     stream: TextStream
     text: str = ""
+    offset: int = 0  # of the next token in the text of all tokens
     sample: Sample | None = None
+
+    def name(self, row: Row, tokenizer: Any) -> _Token:
+        """The last token of ``row``, and where it begins."""
+        token = _Token(Sample(row.tokens[-1:], "", "", row.logprobs[-1:], row.best[-1:]), self.offset)
+        self.offset += len(tokenizer.decode(row.tokens[-1:]))
+        return token
 
 
 @dataclass
@@ -146,10 +160,10 @@ async def completions(body: Completion, request: Request, state: State, user: Us
             "finish_reason": choice.sample.stop_reason,
         }  # fmt: skip
 
-    def piece(choice: _Choice, text: str, reason: str | None, token: Sample | None) -> dict[str, Any]:
+    def piece(choice: _Choice, text: str, reason: str | None, token: _Token | None) -> dict[str, Any]:
         logprobs = None
         if body.logprobs is not None and token is not None:
-            logprobs = _named_logprobs(job, token, has_best=bool(body.logprobs), offset=len(choice.text) - len(text))
+            logprobs = _named_logprobs(job, token.sample, has_best=bool(body.logprobs), offset=token.offset)
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     return await _answer(state, request, body, job, "text_completion", "cmpl", whole, piece)
@@ -178,11 +192,11 @@ async def chat_completions(
             "finish_reason": choice.sample.stop_reason,
         }  # fmt: skip
 
-    def piece(choice: _Choice, text: str, reason: str | None, token: Sample | None) -> dict[str, Any]:
+    def piece(choice: _Choice, text: str, reason: str | None, token: _Token | None) -> dict[str, Any]:
         delta = {} if reason else {"role": "assistant", "content": text}
         logprobs = None
         if body.logprobs and token is not None:
-            logprobs = {"content": _chat_logprobs(job, token, body.top_logprobs)}
+            logprobs = {"content": _chat_logprobs(job, token.sample, body.top_logprobs)}
         return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     return await _answer(state, request, body, job, "chat.completion", "chatcmpl", whole, piece)
@@ -190,7 +204,7 @@ async def chat_completions(
 
 # ---- pieces
 
-_Piece = Callable[[_Choice, str, str | None, Sample | None], dict[str, Any]]  # of a stream: text, why it ends, the token itself
+_Piece = Callable[[_Choice, str, str | None, _Token | None], dict[str, Any]]  # of a stream: text, why it ends, the token itself
 
 
 def _read_messages(messages: list[dict[str, Any]], encoder: Encoder, images: ImageEncoder | None) -> ModelInput:
@@ -315,7 +329,7 @@ async def _events(
     state: ServerState, job: _Job, head: dict[str, Any], piece: _Piece, *, include_usage: bool
 ) -> AsyncIterator[str]:
     """Server-sent events, a piece of text each; whoever goes away ends the generation."""
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any, str | None, Sample | None]]()
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any, str | None, _Token | None]]()
     num_generated = 0
 
     def on_token(choice: _Choice, row: Row) -> None:
@@ -324,7 +338,7 @@ async def _events(
         if row.stop_reason:  # what was held back, up to the stop string
             text = row.running.ending.text(row.tokens, is_stopped=row.stop_reason == "stop")[len(choice.text) :]
         choice.text += text
-        token = Sample(row.tokens[-1:], "", "", row.logprobs[-1:], row.best[-1:]) if job.says_logprobs else None
+        token = choice.name(row, job.tokenizer) if job.says_logprobs else None
         loop.call_soon_threadsafe(queue.put_nowait, (text, choice, row.stop_reason or None, token))
 
     def on_done(future: Future[Any]) -> None:
