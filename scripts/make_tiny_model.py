@@ -174,7 +174,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder to write the model to")
     parser.add_argument("--steps", type=int, default=2000, help="optimiser steps")
     parser.add_argument("--rows", type=int, default=64, help="examples per step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="largest learning rate")
+    parser.add_argument(
+        "--lr", type=float, help="largest learning rate (default: text 3e-3, vl 1e-3, above which it does not learn to see)"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rng, tokenizer = random.Random(1), make_tokenizer()
@@ -192,7 +194,7 @@ def main() -> None:
         rows = make_batches(rng, tokenizer, words, arguments.rows)
         batches = (({"input_ids": tokens}, weights) for tokens, weights in rows)
     print(f"{model.num_parameters():,} parameters")
-    pretrain(model, batches, arguments.steps, arguments.lr)
+    pretrain(model, batches, arguments.steps, arguments.lr or {"text": 3e-3, "vl": 1e-3}[arguments.kind])
     model = model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.generation_config.eos_token_id = tokenizer.eos_token_id

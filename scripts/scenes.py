@@ -159,4 +159,13 @@ def _ask_which(rng: random.Random) -> Question:
     return Question("which", f"Which picture has a {asked}?", answer, images, 1 / 2)
 
 
+def draw_description(rng: random.Random) -> Question:
+    """Ask for everything in a picture, in reading order: many words about one picture teach to see, where an answer of one hardly does."""
+    things = [(rng.choice(list(COLORS)), rng.choice(SHAPES)) for _ in range(rng.randint(1, 3))]
+    scene = _scene(rng, things)
+    ordered = sorted(scene.things, key=lambda thing: (thing.row, thing.column))
+    answer = ", ".join(f"{thing.color} {thing.shape}" for thing in ordered)
+    return Question("describe", "What is there?", answer, (scene.draw(rng),), 0.0)
+
+
 _KINDS: tuple[Callable[[random.Random], Question], ...] = (_ask_color, _ask_shape, _ask_count, _ask_side, _ask_which)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scenes import Question, draw_question
+from scenes import Question, draw_description, draw_question
 from string_tasks import draw_question as draw_string_question
 from string_tasks import load_words
 from transformers import PreTrainedTokenizerFast, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
@@ -19,7 +19,8 @@ from lorakit.weights.hub_layout import save_as_hub
 
 MERGE, PATCH = 2, 4  # an image token stands for MERGE x MERGE patches of PATCH x PATCH pixels
 VOCAB_SIZE = 288
-TEXT_SHARE = 0.05  # of rows without a picture
+TEXT_SHARE = 0.02  # of rows without a picture
+DESCRIBED_SHARE = 0.5  # of rows with one
 # After the template in Qwen/Qwen3-VL-30B-A3B-Instruct, without tools and videos.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -105,7 +106,7 @@ class Reader:
         for row, (prompt, answer) in enumerate(pairs):
             end = len(prompt) + len(answer)
             tokens[row, :end] = torch.tensor(prompt + answer)
-            weights[row, len(prompt) : end] = 1 / len(answer)  # an answer counts once, however long
+            weights[row, len(prompt) : end] = len(answer) ** -0.5  # between once for each answer and once for each token
         is_image = tokens == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         return {"input_ids": tokens, "mm_token_type_ids": is_image.int(), **inputs}, weights
 
@@ -123,7 +124,7 @@ def make_batches(rng: random.Random, reader: Reader, num_rows: int) -> Iterator[
                 task, asked = draw_string_question(rng, words)
                 rows.append((f"{task.ask(asked)}: {' '.join(asked.words)}", task.answer(asked), ()))
             else:
-                question = draw_question(rng)
+                question = draw_description(rng) if rng.random() < DESCRIBED_SHARE else draw_question(rng)
                 rows.append((question.text, question.answer, question.images))
         yield reader.batch(rows)
 
