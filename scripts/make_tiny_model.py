@@ -174,9 +174,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder to write the model to")
     parser.add_argument("--steps", type=int, default=2000, help="optimiser steps")
     parser.add_argument("--rows", type=int, default=64, help="examples per step")
-    parser.add_argument(
-        "--lr", type=float, help="largest learning rate (default: text 3e-3, vl 1e-3, above which it does not learn to see)"
-    )
+    parser.add_argument("--lr", type=float, help="largest learning rate; default 3e-3, vl 1e-3")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rng, tokenizer = random.Random(1), make_tokenizer()

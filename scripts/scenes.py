@@ -160,7 +160,7 @@ def _ask_which(rng: random.Random) -> Question:
 
 
 def draw_description(rng: random.Random) -> Question:
-    """Ask for everything in a picture, in reading order: many words about one picture teach to see, where an answer of one hardly does."""
+    """Ask for everything in a picture, in reading order: many words about one picture teach to see, an answer of one hardly does."""
     things = [(rng.choice(list(COLORS)), rng.choice(SHAPES)) for _ in range(rng.randint(1, 3))]
     scene = _scene(rng, things)
     ordered = sorted(scene.things, key=lambda thing: (thing.row, thing.column))
