@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "lorakit"
 LAYERS = [
     {"errors", "hub"},
+    {"model_input"},
     {"types"},
     {"data", "model"},
     {"lora", "loss"},

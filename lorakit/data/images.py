@@ -59,11 +59,7 @@ def is_image_part(part: dict[str, Any]) -> bool:
 
 def find_image_problem(part: dict[str, Any]) -> str | None:
     """Return what is wrong with a part that is an image, as far as can be told without reading anything, or None."""
-    given = _given(part)
-    try:
-        return None if given is None else find_stored_problem(given)
-    except DataError as error:
-        return str(error)
+    return None if (given := _given(part)) is None else find_stored_problem(given)
 
 
 def find_stored_problem(given: Any) -> str | None:
@@ -215,11 +211,12 @@ class ImageEncoder:
         for number, chunk in enumerate(model_input.chunks):
             if isinstance(chunk, EncodedTextChunk) and self.token_id in chunk.tokens:
                 raise DataError(f"chunks[{number}] has token {self.token_id}, which stands for an image; give an ImageChunk")
-        images = [(number, chunk) for number, chunk in enumerate(model_input.chunks) if isinstance(chunk, ImageChunk)]
-        for number, chunk in images:
-            if not chunk.name:
-                chunk.name = f"chunks[{number}]"
-        return self.encode([chunk for _, chunk in images])
+        named = [
+            ImageChunk(chunk.data, chunk.format, chunk.expected_tokens, name=chunk.name or f"chunks[{number}]")
+            for number, chunk in enumerate(model_input.chunks)
+            if isinstance(chunk, ImageChunk)
+        ]
+        return self.encode(named)
 
     def tokens(self, model_input: ModelInput) -> list[int]:
         """Return the token ids of ``model_input``, images as so many placeholders."""

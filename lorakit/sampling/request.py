@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import secrets
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ class Shown:
     grid_positions_3L: torch.Tensor  # time, height and width of each of the prompt's positions
     key: bytes  # the same for the same images
 
-    @property
+    @functools.cached_property
     def shift(self) -> int:
         """What is added to the places of tokens behind the prompt for their time, height and width: images take few of these."""
         return int(self.grid_positions_3L.max()) + 1 - self.grid_positions_3L.shape[1]

@@ -17,16 +17,17 @@ import torch
 from lorakit.errors import ConfigError, DataError
 from lorakit.lora.bank import Adapter, AdapterBank, Mix
 from lorakit.lora.grouped import FewTokens, having
-from lorakit.loss.head import Head, all_logits, as_head_adapters, best_logprobs, head_logprobs
+from lorakit.loss.head import Head, all_logits, as_head_adapters
 from lorakit.loss.logprobs import hidden_states
 from lorakit.model.attention import cached_attention, packed_documents
 from lorakit.model.families import steady_positions
 from lorakit.sampling.cache import KVCache, rounded, wasted_tokens
 from lorakit.sampling.ending import Ending, end_token_ids
-from lorakit.sampling.pick import Picked, Picker, sample_key
+from lorakit.sampling.pick import Picked, Picker
+from lorakit.sampling.prompt_scores import score_prompt
 from lorakit.sampling.replay import Replayer
 from lorakit.sampling.request import Request, Row, Running, Shown, best_of_row
-from lorakit.types import Images, TensorData
+from lorakit.types import Images
 
 JOIN_SHARE, MAX_STEPS_WAITED = 16, 8  # who joins are a 16th of the rows at work or more, or have waited for so many steps
 SORT_PAYS_AFTER = 8  # steps: rows mostly stay for longer
@@ -234,43 +235,13 @@ class Sampler:
                 self._pick(self._rows, self._settle(self._rows)[0], self._logits(hidden[-1], head, mix), 0)
 
     def _score_prompt(self, entry: _Joining, hidden_TH: torch.Tensor, head: Head, span: tuple[int, int, int]) -> None:
-        """Keep what is asked about the prompt itself, at temperature 1."""
+        """Keep what is asked about the prompt itself."""
         running, request, (_, start, end) = entry.running, entry.running.request, span
         if request.is_of_prompt and (not entry.numbers or entry.numbers.start == 0):
-            hidden, tokens = hidden_TH[start : end - 1], request.prompt
             head = self._head(head, self._mix_of([request.adapter], [end - 1 - start]))
-            if request.scores_prompt:
-                targets = torch.tensor(tokens[1:], device=hidden.device)[:, None]
-                score = _score_by_token if self.batch_invariant else head_logprobs
-                running.prompt_logprobs = [None, *score(hidden, head, targets)[:, 0].tolist()]
-            if request.num_best_of_prompt:
-                num_best = min(request.num_best_of_prompt, self._vocab_size)
-                values, best = best_logprobs(hidden, head, num_best)
-                pairs = zip(best.tolist(), values.tolist(), strict=True)
-                running.best_of_prompt = [None, *(list(zip(*pair, strict=True)) for pair in pairs)]
-            if request.prompt_targets is not None:
-                wanted = torch.from_numpy(request.prompt_targets.to_numpy()).to(hidden.device)
-                found = head_logprobs(hidden, head, wanted.clamp(min=0)).masked_fill_(wanted < 0, 0.0)
-                running.target_logprobs = TensorData(found)
-            if request.num_alternatives:
-                running.alternatives = self._draw_alternatives(request, hidden, head)
+            score_prompt(running, hidden_TH[start : end - 1], head, self._vocab_size, by_token=self.batch_invariant)
         if not entry.numbers:
             running.finish_if_done()
-
-    def _draw_alternatives(self, request: Request, hidden_NH: torch.Tensor, head: Head) -> tuple[TensorData, TensorData]:
-        """Draw tokens at each place, by numbers of the place alone; (N, K) tokens and their log-probabilities."""
-        tokens = np.zeros((len(hidden_NH), request.num_alternatives), np.int64)
-        logprobs = np.zeros(tokens.shape, np.float32)
-        for first in range(0, len(hidden_NH), 64):
-            places = range(first, min(first + 64, len(hidden_NH)))
-            logits = all_logits(hidden_NH[first : places.stop], head)
-            for draw in range(request.num_alternatives):
-                key = sample_key(request.params.seed or 0, -1 - draw)  # no sample's
-                picker = Picker([request.params] * len(places), [key] * len(places), 0, hidden_NH.device)
-                picked = picker.pick(logits.clone(), list(places))
-                tokens[first : places.stop, draw] = picked.tokens.cpu().numpy()
-                logprobs[first : places.stop, draw] = picked.logprobs.cpu().numpy()
-        return TensorData(tokens), TensorData(logprobs)
 
     # ---- generating
 
@@ -391,12 +362,6 @@ class Sampler:
 
     def _logits(self, hidden_BH: torch.Tensor, head: Head, mix: Mix | None) -> torch.Tensor:
         return all_logits(hidden_BH, self._head(head, mix))
-
-
-def _score_by_token(hidden_NH: torch.Tensor, head: Head, targets_N1: torch.Tensor) -> torch.Tensor:
-    """As sampled tokens are scored: the logits of one at a time, (N, 1)."""
-    rows = [all_logits(hidden_NH[n : n + 1], head).log_softmax(dim=-1) for n in range(len(hidden_NH))]
-    return torch.cat(rows).gather(1, targets_N1) if rows else hidden_NH.new_zeros((0, 1))
 
 
 def _room_of(running: Running) -> int:

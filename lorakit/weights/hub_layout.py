@@ -9,8 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 _TURNED = {"qwen3_vl_moe": (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")}  # model type -> endings of names
 _PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.json")
@@ -22,8 +21,7 @@ def save_as_hub(model: Any, folder: Path) -> None:
     if not (endings := _TURNED.get(model.config.model_type)):
         return
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is no dict
+        tensors = load_file(file)
         if any(name.endswith(endings) for name in tensors):
             turned = {name: tensor.mT.contiguous() if name.endswith(endings) else tensor for name, tensor in tensors.items()}
             save_file(turned, file, metadata={"format": "pt"})

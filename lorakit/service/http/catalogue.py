@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import hashlib
 import hmac
@@ -12,6 +13,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response
@@ -140,18 +142,24 @@ async def download_archive(
 
 def _write_tar(state: ServerState, run_id: str, kind: str, name: str) -> IO[bytes]:
     """Return a file that has no name, and is gone when it is closed."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed when it was sent
-    try:
-        with state.service.saved.reading(run_id, kind, name) as folder, tarfile.open(fileobj=file, mode="w") as tar:
+    with contextlib.ExitStack() as stack, _reading(state, run_id, kind, name) as folder:
+        file = stack.enter_context(tempfile.TemporaryFile())
+        with tarfile.open(fileobj=file, mode="w") as tar:
             for path in sorted(folder.iterdir()):
                 tar.add(path, arcname=path.name)
-    except BaseException as error:
-        file.close()
-        if isinstance(error, CheckpointError):
-            raise HTTPException(404, str(error)) from error
-        raise
-    file.seek(0)
-    return file
+        file.seek(0)
+        stack.pop_all()  # open until it is sent
+        return file
+
+
+@contextlib.contextmanager
+def _reading(state: ServerState, run_id: str, kind: str, name: str) -> Iterator[Path]:
+    """The folder of a checkpoint, which stays as it is meanwhile. 404 where there is none."""
+    try:
+        with state.service.saved.reading(run_id, kind, name) as folder:
+            yield folder
+    except CheckpointError as error:
+        raise HTTPException(404, str(error)) from error
 
 
 def _send(file: IO[bytes], name: str) -> StreamingResponse:
@@ -168,12 +176,9 @@ def _send(file: IO[bytes], name: str) -> StreamingResponse:
 
 
 def _files(state: ServerState, run_id: str, kind: str, name: str) -> list[str]:
-    """The names of a checkpoint's files. 404 where there is none."""
-    try:
-        with state.service.saved.reading(run_id, kind, name) as folder:
-            return sorted(path.name for path in folder.iterdir())
-    except CheckpointError as error:
-        raise HTTPException(404, str(error)) from error
+    """The names of a checkpoint's files."""
+    with _reading(state, run_id, kind, name) as folder:
+        return sorted(path.name for path in folder.iterdir())
 
 
 @router.get("/files/{run_id}/{kind}/{name}/{file}", name="download")
@@ -186,14 +191,11 @@ async def download(
 
 
 def _open(state: ServerState, run_id: str, kind: str, name: str, file: str) -> IO[bytes]:
-    try:
-        with state.service.saved.reading(run_id, kind, name) as folder:
-            found = next((path for path in folder.iterdir() if path.name == file), None)
-            if found is None:
-                raise HTTPException(404, f"there is no file {file}")
-            return found.open("rb")
-    except CheckpointError as error:
-        raise HTTPException(404, str(error)) from error
+    with _reading(state, run_id, kind, name) as folder:
+        found = next((path for path in folder.iterdir() if path.name == file), None)
+        if found is None:
+            raise HTTPException(404, f"there is no file {file}")
+        return found.open("rb")
 
 
 @router.get("/sessions")

@@ -13,68 +13,23 @@ from typing import Any, NamedTuple
 
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from lorakit.data.encode import Encoder
-from lorakit.data.images import ImageEncoder, locate
 from lorakit.errors import DataError
 from lorakit.sampling.ending import stop_strings
 from lorakit.sampling.request import Row
 from lorakit.sampling.text_stream import TextStream
 from lorakit.service.core import Weights
 from lorakit.service.http.common import State, User, refuse_huge, status_of
+from lorakit.service.http.openai_requests import Asked, ChatCompletion, Completion, read_messages
 from lorakit.service.http.state import ServerState, as_future
-from lorakit.types import ImageChunk, ModelInput, Sample, SampleResponse, SamplingParams
+from lorakit.types import ModelInput, Sample, SampleResponse, SamplingParams
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 NOTHING = Sample([], "", "length", [], [])  # what max_tokens=0 generates
 POLL_SECONDS = 1.0  # for clients that are gone
 MAX_KNOWN = 32  # adapters that are held for it
-_IGNORED = {"user", "store", "metadata", "service_tier", "stream_options"}
-
-
-class _Asked(BaseModel, extra="allow"):
-    model: str
-    max_tokens: int | None = Field(default=None, ge=0)
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    n: int = Field(default=1, ge=1, le=1024)
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool = False
-    stream_options: dict[str, Any] | None = None
-
-    def check(self) -> None:
-        """Raise DataError for what would be ignored."""
-        asked = {name: value for name, value in (self.model_extra or {}).items() if name not in _IGNORED and value}
-        unknown = [name for name, value in asked.items() if not (name == "best_of" and value == self.n)]
-        if unknown:
-            raise DataError(f"not offered here: {', '.join(sorted(unknown))}")
-
-    def params(self, max_tokens: int | None) -> SamplingParams:
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
-            stop=self.stop,
-        )
-
-
-class Completion(_Asked):
-    prompt: str | list[str] | list[int] | list[list[int]] = ""
-    logprobs: int | None = Field(default=None, ge=0)
-    echo: bool = False
-
-
-class ChatCompletion(_Asked):
-    messages: list[dict[str, Any]]
-    max_completion_tokens: int | None = Field(default=None, ge=0)
-    logprobs: bool = False
-    top_logprobs: int = Field(default=0, ge=0)
 
 
 class _Token(NamedTuple):
@@ -179,7 +134,7 @@ async def chat_completions(
     tokenizer = weights.engine.base.tokenizer
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(f"{body.model} has no chat template; use /v1/completions")
-    prompt = await asyncio.to_thread(_read_messages, body.messages, Encoder(tokenizer), weights.engine.base.images)
+    prompt = await asyncio.to_thread(read_messages, body.messages, Encoder(tokenizer), weights.engine.base.images)
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     asked = {"num_best": max(1, body.top_logprobs) if body.logprobs else 0}
     job = _Job(weights, [prompt], body.params(max_tokens), body.n, asked, body.logprobs)
@@ -207,42 +162,6 @@ async def chat_completions(
 _Piece = Callable[[_Choice, str, str | None, _Token | None], dict[str, Any]]  # of a stream: text, why it ends, the token itself
 
 
-def _read_messages(messages: list[dict[str, Any]], encoder: Encoder, images: ImageEncoder | None) -> ModelInput:
-    """A conversation up to where the assistant answers, by the chat template, with the images that it names in data: URLs.
-
-    Raises:
-        DataError: a part is neither text nor such an image; a template might print it.
-    """
-    plain: list[dict[str, Any]] = []
-    shown: list[ImageChunk] = []
-    for number, message in enumerate(messages):
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = [_read_part(f"messages[{number}].content[{place}]", part, images) for place, part in enumerate(content)]
-            shown += [part for part in parts if isinstance(part, ImageChunk)]
-            content = [{"type": "image"} if isinstance(part, ImageChunk) else {"type": "text", "text": part} for part in parts]
-            if all(isinstance(part, str) for part in parts):  # as every template reads it
-                content = "".join(part["text"] for part in content)
-        if not isinstance(content, (str, list)) or not isinstance(message.get("role"), str):
-            raise DataError(f"messages[{number}] needs a role, and content that is text")
-        plain.append({**message, "content": content})
-    tokens = encoder.encode_chat(plain)
-    return images.place(tokens, shown) if images is not None else ModelInput.from_ints(tokens)
-
-
-def _read_part(name: str, part: Any, images: ImageEncoder | None) -> str | ImageChunk:
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
-        return str(part["text"])
-    url = part.get("image_url") if isinstance(part, dict) else None
-    url = url.get("url") if isinstance(url, dict) else url
-    if not isinstance(url, str) or not url.startswith("data:"):  # a path would be one of this machine
-        raise DataError(f"{name} is neither text nor an image_url that begins with data:")
-    if images is None:
-        raise DataError(f"{name} is an image, and this model takes none")
-    chunk = ImageChunk(locate(url, None).read(), name=name)
-    return ImageChunk(chunk.data, expected_tokens=images.count_tokens(chunk), name=name)
-
-
 async def _weights(state: ServerState, user: str, model: str) -> Weights:
     """What ``model`` names; read once for each user."""
     is_path = model.startswith("tinker://")
@@ -262,7 +181,7 @@ async def _weights(state: ServerState, user: str, model: str) -> Weights:
 
 
 async def _answer(
-    state: ServerState, request: Request, body: _Asked, job: _Job, kind: str, prefix: str,
+    state: ServerState, request: Request, body: Asked, job: _Job, kind: str, prefix: str,
     whole: Callable[[_Choice, SampleResponse], dict[str, Any]], piece: _Piece,
 ) -> JSONResponse | StreamingResponse:  # fmt: skip
     state.refuse_too_many(len(job.prompts))
