@@ -122,13 +122,13 @@ class Promises:
 
     def forget(self) -> None:
         """Drop from memory what was finished, and from the database what is older than a day."""
+        for name in [name for name, p in self._promises.items() if p.answer is not None and p.is_written and not p.waiters]:
+            del self._promises[name]
+        self.store.drop_results_before(now() - datetime.timedelta(hours=KEPT_HOURS))
         unwritten = [(p, p.answer) for p in self._promises.values() if p.answer is not None and not p.is_written]
         self.store.add_results(_rows(unwritten))  # raises while the disk is still full
         for promise, _ in unwritten:
             promise.is_written = True
-        for name in [name for name, p in self._promises.items() if p.answer is not None and not p.waiters]:
-            del self._promises[name]
-        self.store.drop_results_before(now() - datetime.timedelta(hours=KEPT_HOURS))
 
     # ---- the writer's thread
 

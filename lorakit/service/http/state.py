@@ -231,9 +231,8 @@ def chained(first: Future[Any], then: Callable[[Any], Future[Any]]) -> Future[An
     Cancelling it cancels what ``then`` returned, not ``first``, which others may wait for.
     """
     found: Future[Any] = Future()
-    waiting: list[
-        Future[Any]
-    ] = []  # no circle of futures: what they hold, adapters among it, would stay until garbage is collected
+    # Emptied in time, so that there is no circle of futures: what they hold, adapters among it, would stay until garbage is collected.
+    waiting: list[Future[Any]] = []
 
     def on_second(done: Future[Any]) -> None:
         waiting.clear()
