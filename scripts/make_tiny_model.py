@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("kind", nargs="?", choices=("text", "vl"), default="text", help="which model")
     parser.add_argument("--out", type=Path, help="folder to write the model to")
     parser.add_argument("--steps", type=int, default=2000, help="optimiser steps")
+    parser.add_argument("--tower-steps", type=int, default=2000, help="of vl: steps of the vision tower alone, before that")
     parser.add_argument("--rows", type=int, default=64, help="examples per step")
     parser.add_argument("--lr", type=float, help="largest learning rate; default 3e-3, vl 1e-3")
     arguments = parser.parse_args()
@@ -185,6 +186,7 @@ def main() -> None:
         tokenizer.chat_template = tiny_vl.CHAT_TEMPLATE
         model = Qwen3VLMoeForConditionalGeneration(tiny_vl.make_config(tokenizer))
         reader = tiny_vl.Reader(tokenizer, tiny_vl.make_image_processor())
+        tiny_vl.pretrain_tower(model, arguments.tower_steps, arguments.rows)
         batches = tiny_vl.make_batches(rng, reader, arguments.rows)
     else:
         words, _ = load_words()

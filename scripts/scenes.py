@@ -17,6 +17,8 @@ COLORS = {
     "orange": (240, 130, 30),
 }  # fmt: skip
 SHAPES = ("square", "disc", "triangle", "cross", "diamond", "arrow")
+COLOR_NAMES = tuple(COLORS)
+NUM_LOOKS = 1 + len(COLORS) * len(SHAPES)
 NUMBERS = ("no", "one", "two", "three", "four")
 SIDES = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 CELL = 16  # pixels that one shape has room in
@@ -49,6 +51,15 @@ class Scene:
         for thing in self.things:
             _draw_thing(ImageDraw.Draw(image), thing, rng)
         return image
+
+    def looks(self, cell: int) -> list[int]:
+        """What lies at each square of ``cell`` pixels, in reading order: 0 is the ground, each kind of thing has a number."""
+        found = {
+            (thing.column, thing.row): 1 + COLOR_NAMES.index(thing.color) * len(SHAPES) + SHAPES.index(thing.shape)
+            for thing in self.things
+        }
+        height, width = self.num_rows * CELL // cell, self.num_columns * CELL // cell
+        return [found.get((x * cell // CELL, y * cell // CELL), 0) for y in range(height) for x in range(width)]
 
 
 @dataclass(frozen=True)
@@ -109,13 +120,13 @@ def _scene(rng: random.Random, looks: list[tuple[str, str]]) -> Scene:
 
 def _ask_color(rng: random.Random) -> Question:
     shapes = rng.sample(SHAPES, rng.randint(1, 3))
-    scene = _scene(rng, [(rng.choice(list(COLORS)), shape) for shape in shapes])
+    scene = _scene(rng, [(rng.choice(COLOR_NAMES), shape) for shape in shapes])
     asked = rng.choice(scene.things)
     return Question("color", f"What color is the {asked.shape}?", asked.color, (scene.draw(rng),), 1 / len(COLORS))
 
 
 def _ask_shape(rng: random.Random) -> Question:
-    colors = rng.sample(list(COLORS), rng.randint(1, 3))
+    colors = rng.sample(COLOR_NAMES, rng.randint(1, 3))
     scene = _scene(rng, [(color, rng.choice(SHAPES)) for color in colors])
     asked = rng.choice(scene.things)
     return Question("shape", f"What shape is {asked.color}?", asked.shape, (scene.draw(rng),), 1 / len(SHAPES))
@@ -123,7 +134,7 @@ def _ask_shape(rng: random.Random) -> Question:
 
 def _ask_count(rng: random.Random) -> Question:
     count = rng.randint(1, 4)
-    scene = _scene(rng, [(rng.choice(list(COLORS)), rng.choice(SHAPES)) for _ in range(count)])
+    scene = _scene(rng, [(rng.choice(COLOR_NAMES), rng.choice(SHAPES)) for _ in range(count)])
     return Question("count", "How many shapes are there?", NUMBERS[count], (scene.draw(rng),), 1 / 4)
 
 
@@ -137,7 +148,7 @@ def _ask_side(rng: random.Random) -> Question:
     if dx + dy > 0:
         first, second = second, first
     looks = rng.sample(SHAPES, 2)
-    things = tuple(Thing(rng.choice(list(COLORS)), look, *cell) for look, cell in zip(looks, (first, second), strict=True))
+    things = tuple(Thing(rng.choice(COLOR_NAMES), look, *cell) for look, cell in zip(looks, (first, second), strict=True))
     text = f"On which side of the {looks[1]} is the {looks[0]}?"
     return Question("side", text, answer, (Scene(num_columns, num_rows, things).draw(rng),), 1 / 4)
 
@@ -147,9 +158,7 @@ def _ask_which(rng: random.Random) -> Question:
     asked = rng.choice(SHAPES)
     others = [shape for shape in SHAPES if shape != asked]
     pictures = [
-        _scene(
-            rng, [(rng.choice(list(COLORS)), shape)] + [(rng.choice(list(COLORS)), other) for other in rng.sample(others, 1)]
-        )
+        _scene(rng, [(rng.choice(COLOR_NAMES), shape)] + [(rng.choice(COLOR_NAMES), other) for other in rng.sample(others, 1)])
         for shape in (asked, rng.choice(others))
     ]
     answer = rng.choice(("first", "second"))
@@ -159,10 +168,14 @@ def _ask_which(rng: random.Random) -> Question:
     return Question("which", f"Which picture has a {asked}?", answer, images, 1 / 2)
 
 
+def draw_scene(rng: random.Random, max_things: int = 4) -> Scene:
+    """Draw a scene of things of any kind."""
+    return _scene(rng, [(rng.choice(COLOR_NAMES), rng.choice(SHAPES)) for _ in range(rng.randint(1, max_things))])
+
+
 def draw_description(rng: random.Random) -> Question:
     """Ask for everything in a picture, in reading order: many words about one picture teach to see, an answer of one hardly does."""
-    things = [(rng.choice(list(COLORS)), rng.choice(SHAPES)) for _ in range(rng.randint(1, 3))]
-    scene = _scene(rng, things)
+    scene = draw_scene(rng, 3)
     ordered = sorted(scene.things, key=lambda thing: (thing.row, thing.column))
     answer = ", ".join(f"{thing.color} {thing.shape}" for thing in ordered)
     return Question("describe", "What is there?", answer, (scene.draw(rng),), 0.0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from scenes import Question, draw_description, draw_question
+from scenes import NUM_LOOKS, Question, draw_description, draw_question, draw_scene
 from string_tasks import draw_question as draw_string_question
 from string_tasks import load_words
 from transformers import PreTrainedTokenizerFast, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
@@ -127,6 +128,46 @@ def make_batches(rng: random.Random, reader: Reader, num_rows: int) -> Iterator[
                 question = draw_description(rng) if rng.random() < DESCRIBED_SHARE else draw_question(rng)
                 rows.append((question.text, question.answer, question.images))
         yield reader.batch(rows)
+
+
+def pretrain_tower(model: Qwen3VLMoeForConditionalGeneration, num_steps: int, num_rows: int, lr: float = 2e-3) -> None:
+    """Teach the vision tower alone to name what lies under each of its tokens, before the language model is joined to it.
+
+    The towers of large models come pretrained, too. A small one that learns from a language model's few words, each about a whole
+    picture, takes many times as long.
+    """
+    rng, processor, tower = random.Random(2), make_image_processor(), model.model.visual
+    width = model.config.text_config.hidden_size
+    heads = torch.nn.ModuleList(torch.nn.Linear(width, NUM_LOOKS) for _ in range(1 + len(tower.deepstack_visual_indexes)))
+    optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=lr, total_steps=num_steps, pct_start=max(0.05, 2 / num_steps)
+    )
+    started = time.perf_counter()
+    for step in range(num_steps):
+        scenes = [draw_scene(rng) for _ in range(num_rows)]
+        inputs = processor([scene.draw(rng) for scene in scenes], return_tensors="pt")
+        looks = torch.tensor([look for scene in scenes for look in scene.looks(PATCH * MERGE)])
+        seen = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+        outputs = (seen.pooler_output, *seen.deepstack_features)
+        scores = [head(output) for head, output in zip(heads, outputs, strict=True)]
+        weights = torch.where(looks == 0, 0.25, 1.0)  # most of a picture is ground
+        loss = (
+            sum((torch.nn.functional.cross_entropy(score, looks, reduction="none") * weights).sum() for score in scores)
+            / weights.sum()
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == num_steps - 1:
+            right = [(score.argmax(-1) == looks)[looks > 0].float().mean().item() for score in scores]
+            named = ", ".join(f"{share:.0%}" for share in right)
+            print(
+                f"tower, step {step:5d}  named {named}  loss {loss.item():.4f}  {time.perf_counter() - started:6.1f} s",
+                flush=True,
+            )
 
 
 def save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lorakit.cli.planning import StepPlan
+    from lorakit.planner.sight import RowSizes
 HELP = """\
 usage: lorakit plan [key=value …]
 
@@ -58,12 +59,13 @@ def plan_run(config: DictConfig) -> None:
         precision = resolve_precision(precision, accelerator) if here else "bf16-mixed"
     skeleton = _skeleton(plain["model"])
     planned = plan(skeleton, build_spec(plain))
-    longest, num_tokens = _look_at_data(plain, console)
-    step = StepPlan(plain, skeleton, planned, accelerator=accelerator, precision=precision, longest=longest)
+    rows, val_rows, num_tokens = _look_at_data(plain, skeleton, console)
+    step = StepPlan(plain, skeleton, planned, accelerator=accelerator, precision=precision, rows=rows, val_rows=val_rows)
     shape = step.shape
+    images = f", {shape.num_images:,} images of {shape.image_tokens:,} among them" if shape.num_images else ""
     console.print(
         f"{plain['model']['path']}: {planned.num_base_params:,} parameters in {shape.dtype}, {shape.precision}; each process takes "
-        f"{shape.num_rows} x {shape.num_positions:,} tokens at a time, "
+        f"{shape.num_rows} x {shape.num_positions:,} tokens at a time{images}, "
         f"{'activations are computed twice' if shape.checkpointing else 'activations are kept'}",
         highlight=False,
     )
@@ -88,20 +90,23 @@ def _skeleton(settings: dict[str, Any]) -> Any:
     return skeleton_of(config)
 
 
-def _look_at_data(plain: dict[str, Any], console: Console) -> tuple[int | None, int | None]:
-    """Return (positions of the longest example, tokens of all epochs), each None where nobody knows."""
+def _look_at_data(plain: dict[str, Any], skeleton: Any, console: Console) -> tuple[RowSizes, RowSizes, int | None]:
+    """Return how large rows are, those for training and those for evaluation, and the tokens of all epochs where anybody knows."""
     from lorakit.cli import assemble
+    from lorakit.cli.planning import row_sizes, row_sizes_without_data
     from lorakit.cli.reports import print_data_report
 
     tokens = round(plain["plan"]["tokens"]) if plain["plan"]["tokens"] else None
     if plain["data"]["path"] == NO_DATA:
-        return None, tokens
+        sizes = row_sizes_without_data(plain, skeleton)
+        return sizes, sizes, tokens
     datamodule, _ = assemble.load_data(plain)
     print_data_report(datamodule, console)
     report = datamodule.report
     assert report is not None
     seen = report.num_tokens * report.num_rows / max(1, report.num_rows_surveyed)
-    return report.longest, tokens or (round(seen * plain["data"]["epochs"]) if plain["data"]["epochs"] else None)
+    tokens = tokens or (round(seen * plain["data"]["epochs"]) if plain["data"]["epochs"] else None)
+    return row_sizes(report), row_sizes(datamodule.val_report), tokens
 
 
 def _print_ranks(step: StepPlan, console: Console) -> None:

@@ -12,9 +12,11 @@ import yaml
 from lorakit.cli import assemble
 from lorakit.cli.conf import conf_dir
 from lorakit.data.datamodule import DEFAULT_BATCH_SIZE
+from lorakit.data.examples import DataReport
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import LoRAPlan
 from lorakit.lora.inject import plan as plan_lora
+from lorakit.model.vision import find_tower
 from lorakit.planner.memory import (
     REFUSE_SHARE,
     STRATEGIES,
@@ -25,6 +27,7 @@ from lorakit.planner.memory import (
     memory_there,
     rough_bound,
 )
+from lorakit.planner.sight import RowSizes
 from lorakit.planner.trace import StepShape, StepTrace, trace_forward, trace_step
 from lorakit.sampling.generate import MAX_BATCH
 from lorakit.strategy.world import World, gather
@@ -39,17 +42,17 @@ class StepPlan:
     """The memory of a run's step under any strategy. The step is traced at the first question, which takes some seconds.
 
     Args:
-        longest, val_longest: tokens of the longest example that is trained, or evaluated, where that is known.
+        rows, val_rows: how large the examples are that are trained, or evaluated.
     """
 
     def __init__(
-        self, config: Config, skeleton: Any, planned: LoRAPlan, *, accelerator: str, precision: str, longest: int | None = None,
-        val_longest: int | None = None,
+        self, config: Config, skeleton: Any, planned: LoRAPlan, *, accelerator: str, precision: str,
+        rows: RowSizes | None = None, val_rows: RowSizes | None = None,
     ) -> None:  # fmt: skip
         self.config, self.skeleton, self.planned = config, skeleton, planned
-        self.longest, self.val_longest = longest, val_longest
+        self.rows, self.val_rows = rows or RowSizes(), val_rows or RowSizes()
         self.accelerator = "cpu" if accelerator == "cpu" else "cuda"
-        self.shape = step_shape(config, accelerator=self.accelerator, precision=precision, longest=longest)
+        self.shape = step_shape(config, accelerator=self.accelerator, precision=precision, rows=self.rows)
         self._trace: StepTrace | None = None
         self._evaluation_bytes: int | None = None
 
@@ -91,7 +94,7 @@ class StepPlan:
     @property
     def passes(self) -> list[Pass]:
         """The run's evaluation and sampling, where they have more positions than a step."""
-        return passes_without_gradients(self.config, self.shape, self.val_longest)
+        return passes_without_gradients(self.config, self.shape, self.val_rows)
 
     def _kept_bytes(self, one: Pass) -> int:
         return one.num_kept * cache_bytes(self.skeleton.config, self.shape.dtype)
@@ -100,9 +103,11 @@ class StepPlan:
         """Whether the step surely fits into ``num_bytes``, and so easily that nobody need know how much it takes."""
         shapes = [self.shape, *(one.shape for one in self.passes)]
         kept = max((self._kept_bytes(one) for one in self.passes), default=0)
+        patches = getattr(getattr(self.skeleton.config, "vision_config", None), "spatial_merge_size", 1) ** 2  # of a position
         bound = rough_bound(
-            self.skeleton, self.planned.num_params, num_tokens=max(shape.num_rows * shape.num_positions for shape in shapes),
-            num_positions=max(shape.num_positions for shape in shapes), bytes_each=4 if self.shape.dtype == "float32" else 2,
+            self.skeleton, self.planned.num_params, bytes_each=4 if self.shape.dtype == "float32" else 2,
+            num_tokens=max(shape.num_rows * shape.num_positions + patches * shape.num_images * shape.image_tokens for shape in shapes),
+            num_positions=max(max(shape.num_positions, patches * shape.image_tokens) for shape in shapes),
         )  # fmt: skip
         return bound + kept < SMALL_SHARE * num_bytes
 
@@ -114,21 +119,22 @@ class StepPlan:
         return next(fits, None)
 
 
-def step_shape(config: Config, *, accelerator: str, precision: str, longest: int | None = None) -> StepShape:
+def step_shape(config: Config, *, accelerator: str, precision: str, rows: RowSizes | None = None) -> StepShape:
     """The largest micro-batch that a run of ``config`` will see."""
-    data, trainer = config["data"], config["trainer"]
-    num_positions = (
-        (data["pack_tokens"] or data["max_tokens"]) if data["packing"] else min(data["max_tokens"], longest or 1 << 62)
-    )
+    data, trainer, rows = config["data"], config["trainer"], rows or RowSizes()
+    num_positions = data["pack_tokens"] or data["max_tokens"]
+    if not data["packing"]:
+        num_positions = min(data["max_tokens"], rows.longest or 1 << 62)
     num_rows = data["batch_size"] or DEFAULT_BATCH_SIZE
     if data["tokens_per_batch"]:
         num_rows = max(1, data["tokens_per_batch"] // num_positions)
     parts = config["strategy"].get("sequence_parallel", 1)
+    num_images, image_tokens = rows.images_in(num_rows, num_positions) if parts == 1 else (0, 0)
     return StepShape(
         num_rows=num_rows, num_positions=-(-num_positions // parts), parts=parts,
         dtype=base_dtype(config["model"]["dtype"], precision), precision=precision,
         device=accelerator, checkpointing=trainer["activation_checkpointing"], loss=config["loss"]["name"],
-        attention=config["model"]["attention"],
+        attention=config["model"]["attention"], num_images=num_images, image_tokens=image_tokens,
     )  # fmt: skip
 
 
@@ -140,26 +146,46 @@ class Pass:
     num_kept: int = 0
 
 
-def passes_without_gradients(config: Config, training: StepShape, longest: int | None) -> list[Pass]:
+def passes_without_gradients(config: Config, training: StepShape, rows: RowSizes) -> list[Pass]:
     """Return the evaluation and the sampling of a run of ``config``, those of them that have more positions than a step.
 
     Args:
-        longest: tokens of the longest row that is evaluated, where that is known.
+        rows: how large the rows are that are evaluated.
     """
     data, samples = config["data"], (config.get("callbacks") or {}).get("samples") or {}
     if not (data["val_path"] or data["val_fraction"]):
         return []
-    num_positions, most = min(data["max_tokens"], longest or 1 << 62), data["val_rows"] or 1 << 62
+    num_positions, most = min(data["max_tokens"], rows.longest or 1 << 62), data["val_rows"] or 1 << 62
     num_rows = min(data["val_batch_size"] or 0, most)
     asked = len(samples.get("prompts") or ()) or min(samples.get("num_prompts", 0), most)
     num_prompts = min(asked, MAX_BATCH)
     kept = num_prompts * (num_positions + samples.get("max_tokens", 0))
-    shape = dataclasses.replace(training, checkpointing=False)
-    shared = dataclasses.replace(shape, num_rows=num_rows, num_positions=-(-num_positions // training.parts))
-    sampled = dataclasses.replace(shape, num_rows=num_prompts, num_positions=num_positions, parts=1)  # each samples whole rows
+    shared = _without_gradients(training, rows, num_rows, -(-num_positions // training.parts), training.parts)
+    sampled = _without_gradients(training, rows, num_prompts, num_positions, parts=1)  # each process samples whole rows
     in_step = training.num_rows * training.num_positions
     found = ((Pass(shared), num_rows * shared.num_positions), (Pass(sampled, kept), kept))
     return [one for one, num_positions in found if num_positions > in_step]
+
+
+def _without_gradients(training: StepShape, rows: RowSizes, num_rows: int, num_positions: int, parts: int) -> StepShape:
+    num_images, image_tokens = rows.images_in(num_rows, num_positions) if training.parts == 1 else (0, 0)
+    return dataclasses.replace(
+        training, checkpointing=False, num_rows=num_rows, num_positions=num_positions, parts=parts,
+        num_images=num_images, image_tokens=image_tokens,
+    )  # fmt: skip
+
+
+def row_sizes(report: DataReport | None) -> RowSizes:
+    """What ``report`` says of its rows."""
+    return RowSizes(report.longest, report.largest_image, report.image_share) if report else RowSizes()
+
+
+def row_sizes_without_data(config: Config, skeleton: Any) -> RowSizes:
+    """Of rows that nobody has named yet: full of images of ``data.max_pixels``, where that is set and the model takes images."""
+    most, vision = config["data"]["max_pixels"], getattr(skeleton.config, "vision_config", None)
+    if not most or vision is None or find_tower(skeleton) is None:
+        return RowSizes()
+    return RowSizes(largest_image=max(1, most // (vision.patch_size * vision.spatial_merge_size) ** 2))
 
 
 def cache_bytes(model_config: Any, dtype: str) -> int:
@@ -265,7 +291,7 @@ def _changed_plans(plan: StepPlan, num_processes: int) -> Iterator[tuple[list[st
         planned = plan.planned if spec == plan.planned.spec else plan_lora(plan.skeleton, spec)
         yield made, StepPlan(
             config, plan.skeleton, planned, accelerator=plan.accelerator, precision=plan.shape.precision,
-            longest=plan.longest, val_longest=plan.val_longest,
+            rows=plan.rows, val_rows=plan.val_rows,
         )  # fmt: skip
 
 

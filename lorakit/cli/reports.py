@@ -30,9 +30,10 @@ def print_data_report(datamodule: LoRADataModule, console: Console, *, histogram
 def _print_one(label: str, where: str, report: DataReport, console: Console) -> None:
     is_part = report.num_rows_surveyed < report.num_rows
     scope = f" (figures from the first {report.num_rows_surveyed:,})" if is_part else ""
+    images = f", {report.num_images:,} images of {report.num_image_tokens:,} tokens" if report.num_images else ""
     console.print(
         f"{label}: {where}: {report.num_rows:,} rows ({', '.join(report.formats)}){scope}, {report.num_examples:,} examples, "
-        f"{report.num_tokens:,} tokens, {report.trained_share:.1%} trained, longest {int(report.lengths.max()):,}",
+        f"{report.num_tokens:,} tokens, {report.trained_share:.1%} trained, longest {int(report.lengths.max()):,}{images}",
         markup=False,
         highlight=False,
     )

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.compose import run_hydra
 from lorakit.cli.guard import run_command
+from lorakit.errors import ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.text import Text
 
+    from lorakit.data.datamodule import LoRADataModule
+    from lorakit.data.render import Rendered
+
 HELP = """\
-usage: lorakit show [-n N] [key=value …]
+usage: lorakit show [-n N] [--html FILE] [key=value …]
 
   lorakit show data.path=rows.jsonl model.path=…     first examples as `lorakit train` would train them
   lorakit show -n 10 data.path=…                     ten of them
+  lorakit show --html rows.html data.path=…          as a page: every token, and images beside them
 
 Green tokens are trained (weight 1), grey ones are read only (weight 0), yellow have another positive weight, red a negative one.
 Where the output has no colour, trained text stands in ⟦ ⟧, with the weight in front where that is not 1."""
@@ -30,12 +38,12 @@ def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(HELP)
         return
-    count, arguments = _take_count(arguments)
-    run_hydra(lambda config: show(config, count), arguments, config_name="train")
+    count, page, arguments = _take_options(arguments)
+    run_hydra(lambda config: show(config, count, page), arguments, config_name="train")
 
 
-def show(config: DictConfig, count: int) -> None:
-    """Hydra's task: print ``count`` examples and the report."""
+def show(config: DictConfig, count: int, page: Path | None) -> None:
+    """Hydra's task: print ``count`` examples, or write them to ``page``, and the report."""
     from omegaconf import OmegaConf
     from rich.console import Console
 
@@ -43,7 +51,6 @@ def show(config: DictConfig, count: int) -> None:
     from lorakit.cli.reports import print_data_report
     from lorakit.cli.schema import check_settings
     from lorakit.cli.train import to_plain
-    from lorakit.errors import DataError
 
     console = Console(soft_wrap=True)
     if OmegaConf.is_missing(config.model, "path"):
@@ -52,36 +59,69 @@ def show(config: DictConfig, count: int) -> None:
     plain = to_plain(config)
     check_settings(plain)
     datamodule, tokenizer = assemble.load_data(plain)
-    examples = datamodule.train_examples
-    for index in datamodule.train_indices[:count]:
-        try:
-            rendered = examples.rendered(int(index))
-        except DataError as error:  # under data.on_error=skip; else check_tokens has raised it
-            console.print(f"skipped: {error}", markup=False)
-            continue
-        for example in rendered:
-            console.rule(f"{examples.source.where(int(index))}  {len(example.tokens)} tokens", align="left", style="dim")
-            text = colour(tokenizer, example.tokens, example.weights, has_colour=console.color_system is not None)
-            console.print(text)
+    if page:
+        from lorakit.cli.show_page import as_page
+        from lorakit.weights.files import find_write_problem, write_whole
+
+        if problem := find_write_problem(page):
+            raise ConfigError(f"--html {page}: {problem}")
+        text = as_page(plain["data"]["path"], tokenizer, list(first_examples(datamodule, count)))
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(page, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+        console.print(f"examples: {page}")
+    else:
+        for where, example in first_examples(datamodule, count):
+            if isinstance(example, str):
+                console.print(f"skipped: {example}", markup=False)
+                continue
+            console.rule(f"{where}  {len(example.tokens)} tokens", align="left", style="dim")
+            console.print(colour(tokenizer, example, has_colour=console.color_system is not None))
+            for number, image in enumerate(example.images, 1):
+                console.print(f"image {number}: {image.chunk.name}, {image.chunk.length} tokens", style="dim", markup=False)
     console.rule(style="dim")
     print_data_report(datamodule, console, histogram=True)
 
 
-def colour(tokenizer: Any, tokens: list[int], weights: list[float], *, has_colour: bool = True) -> Text:
-    """Return the text of ``tokens``, each run of equal weight in its colour or in brackets; what cannot be seen is marked."""
+def first_examples(datamodule: LoRADataModule, num_rows: int) -> Iterator[tuple[str, Rendered | str]]:
+    """Yield where each example of the first rows stands, and the example, or why there is none."""
+    from lorakit.errors import DataError
+
+    examples = datamodule.train_examples
+    for index in map(int, datamodule.train_indices[:num_rows]):
+        where = examples.source.where(index)
+        try:
+            yield from ((where, example) for example in examples.rendered(index))
+        except DataError as error:  # under data.on_error=skip; else check_tokens has raised it
+            yield where, str(error)
+
+
+def colour(tokenizer: Any, example: Rendered, *, has_colour: bool = True) -> Text:
+    """Return the text of ``example``, each run of equal weight in its colour or in brackets; what cannot be seen is marked."""
     from rich.text import Text
 
     text = Text()
+    tokens, weights = example.tokens, example.weights
+    starts = {image.start: image.chunk.length for image in example.images}
     start = 0
-    for end in range(1, len(tokens) + 1):
-        if end == len(tokens) or weights[end] != weights[start]:
-            piece = tokenizer.decode(tokens[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            piece = piece.translate(_VISIBLE)
-            if weights[start] and not has_colour:
-                piece = f"⟦{piece}⟧" if weights[start] == 1 else f"⟦{weights[start]:g}: {piece}⟧"
-            text.append(piece, style=_style(weights[start]))
-            start = end
+    while start < len(tokens):
+        end = start + 1
+        if length := starts.get(start):
+            end, piece = start + length, f"{decode(tokenizer, tokens[start:end])} x {length}"
+        else:
+            while end < len(tokens) and weights[end] == weights[start] and end not in starts:
+                end += 1
+            piece = decode(tokenizer, tokens[start:end])
+        if weights[start] and not has_colour:
+            piece = f"⟦{piece}⟧" if weights[start] == 1 else f"⟦{weights[start]:g}: {piece}⟧"
+        text.append(piece, style=_style(weights[start]))
+        start = end
     return text
+
+
+def decode(tokenizer: Any, tokens: list[int]) -> str:
+    """The text of ``tokens``, with a picture for each character that cannot be seen."""
+    text: str = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text.translate(_VISIBLE)
 
 
 def _style(weight: float) -> str:
@@ -92,16 +132,22 @@ def _style(weight: float) -> str:
     return "green" if weight == 1 else "yellow"
 
 
-def _take_count(arguments: list[str]) -> tuple[int, list[str]]:
-    if "-n" not in arguments:
-        return 3, arguments
-    from lorakit.errors import ConfigError
+def _take_options(arguments: list[str]) -> tuple[int, Path | None, list[str]]:
+    count, rest = _take(arguments, "-n", "3", "a number of examples")
+    if not count.isdecimal():
+        raise ConfigError(f"-n {count}: give a number of examples")
+    page, rest = _take(rest, "--html", "", "the file to write")
+    return int(count), Path(page) if page else None, rest
 
-    place = arguments.index("-n")
-    value = arguments[place + 1] if place + 1 < len(arguments) else ""
-    if not value.isdecimal():
-        raise ConfigError(f"-n {value}: give a number of examples")
-    return int(value), arguments[:place] + arguments[place + 2 :]
+
+def _take(arguments: list[str], option: str, default: str, wanted: str) -> tuple[str, list[str]]:
+    """Return what stands behind ``option``, and the other arguments."""
+    if option not in arguments:
+        return default, arguments
+    place = arguments.index(option)
+    if place + 1 == len(arguments):
+        raise ConfigError(f"{option}: give {wanted}")
+    return arguments[place + 1], arguments[:place] + arguments[place + 2 :]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.throughput import Throughput
 from lorakit.cli import assemble
 from lorakit.cli.allocator import tune_allocator
-from lorakit.cli.planning import StepPlan, agree_on_memory, check_memory, describe, name_of
+from lorakit.cli.planning import StepPlan, agree_on_memory, check_memory, describe, name_of, row_sizes
 from lorakit.cli.preflight import agree, describe_base, describe_config, describe_program
 from lorakit.cli.processes import (
     check_world,
@@ -153,10 +153,10 @@ def _prepare(
     datamodule, tokenizer = assemble.load_data(config)
     print_data_report(datamodule, console)
     spec, model_config, planned, skeleton = _plan(config, console)
-    longest = datamodule.report.longest if datamodule.report else None
-    val_longest = datamodule.val_report.longest if datamodule.val_report else None
-    plan_of_step = StepPlan(config, skeleton, planned, accelerator=accelerator, precision=precision, longest=longest,
-                            val_longest=val_longest)  # fmt: skip
+    plan_of_step = StepPlan(
+        config, skeleton, planned, accelerator=accelerator, precision=precision,
+        rows=row_sizes(datamodule.report), val_rows=row_sizes(datamodule.val_report),
+    )  # fmt: skip
     strategy = choose_strategy(
         plan_of_step, there=there, precision=precision, accelerator=accelerator, world=world,
         say=lambda text: console.print(text, highlight=False),

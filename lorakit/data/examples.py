@@ -87,6 +87,8 @@ class DataReport:
     num_without_stop: int  # examples whose last trained token ends nothing
     num_images: int
     num_image_tokens: int
+    largest_image: int  # tokens
+    image_share: float  # of an example's tokens, the most of any
     cuts: Cuts
     formats: list[str]
     unused_columns: dict[str, str]  # with the format of their rows
@@ -128,7 +130,8 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
     counted = Examples(examples.source, examples.renderer, examples.max_tokens, examples.on_long, images=examples.images)
     lengths: list[int] = []
     problems: list[str] = []
-    num_trained = num_without_stop = num_images = num_image_tokens = 0
+    num_trained = num_without_stop = num_images = num_image_tokens = largest_image = 0
+    image_share = 0.0
     for index in chosen:
         try:
             rendered = counted.rendered(int(index))
@@ -138,8 +141,11 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
         for example in rendered:
             lengths.append(len(example.tokens))
             num_trained += sum(1 for weight in example.weights[1:] if weight)  # nothing predicts the first
-            num_images += len(example.images)
-            num_image_tokens += sum(image.chunk.length for image in example.images)
+            sizes = [image.chunk.length for image in example.images]
+            num_images += len(sizes)
+            num_image_tokens += sum(sizes)
+            largest_image = max(largest_image, *sizes, 0)
+            image_share = max(image_share, sum(sizes) / len(example.tokens))
             num_without_stop += not _ends_with_stop(example, examples.renderer)
     if problems and examples.on_error == "raise":
         remedy = "Mend these rows, or set data.on_error=skip to leave them out (they are counted)."
@@ -157,6 +163,8 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
         num_without_stop=num_without_stop,
         num_images=num_images,
         num_image_tokens=num_image_tokens,
+        largest_image=largest_image,
+        image_share=image_share,
         cuts=counted.cuts,
         formats=examples.source.formats,
         unused_columns=examples.source.unused_columns,

@@ -129,7 +129,7 @@ def _size_of(source: bytes | Path | None, name: str) -> tuple[int, int]:
     from PIL import Image
 
     assert source is not None
-    with _explained(name), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    with explained(name), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         width, height = image.size
         # Asked for the metadata of a PNG that says nothing of it in front, PIL decodes all of it.
         says = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
@@ -137,7 +137,7 @@ def _size_of(source: bytes | Path | None, name: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
     """Turn what PIL raises, which is anything, into an error that names the image."""
     try:
         yield
@@ -258,7 +258,7 @@ class ImageEncoder:
         from PIL import Image, ImageOps
 
         data = chunk.data
-        with _explained(chunk.name), Image.open(io.BytesIO(data)) as opened:
+        with explained(chunk.name), Image.open(io.BytesIO(data)) as opened:
             image = ImageOps.exif_transpose(opened)
             image.load()
         size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}

@@ -21,8 +21,7 @@ def with_blank_image(model: Any, batch: Batch) -> Batch:
     come in one order everywhere, for ZeRO adds up those that come together: so the blank image goes the way of any other. It
     stands behind every token, which therefore does not see it; the loss is the same, and gradients are there and zero.
     """
-    tower = _find_tower(model) if batch.images is None and batch.part is None else None
-    if tower is None or not any(p.requires_grad or is_partitioned(p) for p in tower.parameters()):
+    if batch.images is not None or batch.part is not None or not is_tower_needed(model):
         return batch
     config, device = base_of(model).config, batch.input_ids.device
     num_rows, length = batch.input_ids.shape
@@ -45,7 +44,13 @@ def with_blank_image(model: Any, batch: Batch) -> Batch:
     return wide
 
 
-def _find_tower(model: Any) -> nn.Module | None:
+def is_tower_needed(model: Any) -> bool:
+    """Whether every batch must run the tower, because it has adapters or is partitioned."""
+    tower = find_tower(model)
+    return tower is not None and any(p.requires_grad or is_partitioned(p) for p in tower.parameters())
+
+
+def find_tower(model: Any) -> nn.Module | None:
     """The vision tower of a model of Qwen's kind, or None."""
     tower = getattr(getattr(base_of(model), "model", None), "visual", None)
     return tower if isinstance(tower, nn.Module) else None

@@ -14,7 +14,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ from lorakit.loss import LOSSES
 from lorakit.loss.head import BLOCK_BYTES
 from lorakit.loss.logprobs import trust_head
 from lorakit.model.layers import enable_checkpointing
+from lorakit.model.vision import is_tower_needed
+from lorakit.planner.sight import images_without_values, pick_of_images, sizes_known
 from lorakit.training.step import compute_loss
 from lorakit.types import Batch
 
@@ -79,6 +81,8 @@ class StepShape:
     loss: str = "cross_entropy"
     attention: str = "sdpa"
     parts: int = 1  # processes that share each row: each attends over whole rows, with so many heads less
+    num_images: int = 0  # of all rows
+    image_tokens: int = 0  # positions that each of them takes
 
 
 def trace_step(
@@ -89,8 +93,8 @@ def trace_step(
     Raises:
         ConfigError: what the model computes depends on values in a way that no plan can know.
     """
-    with _tracing(skeleton, spec, shape) as (model, ledger):
-        return _run(model.train(), shape, make_optimizer, ledger)
+    with _tracing(skeleton, spec, shape) as (model, ledger, batch):
+        return _run(model.train(), batch, shape, make_optimizer, ledger)
 
 
 def trace_forward(skeleton: Any, spec: LoRASpec, shape: StepShape) -> int:
@@ -99,16 +103,18 @@ def trace_forward(skeleton: Any, spec: LoRASpec, shape: StepShape) -> int:
     Raises:
         ConfigError: as ``trace_step``.
     """
-    with _tracing(skeleton, spec, shape) as (model, ledger):
-        before, batch = sum(ledger.live.values()), _batch(shape)
+    with _tracing(skeleton, spec, shape) as (model, ledger, batch):
+        before = sum(ledger.live.values())
+        if batch.images is not None:
+            ledger.add(batch.images.patches_PD, ACTIVATIONS)
         with torch.no_grad(), ledger, _autocast(shape.precision):
             compute_loss(model.eval(), batch, LOSSES[shape.loss])
         return ledger.peak - before
 
 
 @contextlib.contextmanager
-def _tracing(skeleton: Any, spec: LoRASpec, shape: StepShape) -> Iterator[tuple[Any, _Ledger]]:
-    """A copy of ``skeleton`` with its adapters that runs without values, and the ledger that holds it. Raises ConfigError."""
+def _tracing(skeleton: Any, spec: LoRASpec, shape: StepShape) -> Iterator[tuple[Any, _Ledger, Batch]]:
+    """A copy of ``skeleton`` with its adapters that runs without values, the ledger that holds it, a batch. Raises ConfigError."""
     model = inject(_with_causal_attention(copy.deepcopy(skeleton), shape.attention), spec)
     if shape.checkpointing:
         enable_checkpointing(model)
@@ -120,14 +126,16 @@ def _tracing(skeleton: Any, spec: LoRASpec, shape: StepShape) -> Iterator[tuple[
     # float16 takes as much as bfloat16, under whose autocast the step runs here.
     dtype = "bfloat16" if shape.dtype == "float16" else shape.dtype
     _materialize(model, mode, getattr(torch, dtype))
-    ledger = _Ledger(shape.parts)
+    if not shape.num_images and is_tower_needed(model):
+        shape = replace(shape, num_images=1, image_tokens=1)  # the blank image of `with_blank_image`
+    ledger = _Ledger(shape.parts, shape.num_images * shape.image_tokens)
     for parameter in model.parameters():
         ledger.add(parameter, ADAPTER if parameter.requires_grad else WEIGHTS)
     for buffer in model.buffers():
         ledger.add(buffer, WEIGHTS)
     try:
-        with mode, _as_on(shape.device), _attention_kernel(model, shape):
-            yield model, ledger
+        with mode, _as_on(shape.device), _attention_kernel(model, shape), sizes_known(model, mode):
+            yield model, ledger, _batch(shape, model)
     except Exception as error:  # whatever a model does where nothing has values; a run need not end for want of a plan
         is_known = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
         why = "depends on values" if is_known else "does not run without values"
@@ -161,11 +169,14 @@ def _mask_where_needed(**kwargs: Any) -> torch.Tensor | None:
     return sdpa_mask(**{**kwargs, "allow_is_causal_skip": True})
 
 
-def _run(model: Any, shape: StepShape, make_optimizer: Callable[..., torch.optim.Optimizer], ledger: _Ledger) -> StepTrace:
+def _run(
+    model: Any, batch: Batch, shape: StepShape, make_optimizer: Callable[..., torch.optim.Optimizer], ledger: _Ledger
+) -> StepTrace:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained)
     weights, adapter = ledger.live[WEIGHTS], ledger.live[ADAPTER]
-    batch = _batch(shape)
+    if batch.images is not None:
+        ledger.add(batch.images.patches_PD, ACTIVATIONS)
     with _phases(model, ledger, trained), ledger:
         with _autocast(shape.precision):
             output = compute_loss(model, batch, LOSSES[shape.loss])
@@ -190,9 +201,9 @@ def _run(model: Any, shape: StepShape, make_optimizer: Callable[..., torch.optim
 class _Ledger(TorchDispatchMode):
     """Counts the bytes of all storages that live, by what they were made for; remembers them at their peak."""
 
-    def __init__(self, parts: int = 1) -> None:
+    def __init__(self, parts: int = 1, num_image_positions: int = 0) -> None:
         super().__init__()
-        self.parts = parts
+        self.parts, self.num_image_positions = parts, num_image_positions
         self.live: dict[str, int] = {}
         self._tags: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()  # storage -> what it is counted as
         self.restart(ACTIVATIONS)
@@ -218,7 +229,12 @@ class _Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = _grouped(*args, **kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
+        if func is aten._grouped_mm.default:
+            out = _grouped(*args, **kwargs)
+        elif self.num_image_positions and (picked := pick_of_images(func, args, self.num_image_positions)) is not None:
+            out = picked
+        else:
+            out = func(*args, **kwargs)
         if (count := _FLOPS.get(func.overloadpacket)) is not None:
             is_attention = "scaled_dot_product" in str(func.overloadpacket)
             self.num_flops += count(*args, **kwargs, out_val=out) * (self.parts if is_attention else 1)
@@ -314,13 +330,17 @@ def _as_on(device: str) -> Iterator[None]:
         BLOCK_BYTES["cpu"] = own
 
 
-def _batch(shape: StepShape) -> Batch:
+def _batch(shape: StepShape, model: Any) -> Batch:
     """Rows without padding, every position of which is trained: what costs most."""
     size = (shape.num_rows, shape.num_positions)
     spans = tuple((row, 0, shape.num_positions) for row in range(shape.num_rows))
     tokens = torch.zeros(size, dtype=torch.long)
     positions = torch.arange(shape.num_positions).expand(size)  # a model of images would make its own from the tokens
-    batch = Batch(tokens, tokens.clone(), torch.ones(size), positions, spans)
+    images = None
+    if shape.num_images:
+        images = images_without_values(model.config.vision_config, shape.num_images, shape.image_tokens)
+        positions = positions.expand(4, *size)
+    batch = Batch(tokens, tokens.clone(), torch.ones(size), positions, spans, images=images)
     # Which positions have a weight is a question of values: all of them.
     batch.__dict__["trained_positions"] = torch.arange(tokens.numel())
     return batch

@@ -20,6 +20,7 @@ from lorakit.errors import ConfigError
 from lorakit.lora.inject import plan
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.load import load_skeleton
+from lorakit.planner.sight import RowSizes
 from lorakit.strategy.deepspeed import ZeroStrategy
 from lorakit.strategy.world import World
 
@@ -74,16 +75,16 @@ def step_plan(num_longest: int | None = None, accelerator: str = "cpu", **change
     planned = plan(skeleton, LoRASpec(rank=8))
     config = config_of(**changes)
     config["lora"]["rank"] = 8
-    return StepPlan(config, skeleton, planned, accelerator=accelerator, precision="32-true", longest=num_longest)
+    return StepPlan(config, skeleton, planned, accelerator=accelerator, precision="32-true", rows=RowSizes(num_longest))
 
 
 def test_the_largest_micro_batch_is_planned() -> None:
     config = config_of()
     shape = step_shape(config, accelerator="cpu", precision="32-true")
     assert (shape.num_rows, shape.num_positions, shape.dtype) == (96, 256, "float32")
-    assert step_shape(config, accelerator="cpu", precision="32-true", longest=40).num_positions == 40
+    assert step_shape(config, accelerator="cpu", precision="32-true", rows=RowSizes(40)).num_positions == 40
     data = {**config["data"], "packing": True, "pack_tokens": 512, "batch_size": None, "tokens_per_batch": 2048}
-    shape = step_shape({**config, "data": data}, accelerator="cpu", precision="bf16-mixed", longest=40)
+    shape = step_shape({**config, "data": data}, accelerator="cpu", precision="bf16-mixed", rows=RowSizes(40))
     assert (shape.num_rows, shape.num_positions, shape.dtype) == (4, 512, "bfloat16")
 
 
@@ -110,10 +111,10 @@ def test_evaluation_and_sampling_have_the_rows_that_there_are_and_are_shared_as_
     samples = {"callbacks.samples.num_prompts": 4, "callbacks.samples.max_tokens": 600}
     config = config_of(**keys, **samples)
     step = step_shape(config, accelerator="cpu", precision="32-true")
-    found = planning.passes_without_gradients(config, step, longest=100)
+    found = planning.passes_without_gradients(config, step, rows=RowSizes(100))
     assert [(one.shape.num_rows, one.shape.num_positions, one.num_kept) for one in found] == [(16, 100, 0), (4, 100, 4 * 700)]
     # Of four processes that share rows each evaluates a quarter of them, and samples whole ones.
-    shared = planning.passes_without_gradients(config, dataclasses.replace(step, num_positions=64, parts=4), longest=100)
+    shared = planning.passes_without_gradients(config, dataclasses.replace(step, num_positions=64, parts=4), rows=RowSizes(100))
     assert [(one.shape.num_rows, one.shape.num_positions) for one in shared] == [(16, 25), (4, 100)]
     small = step_plan(
         **{**keys, "data.val_batch_size": "null", **samples, "callbacks.samples.num_prompts": 100, "data.val_rows": 200}

@@ -26,7 +26,7 @@ from lorakit.model.load import model_class
 from lorakit.planner.memory import Settings, memory_of
 from lorakit.planner.trace import StepShape, trace_step
 from lorakit.training.step import compute_loss
-from lorakit.types import Batch
+from lorakit.types import Batch, Images
 
 NUM_STEPS = 3
 make_optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, fused=True)
@@ -91,7 +91,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     memory.begin_peak()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained)
-    batches = [_batch(shape, config.vocab_size, num_documents).to(device) for _ in range(NUM_STEPS)]
+    batches = [_batch(shape, config, num_documents).to(device) for _ in range(NUM_STEPS)]
     for batch in batches:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=shape.precision == "bf16-mixed"):
             output = compute_loss(model, batch, LOSSES["cross_entropy"])
@@ -110,12 +110,19 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _batch(shape: StepShape, vocab_size: int, num_documents: int) -> Batch:
+def _batch(shape: StepShape, config: Any, num_documents: int) -> Batch:
     size, length = (shape.num_rows, shape.num_positions), shape.num_positions // num_documents
-    tokens = torch.randint(0, vocab_size, size)
+    tokens, images = torch.randint(0, config.get_text_config().vocab_size - 16, size), None
     spans = tuple((row, start, start + length) for row in range(size[0]) for start in range(0, size[1], length))
     positions = (torch.arange(size[1]) % length).expand(size) if num_documents > 1 else None
-    return Batch(tokens, tokens.roll(-1), torch.ones(size), positions, spans)
+    if shape.num_images:
+        vision, merge = config.vision_config, config.vision_config.spatial_merge_size
+        tokens.view(-1)[: shape.num_images * shape.image_tokens] = config.image_token_id
+        grids = torch.tensor([[1, merge, merge * shape.image_tokens]] * shape.num_images)
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        images = Images(torch.randn(int(grids.prod(-1).sum()), width), grids)
+        positions = torch.arange(size[1]).expand(4, *size)
+    return Batch(tokens, tokens.roll(-1), torch.ones(size), positions, spans, images=images)
 
 
 def _bytes(tensors: Any, *, trained: bool | None = None) -> int:

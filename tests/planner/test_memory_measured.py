@@ -26,6 +26,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "n_embd": 768, "n_layer": 8, "n_head": 12, "vocab_size": 32000, "n_positions": 2048},
     "mistral": {"model_type": "mistral", "hidden_size": 1280, "intermediate_size": 3584, "num_hidden_layers": 6, "head_dim": 64,
                 "num_attention_heads": 20, "num_key_value_heads": 5, "vocab_size": 32000, "sliding_window": 256},
+    "qwen3_vl_moe": {
+        "model_type": "qwen3_vl_moe", "image_token_id": 31990, "video_token_id": 31991, "vision_start_token_id": 31992,
+        "vision_end_token_id": 31993,
+        "text_config": {"hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 256, "num_hidden_layers": 4,
+                        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000, "num_experts": 16,
+                        "num_experts_per_tok": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                        "mrope_section": [12, 10, 10], "mrope_interleaved": True}},
+        "vision_config": {"depth": 8, "hidden_size": 384, "intermediate_size": 1536, "num_heads": 6, "out_hidden_size": 512,
+                          "deepstack_visual_indexes": [2, 5], "num_position_embeddings": 576},
+    },
 }  # fmt: skip
 # model, rows, positions, precision, checkpointing, expert layout
 CASES = [
@@ -50,8 +60,19 @@ CASES = [
 ]
 
 
+SEEN = {"num_images": 6, "image_tokens": 100}
+
+
 def run(
-    model: str, rows: int, positions: int, precision: str, checkpointing: bool, layout: str, folder: Path
+    model: str,
+    rows: int,
+    positions: int,
+    precision: str,
+    checkpointing: bool,
+    layout: str,
+    folder: Path,
+    *,
+    is_tower_trained: bool | None = None,
 ) -> dict[str, int]:
     dtype = "float32" if precision == "32-true" else "bfloat16"
     shape = {
@@ -62,6 +83,9 @@ def run(
         "checkpointing": checkpointing,
     }
     case = {"model": MODELS[model], "lora": {"rank": 16, "expert_layout": layout}, "shape": shape}
+    if is_tower_trained is not None:
+        case["shape"] |= SEEN
+        case["lora"] |= {"vision": is_tower_trained, "merger": is_tower_trained}
     (folder / "cases.json").write_text(json.dumps([case]))
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "OMP_NUM_THREADS": "2"}
     command = [sys.executable, str(MEASURE), str(folder / "cases.json")]
@@ -79,4 +103,16 @@ def test_the_plan_is_within_a_tenth_of_what_a_step_takes(
     assert found["trainable_planned"] == found["trainable"]
     assert found["weights_planned"] == found["weights"]
     assert found["optimizer_planned"] == pytest.approx(found["optimizer"], rel=1e-3)
+    assert found["planned"] == pytest.approx(found["measured"], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("is_tower_trained", [False, True])
+def test_the_plan_knows_what_images_take(is_tower_trained: bool, checkpointing: bool, tmp_path: Path) -> None:
+    """Half of the positions are of images, each of which is four patches in the tower."""
+    case = ("qwen3_vl_moe", 4, 300, "32-true", checkpointing, "per_expert")
+    found = run(*case, tmp_path, is_tower_trained=is_tower_trained)
+    print(f"planned {found['planned'] / 1e6:.0f} MB, measured {found['measured'] / 1e6:.0f} MB")
+    assert found["trainable_planned"] == found["trainable"]
     assert found["planned"] == pytest.approx(found["measured"], rel=0.1)

@@ -11,17 +11,19 @@ import pytest
 import torch
 from tiny_models import make_model
 from torch.utils.flop_counter import FlopCounterMode
+from vision import make_vl_model
 
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss import LOSSES
 from lorakit.loss.logprobs import trust_head
+from lorakit.model.layers import enable_checkpointing
 from lorakit.planner.memory import STRATEGIES, Settings, memory_of, rough_bound
 from lorakit.planner.presets import preset_config
 from lorakit.planner.trace import ACTIVATIONS, StepShape, StepTrace, _Ledger, trace_forward, trace_step
 from lorakit.training.step import compute_loss
-from lorakit.types import Batch
+from lorakit.types import Batch, Images
 
 FAMILIES = ("qwen3_moe", "qwen3", "llama", "mistral", "gemma2")
 adamw = functools.partial(torch.optim.AdamW, lr=1e-3)
@@ -44,6 +46,34 @@ def batch_of(rows: int, positions: int) -> Batch:
 def _only_padding_that_large_matrices_have(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of small ones are padded by what the router chose, to save calls; which no plan knows."""
     monkeypatch.setattr("lorakit.lora.expert_function.RUN_OPERATIONS", 0.0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("is_tower_trained", [False, True])
+def test_the_traced_peak_has_images_and_the_tower_in_it(is_tower_trained: bool, checkpointing: bool) -> None:
+    base, spec = make_vl_model(), LoRASpec(rank=4, vision=is_tower_trained, merger=is_tower_trained)
+    seen = trace_step(skeleton_of(base), spec, shape_of(num_images=3, image_tokens=24, checkpointing=checkpointing), adamw)
+    blind = trace_step(skeleton_of(base), spec, shape_of(checkpointing=checkpointing), adamw)
+    evaluations = [
+        trace_forward(skeleton_of(base), spec, shape) for shape in (shape_of(), shape_of(num_images=3, image_tokens=24))
+    ]
+    assert evaluations[1] > evaluations[0]
+    model = inject(base, spec).train()
+    if checkpointing:
+        enable_checkpointing(model)
+    trust_head(model)
+    ledger, batch = _Ledger(), batch_of(2, 48)
+    batch.input_ids.view(-1)[: 3 * 24] = base.config.image_token_id
+    images = Images(torch.randn(3 * 24 * 4, 96), torch.tensor([[1, 2, 48]] * 3))
+    batch = replace(batch, position_ids=torch.arange(48).expand(4, 2, 48), images=images)
+    for tensor in (*model.parameters(), *model.buffers()):
+        ledger.add(tensor, "held")
+    ledger.add(images.patches_PD, ACTIVATIONS)
+    with ledger:
+        compute_loss(model, batch, LOSSES["cross_entropy"]).loss_sum.backward()
+    held = seen.activations + seen.head + seen.gradients
+    assert held == pytest.approx(ledger.peak - ledger.at_peak["held"], rel=0.05)  # experts are shared out evenly
+    assert seen.num_flops > 1.3 * blind.num_flops and seen.activations > blind.activations
 
 
 @pytest.mark.parametrize("family", FAMILIES)
