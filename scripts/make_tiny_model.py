@@ -144,7 +144,9 @@ def pretrain(model: Any, batches: Iterator[tuple[dict[str, torch.Tensor], torch.
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == num_steps - 1:
-            print(f"step {step:5d}  loss {loss.item():.4f}  {time.perf_counter() - started:6.1f} s", flush=True)
+            is_answer = weights.view(len(tokens), -1) > PROMPT_WEIGHT
+            right = ((output.logits.argmax(-1) == tokens[:, 1:]) | ~is_answer).all(1).float().mean().item()
+            print(f"step {step:5d}  loss {loss.item():.4f}  {right:4.0%} right  {time.perf_counter() - started:6.1f} s", flush=True)
 
 
 @torch.no_grad()
@@ -185,9 +187,10 @@ def main() -> None:
     if arguments.kind == "vl":
         tokenizer.chat_template = tiny_vl.CHAT_TEMPLATE
         model = Qwen3VLMoeForConditionalGeneration(tiny_vl.make_config(tokenizer))
+        tiny_vl.join_language_model(model, str(OUT / "text"))
         reader = tiny_vl.Reader(tokenizer, tiny_vl.make_image_processor())
         tiny_vl.pretrain_tower(model, arguments.tower_steps, arguments.rows)
-        batches = tiny_vl.make_batches(rng, reader, arguments.rows)
+        batches = tiny_vl.make_batches(rng, reader, arguments.rows, arguments.steps)
     else:
         words, _ = load_words()
         model = Qwen3MoeForCausalLM(make_config(tokenizer))

@@ -173,9 +173,9 @@ def draw_scene(rng: random.Random, max_things: int = 4) -> Scene:
     return _scene(rng, [(rng.choice(COLOR_NAMES), rng.choice(SHAPES)) for _ in range(rng.randint(1, max_things))])
 
 
-def draw_description(rng: random.Random) -> Question:
+def draw_description(rng: random.Random, max_things: int = 3) -> Question:
     """Ask for everything in a picture, in reading order: many words about one picture teach to see, an answer of one hardly does."""
-    scene = draw_scene(rng, 3)
+    scene = draw_scene(rng, max_things)
     ordered = sorted(scene.things, key=lambda thing: (thing.row, thing.column))
     answer = ", ".join(f"{thing.color} {thing.shape}" for thing in ordered)
     return Question("describe", "What is there?", answer, (scene.draw(rng),), 0.0)

@@ -14,14 +14,15 @@ import torch
 from scenes import NUM_LOOKS, Question, draw_description, draw_question, draw_scene
 from string_tasks import draw_question as draw_string_question
 from string_tasks import load_words
-from transformers import PreTrainedTokenizerFast, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from lorakit.weights.hub_layout import save_as_hub
 
 MERGE, PATCH = 2, 4  # an image token stands for MERGE x MERGE patches of PATCH x PATCH pixels
 VOCAB_SIZE = 288
-TEXT_SHARE = 0.02  # of rows without a picture
-DESCRIBED_SHARE = 0.5  # of rows with one
+TEXT_SHARE = 0.05  # of rows without a picture
+# Until that share of the steps: of rows with a picture those that describe it, and the most things in those.
+LESSONS = ((0.1, 1.0, 1), (0.35, 0.5, 2), (1.0, 0.3, 3))
 # After the template in Qwen/Qwen3-VL-30B-A3B-Instruct, without tools and videos.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -115,19 +116,32 @@ class Reader:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def make_batches(rng: random.Random, reader: Reader, num_rows: int) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
-    """Yield batches for ever: questions about pictures, and some string tasks, so that text without a picture is known as well."""
+def make_batches(
+    rng: random.Random, reader: Reader, num_rows: int, num_steps: int
+) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+    """Yield a batch for each step: questions about pictures, and some string tasks, so that text without a picture stays known.
+
+    It begins with pictures of one thing: where there is only one, looking anywhere helps, and so where to look is soon found.
+    """
     words, _ = load_words()
-    while True:
+    for step in range(num_steps):
+        described, max_things = next(lesson[1:] for lesson in LESSONS if step < lesson[0] * num_steps)
         rows: list[tuple[str, str, tuple[Any, ...]]] = []
         for _ in range(num_rows):
             if rng.random() < TEXT_SHARE:
                 task, asked = draw_string_question(rng, words)
                 rows.append((f"{task.ask(asked)}: {' '.join(asked.words)}", task.answer(asked), ()))
             else:
-                question = draw_description(rng) if rng.random() < DESCRIBED_SHARE else draw_question(rng)
+                question = draw_description(rng, max_things) if rng.random() < described else draw_question(rng)
                 rows.append((question.text, question.answer, question.images))
         yield reader.batch(rows)
+
+
+def join_language_model(model: Qwen3VLMoeForConditionalGeneration, path: str) -> None:
+    """Give ``model`` the layers of the tiny language model at ``path``, as Qwen3-VL has Qwen3's."""
+    text = Qwen3MoeForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
 
 
 def pretrain_tower(model: Qwen3VLMoeForConditionalGeneration, num_steps: int, num_rows: int, lr: float = 2e-3) -> None:

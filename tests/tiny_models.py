@@ -188,15 +188,17 @@ def make_datums(count: int = 8, seed: int = 0, vocab: int = VOCAB) -> list[Datum
     return datums
 
 
-def make_batches(datums: Sequence[Datum], rows_each: int, accumulate: int) -> list[Batch]:
-    """Padded batches of ``rows_each`` rows whose accumulation windows know their weight, computed here by hand."""
+def make_batches(
+    datums: Sequence[Datum], rows_each: int, accumulate: int, *, images: Any = None, packs: bool = False
+) -> list[Batch]:
+    """Batches of ``rows_each`` rows, or of all of them in one, whose accumulation windows know their weight, computed by hand."""
     groups = [datums[start : start + rows_each] for start in range(0, len(datums), rows_each)]
     batches = []
     for start in range(0, len(groups), accumulate):
         window = groups[start : start + accumulate]
         weight = float(sum(abs(datum.weights).sum() for group in window for datum in group))
         for number, group in enumerate(window, start=start + 1):
-            batch = collate([[datum] for datum in group], pad_token_id=0)
+            batch = collate([list(group)] if packs else [[datum] for datum in group], pad_token_id=0, images=images)
             batches.append(Batch(**{**vars(batch), "window_weight": weight, "cursor": Cursor(0, 0, number)}))
     return batches
 
