@@ -244,14 +244,19 @@ class LoRADataModule(L.LightningDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the rows and of every setting that decides what is trained in which order."""
+        """Digest of the rows, the sizes of their images, and of every setting that decides what is trained in which order."""
         settings = [
             self.source.fingerprint, self.val_source.fingerprint, self.format, self.train_on, self.append_eos, self.stop,
             self.max_tokens, self.on_long, self.on_error, self.packing, self.pack_tokens, self.batch_size,
             self.tokens_per_batch, self.shuffle, self.seed, self.window_rows, self.val_fraction,
-            *(bound for bound in (self.min_pixels, self.max_pixels) if bound),
+            *(bound for bound in (self.min_pixels, self.max_pixels) if bound), *self._image_bytes(),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(settings, default=list).encode()).hexdigest()[:16]
+
+    def _image_bytes(self) -> list[int]:
+        """How large all images are that the reports looked at: rows say only where they lie."""
+        reports = (self.report, self.val_report)
+        return [report.num_image_bytes for report in reports if report and report.num_image_bytes]
 
     def estimate_num_batches(self) -> int | None:
         """Micro-batches of all epochs, from the rows surveyed; None where epochs do not end.

@@ -29,6 +29,7 @@ class Examples:
     images: ImageEncoder | None = None
     cuts: Cuts = field(default_factory=Cuts)
     num_skipped: int = 0
+    num_image_bytes: int = 0  # of all images that were looked at
 
     def rendered(self, index: int) -> list[Rendered]:
         """Return the examples of row ``index`` before the shift. Raises DataError that names file and line."""
@@ -51,6 +52,7 @@ class Examples:
         for number, image in enumerate(stored):
             name = f"{image.name} ({self.source.where(index)})"
             count = self.images.num_tokens(*image.read_size())
+            self.num_image_bytes += image.num_bytes
             chunks.append(ImageChunk(functools.partial(self._read_image, index, number), expected_tokens=count, name=name))
         return chunks
 
@@ -87,6 +89,7 @@ class DataReport:
     num_without_stop: int  # examples whose last trained token ends nothing
     num_images: int
     num_image_tokens: int
+    num_image_bytes: int
     largest_image: int  # tokens
     image_share: float  # of an example's tokens, the most of any
     cuts: Cuts
@@ -163,6 +166,7 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
         num_without_stop=num_without_stop,
         num_images=num_images,
         num_image_tokens=num_image_tokens,
+        num_image_bytes=counted.num_image_bytes,
         largest_image=largest_image,
         image_share=image_share,
         cuts=counted.cuts,

@@ -37,6 +37,13 @@ class StoredImage:
     def name(self) -> str:
         return str(self.path) if self.path else "in the row"
 
+    @property
+    def num_bytes(self) -> int:
+        """Its size in bytes; 0 where there is no such file, which `read_size` says."""
+        if self.content is not None:
+            return len(self.content)
+        return self.path.stat().st_size if self.path and self.path.is_file() else 0
+
     def read(self) -> bytes:
         """Return its bytes. Raises DataError that names the file."""
         if self.content is not None:

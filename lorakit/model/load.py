@@ -110,8 +110,11 @@ def load_model(
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
     is_partitioned = _prepare_partitions(dtype)
+    config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    if is_partitioned:
+        check_experts_as_on_the_hub(path, config, Path(resolve_model_path(path)))
     with _explained(path), quiet_transformers():
-        build = model_class(load_config(path, revision=revision, trust_remote_code=trust_remote_code))
+        build = model_class(config)
         model, info = build.from_pretrained(
             resolve_model_path(path),
             revision=revision,
@@ -141,6 +144,29 @@ def _prepare_partitions(dtype: str) -> bool:
     settings = deepspeed.deepspeed_config()
     settings.update(bf16={"enabled": dtype == "bfloat16"}, fp16={"enabled": dtype == "float16"})
     return True
+
+
+def check_experts_as_on_the_hub(path: str, config: Any, folder: Path) -> None:
+    """transformers under ZeRO-3 turns the experts of Qwen3-VL-MoE round, whatever way a file has them.
+
+    Raises:
+        ConfigError: a file has them as the model holds them, (E, 2I, H), and not as the hub does, (E, H, 2I).
+    """
+    from safetensors import safe_open
+
+    if config.model_type != "qwen3_vl_moe":
+        return
+    text = config.get_text_config()
+    as_held = [text.num_experts, 2 * text.moe_intermediate_size, text.hidden_size]
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            names = [name for name in list(tensors.keys()) if name.endswith(".mlp.experts.gate_up_proj")]
+            if names and list(tensors.get_slice(names[0]).get_shape()) == as_held:
+                raise ConfigError(
+                    f"model.path={path}: {file.name} has {names[0]} as {tuple(as_held)}, as save_pretrained writes it; ZeRO-3 reads "
+                    "such experts only as the hub has them, (E, H, 2I). Set strategy=zero2, or write the files again with "
+                    "`lorakit merge`, which does as the hub"
+                )
 
 
 def _check_kept_in_float32(model: Any, path: str, dtype: str) -> None:

@@ -113,6 +113,17 @@ def test_only_headers_are_read_before_a_batch_is_made(tmp_path: Path) -> None:
         collate([[datum]], 0, make_encoder())
 
 
+def test_another_image_in_the_place_of_one_makes_another_fingerprint(tmp_path: Path) -> None:
+    draw_image(1).save(tmp_path / "a.png")
+    prints = []
+    for content in ((tmp_path / "a.png").read_bytes(), png(draw_image(2)), png(draw_image(1))):
+        (tmp_path / "a.png").write_bytes(content)
+        found = module(tmp_path, [row("a.png"), row()])
+        found.check_tokens()
+        prints.append(found.fingerprint)
+    assert prints[0] == prints[2] != prints[1]
+
+
 def test_a_photo_that_was_turned_is_turned_back(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -14,9 +14,10 @@ from tiny_models import randomise
 from transformers import AutoModelForImageTextToText
 from vision import draw_image, make_encoder, make_reference, make_tokenizer, save_vl_model
 
+from lorakit.errors import ConfigError
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
-from lorakit.model.load import load_image_processor, load_model
+from lorakit.model.load import check_experts_as_on_the_hub, load_config, load_image_processor, load_model
 from lorakit.weights.adapter import save_adapter
 from lorakit.weights.merge import merge_adapter
 
@@ -61,3 +62,11 @@ def test_from_the_hubs_layout_through_training_and_merging_back_to_it(base: str,
     assert torch.allclose(logits(merged), expected, atol=2e-4)
     processor = load_image_processor(str(tmp_path / "merged"))
     assert json.loads(processor.to_json_string()) == json.loads(make_encoder().processor.to_json_string())
+
+
+def test_experts_that_zero_3_would_turn_round_are_refused(base: str, tmp_path: Path) -> None:
+    config = load_config(base)
+    check_experts_as_on_the_hub(base, config, Path(base))
+    load_model(base).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"gate_up_proj as \(12, 192, 128\).*strategy=zero2"):
+        check_experts_as_on_the_hub("mine", config, tmp_path)
