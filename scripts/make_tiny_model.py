@@ -146,7 +146,10 @@ def pretrain(model: Any, batches: Iterator[tuple[dict[str, torch.Tensor], torch.
         if step % 100 == 0 or step == num_steps - 1:
             is_answer = weights.view(len(tokens), -1) > PROMPT_WEIGHT
             right = ((output.logits.argmax(-1) == tokens[:, 1:]) | ~is_answer).all(1).float().mean().item()
-            print(f"step {step:5d}  loss {loss.item():.4f}  {right:4.0%} right  {time.perf_counter() - started:6.1f} s", flush=True)
+            print(
+                f"step {step:5d}  loss {loss.item():.4f}  {right:4.0%} right  {time.perf_counter() - started:6.1f} s",
+                flush=True,
+            )
 
 
 @torch.no_grad()
@@ -176,6 +179,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder to write the model to")
     parser.add_argument("--steps", type=int, default=2000, help="optimiser steps")
     parser.add_argument("--tower-steps", type=int, default=2000, help="of vl: steps of the vision tower alone, before that")
+    parser.add_argument("--start", type=Path, help="of vl: go on with this model, with the last lesson alone")
     parser.add_argument("--rows", type=int, default=64, help="examples per step")
     parser.add_argument("--lr", type=float, help="largest learning rate; default 3e-3, vl 1e-3")
     arguments = parser.parse_args()
@@ -186,11 +190,16 @@ def main() -> None:
     batches: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]
     if arguments.kind == "vl":
         tokenizer.chat_template = tiny_vl.CHAT_TEMPLATE
-        model = Qwen3VLMoeForConditionalGeneration(tiny_vl.make_config(tokenizer))
-        tiny_vl.join_language_model(model, str(OUT / "text"))
         reader = tiny_vl.Reader(tokenizer, tiny_vl.make_image_processor())
-        tiny_vl.pretrain_tower(model, arguments.tower_steps, arguments.rows)
-        batches = tiny_vl.make_batches(rng, reader, arguments.rows, arguments.steps)
+        if arguments.start:
+            model = Qwen3VLMoeForConditionalGeneration.from_pretrained(arguments.start, dtype=torch.float32).train()
+            rng = random.Random(4)
+        else:
+            model = Qwen3VLMoeForConditionalGeneration(tiny_vl.make_config(tokenizer))
+            tiny_vl.join_language_model(model, str(OUT / "text"))
+            tiny_vl.pretrain_tower(model, arguments.tower_steps, arguments.rows)
+        first_step = arguments.steps if arguments.start else 0
+        batches = tiny_vl.make_batches(rng, reader, arguments.rows, arguments.steps, first_step)
     else:
         words, _ = load_words()
         model = Qwen3MoeForCausalLM(make_config(tokenizer))

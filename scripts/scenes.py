@@ -78,9 +78,9 @@ class Question:
         return Question(self.kind, self.text, self.answer, blank, self.chance)
 
 
-def draw_question(rng: random.Random) -> Question:
-    """Draw one question of one kind, with its pictures."""
-    return rng.choice(_KINDS)(rng)
+def draw_question(rng: random.Random, compared_share: float = 0.4) -> Question:
+    """Draw one question of one kind, with its pictures; of so many two places are compared."""
+    return rng.choice(_COMPARING if rng.random() < compared_share else _NAMING)(rng)
 
 
 def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, rng: random.Random) -> None:
@@ -181,4 +181,5 @@ def draw_description(rng: random.Random, max_things: int = 3) -> Question:
     return Question("describe", "What is there?", answer, (scene.draw(rng),), 0.0)
 
 
-_KINDS: tuple[Callable[[random.Random], Question], ...] = (_ask_color, _ask_shape, _ask_count, _ask_side, _ask_which)
+_NAMING: tuple[Callable[[random.Random], Question], ...] = (_ask_color, _ask_shape, _ask_count)
+_COMPARING: tuple[Callable[[random.Random], Question], ...] = (_ask_side, _ask_which)

@@ -21,8 +21,9 @@ from lorakit.weights.hub_layout import save_as_hub
 MERGE, PATCH = 2, 4  # an image token stands for MERGE x MERGE patches of PATCH x PATCH pixels
 VOCAB_SIZE = 288
 TEXT_SHARE = 0.05  # of rows without a picture
-# Until that share of the steps: of rows with a picture those that describe it, and the most things in those.
-LESSONS = ((0.1, 1.0, 1), (0.35, 0.5, 2), (1.0, 0.3, 3))
+# Until that share of the steps: of rows with a picture those that describe it, the most things in those, and of the questions those
+# that compare two places, which are learnt last.
+LESSONS = ((0.1, 1.0, 1, 0.4), (0.35, 0.5, 2, 0.4), (1.0, 0.1, 3, 0.75))
 # After the template in Qwen/Qwen3-VL-30B-A3B-Instruct, without tools and videos.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -117,22 +118,22 @@ class Reader:
 
 
 def make_batches(
-    rng: random.Random, reader: Reader, num_rows: int, num_steps: int
+    rng: random.Random, reader: Reader, num_rows: int, num_steps: int, first_step: int = 0
 ) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
     """Yield a batch for each step: questions about pictures, and some string tasks, so that text without a picture stays known.
 
     It begins with pictures of one thing: where there is only one, looking anywhere helps, and so where to look is soon found.
     """
     words, _ = load_words()
-    for step in range(num_steps):
-        described, max_things = next(lesson[1:] for lesson in LESSONS if step < lesson[0] * num_steps)
+    for step in range(first_step, first_step + num_steps):
+        described, max_things, compared = next((one[1:] for one in LESSONS if step < one[0] * num_steps), LESSONS[-1][1:])
         rows: list[tuple[str, str, tuple[Any, ...]]] = []
         for _ in range(num_rows):
             if rng.random() < TEXT_SHARE:
                 task, asked = draw_string_question(rng, words)
                 rows.append((f"{task.ask(asked)}: {' '.join(asked.words)}", task.answer(asked), ()))
             else:
-                question = draw_description(rng, max_things) if rng.random() < described else draw_question(rng)
+                question = draw_description(rng, max_things) if rng.random() < described else draw_question(rng, compared)
                 rows.append((question.text, question.answer, question.images))
         yield reader.batch(rows)
 

@@ -70,12 +70,19 @@ def build_datamodule(config: Config) -> LoRADataModule:
 
 def load_data(config: Config) -> tuple[LoRADataModule, Any]:
     """The DataModule with rows and tokens checked, and the tokenizer. Raises LorakitError with all problems of a step."""
-    datamodule, settings = build_datamodule(config), config["model"]
+    datamodule = build_datamodule(config)
     datamodule.check_rows()
+    return datamodule, make_tokens(datamodule, config["model"])
+
+
+def make_tokens(datamodule: LoRADataModule, settings: Config) -> Any:
+    """Give ``datamodule`` the tokenizer of the model that ``settings`` name, and return it. Raises LorakitError."""
     tokenizer = load_tokenizer(settings["path"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"])
-    datamodule.set_tokenizer(tokenizer, load_images(settings) if datamodule.has_images else None)
+    model_config = load_config(settings["path"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"])
+    images, token_id = load_images(settings) if datamodule.has_images else None, getattr(model_config, "image_token_id", None)
+    datamodule.set_tokenizer(tokenizer, images, image_token_id=token_id)
     datamodule.check_tokens()
-    return datamodule, tokenizer
+    return tokenizer
 
 
 def load_images(settings: Config) -> ImageEncoder:

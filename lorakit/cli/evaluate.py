@@ -50,7 +50,7 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
         settings["val_rows"] = options.limit
     datamodule = LoRADataModule(**settings)
     model, tokenizer = trained.load(with_adapter=not options.base)
-    images = load_images(trained.config["model"]) if datamodule.has_images else None
+    images = load_images(trained.model_settings) if datamodule.has_images else None
     datamodule.set_tokenizer(tokenizer, images)
     datums = [datum for index in datamodule.val_indices for datum in datamodule.val_examples.datums(int(index))]
     if not datums:

@@ -22,11 +22,12 @@ def main(arguments: list[str]) -> None:
     import psutil
     import torch
 
-    from lorakit.model.load import DTYPES, load_config, load_model, load_skeleton, load_tokenizer
+    from lorakit.model.load import DTYPES, load_config, load_model, load_skeleton, load_tokenizer, model_class
     from lorakit.weights.merge import MergeReport, can_hold_twice, merge_adapter
 
     base, model_options = trained.base, trained.model_options
-    stored = load_config(base, **model_options).dtype or torch.float32
+    config = load_config(base, **model_options)
+    stored = config.dtype or torch.float32
     if options.dtype and options.dtype not in DTYPES:
         raise ConfigError(f"--dtype {options.dtype} is unknown; choose one of {', '.join(DTYPES)}")
     num_params = sum(parameter.numel() for parameter in load_skeleton(base, **model_options).parameters())
@@ -39,12 +40,14 @@ def main(arguments: list[str]) -> None:
         dtype=getattr(torch, options.dtype) if options.dtype else stored,
         stored=stored,
         tokenizer=load_tokenizer(base, **model_options),
+        revision=model_options["revision"],
+        pixel_bounds=trained.pixel_bounds,
         can_compare=can_hold_twice(num_params, psutil.virtual_memory().available),
     )
-    print_report(report, out)
+    print_report(report, out, model_class(config).__name__)
 
 
-def print_report(report: object, out: Path) -> None:
+def print_report(report: object, out: Path, class_name: str) -> None:
     """Print each merged tensor and the logit differences."""
     from rich.console import Console
     from rich.table import Table
@@ -67,7 +70,7 @@ def print_report(report: object, out: Path) -> None:
             f"rounding the base alone: {report.base_rounding_difference:.2e})"
         )
     console.print(f"checked: {report.check}")
-    console.print(f"{len(report.tensors)} tensors merged into {out}; load it with AutoModelForCausalLM.from_pretrained")
+    console.print(f"{len(report.tensors)} tensors merged into {out}; load it with {class_name}.from_pretrained")
 
 
 if __name__ == "__main__":

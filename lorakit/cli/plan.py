@@ -62,7 +62,9 @@ def plan_run(config: DictConfig) -> None:
     rows, val_rows, num_tokens = _look_at_data(plain, skeleton, console)
     step = StepPlan(plain, skeleton, planned, accelerator=accelerator, precision=precision, rows=rows, val_rows=val_rows)
     shape = step.shape
-    images = f", {shape.num_images:,} images of {shape.image_tokens:,} among them" if shape.num_images else ""
+    images = (
+        f", {len(shape.image_tokens):,} images of up to {max(shape.image_tokens):,} among them" if shape.image_tokens else ""
+    )
     console.print(
         f"{plain['model']['path']}: {planned.num_base_params:,} parameters in {shape.dtype}, {shape.precision}; each process takes "
         f"{shape.num_rows} x {shape.num_positions:,} tokens at a time{images}, "

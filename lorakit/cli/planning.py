@@ -106,8 +106,8 @@ class StepPlan:
         patches = getattr(getattr(self.skeleton.config, "vision_config", None), "spatial_merge_size", 1) ** 2  # of a position
         bound = rough_bound(
             self.skeleton, self.planned.num_params, bytes_each=4 if self.shape.dtype == "float32" else 2,
-            num_tokens=max(shape.num_rows * shape.num_positions + patches * shape.num_images * shape.image_tokens for shape in shapes),
-            num_positions=max(max(shape.num_positions, patches * shape.image_tokens) for shape in shapes),
+            num_tokens=max(shape.num_rows * shape.num_positions + patches * sum(shape.image_tokens) for shape in shapes),
+            num_positions=max(max((shape.num_positions, *(patches * size for size in shape.image_tokens))) for shape in shapes),
         )  # fmt: skip
         return bound + kept < SMALL_SHARE * num_bytes
 
@@ -129,12 +129,11 @@ def step_shape(config: Config, *, accelerator: str, precision: str, rows: RowSiz
     if data["tokens_per_batch"]:
         num_rows = max(1, data["tokens_per_batch"] // num_positions)
     parts = config["strategy"].get("sequence_parallel", 1)
-    num_images, image_tokens = rows.images_in(num_rows, num_positions) if parts == 1 else (0, 0)
     return StepShape(
         num_rows=num_rows, num_positions=-(-num_positions // parts), parts=parts,
         dtype=base_dtype(config["model"]["dtype"], precision), precision=precision,
         device=accelerator, checkpointing=trainer["activation_checkpointing"], loss=config["loss"]["name"],
-        attention=config["model"]["attention"], num_images=num_images, image_tokens=image_tokens,
+        attention=config["model"]["attention"], image_tokens=rows.images_in(num_rows, num_positions) if parts == 1 else (),
     )  # fmt: skip
 
 
@@ -168,10 +167,9 @@ def passes_without_gradients(config: Config, training: StepShape, rows: RowSizes
 
 
 def _without_gradients(training: StepShape, rows: RowSizes, num_rows: int, num_positions: int, parts: int) -> StepShape:
-    num_images, image_tokens = rows.images_in(num_rows, num_positions) if training.parts == 1 else (0, 0)
     return dataclasses.replace(
         training, checkpointing=False, num_rows=num_rows, num_positions=num_positions, parts=parts,
-        num_images=num_images, image_tokens=image_tokens,
+        image_tokens=rows.images_in(num_rows, num_positions) if training.parts == 1 else (),
     )  # fmt: skip
 
 

@@ -74,6 +74,8 @@ def warn_of_idle_settings(config: dict[str, Any], datamodule: LoRADataModule, to
             "trainer.max_steps=%d will not be reached: data.epochs=%s ends after about %d steps",
             max_steps, config["data"]["epochs"], total_steps,
         )  # fmt: skip
+    if not datamodule.has_images and (datamodule.min_pixels or datamodule.max_pixels):
+        log.warning("no row has an image, so data.min_pixels and data.max_pixels have no effect")
     if len(datamodule.val_indices):
         return
     keys = ("data.val_rows", "data.val_batch_size", "trainer.eval_every_steps")

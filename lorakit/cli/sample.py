@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     if options.image:
         from lorakit.cli.assemble import load_images
 
-        images = load_images(trained.config["model"])
+        images = load_images(trained.model_settings).within(*trained.pixel_bounds)
     if images is not None and not is_chat:
         raise ConfigError("--image is shown in a message; use --chat")
     speaker = Speaker(model, tokenizer, options, stop=stop, is_chat=is_chat, images=images)
@@ -118,13 +118,18 @@ class Speaker:
 
         self.model, self.tokenizer, self.is_chat = model, tokenizer, is_chat
         self.encoder, self.num_samples, self.images = Encoder(tokenizer), options.num_samples, images
-        self.messages: list[dict[str, Any]] = []
-        self.paths: list[Path] = options.image  # of the next message
-        self.shown: list[ImageChunk] = []  # of all messages
+        self.named: list[Path] = options.image
+        self.clear()
         self.params = SamplingParams(
             max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
             seed=options.seed, stop=stop,
         )  # fmt: skip
+
+    def clear(self) -> None:
+        """Begin a conversation."""
+        self.messages: list[dict[str, Any]] = []
+        self.paths = list(self.named)  # of the next message
+        self.shown: list[ImageChunk] = []  # of all messages
 
     def answer(self, text: str) -> str:
         """Return what the model writes behind ``text`` (all samples, each on lines of its own)."""
@@ -168,7 +173,7 @@ def converse(speaker: Speaker, name: str) -> None:
             print(file=sys.stderr)
             return
         if line.strip() == "/clear":
-            speaker.messages.clear()
+            speaker.clear()
         elif line:
             print(speaker.answer(line))
 

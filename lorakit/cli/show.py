@@ -53,12 +53,16 @@ def show(config: DictConfig, count: int, page: Path | None) -> None:
     from lorakit.cli.train import to_plain
 
     console = Console(soft_wrap=True)
-    if OmegaConf.is_missing(config.model, "path"):
-        console.print("model.path is not set: shown with the tokenizer of the bundled model, tiny")
+    if is_unnamed := OmegaConf.is_missing(config.model, "path"):
         OmegaConf.update(config, "model.path", "tiny")
     plain = to_plain(config)
     check_settings(plain)
-    datamodule, tokenizer = assemble.load_data(plain)
+    datamodule = assemble.build_datamodule(plain)
+    datamodule.check_rows()
+    if is_unnamed:
+        plain["model"]["path"] = "tiny-vl" if datamodule.has_images else "tiny"
+        console.print(f"model.path is not set: shown with the tokenizer of a bundled model, {plain['model']['path']}")
+    tokenizer = assemble.make_tokens(datamodule, plain["model"])
     if page:
         from lorakit.cli.show_page import as_page
         from lorakit.weights.files import find_write_problem, write_whole
@@ -90,8 +94,13 @@ def first_examples(datamodule: LoRADataModule, num_rows: int) -> Iterator[tuple[
     for index in map(int, datamodule.train_indices[:num_rows]):
         where = examples.source.where(index)
         try:
-            yield from ((where, example) for example in examples.rendered(index))
-        except DataError as error:  # under data.on_error=skip; else check_tokens has raised it
+            found = examples.rendered(index)
+            if examples.images is not None:
+                examples.images.encode([image.chunk for example in found for image in example.images])
+            yield from ((where, example) for example in found)
+        except DataError as error:
+            if examples.on_error == "raise":
+                raise
             yield where, str(error)
 
 

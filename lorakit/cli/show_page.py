@@ -23,7 +23,7 @@ figcaption { font-size: .8rem; color: #667085; overflow-wrap: anywhere } figure.
 .tokens { flex: 1; min-width: 0; font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
 .tokens span { border-radius: 3px; padding: 1px 0; box-shadow: inset -1px 0 0 #fff } .w0 { color: #667085; background: #f2f4f7 }
 .w1 { background: #b7ebc6 } .other { background: #fde68a } .negative { background: #fecaca } .tokens span.image { background: #dbe8ff;
-color: #1d4ed8; padding: 1px 6px; cursor: default } .error { color: #b42318 }
+color: #1d4ed8; padding: 1px 6px; cursor: default; white-space: nowrap } .error { color: #b42318 }
 @media (max-width: 700px) { .example { flex-direction: column } }
 """
 _SCRIPT = """
@@ -84,7 +84,8 @@ def _spans(example: Rendered, names: list[str], tokenizer: Any) -> Iterator[str]
             start += length
             continue
         end, text = start + 1, decode(tokenizer, tokens[start : start + 1])
-        while "\ufffd" in text and end < min(start + 4, len(tokens)) and weights[end] == weights[start]:
+        last = min(start + 4, len(tokens), *(place for place in images if place > start))
+        while "\ufffd" in text and end < last and weights[end] == weights[start]:
             end += 1
             text = decode(tokenizer, tokens[start:end])
         ids = ", ".join(map(str, tokens[start:end]))
@@ -101,10 +102,11 @@ def _kind(weight: float) -> str:
 def _figure(name: str, image: PlacedImage, number: int) -> str:
     from PIL import Image, ImageOps
 
-    from lorakit.data.images import explained
+    from lorakit.data.images import open_image
 
-    with explained(image.chunk.name), Image.open(io.BytesIO(image.chunk.data)) as opened:
-        picture = ImageOps.exif_transpose(opened).convert("RGB")
+    with open_image(image.chunk.data, image.chunk.name) as opened:
+        picture = ImageOps.exif_transpose(opened).convert("RGBA")
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")  # as processors do
     width, height = picture.size
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     file = io.BytesIO()

@@ -34,6 +34,16 @@ class Trained:
         settings = self.config["model"]
         return {"revision": settings.get("revision"), "trust_remote_code": self.trust_remote_code}
 
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """The same, with the base's name."""
+        return {"path": self.base, **self.model_options}
+
+    @property
+    def pixel_bounds(self) -> tuple[int | None, int | None]:
+        """Between how many pixels the run scaled its images, where it did not leave that to the model's processor."""
+        return self.config["data"].get("min_pixels"), self.config["data"].get("max_pixels")
+
     def load(self, *, with_adapter: bool = True) -> tuple[Any, Any]:
         """Return (model, tokenizer): float32 on CPU, bf16 on GPU."""
         import torch

@@ -108,6 +108,7 @@ class LoRADataModule(L.LightningDataModule):
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.tokenizer: Any = None
         self.images: ImageEncoder | None = None
+        self.image_token_id: int | None = None
         self.report: DataReport | None = None
         self.val_report: DataReport | None = None
         self._cursor: Cursor | None = None
@@ -119,11 +120,14 @@ class LoRADataModule(L.LightningDataModule):
         for source in (self.source, self.val_source):  # asking for them reads them
             assert len(source)
 
-    def set_tokenizer(self, tokenizer: Any, images: ImageEncoder | None = None) -> None:
-        """Use ``tokenizer``, and ``images`` where the model takes some, for everything that follows."""
-        self.tokenizer = tokenizer
-        if images is None and (self.min_pixels or self.max_pixels):
-            raise ConfigError("data.min_pixels and data.max_pixels have no effect: no row has an image")
+    def set_tokenizer(self, tokenizer: Any, images: ImageEncoder | None = None, *, image_token_id: int | None = None) -> None:
+        """Use ``tokenizer``, and ``images`` where rows have some, for everything that follows.
+
+        Args:
+            image_token_id: what stands for an image, and so may not stand in a text, where the model takes images and ``images``
+                does not say it.
+        """
+        self.tokenizer, self.image_token_id = tokenizer, images.token_id if images else image_token_id
         self.images = images.within(self.min_pixels, self.max_pixels) if images else None
 
     @property
@@ -282,7 +286,7 @@ class LoRADataModule(L.LightningDataModule):
     def _make_examples(self, source: Source) -> Examples:
         renderer = Renderer(
             self.tokenizer, train_on=self.train_on, append_eos=self.append_eos, stop=self.stop,
-            image_token_id=self.images.token_id if self.images else None,
+            image_token_id=self.image_token_id,
         )  # fmt: skip
         return Examples(source, renderer, self.max_tokens, self.on_long, self.on_error, self.images)
 

@@ -11,7 +11,7 @@ import numpy as np
 from lorakit.data.datum import Cuts, OnLong, fit, make_datum
 from lorakit.data.images import ImageEncoder, images_of
 from lorakit.data.render import Rendered, Renderer
-from lorakit.data.rows import Chat, Row
+from lorakit.data.rows import Chat, Conversations, Row, to_chat
 from lorakit.data.sources import Source
 from lorakit.errors import DataError, report
 from lorakit.types import Datum, ImageChunk
@@ -34,7 +34,7 @@ class Examples:
     def rendered(self, index: int) -> list[Rendered]:
         """Return the examples of row ``index`` before the shift. Raises DataError that names file and line."""
         try:
-            row, cuts = self.source.row(index), Cuts()
+            row, cuts = _as_chat(self.source.row(index)), Cuts()
             examples = self.renderer.render(row, self._images(index, row))
             fitted = [fit(example, self.max_tokens, self.on_long, cuts) for example in examples]
         except DataError as error:
@@ -57,7 +57,7 @@ class Examples:
         return chunks
 
     def _read_image(self, index: int, number: int) -> bytes:
-        row = self.source.row(index)
+        row = _as_chat(self.source.row(index))
         assert isinstance(row, Chat)
         return images_of(row.messages, row.images, self.source.folder(index))[number].read()
 
@@ -73,6 +73,10 @@ class Examples:
             self.num_skipped += 1
             return []
         return [make_datum(example.tokens, example.weights, example.images) for example in examples]
+
+
+def _as_chat(row: Row) -> Row:
+    return to_chat(row) if isinstance(row, Conversations) else row
 
 
 @dataclass(frozen=True)

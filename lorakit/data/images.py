@@ -10,6 +10,7 @@ import binascii
 import contextlib
 import io
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,10 @@ from lorakit.errors import ConfigError, DataError
 from lorakit.types import EncodedTextChunk, ImageChunk, ModelInput
 
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF: rows and columns change places
-_PART_KEYS = ("image", "path", "url", "image_url", "base64", "bytes")
+_ENCODED_KEYS = ("base64", "bytes")  # text below these is base64, of whatever length
+_PART_KEYS = ("image", "path", "url", "image_url", *_ENCODED_KEYS)
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of PIL's those that run no other program
+MAX_PIXELS = 89_478_485  # in a file, before it is scaled: PIL's own bound, beyond which it suspects a decompression bomb
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,19 @@ def is_image_part(part: dict[str, Any]) -> bool:
 
 def find_image_problem(part: dict[str, Any]) -> str | None:
     """Return what is wrong with a part that is an image, as far as can be told without reading anything, or None."""
-    return None if (given := _given(part)) is None else find_stored_problem(given)
+    known = ("type", *_PART_KEYS)
+    if unread := [key for key, value in part.items() if key not in known and value not in (None, "")]:
+        if "text" in unread:
+            return "has an image and `text`; write two parts"
+        hint = "; see data.min_pixels and data.max_pixels" if any("pixels" in key or "resized" in key for key in unread) else ""
+        return f"has {', '.join(f'`{key}`' for key in unread)} beside an image, which nothing reads{hint}"
+    problem = None if (given := _given(part)) is None else find_stored_problem(given)
+    return f"cannot be used: {problem}" if problem else None
+
+
+def find_text_problem(part: dict[str, Any]) -> str | None:
+    """Return why a part of text would lose an image, or None."""
+    return "has text and an image; write two parts" if _given(part) is not None else None
 
 
 def find_stored_problem(given: Any) -> str | None:
@@ -100,10 +116,11 @@ def locate(given: Any, folder: Path | None) -> StoredImage:
     Raises:
         DataError: it is something else, or would have to be fetched.
     """
-    if isinstance(given, dict) and (content := given.get("bytes")) is not None:
-        return locate(content, folder)
     if isinstance(given, dict):
-        given = next((given[key] for key in ("path", "url", "base64", "image") if given.get(key) is not None), None)
+        encoded = next((given[key] for key in _ENCODED_KEYS if given.get(key) is not None), None)
+        if isinstance(encoded, str):
+            return StoredImage(content=_from_base64(encoded))
+        given = encoded or next((given[key] for key in ("path", "url", "image") if given.get(key) is not None), None)
     if isinstance(given, (bytes, bytearray, memoryview)):
         return StoredImage(content=bytes(given))
     if not isinstance(given, str) or not given:
@@ -112,17 +129,21 @@ def locate(given: Any, folder: Path | None) -> StoredImage:
         return StoredImage(content=_from_base64(given.partition(",")[2]))
     if given.startswith(("http://", "https://")):
         raise DataError(f"image {given[:80]}: lorakit fetches nothing while it trains; download it, and give its path")
-    if given.startswith("file:"):
-        given = unquote(urlsplit(given).path)
-    elif len(given) > 255 and "." not in given[-8:]:
+    if len(given) > 255 and "." not in given[-8:] and not given.startswith("file:"):
         return StoredImage(content=_from_base64(given))
-    path = Path(given).expanduser()
+    try:
+        path = Path(unquote(urlsplit(given).path) if given.startswith("file:") else given).expanduser()
+    except (ValueError, RuntimeError) as error:  # no such user's home, or no URL
+        raise DataError(f"image {given[:80]}: {error}") from error
     return StoredImage(path=path if path.is_absolute() or folder is None else folder / path)
 
 
 def _given(part: dict[str, Any]) -> Any:
-    found = next((part[key] for key in _PART_KEYS if part.get(key) is not None), None)
-    return found.get("url") if part.get("type") == "image_url" and isinstance(found, dict) else found
+    key = next((key for key in _PART_KEYS if part.get(key) is not None), None)
+    found = part[key] if key else None
+    if key in _ENCODED_KEYS:
+        return {key: found}
+    return found.get("url") if key == "image_url" and isinstance(found, dict) else found
 
 
 def _from_base64(text: str) -> bytes:
@@ -133,14 +154,37 @@ def _from_base64(text: str) -> bytes:
 
 
 def _size_of(source: bytes | Path | None, name: str) -> tuple[int, int]:
-    from PIL import Image
-
     assert source is not None
-    with explained(name), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    with open_image(source, name) as image:
         width, height = image.size
         # Asked for the metadata of a PNG that says nothing of it in front, PIL decodes all of it.
         says = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
         return (width, height) if says.get(_ORIENTATION) in _TURNED else (height, width)
+
+
+@contextlib.contextmanager
+def open_image(source: bytes | Path, name: str) -> Iterator[Any]:
+    """Open an image with PIL, of which nothing but the header is read by that.
+
+    Raises:
+        DataError: it cannot be read, or would be cut off or blown up; the message names it.
+    """
+    from PIL import Image
+
+    with explained(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise DataError(
+                    f"image {name} has {width:,} x {height:,} pixels, and no more than {MAX_PIXELS:,} are read: scale it"
+                )
+            if image.mode.startswith("I") or image.mode == "F":
+                raise DataError(
+                    f"image {name} has numbers of more than 8 bits (mode {image.mode}), most of which would become white: "
+                    "convert it to 8 bits"
+                )
+            yield image
 
 
 @contextlib.contextmanager
@@ -262,14 +306,11 @@ class ImageEncoder:
             return list(pool.map(self._encode, chunks))
 
     def _encode(self, chunk: ImageChunk) -> EncodedImage:
-        from PIL import Image, ImageOps
+        from PIL import ImageOps
 
-        data = chunk.data
-        with explained(chunk.name), Image.open(io.BytesIO(data)) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
         size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
-        found = self.processor(images=[image], size=size, return_tensors="np")
+        with open_image(chunk.data, chunk.name) as opened:
+            found = self.processor(images=[ImageOps.exif_transpose(opened)], size=size, return_tensors="np")
         frames, down, across = map(int, found["image_grid_thw"][0])
         count = frames * down * across // self.merge**2
         if chunk.expected_tokens not in (None, count):

@@ -129,6 +129,10 @@ class Renderer:
             assert isinstance(row, PromptCompletion)
             examples = [self._render_plain(row.prompt, row.completion)]
         for example in examples:
+            if self.image_token_id is not None and example.tokens.count(self.image_token_id) != sum(
+                image.chunk.length for image in example.images
+            ):
+                raise DataError(f"the text has {self._image_token}, which stands for an image")
             if not any(example.weights[1:]):  # the first token has nothing before it to be predicted from
                 raise DataError(f"no trained token under data.train_on={self.train_on}")
         return examples
@@ -143,8 +147,6 @@ class Renderer:
     def _render_tokens(self, row: Tokens) -> Rendered:
         if max(row.tokens) >= self.vocab_size:
             raise DataError(f"`tokens` holds the id {max(row.tokens)}, but the tokenizer has {self.vocab_size} tokens")
-        if self.image_token_id in row.tokens:
-            raise DataError(f"`tokens` holds the id {self.image_token_id}, which stands for an image")
         return Rendered(row.tokens, row.weights)
 
     def _render_plain(self, prompt: str, completion: str, *, trains_all: bool = False) -> Rendered:

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from lorakit.data.images import find_image_problem, find_stored_problem, has_no_name, is_image_part
+from lorakit.data.images import find_image_problem, find_stored_problem, find_text_problem, has_no_name, is_image_part
+
+IMAGE_MARK = "<image>"  # in the text of a ShareGPT turn, where the row has images: LLaVA's way to say where they stand
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -61,10 +63,15 @@ class Turn(msgspec.Struct):
 
 
 class Conversations(msgspec.Struct):
-    """``{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}``."""
+    """``{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}``.
+
+    Where the row has ``image`` (one, or a list) or ``images``, ``<image>`` in a text stands for the next of them.
+    """
 
     conversations: list[Turn]
     system: str | None = None
+    image: Any = None
+    images: list[Any] | None = None
 
 
 class Alpaca(msgspec.Struct):
@@ -147,6 +154,8 @@ def are_chats(formats: Iterable[str]) -> bool:
 
 def has_images(row: Row) -> bool:
     """Whether a row has an image."""
+    if isinstance(row, Conversations):
+        return bool(_images_beside(row))
     return isinstance(row, Chat) and any(
         is_image_part(part) for message in row.messages if isinstance(message.content, list) for part in message.content
     )
@@ -154,10 +163,31 @@ def has_images(row: Row) -> bool:
 
 def to_chat(row: Conversations) -> Chat:
     """Return a ShareGPT row as messages. Raises KeyError for an unknown speaker."""
-    messages = [Message(SPEAKERS[turn.speaker], turn.value, turn.weight) for turn in row.conversations]
+    images = _images_beside(row)
+    messages = [
+        Message(SPEAKERS[turn.speaker], _split_at_images(turn.value) if images else turn.value, turn.weight)
+        for turn in row.conversations
+    ]
     if row.system:
         messages.insert(0, Message("system", row.system))
-    return Chat(messages)
+    return Chat(messages, images=images or None)
+
+
+def _images_beside(row: Conversations) -> list[Any]:
+    """The images of a ShareGPT row, from either column."""
+    one = row.image if isinstance(row.image, list) else [] if row.image in (None, "") else [row.image]
+    return [*one, *(row.images or ())]
+
+
+def _split_at_images(text: str) -> str | list[dict[str, Any]]:
+    """A turn's text as parts, an image in the place of each mark."""
+    if IMAGE_MARK not in text:
+        return text
+    first, *rest = text.split(IMAGE_MARK)
+    parts: list[dict[str, Any]] = [{"type": "text", "text": first}]
+    for piece in rest:
+        parts += [{"type": "image"}, {"type": "text", "text": piece}]
+    return [part for part in parts if part.get("text") != ""]
 
 
 def find_problem(row: Row) -> str | None:
@@ -170,7 +200,10 @@ def find_problem(row: Row) -> str | None:
         unknown = next((turn.speaker for turn in row.conversations if turn.speaker not in SPEAKERS), None)
         if unknown is not None:
             return f"unknown speaker {unknown!r} in `conversations` (known: {', '.join(SPEAKERS)})"
-        return _find_message_problem(to_chat(row).messages)
+        images, marks = _images_beside(row), sum(turn.value.count(IMAGE_MARK) for turn in row.conversations)
+        if images and len(images) != marks:
+            return f"`conversations` have {marks} {IMAGE_MARK}, but the row has {len(images)} images"
+        return find_problem(to_chat(row))
     if isinstance(row, Alpaca):
         return None if row.output else "`output` is empty: no trained token"
     if isinstance(row, Text):
@@ -230,11 +263,13 @@ def _find_part_problem(parts: list[dict[str, Any]]) -> str | None:
     for number, part in enumerate(parts):
         if is_image_part(part):
             if problem := find_image_problem(part):
-                return f"content part {number}: {problem}"
+                return f"content part {number} {problem}"
         elif part.get("type", "text") != "text":
             return f"content part {number} has type {part.get('type')!r}; there are text and image"
         elif not isinstance(part.get("text"), str):
             return f"content part {number} has no `text`"
+        elif problem := find_text_problem(part):
+            return f"content part {number} {problem}"
     return None
 
 

@@ -37,7 +37,7 @@ def with_blank_image(model: Any, batch: Batch) -> Batch:
         positions = F.pad(batch.position_ids, (0, 1)).expand(4, num_rows, length + 1)
     wide = replace(
         batch, input_ids=input_ids, targets=widen(batch.targets), weights=widen(batch.weights), position_ids=positions,
-        images=_blank(config.vision_config, device),
+        images=_blank(config.vision_config, device), spans=batch.spans or ((0, length, length + 1),),
     )  # fmt: skip
     row, place = batch.trained_positions // length, batch.trained_positions % length
     wide.__dict__.update(weight=batch.weight, trained_positions=row * (length + 1) + place)

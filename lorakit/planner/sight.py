@@ -30,27 +30,25 @@ class RowSizes:
     largest_image: int = 0  # positions of an image; 0: there are none
     image_share: float = 1.0  # of an example's positions
 
-    def images_in(self, num_rows: int, num_positions: int) -> tuple[int, int]:
-        """Return (images, positions of each) of a micro-batch that has as much to see as there can be."""
+    def images_in(self, num_rows: int, num_positions: int) -> tuple[int, ...]:
+        """Return the positions of each image of a micro-batch that has as much to see as there can be."""
         if not self.largest_image:
-            return 0, 0
+            return ()
         each = min(self.largest_image, num_positions)
-        in_row = max(1, min(num_positions, math.ceil(self.image_share * num_positions)) // each)
-        return num_rows * in_row, each
+        whole, rest = divmod(max(each, min(num_positions, math.ceil(self.image_share * num_positions))), each)
+        return (*(each,) * whole, *((rest,) if rest else ())) * num_rows
 
 
 _NO_CHECK = "TRANSFORMERS_DISABLE_TORCH_CHECK"  # of the number of placeholders, which is a value
 
 
-def images_without_values(vision_config: Any, num_images: int, num_tokens: int) -> Images | None:
-    """Return so many images, strips of one row of ``num_tokens`` tokens each; call it where tensors have no values."""
-    if not num_images:
-        return None
+def images_without_values(vision_config: Any, image_tokens: tuple[int, ...]) -> Images:
+    """Return images of so many tokens, strips one token high; call it where tensors have no values."""
     merge = vision_config.spatial_merge_size
     channels = getattr(vision_config, "in_channels", None) or vision_config.in_chans
     width = channels * vision_config.temporal_patch_size * vision_config.patch_size**2
-    grids: Any = np.array([[1, merge, merge * num_tokens]] * num_images)
-    return Images(torch.zeros(num_images * num_tokens * merge**2, width), grids)
+    grids: Any = np.array([[1, merge, merge * count] for count in image_tokens])
+    return Images(torch.zeros(sum(image_tokens) * merge**2, width), grids)
 
 
 @contextlib.contextmanager

@@ -81,8 +81,7 @@ class StepShape:
     loss: str = "cross_entropy"
     attention: str = "sdpa"
     parts: int = 1  # processes that share each row: each attends over whole rows, with so many heads less
-    num_images: int = 0  # of all rows
-    image_tokens: int = 0  # positions that each of them takes
+    image_tokens: tuple[int, ...] = ()  # positions of each image, of all rows
 
 
 def trace_step(
@@ -126,9 +125,9 @@ def _tracing(skeleton: Any, spec: LoRASpec, shape: StepShape) -> Iterator[tuple[
     # float16 takes as much as bfloat16, under whose autocast the step runs here.
     dtype = "bfloat16" if shape.dtype == "float16" else shape.dtype
     _materialize(model, mode, getattr(torch, dtype))
-    if not shape.num_images and is_tower_needed(model):
-        shape = replace(shape, num_images=1, image_tokens=1)  # the blank image of `with_blank_image`
-    ledger = _Ledger(shape.parts, shape.num_images * shape.image_tokens)
+    if not shape.image_tokens and is_tower_needed(model):
+        shape = replace(shape, image_tokens=(1,))  # the blank image of `with_blank_image`
+    ledger = _Ledger(shape.parts, sum(shape.image_tokens))
     for parameter in model.parameters():
         ledger.add(parameter, ADAPTER if parameter.requires_grad else WEIGHTS)
     for buffer in model.buffers():
@@ -337,8 +336,8 @@ def _batch(shape: StepShape, model: Any) -> Batch:
     tokens = torch.zeros(size, dtype=torch.long)
     positions = torch.arange(shape.num_positions).expand(size)  # a model of images would make its own from the tokens
     images = None
-    if shape.num_images:
-        images = images_without_values(model.config.vision_config, shape.num_images, shape.image_tokens)
+    if shape.image_tokens:
+        images = images_without_values(model.config.vision_config, shape.image_tokens)
         positions = positions.expand(4, *size)
     batch = Batch(tokens, tokens.clone(), torch.ones(size), positions, spans, images=images)
     # Which positions have a weight is a question of values: all of them.

@@ -6,10 +6,13 @@ can tell them apart by shape, which it cannot under ZeRO-3, nor can other progra
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+
+from lorakit.weights.files import write_json
 
 _TURNED = {"qwen3_vl_moe": (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")}  # model type -> endings of names
 _PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.json")
@@ -27,8 +30,14 @@ def save_as_hub(model: Any, folder: Path) -> None:
             save_file(turned, file, metadata={"format": "pt"})
 
 
-def copy_processor(base_path: str, folder: Path, **options: Any) -> None:
-    """Copy to ``folder`` what the base has for images."""
+def copy_processor(
+    base_path: str, folder: Path, *, pixel_bounds: tuple[int | None, int | None] = (None, None), **options: Any
+) -> None:
+    """Copy to ``folder`` what the base has for images.
+
+    Args:
+        pixel_bounds: least and most pixels of an image, as the adapter was trained; None leaves what the base has.
+    """
     from transformers.utils import cached_file
 
     for name in _PROCESSOR_FILES:
@@ -41,3 +50,19 @@ def copy_processor(base_path: str, folder: Path, **options: Any) -> None:
         )
         if found:
             (folder / name).write_bytes(Path(found).read_bytes())
+    if any(pixel_bounds):
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            if (folder / name).is_file():
+                _set_bounds(folder / name, *pixel_bounds)
+
+
+def _set_bounds(file: Path, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Write the bounds under the names that the file has for them."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    of_images = settings.get("image_processor", settings)
+    if not {"size", "min_pixels", "max_pixels"} & set(of_images):
+        return
+    named = {"shortest_edge": min_pixels, "longest_edge": max_pixels, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    for place in (of_images, of_images.get("size") or {}):
+        place.update({name: bound for name, bound in named.items() if bound and name in place})
+    write_json(file, settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,8 @@ def merge_into(model: Any, report: MergeReport) -> Any:
 
 def merge_adapter(
     base_path: str, load: Any, adapter_folder: Path, out: Path, *, dtype: torch.dtype, tokenizer: Any, can_compare: bool,
-    stored: torch.dtype | None = None,
+    stored: torch.dtype | None = None, revision: str | None = None,
+    pixel_bounds: tuple[int | None, int | None] = (None, None),
 ) -> MergeReport:  # fmt: skip
     """Write base and adapter as one model to ``out``, which plain transformers loads.
 
@@ -83,6 +84,8 @@ def merge_adapter(
         load: returns the base in a dtype given by name.
         dtype: of the merged files.
         stored: dtype of the base's files, to round only once from; None is ``dtype``.
+        revision: of the base, for what is copied beside the weights.
+        pixel_bounds: see ``copy_processor``.
         can_compare: whether two forms in float32 fit into memory; else each tensor is checked by itself.
 
     Raises:
@@ -117,7 +120,8 @@ def merge_adapter(
     bad = [tensor.name for tensor in report.tensors if not tensor.largest_error < 1e-4]
     if bad:
         raise AdapterError(f"these tensors are not W + s B A: {', '.join(bad[:5])}; nothing was written")
-    _write(merged, tokenizer, out, report, base_path)
+    copy = functools.partial(copy_processor, resolve_model_path(base_path, revision), pixel_bounds=pixel_bounds)
+    _write(merged, tokenizer, out, report, base_path, copy)
     return report
 
 
@@ -292,11 +296,11 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
-def _write(merged: Any, tokenizer: Any, out: Path, report: MergeReport, base_path: str) -> None:
+def _write(merged: Any, tokenizer: Any, out: Path, report: MergeReport, base_path: str, copy: Callable[[Path], None]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(out) as aside, quiet_transformers():
         save_as_hub(merged, aside)
         tokenizer.save_pretrained(aside)
         if getattr(merged.config, "vision_config", None) is not None:
-            copy_processor(resolve_model_path(base_path), aside)
+            copy(aside)
         write_json(aside / "merge_report.json", {"base": base_path, **asdict(report)})

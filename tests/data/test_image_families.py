@@ -12,12 +12,12 @@ from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from vision import draw_image, make_tokenizer, png
 
-from lorakit.data.collate import collate
+from lorakit.data.collate import collate, idle_batch
 from lorakit.data.images import ImageEncoder
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.cross_entropy import cross_entropy
-from lorakit.model.attention import packed_documents
+from lorakit.model.attention import attend_by_document, packed_documents
 from lorakit.model.load import model_class
 from lorakit.training.step import compute_loss
 from lorakit.types import Datum, EncodedTextChunk, ImageChunk, ModelInput
@@ -121,3 +121,14 @@ def test_towers_take_adapters_and_run_for_rows_of_text(family: str) -> None:
     assert text.item() == pytest.approx(by_hand.item(), rel=1e-5)
     compute_loss(adapted, collate([[datum] for datum in datums], 0, encoder), cross_entropy).loss_sum.backward()
     assert all(parameter.grad.any() for name, parameter in adapted.named_parameters() if name in names and "lora_B" in name)
+
+
+@pytest.mark.parametrize("by_document", [False, True])
+def test_a_process_without_a_row_runs_the_tower_too(by_document: bool) -> None:
+    model = copy.deepcopy(make("qwen3_vl")[0])
+    if by_document:
+        assert attend_by_document(model) is None
+    adapted = inject(model, LoRASpec(rank=2, vision=True)).train()
+    loss = compute_loss(adapted, idle_batch(0), cross_entropy).loss_sum
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is not None for p in adapted.parameters() if p.requires_grad)

@@ -32,6 +32,14 @@ def row(*images: Any, answer: str = "two", question: str = QUESTION, **more: Any
     return {"messages": [user, {"role": "assistant", "content": answer}], **more}
 
 
+def asked(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": "two"}]}
+
+
+def llava(text: str, **more: Any) -> dict[str, Any]:
+    return {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "two"}], **more}
+
+
 def module(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> LoRADataModule:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in rows))
@@ -105,6 +113,30 @@ def test_images_are_found_in_files_urls_base64_bytes_and_tables(tmp_path: Path) 
         assert all(torch.equal(batch.tensors()[name], tensor) for name, tensor in batches[0].tensors().items())
 
 
+def test_marks_in_conversations_stand_for_the_images_beside_them(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        draw_image(ord(name)).save(tmp_path / f"{name}.png")
+
+    def read(found: LoRADataModule) -> list[tuple[list[int], list[bytes]]]:
+        inputs = [datum.model_input for datum in datums(found)]
+        return [(make_encoder().tokens(one), [chunk.data for chunk in one.images]) for one in inputs]
+
+    wanted = read(module(tmp_path, [row("a.png"), row("a.png", "b.png", question=" and?")]))
+    marked = [llava(f"<image>{QUESTION}", image="a.png"), llava("<image><image> and?", images=["a.png", "b.png"])]
+    found = module(tmp_path, [*marked, llava("an <image> tag")])
+    assert found.has_images and found.check_tokens().unused_columns == {}
+    assert read(found)[:2] == wanted
+    assert "an <image> tag" in make_tokenizer().decode(datums(found)[2].model_input.to_ints())
+
+
+def test_a_small_image_in_base64_is_not_taken_for_a_path(tmp_path: Path) -> None:
+    content = png(Image.new("L", (8, 8), 90))
+    text = base64.b64encode(content).decode()
+    assert len(text) < 255
+    found = module(tmp_path, [asked({"type": "image", key: text}, {"text": "?"}) for key in ("base64", "bytes")])
+    assert [datum.model_input.images[0].data for datum in datums(found)] == [content, content]
+
+
 def test_only_headers_are_read_before_a_batch_is_made(tmp_path: Path) -> None:
     draw_image(1).save(tmp_path / "a.png")
     (datum,) = datums(module(tmp_path, [row("a.png")]))
@@ -165,6 +197,15 @@ PROBLEMS = [
     (row("a.png", images=["a.png"]), r"rows.jsonl:2: 0 image parts name no image, but `images` holds 1"),
     (row("a.png", question="<|image_pad|>?"), r"rows.jsonl:2: message 0 has the text <\|image_pad\|>"),
     (row("thin.png"), r"rows.jsonl:2: an image of 900 x 1 pixels"),
+    (row("deep.png"), r"rows.jsonl:2: image .*deep.png has numbers of more than 8 bits \(mode I;16\)"),
+    (row("float.tiff"), r"rows.jsonl:2: image .*float.tiff has numbers of more than 8 bits \(mode F\)"),
+    (row("vast.png"), r"rows.jsonl:2: image .*vast.png has 20,000 x 5,000 pixels"),
+    (row("drawing.eps"), r"rows.jsonl:2: image .*drawing.eps cannot be read: cannot identify"),
+    (row("~nobody-here/a.png"), r"rows.jsonl:2: .*image ~nobody-here/a.png"),
+    (row("file://[x/a.png"), r"rows.jsonl:2: .*Invalid IPv6"),
+    (asked({"type": "text", "text": "what?", "image": "a.png"}), r"content part 0 has text and an image; write two parts"),
+    (asked({"type": "image", "image": "a.png", "text": "what?"}), r"content part 0 has an image and `text`; write two parts"),
+    (asked({"image": "a.png", "max_pixels": 9}), r"content part 0 has `max_pixels` beside an image.*data.max_pixels"),
 ]
 
 
@@ -174,11 +215,37 @@ def test_what_is_wrong_with_an_image_names_row_and_file(tmp_path: Path, bad: dic
     draw_image(1, (900, 1)).save(tmp_path / "thin.png")
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty.png").write_bytes(b"")
+    Image.new("I;16", (32, 32), 40_000).save(tmp_path / "deep.png")
+    Image.new("F", (32, 32), 0.5).save(tmp_path / "float.tiff")
+    Image.new("L", (20_000, 5_000)).save(tmp_path / "vast.png")
+    draw_image(1).save(tmp_path / "drawing.eps")
     found = module(tmp_path, [row("a.png"), bad])
     with pytest.raises(DataError, match=message):
         found.check_tokens()
     skipping = module(tmp_path, [row("a.png"), bad], on_error="skip")
     assert skipping.check_tokens().num_rows_skipped == 1 and len(datums(skipping)) == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"text": "so <|image_pad|> says"}, r"other.jsonl:1: the text has <\|image_pad\|>, which stands for an image"),
+        ({"tokens": [5, PAD, 6], "weights": [0, 0, 1]}, r"other.jsonl:1: the text has <\|image_pad\|>"),
+        ({"prompt": "<|image_pad|>", "completion": "x"}, r"other.jsonl:1: the text has <\|image_pad\|>"),
+        (llava("<image>\nwhat?", image=["a.png", "a.png"]), r"`conversations` have 1 <image>, but the row has 2 images"),
+    ],
+)
+@pytest.mark.parametrize("has_images", [False, True])
+def test_a_text_that_a_model_would_take_for_an_image_is_an_error(
+    tmp_path: Path, other: dict[str, Any], message: str, has_images: bool
+) -> None:
+    draw_image(1).save(tmp_path / "a.png")
+    module(tmp_path, [row("a.png") if has_images else row()])
+    (tmp_path / "other.jsonl").write_text(json.dumps(other) + "\n")
+    found = LoRADataModule(path=str(tmp_path / "*.jsonl"))
+    with pytest.raises(DataError, match=message):
+        found.set_tokenizer(make_tokenizer(), make_encoder() if has_images else None, image_token_id=PAD)
+        found.check_tokens()
 
 
 def test_an_image_that_is_broken_behind_its_header_is_an_error_of_its_batch_or_skipped(tmp_path: Path) -> None:
@@ -198,8 +265,6 @@ def test_images_of_a_model_without_a_tower_are_an_error(tmp_path: Path) -> None:
     found.set_tokenizer(make_tokenizer())
     with pytest.raises(DataError, match=r"the row has an image"):
         found.check_tokens()
-    with pytest.raises(ConfigError, match="no row has an image"):
-        LoRADataModule(path=str(tmp_path / "rows.jsonl"), max_pixels=64).set_tokenizer(make_tokenizer())
 
 
 def test_bounds_on_pixels_decide_how_many_tokens_an_image_takes(tmp_path: Path) -> None:

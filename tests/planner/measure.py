@@ -115,10 +115,10 @@ def _batch(shape: StepShape, config: Any, num_documents: int) -> Batch:
     tokens, images = torch.randint(0, config.get_text_config().vocab_size - 16, size), None
     spans = tuple((row, start, start + length) for row in range(size[0]) for start in range(0, size[1], length))
     positions = (torch.arange(size[1]) % length).expand(size) if num_documents > 1 else None
-    if shape.num_images:
+    if shape.image_tokens:
         vision, merge = config.vision_config, config.vision_config.spatial_merge_size
-        tokens.view(-1)[: shape.num_images * shape.image_tokens] = config.image_token_id
-        grids = torch.tensor([[1, merge, merge * shape.image_tokens]] * shape.num_images)
+        tokens.view(-1)[: sum(shape.image_tokens)] = config.image_token_id
+        grids = torch.tensor([[1, merge, merge * count] for count in shape.image_tokens])
         width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         images = Images(torch.randn(int(grids.prod(-1).sum()), width), grids)
         positions = torch.arange(size[1]).expand(4, *size)

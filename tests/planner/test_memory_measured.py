@@ -60,7 +60,7 @@ CASES = [
 ]
 
 
-SEEN = {"num_images": 6, "image_tokens": 100}
+SEEN = {"image_tokens": [100] * 6}
 
 
 def run(

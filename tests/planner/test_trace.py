@@ -21,6 +21,7 @@ from lorakit.loss.logprobs import trust_head
 from lorakit.model.layers import enable_checkpointing
 from lorakit.planner.memory import STRATEGIES, Settings, memory_of, rough_bound
 from lorakit.planner.presets import preset_config
+from lorakit.planner.sight import RowSizes
 from lorakit.planner.trace import ACTIVATIONS, StepShape, StepTrace, _Ledger, trace_forward, trace_step
 from lorakit.training.step import compute_loss
 from lorakit.types import Batch, Images
@@ -52,11 +53,9 @@ def _only_padding_that_large_matrices_have(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("is_tower_trained", [False, True])
 def test_the_traced_peak_has_images_and_the_tower_in_it(is_tower_trained: bool, checkpointing: bool) -> None:
     base, spec = make_vl_model(), LoRASpec(rank=4, vision=is_tower_trained, merger=is_tower_trained)
-    seen = trace_step(skeleton_of(base), spec, shape_of(num_images=3, image_tokens=24, checkpointing=checkpointing), adamw)
+    seen = trace_step(skeleton_of(base), spec, shape_of(image_tokens=(24, 24, 24), checkpointing=checkpointing), adamw)
     blind = trace_step(skeleton_of(base), spec, shape_of(checkpointing=checkpointing), adamw)
-    evaluations = [
-        trace_forward(skeleton_of(base), spec, shape) for shape in (shape_of(), shape_of(num_images=3, image_tokens=24))
-    ]
+    evaluations = [trace_forward(skeleton_of(base), spec, shape) for shape in (shape_of(), shape_of(image_tokens=(24, 24, 24)))]
     assert evaluations[1] > evaluations[0]
     model = inject(base, spec).train()
     if checkpointing:
@@ -64,7 +63,8 @@ def test_the_traced_peak_has_images_and_the_tower_in_it(is_tower_trained: bool, 
     trust_head(model)
     ledger, batch = _Ledger(), batch_of(2, 48)
     batch.input_ids.view(-1)[: 3 * 24] = base.config.image_token_id
-    images = Images(torch.randn(3 * 24 * 4, 96), torch.tensor([[1, 2, 48]] * 3))
+    patches = torch.randn(3 * 24 * 4, 96, generator=torch.Generator().manual_seed(0))
+    images = Images(patches, torch.tensor([[1, 2, 48]] * 3))
     batch = replace(batch, position_ids=torch.arange(48).expand(4, 2, 48), images=images)
     for tensor in (*model.parameters(), *model.buffers()):
         ledger.add(tensor, "held")
@@ -72,7 +72,8 @@ def test_the_traced_peak_has_images_and_the_tower_in_it(is_tower_trained: bool, 
     with ledger:
         compute_loss(model, batch, LOSSES["cross_entropy"]).loss_sum.backward()
     held = seen.activations + seen.head + seen.gradients
-    assert held == pytest.approx(ledger.peak - ledger.at_peak["held"], rel=0.05)  # experts are shared out evenly
+    # Experts are shared out evenly in a plan; of one layer alone that makes more of a difference.
+    assert held == pytest.approx(ledger.peak - ledger.at_peak["held"], rel=0.15 if checkpointing else 0.05)
     assert seen.num_flops > 1.3 * blind.num_flops and seen.activations > blind.activations
 
 
@@ -246,3 +247,10 @@ def test_processes_that_share_rows_compute_as_much_for_a_token_and_hold_their_sh
     )
     assert part.num_flops / part.num_tokens == pytest.approx(whole.num_flops / whole.num_tokens)
     assert part.activations == pytest.approx(whole.activations / 2, rel=0.05)
+
+
+def test_a_row_is_as_full_of_images_as_the_rows_were() -> None:
+    assert RowSizes(1000, 600, 0.99).images_in(1, 1000) == (600, 390)
+    assert RowSizes(None, 1024, 1.0).images_in(2, 4096) == (1024,) * 8
+    assert RowSizes(50, 64, 0.2).images_in(3, 50) == (50,) * 3  # at least one whole
+    assert RowSizes(1000).images_in(4, 1000) == ()

@@ -19,6 +19,7 @@ from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.load import check_experts_as_on_the_hub, load_config, load_image_processor, load_model
 from lorakit.weights.adapter import save_adapter
+from lorakit.weights.hub_layout import copy_processor
 from lorakit.weights.merge import merge_adapter
 
 
@@ -70,3 +71,21 @@ def test_experts_that_zero_3_would_turn_round_are_refused(base: str, tmp_path: P
     load_model(base).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"gate_up_proj as \(12, 192, 128\).*strategy=zero2"):
         check_experts_as_on_the_hub("mine", config, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_a_merged_model_scales_images_as_the_run_did(base: str, tmp_path: Path, name: str) -> None:
+    source = tmp_path / "base"
+    source.mkdir()
+    settings = json.loads((Path(base) / "preprocessor_config.json").read_text())
+    nested = (
+        {"image_processor": settings, "processor_class": "Qwen3VLProcessor"} if name == "processor_config.json" else settings
+    )
+    (source / name).write_text(json.dumps(nested))
+    (tmp_path / "as_it_is").mkdir()
+    copy_processor(str(source), tmp_path / "as_it_is")
+    assert json.loads((tmp_path / "as_it_is" / name).read_text()) == nested
+    (tmp_path / "bounded").mkdir()
+    copy_processor(str(source), tmp_path / "bounded", pixel_bounds=(None, 4096))
+    found = json.loads((tmp_path / "bounded" / name).read_text())
+    assert found.get("image_processor", found)["size"] == {**settings["size"], "longest_edge": 4096}

@@ -81,9 +81,11 @@ def read_messages(messages: list[dict[str, Any]], encoder: Encoder, images: Imag
 
 
 def _read_part(name: str, part: Any, images: ImageEncoder | None) -> str | ImageChunk:
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
-        return str(part["text"])
     url = part.get("image_url") if isinstance(part, dict) else None
+    if isinstance(part, dict) and isinstance(part.get("text"), str):
+        if url is not None:
+            raise DataError(f"{name} has text and an image_url; send two parts")
+        return str(part["text"])
     url = url.get("url") if isinstance(url, dict) else url
     if not isinstance(url, str) or not url.startswith("data:"):  # a path would be one of this machine
         raise DataError(f"{name} is neither text nor an image_url that begins with data:")
