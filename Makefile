@@ -1,13 +1,16 @@
-# make demo | test | test-all | test-gpu | test-oldest | check | format | bench | bench-quick | bench-several | bench-service | bench-gpu. All but those for a GPU set up .venv by themselves, with the versions of constraints.txt.
+# make demo | demo-images | test | test-all | test-gpu | test-oldest | check | format | bench | bench-quick | bench-several | bench-service | bench-gpu. All but those for a GPU set up .venv by themselves, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-gpu test-oldest check format bench bench-quick bench-several bench-service bench-gpu clean
+.PHONY: demo demo-images test test-all test-gpu test-oldest check format bench bench-quick bench-several bench-service bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/lorakit demo
+
+demo-images: $(STAMP)
+	$(BIN)/lorakit demo digits
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile

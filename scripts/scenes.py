@@ -20,9 +20,9 @@ SHAPES = ("square", "disc", "triangle", "cross", "diamond", "arrow")
 COLOR_NAMES = tuple(COLORS)
 NUM_LOOKS = 1 + len(COLORS) * len(SHAPES)
 NUMBERS = ("no", "one", "two", "three", "four")
-SIDES = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 CELL = 16  # pixels that one shape has room in
 BLANK = (128, 128, 128)
+_GRIDS = ((2, 2), (3, 2), (2, 3), (3, 3))
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Question:
         return Question(self.kind, self.text, self.answer, blank, self.chance)
 
 
-def draw_question(rng: random.Random, compared_share: float = 0.4) -> Question:
-    """Draw one question of one kind, with its pictures; of so many two places are compared."""
-    return rng.choice(_COMPARING if rng.random() < compared_share else _NAMING)(rng)
+def draw_question(rng: random.Random, placing_share: float = 0.4) -> Question:
+    """Draw one question of one kind, with its pictures; of so many the answer is a place or a picture."""
+    return rng.choice(_PLACING if rng.random() < placing_share else _NAMING)(rng)
 
 
 def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, rng: random.Random) -> None:
@@ -108,7 +108,7 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, rng: random.Random) -> 
 
 def _draw_cells(rng: random.Random, count: int) -> tuple[int, int, list[tuple[int, int]]]:
     """The size of a scene's grid, and ``count`` of its cells."""
-    num_columns, num_rows = rng.choice(((2, 2), (3, 2), (2, 3), (3, 3)))
+    num_columns, num_rows = rng.choice(_GRIDS)
     cells = [(column, row) for column in range(num_columns) for row in range(num_rows)]
     return num_columns, num_rows, rng.sample(cells, count)
 
@@ -138,19 +138,15 @@ def _ask_count(rng: random.Random) -> Question:
     return Question("count", "How many shapes are there?", NUMBERS[count], (scene.draw(rng),), 1 / 4)
 
 
-def _ask_side(rng: random.Random) -> Question:
-    """On which side of the picture's other shape one lies."""
-    answer = rng.choice(list(SIDES))
-    dx, dy = SIDES[answer]
-    num_columns, num_rows = rng.choice(((2, 2), (3, 2), (2, 3), (3, 3)))
-    column, row = rng.randrange(num_columns - abs(dx)), rng.randrange(num_rows - abs(dy))
-    first, second = (column, row), (column + abs(dx), row + abs(dy))  # left or above, and the other
-    if dx + dy > 0:
-        first, second = second, first
-    looks = rng.sample(SHAPES, 2)
-    things = tuple(Thing(rng.choice(COLOR_NAMES), look, *cell) for look, cell in zip(looks, (first, second), strict=True))
-    text = f"On which side of the {looks[1]} is the {looks[0]}?"
-    return Question("side", text, answer, (Scene(num_columns, num_rows, things).draw(rng),), 1 / 4)
+def _ask_where(rng: random.Random) -> Question:
+    """In which corner of a picture one of its shapes lies."""
+    num_columns, num_rows = rng.choice(_GRIDS)
+    corners = rng.sample([(x, y) for x in (0, num_columns - 1) for y in (0, num_rows - 1)], rng.randint(1, 3))
+    shapes = rng.sample(SHAPES, len(corners))
+    things = tuple(Thing(rng.choice(COLOR_NAMES), *place) for place in zip(shapes, *zip(*corners, strict=True), strict=True))
+    asked = rng.choice(things)
+    answer = f"{'bottom' if asked.row else 'top'} {'right' if asked.column else 'left'}"
+    return Question("where", f"Where is the {asked.shape}?", answer, (Scene(num_columns, num_rows, things).draw(rng),), 1 / 4)
 
 
 def _ask_which(rng: random.Random) -> Question:
@@ -182,4 +178,4 @@ def draw_description(rng: random.Random, max_things: int = 3) -> Question:
 
 
 _NAMING: tuple[Callable[[random.Random], Question], ...] = (_ask_color, _ask_shape, _ask_count)
-_COMPARING: tuple[Callable[[random.Random], Question], ...] = (_ask_side, _ask_which)
+_PLACING: tuple[Callable[[random.Random], Question], ...] = (_ask_where, _ask_which)

@@ -22,7 +22,7 @@ MERGE, PATCH = 2, 4  # an image token stands for MERGE x MERGE patches of PATCH 
 VOCAB_SIZE = 288
 TEXT_SHARE = 0.05  # of rows without a picture
 # Until that share of the steps: of rows with a picture those that describe it, the most things in those, and of the questions those
-# that compare two places, which are learnt last.
+# whose answer is a place or a picture, which are learnt last.
 LESSONS = ((0.1, 1.0, 1, 0.4), (0.35, 0.5, 2, 0.4), (1.0, 0.1, 3, 0.75))
 # After the template in Qwen/Qwen3-VL-30B-A3B-Instruct, without tools and videos.
 CHAT_TEMPLATE = """\
@@ -126,14 +126,14 @@ def make_batches(
     """
     words, _ = load_words()
     for step in range(first_step, first_step + num_steps):
-        described, max_things, compared = next((one[1:] for one in LESSONS if step < one[0] * num_steps), LESSONS[-1][1:])
+        described, max_things, placing = next((one[1:] for one in LESSONS if step < one[0] * num_steps), LESSONS[-1][1:])
         rows: list[tuple[str, str, tuple[Any, ...]]] = []
         for _ in range(num_rows):
             if rng.random() < TEXT_SHARE:
                 task, asked = draw_string_question(rng, words)
                 rows.append((f"{task.ask(asked)}: {' '.join(asked.words)}", task.answer(asked), ()))
             else:
-                question = draw_description(rng, max_things) if rng.random() < described else draw_question(rng, compared)
+                question = draw_description(rng, max_things) if rng.random() < described else draw_question(rng, placing)
                 rows.append((question.text, question.answer, question.images))
         yield reader.batch(rows)
 

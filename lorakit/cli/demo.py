@@ -1,9 +1,12 @@
-"""``lorakit demo``: the bundled tiny model learns pig latin; what it answers before and after, on words it never saw."""
+"""``lorakit demo [pig_latin|digits]``: a bundled tiny model learns something new; what it answers before and after, held out."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.compose import run_hydra
@@ -13,22 +16,50 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lorakit.sampling.score import Answer
+    from lorakit.types import Datum
 
 NUM_SHOWN = 6
 
 
+@dataclass(frozen=True)
+class Demo:
+    """An experiment, and what is asked when it is trained."""
+
+    experiment: str
+    asks: str  # held-out rows, in words
+    max_tokens: int
+    stop: str | None
+    try_it: str  # behind ``lorakit sample NAME``
+
+
+DEMOS = {
+    "pig_latin": Demo(
+        "pig_latin",
+        "phrases of words that neither pretraining nor LoRA saw",
+        48,
+        "\n\n",
+        "-- $'English: hello world\\nPig Latin:'",
+    ),
+    "digits": Demo(
+        "vlm_digits", "scans of handwritten digits that it was not shown", 4, None, "--image FILE -- 'which digit?'"
+    ),
+}
+
+
 def main(arguments: list[str]) -> None:
-    """Run the demo; ``--seed`` changes adapter, order and nothing else."""
+    """Run a demo; ``--seed`` changes adapter, order and nothing else."""
     parser = argparse.ArgumentParser(prog="lorakit demo", description=__doc__)
+    parser.add_argument("which", nargs="?", choices=tuple(DEMOS), default="pig_latin")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", default="runs", help="folder of the runs")
     options = parser.parse_args(arguments)
-    overrides = ["experiment=pig_latin", f"seed={options.seed}", f"paths.runs={options.runs}"]
-    run_hydra(demo, overrides, config_name="train")
+    chosen = DEMOS[options.which]
+    overrides = [f"experiment={chosen.experiment}", f"seed={options.seed}", f"paths.runs={options.runs}"]
+    run_hydra(functools.partial(demo, chosen=chosen), overrides, config_name="train")
 
 
-def demo(config: DictConfig) -> None:
-    """Hydra's task: train, then compare base and adapter on all held-out phrases."""
+def demo(config: DictConfig, chosen: Demo) -> None:
+    """Hydra's task: train, then compare base and adapter on all held-out rows."""
     from rich.console import Console
 
     from lorakit.cli.train import leave_if_interrupted, to_plain
@@ -37,47 +68,76 @@ def demo(config: DictConfig) -> None:
 
     console = Console(soft_wrap=True)
     started = time.perf_counter()
-    outcome = train_run(to_plain(config), experiment="pig_latin", command="lorakit demo", console=console)
+    outcome = train_run(to_plain(config), experiment=chosen.experiment, command="lorakit demo", console=console)
     leave_if_interrupted(outcome.interrupt)
-    model, tokenizer = outcome.module.model, outcome.module.tokenizer
-    datamodule = outcome.datamodule
+    model, datamodule = outcome.module.model, outcome.datamodule
     datums = [d for i in range(len(datamodule.val_source)) for d in datamodule.val_examples.datums(i)]
-    console.print(f"asking {len(datums)} phrases of words that neither pretraining nor LoRA saw …")
+    console.print(f"asking {len(datums)} {chosen.asks} …")
+    ask = functools.partial(_answer, chosen, model, outcome.module.tokenizer, datums, datamodule.images)
     with model.disable_adapter():
-        before = _answer(model, tokenizer, datums)
-    after = _answer(model, tokenizer, datums)
-    _print_answers(console, before, after)
-    figures = {"exact_match_before": _share(before), "exact_match_after": _share(after), "held_out_phrases": len(datums)}
+        before = ask()
+    after = ask()
+    if chosen.experiment == "pig_latin":
+        _print_answers(console, before, after)
+    else:
+        draw_answers(outcome.run.folder / "answers.png", datums, after)
+        console.print(f"scans, answers and mistakes: {outcome.run.folder / 'answers.png'}")
+    figures = {"exact_match_before": _share(before), "exact_match_after": _share(after), "held_out": len(datums)}
     write_json(outcome.run.folder / "demo.json", figures)
     console.print(
-        f"held-out phrases exactly right: {_share(before):.1%} before, [bold]{_share(after):.1%}[/bold] after "
+        f"held out, exactly right: {_share(before):.1%} before, [bold]{_share(after):.1%}[/bold] after "
         f"{outcome.run.info['step']} steps ({outcome.seconds:.0f} s of training, {time.perf_counter() - started:.0f} s in all)"
     )
     console.print(
         f"trainable share {outcome.plan.trainable_share:.1%}, {outcome.tokens_per_second:,.0f} tokens/s, "
         f"adapter {outcome.adapter_bytes / 1e6:.2f} MB, loss curve {outcome.run.folder / 'loss.png'}"
     )
-    console.print(f"try it: lorakit sample {outcome.run.name} -- $'English: hello world\\nPig Latin:'", markup=False)
+    console.print(f"try it: lorakit sample {outcome.run.name} {chosen.try_it}", markup=False)
 
 
-def _answer(model: Any, tokenizer: Any, datums: list[Any]) -> list[Answer]:
+def _answer(chosen: Demo, model: Any, tokenizer: Any, datums: list[Datum], images: Any) -> list[Answer]:
     from lorakit.sampling.score import answer_all
     from lorakit.types import SamplingParams
 
-    return answer_all(model, tokenizer, datums, SamplingParams(max_tokens=48, temperature=0.0, stop="\n\n"))
+    params = SamplingParams(max_tokens=chosen.max_tokens, temperature=0.0, stop=chosen.stop)
+    return answer_all(model, tokenizer, datums, params, images=images)
 
 
 def _print_answers(console: Any, before: list[Answer], after: list[Answer]) -> None:
     from rich.table import Table
 
     table = Table("English", "before", "after", "", box=None)
-    chosen = [*after[: NUM_SHOWN - 1], *[answer for answer in after if not answer.is_exact][:1]]
-    for answer in chosen:
+    shown = [*after[: NUM_SHOWN - 1], *[answer for answer in after if not answer.is_exact][:1]]
+    for answer in shown:
         phrase = answer.prompt.removeprefix("English: ").removesuffix("\nPig Latin:")
         text_before = before[after.index(answer)].sample.text.strip().replace("\n", "↵")
         mark = "right" if answer.is_exact else f"wrong: {answer.expected.strip()}"
         table.add_row(phrase, text_before, answer.sample.text.strip().replace("\n", "↵"), mark)
     console.print(table)
+
+
+def draw_answers(path: Path, datums: list[Datum], answers: list[Answer], *, num_columns: int = 16, num_rows: int = 8) -> None:
+    """Write a picture of scans with the answers below them: all mistakes first, as far as there is room, then what is right."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    order = sorted(range(len(answers)), key=lambda index: answers[index].is_exact)[: num_columns * num_rows]
+    figure = Figure(figsize=(num_columns * 0.7, -(-len(order) // num_columns) * 0.9 + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    right = sum(answer.is_exact for answer in answers)
+    figure.suptitle(f"{right} of {len(answers)} right; mistakes first: answered (should be)", fontsize=10)
+    places = figure.subplots(-(-len(order) // num_columns), num_columns, squeeze=False).flatten()
+    for place in places:
+        place.axis("off")
+    for place, index in zip(places, order, strict=False):
+        answer, (chunk,) = answers[index], datums[index].model_input.images
+        place.imshow(Image.open(io.BytesIO(chunk.data)), cmap="gray", vmin=0, vmax=255)
+        said = answer.sample.text if answer.is_exact else f"{answer.sample.text[:6]} ({answer.expected})"
+        place.set_title(said, fontsize=8, color="green" if answer.is_exact else "red", y=-0.35, parse_math=False)
+    figure.savefig(path, dpi=110)
 
 
 def _share(answers: list[Answer]) -> float:

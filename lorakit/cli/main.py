@@ -8,7 +8,7 @@ import runpy
 import sys
 
 COMMANDS = {
-    "demo": "teach the bundled tiny model pig latin and show what it learnt",
+    "demo": "teach a bundled tiny model pig latin, or to read digits, and show what it learnt",
     "train": "fine-tune: lorakit train model.path=… data.path=… lora.rank=32",
     "launch": "print what to type on each of several machines, or submit a job of SLURM",
     "plan": "memory, time and cost of a run, from its config alone",

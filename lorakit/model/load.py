@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from lorakit.errors import ConfigError
 from lorakit.hub import find_hub_problem
 
-BUNDLED = {"tiny": Path(__file__).parent / "tiny" / "text"}
+BUNDLED = {"tiny": Path(__file__).parent / "tiny" / "text", "tiny-vl": Path(__file__).parent / "tiny" / "vl"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 DTYPES = ("float32", "bfloat16", "float16")
 
