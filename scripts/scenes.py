@@ -169,6 +169,20 @@ def draw_scene(rng: random.Random, max_things: int = 4) -> Scene:
     return _scene(rng, [(rng.choice(COLOR_NAMES), rng.choice(SHAPES)) for _ in range(rng.randint(1, max_things))])
 
 
+def draw_clouds(rng: random.Random) -> Image.Image:
+    """Draw random spots of light that run into one another: nothing that has a name, and much to be seen."""
+    cells, size = rng.choice((4, 6, 8)), rng.choice((16, 24, 32))
+    middle, spread, mode = rng.uniform(60, 200), rng.uniform(20, 90), rng.choice(("L", "RGB"))
+    spots = Image.new(mode, (cells, cells))
+    spots.putdata([_draw_spot(rng, middle, spread, mode) for _ in range(cells**2)])
+    return spots.resize((size, size), Image.Resampling.BICUBIC).convert("RGB")
+
+
+def _draw_spot(rng: random.Random, middle: float, spread: float, mode: str) -> int | tuple[int, ...]:
+    values = tuple(max(0, min(255, round(rng.gauss(middle, spread)))) for _ in mode)
+    return values[0] if mode == "L" else values
+
+
 def draw_description(rng: random.Random, max_things: int = 3) -> Question:
     """Ask for everything in a picture, in reading order: many words about one picture teach to see, an answer of one hardly does."""
     scene = draw_scene(rng, max_things)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scenes import NUM_LOOKS, Question, draw_description, draw_question, draw_scene
+from scenes import NUM_LOOKS, Question, draw_clouds, draw_description, draw_question, draw_scene
 from string_tasks import draw_question as draw_string_question
 from string_tasks import load_words
 from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
@@ -145,6 +145,22 @@ def join_language_model(model: Qwen3VLMoeForConditionalGeneration, path: str) ->
     model.lm_head.load_state_dict(text.lm_head.state_dict())
 
 
+class Details(torch.nn.Module):
+    """What makes the tower keep details: from each of its tokens, the pixels below it must be told."""
+
+    def __init__(self, config: Any, num_rows: int, weight: float = 2.0) -> None:
+        super().__init__()
+        self.rng, self.processor, self.num_rows, self.weight = random.Random(5), make_image_processor(), num_rows, weight
+        self.head = torch.nn.Linear(config.text_config.hidden_size, 3 * 2 * PATCH**2 * MERGE**2)
+
+    def forward(self, tower: Any) -> torch.Tensor:
+        """Return the loss on pictures of clouds, a share of their variance."""
+        inputs = self.processor([draw_clouds(self.rng) for _ in range(self.num_rows)], return_tensors="pt")
+        seen = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+        pixels = inputs["pixel_values"].view(len(seen), -1)
+        return self.weight * (self.head(seen) - pixels).square().mean() / pixels.var()
+
+
 def pretrain_tower(model: Qwen3VLMoeForConditionalGeneration, num_steps: int, num_rows: int, lr: float = 2e-3) -> None:
     """Teach the vision tower alone to name what lies under each of its tokens, before the language model is joined to it.
 
@@ -153,8 +169,11 @@ def pretrain_tower(model: Qwen3VLMoeForConditionalGeneration, num_steps: int, nu
     """
     rng, processor, tower = random.Random(2), make_image_processor(), model.model.visual
     width = model.config.text_config.hidden_size
+    details = Details(model.config, num_rows)
     heads = torch.nn.ModuleList(torch.nn.Linear(width, NUM_LOOKS) for _ in range(1 + len(tower.deepstack_visual_indexes)))
-    optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(
+        [*tower.parameters(), *heads.parameters(), *details.parameters()], lr=lr, betas=(0.9, 0.95), weight_decay=0.05
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=lr, total_steps=num_steps, pct_start=max(0.05, 2 / num_steps)
     )
@@ -171,7 +190,8 @@ def pretrain_tower(model: Qwen3VLMoeForConditionalGeneration, num_steps: int, nu
             sum((torch.nn.functional.cross_entropy(score, looks, reduction="none") * weights).sum() for score in scores)
             / weights.sum()
         )
-        loss.backward()
+        lost = details(tower)
+        (loss + lost).backward()
         torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -179,10 +199,8 @@ def pretrain_tower(model: Qwen3VLMoeForConditionalGeneration, num_steps: int, nu
         if step % 100 == 0 or step == num_steps - 1:
             right = [(score.argmax(-1) == looks)[looks > 0].float().mean().item() for score in scores]
             named = ", ".join(f"{share:.0%}" for share in right)
-            print(
-                f"tower, step {step:5d}  named {named}  loss {loss.item():.4f}  {time.perf_counter() - started:6.1f} s",
-                flush=True,
-            )
+            figures = f"named {named}  loss {loss.item():.4f}  details {lost.item():.4f}"
+            print(f"tower, step {step:5d}  {figures}  {time.perf_counter() - started:6.1f} s", flush=True)
 
 
 def save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
