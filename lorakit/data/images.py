@@ -26,6 +26,7 @@ from lorakit.types import EncodedTextChunk, ImageChunk, ModelInput
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF: rows and columns change places
 _ENCODED_KEYS = ("base64", "bytes")  # text below these is base64, of whatever length
 _PART_KEYS = ("image", "path", "url", "image_url", *_ENCODED_KEYS)
+_BEGINNINGS = ("iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR")  # of PNG, JPEG, GIF and WebP in base64
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of PIL's those that run no other program
 MAX_PIXELS = 89_478_485  # in a file, before it is scaled: PIL's own bound, beyond which it suspects a decompression bomb
 
@@ -129,7 +130,8 @@ def locate(given: Any, folder: Path | None) -> StoredImage:
         return StoredImage(content=_from_base64(given.partition(",")[2]))
     if given.startswith(("http://", "https://")):
         raise DataError(f"image {given[:80]}: lorakit fetches nothing while it trains; download it, and give its path")
-    if len(given) > 255 and "." not in given[-8:] and not given.startswith("file:"):
+    is_long = len(given) > 255 and not given.startswith("file:")  # for a name
+    if (is_long or given.startswith(_BEGINNINGS)) and "." not in given[-8:]:
         return StoredImage(content=_from_base64(given))
     try:
         path = Path(unquote(urlsplit(given).path) if given.startswith("file:") else given).expanduser()

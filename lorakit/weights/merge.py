@@ -120,8 +120,10 @@ def merge_adapter(
     bad = [tensor.name for tensor in report.tensors if not tensor.largest_error < 1e-4]
     if bad:
         raise AdapterError(f"these tensors are not W + s B A: {', '.join(bad[:5])}; nothing was written")
-    copy = functools.partial(copy_processor, resolve_model_path(base_path, revision), pixel_bounds=pixel_bounds)
-    _write(merged, tokenizer, out, report, base_path, copy)
+    _write(
+        merged, tokenizer, out, report, base_path,
+        lambda folder: copy_processor(resolve_model_path(base_path, revision), folder, pixel_bounds=pixel_bounds),
+    )  # fmt: skip
     return report
 
 
