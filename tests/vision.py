@@ -16,7 +16,10 @@ from PIL import Image
 from transformers import Qwen3VLMoeForConditionalGeneration
 from transformers.models.qwen3_vl import Qwen3VLProcessor
 
+from lorakit.data.collate import collate
 from lorakit.data.images import ImageEncoder
+from lorakit.model.attention import packed_documents
+from lorakit.types import Datum
 
 
 @functools.cache
@@ -73,3 +76,15 @@ def save_vl_model(folder: Any) -> str:
     """Write the model with its tokenizer and image processor as the hub has them, and return the folder."""
     tiny_vl.save(make_vl_model(), make_tokenizer(), folder)
     return str(folder)
+
+
+def logits_of(model: Any, encoder: ImageEncoder, rows: list[list[Datum]]) -> list[torch.Tensor]:
+    """The logits of each Datum of ``rows``, several to a packed row."""
+    batch = collate(rows, 0, encoder)
+    assert batch.images is not None
+    with torch.no_grad(), packed_documents(batch.spans):
+        logits = model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, pixel_values=batch.images.patches_PD,
+            image_grid_thw=batch.images.grids_N3, use_cache=False,
+        ).logits  # fmt: skip
+    return [logits[row, first:last] for row, first, last in batch.spans]

@@ -10,7 +10,6 @@ import binascii
 import contextlib
 import io
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -173,24 +172,23 @@ def open_image(source: bytes | Path, name: str) -> Iterator[Any]:
     """
     from PIL import Image
 
-    with explained(name), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise DataError(
-                    f"image {name} has {width:,} x {height:,} pixels, and no more than {MAX_PIXELS:,} are read: scale it"
-                )
-            if image.mode.startswith("I") or image.mode == "F":
-                raise DataError(
-                    f"image {name} has numbers of more than 8 bits (mode {image.mode}), most of which would become white: "
-                    "convert it to 8 bits"
-                )
-            yield image
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with _explained(name), Image.open(file, formats=_FORMATS) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise DataError(
+                f"image {name} has {width:,} x {height:,} pixels, and no more than {MAX_PIXELS:,} are read: scale it"
+            )
+        if image.mode.startswith("I") or image.mode == "F":
+            raise DataError(
+                f"image {name} has numbers of more than 8 bits (mode {image.mode}), most of which would become white: "
+                "convert it to 8 bits"
+            )
+        yield image
 
 
 @contextlib.contextmanager
-def explained(name: str) -> Iterator[None]:
+def _explained(name: str) -> Iterator[None]:
     """Turn what PIL raises, which is anything, into an error that names the image."""
     try:
         yield

@@ -84,9 +84,10 @@ def pick_of_images(func: Any, args: tuple[Any, ...], num_positions: int) -> torc
     """What indexing by the mask of the images' positions gives, of which ``num_positions`` are True; None for anything else."""
     if func not in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default):
         return None
-    tensor, indices = args[0], args[1]
+    tensor: torch.Tensor = args[0]
+    indices = args[1]
     if len(indices) == 0 or indices[0] is None or indices[0].dtype != torch.bool:
         return None
     if func is not aten.index.Tensor:
-        return tensor.clone() if func is aten.index_put.default else tensor  # type: ignore[no-any-return]
-    return tensor.new_empty((num_positions, *tensor.shape[indices[0].dim() :]))  # type: ignore[no-any-return]
+        return tensor.clone() if func is aten.index_put.default else tensor
+    return tensor.new_empty((num_positions, *tensor.shape[indices[0].dim() :]))

@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from vision import draw_image, make_tokenizer, png
+from vision import draw_image, logits_of, make_tokenizer, png
 
 from lorakit.data.collate import collate, idle_batch
 from lorakit.data.images import ImageEncoder
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.cross_entropy import cross_entropy
-from lorakit.model.attention import attend_by_document, packed_documents
+from lorakit.model.attention import attend_by_document
 from lorakit.model.load import model_class
 from lorakit.training.step import compute_loss
 from lorakit.types import Datum, EncodedTextChunk, ImageChunk, ModelInput
@@ -73,17 +73,6 @@ def make_datums(encoder: ImageEncoder) -> list[Datum]:
         targets = list(range(70, 70 + model_input.length))
         found.append(Datum(model_input, {"target_tokens": [t % 200 for t in targets], "weights": [1.0] * len(targets)}))
     return found
-
-
-def logits_of(model: Any, encoder: ImageEncoder, rows: list[list[Datum]]) -> list[torch.Tensor]:
-    batch = collate(rows, 0, encoder)
-    assert batch.images is not None
-    with torch.no_grad(), packed_documents(batch.spans):
-        logits = model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, pixel_values=batch.images.patches_PD,
-            image_grid_thw=batch.images.grids_N3, use_cache=False,
-        ).logits  # fmt: skip
-    return [logits[row, first:last] for row, first, last in batch.spans]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vision import draw_image, make_encoder, make_reference, make_tokenizer, make_vl_model, png
+from vision import draw_image, logits_of, make_encoder, make_reference, make_tokenizer, make_vl_model, png
 
 from lorakit.data.collate import collate
 from lorakit.data.datamodule import LoRADataModule
@@ -322,20 +322,6 @@ def test_an_image_at_the_end_is_not_cut_by_the_shift() -> None:
     assert datum.model_input.to_ints() == [5] and datum.targets.tolist() == [6]
 
 
-def packed(model: Any, rows: list[list[Datum]]) -> list[torch.Tensor]:
-    """The logits of each Datum."""
-    from lorakit.model.attention import packed_documents
-
-    batch = collate(rows, 0, make_encoder())
-    assert batch.images is not None
-    with torch.no_grad(), packed_documents(batch.spans):
-        logits = model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, pixel_values=batch.images.patches_PD,
-            image_grid_thw=batch.images.grids_N3, use_cache=False,
-        ).logits  # fmt: skip
-    return [logits[number, start:end] for number, start, end in batch.spans]
-
-
 @pytest.mark.parametrize("by_document", [False, True])
 def test_packed_rows_with_images_equal_rows_by_themselves_and_do_not_see_their_neighbours(
     tmp_path: Path, by_document: bool
@@ -351,11 +337,11 @@ def test_packed_rows_with_images_equal_rows_by_themselves_and_do_not_see_their_n
     model = make_vl_model()
     if by_document:
         assert attend_by_document(model) is None
-    alone = [packed(model, [[datum], [found[0]]])[0] for datum in found]
-    together = packed(model, [found])
+    alone = [logits_of(model, make_encoder(), [[datum], [found[0]]])[0] for datum in found]
+    together = logits_of(model, make_encoder(), [found])
     for one, same in zip(together, alone, strict=True):
         assert torch.allclose(one, same, atol=1e-5)
-    neighbour = packed(model, [[other[0], *found[1:]]])[1:]
+    neighbour = logits_of(model, make_encoder(), [[other[0], *found[1:]]])[1:]
     for one, same in zip(neighbour, together[1:], strict=True):
         assert torch.allclose(one, same, atol=1e-5)
     # The control: positions that do not restart, which is what others do to packed rows, let documents see one another.
