@@ -38,10 +38,11 @@ class Datum:
     [0.0, 1.0]
     """
 
-    __slots__ = ("loss_fn_inputs", "model_input")
+    __slots__ = ("loss_fn_inputs", "model_input", "origin")
 
-    def __init__(self, model_input: ModelInput, loss_fn_inputs: Mapping[str, Given]) -> None:
+    def __init__(self, model_input: ModelInput, loss_fn_inputs: Mapping[str, Given], *, origin: int | None = None) -> None:
         self.model_input = model_input
+        self.origin = origin  # which of several sources of data it is from: for figures alone
         self.loss_fn_inputs: dict[str, TensorData] = {}
         for name, values in loss_fn_inputs.items():
             try:
@@ -129,6 +130,7 @@ class Batch:
     part: tuple[int, int] | None = None  # first position of each row that is here, and one past the last; None: all are
     extras: dict[str, torch.Tensor] = field(default_factory=dict)  # further loss inputs, (B, L)
     images: Images | None = None
+    origins: tuple[int, ...] = ()  # per span, which of several sources of data it is from; empty where there is one
 
     @cached_property
     def weight(self) -> float:
@@ -140,6 +142,17 @@ class Batch:
         """Where in the flattened (B * L) positions a weight is not 0, (N,) int64."""
         weights = self.weights if self.weights.ndim == 2 else self.weights.abs().amax(dim=-1)
         return weights.flatten().nonzero()[:, 0]
+
+    @cached_property
+    def origin_ids(self) -> torch.Tensor:
+        """Which of several sources of data each position is from, (B, L) int64; 0 in the padding."""
+        import torch
+
+        first, last = self.part or (0, self.input_ids.shape[1])
+        ids = np.zeros(self.input_ids.shape, np.int64)
+        for (row, start, end), origin in zip(self.spans, self.origins, strict=True):
+            ids[row, max(start, first) - first : max(min(end, last) - first, 0)] = origin
+        return torch.from_numpy(ids)
 
     @property
     def spans_here(self) -> list[tuple[int, int, int]]:
@@ -185,6 +198,8 @@ class Batch:
             images=None if self.images is None else self.images.to(device),
         )
         moved.__dict__.update(weight=self.weight, trained_positions=self.trained_positions.to(device))
+        if self.origins:
+            moved.__dict__.update(origin_ids=self.origin_ids.to(device))
         return moved
 
 

@@ -13,8 +13,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from lorakit.cli import train
 from lorakit.cli.conf import conf_dir
 from lorakit.cli.schema import check_settings, find_argument_problems, import_target
+from lorakit.cli.settings import as_page, read_choices
 from lorakit.cli.sweeper import register
 
 CONF = conf_dir()
@@ -63,14 +65,30 @@ def test_groups_are_named_as_the_package_folders() -> None:
         assert group in folders or group in THIRD_PARTY_GROUPS
 
 
-@pytest.mark.parametrize("group", ["model", "data", "lora", "trainer", "checkpoint", "launch", "sweep"])
-def test_every_key_has_its_meaning_beside_it(group: str) -> None:
-    text = "\n".join(
-        path.read_text(encoding="utf-8") for path in FILES if path.parent.name == group or path.name == "train.yaml"
-    )
-    silent = {"_target_", "seed", "mlp", "experts", "unembedding", "devices", "log_every_n_steps", "path"}
-    for key in (_compose("experiment=pig_latin", "sweep=optuna", "group=x")[group]).keys() - silent:
-        assert re.search(rf"^\s*{key}:[^#\n]*#", text, re.MULTILINE), f"{group}.{key} has no comment"
+def test_every_key_of_every_file_has_its_meaning_beside_it() -> None:
+    silent = [
+        f"{choice.group}/{choice.name}: {found.key}"
+        for choice in read_choices()
+        for found in choice.settings
+        if not found.meaning
+    ]
+    assert not silent
+
+
+def test_the_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(["--help"])
+    said = capsys.readouterr().out
+    composed = _compose("experiment=pig_latin")
+    for group in ("model", "data", "lora", "optim", "trainer", "checkpoint", "plan", "schedule", "launch", "strategy", "loss"):
+        for key in composed[group]:
+            assert key in ("_target_", "_partial_") or f"  {group}.{key}=" in said, f"{group}.{key}"
+    for typed in ("lora.rank=32", "data.max_tokens=1024", "data.path=(must be set)", "optim=sgd", "sweep.trials=20"):
+        assert re.search(rf"^(  )?{re.escape(typed)}\b|{re.escape(typed)} ", said, re.MULTILINE), typed
+
+
+def test_the_page_of_settings_is_made_from_the_files() -> None:
+    page = CONF.parent / "docs" / "settings.md"
+    assert page.read_text(encoding="utf-8") == as_page(read_choices()), "run python scripts/make_settings_page.py"
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

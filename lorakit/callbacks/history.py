@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class RunHistory(L.Callback):
         metrics = {
             name: float(value)
             for name, value in trainer.callback_metrics.items()
-            if name.startswith(prefix_in) and not name.startswith(prefix_out)
+            if name.startswith(prefix_in) and not name.startswith(prefix_out) and not _is_absent(name, float(value))
         }
         if not metrics or not trainer.is_global_zero:
             return
@@ -52,6 +53,11 @@ class RunHistory(L.Callback):
             self.history.append({"step": trainer.global_step, **record, **metrics})
         except OSError as error:
             rank_zero_warn(f"{self.history.path}: step {trainer.global_step} could not be written: {error.strerror}")
+
+
+def _is_absent(name: str, value: float) -> bool:
+    """Whether it is the loss of one of several sources of data, of which this step had nothing."""
+    return name.count("/") == 2 and math.isnan(value)
 
 
 def draw_losses(records: list[dict[str, Any]], path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lorakit.errors import CheckpointError
+from lorakit.errors import CheckpointError, ConfigError
 from lorakit.weights.run import History, open_run
 
 STEP = "trainer/global_step"  # what Lightning calls the step
@@ -25,17 +26,23 @@ class WandbRun(WandbLogger):
         save_dir: the run's folder.
         name: of the run; None is the folder's.
         group: under which W&B shows several runs together.
+        mode: online, offline, disabled; auto is offline where there is no API key, for which it never asks.
+        options: further ones of ``wandb.init``.
+
+    Raises:
+        ConfigError: there is no such mode, or no key for mode=online.
     """
 
     def __init__(
-        self, *, save_dir: str, project: str = "lorakit", name: str | None = None, offline: bool = False, group: str | None = None,
-        **options: Any,
+        self, *, save_dir: str, entity: str | None = None, project: str = "lorakit", name: str | None = None,
+        group: str | None = None, tags: list[str] | None = None, mode: str = "auto", **options: Any,
     ) -> None:  # fmt: skip
         self.folder = Path(save_dir).absolute()  # W&B's own process may have started elsewhere
         options.setdefault("id", _run_id(self.folder))
         super().__init__(
-            save_dir=str(self.folder), project=project, name=name, offline=offline, group=group, resume="allow", **options
-        )
+            save_dir=str(self.folder), project=project, name=name, offline=resolve_mode(mode) == "offline", group=group,
+            resume="allow", entity=entity, tags=tags, mode=resolve_mode(mode), **_without_former(options),
+        )  # fmt: skip
         self._logged: dict[str, int] | None = None
 
     @rank_zero_only
@@ -57,6 +64,30 @@ class WandbRun(WandbLogger):
         fresh = {key: value for key, value in metrics.items() if step is None or step > logged.get(key, -1)}
         if fresh:
             super().log_metrics(fresh, step)
+
+
+def resolve_mode(mode: str) -> str:
+    """What ``mode`` comes to on this machine. Raises ConfigError."""
+    if mode not in ("auto", "online", "offline", "disabled"):
+        raise ConfigError(f"logger.wandb.mode={mode} is unknown; choose auto, online, offline or disabled")
+    if mode == "online" and not has_key():
+        raise ConfigError("logger.wandb.mode=online, but there is no API key: run `wandb login`, or set WANDB_API_KEY")
+    asked = os.environ.get("WANDB_MODE", "")
+    return mode if mode != "auto" else asked if asked in ("offline", "disabled") else "online" if has_key() else "offline"
+
+
+def has_key() -> bool:
+    """Whether W&B would find an API key."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
+
+
+def _without_former(options: dict[str, Any]) -> dict[str, Any]:
+    if "offline" in options:
+        raise ConfigError("logger.wandb.offline is gone; set logger.wandb.mode=offline")
+    return options
 
 
 def last_steps(folder: Path) -> dict[str, int]:

@@ -212,13 +212,11 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
 
 
 def build_loggers(configs: Config) -> list[Any]:
-    """The loggers; W&B is offline where it has no key, and never asks for one."""
+    """The loggers."""
     loggers = []
     for name, entry in configs.items():
         if entry is None:
             continue
-        if entry.get("offline") == "auto":
-            entry = {**entry, "offline": not _has_wandb_key()}
         if entry["_target_"].endswith(("WandbRun", "WandbLogger")):
             os.environ.setdefault("WANDB_SILENT", "true")
         loggers.append(build(entry, f"logger.{name}"))
@@ -256,10 +254,3 @@ def resolve_devices(config: Config) -> tuple[str, str]:
     """Return (accelerator, precision) as Lightning names them."""
     accelerator = resolve_accelerator(config["trainer"]["accelerator"])
     return accelerator, resolve_precision(config["trainer"]["precision"], accelerator)
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    netrc = Path.home() / ".netrc"
-    return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")

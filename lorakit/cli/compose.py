@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+)?(?P<key>[\w.@/]+)=(?P<value>.*)$", re.DOTALL)
-_PATH_KEYS = re.compile(r"(?:.*\.)?(?:path|\w+_path)|lora\.init_from|paths\.\w+|run|group")
-_STANDALONE = ("experiment", "data.path", "model.path")
+_PATH_KEYS = re.compile(r"(?:.*\.)?(?:path|\w+_path)|lora\.init_from|data\.chat_template|paths\.\w+|run|group")
+_STANDALONE = ("experiment", "data.path", "data.sources", "model.path")
 _FLAGS_WITH_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
     *("--package", "-p", "--info", "-i", "--cfg", "-c"),

@@ -48,7 +48,7 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("this run held out no rows; name some with --data PATH")
     if options.limit is not None:
         settings["val_rows"] = options.limit
-    datamodule = LoRADataModule(**settings)
+    datamodule = LoRADataModule(**{**settings, "chat_template": trained.chat_template})
     model, tokenizer = trained.load(with_adapter=not options.base)
     images = load_images(trained.model_settings) if datamodule.has_images else None
     datamodule.set_tokenizer(tokenizer, images)
@@ -60,7 +60,7 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "run": trained.run.name,
         "adapter": None if options.base else str(trained.adapter),
-        "data": options.data or settings["val_path"] or settings["path"],
+        "data": options.data or settings["val_path"] or datamodule.path,
         "rows": len(datamodule.val_indices),
         "loss": loss,
         "perplexity": perplexity(loss),

@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
     import psutil
     import torch
 
-    from lorakit.model.load import DTYPES, load_config, load_model, load_skeleton, load_tokenizer, model_class
+    from lorakit.model.load import DTYPES, load_config, load_model, load_skeleton, model_class
     from lorakit.weights.merge import MergeReport, can_hold_twice, merge_adapter
 
     base, model_options = trained.base, trained.model_options
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
         out,
         dtype=getattr(torch, options.dtype) if options.dtype else stored,
         stored=stored,
-        tokenizer=load_tokenizer(base, **model_options),
+        tokenizer=trained.load_tokenizer(),
         revision=model_options["revision"],
         pixel_bounds=trained.pixel_bounds,
         can_compare=can_hold_twice(num_params, psutil.virtual_memory().available),

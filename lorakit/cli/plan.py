@@ -47,7 +47,7 @@ def plan_run(config: DictConfig) -> None:
     from lorakit.lora.inject import plan
     from lorakit.training.precision import resolve_precision
 
-    if OmegaConf.is_missing(config.data, "path"):
+    if OmegaConf.is_missing(config.data, "path") and config.data.sources is None:
         OmegaConf.update(config, "data.path", NO_DATA)
     plain = to_plain(config)
     check_settings(plain)

@@ -37,6 +37,14 @@ def _print_one(label: str, where: str, report: DataReport, console: Console) -> 
         markup=False,
         highlight=False,
     )
+    total = sum(share.trained_per_epoch for share in report.shares.values())
+    for name, share in report.shares.items():
+        console.print(
+            f"  {name}: {share.num_rows:,} rows, {share.weight:g} times an epoch, {share.trained_per_epoch / total:.1%} of the "
+            "trained tokens",
+            markup=False,
+            highlight=False,
+        )
     cuts = report.cuts
     taken = []
     if report.num_rows_skipped:

@@ -120,7 +120,7 @@ def check_settings(config: dict[str, Any]) -> None:
         problems += find_argument_problems({key: value for key, value in config[group].items() if key != "clip_norm"}, group)
     for group in ("callbacks", "logger"):
         for name, entry in (config[group] or {}).items():
-            if entry is not None and entry.get("offline") != "auto":
+            if entry is not None:
                 problems += find_argument_problems(entry, f"{group}.{name}")
     if config["loss"]["name"] not in LOSSES:
         problems.append(f"loss.name={config['loss']['name']} is unknown; there are: {', '.join(LOSSES)}")

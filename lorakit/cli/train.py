@@ -26,7 +26,7 @@ usage: lorakit train [key=value …] [--config-dir DIR] [-m] [--cfg job]
   lorakit train … resume=true                            go on with the newest unfinished run
   lorakit train … -m optim.lr=1e-4,3e-4 lora.rank=8,32   a sweep: every combination
   lorakit train … sweep=optuna 'optim.lr=tag(log,interval(1e-5,1e-3))'   trials chosen by Optuna; sweep=wandb: a file for W&B
-  lorakit train … --cfg job                              print the whole config, with each key's meaning in conf/
+  lorakit train … --cfg job                              print the config that these arguments make
 
 Values of path keys are taken verbatim: spaces, commas, quotes and = need no escape, so a comma in them makes no sweep."""
 
@@ -34,7 +34,9 @@ Values of path keys are taken verbatim: spaces, commas, quotes and = need no esc
 def main(arguments: list[str]) -> None:
     """Train as ``arguments`` say."""
     if {"-h", "--help"} & set(arguments):
-        print(HELP)
+        from lorakit.cli.settings import as_help, read_choices
+
+        print(f"{HELP}\n\n{as_help(read_choices())}")
         return
     command = shlex.join(["lorakit", "train", *arguments])
     only_shows = {"--cfg", "-c", "--info", "-i"} & {text.split("=")[0] for text in arguments}
@@ -149,6 +151,8 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
 
     free: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # a copy without Hydra's struct flag
     free.paths.run = RUN_FOLDER
+    if free.data.sources is not None and OmegaConf.is_missing(free.data, "path"):
+        free.data.path = None
     missing = sorted(OmegaConf.missing_keys(free))
     if missing:
         raise ConfigError("these keys have no default and must be set: " + ", ".join(f"{key}=…" for key in missing))

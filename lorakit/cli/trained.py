@@ -44,16 +44,31 @@ class Trained:
         """Between how many pixels the run scaled its images, where it did not leave that to the model's processor."""
         return self.config["data"].get("min_pixels"), self.config["data"].get("max_pixels")
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template that the run brought, None where it took the tokenizer's own."""
+        return str(self.run.chat_template) if self.run.chat_template.is_file() else None
+
+    def load_tokenizer(self) -> Any:
+        """The base's tokenizer, with the run's chat template."""
+        from lorakit.data.templates import use_template
+        from lorakit.model.load import load_tokenizer
+
+        tokenizer = load_tokenizer(self.base, **self.model_options)
+        if self.chat_template:
+            use_template(tokenizer, self.chat_template)
+        return tokenizer
+
     def load(self, *, with_adapter: bool = True) -> tuple[Any, Any]:
         """Return (model, tokenizer): float32 on CPU, bf16 on GPU."""
         import torch
 
-        from lorakit.model.load import load_model, load_tokenizer
+        from lorakit.model.load import load_model
         from lorakit.weights.merge import attach
 
         on_gpu = torch.cuda.is_available()
         dtype = "bfloat16" if on_gpu else "float32"
-        tokenizer = load_tokenizer(self.base, **self.model_options)
+        tokenizer = self.load_tokenizer()
         attention = self.config["model"].get("attention", "sdpa")
         model = load_model(self.base, dtype=dtype, attention=attention, device="cuda" if on_gpu else None, **self.model_options)
         return (attach(model, self.adapter) if with_adapter else model), tokenizer

@@ -105,6 +105,8 @@ def train_run(
         prepared = _with_window_of(run, prepared, world, console)
     lock = hold(run) if world.is_first else contextlib.nullcontext()
     run = run.update(formats=prepared.datamodule.source.formats)
+    if run.writes and prepared.datamodule.chat_template:  # the file may change, or go
+        run.chat_template.write_text(prepared.tokenizer.chat_template, encoding="utf-8")
     console.print(
         f"run {run.folder}: {prepared.total_steps:,}{' steps (about)' if prepared.is_estimate else ' steps'}, "
         f"{precision} on {accelerator}{f', {world.size} processes' if world.size > 1 else ''}"

@@ -67,6 +67,7 @@ def collate(rows: Sequence[Sequence[Datum]], pad_token_id: int, images: ImageEnc
         spans=tuple(spans),
         extras={name: torch.from_numpy(array) for name, array in extras.items()},
         images=stack_images(encoded) if encoded else None,
+        origins=tuple(datum.origin for row in rows for datum in row if datum.origin is not None),
     )
 
 

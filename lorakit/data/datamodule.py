@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,10 +18,12 @@ import torch
 from lorakit.data.datum import OnLong
 from lorakit.data.examples import DataReport, Examples, survey
 from lorakit.data.images import ImageEncoder
+from lorakit.data.mixture import Mixture
 from lorakit.data.packing import assign_batches
 from lorakit.data.render import Renderer, TrainOnWhat
-from lorakit.data.sources import Source, open_source
+from lorakit.data.sources import Source, open_source, open_sources, read_mixed
 from lorakit.data.stream import BatchStream
+from lorakit.data.templates import read_template, use_template
 from lorakit.errors import ConfigError
 from lorakit.types import Batch, Cursor, ModelInput
 
@@ -35,7 +38,11 @@ class LoRADataModule(L.LightningDataModule):
 
     Args:
         path: where the rows are; see ``open_source``.
+        sources: in place of ``path``, several of them: each a path, a ``Mixed``, or a mapping of its fields. Loss and share of the
+            trained tokens are logged for each.
         val_path: rows for evaluation; or ``val_fraction`` of the training rows are set aside by ``seed``.
+        columns: what the data calls the columns of our formats, by our names: ``{"prompt": "question"}``.
+        chat_template: a file with a Jinja template, or the name of a bundled one; None: the tokenizer's own.
         train_on: which tokens are trained; see ``TrainOnWhat``.
         stop: strings at which sampling will stop; plain rows that end with one need no EOS.
         max_tokens: longest example in tokens; ``on_long`` says what happens to longer ones.
@@ -50,11 +57,14 @@ class LoRADataModule(L.LightningDataModule):
     def __init__(
         self,
         *,
-        path: str,
+        path: str | None = None,
+        sources: Sequence[Any] | None = None,
         val_path: str | None = None,
         val_fraction: float = 0.0,
         val_rows: int | None = None,
         format: str | None = None,
+        columns: dict[str, str] | None = None,
+        chat_template: str | None = None,
         split: str = "train",
         train_on: str = TrainOnWhat.ALL_ASSISTANT_MESSAGES,
         append_eos: bool | str = "auto",
@@ -83,7 +93,14 @@ class LoRADataModule(L.LightningDataModule):
             check_token_rows=check_token_rows, max_tokens=max_tokens, pack_tokens=pack_tokens,
             min_pixels=min_pixels, max_pixels=max_pixels,
         )  # fmt: skip
-        self.path, self.val_path, self.val_fraction, self.val_rows = path, val_path, val_fraction, val_rows
+        if (path is None) == (sources is None):
+            raise ConfigError(
+                "data.path and data.sources are both set; choose one" if path else "set data.path, or data.sources"
+            )
+        self.mixed, self.columns = None if sources is None else read_mixed(sources), columns
+        self.path = path if path is not None else ", ".join(entry.path for entry in self.mixed or ())  # as a title
+        self.val_path, self.val_fraction, self.val_rows = val_path, val_fraction, val_rows
+        self.chat_template = chat_template
         self.format, self.split, self.on_error = format, split, on_error
         self.train_on = _one_of(TrainOnWhat, train_on, "data.train_on")
         self.on_long = _one_of(OnLong, on_long, "data.on_long")
@@ -128,6 +145,8 @@ class LoRADataModule(L.LightningDataModule):
                 does not say it.
         """
         self.tokenizer, self.image_token_id = tokenizer, images.token_id if images else image_token_id
+        if self.chat_template:
+            use_template(tokenizer, self.chat_template)
         self.images = images.within(self.min_pixels, self.max_pixels) if images else None
 
     @property
@@ -156,7 +175,7 @@ class LoRADataModule(L.LightningDataModule):
         """Batches of the whole fit, from where a resumed run stopped."""
         return BatchStream(
             self.train_examples,
-            self.train_indices,
+            self.mixture,
             pad_token_id=self.pad_token_id,
             batch_size=self.batch_size,
             batch_tokens=self.tokens_per_batch,
@@ -177,7 +196,7 @@ class LoRADataModule(L.LightningDataModule):
             return []
         return BatchStream(
             self.val_examples,
-            self.val_indices,
+            Mixture(self.val_indices, replace(self.val_source, weights=()), seed=self.seed),
             pad_token_id=self.pad_token_id,
             batch_size=self.val_batch_size,
             batch_tokens=self.tokens_per_batch,
@@ -218,14 +237,20 @@ class LoRADataModule(L.LightningDataModule):
     @cached_property
     def source(self) -> Source:
         """The rows, checked."""
-        return open_source(self.path, format=self.format, on_error=self.on_error, split=self.split)
+        options: dict[str, Any] = {
+            "format": self.format,
+            "columns": self.columns,
+            "on_error": self.on_error,
+            "split": self.split,
+        }
+        return open_sources(self.mixed, **options) if self.mixed else open_source(self.path, **options)
 
     @cached_property
     def val_source(self) -> Source:
         """The rows for evaluation: of ``val_path``, or the training rows themselves, of which ``val_indices`` picks some."""
         if self.val_path is None:
             return self.source
-        return open_source(self.val_path, format=self.format, on_error=self.on_error, split=self.split)
+        return open_source(self.val_path, format=self.format, columns=self.columns, on_error=self.on_error, split=self.split)
 
     @cached_property
     def train_examples(self) -> Examples:
@@ -241,6 +266,21 @@ class LoRADataModule(L.LightningDataModule):
         return np.sort(self._split()[self._num_set_aside :])
 
     @cached_property
+    def mixture(self) -> Mixture:
+        """Which of them each epoch has."""
+        return Mixture(self.train_indices, self.source, seed=self.seed)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The names of several sources; empty where there is one."""
+        return self.source.names
+
+    @property
+    def val_source_names(self) -> tuple[str, ...]:
+        """The same of the rows for evaluation."""
+        return self.val_source.names
+
+    @cached_property
     def val_indices(self) -> np.ndarray:
         """Rows to evaluate on, at most ``val_rows``."""
         chosen = np.arange(len(self.val_source)) if self.val_path else np.sort(self._split()[: self._num_set_aside])
@@ -253,6 +293,7 @@ class LoRADataModule(L.LightningDataModule):
             self.source.fingerprint, self.val_source.fingerprint, self.format, self.train_on, self.append_eos, self.stop,
             self.max_tokens, self.on_long, self.on_error, self.packing, self.pack_tokens, self.batch_size,
             self.tokens_per_batch, self.shuffle, self.seed, self.window_rows, self.val_fraction,
+            *((read_template(self.chat_template),) if self.chat_template else ()),
             *(bound for bound in (self.min_pixels, self.max_pixels) if bound), *self._image_bytes(),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(settings, default=list).encode()).hexdigest()[:16]
@@ -269,7 +310,7 @@ class LoRADataModule(L.LightningDataModule):
         """
         if self.epochs is None or self.report is None:
             return None
-        num_examples = len(self.train_indices) * self.report.examples_per_row
+        num_examples = self.mixture.num_rows * self.report.examples_per_row
         if self.packing or self.batch_size is None:
             lengths = (self.report.lengths[: self.window_rows] - 1).tolist()  # a window's worth, in positions
             row_tokens = self.pack_tokens if self.packing else None

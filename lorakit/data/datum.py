@@ -35,10 +35,12 @@ class Cuts:
         self.num_tokens_cut += other.num_tokens_cut
 
 
-def make_datum(tokens: Sequence[int], weights: Sequence[float], images: Sequence[PlacedImage] = ()) -> Datum:
+def make_datum(
+    tokens: Sequence[int], weights: Sequence[float], images: Sequence[PlacedImage] = (), *, origin: int | None = None
+) -> Datum:
     """Shift once: position i reads token i and is to predict token i+1 with that token's weight.
 
-    Each of ``images`` becomes a chunk in the place of its placeholders.
+    Each of ``images`` becomes a chunk in the place of its placeholders. ``origin`` is which of several sources it is from.
 
     >>> datum = make_datum([5, 6, 7], [0, 0, 1])
     >>> datum.model_input.to_ints(), datum.targets.tolist(), datum.weights.tolist()
@@ -52,7 +54,7 @@ def make_datum(tokens: Sequence[int], weights: Sequence[float], images: Sequence
         chunks += [*_text(tokens[end : image.start]), image.chunk]
         end = image.start + image.chunk.length
     model_input = ModelInput((*chunks, *_text(tokens[end:-1])))
-    return Datum(model_input, {"target_tokens": list(tokens[1:]), "weights": list(weights[1:])})
+    return Datum(model_input, {"target_tokens": list(tokens[1:]), "weights": list(weights[1:])}, origin=origin)
 
 
 def _text(tokens: Sequence[int]) -> list[EncodedTextChunk]:

@@ -72,11 +72,27 @@ class Examples:
                 raise
             self.num_skipped += 1
             return []
-        return [make_datum(example.tokens, example.weights, example.images) for example in examples]
+        origin = int(self.source.origins_of(np.array([index]))[0]) if self.source.names else None
+        return [make_datum(example.tokens, example.weights, example.images, origin=origin) for example in examples]
 
 
 def _as_chat(row: Row) -> Row:
     return to_chat(row) if isinstance(row, Conversations) else row
+
+
+@dataclass
+class SourceShare:
+    """What one of several sources gives, of the rows that were looked at."""
+
+    weight: float  # how often its rows are seen in an epoch
+    num_rows: int  # all of them
+    num_rows_surveyed: int = 0
+    num_trained_tokens: int = 0
+
+    @property
+    def trained_per_epoch(self) -> float:
+        """Trained tokens that an epoch has of it."""
+        return self.num_trained_tokens / max(self.num_rows_surveyed, 1) * self.num_rows * self.weight
 
 
 @dataclass(frozen=True)
@@ -100,6 +116,7 @@ class DataReport:
     formats: list[str]
     unused_columns: dict[str, str]  # with the format of their rows
     fingerprint: str
+    shares: dict[str, SourceShare] = field(default_factory=dict)  # of several sources, by name
 
     @property
     def num_tokens(self) -> int:
@@ -133,13 +150,19 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
     Raises:
         DataError: under ``on_error=raise``, one report of all rows that give no usable example.
     """
-    chosen = indices[:max_rows]
+    indices, source = np.asarray(indices), examples.source
+    origins = source.origins_of(indices)
+    chosen = _first_of_each(indices, origins, max_rows)
+    counts = np.bincount(origins, minlength=len(source.names))
+    shares = {name: SourceShare(source.weights[i], int(counts[i])) for i, name in enumerate(source.names)}
     counted = Examples(examples.source, examples.renderer, examples.max_tokens, examples.on_long, images=examples.images)
     lengths: list[int] = []
     problems: list[str] = []
     num_trained = num_without_stop = num_images = num_image_tokens = largest_image = 0
     image_share = 0.0
-    for index in chosen:
+    for index, origin in zip(chosen, source.origins_of(chosen), strict=True):
+        share = shares[source.names[origin]] if shares else SourceShare(1.0, 0)
+        share.num_rows_surveyed += 1
         try:
             rendered = counted.rendered(int(index))
         except DataError as error:
@@ -147,7 +170,9 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
             continue
         for example in rendered:
             lengths.append(len(example.tokens))
-            num_trained += sum(1 for weight in example.weights[1:] if weight)  # nothing predicts the first
+            trained = sum(1 for weight in example.weights[1:] if weight)  # nothing predicts the first
+            num_trained += trained
+            share.num_trained_tokens += trained
             sizes = [image.chunk.length for image in example.images]
             num_images += len(sizes)
             num_image_tokens += sum(sizes)
@@ -177,7 +202,16 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
         formats=examples.source.formats,
         unused_columns=examples.source.unused_columns,
         fingerprint=examples.source.fingerprint,
+        shares=shares,
     )
+
+
+def _first_of_each(indices: np.ndarray, origins: np.ndarray, max_rows: int) -> np.ndarray:
+    """The first ``max_rows`` of ``indices``, of several sources as many of each as there are."""
+    if len(indices) <= max_rows or not len(np.unique(origins)[1:]):
+        return indices[:max_rows]
+    each = max(1, max_rows // len(np.unique(origins)))
+    return np.sort(np.concatenate([indices[origins == origin][:each] for origin in np.unique(origins)]))
 
 
 def _ends_with_stop(example: Rendered, renderer: Renderer) -> bool:

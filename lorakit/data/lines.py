@@ -9,8 +9,10 @@ from __future__ import annotations
 import codecs
 import hashlib
 import mmap
+import re
+import shlex
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -24,13 +26,16 @@ from lorakit.data.rows import (
     Row,
     Text,
     find_problem,
+    guess_columns,
     has_images,
     recognise,
     required_columns,
+    row_type,
     unused_columns,
 )
 from lorakit.errors import DataError, report
 
+Columns = tuple[tuple[str, str], ...]  # (our name, the file's name) of columns
 Progress = Callable[[int], None]  # is told how many more bytes were read
 _PROGRESS_BYTES = 4 << 20
 _NUM_SAMPLED = 200
@@ -40,12 +45,15 @@ _BOM = b"\xef\xbb\xbf"
 class LineFile:
     """Rows of one ``.jsonl`` or ``.txt`` file. ``problems`` holds what its first pass found, as ``(line, text)``."""
 
-    def __init__(self, path: Path, *, format: str | None = None, progress: Progress | None = None) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, *, format: str | None = None, columns: Columns = (), progress: Progress | None = None
+    ) -> None:
+        self.path, self._columns = path, columns
         self.num_rows_seen, self.has_images = 0, False
         self.problems: list[tuple[int, str]] = []
         self._offsets, self._lines = array("q"), array("I")
         self.format = self._resolve_format(format)
+        self._type = row_type(self.format, columns)
         self._decode = self._make_decoder()
         with path.open("rb") as file:
             self.digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -74,7 +82,7 @@ class LineFile:
         if self.path.suffix == ".txt":
             return []
         rows = (self._json(index) for index in range(min(len(self), _NUM_SAMPLED)))
-        return unused_columns((column for row in rows for column in row), self.format)
+        return unused_columns((column for row in rows for column in row), self._type)
 
     def _json(self, index: int) -> dict[str, Any]:
         return msgspec.json.decode(self._line(index))
@@ -87,7 +95,7 @@ class LineFile:
         if wanted:
             return wanted
         problems: list[str] = []
-        columns: str | None = None
+        columns: list[str] | None = None
         with self.path.open("rb") as file:
             if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise DataError(f"{self.path}: this file is UTF-16; save it as UTF-8")
@@ -97,13 +105,13 @@ class LineFile:
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 problems.append(f"{self.path}:{number}: {explain(error, Text)}")
                 continue
-            if isinstance(row, dict) and (found := recognise(row)):
+            if isinstance(row, dict) and (found := recognise(row, self._columns)):
                 return found  # lines of another kind before it are reported by the pass over all lines
             if isinstance(row, dict) and columns is None:
-                columns = ", ".join(row)
+                columns = list(row)
             problems.append(f"{self.path}:{number}: not a row of a known format")
         if columns is not None:
-            raise DataError(unrecognised(str(self.path), columns))
+            raise DataError(unrecognised(str(self.path), columns, self._columns))
         if problems:
             raise DataError(report(f"{self.path}: no line is a row:", problems))
         raise DataError(f"{self.path}: no row in this file (it is empty)")
@@ -111,7 +119,7 @@ class LineFile:
     def _make_decoder(self) -> Callable[[bytes], Row]:
         if self.path.suffix == ".txt":
             return lambda line: Text(line.rstrip(b"\r").decode("utf-8"))
-        return msgspec.json.Decoder(FORMATS[self.format]).decode
+        return msgspec.json.Decoder(self._type).decode
 
     def _scan(self, progress: Progress | None) -> None:
         offset = reported = 0
@@ -132,7 +140,7 @@ class LineFile:
                     problem = find_problem(row)
                     self.has_images = self.has_images or has_images(row)
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                    problem = explain(error, FORMATS[self.format])
+                    problem = explain(error, self._type)
                 if problem:
                     self.problems.append((number, problem))
                 else:
@@ -142,7 +150,7 @@ class LineFile:
             progress(offset - reported)
 
 
-def explain(error: Exception, row_type: type[Row]) -> str:
+def explain(error: Exception, kind: type[Row]) -> str:
     """Say in a user's words what msgspec found wrong with a row."""
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8: {error.reason} at byte {error.start}"
@@ -152,17 +160,27 @@ def explain(error: Exception, row_type: type[Row]) -> str:
     if "Invalid enum value" in text and ".role" in text:
         return f"unknown role: {text} (known: {', '.join(get_args(Role))})"
     if "missing required field" in text:
-        return f"{text} (this format needs the columns {', '.join(required_columns(row_type))})"
+        return f"{text} (this format needs the columns {', '.join(required_columns(kind))})"
     if "unknown field" in text:
         known = ", ".join(field.encode_name for field in msgspec.structs.fields(Message))
         return f"{text}: lorakit would not train on it; rename or remove it (a message has: {known})"
     return f"wrong type: {text}"
 
 
-def unrecognised(where: str, columns: str) -> str:
-    """The message for a file whose columns match no format."""
+def unrecognised(where: str, present: Sequence[str], columns: Columns) -> str:
+    """The message for a file whose columns, ``present``, match no format under the names that ``columns`` gives them."""
     known = "\n".join(f"  {name}: {', '.join(required_columns(kind))}" for name, kind in FORMATS.items())
-    return f"{where}: columns not recognised (found: {columns}). A row needs the columns of one of these formats:\n{known}"
+    lost = [f"{theirs} (for {ours})" for ours, theirs in columns if theirs not in present]
+    absent = f" data.columns names {', '.join(lost)}, which is not there." if lost else ""
+    guessed = ", ".join(f"{ours}: {_quoted(theirs)}" for ours, theirs in guess_columns(present).items()) if present else ""
+    hint = f"\nOr say what its columns mean, for instance:\n  {shlex.quote(f'data.columns={{{guessed}}}')}" if guessed else ""
+    found = f"columns not recognised (found: {', '.join(present)})"
+    return f"{where}: {found}.{absent} A row needs the columns of one of these formats:\n{known}{hint}"
+
+
+def _quoted(name: str) -> str:
+    """A column's name as a value in Hydra's grammar."""
+    return name if re.fullmatch(r"[A-Za-z_][\w-]*", name) else '"' + name.replace('"', '\\"') + '"'
 
 
 def _lines_of(path: Path) -> Iterator[tuple[int, bytes]]:

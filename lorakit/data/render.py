@@ -14,9 +14,11 @@ from typing import Any
 
 import msgspec
 
+from lorakit.data.calls import has_calls, is_written_by_python, read_tools, with_arguments
 from lorakit.data.encode import Encoder
 from lorakit.data.images import is_image_part
 from lorakit.data.rows import Alpaca, Chat, Conversations, Message, PromptCompletion, Row, Text, Tokens, to_chat
+from lorakit.data.templates import OFFER
 from lorakit.errors import ConfigError, DataError
 from lorakit.types import ImageChunk
 
@@ -179,24 +181,52 @@ class Renderer:
     def _render_chat(self, row: Chat) -> list[Rendered]:
         if not self.tokenizer.chat_template:
             raise ConfigError(
-                "the tokenizer has no chat template, so `messages` cannot be rendered; use prompt/completion rows, "
-                "or a model with a chat template (the -Instruct variant of most families)"
+                f"the tokenizer has no chat template, so `messages` cannot be rendered; {OFFER}; or use prompt/completion rows, or a "
+                "model with a chat template (the -Instruct variant of most families)"
             )
-        messages = [_to_plain(message) for message in row.messages]
-        weights = self._message_weights(row.messages)
-        text = self._template(messages, row.tools, turn=len(messages) - 1)
-        self._check_left_out(text, messages, row.tools)
+        tools, weights = read_tools(row.tools), self._message_weights(row.messages)
+        messages, text = self._write([self._to_plain(message) for message in row.messages], tools)
+        self._check_left_out(text, messages, tools, weights)
         self._check_placeholders(text, messages)
         if self.train_on is TrainOnWhat.ALL_TOKENS:
             return [self._encode_spans(text, [_Span(0, len(text), 1.0)])]
         trained = [index for index, weight in enumerate(weights) if weight]
-        spans = [self._find_span(text, messages, row.tools, index, weights[index]) for index in trained]
+        spans = [self._find_span(text, messages, tools, index, weights[index]) for index in trained]
         if all(spans):
             return [self._encode_spans(text, [span for span in spans if span])]
-        return [self._render_turn(messages, row.tools, index, weights[index]) for index in trained]
+        return [self._render_turn(messages, tools, index, weights[index]) for index in trained]
 
-    def _check_left_out(self, text: str, messages: list[dict], tools: Any) -> None:
-        """Raise DataError where the template writes nothing of the row's tools or of the assistant's calls."""
+    def _write(self, messages: list[dict], tools: Any) -> tuple[list[dict], str]:
+        """Return ``messages`` with calls in the form that the template wants, and the whole conversation as it writes it.
+
+        Some templates write a call's arguments as JSON themselves, and would quote a text a second time; others want a text.
+        """
+        turn = len(messages) - 1
+        if not has_calls(messages):
+            return messages, self._template(messages, tools, turn=turn)
+        as_objects, problem = with_arguments(messages, as_text=False), None
+        try:
+            text = self._template(as_objects, tools, turn=turn)
+            if not is_written_by_python(text, as_objects):
+                return as_objects, text
+        except DataError as error:
+            problem = error
+        as_texts = with_arguments(messages, as_text=True)
+        try:
+            return as_texts, self._template(as_texts, tools, turn=turn)
+        except DataError as error:
+            raise problem or error from None
+
+    def _to_plain(self, message: Message) -> dict[str, Any]:
+        """A message as templates read it; what was thought under the name that this one knows."""
+        plain = _to_plain(message)
+        template = str(self.tokenizer.chat_template)
+        if "reasoning_content" in plain and "reasoning_content" not in template and "thinking" in template:
+            plain["thinking"] = plain.pop("reasoning_content")
+        return plain
+
+    def _check_left_out(self, text: str, messages: list[dict], tools: Any, weights: list[float]) -> None:
+        """Raise DataError where the template writes nothing of the row's tools, of the assistant's calls, or of trained thoughts."""
         turn = len(messages) - 1
         if tools and self._template(messages, None, turn=turn) == text:
             raise DataError("the row has `tools`, but the model's chat template leaves them out")
@@ -205,6 +235,13 @@ class Renderer:
             silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
             if self._template(silent, tools, turn=turn) == text:
                 raise DataError(f"message {calling[0]} has `tool_calls`, but the model's chat template leaves them out")
+        for index, message in enumerate(messages):
+            thought = (message.get("reasoning_content") or message.get("thinking") or "").strip()
+            if thought and weights[index] and thought not in self._template(messages[: index + 1], tools, turn=index):
+                raise DataError(
+                    f"message {index} has `reasoning_content`, but the model's chat template leaves it out; write it into `content`, "
+                    "in the marks that the model uses, or remove it"
+                )
 
     def _check_placeholders(self, text: str, messages: list[dict]) -> None:
         """Raise DataError where the rendered text has not one placeholder for each image."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import msgspec
 
+from lorakit.data.calls import find_arguments_problem, find_tools_problem
 from lorakit.data.images import find_image_problem, find_stored_problem, find_text_problem, has_no_name, is_image_part
 
 IMAGE_MARK = "<image>"  # in the text of a ShareGPT turn, where the row has images: LLaVA's way to say where they stand
@@ -50,7 +52,7 @@ class Chat(msgspec.Struct):
     """
 
     messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | str | None = None  # a text is JSON, as tables have it
     images: list[Any] | None = None
 
 
@@ -119,14 +121,44 @@ SPEAKERS: dict[str, Role] = {
 }
 
 
-def required_columns(row_type: type[Row]) -> list[str]:
-    """The columns without which ``row_type`` cannot be read."""
-    return [field.encode_name for field in msgspec.structs.fields(row_type) if field.required]
+# What others call the columns, for a hint on files that are not recognised.
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
+    "prompt": ("question", "query", "instruction", "input", "problem", "source", "request", "context", "src", "user"),
+    "completion": ("answer", "response", "output", "target", "solution", "reply", "summary", "label", "tgt", "assistant"),
+    "text": ("content", "body", "document", "passage", "article"),
+}
 
 
-def unused_columns(columns: Iterable[str], format: str) -> list[str]:
-    """The ``columns`` that rows of ``format`` do not have: nothing of them is trained on."""
-    known = {field.encode_name for field in msgspec.structs.fields(FORMATS[format])}
+@functools.cache
+def row_type(format: str, columns: tuple[tuple[str, str], ...] = ()) -> type[Row]:
+    """The type of rows of ``format``, whose columns have other names where ``columns`` says so, as (ours, theirs)."""
+    kind, theirs = FORMATS[format], dict(columns)
+    fields = msgspec.structs.fields(kind)
+    if not any(field.encode_name in theirs for field in fields):
+        return kind
+    renamed = []
+    for field in fields:
+        name = theirs.get(field.encode_name, field.encode_name)
+        options = {} if field.required else {"default": field.default}
+        renamed.append((field.name, field.type, msgspec.field(name=name, **options)))
+    found: type[Row] = msgspec.defstruct(kind.__name__, renamed, bases=(kind,))  # type: ignore[assignment]  # a subclass of one
+    return found
+
+
+def all_columns() -> list[str]:
+    """The names of the columns of all formats."""
+    return list(dict.fromkeys(field.encode_name for kind in FORMATS.values() for field in msgspec.structs.fields(kind)))
+
+
+def required_columns(kind: type[Row]) -> list[str]:
+    """The columns without which rows of this type cannot be read."""
+    return [field.encode_name for field in msgspec.structs.fields(kind) if field.required]
+
+
+def unused_columns(columns: Iterable[str], kind: type[Row]) -> list[str]:
+    """The ``columns`` that rows of this type do not have: nothing of them is trained on."""
+    known = {field.encode_name for field in msgspec.structs.fields(kind)}
     return [column for column in dict.fromkeys(columns) if column not in known]
 
 
@@ -141,10 +173,23 @@ def explain_unused(column: str, format: str) -> str | None:
     return "weights are given per message or per token" if column in ("weight", "loss_weight") else None
 
 
-def recognise(columns: Iterable[str]) -> str | None:
-    """Return the name of the format that ``columns`` belong to, or None."""
-    present = set(columns)
-    return next((name for name, kind in FORMATS.items() if present.issuperset(required_columns(kind))), None)
+def recognise(present: Iterable[str], columns: tuple[tuple[str, str], ...] = ()) -> str | None:
+    """Return the name of the format that the columns ``present`` belong to, or None; ``columns`` as in ``row_type``."""
+    there = set(present)
+    return next((name for name in FORMATS if there.issuperset(required_columns(row_type(name, columns)))), None)
+
+
+def guess_columns(present: Sequence[str]) -> dict[str, str]:
+    """Which of the columns ``present``, of no known format, are likely meant by ours."""
+    lower = {name.casefold(): name for name in reversed(present)}
+    found = {ours: next((lower[name] for name in (ours, *names) if name in lower), None) for ours, names in SYNONYMS.items()}
+    for wanted in (("messages",), ("prompt", "completion"), ("text",)):
+        if all(found[ours] for ours in wanted):
+            return {ours: str(found[ours]) for ours in wanted}
+    if len(present) == 1:
+        return {"text": present[0]}
+    prompt = found["prompt"] or next(name for name in present if name != found["completion"])
+    return {"prompt": prompt, "completion": found["completion"] or next(name for name in present if name != prompt)}
 
 
 def are_chats(formats: Iterable[str]) -> bool:
@@ -195,7 +240,7 @@ def find_problem(row: Row) -> str | None:
     if isinstance(row, PromptCompletion):
         return None if row.completion else "`completion` is empty: no trained token"
     if isinstance(row, Chat):
-        return _find_message_problem(row.messages) or _find_image_problem(row)
+        return _find_message_problem(row.messages) or find_tools_problem(row.tools) or _find_image_problem(row)
     if isinstance(row, Conversations):
         unknown = next((turn.speaker for turn in row.conversations if turn.speaker not in SPEAKERS), None)
         if unknown is not None:
@@ -233,6 +278,9 @@ def _find_message_problem(messages: list[Message]) -> str | None:
             return f"roles out of order: message {index} ({role}) {problem}"
         if message.content is None and not message.tool_calls:
             return f"message {index} ({role}) has neither `content` nor `tool_calls`"
+        for call in message.tool_calls or ():
+            if problem := find_arguments_problem(call):
+                return f"message {index} ({role}): {problem}"
         if isinstance(message.content, list) and (problem := _find_part_problem(message.content)):
             return f"message {index} ({role}): {problem}"
         if message.weight is not None and (problem := _find_weight_problem(message.weight)):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import glob
 import hashlib
+import itertools
+import math
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lorakit.data.lines import LineFile, Progress
-from lorakit.data.rows import FORMATS, Row
+import msgspec
+import numpy as np
+
+from lorakit.data.lines import Columns, LineFile, Progress
+from lorakit.data.rows import FORMATS, Row, all_columns
 from lorakit.data.tables import Table, load_hub_table, load_table
 from lorakit.errors import ConfigError, DataError, report
 
@@ -25,6 +31,25 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 _SHOW_PROGRESS_BYTES = 20 << 20
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """One of several sources of rows.
+
+    Args:
+        path: as ``data.path``.
+        weight: how often each of its rows is seen in an epoch; of 0.5 another half each time.
+        name: under which its figures are logged; None is the file's name without its ending.
+        format, columns, split: as the settings of ``data``, which hold where these are None.
+    """
+
+    path: str
+    weight: float = 1.0
+    name: str | None = None
+    format: str | None = None
+    columns: dict[str, str] | None = None
+    split: str | None = None
+
+
 @dataclass
 class Source:
     """All rows of a data set that passed the first check, addressed by one running index."""
@@ -32,6 +57,9 @@ class Source:
     parts: list[LineFile | Table]
     num_skipped: int = 0
     first_skipped: str | None = None  # where, and why
+    names: tuple[str, ...] = ()  # of several sources that are mixed; empty where there is one
+    weights: tuple[float, ...] = ()  # of each, how often its rows are seen in an epoch
+    origins: tuple[int, ...] = ()  # of each part, which source it is from
 
     def __post_init__(self) -> None:
         self._ends: list[int] = []
@@ -56,6 +84,11 @@ class Source:
         part, _ = self._locate(index)
         return part.path.parent if part.path.is_file() else None
 
+    def origins_of(self, indices: np.ndarray) -> np.ndarray:
+        """Which of several sources each row of ``indices`` is from."""
+        parts = np.searchsorted(self._ends, indices, side="right")
+        return np.array(self.origins)[parts] if self.origins else np.zeros(len(indices), int)
+
     @property
     def has_images(self) -> bool:
         """Whether any row has an image."""
@@ -74,36 +107,127 @@ class Source:
     @property
     def fingerprint(self) -> str:
         """A digest of the bytes of all files, independent of where they lie."""
-        return hashlib.sha256(" ".join(part.digest for part in self.parts).encode()).hexdigest()[:16]
+        mixed = [f"{self.origins} {self.weights}"] if self.names else []
+        return hashlib.sha256(" ".join([*(part.digest for part in self.parts), *mixed]).encode()).hexdigest()[:16]
 
     def _locate(self, index: int) -> tuple[LineFile | Table, int]:
         number = bisect_right(self._ends, index)
         return self.parts[number], index - (self._ends[number - 1] if number else 0)
 
 
+def open_sources(
+    mixed: Sequence[Mixed], *, format: str | None = None, columns: Mapping[str, str] | None = None,
+    on_error: Literal["raise", "skip"] = "raise", split: str = "train",
+) -> Source:  # fmt: skip
+    """Open several sources as one. The other arguments are as for ``open_source``.
+
+    Raises:
+        DataError: one report of what is wrong with the rows of all of them.
+    """
+    found, problems = [], []
+    for entry in mixed:
+        try:
+            found.append(
+                open_source(
+                    entry.path, format=entry.format or format, columns=entry.columns or columns, on_error=on_error,
+                    split=entry.split or split,
+                )
+            )  # fmt: skip
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return Source(
+        [part for source in found for part in source.parts],
+        num_skipped=sum(source.num_skipped for source in found),
+        first_skipped=next((source.first_skipped for source in found if source.first_skipped), None),
+        names=tuple(name_sources(mixed)),
+        weights=tuple(float(entry.weight) for entry in mixed),
+        origins=tuple(number for number, source in enumerate(found) for _ in source.parts),
+    )
+
+
+def read_mixed(entries: Sequence[Mixed | Mapping[str, Any] | str]) -> list[Mixed]:
+    """The entries of ``data.sources``, of which one that is a text alone is a path. Raises ConfigError with all problems."""
+    mixed, problems = [], []
+    fields = {field.name: field for field in dataclasses.fields(Mixed)}
+    for number, entry in enumerate(entries):
+        key = f"data.sources[{number}]"
+        if isinstance(entry, Mixed | str):
+            mixed.append(Mixed(entry) if isinstance(entry, str) else entry)
+            continue
+        if not isinstance(entry, Mapping) or "path" not in entry:
+            problems.append(f"{key}={entry}: write a path, or {{path: …, weight: …}}")
+            continue
+        for name in entry.keys() - fields.keys():
+            near = difflib.get_close_matches(name, fields, n=1)
+            problems.append(
+                f"unknown key {key}.{name}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}")
+            )
+        try:
+            mixed.append(msgspec.convert({name: value for name, value in entry.items() if name in fields}, Mixed))
+        except msgspec.ValidationError as error:
+            problems.append(f"{key}: {str(error).lower().replace('`', '')}")
+    problems += [f"data.sources: {entry.path} has weight {entry.weight}, which must be above 0" for entry in mixed
+                 if not 0 < entry.weight < math.inf]  # fmt: skip
+    if problems or not entries:
+        raise ConfigError("\n".join(problems) or "data.sources is empty")
+    return mixed
+
+
+def name_sources(mixed: Sequence[Mixed]) -> list[str]:
+    """A name for each source, all different."""
+    names: list[str] = []
+    for entry in mixed:
+        path = Path(entry.path)
+        name = entry.name or (path.stem if path.suffix in SUFFIXES else path.name) or entry.path
+        number = next(number for number in itertools.count(1) if (name if number == 1 else f"{name}-{number}") not in names)
+        names.append(name if number == 1 else f"{name}-{number}")
+    return names
+
+
 def open_source(
-    path: str, *, format: str | None = None, on_error: Literal["raise", "skip"] = "raise", split: str = "train"
-) -> Source:
+    path: str, *, format: str | None = None, columns: Mapping[str, str] | None = None,
+    on_error: Literal["raise", "skip"] = "raise", split: str = "train",
+) -> Source:  # fmt: skip
     """Open ``path`` and check every row of it.
 
     Args:
         path: a file, a folder, a glob, the name of a bundled data set (``pig_latin/train``), or of a data set of the hub.
         format: one of ``FORMATS``; None recognises it by the columns.
+        columns: what the data set calls the columns of our formats, by our names.
         on_error: ``raise`` reports all bad rows in one DataError; ``skip`` leaves them out and counts them.
         split: which split of a data set of the hub.
     """
     if format is not None and format not in FORMATS:
         raise ConfigError(f"data.format={format} is unknown; choose one of {', '.join(FORMATS)}")
+    renamed = _check_columns(columns or {})
     files = find_files(path)
     parts: list[LineFile | Table]
     if files is not None and split != "train":
         raise ConfigError(f"data.split={split} has no effect: {path} is not a data set of the hub; name the file of that split")
     if files is None:
-        parts = [load_hub_table(path, split, format=format)]
+        parts = [load_hub_table(path, split, format=format, columns=renamed)]
     else:
         with _progress_of(files) as progress:
-            parts = [_open_file(file, format, progress) for file in files]
+            parts = [_open_file(file, format, renamed, progress) for file in files]
     return _settle(path, parts, on_error)
+
+
+def _check_columns(columns: Mapping[str, str]) -> Columns:
+    """``columns`` as pairs. Raises ConfigError for a name that no format of ours has, and one that stands for two."""
+    known = all_columns()
+    for ours in columns:
+        if ours not in known:
+            near = difflib.get_close_matches(ours, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"ours are {', '.join(known)}"
+            raise ConfigError(
+                f"data.columns says what the data calls our columns, as ours: theirs; {ours} is none of ours; {hint}"
+            )
+    theirs = list(columns.values())
+    if twice := sorted({name for name in theirs if theirs.count(name) > 1}):
+        raise ConfigError(f"data.columns gives {', '.join(twice)} two meanings")
+    return tuple(columns.items())
 
 
 def find_files(path: str) -> list[Path] | None:
@@ -154,11 +278,11 @@ def _is_data_file(path: Path) -> bool:
     return path.suffix in SUFFIXES and not is_hidden and not path.name.upper().startswith(("README", "LICENSE"))
 
 
-def _open_file(path: Path, format: str | None, progress: Progress | None) -> LineFile | Table:
+def _open_file(path: Path, format: str | None, columns: Columns, progress: Progress | None) -> LineFile | Table:
     try:
         if path.suffix in (".jsonl", ".ndjson", ".txt") or (path.suffix == ".json" and _is_json_lines(path)):
-            return LineFile(path, format=format, progress=progress)
-        return load_table(path, format=format, progress=progress)
+            return LineFile(path, format=format, columns=columns, progress=progress)
+        return load_table(path, format=format, columns=columns, progress=progress)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 

@@ -13,6 +13,7 @@ import numpy as np
 from lorakit.data.collate import collate, idle_batch, take_part
 from lorakit.data.examples import Examples
 from lorakit.data.images import ImageEncoder
+from lorakit.data.mixture import Mixture
 from lorakit.data.packing import plan_batches
 from lorakit.data.prefetch import prefetch
 from lorakit.types import Batch, Cursor, Datum
@@ -44,7 +45,7 @@ class BatchStream:
     def __init__(
         self,
         examples: Examples,
-        indices: np.ndarray,
+        mixture: Mixture,
         *,
         pad_token_id: int,
         batch_size: int | None,
@@ -62,7 +63,7 @@ class BatchStream:
         cursor: Cursor | None = None,
         images: ImageEncoder | None = None,
     ) -> None:
-        self.examples, self.indices = examples, indices
+        self.examples, self.mixture = examples, mixture
         self.pad_token_id, self.row_tokens = pad_token_id, row_tokens
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.accumulate, self.num_epochs = accumulate, num_epochs
@@ -121,7 +122,8 @@ class BatchStream:
         )
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.indices) if self.shuffle else self.indices
+        rows = self.mixture.rows(epoch)
+        return np.random.default_rng([self.seed, epoch]).permutation(rows) if self.shuffle else rows
 
 
 def _weight_of(rows: Rows) -> float:

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from lorakit.data.lines import Progress, explain, unrecognised
-from lorakit.data.rows import FORMATS, Row, find_problem, has_images, recognise, unused_columns
+from lorakit.data.lines import Columns, Progress, explain, unrecognised
+from lorakit.data.rows import FORMATS, Row, find_problem, has_images, recognise, row_type, unused_columns
 from lorakit.errors import DataError
 from lorakit.hub import find_hub_problem
 
@@ -27,19 +27,19 @@ class Table:
     """Rows of a table, checked like the lines of a file; a row is named by its number, counted from 1 without the header."""
 
     def __init__(
-        self, name: str, records: Records, columns: list[str], digest: str, *, format: str | None = None,
-        bad_rows: dict[int, str] | None = None,
+        self, name: str, records: Records, present: list[str], digest: str, *, format: str | None = None,
+        columns: Columns = (), bad_rows: dict[int, str] | None = None,
     ) -> None:  # fmt: skip
         self.path, self.digest, self._records = Path(name), digest, records
         self.num_rows_seen, self.has_images = len(records), False
         self.problems: list[tuple[int, str]] = []
-        found = format or recognise(columns)
+        found = format or recognise(present, columns)
         if found is None:
-            raise DataError(unrecognised(name, ", ".join(columns)))
-        self.format = found
-        self.unused_columns = unused_columns(columns, found)
+            raise DataError(unrecognised(name, present, columns))
+        self.format, self._type = found, row_type(found, columns)
+        self.unused_columns = unused_columns(present, self._type)
         if not isinstance(records, list):
-            records = records.select_columns([column for column in columns if column not in self.unused_columns])
+            records = records.select_columns([column for column in present if column not in self.unused_columns])
             self._records = records.cast(_undecoded(records.features))
         self._rows = self._check(bad_rows or {})
 
@@ -55,7 +55,7 @@ class Table:
         return f"{self.path}: row {self._rows[index] + 1}"
 
     def _convert(self, record: Any) -> Row:
-        return msgspec.convert(_without_nulls(record), FORMATS[self.format])
+        return msgspec.convert(_without_nulls(record), self._type)
 
     def _check(self, bad_rows: dict[int, str]) -> list[int]:
         good = []
@@ -67,7 +67,7 @@ class Table:
                     problem = find_problem(row)
                     self.has_images = self.has_images or has_images(row)
             except msgspec.ValidationError as error:
-                problem = explain(error, FORMATS[self.format])
+                problem = explain(error, self._type)
             if problem:
                 self.problems.append((number + 1, problem))
             else:
@@ -75,19 +75,21 @@ class Table:
         return good
 
 
-def load_table(path: Path, *, format: str | None = None, progress: Progress | None = None) -> Table:
+def load_table(path: Path, *, format: str | None = None, columns: Columns = (), progress: Progress | None = None) -> Table:
     """Read a ``.json``, ``.csv`` or ``.parquet`` file. CSV cells are text, never guessed to be numbers or nulls."""
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    table = {".json": _load_json, ".csv": _load_csv, ".parquet": _load_parquet}[path.suffix](path, digest, format)
+    table = {".json": _load_json, ".csv": _load_csv, ".parquet": _load_parquet}[path.suffix](
+        path, digest, {"format": format, "columns": columns}
+    )
     if progress:
         progress(path.stat().st_size)
     return table
 
 
-def load_hub_table(name: str, split: str, *, format: str | None = None) -> Table:
+def load_hub_table(name: str, split: str, *, format: str | None = None, columns: Columns = ()) -> Table:
     """Read a data set of the hub by its name, for instance ``HuggingFaceH4/no_robots``. Raises DataError."""
     import datasets
 
@@ -99,21 +101,21 @@ def load_hub_table(name: str, split: str, *, format: str | None = None) -> Table
         records = datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets and the hub raise a zoo of types
         raise DataError(_foreign(name, error)) from error
-    return Table(f"{name} ({split})", records, records.column_names, str(records._fingerprint), format=format)
+    return Table(f"{name} ({split})", records, records.column_names, str(records._fingerprint), format=format, columns=columns)
 
 
-def _load_json(path: Path, digest: str, format: str | None) -> Table:
+def _load_json(path: Path, digest: str, options: dict[str, Any]) -> Table:
     try:
         records = msgspec.json.decode(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a data set: {explain(error, FORMATS['text'])}") from error
     if not isinstance(records, list):
         raise DataError(f"{path}: a .json file holds an array of rows, or one row per line")
-    columns = dict.fromkeys(name for record in records[:_CHECK_ROWS] if isinstance(record, dict) for name in record)
-    return Table(str(path), records, list(columns), digest, format=format)
+    present = dict.fromkeys(name for record in records[:_CHECK_ROWS] if isinstance(record, dict) for name in record)
+    return Table(str(path), records, list(present), digest, **options)
 
 
-def _load_csv(path: Path, digest: str, format: str | None) -> Table:
+def _load_csv(path: Path, digest: str, options: dict[str, Any]) -> Table:
     import datasets
 
     _quiet()
@@ -127,7 +129,7 @@ def _load_csv(path: Path, digest: str, format: str | None) -> Table:
         raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from error
     except csv.Error as error:
         raise DataError(f"{path}: malformed CSV: {error}") from error
-    return Table(str(path), records, records.column_names, digest, format=format, bad_rows=bad_rows)
+    return Table(str(path), records, records.column_names, digest, **options, bad_rows=bad_rows)
 
 
 def _check_csv(path: Path) -> tuple[dict[int, str], list[str]]:
@@ -161,7 +163,7 @@ def _csv_records(path: str, digest: str) -> Iterator[dict[str, str]]:
                 yield {name: cell for name, cell in zip(header, cells, strict=False) if name}
 
 
-def _load_parquet(path: Path, digest: str, format: str | None) -> Table:
+def _load_parquet(path: Path, digest: str, options: dict[str, Any]) -> Table:
     import datasets
 
     _quiet()
@@ -169,7 +171,7 @@ def _load_parquet(path: Path, digest: str, format: str | None) -> Table:
         records = datasets.Dataset.from_parquet(glob.escape(str(path)), cache_dir=_cache(digest))
     except Exception as error:  # down to Arrow's own
         raise DataError(_foreign(str(path), error)) from error
-    return Table(str(path), records, records.column_names, digest, format=format)
+    return Table(str(path), records, records.column_names, digest, **options)
 
 
 def _quiet() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from lorakit.errors import CheckpointError, TrainingError
 from lorakit.loss import LOSSES
 from lorakit.model.partition import full_shape, whole
-from lorakit.training.step import compute_loss
+from lorakit.training.step import compute_loss, sums_by_origin
 from lorakit.types import Batch, LossOutput
 
 
@@ -55,6 +55,10 @@ class LoRAModule(L.LightningModule):
         self._window: list[Batch] = []
         self._window_loss: torch.Tensor | float = 0.0
         self._val_sums = [0.0, 0.0]
+        self.source_names: dict[
+            str, Sequence[str]
+        ] = {}  # of several sources of data, whose loss and share are logged, by stage
+        self._by_source: torch.Tensor | float = 0.0  # of the window, or of the evaluation; see sums_by_origin
 
     # ---- model
 
@@ -65,6 +69,11 @@ class LoRAModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.model.train()
+        datamodule = getattr(self.trainer, "datamodule", None)
+        self.source_names = {
+            "train": getattr(datamodule, "source_names", ()),
+            "val": getattr(datamodule, "val_source_names", ()),
+        }
 
     def configure_optimizers(self) -> Any:
         """One optimiser over the adapter, one schedule that is stepped with it."""
@@ -91,6 +100,7 @@ class LoRAModule(L.LightningModule):
         loss = output.loss_sum / (batch.window_weight or 1.0)
         self._window.append(batch)
         self._window_loss = self._window_loss + loss.detach()
+        self._add_by_source("train", output, batch)
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def configure_gradient_clipping(
@@ -123,6 +133,7 @@ class LoRAModule(L.LightningModule):
             self.log("train/bad_steps", float(self.num_bad_steps))
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/grad_norm", norm)
+        self._log_by_source("train", shares=True)
         self.log("train/lr", optimizer.param_groups[0]["lr"], prog_bar=True)
         if self.num_bad_in_a_row >= self.max_bad_steps:
             self._stop_for_bad_steps(window)
@@ -147,16 +158,33 @@ class LoRAModule(L.LightningModule):
         error.is_of_all = True  # decided by all processes together
         raise error
 
+    def _add_by_source(self, stage: str, output: LossOutput, batch: Batch) -> None:
+        if names := self.source_names.get(stage):
+            self._by_source = self._by_source + sums_by_origin(output, batch, len(names)).detach()
+
+    def _log_by_source(self, stage: str, *, shares: bool = False) -> None:
+        """Log the loss of each source of data, NaN where it has no token, and its share of the weight."""
+        if not (names := self.source_names.get(stage)):
+            return
+        sums = torch.as_tensor(self._by_source, dtype=torch.float32, device=self.device)
+        strategy: Any = self.trainer.strategy
+        (losses, weights), self._by_source = strategy.reduce(sums, reduce_op="sum").tolist(), 0.0
+        for name, loss, weight in zip(names, losses, weights, strict=True):
+            self.log(f"{stage}/loss/{name}", loss / weight if weight else float("nan"))
+            if shares:
+                self.log(f"{stage}/share/{name}", weight / (sum(weights) or 1.0))
+
     # ---- evaluation
 
     def on_validation_epoch_start(self) -> None:
-        self._val_sums = [0.0, 0.0]
+        self._val_sums, self._by_source = [0.0, 0.0], 0.0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add this batch to the loss over all evaluation tokens."""
         output = compute_loss(self.model, batch, self.loss)
         self._val_sums[0] += float(output.loss_sum)
         self._val_sums[1] += batch.weight
+        self._add_by_source("val", output, batch)
 
     def on_validation_epoch_end(self) -> None:
         sums = self._val_sums
@@ -164,6 +192,7 @@ class LoRAModule(L.LightningModule):
             sums = self.trainer.strategy.reduce(torch.tensor(sums, device=self.device), reduce_op="sum").tolist()
         loss_sum, weight = sums
         self.log("val/loss", loss_sum / weight if weight else float("nan"), prog_bar=True, sync_dist=True)
+        self._log_by_source("val")
 
     # ---- state: the adapter and nothing else
 

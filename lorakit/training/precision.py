@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lorakit.errors import ConfigError
+from lorakit.training.gpus import find_gpu_problem
 
 _BASE_DTYPES = {"bf16-mixed": "bfloat16", "16-mixed": "float16", "32-true": "float32"}
 
@@ -31,8 +32,16 @@ def resolve_precision(precision: str, accelerator: str) -> str:
 
 
 def resolve_accelerator(accelerator: str) -> str:
-    """Return ``cuda``, ``mps`` or ``cpu``; ``auto`` takes the best that is there."""
+    """Return ``cuda``, ``mps`` or ``cpu``; ``auto`` takes the best that is there.
+
+    Raises:
+        ConfigError: there is no such device, or, under ``auto``, a GPU that torch cannot use: a CPU would take its place silently.
+    """
     if accelerator == "auto":
+        if problem := find_gpu_problem():
+            raise ConfigError(
+                f"{problem.said}: {problem.remedy}. To go on without it, set trainer.accelerator=cpu (in a program, accelerator='cpu')"
+            )
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if accelerator in ("cuda", "gpu"):
         if not torch.cuda.is_available():

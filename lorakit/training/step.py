@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from lorakit.loss import Loss
 from lorakit.loss.head import HeadAdapter
 from lorakit.loss.inputs import inputs_of
@@ -24,6 +26,17 @@ def compute_loss(model: Any, batch: Batch, loss: Loss, *, all_positions: bool = 
     if all_positions:
         return output
     return replace(output, logprobs=output.logprobs.masked_fill(batch.weights == 0, float("nan")))
+
+
+def sums_by_origin(output: LossOutput, batch: Batch, num_origins: int) -> torch.Tensor:
+    """Return ``-weight * logprob`` and ``|weight|``, summed for each source of data, (2, S) float32, of positions that are trained."""
+    weights = batch.weights
+    losses = (-weights * output.logprobs).masked_fill(weights == 0, 0.0)
+    per_position = torch.stack([losses, weights.abs()])
+    if per_position.ndim > 3:
+        per_position = per_position.sum(-1)
+    sums = per_position.new_zeros(2, num_origins)
+    return sums.index_add_(1, batch.origin_ids.flatten(), per_position.flatten(1)) if batch.origins else sums
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,11 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
+    def chat_template(self) -> Path:
+        """The chat template that the run brought; not there where it took the tokenizer's own."""
+        return self.folder / "chat_template.jinja"
+
+    @property
     def adapter(self) -> Path:
         """The finished adapter, a PEFT folder in bf16."""
         return self.folder / ADAPTER_FOLDER

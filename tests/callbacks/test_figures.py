@@ -130,8 +130,9 @@ def test_throughput_leaves_out_other_callbacks_and_evaluation_and_counts_the_wai
 
     monkeypatch.setattr("lorakit.data.stream.prefetch", prefetch)
     examples: Any = SimpleNamespace(datums=lambda index: [DATUMS[index]])
+    mixture: Any = SimpleNamespace(rows=lambda epoch: np.arange(8))
     stream = BatchStream(
-        examples, np.arange(8), pad_token_id=0, batch_size=2, row_tokens=None, accumulate=2, window_rows=4, num_epochs=2
+        examples, mixture, pad_token_id=0, batch_size=2, row_tokens=None, accumulate=2, window_rows=4, num_epochs=2
     )
     callback = Throughput()
     fit(tmp_path, [callback, Pause()], family="llama", evaluate=True, batches=stream)

@@ -14,6 +14,7 @@ from data_toys import write_jsonl
 
 from lorakit.data.datum import OnLong
 from lorakit.data.examples import Examples
+from lorakit.data.mixture import Mixture
 from lorakit.data.render import Renderer
 from lorakit.data.sources import open_source
 from lorakit.data.stream import BatchStream
@@ -37,7 +38,8 @@ def make(tmp_path: Path, tiny: Any) -> Make:
     def make(indices: np.ndarray | None = None, max_tokens: int = 64, **options: Any) -> BatchStream:
         examples = Examples(source, Renderer(tiny), max_tokens, OnLong.DROP)
         given = {"pad_token_id": 258, "batch_size": 2, "row_tokens": None, "num_epochs": 2, "window_rows": WINDOW, "seed": 5}
-        return BatchStream(examples, np.arange(NUM_ROWS) if indices is None else indices, **(given | options))
+        mixture = Mixture(np.arange(NUM_ROWS) if indices is None else indices, source, seed=5)
+        return BatchStream(examples, mixture, **(given | options))
 
     return make
 

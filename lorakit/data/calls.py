@@ -1,0 +1,74 @@
+"""Tools and their calls in a conversation: arguments as an object or as JSON, in the form that the model's template writes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+Message = dict[str, Any]
+
+
+def find_tools_problem(tools: Any) -> str | None:
+    """What is wrong with a row's ``tools``, or None."""
+    if not isinstance(tools, str):
+        return None
+    try:
+        found = json.loads(tools)
+    except ValueError as error:
+        return f"`tools` is a text that is not JSON: {error}"
+    is_list = isinstance(found, list) and all(isinstance(tool, dict) for tool in found)
+    return None if is_list or found is None else "`tools` must be a list of objects"
+
+
+def find_arguments_problem(call: dict[str, Any]) -> str | None:
+    """What is wrong with the arguments of one of ``tool_calls``, or None."""
+    function = _function_of(call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return f"`tool_calls` holds {json.dumps(call)[:80]}, which is no call: a function has a `name` and `arguments`"
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments:
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            return f"the arguments of {function['name']} are a text that is not JSON: {error}"
+    return (
+        None if isinstance(arguments, dict | None) or arguments == "" else f"the arguments of {function['name']} are no object"
+    )
+
+
+def read_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """A row's ``tools`` as a list, None where there are none."""
+    return (json.loads(tools) if isinstance(tools, str) else tools) or None
+
+
+def has_calls(messages: list[Message]) -> bool:
+    """Whether any message calls a tool."""
+    return any(message.get("tool_calls") for message in messages)
+
+
+def with_arguments(messages: list[Message], *, as_text: bool) -> list[Message]:
+    """``messages`` with the arguments of all calls as objects, or as JSON text."""
+    changed = []
+    for message in messages:
+        calls = [_with_arguments(call, as_text) for call in message.get("tool_calls") or ()]
+        changed.append({**message, "tool_calls": calls} if calls else message)
+    return changed
+
+
+def is_written_by_python(text: str, messages: list[Message]) -> bool:
+    """Whether ``text`` has arguments as Python prints a dict, which is no JSON: its template wanted them as text."""
+    arguments = [_function_of(call).get("arguments") for message in messages for call in message.get("tool_calls") or ()]
+    return any(repr(found) in text for found in arguments if found and repr(found) != json.dumps(found, ensure_ascii=False))
+
+
+def _function_of(call: dict[str, Any]) -> Any:
+    return call.get("function", call)
+
+
+def _with_arguments(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
+    function = _function_of(call)
+    given = function.get("arguments") or {}
+    as_object = json.loads(given) if isinstance(given, str) else given
+    arguments = (given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)) if as_text else as_object
+    changed = {**function, "arguments": arguments}
+    return {**call, "function": changed} if "function" in call else changed

@@ -1,0 +1,81 @@
+"""GPUs that are in the machine, whether or not torch can use them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+_AMD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
+
+
+@functools.cache
+def find_gpus() -> tuple[str, ...]:
+    """The GPUs that the drivers know of, as they name them, torch not asked; those that the environment hides are left out."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return ()
+    return (*_ask_nvidia("--list-gpus"), *_find_amd())
+
+
+def find_driver() -> str | None:
+    """The version of NVIDIA's driver, or None where there is none."""
+    return next(iter(_ask_nvidia("--query-gpu=driver_version", "--format=csv,noheader")), None)
+
+
+class GpuProblem(NamedTuple):
+    """Why torch cannot use a GPU that is there, and what to do."""
+
+    said: str
+    remedy: str
+
+
+@functools.cache
+def find_gpu_problem() -> GpuProblem | None:
+    """What keeps torch from using a GPU that is there, or None where it can, or there is none."""
+    if torch.cuda.is_available() or not (gpus := find_gpus()):
+        return None
+    has_amd = bool(_find_amd())
+    name = re.sub(r"^GPU \d+: | \(UUID.*", "", gpus[0])
+    here = f"{len(gpus)} GPU{'s are' if len(gpus) > 1 else ' is'} here ({name}), but torch {torch.__version__}"
+    if torch.version.cuda is None and torch.version.hip is None:
+        version, wheels = torch.__version__.partition("+")[0], "rocm7.1" if has_amd else "cu130"
+        return GpuProblem(
+            f"{here} is a build without {'ROCm' if has_amd else 'CUDA'}",
+            f"pip install --force-reinstall torch=={version} --index-url https://download.pytorch.org/whl/{wheels}",
+        )
+    try:
+        torch.cuda.init()
+        reason = "it finds none"
+    except Exception as error:  # whatever the driver says
+        reason = str(error).splitlines()[0]
+    return GpuProblem(f"{here} cannot use it: {reason}", "update its driver, or install a build of torch for an older CUDA")
+
+
+def _ask_nvidia(*arguments: str) -> tuple[str, ...]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ()
+    try:
+        said = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return tuple(line.strip() for line in said.stdout.splitlines() if line.strip()) if said.returncode == 0 else ()
+
+
+def _find_amd() -> tuple[str, ...]:
+    """AMD's GPUs by the kernel's list, in which processors stand too, without SIMD units."""
+    found = []
+    for file in sorted(_AMD_NODES.glob("*/properties")):
+        try:
+            facts = dict(line.split(maxsplit=1) for line in file.read_text().splitlines() if " " in line)
+        except OSError:
+            continue
+        if int(facts.get("simd_count", "0")) > 0:
+            found.append(f"AMD GPU, node {file.parent.name}")
+    return tuple(found)

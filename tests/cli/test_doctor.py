@@ -1,0 +1,105 @@
+"""`lorakit doctor`, and a run on a machine whose GPU torch cannot use."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakit.training import gpus
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def unusable_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine with NVIDIA's driver, as far as its program says, and a torch that sees no GPU."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(
+        '#!/bin/sh\ncase "$1" in --list-gpus) echo "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)";; *) echo 570.86.15;; esac\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for cached in (gpus.find_gpus, gpus.find_gpu_problem):
+        cached.cache_clear()
+    yield
+    for cached in (gpus.find_gpus, gpus.find_gpu_problem):
+        cached.cache_clear()
+
+
+def test_the_doctor_reports_each_thing_that_a_run_would_use(
+    workplace: Path, lorakit: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(workplace / "none"))
+    code, out, err = lorakit("doctor", "--json")
+    assert code == 0, err
+    found = {entry["name"]: entry for entry in json.loads(out)}
+    expected = {
+        "lorakit",
+        "packages",
+        "torch",
+        "precision",
+        "deepspeed",
+        "compiler",
+        "w&b",
+        "hub",
+        "memory",
+        "runs",
+        "hub cache",
+    }
+    assert expected <= found.keys()
+    assert torch.__version__ in found["torch"]["said"] and "GB free" in found["runs"]["said"]
+    assert found["deepspeed"]["state"] == "ok" and found["w&b"]["remedy"] == "wandb login"
+    assert "HF_HUB_OFFLINE=1 is set" in found["hub"]["said"] and "model.path" in found["hub"]["remedy"]
+    code, out, _ = lorakit("doctor")
+    assert code == 0 and out.endswith("nothing to mend\n") and "→ wandb login" in out
+
+
+def test_a_gpu_that_torch_cannot_use_is_bad_and_stops_a_run(workplace: Path, lorakit: Call, unusable_gpu: None) -> None:
+    code, out, _ = lorakit("doctor")
+    assert code == 1 and "570.86.15" in out and "1 to mend" in out
+    (line,) = [line for line in out.splitlines() if "bad" in line]
+    assert "1 GPU is here (NVIDIA H100 80GB HBM3)" in line
+    if torch.version.cuda is None:
+        assert (
+            f"torch {torch.__version__} is a build without CUDA" in line and "--index-url https://download.pytorch.org" in out
+        )
+    code, _, err = lorakit("train", "trainer.max_steps=1")
+    assert code == 2 and "1 GPU is here" in err and "trainer.accelerator=cpu" in err
+    assert not (workplace / "runs").exists()
+
+
+def test_a_run_on_the_processor_goes_on_where_that_is_asked_for(unusable_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorakit.training.precision import resolve_accelerator
+
+    assert resolve_accelerator("cpu") == "cpu"
+    gpus.find_gpus.cache_clear()
+    gpus.find_gpu_problem.cache_clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert gpus.find_gpu_problem() is None
+
+
+def test_what_cannot_be_written_is_bad(workplace: Path, lorakit: Call) -> None:
+    (workplace / "file").write_text("x")
+    code, out, _ = lorakit("doctor", "--runs", "file/runs")
+    assert code == 1 and "file/runs cannot be written" in out and "set paths.runs" in out
+
+
+def test_a_gpu_of_amd_is_found_in_the_kernels_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unusable_gpu: None) -> None:
+    for node, simds in ((0, 0), (1, 304)):
+        (tmp_path / str(node)).mkdir()
+        (tmp_path / str(node) / "properties").write_text(f"cpu_cores_count 8\nsimd_count {simds}\n")
+    monkeypatch.setattr(gpus, "_AMD_NODES", tmp_path)
+    monkeypatch.setattr(gpus, "_ask_nvidia", lambda *_: ())
+    assert gpus.find_gpus() == ("AMD GPU, node 1",)
+    if torch.version.hip is None and torch.version.cuda is None:
+        problem = gpus.find_gpu_problem()
+        assert problem and "without ROCm" in problem.said
