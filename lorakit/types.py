@@ -130,12 +130,18 @@ class Batch:
     part: tuple[int, int] | None = None  # first position of each row that is here, and one past the last; None: all are
     extras: dict[str, torch.Tensor] = field(default_factory=dict)  # further loss inputs, (B, L)
     images: Images | None = None
+    num_pairs: int = 0  # where each two spans are a pair of a better and a worse answer: how many
     origins: tuple[int, ...] = ()  # per span, which of several sources of data it is from; empty where there is one
 
     @cached_property
     def weight(self) -> float:
         """Sum of |weights| of this batch."""
         return float(self.weights.abs().sum())
+
+    @property
+    def denominator(self) -> float:
+        """This batch's share of ``window_weight``: its weight, or its pairs."""
+        return float(self.num_pairs) if self.num_pairs else self.weight
 
     @cached_property
     def trained_positions(self) -> torch.Tensor:
@@ -146,13 +152,27 @@ class Batch:
     @cached_property
     def origin_ids(self) -> torch.Tensor:
         """Which of several sources of data each position is from, (B, L) int64; 0 in the padding."""
+        return self._by_span(self.origins, 0)
+
+    @cached_property
+    def span_ids(self) -> torch.Tensor:
+        """The number of each position's span, (B, L) int64; that of the last and one more in the padding."""
+        return self._by_span(range(len(self.spans)), len(self.spans))
+
+    def _by_span(self, values: Sequence[int], padding: int) -> torch.Tensor:
         import torch
 
         first, last = self.part or (0, self.input_ids.shape[1])
-        ids = np.zeros(self.input_ids.shape, np.int64)
-        for (row, start, end), origin in zip(self.spans, self.origins, strict=True):
-            ids[row, max(start, first) - first : max(min(end, last) - first, 0)] = origin
+        ids = np.full(self.input_ids.shape, padding, np.int64)
+        for (row, start, end), value in zip(self.spans, values, strict=True):
+            ids[row, max(start, first) - first : max(min(end, last) - first, 0)] = value
         return torch.from_numpy(ids)
+
+    def with_extra(self, name: str, values: torch.Tensor) -> Batch:
+        """This batch with one more loss input, (B, L); what was found out of it before stays known."""
+        wider = replace(self, extras={**self.extras, name: values})
+        wider.__dict__.update({key: value for key, value in vars(self).items() if key not in wider.__dict__})
+        return wider
 
     @property
     def spans_here(self) -> list[tuple[int, int, int]]:
@@ -200,6 +220,8 @@ class Batch:
         moved.__dict__.update(weight=self.weight, trained_positions=self.trained_positions.to(device))
         if self.origins:
             moved.__dict__.update(origin_ids=self.origin_ids.to(device))
+        if self.num_pairs:
+            moved.__dict__.update(span_ids=self.span_ids.to(device))
         return moved
 
 
@@ -209,7 +231,9 @@ class LossOutput:
 
     loss_sum: torch.Tensor  # scalar, with graph
     logprobs: torch.Tensor  # as the targets, float32: log-probability of each; NaN where it was not computed; detached
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(
+        default_factory=dict
+    )  # numbers, or scalar tensors: sums, as the loss; the same names in each call
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lorakit.errors import ConfigError
 from lorakit.lora.inject import LoRAPlan, inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.lora.state import adapter_state
+from lorakit.loss.inputs import inputs_of
 from lorakit.model.layers import compile_layers, enable_checkpointing
 from lorakit.model.load import base_name, load_config, load_image_processor, load_model, load_tokenizer
 from lorakit.strategy.watch import PhaseCallback
@@ -120,11 +122,29 @@ def build_module(
         optimizer=optimizer,
         schedule=schedule,
         total_steps=total_steps,
-        loss=config["loss"]["name"],
+        loss=build_loss(config["loss"]),
         clip_norm=config["optim"]["clip_norm"],
         max_bad_steps=config["trainer"]["max_bad_steps"],
         tokenizer=tokenizer,
     )
+
+
+def build_loss(settings: Config) -> Callable[..., Any]:
+    """The loss: a function with its numbers, or what a class of that name makes. Raises ConfigError."""
+    target = import_target(settings["_target_"], "loss")
+    return build({**settings, "_partial_": not isinstance(target, type)}, "loss")
+
+
+def check_pairs(config: Config, datamodule: LoRADataModule) -> None:
+    """Raise ConfigError where rows and loss do not go together."""
+    target, is_of_pairs = config["loss"]["_target_"], inputs_of(import_target(config["loss"]["_target_"], "loss")).is_of_pairs
+    if is_of_pairs and not datamodule.are_pairs:
+        formats = ", ".join(datamodule.source.formats)
+        raise ConfigError(f"{target} is a loss of pairs, but these are rows of {formats}: give rows of chosen and rejected")
+    if datamodule.are_pairs and not is_of_pairs:
+        raise ConfigError("rows of chosen and rejected need a loss of pairs: set loss=dpo")
+    if is_of_pairs and config["strategy"].get("sequence_parallel", 1) > 1:
+        raise ConfigError("pairs cannot be shared by several processes; set strategy.sequence_parallel=1")
 
 
 def build_optimization(config: Config, *, lr: float, total_steps: int, precision: str) -> tuple[Any, Any]:

@@ -55,21 +55,44 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
     datums = [datum for index in datamodule.val_indices for datum in datamodule.val_examples.datums(int(index))]
     if not datums:
         raise ConfigError("no row to evaluate on is left; see data.on_long and data.on_error")
-    loss_sum, weight = score_loss(model, datums, pad_token_id=datamodule.pad_token_id, images=datamodule.images)
-    loss = loss_sum / weight
     figures: dict[str, Any] = {
         "run": trained.run.name,
         "adapter": None if options.base else str(trained.adapter),
         "data": options.data or settings["val_path"] or datamodule.path,
         "rows": len(datamodule.val_indices),
-        "loss": loss,
-        "perplexity": perplexity(loss),
     }
+    if datamodule.are_pairs:
+        from lorakit.cli.assemble import build_loss
+
+        if options.base:
+            raise ConfigError("--base: of pairs the base is the reference, so its figures are those of a coin")
+        return figures | score_pairs(model, datamodule, build_loss(trained.config["loss"]))
+    loss_sum, weight = score_loss(model, datums, pad_token_id=datamodule.pad_token_id, images=datamodule.images)
+    loss = loss_sum / weight
+    figures |= {"loss": loss, "perplexity": perplexity(loss)}
     if not options.no_samples:
         params = SamplingParams(max_tokens=options.max_tokens, temperature=0.0, stop=settings["stop"])
         answers = answer_all(model, tokenizer, datums, params, images=datamodule.images)
         figures["exact_match"] = sum(answer.is_exact for answer in answers) / len(answers)
     return figures
+
+
+def score_pairs(model: Any, datamodule: Any, loss: Any) -> dict[str, float]:
+    """Return the mean of ``loss``, which is one of pairs, and of its metrics, over the evaluation rows."""
+    import torch
+
+    from lorakit.training.step import compute_loss
+
+    sums: dict[str, float] = {"loss": 0.0}
+    num_pairs = 0
+    model.eval()
+    for batch in datamodule.val_dataloader():
+        with torch.no_grad():
+            output = compute_loss(model, batch.to(model.device), loss)
+        num_pairs += batch.num_pairs
+        for name, value in {"loss": output.loss_sum, **output.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return {"pairs": num_pairs, **{name: value / num_pairs for name, value in sums.items()}}
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ import yaml
 
 from lorakit.cli import assemble
 from lorakit.cli.conf import conf_dir
+from lorakit.cli.schema import import_target
 from lorakit.data.datamodule import DEFAULT_BATCH_SIZE
 from lorakit.data.examples import DataReport
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import LoRAPlan
 from lorakit.lora.inject import plan as plan_lora
+from lorakit.loss.inputs import inputs_of
 from lorakit.model.vision import find_tower
 from lorakit.planner.memory import (
     REFUSE_SHARE,
@@ -125,16 +127,22 @@ def step_shape(config: Config, *, accelerator: str, precision: str, rows: RowSiz
     num_positions = data["pack_tokens"] or data["max_tokens"]
     if not data["packing"]:
         num_positions = min(data["max_tokens"], rows.longest or 1 << 62)
-    num_rows = data["batch_size"] or DEFAULT_BATCH_SIZE
+    num_rows = rows_each(config) * (data["batch_size"] or DEFAULT_BATCH_SIZE)
     if data["tokens_per_batch"]:
         num_rows = max(1, data["tokens_per_batch"] // num_positions)
     parts = config["strategy"].get("sequence_parallel", 1)
     return StepShape(
         num_rows=num_rows, num_positions=-(-num_positions // parts), parts=parts,
         dtype=base_dtype(config["model"]["dtype"], precision), precision=precision,
-        device=accelerator, checkpointing=trainer["activation_checkpointing"], loss=config["loss"]["name"],
+        device=accelerator, checkpointing=trainer["activation_checkpointing"],
         attention=config["model"]["attention"], image_tokens=rows.images_in(num_rows, num_positions) if parts == 1 else (),
     )  # fmt: skip
+
+
+def rows_each(config: Config) -> int:
+    """Rows of a batch for each row of the data: two where it is a pair and nothing is packed."""
+    is_of_pairs = inputs_of(import_target(config["loss"]["_target_"], "loss")).is_of_pairs
+    return 2 if is_of_pairs and not config["data"]["packing"] else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +163,7 @@ def passes_without_gradients(config: Config, training: StepShape, rows: RowSizes
     if not (data["val_path"] or data["val_fraction"]):
         return []
     num_positions, most = min(data["max_tokens"], rows.longest or 1 << 62), data["val_rows"] or 1 << 62
-    num_rows = min(data["val_batch_size"] or 0, most)
+    num_rows = rows_each(config) * min(data["val_batch_size"] or 0, most)
     asked = len(samples.get("prompts") or ()) or min(samples.get("num_prompts", 0), most)
     num_prompts = min(asked, MAX_BATCH)
     kept = num_prompts * (num_positions + samples.get("max_tokens", 0))

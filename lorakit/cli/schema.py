@@ -11,7 +11,6 @@ from typing import Any, Literal, get_type_hints
 import msgspec
 
 from lorakit.errors import ConfigError
-from lorakit.loss import LOSSES
 from lorakit.loss.inputs import inputs_of
 
 
@@ -72,15 +71,10 @@ class WandbSettings(msgspec.Struct, forbid_unknown_fields=True):
     early_terminate: dict[str, Any] | None
 
 
-class LossSettings(msgspec.Struct, forbid_unknown_fields=True):
-    name: str
-
-
 _GROUPS: dict[str, type[msgspec.Struct]] = {
     "model": ModelSettings,
     "trainer": TrainerSettings,
     "checkpoint": CheckpointSettings,
-    "loss": LossSettings,
     "plan": PlanSettings,
 }
 _TOP_LEVEL = (
@@ -103,7 +97,7 @@ def check_settings(config: dict[str, Any]) -> None:
     problems = _find_unknown_keys(config)
     for group, schema in _GROUPS.items():
         problems += check_group(group, config[group], schema)
-    for group in ("data", "lora", "launch"):
+    for group in ("data", "lora", "launch", "loss"):
         problems += find_argument_problems(config[group], group)
     if not problems:
         problems += _find_range_problems(config)
@@ -122,15 +116,21 @@ def check_settings(config: dict[str, Any]) -> None:
         for name, entry in (config[group] or {}).items():
             if entry is not None:
                 problems += find_argument_problems(entry, f"{group}.{name}")
-    if config["loss"]["name"] not in LOSSES:
-        problems.append(f"loss.name={config['loss']['name']} is unknown; there are: {', '.join(LOSSES)}")
-    elif missing := [name for name in inputs_of(LOSSES[config["loss"]["name"]]).required if name != "weights"]:
-        problems.append(
-            f"loss.name={config['loss']['name']} takes {', '.join(missing)} for each token, which rows of data have not; "
-            "write its loop with lorakit.ServiceClient"
-        )
+    problems += _find_loss_problems(config["loss"])
     if problems:
         raise ConfigError("\n  ".join(["these settings cannot be used:", *problems]) if len(problems) > 1 else problems[0])
+
+
+def _find_loss_problems(settings: dict[str, Any]) -> list[str]:
+    """Of the losses that lorakit brings, those for policies take what rows of data have not."""
+    loss = import_target(settings["_target_"], "loss")
+    missing = [name for name in inputs_of(loss).required if name != "weights"]
+    if not missing:
+        return []
+    return [
+        f"loss._target_={settings['_target_']} takes {', '.join(missing)} for each token, which rows of data have not; "
+        "write its loop with lorakit.ServiceClient"
+    ]
 
 
 def _find_unknown_keys(config: dict[str, Any]) -> list[str]:

@@ -153,6 +153,7 @@ def _prepare(
         raise ConfigError(f"paths.runs={root} cannot be used: {problem}")
     find_run_to_resume(config, root, experiment)  # a name that is taken is told before anything is read
     datamodule, tokenizer = assemble.load_data(config)
+    assemble.check_pairs(config, datamodule)
     if datamodule.has_images and config["strategy"].get("sequence_parallel", 1) > 1:
         raise ConfigError("rows with images cannot be shared by several processes; set strategy.sequence_parallel=1")
     print_data_report(datamodule, console)

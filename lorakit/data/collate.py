@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike
 
 
-def collate(rows: Sequence[Sequence[Datum]], pad_token_id: int, images: ImageEncoder | None = None) -> Batch:
+def collate(
+    rows: Sequence[Sequence[Datum]], pad_token_id: int, images: ImageEncoder | None = None, *, are_pairs: bool = False
+) -> Batch:
     """Return the Batch of ``rows``, each a list of Datums laid end to end and padded on the right.
 
     Raises:
         DataError: an image cannot be decoded, or takes another number of positions than its chunk says.
+
+    Args:
+        are_pairs: each two Datums are a pair, the better answer first.
 
     Padding has weight 0 and can change nothing: attention is causal, so no token sees what stands to its right. Rows with
     several Datums get ``position_ids`` that restart with each; the padding counts as a document of its own.
@@ -67,6 +72,7 @@ def collate(rows: Sequence[Sequence[Datum]], pad_token_id: int, images: ImageEnc
         spans=tuple(spans),
         extras={name: torch.from_numpy(array) for name, array in extras.items()},
         images=stack_images(encoded) if encoded else None,
+        num_pairs=len(spans) // 2 if are_pairs else 0,
         origins=tuple(datum.origin for row in rows for datum in row if datum.origin is not None),
     )
 

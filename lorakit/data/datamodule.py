@@ -21,6 +21,7 @@ from lorakit.data.images import ImageEncoder
 from lorakit.data.mixture import Mixture
 from lorakit.data.packing import assign_batches
 from lorakit.data.render import Renderer, TrainOnWhat
+from lorakit.data.rows import are_pairs
 from lorakit.data.sources import Source, open_source, open_sources, read_mixed
 from lorakit.data.stream import BatchStream
 from lorakit.data.templates import read_template, use_template
@@ -136,6 +137,7 @@ class LoRADataModule(L.LightningDataModule):
         """Read and check every row. Raises DataError with all problems."""
         for source in (self.source, self.val_source):  # asking for them reads them
             assert len(source)
+        assert self.are_pairs in (True, False)
 
     def set_tokenizer(self, tokenizer: Any, images: ImageEncoder | None = None, *, image_token_id: int | None = None) -> None:
         """Use ``tokenizer``, and ``images`` where rows have some, for everything that follows.
@@ -188,6 +190,7 @@ class LoRADataModule(L.LightningDataModule):
             window_rows=self.window_rows,
             cursor=self._cursor,
             images=self.images,
+            are_pairs=self.are_pairs,
         )
 
     def val_dataloader(self) -> BatchStream | list[Any]:
@@ -205,6 +208,7 @@ class LoRADataModule(L.LightningDataModule):
             shuffle=False,
             window_rows=self.window_rows,
             images=self.images,
+            are_pairs=self.are_pairs,
         )
 
     def val_prompts(self, count: int) -> list[ModelInput]:
@@ -251,6 +255,11 @@ class LoRADataModule(L.LightningDataModule):
         if self.val_path is None:
             return self.source
         return open_source(self.val_path, format=self.format, columns=self.columns, on_error=self.on_error, split=self.split)
+
+    @cached_property
+    def are_pairs(self) -> bool:
+        """Whether each row is a pair of a better and a worse answer. Raises ConfigError where only some are."""
+        return are_pairs([*self.source.formats, *self.val_source.formats])
 
     @cached_property
     def train_examples(self) -> Examples:
@@ -310,18 +319,22 @@ class LoRADataModule(L.LightningDataModule):
         """
         if self.epochs is None or self.report is None:
             return None
-        num_examples = self.mixture.num_rows * self.report.examples_per_row
+        size = 2 if self.are_pairs else 1  # examples that stay together
+        units_per_row = self.report.examples_per_row / size
+        num_units = self.mixture.num_rows * units_per_row
         if self.packing or self.batch_size is None:
-            lengths = (self.report.lengths[: self.window_rows] - 1).tolist()  # a window's worth, in positions
+            lengths = (self.report.lengths - 1).reshape(-1, size)[: self.window_rows]  # a window's worth, in positions
+            together = (lengths.sum(1) if self.packing else lengths.max(1)).tolist()
             row_tokens = self.pack_tokens if self.packing else None
+            tokens = self.tokens_per_batch and self.tokens_per_batch // (1 if self.packing else size)
             plan = assign_batches(
-                lengths, batch_size=None if self.batch_size is None else 1, batch_tokens=self.tokens_per_batch,
-                row_tokens=row_tokens, rng=random.Random(0),
+                together, batch_size=None if self.batch_size is None else 1, batch_tokens=tokens, row_tokens=row_tokens,
+                rng=random.Random(0),
             )  # fmt: skip
-            batches_per_example = len(plan) / len(lengths) / (self.batch_size or 1)
-            return max(1, round(num_examples * batches_per_example)) * self.epochs
-        windows, rest = divmod(num_examples, self.window_rows * self.report.examples_per_row)
-        per_window = math.ceil(self.window_rows * self.report.examples_per_row / self.batch_size)
+            batches_per_unit = len(plan) / len(together) / (self.batch_size or 1)
+            return max(1, round(num_units * batches_per_unit)) * self.epochs
+        windows, rest = divmod(num_units, self.window_rows * units_per_row)
+        per_window = math.ceil(self.window_rows * units_per_row / self.batch_size)
         return round(windows * per_window + math.ceil(round(rest, 6) / self.batch_size)) * self.epochs
 
     def _make_examples(self, source: Source) -> Examples:

@@ -11,7 +11,7 @@ import numpy as np
 from lorakit.data.datum import Cuts, OnLong, fit, make_datum
 from lorakit.data.images import ImageEncoder, images_of
 from lorakit.data.render import Rendered, Renderer
-from lorakit.data.rows import Chat, Conversations, Row, to_chat
+from lorakit.data.rows import Chat, Conversations, Preference, Row, to_chat
 from lorakit.data.sources import Source
 from lorakit.errors import DataError, report
 from lorakit.types import Datum, ImageChunk
@@ -40,6 +40,8 @@ class Examples:
         except DataError as error:
             raise DataError(f"{self.source.where(index)}: {error}") from error
         self.cuts.add(cuts)
+        if isinstance(row, Preference) and not all(fitted):
+            return []  # half a pair is none
         return [example for example in fitted if example]
 
     def _images(self, index: int, row: Row) -> list[ImageChunk]:

@@ -36,12 +36,26 @@ def assign_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 
 def plan_batches(
     datums: Sequence[Datum], *, batch_size: int | None, batch_tokens: int | None = None, row_tokens: int | None,
-    rng: random.Random | None,
+    rng: random.Random | None, are_pairs: bool = False,
 ) -> list[list[list[Datum]]]:  # fmt: skip
-    """Return batches of rows of Datums over all of ``datums``; see ``assign_batches``."""
-    lengths = [len(datum) for datum in datums]
+    """Return batches of rows of Datums over all of ``datums``; see ``assign_batches``.
+
+    Where each two of ``datums`` are a pair, they stay side by side: in one row of a pack, or in two rows of a batch that
+    count as one.
+    """
+    size = 2 if are_pairs else 1
+    units = [datums[i : i + size] for i in range(0, len(datums), size)]
+    if row_tokens is None:
+        lengths = [max(len(datum) for datum in unit) for unit in units]
+        plan = assign_batches(lengths, batch_size=batch_size, batch_tokens=_share(batch_tokens, size), row_tokens=None, rng=rng)
+        return [[[datum] for row in batch for index in row for datum in units[index]] for batch in plan]
+    lengths = [sum(len(datum) for datum in unit) for unit in units]
     plan = assign_batches(lengths, batch_size=batch_size, batch_tokens=batch_tokens, row_tokens=row_tokens, rng=rng)
-    return [[[datums[index] for index in row] for row in batch] for batch in plan]
+    return [[[datum for index in row for datum in units[index]] for row in batch] for batch in plan]
+
+
+def _share(batch_tokens: int | None, size: int) -> int | None:
+    return None if batch_tokens is None else batch_tokens // size
 
 
 def assign_batches(

@@ -17,7 +17,19 @@ import msgspec
 from lorakit.data.calls import has_calls, is_written_by_python, read_tools, with_arguments
 from lorakit.data.encode import Encoder
 from lorakit.data.images import is_image_part
-from lorakit.data.rows import Alpaca, Chat, Conversations, Message, PromptCompletion, Row, Text, Tokens, to_chat
+from lorakit.data.rows import (
+    Alpaca,
+    Chat,
+    Conversations,
+    Message,
+    Preference,
+    PromptCompletion,
+    Row,
+    Text,
+    Tokens,
+    split_preference,
+    to_chat,
+)
 from lorakit.data.templates import OFFER
 from lorakit.errors import ConfigError, DataError
 from lorakit.types import ImageChunk
@@ -121,6 +133,8 @@ class Renderer:
             row = to_chat(row)
         if isinstance(row, Alpaca):
             row = self._from_alpaca(row)
+        if isinstance(row, Preference):
+            return self._render_pair(row)
         if isinstance(row, Tokens):
             examples = [self._render_tokens(row)]
         elif isinstance(row, Chat):
@@ -138,6 +152,25 @@ class Renderer:
             if not any(example.weights[1:]):  # the first token has nothing before it to be predicted from
                 raise DataError(f"no trained token under data.train_on={self.train_on}")
         return examples
+
+    def _render_pair(self, row: Preference) -> list[Rendered]:
+        """Return the better answer and the worse one, each behind the prompt; the answers alone have a weight."""
+        prompt, *answers = split_preference(row)
+        found = []
+        for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+            whole: PromptCompletion | Chat
+            if isinstance(prompt, str):
+                whole = PromptCompletion(prompt, str(answer))
+            else:
+                silent = [msgspec.structs.replace(message, weight=0.0) for message in prompt]
+                whole = Chat([*silent, *(message for message in answer if not isinstance(message, str))], row.tools)
+            examples = self.render(whole)
+            if len(examples) > 1:
+                raise DataError(
+                    f"`{name}` has several turns of the assistant, of which the chat template rewrites earlier ones"
+                )
+            found += examples
+        return found
 
     def _from_alpaca(self, row: Alpaca) -> Chat | PromptCompletion:
         if self.tokenizer.chat_template:

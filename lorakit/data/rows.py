@@ -12,6 +12,7 @@ import msgspec
 
 from lorakit.data.calls import find_arguments_problem, find_tools_problem
 from lorakit.data.images import find_image_problem, find_stored_problem, find_text_problem, has_no_name, is_image_part
+from lorakit.errors import ConfigError
 
 IMAGE_MARK = "<image>"  # in the text of a ShareGPT turn, where the row has images: LLaVA's way to say where they stand
 
@@ -84,6 +85,18 @@ class Alpaca(msgspec.Struct):
     input: str | None = None
 
 
+class Preference(msgspec.Struct):
+    """``{"prompt": …, "chosen": …, "rejected": …}``: texts, or lists of messages; of two answers the first is the better one.
+
+    Without ``prompt``, what both begin with is the prompt.
+    """
+
+    chosen: str | list[Message]
+    rejected: str | list[Message]
+    prompt: str | list[Message] | None = None
+    tools: list[dict[str, Any]] | str | None = None
+
+
 class Text(msgspec.Struct):
     """``{"text": …}``: every token is trained."""
 
@@ -97,12 +110,13 @@ class Tokens(msgspec.Struct):
     weights: list[float]
 
 
-Row = PromptCompletion | Chat | Conversations | Alpaca | Text | Tokens
+Row = PromptCompletion | Chat | Conversations | Alpaca | Preference | Text | Tokens
 # In the order in which they are recognised: the first whose required columns are all there.
 FORMATS: dict[str, type[Row]] = {
     "tokens": Tokens,
     "messages": Chat,
     "conversations": Conversations,
+    "preference": Preference,
     "prompt_completion": PromptCompletion,
     "alpaca": Alpaca,
     "text": Text,
@@ -197,6 +211,14 @@ def are_chats(formats: Iterable[str]) -> bool:
     return bool(found := set(formats)) and found <= {"messages", "conversations", "alpaca"}
 
 
+def are_pairs(formats: Iterable[str]) -> bool:
+    """Whether rows of these formats are pairs of a better and a worse answer. Raises ConfigError where only some are."""
+    found = set(formats)
+    if "preference" in found and len(found) > 1:
+        raise ConfigError(f"rows of preference and of {', '.join(sorted(found - {'preference'}))} cannot be trained together")
+    return found == {"preference"}
+
+
 def has_images(row: Row) -> bool:
     """Whether a row has an image."""
     if isinstance(row, Conversations):
@@ -249,12 +271,50 @@ def find_problem(row: Row) -> str | None:
         if images and len(images) != marks:
             return f"`conversations` have {marks} {IMAGE_MARK}, but the row has {len(images)} images"
         return find_problem(to_chat(row))
+    if isinstance(row, Preference):
+        return _find_preference_problem(row)
     if isinstance(row, Alpaca):
         return None if row.output else "`output` is empty: no trained token"
     if isinstance(row, Text):
         return None if row.text else "`text` is empty: no trained token"
     assert isinstance(row, Tokens)
     return _find_token_problem(row)
+
+
+def split_preference(row: Preference) -> tuple[str | list[Message], str | list[Message], str | list[Message]]:
+    """Return (prompt, chosen, rejected) of a row without a problem; of texts the prompt ends before white space."""
+    if row.prompt is not None:
+        return row.prompt, row.chosen, row.rejected
+    chosen, rejected = row.chosen, row.rejected
+    length = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+    )
+    if isinstance(chosen, str):
+        length = (
+            max(chosen.rfind(mark, 0, length) for mark in (" ", "\n"))
+            if " " in chosen[:length] or "\n" in chosen[:length]
+            else 0
+        )
+    return chosen[:length], chosen[length:], rejected[length:]
+
+
+def _find_preference_problem(row: Preference) -> str | None:
+    if len({isinstance(part, str) for part in (row.chosen, row.rejected, row.prompt) if part is not None}) > 1:
+        return "`prompt`, `chosen` and `rejected` must all be texts, or all lists of messages"
+    if row.chosen == row.rejected:
+        return "`chosen` and `rejected` are the same"
+    prompt, *answers = split_preference(row)
+    if isinstance(prompt, str):
+        return next(
+            (f"`{name}` is empty" for name, answer in zip(("chosen", "rejected"), answers, strict=True) if not answer), None
+        )
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        assert not isinstance(answer, str)
+        if not any(message.role == "assistant" for message in answer):
+            return f"`{name}` has no message of the assistant behind the prompt"
+        if problem := _find_message_problem([*prompt, *answer]):
+            return f"`{name}`: {problem}"
+    return find_tools_problem(row.tools)
 
 
 def _find_token_problem(row: Tokens) -> str | None:

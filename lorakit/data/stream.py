@@ -39,6 +39,7 @@ class BatchStream:
         batch_size, batch_tokens: rows, or positions, of a batch; one of them.
         row_tokens: positions of a packed row; None pads each Datum in a row of its own.
         num_epochs: None goes on for ever.
+        are_pairs: each row gives two Datums, which stay together; ``batch_size`` counts pairs.
         shuffle: False keeps the source's order and groups nothing.
     """
 
@@ -62,6 +63,7 @@ class BatchStream:
         window_rows: int = 1024,
         cursor: Cursor | None = None,
         images: ImageEncoder | None = None,
+        are_pairs: bool = False,
     ) -> None:
         self.examples, self.mixture = examples, mixture
         self.pad_token_id, self.row_tokens = pad_token_id, row_tokens
@@ -70,7 +72,7 @@ class BatchStream:
         self.rank, self.world_size = rank, world_size
         self.part, self.parts = part, parts
         self.shuffle, self.seed, self.window_rows = shuffle, seed, window_rows
-        self.cursor, self.images = cursor or Cursor(), images
+        self.cursor, self.images, self.are_pairs = cursor or Cursor(), images, are_pairs
         self.seconds = 0.0  # spent on waiting for batches so far
 
     def __iter__(self) -> Iterator[Batch]:
@@ -87,10 +89,10 @@ class BatchStream:
         """Yield this process's batches of one accumulation window after the other."""
         planned = self._planned(self.cursor)
         while window := list(itertools.islice(planned, self.accumulate * self.world_size)):
-            weight = sum(_weight_of(rows) for rows, _ in window)
+            weight = sum(self._weight_of(rows) for rows, _ in window)
             shares = sorted(window, key=lambda entry: _positions_of(entry[0])) if self.world_size > 1 else window
             mine = [
-                replace(collate(rows, self.pad_token_id, self.images), cursor=cursor)
+                replace(collate(rows, self.pad_token_id, self.images, are_pairs=self.are_pairs), cursor=cursor)
                 for rows, cursor in shares[self.rank :: self.world_size]
             ]
             mine += [idle_batch(self.pad_token_id)] * (self.accumulate - len(mine))
@@ -118,16 +120,19 @@ class BatchStream:
         datums = [d for index in order[start : start + self.window_rows] for d in self.examples.datums(int(index))]
         rng = random.Random(f"{self.seed} {epoch} {start}") if self.shuffle else None
         return plan_batches(
-            datums, batch_size=self.batch_size, batch_tokens=self.batch_tokens, row_tokens=self.row_tokens, rng=rng
-        )
+            datums, batch_size=self.batch_size, batch_tokens=self.batch_tokens, row_tokens=self.row_tokens, rng=rng,
+            are_pairs=self.are_pairs,
+        )  # fmt: skip
+
+    def _weight_of(self, rows: Rows) -> float:
+        """What the loss is divided by: the weight of the targets, or the number of pairs."""
+        if self.are_pairs:
+            return sum(map(len, rows)) / 2
+        return sum(float(np.abs(datum.weights).sum(dtype=np.float64)) for row in rows for datum in row)
 
     def _order(self, epoch: int) -> np.ndarray:
         rows = self.mixture.rows(epoch)
         return np.random.default_rng([self.seed, epoch]).permutation(rows) if self.shuffle else rows
-
-
-def _weight_of(rows: Rows) -> float:
-    return sum(float(np.abs(datum.weights).sum(dtype=np.float64)) for row in rows for datum in row)
 
 
 def _positions_of(rows: Rows) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,23 @@ def adapter_state(model: Any) -> dict[str, torch.Tensor]:
     with whole(parameter for parameter in model.parameters() if parameter.requires_grad) as is_copy:
         state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         return {name: tensor.detach().clone() if is_copy else tensor.detach() for name, tensor in state.items()}
+
+
+@contextlib.contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """Within, ``model`` computes what its base alone would. (PEFT's own ``disable_adapter`` also sets every ``requires_grad`` anew.)"""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, was_off in zip(layers, before, strict=True):
+            layer._disable_adapters = was_off
 
 
 @torch.no_grad()

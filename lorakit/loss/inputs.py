@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,20 +24,26 @@ class Inputs:
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     is_weighted_sum: bool = False  # whether the loss is a multiple of the sum of weights times log-probabilities
+    is_of_pairs: bool = False  # whether each two spans of a batch are a better and a worse answer
+    needs_reference: bool = False  # whether it takes extras["reference_logprobs"], those of the base without the adapter
 
 
 def inputs_of(loss: Callable[..., Any]) -> Inputs:
     """What ``takes`` said of ``loss``; nothing of a function that it never saw."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
     found = getattr(loss, "__dict__", {}).get("takes", Inputs())
     assert isinstance(found, Inputs)
     return found
 
 
-def takes(*inputs: str, optional: Sequence[str] = (), linear: bool = False) -> Callable[[Function], Function]:
-    """Say which loss_fn_inputs a loss takes beside ``target_tokens``, and whether it is a weighted sum of log-probabilities."""
+def takes(
+    *inputs: str, optional: Sequence[str] = (), linear: bool = False, pairs: bool = False, reference: bool = False
+) -> Callable[[Function], Function]:
+    """Say which loss_fn_inputs a loss takes beside ``target_tokens``, and what else is true of it; see ``Inputs``."""
 
     def mark(loss: Function) -> Function:
-        loss.__dict__["takes"] = Inputs(inputs, tuple(optional), linear)
+        loss.__dict__["takes"] = Inputs(inputs, tuple(optional), linear, pairs, reference)
         return loss
 
     return mark

@@ -1,4 +1,4 @@
-"""Preference losses, for ``forward_backward_custom``: functions of whole sequences' log-probabilities."""
+"""Preference losses: of a batch of pairs, for `lorakit train`, and of Datums, for ``forward_backward_custom``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,39 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from lorakit.errors import DataError
+from lorakit.errors import ConfigError, DataError
+from lorakit.loss.inputs import takes
+from lorakit.types import Batch, LossOutput
+
+REFERENCE = "reference_logprobs"  # in a batch's extras
+
+
+@takes("weights", pairs=True, reference=True)
+def dpo_pairs(logprobs: torch.Tensor, batch: Batch, *, beta: float = 0.1, label_smoothing: float = 0.0) -> LossOutput:
+    """Return DPO's loss, summed over the pairs of ``batch``; its reference is the base, with the adapter switched off.
+
+    With d the weighted sum of log-probabilities less that of the reference, and m = beta * (d_chosen - d_rejected), it is
+    ``-log sigmoid(m)`` (Rafailov et al. 2023, arXiv 2305.18290, equation 7). The metrics are sums over pairs, too: TRL's names.
+
+    Args:
+        beta: how strongly the policy is held to the reference.
+        label_smoothing: probability that a preference is the wrong way round (Mitchell 2023, "cDPO"); below 0.5.
+    """
+    if not 0 <= label_smoothing < 0.5 or beta <= 0:
+        raise ConfigError(f"loss.beta={beta} must be above 0, loss.label_smoothing={label_smoothing} from 0 to below 0.5")
+    distances = logprobs.new_zeros(2 * batch.num_pairs + 1)  # the last one is the padding's
+    terms = batch.weights * (logprobs - batch.extras[REFERENCE]) if batch.num_pairs else batch.weights * logprobs
+    spans = batch.span_ids.flatten() if batch.num_pairs else torch.zeros_like(batch.input_ids).flatten()
+    distances = distances.index_add(0, spans, terms.flatten())[:-1]
+    chosen, rejected = beta * distances[0::2], beta * distances[1::2]
+    margins = chosen - rejected
+    losses = -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+    metrics = {
+        "rewards/chosen": chosen.detach().sum(), "rewards/rejected": rejected.detach().sum(),
+        "rewards/margins": margins.detach().sum(), "rewards/accuracies": (margins > 0).float().sum(),
+    }  # fmt: skip
+    return LossOutput(losses.sum() + 0.0 * terms.sum(), logprobs.detach(), metrics)
+
 
 CustomLoss = Callable[[Sequence[Any], Sequence[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
 

@@ -30,7 +30,7 @@ from lorakit.errors import ConfigError
 from lorakit.lora.experts import ExpertLora
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
-from lorakit.loss import LOSSES
+from lorakit.loss.cross_entropy import cross_entropy
 from lorakit.loss.head import BLOCK_BYTES
 from lorakit.loss.logprobs import trust_head
 from lorakit.model.layers import enable_checkpointing
@@ -78,7 +78,6 @@ class StepShape:
     precision: str  # as Lightning names it
     device: str  # cpu or cuda
     checkpointing: bool = False
-    loss: str = "cross_entropy"
     attention: str = "sdpa"
     parts: int = 1  # processes that share each row: each attends over whole rows, with so many heads less
     image_tokens: tuple[int, ...] = ()  # positions of each image, of all rows
@@ -107,7 +106,7 @@ def trace_forward(skeleton: Any, spec: LoRASpec, shape: StepShape) -> int:
         if batch.images is not None:
             ledger.add(batch.images.patches_PD, ACTIVATIONS)
         with torch.no_grad(), ledger, _autocast(shape.precision):
-            compute_loss(model.eval(), batch, LOSSES[shape.loss])
+            compute_loss(model.eval(), batch, cross_entropy)
         return ledger.peak - before
 
 
@@ -178,7 +177,7 @@ def _run(
         ledger.add(batch.images.patches_PD, ACTIVATIONS)
     with _phases(model, ledger, trained), ledger:
         with _autocast(shape.precision):
-            output = compute_loss(model, batch, LOSSES[shape.loss])
+            output = compute_loss(model, batch, cross_entropy)
         output.loss_sum.backward()
     at_peak, num_flops = dict(ledger.at_peak), ledger.num_flops
     del output

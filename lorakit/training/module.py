@@ -9,8 +9,9 @@ from typing import Any
 import lightning as L
 import torch
 
-from lorakit.errors import CheckpointError, TrainingError
+from lorakit.errors import CheckpointError, ConfigError, TrainingError
 from lorakit.loss import LOSSES
+from lorakit.loss.inputs import inputs_of
 from lorakit.model.partition import full_shape, whole
 from lorakit.training.step import compute_loss, sums_by_origin
 from lorakit.types import Batch, LossOutput
@@ -24,12 +25,13 @@ class LoRAModule(L.LightningModule):
         optimizer: makes the optimiser of the trainable parameters, for instance ``partial(torch.optim.AdamW, lr=5e-4)``.
         schedule: makes its schedule from (optimizer, total_steps=…); None keeps the learning rate.
         total_steps: optimiser steps of the whole fit, for the schedule; None asks the trainer.
-        loss: a name in ``LOSSES``, or a function of (logprobs, batch).
+        loss: a name in ``LOSSES``, or a function of (logprobs, batch) that returns a ``LossOutput``; its metrics are logged.
         clip_norm: largest L2 norm of the gradient, 0 for none. The norm is logged before clipping.
         max_bad_steps: so many steps in a row with a loss or gradient that is not finite end the run.
 
-    The loss is ``sum(loss) / sum(|weight|)`` over the whole accumulation window of all processes: how the window is cut into
-    micro-batches and shared out does not change the gradient. Whether a step is skipped is decided by all processes together.
+    The loss is ``sum(loss) / sum(|weight|)`` (of pairs: divided by their number) over the whole accumulation window of all
+    processes: how the window is cut into micro-batches and shared out does not change the gradient. Whether a step is skipped is
+    decided by all processes together.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class LoRAModule(L.LightningModule):
         self._window: list[Batch] = []
         self._window_loss: torch.Tensor | float = 0.0
         self._val_sums = [0.0, 0.0]
+        self._metrics: dict[str, torch.Tensor | float] = {}  # sums of what the loss returns beside itself
         self.source_names: dict[
             str, Sequence[str]
         ] = {}  # of several sources of data, whose loss and share are logged, by stage
@@ -92,11 +95,11 @@ class LoRAModule(L.LightningModule):
 
         Lightning divides by the window's length, and every strategy takes the mean of the processes' gradients.
         """
-        if batch.window_weight == 0 and batch.weight > 0:
+        if batch.window_weight == 0 and batch.denominator > 0:
             raise ValueError(
                 "Batch.window_weight is 0, but the batch has weights; set it to the weight of the accumulation window"
             )
-        output = compute_loss(self.model, batch, self.loss)
+        output = self._compute(batch)
         loss = output.loss_sum / (batch.window_weight or 1.0)
         self._window.append(batch)
         self._window_loss = self._window_loss + loss.detach()
@@ -133,6 +136,7 @@ class LoRAModule(L.LightningModule):
             self.log("train/bad_steps", float(self.num_bad_steps))
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/grad_norm", norm)
+        self._log_metrics("train", window[-1].window_weight)
         self._log_by_source("train", shares=True)
         self.log("train/lr", optimizer.param_groups[0]["lr"], prog_bar=True)
         if self.num_bad_in_a_row >= self.max_bad_steps:
@@ -158,6 +162,29 @@ class LoRAModule(L.LightningModule):
         error.is_of_all = True  # decided by all processes together
         raise error
 
+    def _compute(self, batch: Batch) -> LossOutput:
+        """Run the model over ``batch``, and add up what the loss returns beside itself."""
+        if inputs_of(self.loss).is_of_pairs and batch.weight and not batch.num_pairs:
+            raise ConfigError("this loss is one of pairs: give it rows of chosen and rejected")
+        if batch.num_pairs and not inputs_of(self.loss).is_of_pairs:
+            raise ConfigError("rows of chosen and rejected need a loss of pairs: set loss=dpo")
+        output = compute_loss(self.model, batch, self.loss)
+        for name, value in output.metrics.items():
+            self._metrics[name] = self._metrics.get(name, 0.0) + value
+        return output
+
+    def _log_metrics(self, stage: str, denominator: float) -> None:
+        """Log what the loss returned beside itself: sums over all processes, divided as the loss is."""
+        if not self._metrics:
+            return
+        sums = torch.stack(
+            [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in self._metrics.values()]
+        )
+        strategy: Any = self.trainer.strategy
+        for name, value in zip(self._metrics, strategy.reduce(sums, reduce_op="sum"), strict=True):
+            self.log(f"{stage}/{name}", value / (denominator or float("nan")))
+        self._metrics = {}
+
     def _add_by_source(self, stage: str, output: LossOutput, batch: Batch) -> None:
         if names := self.source_names.get(stage):
             self._by_source = self._by_source + sums_by_origin(output, batch, len(names)).detach()
@@ -177,13 +204,13 @@ class LoRAModule(L.LightningModule):
     # ---- evaluation
 
     def on_validation_epoch_start(self) -> None:
-        self._val_sums, self._by_source = [0.0, 0.0], 0.0
+        self._val_sums, self._by_source, self._metrics = [0.0, 0.0], 0.0, {}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add this batch to the loss over all evaluation tokens."""
-        output = compute_loss(self.model, batch, self.loss)
+        output = self._compute(batch)
         self._val_sums[0] += float(output.loss_sum)
-        self._val_sums[1] += batch.weight
+        self._val_sums[1] += batch.denominator
         self._add_by_source("val", output, batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -192,6 +219,7 @@ class LoRAModule(L.LightningModule):
             sums = self.trainer.strategy.reduce(torch.tensor(sums, device=self.device), reduce_op="sum").tolist()
         loss_sum, weight = sums
         self.log("val/loss", loss_sum / weight if weight else float("nan"), prog_bar=True, sync_dist=True)
+        self._log_metrics("val", weight)
         self._log_by_source("val")
 
     # ---- state: the adapter and nothing else

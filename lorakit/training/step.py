@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from lorakit.lora.state import adapters_off
 from lorakit.loss import Loss
 from lorakit.loss.head import HeadAdapter
 from lorakit.loss.inputs import inputs_of
 from lorakit.loss.logprobs import target_logprobs
+from lorakit.loss.preference import REFERENCE
 from lorakit.types import Batch, LossOutput
 
 
@@ -21,11 +23,20 @@ def compute_loss(model: Any, batch: Batch, loss: Loss, *, all_positions: bool = 
     Positions of weight 0 never reach the unembedding, and their log-probability is NaN, unless ``all_positions``. The loss itself
     is given 0 there.
     """
+    if inputs_of(loss).needs_reference:
+        batch = batch.with_extra(REFERENCE, reference_logprobs(model, batch))
     logprobs = target_logprobs(model, batch, all_positions=all_positions, is_weighted_sum=inputs_of(loss).is_weighted_sum)
     output = loss(logprobs, batch)
     if all_positions:
         return output
     return replace(output, logprobs=output.logprobs.masked_fill(batch.weights == 0, float("nan")))
+
+
+@torch.no_grad()
+def reference_logprobs(model: Any, batch: Batch) -> torch.Tensor:
+    """The log-probabilities of ``batch``'s targets under the base alone: no second model, the adapter is switched off."""
+    with adapters_off(model):
+        return target_logprobs(model, batch)
 
 
 def sums_by_origin(output: LossOutput, batch: Batch, num_origins: int) -> torch.Tensor:

@@ -32,7 +32,7 @@ CASES = [
     (["experiment=chat_sft"], "data.path=…, model.path=…"),
     (["resume=true"], "there is no unfinished run of experiment pig_latin"),
     (["run=a/b"], "holds no /"),
-    (["loss.name=mse"], "loss.name=mse is unknown"),
+    (["loss=mse"], "there are: cross_entropy, dpo"),
     (["logger.csv._target_=os.nothing"], "cannot be imported"),
     (["data.stop"], "data.stop"),
     (
