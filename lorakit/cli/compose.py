@@ -187,7 +187,8 @@ def explain_override(message: str, config_name: str, arguments: Sequence[str] = 
     )
     if match:
         named = [text for text in arguments if (conf_dir() / text.partition("=")[0]).is_dir()]
-        return f"unknown key {match[1]!r}{suggest(match[1], [*all_keys(config_name, named), *all_keys(config_name)])}"
+        own = _value_of_flag(arguments, "--config-dir", "-cd")
+        return f"unknown key {match[1]!r}{suggest(match[1], [*all_keys(config_name, named, own), *all_keys(config_name)])}"
     if "Could not find" in message or "In '" in message:
         return _explain_group(message)
     if "LexerNoViableAlt" in message or "mismatched input" in message or "no viable alternative" in message:
@@ -219,14 +220,24 @@ def suggest(key: str, known: list[str]) -> str:
     return f"; there are: {', '.join(beside)}" if beside and group else "; `lorakit train --cfg job` prints all keys"
 
 
-def all_keys(config_name: str, groups: Sequence[str] = ()) -> Iterator[str]:
-    """Yield every key of the config in dots; ``groups`` choose some of its files."""
+def _value_of_flag(arguments: Sequence[str], *names: str) -> str | None:
+    """What stands behind a flag, or behind its =."""
+    for place, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag in names:
+            return value or next(iter(arguments[place + 1 :]), None)
+    return None
+
+
+def all_keys(config_name: str, groups: Sequence[str] = (), config_dir: str | None = None) -> Iterator[str]:
+    """Yield every key of the config in dots; ``groups`` choose some of its files, in a folder of the user's too."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = compose(config_name, overrides=["experiment=pig_latin", *groups])
+        path = [f"hydra.searchpath=['file://{os.path.abspath(config_dir)}']"] if config_dir else []
+        config = compose(config_name, overrides=[*path, "experiment=pig_latin", *groups])
     yield from _flatten(config, "")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, get_type_hints
 
@@ -194,6 +196,8 @@ def import_target(dotted: str, key: str) -> Callable[..., Any]:
     import importlib
 
     module, _, name = dotted.rpartition(".")
+    if "" not in sys.path and (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # as `python -m` would: a package beside the runs is found, last of all
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

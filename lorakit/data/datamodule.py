@@ -19,6 +19,7 @@ from lorakit.data.datum import OnLong
 from lorakit.data.examples import DataReport, Examples, survey
 from lorakit.data.images import ImageEncoder
 from lorakit.data.mixture import Mixture
+from lorakit.data.own_format import name_of_format
 from lorakit.data.packing import assign_batches
 from lorakit.data.render import Renderer, TrainOnWhat
 from lorakit.data.rows import are_pairs
@@ -42,6 +43,7 @@ class LoRADataModule(L.LightningDataModule):
         sources: in place of ``path``, several of them: each a path, a ``Mixed``, or a mapping of its fields. Loss and share of the
             trained tokens are logged for each.
         val_path: rows for evaluation; or ``val_fraction`` of the training rows are set aside by ``seed``.
+        format: a name in ``FORMATS``, or a function of your own that makes a row of a record; None: by the columns.
         columns: what the data calls the columns of our formats, by our names: ``{"prompt": "question"}``.
         chat_template: a file with a Jinja template, or the name of a bundled one; None: the tokenizer's own.
         train_on: which tokens are trained; see ``TrainOnWhat``.
@@ -63,7 +65,7 @@ class LoRADataModule(L.LightningDataModule):
         val_path: str | None = None,
         val_fraction: float = 0.0,
         val_rows: int | None = None,
-        format: str | None = None,
+        format: Any = None,
         columns: dict[str, str] | None = None,
         chat_template: str | None = None,
         split: str = "train",
@@ -299,8 +301,8 @@ class LoRADataModule(L.LightningDataModule):
     def fingerprint(self) -> str:
         """Digest of the rows, the sizes of their images, and of every setting that decides what is trained in which order."""
         settings = [
-            self.source.fingerprint, self.val_source.fingerprint, self.format, self.train_on, self.append_eos, self.stop,
-            self.max_tokens, self.on_long, self.on_error, self.packing, self.pack_tokens, self.batch_size,
+            self.source.fingerprint, self.val_source.fingerprint, name_of_format(self.format), self.train_on, self.append_eos,
+            self.stop, self.max_tokens, self.on_long, self.on_error, self.packing, self.pack_tokens, self.batch_size,
             self.tokens_per_batch, self.shuffle, self.seed, self.window_rows, self.val_fraction,
             *((read_template(self.chat_template),) if self.chat_template else ()),
             *(bound for bound in (self.min_pixels, self.max_pixels) if bound), *self._image_bytes(),

@@ -19,6 +19,7 @@ from typing import Any, get_args
 
 import msgspec
 
+from lorakit.data.own_format import OwnFormat, OwnFormatError, format_of
 from lorakit.data.rows import (
     FORMATS,
     Message,
@@ -46,13 +47,14 @@ class LineFile:
     """Rows of one ``.jsonl`` or ``.txt`` file. ``problems`` holds what its first pass found, as ``(line, text)``."""
 
     def __init__(
-        self, path: Path, *, format: str | None = None, columns: Columns = (), progress: Progress | None = None
+        self, path: Path, *, format: str | OwnFormat | None = None, columns: Columns = (), progress: Progress | None = None
     ) -> None:
         self.path, self._columns = path, columns
+        self._own = format if isinstance(format, OwnFormat) else None
         self.num_rows_seen, self.has_images = 0, False
         self.problems: list[tuple[int, str]] = []
         self._offsets, self._lines = array("q"), array("I")
-        self.format = self._resolve_format(format)
+        self.format = self._resolve_own(self._own) if self._own else self._resolve_format(format)
         self._type = row_type(self.format, columns)
         self._decode = self._make_decoder()
         with path.open("rb") as file:
@@ -65,7 +67,9 @@ class LineFile:
 
     def row(self, index: int) -> Row:
         """Return row ``index`` of those without a problem."""
-        return self._decode(self._line(index))
+        row = self._decode(self._line(index))
+        assert row is not None  # those are left out
+        return row
 
     def _line(self, index: int) -> bytes:
         start = self._offsets[index]
@@ -79,7 +83,7 @@ class LineFile:
     @cached_property
     def unused_columns(self) -> list[str]:
         """Columns that are not used, as far as the first rows tell."""
-        if self.path.suffix == ".txt":
+        if self.path.suffix == ".txt" or self._own:
             return []
         rows = (self._json(index) for index in range(min(len(self), _NUM_SAMPLED)))
         return unused_columns((column for row in rows for column in row), self._type)
@@ -87,7 +91,22 @@ class LineFile:
     def _json(self, index: int) -> dict[str, Any]:
         return msgspec.json.decode(self._line(index))
 
-    def _resolve_format(self, wanted: str | None) -> str:
+    def _resolve_own(self, own: OwnFormat) -> str:
+        """The format of what the user's function makes of the first line that it can use."""
+        problems = []
+        for number, line in _lines_of(self.path):
+            try:
+                row = own.convert(self._record(line))
+                if row is not None:
+                    return format_of(row)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                problems.append(f"{self.path}:{number}: {explain(error, Text)}")
+        raise DataError(report(f"{self.path}: {own.name} makes no row of any line:", problems))
+
+    def _record(self, line: bytes) -> Any:
+        return {"text": line.rstrip(b"\r\n").decode("utf-8")} if self.path.suffix == ".txt" else msgspec.json.decode(line)
+
+    def _resolve_format(self, wanted: Any) -> str:
         if self.path.suffix == ".txt":
             if wanted not in (None, "text"):
                 raise DataError(f"{self.path}: data.format={wanted}, but a .txt file holds plain text, one row per line")
@@ -116,7 +135,9 @@ class LineFile:
             raise DataError(report(f"{self.path}: no line is a row:", problems))
         raise DataError(f"{self.path}: no row in this file (it is empty)")
 
-    def _make_decoder(self) -> Callable[[bytes], Row]:
+    def _make_decoder(self) -> Callable[[bytes], Row | None]:
+        if own := self._own:
+            return lambda line: own.convert(self._record(line))
         if self.path.suffix == ".txt":
             return lambda line: Text(line.rstrip(b"\r").decode("utf-8"))
         return msgspec.json.Decoder(self._type).decode
@@ -137,7 +158,9 @@ class LineFile:
                 self.num_rows_seen += 1
                 try:
                     row = decode(line)
-                    problem = find_problem(row)
+                    if row is None:
+                        continue
+                    problem = find_problem(row) or self._find_other_format(row)
                     self.has_images = self.has_images or has_images(row)
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     problem = explain(error, self._type)
@@ -149,11 +172,19 @@ class LineFile:
         if progress:
             progress(offset - reported)
 
+    def _find_other_format(self, row: Row) -> str | None:
+        """What is wrong where the user's function makes rows of several formats."""
+        if self._own is None or isinstance(row, self._type):
+            return None
+        return f"{self._own.name} makes a row of {format_of(row)}, of earlier ones {self.format}"
+
 
 def explain(error: Exception, kind: type[Row]) -> str:
     """Say in a user's words what msgspec found wrong with a row."""
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8: {error.reason} at byte {error.start}"
+    if isinstance(error, OwnFormatError):
+        return str(error)
     if not isinstance(error, msgspec.ValidationError):
         return f"malformed JSON: {str(error).removeprefix('JSON is malformed: ')}"
     text = str(error)

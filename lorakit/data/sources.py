@@ -21,7 +21,8 @@ import msgspec
 import numpy as np
 
 from lorakit.data.lines import Columns, LineFile, Progress
-from lorakit.data.rows import FORMATS, Row, all_columns
+from lorakit.data.own_format import Format, OwnFormat, find_format
+from lorakit.data.rows import Row, all_columns
 from lorakit.data.tables import Table, load_hub_table, load_table
 from lorakit.errors import ConfigError, DataError, report
 
@@ -116,7 +117,7 @@ class Source:
 
 
 def open_sources(
-    mixed: Sequence[Mixed], *, format: str | None = None, columns: Mapping[str, str] | None = None,
+    mixed: Sequence[Mixed], *, format: Format = None, columns: Mapping[str, str] | None = None,
     on_error: Literal["raise", "skip"] = "raise", split: str = "train",
 ) -> Source:  # fmt: skip
     """Open several sources as one. The other arguments are as for ``open_source``.
@@ -187,30 +188,29 @@ def name_sources(mixed: Sequence[Mixed]) -> list[str]:
 
 
 def open_source(
-    path: str, *, format: str | None = None, columns: Mapping[str, str] | None = None,
+    path: str, *, format: Format = None, columns: Mapping[str, str] | None = None,
     on_error: Literal["raise", "skip"] = "raise", split: str = "train",
 ) -> Source:  # fmt: skip
     """Open ``path`` and check every row of it.
 
     Args:
         path: a file, a folder, a glob, the name of a bundled data set (``pig_latin/train``), or of a data set of the hub.
-        format: one of ``FORMATS``; None recognises it by the columns.
+        format: one of ``FORMATS``, or a function (or its dotted name) that makes a row of a record; None recognises it by the columns.
         columns: what the data set calls the columns of our formats, by our names.
         on_error: ``raise`` reports all bad rows in one DataError; ``skip`` leaves them out and counts them.
         split: which split of a data set of the hub.
     """
-    if format is not None and format not in FORMATS:
-        raise ConfigError(f"data.format={format} is unknown; choose one of {', '.join(FORMATS)}")
+    chosen = find_format(format)
     renamed = _check_columns(columns or {})
     files = find_files(path)
     parts: list[LineFile | Table]
     if files is not None and split != "train":
         raise ConfigError(f"data.split={split} has no effect: {path} is not a data set of the hub; name the file of that split")
     if files is None:
-        parts = [load_hub_table(path, split, format=format, columns=renamed)]
+        parts = [load_hub_table(path, split, format=chosen, columns=renamed)]
     else:
         with _progress_of(files) as progress:
-            parts = [_open_file(file, format, renamed, progress) for file in files]
+            parts = [_open_file(file, chosen, renamed, progress) for file in files]
     return _settle(path, parts, on_error)
 
 
@@ -278,7 +278,7 @@ def _is_data_file(path: Path) -> bool:
     return path.suffix in SUFFIXES and not is_hidden and not path.name.upper().startswith(("README", "LICENSE"))
 
 
-def _open_file(path: Path, format: str | None, columns: Columns, progress: Progress | None) -> LineFile | Table:
+def _open_file(path: Path, format: str | OwnFormat | None, columns: Columns, progress: Progress | None) -> LineFile | Table:
     try:
         if path.suffix in (".jsonl", ".ndjson", ".txt") or (path.suffix == ".json" and _is_json_lines(path)):
             return LineFile(path, format=format, columns=columns, progress=progress)

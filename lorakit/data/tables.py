@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 
 from lorakit.data.lines import Columns, Progress, explain, unrecognised
+from lorakit.data.own_format import OwnFormat, format_of
 from lorakit.data.rows import FORMATS, Row, find_problem, has_images, recognise, row_type, unused_columns
-from lorakit.errors import DataError
+from lorakit.errors import DataError, report
 from lorakit.hub import find_hub_problem
 
 _CHECK_ROWS = 1_000
@@ -27,17 +28,19 @@ class Table:
     """Rows of a table, checked like the lines of a file; a row is named by its number, counted from 1 without the header."""
 
     def __init__(
-        self, name: str, records: Records, present: list[str], digest: str, *, format: str | None = None,
-        columns: Columns = (), bad_rows: dict[int, str] | None = None,
+        self, name: str, records: Records, present: list[str], digest: str, *,
+        format: str | OwnFormat | None = None, columns: Columns = (), bad_rows: dict[int, str] | None = None,
     ) -> None:  # fmt: skip
         self.path, self.digest, self._records = Path(name), digest, records
         self.num_rows_seen, self.has_images = len(records), False
         self.problems: list[tuple[int, str]] = []
-        found = format or recognise(present, columns)
+        self._own = format if isinstance(format, OwnFormat) else None
+        found = self._resolve_own(self._own) if self._own else format or recognise(present, columns)
         if found is None:
             raise DataError(unrecognised(name, present, columns))
+        assert isinstance(found, str)
         self.format, self._type = found, row_type(found, columns)
-        self.unused_columns = unused_columns(present, self._type)
+        self.unused_columns = [] if self._own else unused_columns(present, self._type)
         if not isinstance(records, list):
             records = records.select_columns([column for column in present if column not in self.unused_columns])
             self._records = records.cast(_undecoded(records.features))
@@ -48,13 +51,28 @@ class Table:
 
     def row(self, index: int) -> Row:
         """Return row ``index`` of those without a problem."""
-        return self._convert(self._records[self._rows[index]])
+        row = self._convert(self._records[self._rows[index]])
+        assert row is not None  # those are left out
+        return row
 
     def where(self, index: int) -> str:
         """Name row ``index`` as ``file: row N``."""
         return f"{self.path}: row {self._rows[index] + 1}"
 
-    def _convert(self, record: Any) -> Row:
+    def _resolve_own(self, own: OwnFormat) -> str:
+        """The format of what the user's function makes of the first record that it can use."""
+        problems = []
+        for number, record in enumerate(_records_of(self._records)):
+            try:
+                if (row := own.convert(_without_nulls(record))) is not None:
+                    return format_of(row)
+            except msgspec.ValidationError as error:
+                problems.append(f"{self.path}: row {number + 1}: {explain(error, FORMATS['text'])}")
+        raise DataError(report(f"{self.path}: {own.name} makes no row of any record:", problems))
+
+    def _convert(self, record: Any) -> Row | None:
+        if self._own:
+            return self._own.convert(_without_nulls(record))
         return msgspec.convert(_without_nulls(record), self._type)
 
     def _check(self, bad_rows: dict[int, str]) -> list[int]:
@@ -64,7 +82,13 @@ class Table:
             try:
                 if problem is None:
                     row = self._convert(record)
+                    if row is None:
+                        continue
                     problem = find_problem(row)
+                    if problem is None and not isinstance(row, self._type):
+                        problem = (
+                            f"{self._own and self._own.name} makes a row of {format_of(row)}, of earlier ones {self.format}"
+                        )
                     self.has_images = self.has_images or has_images(row)
             except msgspec.ValidationError as error:
                 problem = explain(error, self._type)
@@ -75,7 +99,9 @@ class Table:
         return good
 
 
-def load_table(path: Path, *, format: str | None = None, columns: Columns = (), progress: Progress | None = None) -> Table:
+def load_table(
+    path: Path, *, format: str | OwnFormat | None = None, columns: Columns = (), progress: Progress | None = None
+) -> Table:
     """Read a ``.json``, ``.csv`` or ``.parquet`` file. CSV cells are text, never guessed to be numbers or nulls."""
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
@@ -89,7 +115,7 @@ def load_table(path: Path, *, format: str | None = None, columns: Columns = (), 
     return table
 
 
-def load_hub_table(name: str, split: str, *, format: str | None = None, columns: Columns = ()) -> Table:
+def load_hub_table(name: str, split: str, *, format: str | OwnFormat | None = None, columns: Columns = ()) -> Table:
     """Read a data set of the hub by its name, for instance ``HuggingFaceH4/no_robots``. Raises DataError."""
     import datasets
 
