@@ -49,10 +49,15 @@ class RunHistory(L.Callback):
         }
         if not metrics or not trainer.is_global_zero:
             return
-        try:
-            self.history.append({"step": trainer.global_step, **record, **metrics})
-        except OSError as error:
-            rank_zero_warn(f"{self.history.path}: step {trainer.global_step} could not be written: {error.strerror}")
+        append_or_warn(self.history, {"step": trainer.global_step, **record, **metrics})
+
+
+def append_or_warn(history: History, record: dict[str, Any]) -> None:
+    """Add a line; a disk that is full ends no run."""
+    try:
+        history.append(record)
+    except OSError as error:
+        rank_zero_warn(f"{history.path}: step {record['step']} could not be written: {error.strerror}")
 
 
 def _is_absent(name: str, value: float) -> bool:
@@ -68,7 +73,11 @@ def draw_losses(records: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, label, style in (("train/loss", "training", "-"), ("val/loss", "held out", "o-")):
+    for name, label, style in (
+        ("train/loss", "training", "-"),
+        ("val/loss", "held out", "o-"),
+        ("retain/loss", "unrelated text", "s:"),
+    ):
         points = [(record["step"], record[name]) for record in records if name in record]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)

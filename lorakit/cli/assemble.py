@@ -20,6 +20,7 @@ from lorakit.callbacks.history import RunHistory
 from lorakit.callbacks.last_evaluation import LastEvaluation
 from lorakit.callbacks.packing_guard import PackingGuard
 from lorakit.callbacks.progress import StepProgress
+from lorakit.callbacks.retain import Retain
 from lorakit.callbacks.sequence_parallel import SequenceParallel
 from lorakit.cli.preflight import agree, fingerprint
 from lorakit.cli.processes import build_strategy, num_streams
@@ -187,7 +188,7 @@ def build_model(config: Config, spec: LoRASpec, *, device: str, precision: str) 
 
 
 def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: str, total_steps: int,
-                  has_val: bool, world: World) -> L.Trainer:  # fmt: skip
+                  has_val: bool, world: World, retain: Retain | None = None) -> L.Trainer:  # fmt: skip
     """Lightning's Trainer, with the callbacks and loggers of the config and those that every run has."""
     settings, checkpoint = config["trainer"], config["checkpoint"]
     accumulate = settings["accumulate_grad_batches"]
@@ -199,6 +200,7 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
         SequenceParallel(),
         LastEvaluation(),
         RunHistory(folder),
+        *([retain] if retain else []),
         AdapterCheckpoint(folder / "checkpoints", **checkpoint),
     ]
     callbacks += [StepProgress(total_steps)]
@@ -229,6 +231,23 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
         # Said, not left to detection: in a job of SLURM Lightning would take over the signals, and requeue by itself.
         plugins=[TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()],
     )
+
+
+def build_retain(config: Config) -> Retain | None:
+    """What measures the loss on unrelated text, where the config names some; its rows checked. Raises LorakitError."""
+    settings, data = config["eval"], config["data"]
+    if not settings["retain_path"]:
+        return None
+    datamodule = LoRADataModule(
+        path=settings["retain_path"], train_on=data["train_on"], chat_template=data["chat_template"], stop=data["stop"],
+        max_tokens=data["max_tokens"], on_long="truncate_right", batch_size=1, shuffle=False, min_pixels=data["min_pixels"],
+        max_pixels=data["max_pixels"], check_token_rows=settings["retain_rows"],
+    )  # fmt: skip
+    datamodule.check_rows()
+    if datamodule.are_pairs:
+        raise ConfigError(f"eval.retain_path={settings['retain_path']}: pairs have no loss of their own; give rows of text")
+    make_tokens(datamodule, config["model"])
+    return Retain(datamodule, settings["retain_rows"])
 
 
 def build_loggers(configs: Config) -> list[Any]:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.guard import run_command
 from lorakit.cli.trained import Trained, add_run_arguments, open_trained, output_path
 from lorakit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lorakit.data.datamodule import LoRADataModule
+    from lorakit.sampling.score import Answer
 
 
 def main(arguments: list[str]) -> None:
@@ -19,7 +24,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--limit", type=int, help="at most so many rows")
     parser.add_argument("--max-tokens", type=int, default=256, help="of each sample")
     parser.add_argument("--no-samples", action="store_true", help="loss only")
-    parser.add_argument("--base", action="store_true", help="without the adapter, to compare")
+    parser.add_argument("--base", action="store_true", help="the base alone, without the adapter")
+    parser.add_argument("--no-base", action="store_true", help="the adapter alone, without the base beside it")
+    parser.add_argument("--columns", nargs="+", metavar="OURS=THEIRS", help="what --data calls our columns: prompt=question")
+    parser.add_argument("--answers", type=output_path, help="write each answer to this file, the base's beside it")
     parser.add_argument("--json", type=output_path, help="write the figures to this file")
     options = parser.parse_args(arguments)
     if options.json and options.json.is_dir():
@@ -35,46 +43,80 @@ def main(arguments: list[str]) -> None:
 
 
 def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the figures of ``trained`` on the rows that ``options`` name."""
-    from lorakit.cli.assemble import load_images
+    """Return the figures of ``trained`` on the rows that ``options`` name, and those of its base beside them."""
+    from lorakit.cli.assemble import build_loss, load_images
+    from lorakit.lora.state import adapters_off
+
+    datamodule = open_rows(trained, options)
+    model, tokenizer = trained.load(with_adapter=not options.base)
+    images = load_images(trained.model_settings) if datamodule.has_images else None
+    datamodule.set_tokenizer(tokenizer, images)
+    figures: dict[str, Any] = {
+        "run": trained.run.name,
+        "adapter": None if options.base else str(trained.adapter),
+        "data": options.data or datamodule.val_path or datamodule.path,
+        "rows": len(datamodule.val_indices),
+    }
+    if datamodule.are_pairs:
+        if options.base:
+            raise ConfigError("--base: of pairs the base is the reference, so its figures are those of a coin")
+        return figures | score_pairs(model, datamodule, build_loss(trained.config["loss"]))
+    found, answers = score(model, tokenizer, datamodule, options)
+    figures |= found
+    others: list[Any] = []
+    if not (options.base or options.no_base):
+        with adapters_off(model):
+            figures["base"], others = score(model, tokenizer, datamodule, options)
+    if options.answers:
+        write_answers(options.answers, answers, others)
+    return figures
+
+
+def open_rows(trained: Trained, options: argparse.Namespace) -> LoRADataModule:
+    """The rows that ``options`` name, or those that the run held out."""
     from lorakit.data.datamodule import LoRADataModule
-    from lorakit.sampling.score import answer_all, perplexity, score_loss
-    from lorakit.types import SamplingParams
 
     settings = {key: value for key, value in trained.config["data"].items() if key != "_target_"}
     if options.data is not None:
-        settings |= {"val_path": options.data, "val_fraction": 0.0, "val_rows": None, "format": None}
+        # Other rows may have columns of their own, and need not be mixed.
+        settings |= {"path": options.data, "val_path": options.data, "val_fraction": 0.0, "val_rows": None, "format": None}
+        settings |= {"columns": None, "sources": None}
     elif not (settings["val_path"] or settings["val_fraction"]):
         raise ConfigError("this run held out no rows; name some with --data PATH")
     if options.limit is not None:
         settings["val_rows"] = options.limit
-    datamodule = LoRADataModule(**{**settings, "chat_template": trained.chat_template})
-    model, tokenizer = trained.load(with_adapter=not options.base)
-    images = load_images(trained.model_settings) if datamodule.has_images else None
-    datamodule.set_tokenizer(tokenizer, images)
+    if options.columns:
+        settings["columns"] = dict(pair.split("=", 1) for pair in options.columns)
+    return LoRADataModule(**{**settings, "chat_template": trained.chat_template})
+
+
+def score(
+    model: Any, tokenizer: Any, datamodule: LoRADataModule, options: argparse.Namespace
+) -> tuple[dict[str, float], list[Answer]]:
+    """Return loss, perplexity and exact match of ``model`` on the evaluation rows, and its answers."""
+    from lorakit.sampling.score import answer_all, perplexity, score_loss
+    from lorakit.types import SamplingParams
+
     datums = [datum for index in datamodule.val_indices for datum in datamodule.val_examples.datums(int(index))]
     if not datums:
         raise ConfigError("no row to evaluate on is left; see data.on_long and data.on_error")
-    figures: dict[str, Any] = {
-        "run": trained.run.name,
-        "adapter": None if options.base else str(trained.adapter),
-        "data": options.data or settings["val_path"] or datamodule.path,
-        "rows": len(datamodule.val_indices),
-    }
-    if datamodule.are_pairs:
-        from lorakit.cli.assemble import build_loss
-
-        if options.base:
-            raise ConfigError("--base: of pairs the base is the reference, so its figures are those of a coin")
-        return figures | score_pairs(model, datamodule, build_loss(trained.config["loss"]))
     loss_sum, weight = score_loss(model, datums, pad_token_id=datamodule.pad_token_id, images=datamodule.images)
-    loss = loss_sum / weight
-    figures |= {"loss": loss, "perplexity": perplexity(loss)}
-    if not options.no_samples:
-        params = SamplingParams(max_tokens=options.max_tokens, temperature=0.0, stop=settings["stop"])
-        answers = answer_all(model, tokenizer, datums, params, images=datamodule.images)
-        figures["exact_match"] = sum(answer.is_exact for answer in answers) / len(answers)
-    return figures
+    figures = {"loss": loss_sum / weight, "perplexity": perplexity(loss_sum / weight)}
+    if options.no_samples:
+        return figures, []
+    params = SamplingParams(max_tokens=options.max_tokens, temperature=0.0, stop=datamodule.stop)
+    answers = answer_all(model, tokenizer, datums, params, images=datamodule.images)
+    return figures | {"exact_match": sum(answer.is_exact for answer in answers) / len(answers)}, answers
+
+
+def write_answers(path: Path, answers: list[Answer], others: list[Answer]) -> None:
+    """Write a line of JSON for each answer, with the base's beside it."""
+    lines = []
+    for number, answer in enumerate(answers):
+        line = {"prompt": answer.prompt, "expected": answer.expected, "answer": answer.sample.text}
+        lines.append(line | ({"base": others[number].sample.text} if others else {}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 def score_pairs(model: Any, datamodule: Any, loss: Any) -> dict[str, float]:

@@ -45,6 +45,11 @@ class CheckpointSettings(msgspec.Struct, forbid_unknown_fields=True):
     keep_best: int
 
 
+class EvalSettings(msgspec.Struct, forbid_unknown_fields=True):
+    retain_path: str | None
+    retain_rows: int
+
+
 class PlanSettings(msgspec.Struct, forbid_unknown_fields=True):
     enforce: bool
     memory_gb: float | None
@@ -78,16 +83,18 @@ _GROUPS: dict[str, type[msgspec.Struct]] = {
     "trainer": TrainerSettings,
     "checkpoint": CheckpointSettings,
     "plan": PlanSettings,
+    "eval": EvalSettings,
 }
 _TOP_LEVEL = (
     *("model", "data", "lora", "loss", "optim", "schedule", "trainer", "callbacks", "logger", "paths", "checkpoint"),
-    *("strategy", "launch", "plan", "sweep", "run", "group", "resume", "seed", "vars"),
+    *("strategy", "launch", "plan", "sweep", "run", "group", "resume", "seed", "vars", "eval"),
 )
 _AT_LEAST_ONE = (
     "trainer.accumulate_grad_batches",
     "trainer.log_every_n_steps",
     "trainer.max_bad_steps",
     "checkpoint.keep_last",
+    "eval.retain_rows",
     "launch.collective_timeout_seconds",
     "launch.nodes",
 )

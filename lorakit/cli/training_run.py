@@ -22,6 +22,7 @@ import yaml
 from rich.console import Console
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lorakit.callbacks.retain import Retain
 from lorakit.callbacks.throughput import Throughput
 from lorakit.cli import assemble
 from lorakit.cli.allocator import tune_allocator
@@ -118,7 +119,7 @@ def train_run(
     )  # fmt: skip
     trainer = assemble.build_trainer(
         config, run.folder, precision=precision, accelerator=accelerator, total_steps=prepared.total_steps,
-        has_val=len(prepared.datamodule.val_indices) > 0, world=world,
+        has_val=len(prepared.datamodule.val_indices) > 0, world=world, retain=prepared.retain,
     )  # fmt: skip
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
@@ -141,6 +142,7 @@ class _Prepared:
     lr: float
     total_steps: int
     is_estimate: bool
+    retain: Retain | None
     resolved: dict[str, Any]  # what the settings that say ``auto`` came to
 
 
@@ -157,6 +159,7 @@ def _prepare(
     if datamodule.has_images and config["strategy"].get("sequence_parallel", 1) > 1:
         raise ConfigError("rows with images cannot be shared by several processes; set strategy.sequence_parallel=1")
     print_data_report(datamodule, console)
+    retain = assemble.build_retain(config)
     spec, model_config, planned, skeleton = _plan(config, console)
     plan_of_step = StepPlan(
         config, skeleton, planned, accelerator=accelerator, precision=precision,
@@ -189,7 +192,7 @@ def _prepare(
         raise ConfigError(f"sweep.metric={watched} needs rows to evaluate on; set data.val_path or data.val_fraction")
     assemble.check_disk(root, planned, keep_last=kept["keep_last"], keep_best=kept["keep_best"])
     resolved = {"trainer.accelerator": accelerator, "trainer.precision": precision, "optim.lr": lr}
-    return _Prepared(config, datamodule, tokenizer, spec, planned, lr, total_steps, is_estimate, resolved)
+    return _Prepared(config, datamodule, tokenizer, spec, planned, lr, total_steps, is_estimate, retain, resolved)
 
 
 def _open_run(
@@ -359,6 +362,12 @@ def _print_end(outcome: Outcome, trainer: L.Trainer, metrics: dict[str, float], 
         console.print(
             f"cut while training, over all epochs: {cuts['num_dropped']:,} examples dropped, {cuts['num_truncated']:,} truncated "
             f"by {cuts['num_tokens_cut']:,} tokens"
+        )
+    if retain := _find_callback(trainer, Retain):
+        console.print(
+            f"unrelated text {retain.datamodule.path}: loss {retain.base_loss:.4f} before, {retain.loss:.4f} after "
+            f"({retain.loss - retain.base_loss:+.4f})",
+            highlight=False,
         )
     if skipped := outcome.datamodule.train_examples.num_skipped:
         console.print(f"rows skipped while training, over all epochs: {skipped:,}")

@@ -223,8 +223,8 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 class History:
     """A file of one JSON object per line, each with its ``step``: ``history.jsonl`` with all figures, ``samples.jsonl``."""
 
-    def __init__(self, folder: Path, name: str = HISTORY_FILE) -> None:
-        self.path = folder / name
+    def __init__(self, folder: Path | str, name: str = HISTORY_FILE) -> None:
+        self.path = Path(folder) / name
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line."""
