@@ -128,6 +128,7 @@ def choose_strategy(plan: StepPlan, *, there: int, precision: str, accelerator: 
 
 def _check_row_sharing(config: Config, skeleton: Any, parts: int) -> None:
     attention = config["model"]["attention"]
+    attention = skeleton.config._attn_implementation if attention == "auto" else attention
     problem = f"it needs model.attention=sdpa, not {attention}" if attention != "sdpa" else None
     if problem := problem or row_sharing_problem(skeleton.config, parts, config["data"]["max_tokens"]):
         raise ConfigError(f"strategy.sequence_parallel={parts} does not work for this model: {problem}; set it to 1")

@@ -69,7 +69,7 @@ class Trained:
         on_gpu = torch.cuda.is_available()
         dtype = "bfloat16" if on_gpu else "float32"
         tokenizer = self.load_tokenizer()
-        attention = self.config["model"].get("attention", "sdpa")
+        attention = self.config["model"].get("attention", "auto")
         model = load_model(self.base, dtype=dtype, attention=attention, device="cuda" if on_gpu else None, **self.model_options)
         return (attach(model, self.adapter) if with_adapter else model), tokenizer
 

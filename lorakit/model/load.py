@@ -99,12 +99,17 @@ def load_model(
     path: str,
     *,
     dtype: str = "float32",
-    attention: str = "sdpa",
+    attention: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str | None = None,
 ) -> Any:
-    """Return the causal language model in ``dtype``, in evaluation mode, every parameter frozen."""
+    """Return the causal language model in ``dtype``, in evaluation mode, every parameter frozen.
+
+    Args:
+        attention: transformers' name of an implementation; auto is sdpa, or eager for the families that sdpa cannot compute (Gemma 2's
+            soft-capping, gpt-oss's sinks).
+    """
     import torch
 
     if dtype not in DTYPES:
@@ -119,7 +124,7 @@ def load_model(
             resolve_model_path(path),
             revision=revision,
             dtype=getattr(torch, dtype),
-            attn_implementation=attention,
+            attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=trust_remote_code,
             device_map=None if is_partitioned else device,  # DeepSpeed itself puts the parts where they belong
             output_loading_info=True,

@@ -78,7 +78,7 @@ class StepShape:
     precision: str  # as Lightning names it
     device: str  # cpu or cuda
     checkpointing: bool = False
-    attention: str = "sdpa"
+    attention: str = "auto"
     parts: int = 1  # processes that share each row: each attends over whole rows, with so many heads less
     image_tokens: tuple[int, ...] = ()  # positions of each image, of all rows
 

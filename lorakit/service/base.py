@@ -46,7 +46,7 @@ class Base:
 
     @classmethod
     def load(
-        cls, path: str, *, accelerator: str = "auto", precision: str = "auto", attention: str = "sdpa", strategy: str = "auto"
+        cls, path: str, *, accelerator: str = "auto", precision: str = "auto", attention: str = "auto", strategy: str = "auto"
     ) -> Base:
         """Read the model at ``path``; of several processes all call together.
 
