@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "fine-tune: lorakit train model.path=… data.path=… lora.rank=32",
     "launch": "print what to type on each of several machines, or submit a job of SLURM",
     "plan": "memory, time and cost of a run, from its config alone",
+    "fetch": "bring a run's model and data here, for a machine without a network",
     "doctor": "what of this machine a run would use, with remedies for the rest",
     "show": "print examples coloured by weight, and the figures of a data set",
     "sample": "generate with a trained adapter: lorakit sample [RUN] -- TEXT",

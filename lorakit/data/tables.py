@@ -16,7 +16,7 @@ from lorakit.data.lines import Columns, Progress, explain, unrecognised
 from lorakit.data.own_format import OwnFormat, format_of
 from lorakit.data.rows import FORMATS, Row, find_problem, has_images, recognise, row_type, unused_columns
 from lorakit.errors import DataError, report
-from lorakit.hub import find_hub_problem
+from lorakit.hub import explain_hub_error, find_hub_problem, stay_offline
 
 _CHECK_ROWS = 1_000
 _CHECK_IMAGE_ROWS = 32  # where rows hold images, which may be some megabytes each
@@ -123,10 +123,12 @@ def load_hub_table(name: str, split: str, *, format: str | OwnFormat | None = No
     cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
     if (problem := find_hub_problem()) and not cached.exists():
         raise DataError(f"{name}: no such file or folder; as a data set of the hub it is not in the cache, and {problem}")
+    if problem:
+        stay_offline()
     try:
         records = datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets and the hub raise a zoo of types
-        raise DataError(_foreign(name, error)) from error
+        raise DataError(explain_hub_error(name, error) or _foreign(name, error)) from error
     return Table(f"{name} ({split})", records, records.column_names, str(records._fingerprint), format=format, columns=columns)
 
 

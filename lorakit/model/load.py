@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lorakit.errors import ConfigError
-from lorakit.hub import find_hub_problem
+from lorakit.hub import cached_model, explain_hub_error, find_hub_problem
 
 BUNDLED = {"tiny": Path(__file__).parent / "tiny" / "text", "tiny-vl": Path(__file__).parent / "tiny" / "vl"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -40,20 +40,15 @@ def resolve_model_path(path: str, revision: str | None = None) -> str:
         return str(folder)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
         raise ConfigError(f"model.path={path}: no such folder (bundled models: {', '.join(BUNDLED)})")
-    _refuse_unreachable(path)
-    return path
-
-
-def _refuse_unreachable(name: str) -> None:
-    """Raise ConfigError where a name of the hub is neither in the cache nor to be had."""
-    from huggingface_hub import try_to_load_from_cache
-
-    problem = find_hub_problem()
-    if problem and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+    if (problem := find_hub_problem()) is None:
+        return path
+    if (cached := cached_model(path, revision)) is None:
+        at = f" (revision {revision})" if revision else ""
         raise ConfigError(
-            f"model.path={name}: no such folder (bundled models: {', '.join(BUNDLED)}), and not in the hub's cache; {problem}. "
-            f"Give the folder of a model, or download it where there is a network: `hf download {name}`"
+            f"model.path={path}: no such folder (bundled models: {', '.join(BUNDLED)}), and not in the hub's cache{at}; {problem}. "
+            f"Give the folder of a model, or download it where there is a network: `hf download {path}`"
         )
+    return cached
 
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -76,7 +71,7 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
             f"model.path={path}: no tokenizer in this folder ({', '.join(_TOKENIZER_FILES)}); copy the model's there"
         )
     with _explained(path):
-        return AutoTokenizer.from_pretrained(resolve_model_path(path), revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(str(folder), revision=revision, trust_remote_code=trust_remote_code)
 
 
 def load_image_processor(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -91,7 +86,7 @@ def load_image_processor(path: str, *, revision: str | None = None, trust_remote
         return None
     with _explained(path):
         return AutoImageProcessor.from_pretrained(
-            resolve_model_path(path), revision=revision, trust_remote_code=trust_remote_code, backend="pil"
+            resolve_model_path(path, revision), revision=revision, trust_remote_code=trust_remote_code, backend="pil"
         )
 
 
@@ -117,11 +112,11 @@ def load_model(
     is_partitioned = _prepare_partitions(dtype)
     config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
     if is_partitioned:
-        check_experts_as_on_the_hub(path, config, Path(resolve_model_path(path)))
+        check_experts_as_on_the_hub(path, config, Path(resolve_model_path(path, revision)))
     with _explained(path), quiet_transformers():
         build = model_class(config)
         model, info = build.from_pretrained(
-            resolve_model_path(path),
+            resolve_model_path(path, revision),
             revision=revision,
             dtype=getattr(torch, dtype),
             attn_implementation=None if attention == "auto" else attention,
@@ -250,6 +245,8 @@ def _explained(path: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
+        if meaning := explain_hub_error(path, error):
+            raise ConfigError(f"model.path={meaning}") from error
         reason = " ".join(str(error).split())[:400]
         remedy = ""
         if not Path(path).expanduser().is_dir() and path not in BUNDLED:
