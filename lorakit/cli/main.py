@@ -22,7 +22,7 @@ COMMANDS = {
     "serve": "serve Tinker's and OpenAI's interfaces: lorakit serve --model NAME=PATH",
     "tinker-env": "print the variables with which programs for the tinker SDK find the server",
     "runs": "list the runs",
-    "report": "compare the runs of a sweep: a table, CSV, and a page with plots",
+    "report": "compare runs, or those of a sweep: a table, CSV, and a page with plots",
 }
 
 

@@ -1,4 +1,4 @@
-"""The runs of a sweep beside one another, from their folders alone: what differed, and how the figure moved."""
+"""Runs beside one another, those of a sweep or any, from their folders alone: what differed, and how the figures moved."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lorakit.errors import CheckpointError
-from lorakit.weights.run import History, Run, flatten, list_runs
+from lorakit.weights.run import History, Run, find_run, flatten, list_runs
 
 DEFAULT_METRICS = ("val/loss", "train/loss")
 _NAMES = ("run", "resume", "group", "sweep.trial", "paths.runs")
@@ -24,7 +24,7 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Row:
-    """A run of the sweep.
+    """One of the runs.
 
     Args:
         settings: those in which the runs differ, by key in dots.
@@ -37,6 +37,7 @@ class Row:
     points: Points
     losses: Points
     tokens_per_second: float | None
+    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     @property
     def last(self) -> float | None:
@@ -57,13 +58,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A sweep's runs, best first; what has no figure comes last."""
+    """Runs, best first; what has no figure comes last. Runs that were named one by one stay in that order."""
 
     name: str
     metric: str
     is_maximized: bool
     keys: list[str]
     rows: list[Row]
+
+    @property
+    def figures(self) -> list[str]:
+        """All that any of the runs has logged, by name."""
+        return list(
+            dict.fromkeys(key for row in self.rows for record in row.history for key in record if key not in ("step", "epoch"))
+        )
 
     def best_point(self, row: Row) -> tuple[int, float] | None:
         """(step, figure) where ``row`` was best, or None."""
@@ -107,6 +115,30 @@ def compare(root: Path, sweep: str | None, *, metric: str | None = None, is_maxi
     if not chosen:
         known = ", ".join(dict.fromkeys(str(config["group"]) for _, config in configs[::-1]))
         raise CheckpointError(f"no sweep called {name!r} in {root.resolve()}; there are: {known}")
+    found = _beside(name, chosen, metric, is_maximized)
+    return replace(found, rows=sorted(found.rows, key=lambda row: _order(row, found.is_maximized)))
+
+
+def sweeps_in(root: Path) -> list[str]:
+    """The names of the sweeps that have runs in ``root``, the last one first."""
+    return list(dict.fromkeys(str(group) for run in list_runs(root)[::-1] if (group := _config_of(run).get("group"))))
+
+
+def compare_runs(
+    root: Path, names: Sequence[str], *, metric: str | None = None, is_maximized: bool | None = None
+) -> Comparison:
+    """Compare the runs that ``names`` name; the last one where there is none.
+
+    Raises:
+        CheckpointError: there is no such run, or none has the figure.
+    """
+    runs = [find_run(root, name) for name in names] or [find_run(root, None)]
+    return _beside(", ".join(run.name for run in runs), [(run, _config_of(run)) for run in runs], metric, is_maximized)
+
+
+def _beside(
+    name: str, chosen: Sequence[tuple[Run, dict[str, Any]]], metric: str | None, is_maximized: bool | None
+) -> Comparison:
     histories = [History(run.folder).read() for run, _ in chosen]
     own = chosen[-1][1].get("sweep") or {}
     figure = metric or own.get("metric") or next((known for known in DEFAULT_METRICS if _has(histories, known)), "val/loss")
@@ -117,13 +149,14 @@ def compare(root: Path, sweep: str | None, *, metric: str | None = None, is_maxi
     keys = _differing(chosen, settings)
     rows = [
         Row(
-            run, {key: one.get(key) for key in keys}, _points(history, figure), _points(history, "train/loss"),
+            run, {key: one.get(key) for key in keys}, points_of(history, figure), points_of(history, "train/loss"),
             next((record["speed/tokens_per_second"] for record in history[::-1] if "speed/tokens_per_second" in record), None),
+            history,
         )
         for (run, _), one, history in zip(chosen, settings, histories, strict=True)
     ]  # fmt: skip
     down = own.get("direction") == "maximize" if is_maximized is None else is_maximized
-    return Comparison(name, figure, down, keys, sorted(rows, key=lambda row: _order(row, down)))
+    return Comparison(name, figure, down, keys, rows)
 
 
 def shown(value: Any) -> str:
@@ -183,7 +216,7 @@ def _settings(run: Run, config: dict[str, Any]) -> dict[str, Any]:
     return flat | {key: value for key, value in run.info.get("resolved", {}).items() if key in flat}
 
 
-def _points(history: Sequence[dict[str, Any]], figure: str) -> Points:
+def points_of(history: Sequence[dict[str, Any]], figure: str) -> Points:
     return [(record["step"], float(record[figure])) for record in history if figure in record and "step" in record]
 
 

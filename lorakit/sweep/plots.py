@@ -1,4 +1,4 @@
-"""The plots of a sweep's page, as SVG: learning curves, and the figure at the end by each setting."""
+"""The plots of a page of runs, as SVG: learning curves, other figures over the steps, the figure at the end by each setting."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorakit.sweep.comparison import Comparison, Row, as_number, shown
+from lorakit.sweep.comparison import Comparison, Points, Row, as_number, points_of, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLUMNS = 3  # panels in a line
+FIGURES = ("train/grad_norm", "train/lr", "speed/tokens_per_second", "memory/gigabytes", "data/padding_share", "retain/loss")
+SHOWN_BESIDE = ("val/", "train/loss/", "train/share/", "train/rewards/", "train/bad_steps", "train/empty_windows")
 FEW = 6  # values of a setting that stand side by side
 
 
@@ -31,16 +33,30 @@ def colors_of(comparison: Comparison) -> list[str]:
 
 def draw_curves(comparison: Comparison) -> str:
     """The figure, and the training loss, over the steps."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     panels = [(comparison.metric, [row.points for row in comparison.rows])]
     if comparison.metric != "train/loss":
         panels.append(("train/loss", [row.losses for row in comparison.rows]))
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    return _draw_panels(comparison, panels, columns=2, height=3.8)
+
+
+def draw_figures(comparison: Comparison) -> str:
+    """What else the runs logged over their steps: gradient norm, learning rate, speed, memory, and what their loss or data brought."""
+    there = [name for name in comparison.figures if name not in (comparison.metric, "train/loss")]
+    known = [name for name in FIGURES if name in there]
+    others = [name for name in there if name not in known and name.startswith(SHOWN_BESIDE)]
+    panels = [(name, [points_of(row.history, name) for row in comparison.rows]) for name in (*known, *others)]
+    return _draw_panels(comparison, panels, columns=COLUMNS, height=2.8) if panels else ""
+
+
+def _draw_panels(comparison: Comparison, panels: Sequence[tuple[str, list[Points]]], *, columns: int, height: float) -> str:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(11, height * lines), layout="constrained")
     colors = colors_of(comparison)
     for place, (name, curves) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), place + 1)
+        axes = figure.add_subplot(lines, min(columns, len(panels)), place + 1)
         for number, points in reversed(list(enumerate(curves))):  # the best lies on top
             if points:
                 xs, ys = zip(*points, strict=True)
