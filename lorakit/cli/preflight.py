@@ -57,7 +57,7 @@ def describe_config(config: dict[str, Any]) -> dict[str, str]:
 def describe_base(settings: dict[str, Any]) -> dict[str, str]:
     """The base: its config, its commit where it is of the hub, the sizes of its files where it is a folder."""
     config = load_config(settings["path"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"])
-    files = sorted(needed_files(settings["path"]).items())
+    files = sorted(needed_files(settings["path"], settings["revision"]).items())
     described = hashlib.sha256(repr((config.to_json_string(), files)).encode()).hexdigest()[:12]
     commit = getattr(config, "_commit_hash", None)
     return {"the base's config and sizes of files": described} | ({"the base's commit": commit} if commit else {})

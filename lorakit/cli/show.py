@@ -69,7 +69,7 @@ def show(config: DictConfig, count: int, page: Path | None) -> None:
 
         if problem := find_write_problem(page):
             raise ConfigError(f"--html {page}: {problem}")
-        text = as_page(datamodule.path, tokenizer, list(first_examples(datamodule, count)))
+        text = as_page(datamodule, tokenizer, list(first_examples(datamodule, count)))
         page.parent.mkdir(parents=True, exist_ok=True)
         write_whole(page, functools.partial(Path.write_text, data=text, encoding="utf-8"))
         console.print(f"examples: {page}")

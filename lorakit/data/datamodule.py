@@ -339,6 +339,21 @@ class LoRADataModule(L.LightningDataModule):
         per_window = math.ceil(self.window_rows * units_per_row / self.batch_size)
         return round(windows * per_window + math.ceil(round(rest, 6) / self.batch_size)) * self.epochs
 
+    def estimate_padding(self) -> float:
+        """Share of the positions of training batches that hold only padding, from a window's worth of the rows surveyed."""
+        assert self.report is not None
+        size = 2 if self.are_pairs else 1
+        lengths = (self.report.lengths - 1).reshape(-1, size)[: self.window_rows]
+        together = (lengths.sum(1) if self.packing else lengths.max(1)).tolist()
+        tokens = self.tokens_per_batch and self.tokens_per_batch // (1 if self.packing else size)
+        plan = assign_batches(
+            together, batch_size=self.batch_size, batch_tokens=tokens, row_tokens=self.pack_tokens if self.packing else None,
+            rng=random.Random(0) if self.shuffle else None,
+        )  # fmt: skip
+        rows_each = 1 if self.packing else size
+        positions = sum(rows_each * len(rows) * max(sum(together[i] for i in row) for row in rows) for rows in plan)
+        return 1 - float(lengths.sum()) / positions
+
     def _make_examples(self, source: Source) -> Examples:
         renderer = Renderer(
             self.tokenizer, train_on=self.train_on, append_eos=self.append_eos, stop=self.stop,

@@ -217,9 +217,9 @@ def base_name(path: str) -> str:
     return str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() and path not in BUNDLED else path
 
 
-def needed_files(path: str) -> dict[str, int]:
+def needed_files(path: str, revision: str | None = None) -> dict[str, int]:
     """Bytes of each weight file of a model on disk; empty for one of the hub that is not here."""
-    folder = Path(resolve_model_path(path))
+    folder = Path(resolve_model_path(path, revision))
     return {file.name: file.stat().st_size for file in folder.glob("*.safetensors")} if folder.is_dir() else {}
 
 

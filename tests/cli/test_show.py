@@ -74,9 +74,9 @@ def test_a_page_shows_images_beside_the_colour_of_every_token(workplace: Path, l
     assert [Image.open(io.BytesIO(one)).size for one in pictures] == [(48, 32), (32, 32)]
     assert list(Image.open(io.BytesIO(pictures[0])).getdata()) == list(draw_image(1, (48, 32)).getdata())
     assert "bild ä.png (rows.jsonl:1), 48 x 32 pixels, 24 tokens" in page and "image 2: 16 tokens, weight 0" in page
-    assert re.search(r'<span class="w1" title="\d+, \d+, \d+, weight 1">✓</span>', page)  # three bytes, three tokens
+    assert re.search(r'<span class="w1(?: end)?" title="\d+, \d+, \d+, weight 1">✓</span>', page)  # three bytes, three tokens
     assert "<b>which" not in page and '<span class="w0" title="27, weight 0">&lt;</span>' in page
-    trained = re.findall(r'class="w1" title="[^"]*">([^<]*)<', page)
+    trained = re.findall(r'class="w1(?: end)?" title="[^"]*">([^<]*)<', page)
     assert "".join(trained) == "beide ✓&lt;|im_end|&gt;good day&lt;|im_end|&gt;"
     assert "http" not in page.replace("https://", "")
 

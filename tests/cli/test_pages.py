@@ -1,0 +1,80 @@
+"""The pages that lorakit writes, opened by a real browser: their programs run, nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small import SMALL
+
+Call = Callable[..., tuple[int, str, str]]
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None
+)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+
+
+def opened(page: Path, profile: Path, *, script: str = "") -> str:
+    """The page as the browser has it, after its own program and ``script``. Fails where the browser complains."""
+    text = page.read_text(encoding="utf-8")
+    copy = page.with_name(f"opened-{page.name}")
+    copy.write_text(text.replace("</html>", f"<script>{script}</script></html>"), encoding="utf-8")
+    command = [
+        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--virtual-time-budget=2000",
+        "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--dump-dom", copy.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not complaints, complaints
+    assert done.stdout.startswith("<!DOCTYPE html>"), done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_page_of_a_data_set_has_its_figures_and_marks_what_ends_an_answer(workplace: Path, lorakit: Call) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "a <b> & c?"}, {"role": "assistant", "content": "yes " * (i + 1)}]}
+        for i in range(9)
+    ]
+    (workplace / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (workplace / "b.jsonl").write_text('{"prompt": "x", "completion": "y"}\n' * 4)
+    code, _, err = lorakit(
+        "show", "--html", "rows.html", "-n", "2", "model.path=tiny", "data.sources=[a.jsonl, {path: b.jsonl, weight: 0.5}]",
+        "data.max_tokens=70", "data.on_long=truncate_right", "data.batch_size=2",
+    )  # fmt: skip
+    assert code == 0, err
+    marks = "document.body.dataset.bars = document.querySelectorAll('.bars div').length;"
+    marks += (
+        "document.body.dataset.tall = Math.max(...[...document.querySelectorAll('.bars div')].map(bar => bar.offsetHeight));"
+    )
+    page = opened(workplace / "rows.html", workplace / "profile", script=marks)
+    assert int(re.search(r'data-bars="(\d+)"', page)[1]) > 3 and int(re.search(r'data-tall="(\d+)"', page)[1]) > 60
+    assert "a &lt;b&gt; &amp; c?" in re.sub(r"</?span[^>]*>", "", page)
+    assert page.count('class="w1 end"') == 1 + 2  # the legend, and one for each example
+    for said in (
+        "13</b>rows",
+        "truncated, by",
+        "padding in batches",
+        "longest; data.max_tokens is 70",
+        "<td>a</td>",
+        "<td>b</td>",
+    ):
+        assert said in page, said
+
+
+def test_the_page_of_runs_sorts_and_points_at_a_run(workplace: Path, lorakit: Call) -> None:
+    for name, lr in (("first", "1e-3"), ("second", "2e-3")):
+        code, _, err = lorakit("train", f"run={name}", f"optim.lr={lr}", "trainer.max_steps=2", "logger=none", *SMALL)
+        assert code == 0, err
+    assert lorakit("report", "first", "second", "--out", "page")[0] == 0
+    script = "const heads = [...document.querySelectorAll('th')]; const lr = heads.find(one => one.textContent === 'optim.lr');"
+    script += "lr.click(); lr.click(); document.querySelector('tr[data-run=run1]').dispatchEvent(new Event('mouseenter'));"
+    page = opened(workplace / "page/report.html", workplace / "profile", script=script)
+    table = page[page.index("<tbody>") : page.index("</tbody>")]
+    assert table.index("second") < table.index("first")  # sorted by the learning rate, the larger one first
+    assert 'class="dim"' in page and len(re.findall(r'<g id="run1-[^"]+" class="hot"', page)) >= 4
+    assert "Samples over time" in page and page.count("<svg") >= 2
