@@ -42,9 +42,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# TRL is a contender, not a dependency: it is installed beside the pinned set, which satisfies it.
 bench bench-quick: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps trl==1.16.0
 	$(BIN)/python scripts/bench/bench.py $(if $(filter bench-quick,$@),--quick)
 
 # Several processes beside separate runs, and the longest rows that they can share.

@@ -233,21 +233,28 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
     )
 
 
-def build_retain(config: Config) -> Retain | None:
-    """What measures the loss on unrelated text, where the config names some; its rows checked. Raises LorakitError."""
+def build_retain_rows(config: Config) -> LoRADataModule | None:
+    """The rows of unrelated text, where the config names some; nothing read yet."""
     settings, data = config["eval"], config["data"]
     if not settings["retain_path"]:
         return None
-    datamodule = LoRADataModule(
+    return LoRADataModule(
         path=settings["retain_path"], train_on=data["train_on"], chat_template=data["chat_template"], stop=data["stop"],
-        max_tokens=data["max_tokens"], on_long="truncate_right", batch_size=1, shuffle=False, min_pixels=data["min_pixels"],
-        max_pixels=data["max_pixels"], check_token_rows=settings["retain_rows"],
+        append_eos=data["append_eos"], max_tokens=data["max_tokens"], on_long="truncate_right", batch_size=1, shuffle=False,
+        min_pixels=data["min_pixels"], max_pixels=data["max_pixels"], check_token_rows=settings["retain_rows"],
+        window_rows=settings["retain_rows"],
     )  # fmt: skip
+
+
+def build_retain(config: Config) -> Retain | None:
+    """What measures the loss on unrelated text, where the config names some; its rows checked. Raises LorakitError."""
+    if (datamodule := build_retain_rows(config)) is None:
+        return None
     datamodule.check_rows()
     if datamodule.are_pairs:
-        raise ConfigError(f"eval.retain_path={settings['retain_path']}: pairs have no loss of their own; give rows of text")
+        raise ConfigError(f"eval.retain_path={datamodule.path}: pairs have no loss of their own; give rows of text")
     make_tokens(datamodule, config["model"])
-    return Retain(datamodule, settings["retain_rows"])
+    return Retain(datamodule, config["eval"]["retain_rows"])
 
 
 def build_loggers(configs: Config) -> list[Any]:

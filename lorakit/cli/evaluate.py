@@ -26,7 +26,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--no-samples", action="store_true", help="loss only")
     parser.add_argument("--base", action="store_true", help="the base alone, without the adapter")
     parser.add_argument("--no-base", action="store_true", help="the adapter alone, without the base beside it")
-    parser.add_argument("--columns", nargs="+", metavar="OURS=THEIRS", help="what --data calls our columns: prompt=question")
+    parser.add_argument(
+        "--columns", nargs="+", type=_as_column, metavar="OURS=THEIRS", help="what --data calls our columns: prompt=question"
+    )
     parser.add_argument("--answers", type=output_path, help="write each answer to this file, the base's beside it")
     parser.add_argument("--json", type=output_path, help="write the figures to this file")
     options = parser.parse_args(arguments)
@@ -40,6 +42,13 @@ def main(arguments: list[str]) -> None:
 
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, figures)
+
+
+def _as_column(text: str) -> tuple[str, str]:
+    ours, separator, theirs = text.partition("=")
+    if not (ours and separator and theirs):
+        raise argparse.ArgumentTypeError(f"{text}: write OURS=THEIRS, as prompt=question")
+    return ours, theirs
 
 
 def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
@@ -74,9 +83,9 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
 
 def open_rows(trained: Trained, options: argparse.Namespace) -> LoRADataModule:
     """The rows that ``options`` name, or those that the run held out."""
-    from lorakit.data.datamodule import LoRADataModule
+    from lorakit.cli.assemble import build_datamodule
 
-    settings = {key: value for key, value in trained.config["data"].items() if key != "_target_"}
+    settings = dict(trained.config["data"])
     if options.data is not None:
         # Other rows may have columns of their own, and need not be mixed.
         settings |= {"path": options.data, "val_path": options.data, "val_fraction": 0.0, "val_rows": None, "format": None}
@@ -86,8 +95,8 @@ def open_rows(trained: Trained, options: argparse.Namespace) -> LoRADataModule:
     if options.limit is not None:
         settings["val_rows"] = options.limit
     if options.columns:
-        settings["columns"] = dict(pair.split("=", 1) for pair in options.columns)
-    return LoRADataModule(**{**settings, "chat_template": trained.chat_template})
+        settings["columns"] = dict(options.columns)
+    return build_datamodule({"data": {**settings, "chat_template": trained.chat_template}})
 
 
 def score(

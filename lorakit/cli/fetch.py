@@ -57,7 +57,8 @@ def _fetch_model(settings: dict[str, Any]) -> None:
     from lorakit.model.load import load_skeleton, load_tokenizer, resolve_model_path
 
     path, options = settings["path"], {name: settings[name] for name in ("revision", "trust_remote_code")}
-    if find_hub_problem() is None and resolve_model_path(path, settings["revision"]) == path:
+    is_folder = Path(path).expanduser().is_dir()
+    if not is_folder and find_hub_problem() is None and resolve_model_path(path, settings["revision"]) == path:
         try:
             folder = fetch_model(path, settings["revision"], with_code=settings["trust_remote_code"])
         except Exception as error:  # the hub's own types, and those of the network
@@ -71,17 +72,16 @@ def _fetch_model(settings: dict[str, Any]) -> None:
 
 
 def _fetch_rows(plain: dict[str, Any]) -> None:
-    from lorakit.cli.assemble import build_datamodule
+    from lorakit.cli.assemble import build_datamodule, build_retain_rows
 
     datamodule = build_datamodule(plain)
     datamodule.check_rows()
     print(f"data {datamodule.path}: {len(datamodule.source):,} rows")
     if datamodule.val_path:
         print(f"held out {datamodule.val_path}: {len(datamodule.val_source):,} rows")
-    if unrelated := plain["eval"]["retain_path"]:
-        other = build_datamodule({**plain, "data": {**plain["data"], "path": unrelated, "sources": None, "val_path": None}})
+    if other := build_retain_rows(plain):
         other.check_rows()
-        print(f"unrelated {unrelated}: {len(other.source):,} rows")
+        print(f"unrelated {other.path}: {len(other.source):,} rows")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ class StepPlan:
 def step_shape(config: Config, *, accelerator: str, precision: str, rows: RowSizes | None = None) -> StepShape:
     """The largest micro-batch that a run of ``config`` will see."""
     data, trainer, rows = config["data"], config["trainer"], rows or RowSizes()
-    num_positions = data["pack_tokens"] or data["max_tokens"]
+    num_positions = data["pack_tokens"] or data["max_tokens"] * (2 if is_of_pairs(config) else 1)
     if not data["packing"]:
         num_positions = min(data["max_tokens"], rows.longest or 1 << 62)
     num_rows = rows_each(config) * (data["batch_size"] or DEFAULT_BATCH_SIZE)
@@ -141,8 +141,12 @@ def step_shape(config: Config, *, accelerator: str, precision: str, rows: RowSiz
 
 def rows_each(config: Config) -> int:
     """Rows of a batch for each row of the data: two where it is a pair and nothing is packed."""
-    is_of_pairs = inputs_of(import_target(config["loss"]["_target_"], "loss")).is_of_pairs
-    return 2 if is_of_pairs and not config["data"]["packing"] else 1
+    return 2 if is_of_pairs(config) and not config["data"]["packing"] else 1
+
+
+def is_of_pairs(config: Config) -> bool:
+    """Whether the run's loss is one of pairs."""
+    return inputs_of(import_target(config["loss"]["_target_"], "loss")).is_of_pairs
 
 
 @dataclasses.dataclass(frozen=True)

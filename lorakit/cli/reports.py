@@ -19,6 +19,7 @@ def print_data_report(datamodule: LoRADataModule, console: Console, *, histogram
     """Print the figures of the training rows, and of the evaluation rows where there are any."""
     assert datamodule.report is not None
     _print_one("data", datamodule.path, datamodule.report, console)
+    _print_shares(datamodule.report, console)
     if datamodule.val_report:
         _print_one("held out", datamodule.val_path or f"{datamodule.val_fraction:g} of them", datamodule.val_report, console)
     for line in warnings_of(datamodule.report, datamodule):
@@ -37,14 +38,6 @@ def _print_one(label: str, where: str, report: DataReport, console: Console) -> 
         markup=False,
         highlight=False,
     )
-    total = sum(share.trained_per_epoch for share in report.shares.values())
-    for name, share in report.shares.items():
-        console.print(
-            f"  {name}: {share.num_rows:,} rows, {share.weight:g} times an epoch, {share.trained_per_epoch / total:.1%} of the "
-            "trained tokens",
-            markup=False,
-            highlight=False,
-        )
     cuts = report.cuts
     taken = []
     if report.num_rows_skipped:
@@ -57,6 +50,18 @@ def _print_one(label: str, where: str, report: DataReport, console: Console) -> 
         console.print(f"  {', '.join(taken)}", markup=False, highlight=False)
     if report.unused_columns:
         console.print(f"  columns not used: {', '.join(report.unused_columns)}", markup=False, highlight=False)
+
+
+def _print_shares(report: DataReport, console: Console) -> None:
+    """What each of several sources gives to training."""
+    total = sum(share.trained_per_epoch for share in report.shares.values()) or 1.0
+    for name, share in report.shares.items():
+        console.print(
+            f"  {name}: {share.num_rows:,} rows, {share.weight:g} times an epoch, {share.trained_per_epoch / total:.1%} of the "
+            "trained tokens",
+            markup=False,
+            highlight=False,
+        )
 
 
 def warnings_of(report: DataReport, datamodule: LoRADataModule) -> list[str]:

@@ -26,6 +26,7 @@ from lorakit.weights.run import (
 # What may differ between a run and its continuation without changing what is computed.
 FREE_KEYS = (
     *("run", "resume", "group", "plan.", "sweep", "paths.", "logger.", "checkpoint.", "callbacks.", "data.on_error"),
+    "eval.",
     *(
         "strategy.",
         "launch.",
@@ -93,10 +94,18 @@ def config_text(config: dict[str, Any], folder: Path) -> str:
 def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
     """The config as it means the same from any folder: names of files and folders that are there, made absolute."""
     config = copy.deepcopy(config)
-    for group, key in (("model", "path"), ("data", "path"), ("data", "val_path"), ("lora", "init_from")):
-        value = config[group].get(key)
+    places: list[tuple[Any, Any]] = [
+        *((config["model"], key) for key in ("path",)),
+        *((config["data"], key) for key in ("path", "val_path", "chat_template")),
+        (config["lora"], "init_from"),
+        (config.get("eval") or {}, "retain_path"),
+    ]
+    sources = config["data"].get("sources") or []
+    places += [(entry, "path") if isinstance(entry, dict) else (sources, number) for number, entry in enumerate(sources)]
+    for node, key in places:
+        value = node.get(key) if isinstance(node, dict) else node[key]
         if isinstance(value, str) and value not in BUNDLED and (Path(value).expanduser().exists() or glob.glob(value)):
-            config[group][key] = str(Path(value).expanduser().absolute())
+            node[key] = str(Path(value).expanduser().absolute())
     return config
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from typing import Any, Literal, get_type_hints
 
@@ -14,6 +12,7 @@ import msgspec
 
 from lorakit.errors import ConfigError
 from lorakit.loss.inputs import inputs_of
+from lorakit.own_code import import_by_name
 
 
 class ModelSettings(msgspec.Struct, forbid_unknown_fields=True):
@@ -200,13 +199,9 @@ def find_argument_problems(settings: dict[str, Any], key: str, target: Callable[
 
 def import_target(dotted: str, key: str) -> Callable[..., Any]:
     """Return what ``dotted`` names. Raises ConfigError."""
-    import importlib
-
-    module, _, name = dotted.rpartition(".")
-    if "" not in sys.path and (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)  # as `python -m` would: a package beside the runs is found, last of all
     try:
-        return getattr(importlib.import_module(module), name)
+        found: Callable[..., Any] = import_by_name(dotted)
+        return found
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}._target_={dotted} cannot be imported: {error}") from error
 

@@ -10,7 +10,7 @@ Message = dict[str, Any]
 
 def find_tools_problem(tools: Any) -> str | None:
     """What is wrong with a row's ``tools``, or None."""
-    if not isinstance(tools, str):
+    if not isinstance(tools, str) or not tools.strip():
         return None
     try:
         found = json.loads(tools)
@@ -38,7 +38,9 @@ def find_arguments_problem(call: dict[str, Any]) -> str | None:
 
 def read_tools(tools: Any) -> list[dict[str, Any]] | None:
     """A row's ``tools`` as a list, None where there are none."""
-    return (json.loads(tools) if isinstance(tools, str) else tools) or None
+    if isinstance(tools, str):
+        return (json.loads(tools) or None) if tools.strip() else None
+    return tools or None
 
 
 def has_calls(messages: list[Message]) -> bool:
@@ -55,10 +57,14 @@ def with_arguments(messages: list[Message], *, as_text: bool) -> list[Message]:
     return changed
 
 
-def is_written_by_python(text: str, messages: list[Message]) -> bool:
-    """Whether ``text`` has arguments as Python prints a dict, which is no JSON: its template wanted them as text."""
+def is_written_by_python(text: str, without_calls: str, messages: list[Message]) -> bool:
+    """Whether ``text`` has arguments as Python prints a dict, which is no JSON: its template wanted them as text.
+
+    ``without_calls`` is the same conversation without its calls, whose messages may well quote such a dict.
+    """
     arguments = [_function_of(call).get("arguments") for message in messages for call in message.get("tool_calls") or ()]
-    return any(repr(found) in text for found in arguments if found and repr(found) != json.dumps(found, ensure_ascii=False))
+    printed = [repr(found) for found in arguments if found and repr(found) != json.dumps(found, ensure_ascii=False)]
+    return any(text.count(found) > without_calls.count(found) for found in printed)
 
 
 def _function_of(call: dict[str, Any]) -> Any:
@@ -68,7 +74,7 @@ def _function_of(call: dict[str, Any]) -> Any:
 def _with_arguments(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
     function = _function_of(call)
     given = function.get("arguments") or {}
-    as_object = json.loads(given) if isinstance(given, str) else given
+    as_object = (json.loads(given) if isinstance(given, str) else given) or {}
     arguments = (given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)) if as_text else as_object
     changed = {**function, "arguments": arguments}
     return {**call, "function": changed} if "function" in call else changed

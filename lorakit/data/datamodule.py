@@ -108,7 +108,7 @@ class LoRADataModule(L.LightningDataModule):
         self.train_on = _one_of(TrainOnWhat, train_on, "data.train_on")
         self.on_long = _one_of(OnLong, on_long, "data.on_long")
         self.append_eos, self.stop, self.max_tokens = append_eos, stop, max_tokens
-        self.packing, self.pack_tokens = packing, pack_tokens or max_tokens
+        self.packing, self.pack_tokens, self._given_pack_tokens = packing, pack_tokens or max_tokens, pack_tokens
         if pack_tokens and not packing:
             raise ConfigError(f"data.pack_tokens={pack_tokens} has no effect without data.packing=true")
         if self.packing and self.pack_tokens < max_tokens:
@@ -139,7 +139,28 @@ class LoRADataModule(L.LightningDataModule):
         """Read and check every row. Raises DataError with all problems."""
         for source in (self.source, self.val_source):  # asking for them reads them
             assert len(source)
-        assert self.are_pairs in (True, False)
+        if self.are_pairs:
+            self._make_room_for_pairs()
+        for entry, count in zip(self.mixed or (), self.mixture.counts, strict=False):
+            if self.epochs is not None and count * self.epochs < 1 - 1e-9:
+                raise ConfigError(
+                    f"data.sources: {entry.path} has weight {entry.weight:g} and too few rows for it: none is seen in data.epochs="
+                    f"{self.epochs}; raise one of them"
+                )
+
+    def _make_room_for_pairs(self) -> None:
+        """Both answers of a pair lie in one packed row, or in one batch. Raises ConfigError where they may not fit."""
+        both = 2 * self.max_tokens
+        if self.packing and self._given_pack_tokens is None:
+            self.pack_tokens = both
+        if self.packing and self.pack_tokens < both:
+            raise ConfigError(
+                f"data.pack_tokens={self.pack_tokens} is less than a pair of data.max_tokens={self.max_tokens} each"
+            )
+        if self.tokens_per_batch and self.tokens_per_batch < both:
+            raise ConfigError(
+                f"data.tokens_per_batch={self.tokens_per_batch} is less than a pair of data.max_tokens={self.max_tokens} each"
+            )
 
     def set_tokenizer(self, tokenizer: Any, images: ImageEncoder | None = None, *, image_token_id: int | None = None) -> None:
         """Use ``tokenizer``, and ``images`` where rows have some, for everything that follows.
@@ -321,38 +342,52 @@ class LoRADataModule(L.LightningDataModule):
         """
         if self.epochs is None or self.report is None:
             return None
-        size = 2 if self.are_pairs else 1  # examples that stay together
-        units_per_row = self.report.examples_per_row / size
-        num_units = self.mixture.num_rows * units_per_row
+        lengths, num_units = self._sample_units()
+        units_per_row = num_units / self.mixture.num_rows
         if self.packing or self.batch_size is None:
-            lengths = (self.report.lengths - 1).reshape(-1, size)[: self.window_rows]  # a window's worth, in positions
-            together = (lengths.sum(1) if self.packing else lengths.max(1)).tolist()
-            row_tokens = self.pack_tokens if self.packing else None
-            tokens = self.tokens_per_batch and self.tokens_per_batch // (1 if self.packing else size)
-            plan = assign_batches(
-                together, batch_size=None if self.batch_size is None else 1, batch_tokens=tokens, row_tokens=row_tokens,
-                rng=random.Random(0),
-            )  # fmt: skip
-            batches_per_unit = len(plan) / len(together) / (self.batch_size or 1)
-            return max(1, round(num_units * batches_per_unit)) * self.epochs
+            plan = self._plan_window(lengths, batch_size=None if self.batch_size is None else 1)
+            batches_per_unit = len(plan) / len(lengths) / (self.batch_size or 1)
+            return max(1, round(num_units * batches_per_unit * self.epochs))
         windows, rest = divmod(num_units, self.window_rows * units_per_row)
         per_window = math.ceil(self.window_rows * units_per_row / self.batch_size)
-        return round(windows * per_window + math.ceil(round(rest, 6) / self.batch_size)) * self.epochs
+        return max(1, round((windows * per_window + math.ceil(round(rest, 6) / self.batch_size)) * self.epochs))
 
     def estimate_padding(self) -> float:
         """Share of the positions of training batches that hold only padding, from a window's worth of the rows surveyed."""
-        assert self.report is not None
-        size = 2 if self.are_pairs else 1
-        lengths = (self.report.lengths - 1).reshape(-1, size)[: self.window_rows]
-        together = (lengths.sum(1) if self.packing else lengths.max(1)).tolist()
-        tokens = self.tokens_per_batch and self.tokens_per_batch // (1 if self.packing else size)
-        plan = assign_batches(
-            together, batch_size=self.batch_size, batch_tokens=tokens, row_tokens=self.pack_tokens if self.packing else None,
-            rng=random.Random(0) if self.shuffle else None,
-        )  # fmt: skip
+        lengths, _ = self._sample_units()
+        size = lengths.shape[1]
+        together = lengths.sum(1) if self.packing else lengths.max(1)
+        plan = self._plan_window(lengths, batch_size=self.batch_size)
         rows_each = 1 if self.packing else size
-        positions = sum(rows_each * len(rows) * max(sum(together[i] for i in row) for row in rows) for rows in plan)
-        return 1 - float(lengths.sum()) / positions
+        positions = sum(rows_each * len(rows) * max(together[row].sum() for row in rows) for rows in plan)
+        return 1 - float(lengths.sum()) / float(positions)
+
+    def _sample_units(self) -> tuple[np.ndarray, float]:
+        """Return the positions of a window's worth of what stays together, (units, 1), or of pairs (units, 2), as training draws
+        them, and how many there are in an epoch."""
+        report = self.report
+        assert report is not None
+        size = 2 if self.are_pairs else 1
+        lengths, origins = (report.lengths - 1).reshape(-1, size), report.origins[::size]
+        rng = np.random.default_rng(self.seed)
+        if not report.shares:
+            ordered = rng.permutation(lengths) if self.shuffle else lengths
+            return ordered[: self.window_rows], self.mixture.num_rows * report.examples_per_row / size
+        found = np.bincount(origins, minlength=len(report.shares))  # units of each source
+        looked = np.array([max(share.num_rows_surveyed, 1) for share in report.shares.values()])
+        in_epoch = found / looked * np.array(self.mixture.counts)
+        wanted = np.rint(in_epoch / in_epoch.sum() * min(self.window_rows, len(lengths))).astype(int)
+        chosen = [rng.choice(np.flatnonzero(origins == number), size=count) for number, count in enumerate(wanted) if count]
+        return lengths[np.concatenate(chosen)], float(in_epoch.sum())
+
+    def _plan_window(self, lengths: np.ndarray, *, batch_size: int | None) -> list[list[list[int]]]:
+        """Which units of ``lengths`` share a row, and which rows a batch, as the stream would have it."""
+        together = (lengths.sum(1) if self.packing else lengths.max(1)).tolist()
+        tokens = self.tokens_per_batch and self.tokens_per_batch // (1 if self.packing else lengths.shape[1])
+        return assign_batches(
+            together, batch_size=batch_size, batch_tokens=tokens, row_tokens=self.pack_tokens if self.packing else None,
+            rng=random.Random(0),
+        )  # fmt: skip
 
     def _make_examples(self, source: Source) -> Examples:
         renderer = Renderer(

@@ -119,6 +119,7 @@ class DataReport:
     unused_columns: dict[str, str]  # with the format of their rows
     fingerprint: str
     shares: dict[str, SourceShare] = field(default_factory=dict)  # of several sources, by name
+    origins: np.ndarray = field(default_factory=lambda: np.zeros(0, int))  # of each example, which of them it is from
 
     @property
     def num_tokens(self) -> int:
@@ -159,6 +160,7 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
     shares = {name: SourceShare(source.weights[i], int(counts[i])) for i, name in enumerate(source.names)}
     counted = Examples(examples.source, examples.renderer, examples.max_tokens, examples.on_long, images=examples.images)
     lengths: list[int] = []
+    origins_found: list[int] = []
     problems: list[str] = []
     num_trained = num_without_stop = num_images = num_image_tokens = largest_image = 0
     image_share = 0.0
@@ -172,6 +174,7 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
             continue
         for example in rendered:
             lengths.append(len(example.tokens))
+            origins_found.append(int(origin))
             trained = sum(1 for weight in example.weights[1:] if weight)  # nothing predicts the first
             num_trained += trained
             share.num_trained_tokens += trained
@@ -205,6 +208,7 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
         unused_columns=examples.source.unused_columns,
         fingerprint=examples.source.fingerprint,
         shares=shares,
+        origins=np.array(origins_found),
     )
 
 

@@ -26,6 +26,7 @@ from lorakit.data.rows import (
     Role,
     Row,
     Text,
+    find_column_problem,
     find_problem,
     guess_columns,
     has_images,
@@ -61,6 +62,11 @@ class LineFile:
             self.digest = hashlib.file_digest(file, "sha256").hexdigest()
         self._map = _map(path)
         self._scan(progress)
+        if columns and not self._own and len(self):
+            rows = (self._json(index) for index in range(min(len(self), _NUM_SAMPLED)))
+            present = dict.fromkeys(column for row in rows for column in row)
+            if problem := find_column_problem(columns, self.format, present):
+                raise DataError(f"{self.path}: {problem}")
 
     def __len__(self) -> int:
         return len(self._offsets)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import msgspec
 
 from lorakit.data.rows import FORMATS, Row, recognise
 from lorakit.errors import ConfigError
+from lorakit.own_code import import_by_name
 
 Format = str | Callable[[dict[str, Any]], Any] | None  # a name in FORMATS, or a function; None: by the columns
 
@@ -60,14 +60,13 @@ def find_format(format: Format) -> str | OwnFormat | None:
         return format
     if callable(format):
         return OwnFormat(format)
-    module, _, name = format.rpartition(".")
-    if not module:
+    if "." not in format:
         raise ConfigError(
             f"data.format={format} is unknown; choose one of {', '.join(FORMATS)}, or name a function of yours (package.module.name)"
         )
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        found = import_by_name(format)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"data.format={format} cannot be imported: {error}") from error
     if not callable(found):
         raise ConfigError(f"data.format={format} is no function")

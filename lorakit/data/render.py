@@ -240,7 +240,8 @@ class Renderer:
         as_objects, problem = with_arguments(messages, as_text=False), None
         try:
             text = self._template(as_objects, tools, turn=turn)
-            if not is_written_by_python(text, as_objects):
+            silent = self._template(_without_calls(messages), tools, turn=turn)
+            if not is_written_by_python(text, silent, as_objects):
                 return as_objects, text
         except DataError as error:
             problem = error
@@ -264,10 +265,8 @@ class Renderer:
         if tools and self._template(messages, None, turn=turn) == text:
             raise DataError("the row has `tools`, but the model's chat template leaves them out")
         calling = [index for index, message in enumerate(messages) if message.get("tool_calls")]
-        if calling:
-            silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
-            if self._template(silent, tools, turn=turn) == text:
-                raise DataError(f"message {calling[0]} has `tool_calls`, but the model's chat template leaves them out")
+        if calling and self._template(_without_calls(messages), tools, turn=turn) == text:
+            raise DataError(f"message {calling[0]} has `tool_calls`, but the model's chat template leaves them out")
         for index, message in enumerate(messages):
             thought = (message.get("reasoning_content") or message.get("thinking") or "").strip()
             if thought and weights[index] and thought not in self._template(messages[: index + 1], tools, turn=index):
@@ -414,6 +413,10 @@ def _to_plain(message: Message) -> dict[str, Any]:
         if not any(is_image_part(part) for part in message.content):  # as every template reads it
             plain["content"] = "".join(part["text"] for part in message.content)
     return plain | ({"content": ""} if "content" not in plain else {})
+
+
+def _without_calls(messages: list[dict]) -> list[dict]:
+    return [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
 
 
 def _common_prefix(a: str, b: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import math
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from lorakit.data.calls import find_arguments_problem, find_tools_problem
+from lorakit.data.calls import find_arguments_problem, find_tools_problem, read_tools
 from lorakit.data.images import find_image_problem, find_stored_problem, find_text_problem, has_no_name, is_image_part
 from lorakit.errors import ConfigError
 
@@ -121,6 +122,7 @@ FORMATS: dict[str, type[Row]] = {
     "alpaca": Alpaca,
     "text": Text,
 }
+CHAT_PAIRS = "preference, as messages"  # what is said of rows of preference that are conversations
 SPEAKERS: dict[str, Role] = {
     "human": "user",
     "user": "user",
@@ -149,11 +151,17 @@ def row_type(format: str, columns: tuple[tuple[str, str], ...] = ()) -> type[Row
     """The type of rows of ``format``, whose columns have other names where ``columns`` says so, as (ours, theirs)."""
     kind, theirs = FORMATS[format], dict(columns)
     fields = msgspec.structs.fields(kind)
+    taken = set(theirs.values())  # a field of that name has another one's column, or none
+    for field in fields:
+        if field.required and field.encode_name in taken and field.encode_name not in theirs:
+            raise ConfigError(f"data.columns gives `{field.encode_name}` another meaning, and rows of {format} need it")
     if not any(field.encode_name in theirs for field in fields):
         return kind
     renamed = []
     for field in fields:
-        name = theirs.get(field.encode_name, field.encode_name)
+        name = theirs.get(
+            field.encode_name, f"({field.encode_name}: given away)" if field.encode_name in taken else field.encode_name
+        )
         options = {} if field.required else {"default": field.default}
         renamed.append((field.name, field.type, msgspec.field(name=name, **options)))
     found: type[Row] = msgspec.defstruct(kind.__name__, renamed, bases=(kind,))  # type: ignore[assignment]  # a subclass of one
@@ -190,7 +198,25 @@ def explain_unused(column: str, format: str) -> str | None:
 def recognise(present: Iterable[str], columns: tuple[tuple[str, str], ...] = ()) -> str | None:
     """Return the name of the format that the columns ``present`` belong to, or None; ``columns`` as in ``row_type``."""
     there = set(present)
-    return next((name for name in FORMATS if there.issuperset(required_columns(row_type(name, columns)))), None)
+    for name in FORMATS:
+        with contextlib.suppress(ConfigError):  # of a format that lacks what `columns` takes away
+            if there.issuperset(required_columns(row_type(name, columns))):
+                return name
+    return None
+
+
+def find_column_problem(columns: tuple[tuple[str, str], ...], format: str, present: Iterable[str]) -> str | None:
+    """Why ``columns`` would do nothing for rows of ``format`` that have the columns ``present``, or None."""
+    ours, there = {field.encode_name for field in msgspec.structs.fields(FORMATS[format])}, list(present)
+    if strange := [name for name, _ in columns if name not in ours]:
+        return f"data.columns names {', '.join(strange)}, which rows of {format} do not have; set data.format where they are another's"
+    lost = [(name, theirs) for name, theirs in columns if theirs not in there]
+    if not lost:
+        return None
+    name, theirs = lost[0]
+    near = difflib.get_close_matches(theirs, there, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(there)}"
+    return f"data.columns says that {name} is called {theirs}, and no such column is there; {hint}"
 
 
 def guess_columns(present: Sequence[str]) -> dict[str, str]:
@@ -208,15 +234,15 @@ def guess_columns(present: Sequence[str]) -> dict[str, str]:
 
 def are_chats(formats: Iterable[str]) -> bool:
     """Whether rows of these formats are conversations, which a chat template renders."""
-    return bool(found := set(formats)) and found <= {"messages", "conversations", "alpaca"}
+    return bool(found := set(formats)) and found <= {"messages", "conversations", "alpaca", CHAT_PAIRS}
 
 
 def are_pairs(formats: Iterable[str]) -> bool:
     """Whether rows of these formats are pairs of a better and a worse answer. Raises ConfigError where only some are."""
-    found = set(formats)
-    if "preference" in found and len(found) > 1:
-        raise ConfigError(f"rows of preference and of {', '.join(sorted(found - {'preference'}))} cannot be trained together")
-    return found == {"preference"}
+    pairs, others = {"preference", CHAT_PAIRS}, set(formats) - {"preference", CHAT_PAIRS}
+    if others and others != set(formats):
+        raise ConfigError(f"rows of preference and of {', '.join(sorted(others))} cannot be trained together")
+    return bool(set(formats) & pairs)
 
 
 def has_images(row: Row) -> bool:
@@ -299,11 +325,15 @@ def split_preference(row: Preference) -> tuple[str | list[Message], str | list[M
 
 
 def _find_preference_problem(row: Preference) -> str | None:
+    if problem := find_tools_problem(row.tools):
+        return problem
     if len({isinstance(part, str) for part in (row.chosen, row.rejected, row.prompt) if part is not None}) > 1:
         return "`prompt`, `chosen` and `rejected` must all be texts, or all lists of messages"
     if row.chosen == row.rejected:
         return "`chosen` and `rejected` are the same"
     prompt, *answers = split_preference(row)
+    if isinstance(prompt, str) and read_tools(row.tools):
+        return "`tools` belong to conversations, and this row has texts: write `chosen` and `rejected` as messages"
     if isinstance(prompt, str):
         return next(
             (f"`{name}` is empty" for name, answer in zip(("chosen", "rejected"), answers, strict=True) if not answer), None
@@ -314,7 +344,7 @@ def _find_preference_problem(row: Preference) -> str | None:
             return f"`{name}` has no message of the assistant behind the prompt"
         if problem := _find_message_problem([*prompt, *answer]):
             return f"`{name}`: {problem}"
-    return find_tools_problem(row.tools)
+    return None
 
 
 def _find_token_problem(row: Tokens) -> str | None:

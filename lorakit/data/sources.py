@@ -22,7 +22,7 @@ import numpy as np
 
 from lorakit.data.lines import Columns, LineFile, Progress
 from lorakit.data.own_format import Format, OwnFormat, find_format
-from lorakit.data.rows import Row, all_columns
+from lorakit.data.rows import CHAT_PAIRS, Preference, Row, all_columns
 from lorakit.data.tables import Table, load_hub_table, load_table
 from lorakit.errors import ConfigError, DataError, report
 
@@ -30,6 +30,14 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
 BUNDLED = Path(__file__).parent.parent / "examples"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 _SHOW_PROGRESS_BYTES = 20 << 20
+
+
+def _format_of(part: LineFile | Table) -> str:
+    """The format of a part's rows; of pairs it is said where they are conversations."""
+    if part.format != "preference" or not len(part):
+        return part.format
+    first = part.row(0)
+    return CHAT_PAIRS if isinstance(first, Preference) and not isinstance(first.chosen, str) else part.format
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Source:
     @property
     def formats(self) -> list[str]:
         """The formats of the rows, without repeats."""
-        return list(dict.fromkeys(part.format for part in self.parts))
+        return list(dict.fromkeys(_format_of(part) for part in self.parts))
 
     @property
     def unused_columns(self) -> dict[str, str]:

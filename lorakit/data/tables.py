@@ -14,7 +14,7 @@ import msgspec
 
 from lorakit.data.lines import Columns, Progress, explain, unrecognised
 from lorakit.data.own_format import OwnFormat, format_of
-from lorakit.data.rows import FORMATS, Row, find_problem, has_images, recognise, row_type, unused_columns
+from lorakit.data.rows import FORMATS, Row, find_column_problem, find_problem, has_images, recognise, row_type, unused_columns
 from lorakit.errors import DataError, report
 from lorakit.hub import explain_hub_error, find_hub_problem, stay_offline
 
@@ -40,6 +40,8 @@ class Table:
             raise DataError(unrecognised(name, present, columns))
         assert isinstance(found, str)
         self.format, self._type = found, row_type(found, columns)
+        if columns and not self._own and (problem := find_column_problem(columns, found, present)):
+            raise DataError(f"{name}: {problem}")
         self.unused_columns = [] if self._own else unused_columns(present, self._type)
         if not isinstance(records, list):
             records = records.select_columns([column for column in present if column not in self.unused_columns])
@@ -120,14 +122,14 @@ def load_hub_table(name: str, split: str, *, format: str | OwnFormat | None = No
     import datasets
 
     _quiet()
-    cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
-    if (problem := find_hub_problem()) and not cached.exists():
-        raise DataError(f"{name}: no such file or folder; as a data set of the hub it is not in the cache, and {problem}")
-    if problem:
-        stay_offline()
+    if problem := find_hub_problem():
+        stay_offline()  # so that what is cached is read at once, and what is not is an error at once
     try:
         records = datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets and the hub raise a zoo of types
+        if problem:
+            text = f"{name}: no such file or folder; as a data set of the hub it is not in the cache, and {problem}"
+            raise DataError(text) from error
         raise DataError(explain_hub_error(name, error) or _foreign(name, error)) from error
     return Table(f"{name} ({split})", records, records.column_names, str(records._fingerprint), format=format, columns=columns)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,4 @@ def use_template(tokenizer: Any, name: str) -> None:
 
 def _without_generation_marks(text: str) -> str:
     """transformers' own tag says which parts the assistant writes; plain Jinja does not know it."""
-    for mark in ("generation", "endgeneration"):
-        for opening in ("{%", "{%-"):
-            for closing in ("%}", "-%}"):
-                text = text.replace(f"{opening} {mark} {closing}", "")
-    return text
+    return re.sub(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}", "", text)

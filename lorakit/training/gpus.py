@@ -70,12 +70,15 @@ def _ask_nvidia(*arguments: str) -> tuple[str, ...]:
 
 def _find_amd() -> tuple[str, ...]:
     """AMD's GPUs by the kernel's list, in which processors stand too, without SIMD units."""
+    if any(os.environ.get(name, "0").strip() in ("", "-1") for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")):
+        return ()
     found = []
     for file in sorted(_AMD_NODES.glob("*/properties")):
         try:
             facts = dict(line.split(maxsplit=1) for line in file.read_text().splitlines() if " " in line)
         except OSError:
             continue
-        if int(facts.get("simd_count", "0")) > 0:
+        # A GPU inside of a processor has no memory of its own, and few of them are any that ROCm knows.
+        if int(facts.get("simd_count", "0")) > 0 and int(facts.get("local_mem_size", "0")) > 0:
             found.append(f"AMD GPU, node {file.parent.name}")
     return tuple(found)

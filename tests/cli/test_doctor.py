@@ -94,9 +94,13 @@ def test_what_cannot_be_written_is_bad(workplace: Path, lorakit: Call) -> None:
 
 
 def test_a_gpu_of_amd_is_found_in_the_kernels_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unusable_gpu: None) -> None:
-    for node, simds in ((0, 0), (1, 304)):
+    for node, simds, memory in (
+        (0, 0, 0),
+        (1, 304, 206_000_000_000),
+        (2, 8, 0),
+    ):  # a processor, a GPU, one inside of a processor
         (tmp_path / str(node)).mkdir()
-        (tmp_path / str(node) / "properties").write_text(f"cpu_cores_count 8\nsimd_count {simds}\n")
+        (tmp_path / str(node) / "properties").write_text(f"cpu_cores_count 8\nsimd_count {simds}\nlocal_mem_size {memory}\n")
     monkeypatch.setattr(gpus, "_AMD_NODES", tmp_path)
     monkeypatch.setattr(gpus, "_ask_nvidia", lambda *_: ())
     assert gpus.find_gpus() == ("AMD GPU, node 1",)

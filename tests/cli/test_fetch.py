@@ -79,6 +79,17 @@ def test_what_was_fetched_trains_samples_and_merges_without_a_socket(tmp_path: P
     assert len(hub.asked) == before and (tmp_path / "merged/model.safetensors").is_file()
 
 
+def test_a_folder_stays_where_it_is_and_rows_of_any_name_are_found_again(tmp_path: Path, hub: Hub) -> None:
+    shutil.copytree(hub.root / "models/me/tiny", tmp_path / "my/model")
+    shutil.copytree(hub.root / "datasets/me/rows", hub.root / "datasets/Open-Me/SlimRows")
+    settings = ("model.path=my/model", "data.path=Open-Me/SlimRows", "eval.retain_path=me/rows", *RUN[2:])
+    code, out, err = lorakit(tmp_path, "fetch", *settings, hub=hub)
+    assert code == 0, err
+    assert "data Open-Me/SlimRows: 6 rows" in out and "unrelated me/rows: 6 rows" in out
+    code, _, err = lorakit(tmp_path, "train", *settings, hub=hub, offline=True, sockets=False)
+    assert code == 0, err
+
+
 def test_the_control_a_socket_is_noticed(tmp_path: Path, hub: Hub) -> None:
     code, _, err = lorakit(tmp_path, "fetch", "model.path=me/tiny", hub=hub, sockets=False)
     assert code != 0 and "a socket was asked for" in err

@@ -95,6 +95,22 @@ def test_what_does_not_fit_is_one_message(mine: Path, lorakit: Call, settings: t
     assert code == 2 and words in err and "Traceback" not in err, err
 
 
+def test_such_a_run_is_evaluated_and_reported_from_another_folder(
+    mine: Path, lorakit: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    style = "data.format={_target_: own_package.rows.Style, ending: '!'}"
+    code, _, err = lorakit("train", *SETTINGS, style, "data.val_fraction=0.2", "run=styled", "trainer.max_steps=1")
+    assert code == 0, err
+    code, out, err = lorakit("evaluate", "styled", "--no-samples")
+    assert code == 0 and json.loads(out)["rows"] == 8, err
+    (mine / "elsewhere").mkdir()
+    monkeypatch.chdir(mine / "elsewhere")
+    code, out, err = lorakit("evaluate", str(mine / "runs/styled"), "--no-samples", "--no-base")
+    assert code == 0 and json.loads(out)["rows"] == 8, err
+    code, _, err = lorakit("evaluate", str(mine / "runs/styled"), "--columns", "prompt")
+    assert code == 2 and "write OURS=THEIRS" in err
+
+
 def test_a_format_may_be_an_object_with_settings(mine: Path, lorakit: Call) -> None:
     code, out, err = lorakit("show", *SETTINGS, "data.format={_target_: own_package.rows.Style, ending: '!'}", "-n", "1")
     assert code == 0 and "⟦ 0!<|im_end|>⟧" in out and "40 rows" in out, err

@@ -53,6 +53,13 @@ def test_the_loss_on_unrelated_text_is_told_before_and_after(unrelated: Path, lo
     assert figures["base"]["loss"] == pytest.approx(before, rel=1e-5)
 
 
+def test_rows_behind_those_that_are_taken_are_not_read(unrelated: Path, lorakit: Call) -> None:
+    rows = [{"prompt": "a", "completion": "b"}] * 3 + [{"prompt": "long " * 400, "completion": "x"}]
+    (unrelated / "unrelated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = lorakit("train", *SETTINGS, "run=few", "eval.retain_rows=3", "trainer.max_steps=1")
+    assert code == 0, err
+
+
 def test_before_means_the_base_itself_where_a_run_begins_with_an_adapter(unrelated: Path, lorakit: Call) -> None:
     assert lorakit("train", *SETTINGS, "run=first", "trainer.precision=32-true", "optim.lr=1e-2")[0] == 0
     code, _, err = lorakit(

@@ -74,6 +74,34 @@ def test_arguments_are_written_once_whichever_form_the_row_and_the_template_have
     assert found == CITY and "'city'" not in text and '\\"city' not in text
 
 
+def test_a_message_that_quotes_a_dict_of_python_changes_no_call(tiny: Any, with_template: Any) -> None:
+    tokenizer = with_template(tiny, chat_templates.DEFAULT_SYSTEM)
+    messages = [
+        Message("user", "call it with {'city': 'Oslo'}"),
+        Message("assistant", None, tool_calls=[call({"city": "Oslo"})]),
+    ]
+    (example,) = Renderer(tokenizer).render(Chat(messages))
+    assert '"arguments": {"city": "Oslo"}}' in text_of(tokenizer, example.tokens)
+
+
+@pytest.mark.parametrize("tools", ["", "  ", "null", None])
+@pytest.mark.parametrize("arguments", ["null", "", None])
+def test_nothing_is_no_tool_and_no_argument(tiny: Any, with_template: Any, tools: Any, arguments: Any, tmp_path: Path) -> None:
+    row = {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call(arguments)]}],
+        "tools": tools,
+    }
+    source = open_source(write_jsonl(tmp_path / "a.jsonl", [row]))
+    (example,) = Renderer(with_template(tiny, chat_templates.DEFAULT_SYSTEM)).render(source.row(0))
+    assert '"arguments": {}}' in text_of(tiny, example.tokens)
+
+
+@pytest.mark.parametrize("mark", ["{% generation %}", "{%-generation-%}", "{%  generation %}", "{%+ generation %}"])
+def test_transformers_own_tag_is_no_error(tmp_path: Path, tiny: Any, mark: str) -> None:
+    (tmp_path / "a.jinja").write_text("{% for m in messages %}" + mark + "{{ m.content }}{% endgeneration %}{% endfor %}")
+    use_template(copy.deepcopy(tiny), str(tmp_path / "a.jinja"))
+
+
 def test_arguments_and_tools_that_are_not_json_are_errors_by_line(tmp_path: Path) -> None:
     ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     rows = [

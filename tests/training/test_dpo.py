@@ -11,6 +11,7 @@ import torch
 from tiny_models import make_trainer, relative_l2, sgd, trainable
 
 from lorakit.data.datamodule import LoRADataModule
+from lorakit.data.rows import are_chats
 from lorakit.errors import ConfigError, DataError
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
@@ -65,8 +66,8 @@ def fit(
 
 
 def test_twenty_steps_are_those_of_trl(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
+    import datasets
+    import trl
     from torch.utils.data import SequentialSampler
     from transformers import TrainerCallback
 
@@ -138,6 +139,18 @@ def test_the_gradient_does_not_depend_on_how_pairs_are_spread(tmp_path: Path, ac
     assert relative_l2(gradient(tmp_path, accumulate=accumulate, **options), whole_gradient()) < 2e-6
 
 
+def test_rows_have_room_for_both_answers_and_no_more(tmp_path: Path) -> None:
+    data = make_data(tmp_path, ROWS[:12], packing=True, max_tokens=48, batch_size=1)
+    batches = list(data.train_dataloader())
+    assert data.pack_tokens == 96 and max(batch.input_ids.shape[1] for batch in batches) <= 96
+    assert any(batch.num_pairs > 1 for batch in batches)  # something is packed with something
+    for options in ({"packing": True, "pack_tokens": 90}, {"batch_size": None, "tokens_per_batch": 90}):
+        with pytest.raises(ConfigError, match=r"=90 is less than a pair of data\.max_tokens=48 each"):
+            make_data(tmp_path, ROWS[:12], max_tokens=48, **options).check_rows()
+    data = make_data(tmp_path, ROWS[:12], max_tokens=48, batch_size=None, tokens_per_batch=200)
+    assert max(batch.input_ids.numel() for batch in data.train_dataloader()) <= 200
+
+
 def test_pairs_stay_together_and_are_counted(tmp_path: Path) -> None:
     data = make_data(tmp_path, ROWS[:10], batch_size=3)
     batches = list(data.train_dataloader())
@@ -166,6 +179,7 @@ def test_conversations_and_rows_without_a_prompt_are_pairs_too(tmp_path: Path) -
         for index in range(3)
         for example in data.train_examples.rendered(index)
     ]
+    assert data.source.formats == ["preference, as messages"] and are_chats(data.source.formats)
     assert trained == ["good<|im_end|>", "bad<|im_end|>"] * 2 + [" good one<|im_end|>", " bad<|im_end|>"]
 
 
@@ -179,6 +193,7 @@ def test_conversations_and_rows_without_a_prompt_are_pairs_too(tmp_path: Path) -
             {"chosen": [{"role": "user", "content": "b"}], "rejected": [{"role": "user", "content": "c"}]},
             "no message of the assistant",
         ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": [{"name": "f"}]}, "`tools` belong to conversations"),
         ({"prompt": "a", "chosen": "b"}, "missing required field `rejected`"),
     ],
 )
