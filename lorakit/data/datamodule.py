@@ -181,6 +181,7 @@ class LoRADataModule(L.LightningDataModule):
 
     def check_tokens(self) -> DataReport:
         """Render the rows and return their figures. Raises DataError with all problems."""
+        self.check_rows()
         self.report = survey(self.train_examples, self.train_indices, self.check_token_rows)
         if len(self.val_indices):
             self.val_report = survey(self.val_examples, self.val_indices, self.check_token_rows)
