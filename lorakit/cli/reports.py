@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lorakit.data.columns import explain_unused
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.data.examples import DataReport
-from lorakit.data.rows import explain_unused
 
 log = logging.getLogger("lorakit")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,10 +15,10 @@ import torch
 
 from lorakit.data.datum import OnLong
 from lorakit.data.examples import DataReport, Examples, survey
+from lorakit.data.forecast import Forecast
 from lorakit.data.images import ImageEncoder
 from lorakit.data.mixture import Mixture
 from lorakit.data.own_format import name_of_format
-from lorakit.data.packing import assign_batches
 from lorakit.data.render import Renderer, TrainOnWhat
 from lorakit.data.rows import are_pairs
 from lorakit.data.sources import Source, open_source, open_sources, read_mixed
@@ -337,57 +335,22 @@ class LoRADataModule(L.LightningDataModule):
         return [report.num_image_bytes for report in reports if report and report.num_image_bytes]
 
     def estimate_num_batches(self) -> int | None:
-        """Micro-batches of all epochs, from the rows surveyed; None where epochs do not end.
-
-        Exact where nothing is packed, ``batch_size`` is set and each row gives one example.
-        """
+        """Micro-batches of all epochs, from the rows surveyed; None where epochs do not end, see ``Forecast``."""
         if self.epochs is None or self.report is None:
             return None
-        lengths, num_units = self._sample_units()
-        units_per_row = num_units / self.mixture.num_rows
-        if self.packing or self.batch_size is None:
-            plan = self._plan_window(lengths, batch_size=None if self.batch_size is None else 1)
-            batches_per_unit = len(plan) / len(lengths) / (self.batch_size or 1)
-            return max(1, round(num_units * batches_per_unit * self.epochs))
-        windows, rest = divmod(num_units, self.window_rows * units_per_row)
-        per_window = math.ceil(self.window_rows * units_per_row / self.batch_size)
-        return max(1, round((windows * per_window + math.ceil(round(rest, 6) / self.batch_size)) * self.epochs))
+        return self._forecast.num_batches(self.epochs)
 
     def estimate_padding(self) -> float:
-        """Share of the positions of training batches that hold only padding, from a window's worth of the rows surveyed."""
-        lengths, _ = self._sample_units()
-        size = lengths.shape[1]
-        together = lengths.sum(1) if self.packing else lengths.max(1)
-        plan = self._plan_window(lengths, batch_size=self.batch_size)
-        rows_each = 1 if self.packing else size
-        positions = sum(rows_each * len(rows) * max(together[row].sum() for row in rows) for rows in plan)
-        return 1 - float(lengths.sum()) / float(positions)
+        """Share of the positions of training batches that hold only padding."""
+        return self._forecast.padding_share()
 
-    def _sample_units(self) -> tuple[np.ndarray, float]:
-        """Return the positions of a window's worth of what stays together, (units, 1), or of pairs (units, 2), as training draws
-        them, and how many there are in an epoch."""
-        report = self.report
-        assert report is not None
-        size = 2 if self.are_pairs else 1
-        lengths, origins = (report.lengths - 1).reshape(-1, size), report.origins[::size]
-        rng = np.random.default_rng(self.seed)
-        if not report.shares:
-            ordered = rng.permutation(lengths) if self.shuffle else lengths
-            return ordered[: self.window_rows], self.mixture.num_rows * report.examples_per_row / size
-        found = np.bincount(origins, minlength=len(report.shares))  # units of each source
-        looked = np.array([max(share.num_rows_surveyed, 1) for share in report.shares.values()])
-        in_epoch = found / looked * np.array(self.mixture.counts)
-        wanted = np.rint(in_epoch / in_epoch.sum() * min(self.window_rows, len(lengths))).astype(int)
-        chosen = [rng.choice(np.flatnonzero(origins == number), size=count) for number, count in enumerate(wanted) if count]
-        return lengths[np.concatenate(chosen)], float(in_epoch.sum())
-
-    def _plan_window(self, lengths: np.ndarray, *, batch_size: int | None) -> list[list[list[int]]]:
-        """Which units of ``lengths`` share a row, and which rows a batch, as the stream would have it."""
-        together = (lengths.sum(1) if self.packing else lengths.max(1)).tolist()
-        tokens = self.tokens_per_batch and self.tokens_per_batch // (1 if self.packing else lengths.shape[1])
-        return assign_batches(
-            together, batch_size=batch_size, batch_tokens=tokens, row_tokens=self.pack_tokens if self.packing else None,
-            rng=random.Random(0),
+    @property
+    def _forecast(self) -> Forecast:
+        assert self.report is not None
+        return Forecast(
+            self.report, self.mixture, batch_size=self.batch_size, batch_tokens=self.tokens_per_batch,
+            row_tokens=self.pack_tokens if self.packing else None, window_rows=self.window_rows, shuffle=self.shuffle,
+            seed=self.seed, are_pairs=self.are_pairs,
         )  # fmt: skip
 
     def _make_examples(self, source: Source) -> Examples:

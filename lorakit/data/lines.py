@@ -9,35 +9,27 @@ from __future__ import annotations
 import codecs
 import hashlib
 import mmap
-import re
-import shlex
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
 
-from lorakit.data.own_format import OwnFormat, OwnFormatError, format_of
-from lorakit.data.rows import (
-    FORMATS,
-    Message,
-    Role,
-    Row,
-    Text,
+from lorakit.data.columns import (
+    Columns,
     find_column_problem,
-    find_problem,
-    guess_columns,
-    has_images,
     recognise,
     required_columns,
     row_type,
+    unrecognised,
     unused_columns,
 )
+from lorakit.data.own_format import OwnFormat, OwnFormatError, format_of
+from lorakit.data.rows import Message, Role, Row, Text, find_problem, has_images
 from lorakit.errors import DataError, report
 
-Columns = tuple[tuple[str, str], ...]  # (our name, the file's name) of columns
 Progress = Callable[[int], None]  # is told how many more bytes were read
 _PROGRESS_BYTES = 4 << 20
 _NUM_SAMPLED = 200
@@ -202,22 +194,6 @@ def explain(error: Exception, kind: type[Row]) -> str:
         known = ", ".join(field.encode_name for field in msgspec.structs.fields(Message))
         return f"{text}: lorakit would not train on it; rename or remove it (a message has: {known})"
     return f"wrong type: {text}"
-
-
-def unrecognised(where: str, present: Sequence[str], columns: Columns) -> str:
-    """The message for a file whose columns, ``present``, match no format under the names that ``columns`` gives them."""
-    known = "\n".join(f"  {name}: {', '.join(required_columns(kind))}" for name, kind in FORMATS.items())
-    lost = [f"{theirs} (for {ours})" for ours, theirs in columns if theirs not in present]
-    absent = f" data.columns names {', '.join(lost)}, which is not there." if lost else ""
-    guessed = ", ".join(f"{ours}: {_quoted(theirs)}" for ours, theirs in guess_columns(present).items()) if present else ""
-    hint = f"\nOr say what its columns mean, for instance:\n  {shlex.quote(f'data.columns={{{guessed}}}')}" if guessed else ""
-    found = f"columns not recognised (found: {', '.join(present)})"
-    return f"{where}: {found}.{absent} A row needs the columns of one of these formats:\n{known}{hint}"
-
-
-def _quoted(name: str) -> str:
-    """A column's name as a value in Hydra's grammar."""
-    return name if re.fullmatch(r"[A-Za-z_][\w-]*", name) else '"' + name.replace('"', '\\"') + '"'
 
 
 def _lines_of(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from lorakit.data.rows import FORMATS, Row, recognise
+from lorakit.data.columns import recognise
+from lorakit.data.rows import FORMATS, Row
 from lorakit.errors import ConfigError
 from lorakit.own_code import import_by_name
 

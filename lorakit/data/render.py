@@ -14,9 +14,9 @@ from typing import Any
 
 import msgspec
 
-from lorakit.data.calls import has_calls, is_written_by_python, read_tools, with_arguments
+from lorakit.data.calls import read_tools
+from lorakit.data.conversation import ConversationWriter
 from lorakit.data.encode import Encoder
-from lorakit.data.images import is_image_part
 from lorakit.data.rows import (
     Alpaca,
     Chat,
@@ -107,7 +107,7 @@ class Renderer:
         append_eos: bool | str = "auto",
         stop: str | Sequence[str] | None = None,
     ) -> None:
-        self.encoder = Encoder(tokenizer)
+        self.encoder, self.conversation = Encoder(tokenizer), ConversationWriter(tokenizer)
         self.tokenizer = tokenizer
         self.train_on = TrainOnWhat(train_on)
         self.append_eos = append_eos
@@ -218,8 +218,8 @@ class Renderer:
                 "model with a chat template (the -Instruct variant of most families)"
             )
         tools, weights = read_tools(row.tools), self._message_weights(row.messages)
-        messages, text = self._write([self._to_plain(message) for message in row.messages], tools)
-        self._check_left_out(text, messages, tools, weights)
+        messages, text = self.conversation.write(row.messages, tools)
+        self.conversation.check_left_out(text, messages, tools, weights)
         self._check_placeholders(text, messages)
         if self.train_on is TrainOnWhat.ALL_TOKENS:
             return [self._encode_spans(text, [_Span(0, len(text), 1.0)])]
@@ -228,52 +228,6 @@ class Renderer:
         if all(spans):
             return [self._encode_spans(text, [span for span in spans if span])]
         return [self._render_turn(messages, tools, index, weights[index]) for index in trained]
-
-    def _write(self, messages: list[dict], tools: Any) -> tuple[list[dict], str]:
-        """Return ``messages`` with calls in the form that the template wants, and the whole conversation as it writes it.
-
-        Some templates write a call's arguments as JSON themselves, and would quote a text a second time; others want a text.
-        """
-        turn = len(messages) - 1
-        if not has_calls(messages):
-            return messages, self._template(messages, tools, turn=turn)
-        as_objects, problem = with_arguments(messages, as_text=False), None
-        try:
-            text = self._template(as_objects, tools, turn=turn)
-            silent = self._template(_without_calls(messages), tools, turn=turn)
-            if not is_written_by_python(text, silent, as_objects):
-                return as_objects, text
-        except DataError as error:
-            problem = error
-        as_texts = with_arguments(messages, as_text=True)
-        try:
-            return as_texts, self._template(as_texts, tools, turn=turn)
-        except DataError as error:
-            raise problem or error from None
-
-    def _to_plain(self, message: Message) -> dict[str, Any]:
-        """A message as templates read it; what was thought under the name that this one knows."""
-        plain = _to_plain(message)
-        template = str(self.tokenizer.chat_template)
-        if "reasoning_content" in plain and "reasoning_content" not in template and "thinking" in template:
-            plain["thinking"] = plain.pop("reasoning_content")
-        return plain
-
-    def _check_left_out(self, text: str, messages: list[dict], tools: Any, weights: list[float]) -> None:
-        """Raise DataError where the template writes nothing of the row's tools, of the assistant's calls, or of trained thoughts."""
-        turn = len(messages) - 1
-        if tools and self._template(messages, None, turn=turn) == text:
-            raise DataError("the row has `tools`, but the model's chat template leaves them out")
-        calling = [index for index, message in enumerate(messages) if message.get("tool_calls")]
-        if calling and self._template(_without_calls(messages), tools, turn=turn) == text:
-            raise DataError(f"message {calling[0]} has `tool_calls`, but the model's chat template leaves them out")
-        for index, message in enumerate(messages):
-            thought = (message.get("reasoning_content") or message.get("thinking") or "").strip()
-            if thought and weights[index] and thought not in self._template(messages[: index + 1], tools, turn=index):
-                raise DataError(
-                    f"message {index} has `reasoning_content`, but the model's chat template leaves it out; write it into `content`, "
-                    "in the marks that the model uses, or remove it"
-                )
 
     def _check_placeholders(self, text: str, messages: list[dict]) -> None:
         """Raise DataError where the rendered text has not one placeholder for each image."""
@@ -332,43 +286,22 @@ class Renderer:
 
     def _find_span(self, text: str, messages: list[dict], tools: Any, index: int, weight: float) -> _Span | None:
         """Where message ``index`` stands in ``text``, or None where a rendered prefix is not a prefix of the whole."""
-        before = self._header(messages, tools, index)
-        after = self._template(messages[: index + 1], tools, turn=index)
+        before = self.conversation.header(messages, tools, index)
+        after = self.conversation.template(messages[: index + 1], tools, turn=index)
         if not text.startswith(before) or not text.startswith(after) or not after.startswith(before):
             return None
         return _Span(len(before), len(after), weight)
 
     def _render_turn(self, messages: list[dict], tools: Any, index: int, weight: float) -> Rendered:
         """Message ``index`` as an example of its own: the conversation as the model saw it when it had to answer."""
-        before = self._header(messages, tools, index)
-        after = self._template(messages[: index + 1], tools, turn=index)
+        before = self.conversation.header(messages, tools, index)
+        after = self.conversation.template(messages[: index + 1], tools, turn=index)
         if not after.startswith(before):
             raise DataError(
                 f"message {index} ({messages[index]['role']}): the chat template writes the conversation before this turn "
                 "differently once the turn is there, so what to train cannot be told exactly"
             )
         return self._encode_spans(after, [_Span(len(before), len(after), weight)])
-
-    def _header(self, messages: list[dict], tools: Any, index: int) -> str:
-        """The rendered text up to where the content of message ``index`` begins."""
-        if messages[index]["role"] == "assistant":
-            return self._template(messages[:index], tools, turn=index, generation_prompt=True)
-        # No generation prompt exists for other roles: what two different contents have in common in front is the header.
-        variants = []
-        for content in ("A", "B"):
-            changed = [*messages[:index], {**messages[index], "content": content}]
-            variants.append(self._template(changed, tools, turn=index))
-        return _common_prefix(*variants)
-
-    def _template(self, messages: list[dict], tools: Any, *, turn: int, generation_prompt: bool = False) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
-                )
-            )
-        except Exception as error:  # templates raise whatever jinja or their author likes
-            raise DataError(f"message {turn}: the chat template refuses the conversation up to here: {error}") from error
 
     def _encode_spans(self, text: str, spans: list[_Span]) -> Rendered:
         """Encode ``text`` piece by piece, so that a piece's tokens are those that sampling sees and makes."""
@@ -402,23 +335,3 @@ class Renderer:
             end -= 1
         if end and tokens[end - 1] in special:
             weights[end:] = [0.0] * (len(weights) - end)
-
-
-def _to_plain(message: Message) -> dict[str, Any]:
-    plain = {key: value for key, value in msgspec.to_builtins(message).items() if key not in ("weight", "id")}
-    if isinstance(message.content, list):
-        plain["content"] = [
-            {"type": "image"} if is_image_part(part) else {"type": "text", "text": part["text"]} for part in message.content
-        ]
-        if not any(is_image_part(part) for part in message.content):  # as every template reads it
-            plain["content"] = "".join(part["text"] for part in message.content)
-    return plain | ({"content": ""} if "content" not in plain else {})
-
-
-def _without_calls(messages: list[dict]) -> list[dict]:
-    return [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
-
-
-def _common_prefix(a: str, b: str) -> str:
-    length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return a[:length]

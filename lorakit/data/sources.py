@@ -20,9 +20,10 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from lorakit.data.lines import Columns, LineFile, Progress
+from lorakit.data.columns import Columns, check_columns
+from lorakit.data.lines import LineFile, Progress
 from lorakit.data.own_format import Format, OwnFormat, find_format
-from lorakit.data.rows import CHAT_PAIRS, Preference, Row, all_columns
+from lorakit.data.rows import CHAT_PAIRS, Preference, Row
 from lorakit.data.tables import Table, load_hub_table, load_table
 from lorakit.errors import ConfigError, DataError, report
 
@@ -209,7 +210,7 @@ def open_source(
         split: which split of a data set of the hub.
     """
     chosen = find_format(format)
-    renamed = _check_columns(columns or {})
+    renamed = check_columns(columns or {})
     files = find_files(path)
     parts: list[LineFile | Table]
     if files is not None and split != "train":
@@ -220,22 +221,6 @@ def open_source(
         with _progress_of(files) as progress:
             parts = [_open_file(file, chosen, renamed, progress) for file in files]
     return _settle(path, parts, on_error)
-
-
-def _check_columns(columns: Mapping[str, str]) -> Columns:
-    """``columns`` as pairs. Raises ConfigError for a name that no format of ours has, and one that stands for two."""
-    known = all_columns()
-    for ours in columns:
-        if ours not in known:
-            near = difflib.get_close_matches(ours, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"ours are {', '.join(known)}"
-            raise ConfigError(
-                f"data.columns says what the data calls our columns, as ours: theirs; {ours} is none of ours; {hint}"
-            )
-    theirs = list(columns.values())
-    if twice := sorted({name for name in theirs if theirs.count(name) > 1}):
-        raise ConfigError(f"data.columns gives {', '.join(twice)} two meanings")
-    return tuple(columns.items())
 
 
 def find_files(path: str) -> list[Path] | None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import msgspec
 
-from lorakit.data.lines import Columns, Progress, explain, unrecognised
+from lorakit.data.columns import Columns, find_column_problem, recognise, row_type, unrecognised, unused_columns
+from lorakit.data.lines import Progress, explain
 from lorakit.data.own_format import OwnFormat, format_of
-from lorakit.data.rows import FORMATS, Row, find_column_problem, find_problem, has_images, recognise, row_type, unused_columns
+from lorakit.data.rows import FORMATS, Row, find_problem, has_images
 from lorakit.errors import DataError, report
 from lorakit.hub import explain_hub_error, find_hub_problem, stay_offline
 

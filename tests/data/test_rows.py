@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from lorakit.data.rows import FORMATS, Chat, find_problem, recognise, to_chat
+from lorakit.data.columns import recognise
+from lorakit.data.rows import FORMATS, Chat, find_problem, to_chat
 
 
 def problem_of(format: str, row: dict[str, Any]) -> str | None:
