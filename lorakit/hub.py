@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import socket
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
+
+from lorakit.errors import ConfigError
 
 
 @functools.cache
@@ -55,6 +59,53 @@ def fetch_model(name: str, revision: str | None, *, with_code: bool = False) -> 
 
     patterns = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", *(["*.py"] if with_code else [])]
     return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+
+
+def open_repository(name: str, *, is_public: bool) -> None:
+    """Make the repository ``name`` on the hub, where there is none, for ``upload``.
+
+    Raises:
+        ConfigError: the hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi, errors, get_token
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except errors.HFValidationError as error:
+        raise ConfigError(f"push={name}: {error}") from error
+    if name.count("/") != 1:
+        raise ConfigError(f"push={name}: write USER/NAME")
+    if problem := find_hub_problem():
+        raise ConfigError(f"push={name}: {problem}; leave push out, and upload the folder with `hf upload {name} FOLDER`")
+    if get_token() is None:
+        raise ConfigError(f"push={name}: nobody is logged in; `hf auth login`, or set HF_TOKEN")
+    with _push_explained(name):
+        HfApi().create_repo(name, private=not is_public, exist_ok=True)
+
+
+def upload(folder: Path, name: str, *, message: str) -> str:
+    """Upload ``folder`` to the repository ``name`` in one commit and return its address. Raises ConfigError."""
+    from huggingface_hub import HfApi
+
+    with _push_explained(name, remedy=f"; {folder} is whole: `hf upload {name} {folder}`"):
+        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=message)
+        return f"{HfApi().endpoint}/{name}"
+
+
+@contextlib.contextmanager
+def _push_explained(name: str, remedy: str = "") -> Iterator[None]:
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (errors.HfHubHTTPError, OSError, ValueError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        meaning = {
+            401: "the hub does not know this token; `hf auth login` again",
+            403: "this token may not write there; is the name yours, and may the token write?",
+        }.get(status or 0, " ".join(str(error).split())[:300])
+        raise ConfigError(f"push={name}: {meaning}{remedy}") from error
 
 
 def explain_hub_error(name: str, error: BaseException | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -14,12 +15,73 @@ from urllib.parse import unquote, urlsplit
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+class Writes:
+    """What a hub does for who uploads: repositories, large files (LFS), commits. One token is known, one user's names are free."""
+
+    TOKEN, USER = "hf_good", "me"
+
+    def __init__(self) -> None:
+        self.stored: dict[str, bytes] = {}  # large files by their digest
+        self.private: dict[str, bool] = {}  # of each repository that was made
+        self.messages: list[str] = []
+
+    def answer(self, path: str, body: bytes, token: str | None, hub: Hub) -> tuple[int, object] | None:
+        """Status and body for a question that writes; None for any other."""
+        parts = [part for part in path.split("/") if part]
+        if parts == ["api", "validate-yaml"]:
+            return 200, {"errors": [], "warnings": []}
+        is_write = parts[:2] == ["api", "repos"] or parts[-1] == "batch" or parts[4:5] in (["preupload"], ["commit"])
+        if not is_write:
+            return None
+        if token != f"Bearer {self.TOKEN}":
+            return 401, {"error": "Invalid username or password."}
+        if parts[-1] == "batch":
+            return 200, self._batch(json.loads(body), hub)
+        asked = json.loads(body.splitlines()[0])
+        if parts[:2] == ["api", "repos"]:
+            name = f"{asked.get('organization') or self.USER}/{asked['name']}"
+            if not name.startswith(f"{self.USER}/"):
+                return 403, {"error": "You don't have the rights to create a model under this namespace"}
+            (hub.root / "models" / name).mkdir(parents=True, exist_ok=True)
+            self.private[name] = asked.get("visibility") == "private" or bool(asked.get("private"))
+            return 200, {"url": f"{hub.address}/{name}", "name": name, "id": name}
+        folder = hub.root / "models" / "/".join(parts[2:4])
+        if parts[4] == "preupload":
+            large = (".safetensors",)
+            modes = ["lfs" if file["path"].endswith(large) else "regular" for file in asked["files"]]
+            files = zip(asked["files"], modes, strict=True)
+            return 200, {"files": [{"path": f["path"], "uploadMode": mode, "shouldIgnore": False} for f, mode in files]}
+        return 200, self._commit(folder, body, hub)
+
+    def _batch(self, asked: dict, hub: Hub) -> dict:
+        where = [(one, f"{hub.address}/stored/{one['oid']}") for one in asked["objects"]]
+        found = [{**one, "actions": {"upload": {"href": href, "header": {}}}} for one, href in where]
+        return {"transfer": "basic", "objects": found}
+
+    def _commit(self, folder: Path, body: bytes, hub: Hub) -> dict:
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                self.messages.append(value["summary"])
+                continue
+            file = folder / value["path"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            data = base64.b64decode(value["content"]) if line["key"] == "file" else self.stored[value["oid"]]
+            file.write_bytes(data)
+        return {
+            "success": True,
+            "commitOid": COMMIT,
+            "commitUrl": f"{hub.address}/{folder.parent.name}/{folder.name}/commit/{COMMIT}",
+        }
+
+
 class Hub:
     """Serves ``root/models/<owner>/<name>`` and ``root/datasets/<owner>/<name>``; names in ``gated`` are refused."""
 
     def __init__(self, root: Path, gated: tuple[str, ...] = ()) -> None:
         self.root, self.gated = root, gated
         self.asked: list[str] = []
+        self.writes = Writes()
         self.address = ""
 
     @contextmanager
@@ -55,8 +117,27 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self._answer()
+        body = self._body()
+        path = unquote(urlsplit(self.path).path)
+        if (answer := self.hub.writes.answer(path, body, self.headers.get("Authorization"), self.hub)) is None:
+            self._answer()
+        else:
+            self.hub.asked.append(f"POST {path}")
+            self._send(answer[0], {"Content-Type": "application/json"}, json.dumps(answer[1]).encode(), True)
+
+    def do_PUT(self) -> None:
+        self.hub.writes.stored[urlsplit(self.path).path.rsplit("/", 1)[-1]] = self._body()
+        self._send(200, {}, b"", True)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     def _answer(self, has_body: bool = True) -> None:
         path = unquote(urlsplit(self.path).path)

@@ -11,7 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lorakit"
 LAYERS = [
-    {"errors", "hub", "own_code"},
+    {"errors"},
+    {"hub", "own_code"},
     {"model_input"},
     {"types"},
     {"data", "model"},

@@ -1,39 +1,125 @@
-"""``lorakit export [RUN] --out FOLDER``: the adapter as plain PEFT, vLLM and others read it."""
+"""``lorakit export [RUN] format=peft|merged|vllm``: what was trained, as other programs read it, with a model card."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from lorakit.cli.guard import run_command
-from lorakit.cli.trained import add_run_arguments, open_trained, output_path
-from lorakit.errors import CheckpointError
+from lorakit.cli.trained import Trained, add_run_arguments, open_trained, output_path, with_flags
+from lorakit.errors import CheckpointError, ConfigError
+
+FORMATS = {
+    "peft": "PEFT's own layout, in bf16: read again by plain PEFT",
+    "merged": "base and adapter as one model for transformers and whoever reads its files",
+    "vllm": "the adapter as vLLM names its matrices, in bf16",
+}
 
 
 def main(arguments: list[str]) -> None:
-    """Write the adapter in PEFT's layout: as it is, or with factors that experts share written out for each of them."""
-    parser = argparse.ArgumentParser(prog="lorakit export", description="Write a run's adapter in PEFT's own layout, in bf16.")
+    """Export as ``arguments`` say."""
+    parser = argparse.ArgumentParser(prog="lorakit export", description="Write what a run trained as other programs read it.")
     add_run_arguments(parser)
-    parser.add_argument("--out", type=output_path, help="folder to write (default: `peft` in the run's folder)")
-    options = parser.parse_args(arguments)
+    formats = "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
+    parser.add_argument("--format", choices=[*FORMATS], default="peft", help=formats)
+    parser.add_argument("--out", type=output_path, help="folder to write (default: the format's name, in the run's folder)")
+    parser.add_argument("--push", metavar="USER/NAME", help="upload it to the hub under this name, too")
+    parser.add_argument("--public", action="store_true", help="whoever wants may see it there; default: nobody else may")
+    parser.add_argument("--base-name", help="what others call the base, where you have it as a folder: its name on the hub")
+    parser.add_argument("--dtype", help="of merged weights: float32, bfloat16 or float16 (default: as the base's files)")
+    options = parser.parse_args(with_flags(arguments, ("format", "out", "push", "base-name", "dtype")))
+    if options.dtype and options.format != "merged":
+        raise ConfigError("--dtype is for format=merged; adapters are written in bf16")
+    if options.public and not options.push:
+        raise ConfigError("--public has no effect without push=USER/NAME")
     trained = open_trained(options)
-    out = options.out or trained.run.folder / "peft"
+    out = options.out or trained.run.folder / options.format
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty; choose another --out")
+    if options.push:
+        from lorakit.hub import open_repository
 
+        open_repository(options.push, is_public=options.public)  # what it refuses, it refuses before the work
+    if options.format == "merged":
+        from lorakit.cli.merge import merge
+
+        merge(trained, out, options.dtype)
+    else:
+        write_adapter(trained, out, options.format, options.base_name)
+    write_card(trained, out, options.format, options.base_name)
+    if options.push:
+        from lorakit.hub import upload
+
+        print(f"uploading {out} to {options.push} …", flush=True)
+        print(f"uploaded: {upload(out, options.push, message=f'{trained.run.name}, as {options.format}')}")
+
+
+def write_adapter(trained: Trained, out: Path, form: str, base_name: str | None) -> None:
+    """Write the adapter to ``out`` in PEFT's or vLLM's layout, once it has been checked. Raises AdapterError."""
     import torch
 
-    from lorakit.model.load import load_skeleton
     from lorakit.weights.adapter import AdapterFiles
-    from lorakit.weights.export import write_peft
+    from lorakit.weights.export import largest_rank, write_peft, write_vllm
     from lorakit.weights.files import whole_folder
 
     adapter = AdapterFiles.open(trained.adapter)
+    if base_name:
+        adapter.config["base_model_name_or_path"] = base_name
+    skeleton = trained.load_skeleton()
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(out) as aside:
-        skeleton = load_skeleton(trained.base, **trained.model_options)
-        num_bytes = write_peft(adapter, skeleton, aside, dtype=torch.bfloat16)
+        write = write_vllm if form == "vllm" else write_peft
+        num_bytes = write(adapter, skeleton, aside, dtype=torch.bfloat16)
+        trained.save_tokenizer(aside)
+        checked = _check(trained, aside, form, skeleton)
     how = ", shared factors written out for each expert" if adapter.expert_matrices() else ""
-    print(f"{out}: {num_bytes / 1e6:.2f} MB in bf16{how}; load it with peft.PeftModel.from_pretrained(base, {str(out)!r})")
+    print(f"{out}: {num_bytes / 1e6:.2f} MB in bf16{how}")
+    print(f"checked: {checked}")
+    name = base_name or trained.base
+    if form == "vllm":
+        rank = largest_rank(AdapterFiles.open(out).config)
+        print(f"serve it with: vllm serve {name} --enable-lora --max-lora-rank {_allowed_rank(rank)} --lora-modules it={out}")
+    else:
+        print(f"load it with: peft.PeftModel.from_pretrained(base, {str(out)!r})")
+
+
+def _check(trained: Trained, folder: Path, form: str, skeleton: Any) -> str:
+    """Hold what was written to its layout, and to the logits of what was trained where its reader can run here; say which."""
+    import psutil
+    import torch
+
+    from lorakit.weights.reload import check_layout, reload_in_peft
+
+    num_matrices = check_layout(folder, skeleton)
+    layout = f"names and shapes of {num_matrices:,} matrices"
+    if form == "vllm":
+        return f"{layout}, as vLLM's documentation has them; vLLM itself does not run here"
+    num_bytes = 4 * sum(parameter.numel() for parameter in skeleton.parameters())
+    if num_bytes > 0.8 * psutil.virtual_memory().available:
+        return f"{layout}; the base in float32 ({num_bytes / 1e9:.0f} GB) does not fit, so plain PEFT was not tried"
+    difference, largest = reload_in_peft(trained.load_base("float32"), trained.adapter, folder, dtype=torch.bfloat16)
+    return f"{layout}; logits of plain PEFT with it differ by {difference:.1e} (largest logit {largest:.2f})"
+
+
+def write_card(trained: Trained, out: Path, form: str, base_name: str | None) -> None:
+    """Write README.md into ``out``."""
+    from lorakit.model.load import BUNDLED
+    from lorakit.model.load import base_name as name_of
+    from lorakit.weights.card import model_card
+
+    name = base_name or name_of(trained.base)
+    is_folder = name.startswith("/")
+    if is_folder and form != "merged":
+        print(f"the base is the folder {name}, which others do not have: --base-name says what they call it")
+    name = Path(name).name if is_folder else f"lorakit's bundled {name}" if name in BUNDLED else name
+    images = getattr(trained.load_config(), "vision_config", None) is not None
+    (out / "README.md").write_text(model_card(trained.run, base=name, form=form, takes_images=images), encoding="utf-8")
+
+
+def _allowed_rank(rank: int) -> int:
+    """The least rank that vLLM's --max-lora-rank takes and that is enough."""
+    return next((allowed for allowed in (8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank), rank)
 
 
 if __name__ == "__main__":

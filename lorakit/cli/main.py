@@ -18,7 +18,7 @@ COMMANDS = {
     "sample": "generate with a trained adapter: lorakit sample [RUN] -- TEXT",
     "evaluate": "loss, perplexity and exact match of a run on a data set",
     "merge": "write base and adapter as one model for plain transformers",
-    "export": "write an adapter in PEFT's own layout",
+    "export": "write adapter or merged model for PEFT, transformers or vLLM, with a card; push it to the hub",
     "serve": "serve Tinker's and OpenAI's interfaces: lorakit serve --model NAME=PATH",
     "tinker-env": "print the variables with which programs for the tinker SDK find the server",
     "runs": "list the runs",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from lorakit.cli.guard import run_command
-from lorakit.cli.trained import add_run_arguments, open_trained, output_path
+from lorakit.cli.trained import Trained, add_run_arguments, open_trained, output_path
 from lorakit.errors import ConfigError
 
 
@@ -18,26 +18,29 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the base's files)")
     options = parser.parse_args(arguments)
     trained = open_trained(options)
+    merge(trained, options.out or trained.run.folder / "merged", options.dtype)
 
+
+def merge(trained: Trained, out: Path, dtype: str | None) -> None:
+    """Write the run's base and adapter as one model to ``out`` and print the report. Raises LorakitError."""
     import psutil
     import torch
 
-    from lorakit.model.load import DTYPES, load_config, load_model, load_skeleton, model_class
+    from lorakit.model.load import DTYPES, model_class
     from lorakit.weights.merge import MergeReport, can_hold_twice, merge_adapter
 
     base, model_options = trained.base, trained.model_options
-    config = load_config(base, **model_options)
+    config = trained.load_config()
     stored = config.dtype or torch.float32
-    if options.dtype and options.dtype not in DTYPES:
-        raise ConfigError(f"--dtype {options.dtype} is unknown; choose one of {', '.join(DTYPES)}")
-    num_params = sum(parameter.numel() for parameter in load_skeleton(base, **model_options).parameters())
-    out = options.out or trained.run.folder / "merged"
+    if dtype and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype} is unknown; choose one of {', '.join(DTYPES)}")
+    num_params = sum(parameter.numel() for parameter in trained.load_skeleton().parameters())
     report: MergeReport = merge_adapter(
         base,
-        lambda dtype: load_model(base, dtype=dtype, **model_options),
+        trained.load_base,
         trained.adapter,
         out,
-        dtype=getattr(torch, options.dtype) if options.dtype else stored,
+        dtype=getattr(torch, dtype) if dtype else stored,
         stored=stored,
         tokenizer=trained.load_tokenizer(),
         revision=model_options["revision"],

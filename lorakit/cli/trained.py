@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,18 +60,41 @@ class Trained:
             use_template(tokenizer, self.chat_template)
         return tokenizer
 
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer to ``folder`` where it is not the base's as it stands."""
+        if self.chat_template:
+            self.load_tokenizer().save_pretrained(folder)
+
+    def load_config(self) -> Any:
+        """The base's transformers config."""
+        from lorakit.model.load import load_config
+
+        return load_config(self.base, **self.model_options)
+
+    def load_skeleton(self) -> Any:
+        """The base on the meta device: every shape, no weight."""
+        from lorakit.model.load import load_skeleton
+
+        return load_skeleton(self.base, **self.model_options)
+
+    def load_base(self, dtype: str, *, device: str | None = None, attention: str = "auto") -> Any:
+        """The base, frozen."""
+        from lorakit.model.load import load_model
+
+        return load_model(self.base, dtype=dtype, attention=attention, device=device, **self.model_options)
+
     def load(self, *, with_adapter: bool = True) -> tuple[Any, Any]:
         """Return (model, tokenizer): float32 on CPU, bf16 on GPU."""
         import torch
 
-        from lorakit.model.load import load_model
         from lorakit.weights.merge import attach
 
         on_gpu = torch.cuda.is_available()
         dtype = "bfloat16" if on_gpu else "float32"
         tokenizer = self.load_tokenizer()
-        attention = self.config["model"].get("attention", "auto")
-        model = load_model(self.base, dtype=dtype, attention=attention, device="cuda" if on_gpu else None, **self.model_options)
+        model = self.load_base(
+            dtype, device="cuda" if on_gpu else None, attention=self.config["model"].get("attention", "auto")
+        )
         return (attach(model, self.adapter) if with_adapter else model), tokenizer
 
 
@@ -91,6 +115,11 @@ def open_trained(options: argparse.Namespace) -> Trained:
         made, planned = run.last_step[0], run.info.get("total_steps", "?")
         print(f"{run.name} is {run.state} after {made} of {planned} steps: taking {trained.adapter.name}", file=sys.stderr)
     return trained
+
+
+def with_flags(arguments: list[str], names: Sequence[str]) -> list[str]:
+    """``name=value`` as ``--name=value`` where ``name`` is one of ``names``: as settings are written elsewhere."""
+    return [f"--{text}" if text.split("=", 1)[0] in names and "=" in text else text for text in arguments]
 
 
 def output_path(text: str) -> Path:

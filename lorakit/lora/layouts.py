@@ -47,6 +47,28 @@ def from_file_tensors(tensors: FileTensors, parameters: Sequence[str], layout: s
     return factors
 
 
+def to_each_expert(
+    factors: Mapping[tuple[str, str], torch.Tensor], num_experts: int, *, is_concatenated: bool = True
+) -> dict[tuple[int, str, str], torch.Tensor]:
+    """Return (expert, matrix, lora_A or lora_B) -> (r, in) or (out, r): a pair for each matrix of each expert, as the hub names them.
+
+    Gate and up of one stack share their A; each has its rows of B.
+    """
+    each: dict[tuple[int, str, str], torch.Tensor] = {}
+    for (which, name), tensor in factors.items():
+        whole = tensor.expand(num_experts, -1, -1)
+        if name != "gate_up_proj":
+            parts = {name: whole}
+        elif which == "lora_A":
+            parts = {"gate_proj": whole, "up_proj": whole}
+        else:
+            half = whole.shape[1] // 2
+            gate, up = (slice(0, half), slice(half, None)) if is_concatenated else (slice(0, None, 2), slice(1, None, 2))
+            parts = {"gate_proj": whole[:, gate], "up_proj": whole[:, up]}
+        each |= {(expert, matrix, which): part[expert] for matrix, part in parts.items() for expert in range(num_experts)}
+    return each
+
+
 def peft_path(parameter: str, parameters: Sequence[str]) -> str:
     """Where PEFT keeps the tensors of a stack below the module's name."""
     return "base_layer." * (len(parameters) - 1 - list(parameters).index(parameter))

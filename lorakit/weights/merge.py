@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 
 from lorakit.errors import AdapterError, CheckpointError
 from lorakit.lora.layouts import split_a, split_b
-from lorakit.model.load import quiet_transformers, resolve_model_path
+from lorakit.model.load import load_model, quiet_transformers, resolve_model_path
 from lorakit.weights.adapter import AdapterFiles
 from lorakit.weights.files import whole_folder, write_json
 from lorakit.weights.hub_layout import copy_processor, save_as_hub
@@ -43,6 +43,7 @@ class MergeReport:
     rounded_difference: float | None = None  # merged and rounded against adapter form
     rounded_median_difference: float | None = None  # the same at the median position; one flipped expert makes a large maximum
     base_rounding_difference: float | None = None  # rounding the base alone
+    reloaded_difference: float | None = None  # the files, read again by transformers, against what was written
     check: str = ""
 
 
@@ -97,7 +98,7 @@ def merge_adapter(
     report = MergeReport(dtype=str(dtype).removeprefix("torch."))
     loaded = str(stored or dtype).removeprefix("torch.")
     model = attach(load("float32" if can_compare else loaded), adapter_folder)
-    probe = make_probe(model)
+    probe, rounded_logits = make_probe(model), None
     if not can_compare:
         merged = _cast(merge_into(model, report), dtype)
         report.check = "both forms do not fit into memory: each tensor was checked against W + s B A by PEFT's own code instead"
@@ -112,19 +113,37 @@ def merge_adapter(
                 f"largest logit ({report.largest_logit:.2f}); nothing was written"
             )
         round_parameters(merged, dtype)
-        per_position = (_logits(merged, probe) - adapter_logits).abs().amax(dim=-1)
+        rounded_logits = _logits(merged, probe)
+        per_position = (rounded_logits - adapter_logits).abs().amax(dim=-1)
         report.rounded_difference, report.rounded_median_difference = float(per_position.max()), float(per_position.median())
         report.base_rounding_difference = _difference(_logits(round_parameters(load("float32"), dtype), probe), base_logits)
         _cast(merged, dtype)  # exact: it was rounded already
-        report.check = "logits of merged and adapter form compared in float32"
+        report.check = (
+            "logits of merged and adapter form compared in float32, and those of the files, read again, with what was written"
+        )
     bad = [tensor.name for tensor in report.tensors if not tensor.largest_error < 1e-4]
     if bad:
         raise AdapterError(f"these tensors are not W + s B A: {', '.join(bad[:5])}; nothing was written")
-    _write(
-        merged, tokenizer, out, report, base_path,
-        lambda folder: copy_processor(resolve_model_path(base_path, revision), folder, pixel_bounds=pixel_bounds),
-    )  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(out) as aside, quiet_transformers():
+        save_as_hub(merged, aside)
+        tokenizer.save_pretrained(aside)
+        if getattr(merged.config, "vision_config", None) is not None:
+            copy_processor(resolve_model_path(base_path, revision), aside, pixel_bounds=pixel_bounds)
+        if rounded_logits is not None:
+            del merged
+            _check_reloaded(aside, probe, rounded_logits, report)
+        write_json(aside / "merge_report.json", {"base": base_path, **asdict(report)})
     return report
+
+
+def _check_reloaded(folder: Path, probe: torch.Tensor, expected: torch.Tensor, report: MergeReport) -> None:
+    """Raise AdapterError where transformers makes of the files in ``folder`` other logits than were written."""
+    report.reloaded_difference = _difference(_logits(load_model(str(folder)), probe), expected)
+    if not report.reloaded_difference <= TOLERANCE * float(expected.abs().max()):
+        raise AdapterError(
+            f"the merged files, read again, give logits that differ by {report.reloaded_difference:.2e}; nothing was written"
+        )
 
 
 def attach(base: Any, adapter_folder: Path) -> Any:
@@ -296,13 +315,3 @@ def _base_logits(model: Any, probe: torch.Tensor) -> torch.Tensor:
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
-
-
-def _write(merged: Any, tokenizer: Any, out: Path, report: MergeReport, base_path: str, copy: Callable[[Path], None]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_folder(out) as aside, quiet_transformers():
-        save_as_hub(merged, aside)
-        tokenizer.save_pretrained(aside)
-        if getattr(merged.config, "vision_config", None) is not None:
-            copy(aside)
-        write_json(aside / "merge_report.json", {"base": base_path, **asdict(report)})

@@ -174,5 +174,5 @@ def test_a_shared_outer_run_trains_samples_merges_and_exports_for_plain_peft(wor
 
 def test_a_run_in_pefts_layout_is_exported_as_it_is(trained: Path, lorakit: Call, tmp_path: Path) -> None:
     code, out, err = lorakit("export", "--runs", f"{trained}/runs", "--out", str(tmp_path / "peft"))
-    assert code == 0 and "MB in bf16; load" in out, err
+    assert code == 0 and "MB in bf16\nchecked: names" in out, err
     assert (tmp_path / "peft/adapter_model.safetensors").read_bytes()

@@ -31,6 +31,7 @@ FORMS = [
 ]
 
 
+FAMILIES = ("qwen3_moe", "qwen3", "llama")
 GPT2_LEAVES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
@@ -47,7 +48,11 @@ def _merge(
     """Merge ``tmp_path/adapter`` into ``base``, as a stored model that is loaded in the dtype asked for."""
 
     def load(name: str) -> Any:
-        return copy.deepcopy(base).to(getattr(torch, name)) if base else make_model(family, name)
+        if base is None or family not in FAMILIES:
+            return make_model(family, name) if base is None else copy.deepcopy(base).to(getattr(torch, name))
+        model = make_model(family, name)  # ``to`` would round rotary tables as well, which no file has
+        model.load_state_dict(base.state_dict())
+        return model
 
     out = tmp_path / f"merged-{len(list(tmp_path.iterdir()))}"
     settings = {"dtype": dtype, "tokenizer": load_tokenizer("tiny"), "can_compare": True, **options}

@@ -1,0 +1,117 @@
+"""The model card of an exported adapter or merged model: what it was made of, on what, and how well it did."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorakit.data.sources import BUNDLED
+from lorakit.weights.run import History, Run
+
+_GROUPS = ("lora", "loss", "optim", "schedule", "trainer", "seed")
+_OF_DATA = ("train_on", "max_tokens", "on_long", "packing", "tokens_per_batch", "batch_size", "epochs", "stop", "append_eos")
+_METRICS = {
+    "train/loss": "training loss, last step",
+    "val/loss": "loss of the rows held out",
+    "retain/loss": "loss of unrelated text",
+    "retain/base_loss": "the same of the base",
+}
+
+
+def model_card(run: Run, *, base: str, form: str, takes_images: bool) -> str:
+    """Return the card's text, as the hub reads it.
+
+    Args:
+        base: what others call the base: its name on the hub, or of its folder; never a path of this machine.
+        form: ``peft``, ``vllm`` or ``merged``.
+    """
+    from huggingface_hub import ModelCardData
+
+    config = yaml.safe_load(run.config_text())
+    is_merged = form == "merged"
+    names = [str(source["path"]) for source in _sources(config)]
+    on_hub = [name for name in names if _is_of_hub(name)]
+    data = ModelCardData(
+        base_model=base if "/" in base else None,
+        base_model_relation="finetune" if is_merged else "adapter",
+        library_name="transformers" if is_merged else "peft",
+        pipeline_tag="image-text-to-text" if takes_images else "text-generation",
+        datasets=on_hub or None,
+        tags=["lora", "lorakit", *(["vllm"] if form == "vllm" else [])],
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join([*_body(run, config, base, form, names), ""])
+
+
+def _body(run: Run, config: dict[str, Any], base: str, form: str, names: list[str]) -> list[str]:
+    revision = config["model"].get("revision")
+    what = "The merged weights of" if form == "merged" else "A LoRA adapter for"
+    at = f" (revision `{revision}`)" if revision else ""
+    packages = run.info.get("packages", {})
+    rows = [f"| {label} | {value:.4f} |" for label, value in _metrics(run).items()]
+    return [
+        f"# {run.name}", "",
+        f"{what} `{base}`{at}, trained with lorakit {packages.get('lorakit', '')}.", "",
+        *_use(form, base), "",
+        "## Data", "",
+        f"- rows: {', '.join(f'`{_as_others_see(name)}`' for name in names)} ({', '.join(run.info.get('formats') or ['?'])})",
+        f"- fingerprint of rows, order and of what is trained: `{run.info.get('data_fingerprint', '?')}`", "",
+        "## Figures", "",
+        f"{run.info.get('step') or 0} optimiser steps.", "",
+        *(["| figure | value |", "| --- | ---: |", *rows, ""] if rows else []),
+        "## Settings", "",
+        "```yaml", yaml.safe_dump(_settings(config, run), sort_keys=False, allow_unicode=True).rstrip(), "```", "",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in packages.items()),
+    ]  # fmt: skip
+
+
+def _use(form: str, base: str) -> list[str]:
+    base = base if "/" in base else "FOLDER_OF_THE_BASE"
+    if form == "merged":
+        return ["```python", "from transformers import AutoTokenizer, pipeline", "", 'generate = pipeline(model="THIS")', "```"]
+    if form == "vllm":
+        return ["```", f"vllm serve {base} --enable-lora --lora-modules NAME=THIS", "```"]
+    return [
+        "```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS")', "```",
+    ]  # fmt: skip
+
+
+def _metrics(run: Run) -> dict[str, float]:
+    last = {name: value for record in History(run.folder).read() for name, value in record.items()}
+    found = {label: last[name] for name, label in _METRICS.items() if isinstance(last.get(name), int | float)}
+    if isinstance(best := run.info.get("val_loss"), int | float):
+        found[_METRICS["val/loss"]] = best
+    return found
+
+
+def _settings(config: dict[str, Any], run: Run) -> dict[str, Any]:
+    """What decides the result, without what concerns the machine alone; paths only by their last part."""
+    kept = copy.deepcopy({name: config[name] for name in _GROUPS if name in config})
+    kept["data"] = {name: config["data"][name] for name in _OF_DATA if config["data"].get(name) is not None}
+    if (added := config["model"].get("add_tokens")) is not None:
+        kept["model"] = {"add_tokens": added}
+    for name, value in run.info.get("resolved", {}).items():
+        group, key = name.split(".", 1)
+        if isinstance(kept.get(group), dict) and key in kept[group]:
+            kept[group][key] = value
+    if isinstance(start := kept.get("lora", {}).get("init_from"), str):
+        kept["lora"]["init_from"] = _as_others_see(start)
+    return kept
+
+
+def _sources(config: dict[str, Any]) -> list[dict[str, Any]]:
+    data = config["data"]
+    return [s if isinstance(s, dict) else {"path": s} for s in data.get("sources") or [{"path": data.get("path")}]]
+
+
+def _is_of_hub(name: str) -> bool:
+    is_here = Path(name).exists() or (BUNDLED / name.split("/")[0]).exists()
+    return name.count("/") == 1 and not is_here and not name.startswith(("/", ".", "~"))
+
+
+def _as_others_see(path: str) -> str:
+    """A path of this machine by its last part."""
+    return Path(path).name if path.startswith(("/", "~", ".")) else path
