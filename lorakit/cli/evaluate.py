@@ -1,14 +1,15 @@
-"""``lorakit evaluate [RUN] --data PATH``: loss, perplexity and exact match, printed and as JSON."""
+"""``lorakit evaluate [RUN] --data PATH``: loss, perplexity and exact match, and tasks of lm-eval, printed and as JSON."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.guard import run_command
-from lorakit.cli.trained import Trained, add_run_arguments, open_trained, output_path
+from lorakit.cli.trained import Trained, add_run_arguments, open_trained, output_path, with_flags
 from lorakit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,8 +31,18 @@ def main(arguments: list[str]) -> None:
         "--columns", nargs="+", type=_as_column, metavar="OURS=THEIRS", help="what --data calls our columns: prompt=question"
     )
     parser.add_argument("--answers", type=output_path, help="write each answer to this file, the base's beside it")
+    parser.add_argument("--tasks", type=_as_list, help="of lm-evaluation-harness, with commas between them: arc_easy,hellaswag")
+    parser.add_argument("--tasks-path", type=Path, metavar="FOLDER", help="with tasks of your own for it, as YAML")
+    parser.add_argument("--chat", action="store_true", help="ask tasks through the chat template")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows of a task at a time")
     parser.add_argument("--json", type=output_path, help="write the figures to this file")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(with_flags(arguments, ("tasks", "data", "limit", "json")))
+    if not options.tasks and (options.tasks_path or options.chat):
+        parser.error("--tasks-path and --chat have no effect without tasks=…")
+    if options.tasks:
+        from lorakit.cli.harness import check_harness
+
+        check_harness(options.tasks, options.tasks_path)
     if options.json and options.json.is_dir():
         parser.error(f"argument --json: {options.json} is a folder; name a file in it")
     trained = open_trained(options)
@@ -42,6 +53,10 @@ def main(arguments: list[str]) -> None:
 
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, figures)
+
+
+def _as_list(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _as_column(text: str) -> tuple[str, str]:
@@ -56,6 +71,8 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
     from lorakit.cli.assemble import build_loss, load_images
     from lorakit.lora.state import adapters_off
 
+    if options.tasks and options.data is None:
+        return evaluate_tasks(trained, options)
     datamodule = open_rows(trained, options)
     model, tokenizer = trained.load(with_adapter=not options.base)
     images = load_images(trained.model_settings) if datamodule.has_images else None
@@ -78,6 +95,29 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
             figures["base"], others = score(model, tokenizer, datamodule, options)
     if options.answers:
         write_answers(options.answers, answers, others)
+    return add_tasks(figures, model, tokenizer, options) if options.tasks else figures
+
+
+def evaluate_tasks(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of the harness's tasks alone."""
+    if options.answers:
+        raise ConfigError("--answers is of rows: name some with --data PATH")
+    model, tokenizer = trained.load(with_adapter=not options.base)
+    figures = {"run": trained.run.name, "adapter": None if options.base else str(trained.adapter)}
+    return add_tasks(figures, model, tokenizer, options)
+
+
+def add_tasks(figures: dict[str, Any], model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """``figures`` with those of the harness's tasks, and the base's beside them."""
+    from lorakit.cli.harness import run_harness
+    from lorakit.lora.state import adapters_off
+
+    settings = {"limit": options.limit, "batch_size": options.batch_size, "chat": options.chat}
+    ask = functools.partial(run_harness, model, tokenizer, options.tasks, options.tasks_path, **settings)
+    figures = figures | {"tasks": ask()}
+    if not (options.base or options.no_base):
+        with adapters_off(model):
+            figures["base"] = figures.get("base", {}) | {"tasks": ask()}
     return figures
 
 
