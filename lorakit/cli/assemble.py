@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 import math
 import os
 import shlex
@@ -33,7 +35,7 @@ from lorakit.lora.spec import LoRASpec
 from lorakit.lora.state import adapter_state
 from lorakit.loss.inputs import inputs_of
 from lorakit.model.layers import compile_layers, enable_checkpointing
-from lorakit.model.load import base_name, load_config, load_image_processor, load_model, load_tokenizer
+from lorakit.model.load import base_name, load_config, load_image_processor, load_model, load_tokenizer, pieces_of
 from lorakit.strategy.watch import PhaseCallback
 from lorakit.strategy.world import World
 from lorakit.training.module import LoRAModule
@@ -41,6 +43,7 @@ from lorakit.training.precision import base_dtype, resolve_accelerator, resolve_
 from lorakit.weights.adapter import start_from
 
 Config = dict[str, Any]
+log = logging.getLogger("lorakit")
 
 
 def build(config: Config, key: str, **runtime: Any) -> Any:
@@ -80,12 +83,31 @@ def load_data(config: Config) -> tuple[LoRADataModule, Any]:
 
 def make_tokens(datamodule: LoRADataModule, settings: Config) -> Any:
     """Give ``datamodule`` the tokenizer of the model that ``settings`` name, and return it. Raises LorakitError."""
-    tokenizer = load_tokenizer(settings["path"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"])
+    tokenizer = load_tokenizer(settings["path"], **model_options(settings))
     model_config = load_config(settings["path"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"])
     images, token_id = load_images(settings) if datamodule.has_images else None, getattr(model_config, "image_token_id", None)
-    datamodule.set_tokenizer(tokenizer, images, image_token_id=token_id)
+    added = settings.get("add_tokens") or ()
+    datamodule.set_tokenizer(
+        tokenizer, images, image_token_id=token_id, new_tokens=tokenizer.convert_tokens_to_ids(list(added))
+    )
     datamodule.check_tokens()
     return tokenizer
+
+
+def check_new_tokens(datamodule: LoRADataModule, tokenizer: Any) -> None:
+    """Raise ConfigError where no row has a token that was added; where not all rows were looked at, warn."""
+    report = datamodule.report
+    assert report is not None
+    if lost := [tokenizer.convert_ids_to_tokens(token) for token, count in report.num_new_tokens.items() if not count]:
+        said = f"model.add_tokens: {', '.join(map(repr, lost))} in none of the {report.num_rows_surveyed:,} rows looked at"
+        if report.num_rows_surveyed >= report.num_rows:
+            raise ConfigError(f"{said}, so there is nothing to train; check the spelling, or leave it out")
+        log.warning("%s", said)
+
+
+def model_options(settings: Config) -> Config:
+    """What, beside its path, decides which model and tokenizer ``settings`` name."""
+    return {name: settings.get(name) for name in ("revision", "trust_remote_code", "add_tokens")}
 
 
 def load_images(settings: Config) -> ImageEncoder:
@@ -97,8 +119,12 @@ def load_images(settings: Config) -> ImageEncoder:
 
 
 def build_spec(config: Config) -> LoRASpec:
-    """The LoRASpec."""
-    return build(config["lora"], "lora")
+    """The LoRASpec, with the rows of new tokens."""
+    settings, spec = config["model"], build(config["lora"], "lora")
+    if not settings.get("add_tokens"):
+        return spec
+    options = {name: settings[name] for name in ("revision", "trust_remote_code")}
+    return dataclasses.replace(spec, token_ids=tuple(pieces_of(settings["path"], settings["add_tokens"], **options)))
 
 
 def resolve_total_steps(config: Config, datamodule: LoRADataModule, world: World) -> tuple[int, bool]:
@@ -172,9 +198,8 @@ def build_model(config: Config, spec: LoRASpec, *, device: str, precision: str) 
         settings["path"],
         dtype=base_dtype(settings["dtype"], precision),
         attention=settings["attention"],
-        revision=settings["revision"],
-        trust_remote_code=settings["trust_remote_code"],
         device=device if device != "cpu" else None,
+        **model_options(settings),
     )
     model = inject(base, spec, base_name=base_name(settings["path"]))
     if config["trainer"]["activation_checkpointing"]:

@@ -85,7 +85,7 @@ def _skeleton(settings: dict[str, Any]) -> Any:
 
     options = {"revision": settings["revision"], "trust_remote_code": settings["trust_remote_code"]}
     try:
-        return load_skeleton(settings["path"], **options)
+        return load_skeleton(settings["path"], add_tokens=settings["add_tokens"], **options)
     except ConfigError:
         if (config := preset_config(settings["path"])) is None:
             raise

@@ -21,6 +21,7 @@ class ModelSettings(msgspec.Struct, forbid_unknown_fields=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     attention: str
     trust_remote_code: bool
+    add_tokens: list[str] | None
 
 
 class TrainerSettings(msgspec.Struct, forbid_unknown_fields=True):

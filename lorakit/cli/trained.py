@@ -32,8 +32,12 @@ class Trained:
     @property
     def model_options(self) -> dict[str, Any]:
         """What decides which model the base is."""
-        settings = self.config["model"]
-        return {"revision": settings.get("revision"), "trust_remote_code": self.trust_remote_code}
+        return {"revision": self.config["model"].get("revision"), "trust_remote_code": self.trust_remote_code}
+
+    @property
+    def add_tokens(self) -> list[str] | None:
+        """The tokens that the run added."""
+        return self.config["model"].get("add_tokens")
 
     @property
     def model_settings(self) -> dict[str, Any]:
@@ -55,14 +59,14 @@ class Trained:
         from lorakit.data.templates import use_template
         from lorakit.model.load import load_tokenizer
 
-        tokenizer = load_tokenizer(self.base, **self.model_options)
+        tokenizer = load_tokenizer(self.base, add_tokens=self.add_tokens, **self.model_options)
         if self.chat_template:
             use_template(tokenizer, self.chat_template)
         return tokenizer
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer to ``folder`` where it is not the base's as it stands."""
-        if self.chat_template:
+        if self.chat_template or self.add_tokens:
             self.load_tokenizer().save_pretrained(folder)
 
     def load_config(self) -> Any:
@@ -75,13 +79,15 @@ class Trained:
         """The base on the meta device: every shape, no weight."""
         from lorakit.model.load import load_skeleton
 
-        return load_skeleton(self.base, **self.model_options)
+        return load_skeleton(self.base, add_tokens=self.add_tokens, **self.model_options)
 
     def load_base(self, dtype: str, *, device: str | None = None, attention: str = "auto") -> Any:
         """The base, frozen."""
         from lorakit.model.load import load_model
 
-        return load_model(self.base, dtype=dtype, attention=attention, device=device, **self.model_options)
+        return load_model(
+            self.base, dtype=dtype, attention=attention, device=device, add_tokens=self.add_tokens, **self.model_options
+        )
 
     def load(self, *, with_adapter: bool = True) -> tuple[Any, Any]:
         """Return (model, tokenizer): float32 on CPU, bf16 on GPU."""

@@ -156,6 +156,7 @@ def _prepare(
     find_run_to_resume(config, root, experiment)  # a name that is taken is told before anything is read
     datamodule, tokenizer = assemble.load_data(config)
     assemble.check_pairs(config, datamodule)
+    assemble.check_new_tokens(datamodule, tokenizer)
     if datamodule.has_images and config["strategy"].get("sequence_parallel", 1) > 1:
         raise ConfigError("rows with images cannot be shared by several processes; set strategy.sequence_parallel=1")
     print_data_report(datamodule, console)
@@ -254,7 +255,7 @@ def _plan(config: dict[str, Any], console: Console) -> tuple[LoRASpec, Any, LoRA
     model_config = load_config(settings["path"], **options)
     if spec.init_from:
         open_init(spec, base=base_name(settings["path"]))
-    skeleton = load_skeleton(settings["path"], **options)
+    skeleton = load_skeleton(settings["path"], add_tokens=settings["add_tokens"], **options)
     planned = plan(skeleton, spec)
     console.print(planned.table())
     if planned.note:
@@ -301,6 +302,8 @@ def _fit(
     if run.writes:
         with whole_folder(run.adapter) as aside:
             adapter_bytes = write_adapter(tensors, active_config(module.model), aside, dtype=torch.bfloat16)
+            if prepared.config["model"]["add_tokens"]:
+                prepared.tokenizer.save_pretrained(aside)
     throughput, pruning = _find_callback(trainer, Throughput), _find_callback(trainer, Pruning)
     run = run.update(
         status="interrupted" if interrupt else "finished",

@@ -127,6 +127,7 @@ class LoRADataModule(L.LightningDataModule):
         self.tokenizer: Any = None
         self.images: ImageEncoder | None = None
         self.image_token_id: int | None = None
+        self.new_tokens: Sequence[int] = ()
         self.report: DataReport | None = None
         self.val_report: DataReport | None = None
         self._cursor: Cursor | None = None
@@ -160,13 +161,22 @@ class LoRADataModule(L.LightningDataModule):
                 f"data.tokens_per_batch={self.tokens_per_batch} is less than a pair of data.max_tokens={self.max_tokens} each"
             )
 
-    def set_tokenizer(self, tokenizer: Any, images: ImageEncoder | None = None, *, image_token_id: int | None = None) -> None:
+    def set_tokenizer(
+        self,
+        tokenizer: Any,
+        images: ImageEncoder | None = None,
+        *,
+        image_token_id: int | None = None,
+        new_tokens: Sequence[int] = (),
+    ) -> None:
         """Use ``tokenizer``, and ``images`` where rows have some, for everything that follows.
 
         Args:
             image_token_id: what stands for an image, and so may not stand in a text, where the model takes images and ``images``
                 does not say it.
+            new_tokens: that were added to it, and are counted.
         """
+        self.new_tokens = new_tokens
         self.tokenizer, self.image_token_id = tokenizer, images.token_id if images else image_token_id
         if self.chat_template:
             use_template(tokenizer, self.chat_template)
@@ -180,7 +190,7 @@ class LoRADataModule(L.LightningDataModule):
     def check_tokens(self) -> DataReport:
         """Render the rows and return their figures. Raises DataError with all problems."""
         self.check_rows()
-        self.report = survey(self.train_examples, self.train_indices, self.check_token_rows)
+        self.report = survey(self.train_examples, self.train_indices, self.check_token_rows, self.new_tokens)
         if len(self.val_indices):
             self.val_report = survey(self.val_examples, self.val_indices, self.check_token_rows)
         return self.report

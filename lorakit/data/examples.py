@@ -118,6 +118,7 @@ class DataReport:
     formats: list[str]
     unused_columns: dict[str, str]  # with the format of their rows
     fingerprint: str
+    num_new_tokens: dict[int, int] = field(default_factory=dict)  # how often each of the tokens that were added stands in them
     shares: dict[str, SourceShare] = field(default_factory=dict)  # of several sources, by name
     origins: np.ndarray = field(default_factory=lambda: np.zeros(0, int))  # of each example, which of them it is from
 
@@ -147,8 +148,13 @@ class DataReport:
         return [(int(edges[i]), int(edges[i + 1]), int(count)) for i, count in enumerate(counts)]
 
 
-def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: int) -> DataReport:
+def survey(
+    examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: int, new_tokens: Sequence[int] = ()
+) -> DataReport:
     """Render the first ``max_rows`` of ``indices`` and return their figures; the rest is checked as it streams.
+
+    Args:
+        new_tokens: are counted.
 
     Raises:
         DataError: under ``on_error=raise``, one report of all rows that give no usable example.
@@ -159,6 +165,7 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
     counts = np.bincount(origins, minlength=len(source.names))
     shares = {name: SourceShare(source.weights[i], int(counts[i])) for i, name in enumerate(source.names)}
     counted = Examples(examples.source, examples.renderer, examples.max_tokens, examples.on_long, images=examples.images)
+    num_new_tokens = dict.fromkeys(new_tokens, 0)
     lengths: list[int] = []
     origins_found: list[int] = []
     problems: list[str] = []
@@ -178,6 +185,8 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
             trained = sum(1 for weight in example.weights[1:] if weight)  # nothing predicts the first
             num_trained += trained
             share.num_trained_tokens += trained
+            for token in num_new_tokens:
+                num_new_tokens[token] += example.tokens.count(token)
             sizes = [image.chunk.length for image in example.images]
             num_images += len(sizes)
             num_image_tokens += sum(sizes)
@@ -207,6 +216,7 @@ def survey(examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: in
         formats=examples.source.formats,
         unused_columns=examples.source.unused_columns,
         fingerprint=examples.source.fingerprint,
+        num_new_tokens=num_new_tokens,
         shares=shares,
         origins=np.array(origins_found),
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import fnmatch
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 from lorakit.errors import ConfigError
 from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER, LoRASpec
 from lorakit.model.families import FAMILIES, OF_IMAGES, ExpertStack, Target, find_targets, speaks_of_images
-from lorakit.model.partition import full_shape
+from lorakit.model.partition import full_shape, whole
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -37,19 +38,28 @@ class LoRAPlan:
     num_base_params: int
     is_tied: bool  # whether the unembedding shares its matrix with the embedding
     note: str = ""  # what the plan leaves out, and why
+    row_modules: tuple[
+        str, ...
+    ] = ()  # the embedding, and an unembedding of its own, where rows of ``spec.token_ids`` are trained
+    row_width: int = 0
 
     @property
     def num_params(self) -> int:
         """Trainable parameters."""
         dora = sum(target.out_features for target in self.targets) if self.spec.dora else 0
-        return dora + sum(self._num_params_of(target) for target in self.targets)
+        return dora + self.num_row_params + sum(self._num_params_of(target) for target in self.targets)
+
+    @property
+    def num_row_params(self) -> int:
+        """Trainable parameters in rows of the vocabulary."""
+        return len(self.row_modules) * len(self.spec.token_ids) * self.row_width
 
     @property
     def num_peft_params(self) -> int:
         """Parameters of the adapter as PEFT's own layout holds it: more than are trained where factors are shared."""
         if self.spec.expert_layout != SHARED_OUTER:
             return self.num_params
-        return sum(target.num_expanded_params(self.spec.rank) for target in self.targets)
+        return self.num_row_params + sum(target.num_expanded_params(self.spec.rank) for target in self.targets)
 
     def _num_params_of(self, target: Target) -> int:
         rank = self.spec.rank
@@ -99,6 +109,12 @@ class LoRAPlan:
             num = count * num_params
             cells = (count, experts if experts > 1 else "", in_features, out_features, f"{num:,}")
             table.add_row(family, leaf, *(str(cell) for cell in cells))
+        if self.row_modules:
+            leaves = ", ".join(name.rsplit(".", 1)[-1] for name in self.row_modules)
+            rows = len(self.spec.token_ids)
+            table.add_row(
+                "new tokens", leaves, str(len(self.row_modules)), "", str(rows), str(self.row_width), f"{self.num_row_params:,}"
+            )
         return table
 
 
@@ -138,7 +154,19 @@ def plan(model: Any, spec: LoRASpec) -> LoRAPlan:
         num_base_params,
         is_tied=_is_tied(model),
         note=note,
+        **_rows(model, spec),
     )
+
+
+def _rows(model: Any, spec: LoRASpec) -> dict[str, Any]:
+    """Where the rows of ``spec.token_ids`` lie, and how wide they are."""
+    if not spec.token_ids:
+        return {}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    modules = [embedding] if head is None or _is_tied(model) else [embedding, head]
+    names = {module: name for name, module in model.named_modules()}
+    width = full_shape(dict(embedding.named_parameters(recurse=False))["weight"])[1]
+    return {"row_modules": tuple(names[module] for module in modules), "row_width": width}
 
 
 def inject(model: Any, spec: LoRASpec, *, base_name: str | None = None, adapter_name: str = "default") -> PeftModel:
@@ -148,16 +176,20 @@ def inject(model: Any, spec: LoRASpec, *, base_name: str | None = None, adapter_
     """
     import peft
 
+    from lorakit.lora.tokens import use_token_rows
+
     planned = plan(model, spec)
     model.requires_grad_(False)
     config = to_peft_config(planned, base_name=base_name)
     config.register(model)
     # Drawn on the CPU, whatever device Lightning makes the default for a model: the same adapter everywhere.
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    rows = [dict(model.get_submodule(name).named_parameters(recurse=False))["weight"] for name in planned.row_modules]
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), whole(rows), _rows_are_here(rows):
         warnings.simplefilter("ignore", UserWarning)  # about the base's name, which is set below
         torch.default_generator.manual_seed(spec.seed)  # torch.manual_seed would start every GPU's generator anew too
         wrapped: Any = peft.get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=False)
     wrapped.peft_config[adapter_name].base_model_name_or_path = base_name  # PEFT puts the folder it was loaded from
+    use_token_rows(wrapped)
     dtype = getattr(torch, spec.dtype)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
@@ -187,7 +219,30 @@ def to_peft_config(planned: LoRAPlan, *, base_name: str | None = None) -> Expert
         target_parameters=list(planned.target_parameters) or None,
         expert_parameters=list(planned.expert_parameters),
         expert_layout=spec.expert_layout,
+        trainable_token_indices=_row_config(planned),
     )
+
+
+def _row_config(planned: LoRAPlan) -> Any:
+    """How PEFT is told which rows are trained: a list for a matrix that is embedding and unembedding, else by module."""
+    ids = list(planned.spec.token_ids)
+    if len(planned.row_modules) < 2:
+        return {planned.row_modules[0]: ids} if planned.row_modules and not planned.is_tied else ids or None
+    return dict.fromkeys(planned.row_modules, ids)
+
+
+@contextlib.contextmanager
+def _rows_are_here(rows: list[torch.Tensor]) -> Iterator[None]:
+    """Keep PEFT from gathering ``rows`` under ZeRO-3, which it can on a GPU only: they have been gathered."""
+    from peft.tuners.trainable_tokens import layer
+
+    found = layer.check_deepspeed_zero3_enabled
+    if rows:
+        layer.check_deepspeed_zero3_enabled = lambda: False
+    try:
+        yield
+    finally:
+        layer.check_deepspeed_zero3_enabled = found
 
 
 def as_expert_config(config: LoraConfig, model: Any, matrices: Iterable[str] = ()) -> ExpertLoraConfig:

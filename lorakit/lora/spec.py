@@ -35,6 +35,7 @@ class LoRASpec:
         seed: of the initialisation.
         init_from: a PEFT adapter folder to start from.
         any_base: let ``init_from`` come from a base of another name.
+        token_ids: tokens whose rows in embedding and unembedding are trained beside the adapter.
     """
 
     rank: int = 32
@@ -55,6 +56,7 @@ class LoRASpec:
     seed: int = 0
     init_from: str | None = None
     any_base: bool = False
+    token_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         problems = []
@@ -85,6 +87,8 @@ class LoRASpec:
         idle = []
         if self.init_from and self.init != "default":
             idle.append(f"lora.init={self.init} has no effect beside lora.init_from; leave one of them out")
+        if self.token_ids and self.unembedding is True:
+            idle.append("lora.unembedding=true does not go with rows of the unembedding that are trained (model.add_tokens)")
         if self.any_base and not self.init_from:
             idle.append("lora.any_base=true has no effect without lora.init_from")
         if self.targets:

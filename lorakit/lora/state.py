@@ -60,6 +60,12 @@ def load_adapter_state(model: Any, tensors: Mapping[str, torch.Tensor], *, sourc
         remedy = "Set rank and targets of lora.* as the adapter has them; its adapter_config.json names them."
         raise AdapterError(report(f"{source} does not fit the LoRA plan:", problems, remedy=remedy))
     adapter = model.active_adapter
-    state = {name.removesuffix(".weight") + f".{adapter}.weight": tensor for name, tensor in tensors.items()}
+    state = {_name_in_model(name, adapter): tensor for name, tensor in tensors.items()}
     result = model.load_state_dict(state, strict=False)
     assert not result.unexpected_keys, result.unexpected_keys
+
+
+def _name_in_model(name: str, adapter: str) -> str:
+    """What the model calls a tensor that PEFT's files call ``name``."""
+    stem = name.removesuffix(".weight")
+    return f"{stem}.{adapter}" + (".weight" if stem != name else "")

@@ -16,7 +16,7 @@ from lorakit.errors import ConfigError
 from lorakit.loss.head import Head, HeadAdapter, head_logprobs
 from lorakit.loss.vocabulary import VocabularyLoss, vocabulary_loss
 from lorakit.model.attention import packed_documents
-from lorakit.model.partition import is_partitioned
+from lorakit.model.partition import full_shape, is_partitioned
 from lorakit.model.vision import with_blank_image
 from lorakit.types import Batch, LossOutput
 
@@ -150,6 +150,9 @@ def describe_head(model: Any, unembedding: Any) -> Head | None:
             )
             for name in names
         )  # fmt: skip
+    elif hasattr(unembedding, "token_adapter"):
+        base = unembedding.token_adapter.base_layer
+        adapters = _as_adapters(unembedding.token_adapter)
     # Not by attribute: DeepSpeed would take the weight for one that the whole model needs, and keep it gathered.
     own = dict(base.named_parameters(recurse=False))
     if type(base) is not nn.Linear or any(parameter.requires_grad for parameter in base.parameters()):
@@ -159,6 +162,20 @@ def describe_head(model: Any, unembedding: Any) -> Head | None:
     config = model.config.get_text_config()
     multiplier = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return Head(own["weight"], own.get("bias"), adapters, multiplier, getattr(config, "final_logit_softcapping", None))
+
+
+def _as_adapters(layer: Any) -> tuple[HeadAdapter, ...]:
+    """Rows that are trained in the place of the unembedding's own, as adapters: A is what they differ by, B puts it where they are."""
+    if layer.disable_adapters or layer.merged:
+        return ()
+    num_tokens, found = full_shape(dict(layer.base_layer.named_parameters())["weight"])[0], []
+    for name in (name for name in layer.active_adapters if name in layer.token_indices):
+        rows_RH, own_RH = layer.trainable_tokens_delta[name], layer.trainable_tokens_original[name]
+        places = torch.tensor(layer.token_indices[name]), torch.arange(len(own_RH))
+        b_VR = own_RH.new_zeros((num_tokens, len(own_RH)))
+        b_VR = b_VR.index_put(tuple(place.to(own_RH.device) for place in places), own_RH.new_ones(()))
+        found.append(HeadAdapter(rows_RH - own_RH.to(rows_RH.dtype), b_VR, 1.0))
+    return tuple(found)
 
 
 def _run(model: Any, batch: Batch) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from lorakit.errors import ConfigError
 from lorakit.hub import cached_model, explain_hub_error, find_hub_problem
+from lorakit.model import tokens
 
 BUNDLED = {"tiny": Path(__file__).parent / "tiny" / "text", "tiny-vl": Path(__file__).parent / "tiny" / "vl"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -61,8 +62,24 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
         )
 
 
-def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Return the model's tokenizer."""
+def load_tokenizer(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False, add_tokens: Sequence[str] | None = None
+) -> Any:
+    """Return the model's tokenizer, with the new tokens ``add_tokens``."""
+    tokenizer = _load_tokenizer(path, revision, trust_remote_code)
+    if add_tokens:
+        tokens.add_tokens(tokenizer, add_tokens)
+    return tokenizer
+
+
+def pieces_of(
+    path: str, add_tokens: Sequence[str], *, revision: str | None = None, trust_remote_code: bool = False
+) -> dict[int, list[int]]:
+    """Return, by the id of each new token, the tokens of which its text was made before."""
+    return tokens.add_tokens(_load_tokenizer(path, revision, trust_remote_code), add_tokens)
+
+
+def _load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     folder = Path(resolve_model_path(path, revision))
@@ -98,10 +115,12 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str | None = None,
+    add_tokens: Sequence[str] | None = None,
 ) -> Any:
     """Return the causal language model in ``dtype``, in evaluation mode, every parameter frozen.
 
     Args:
+        add_tokens: new tokens, for which it gets rows; see ``model/tokens.py``.
         attention: transformers' name of an implementation; auto is sdpa, or eager for the families that sdpa cannot compute (Gemma 2's
             soft-capping, gpt-oss's sinks).
     """
@@ -132,6 +151,9 @@ def load_model(
         )
     if is_partitioned:
         _check_kept_in_float32(model, path, dtype)
+    if add_tokens:
+        pieces = pieces_of(path, add_tokens, revision=revision, trust_remote_code=trust_remote_code)
+        tokens.make_rows(model, pieces)
     return model.requires_grad_(False).eval()
 
 
@@ -159,9 +181,9 @@ def check_experts_as_on_the_hub(path: str, config: Any, folder: Path) -> None:
     text = config.get_text_config()
     as_held = [text.num_experts, 2 * text.moe_intermediate_size, text.hidden_size]
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            names = [name for name in list(tensors.keys()) if name.endswith(".mlp.experts.gate_up_proj")]
-            if names and list(tensors.get_slice(names[0]).get_shape()) == as_held:
+        with safe_open(file, "pt") as opened:
+            names = [name for name in list(opened.keys()) if name.endswith(".mlp.experts.gate_up_proj")]
+            if names and list(opened.get_slice(names[0]).get_shape()) == as_held:
                 raise ConfigError(
                     f"model.path={path}: {file.name} has {names[0]} as {tuple(as_held)}, as save_pretrained writes it; ZeRO-3 reads "
                     "such experts only as the hub has them, (E, H, 2I). Set strategy=zero2, or write the files again with "
@@ -176,9 +198,9 @@ def _check_kept_in_float32(model: Any, path: str, dtype: str) -> None:
         ConfigError: it has.
     """
     patterns = [re.compile(pattern.replace("*", ".*")) for pattern in model._keep_in_fp32_modules_strict or ()]
-    tensors = [] if dtype == "float32" else [*model.named_parameters(), *model.named_buffers()]
+    held = [] if dtype == "float32" else [*model.named_parameters(), *model.named_buffers()]
     rounded = [
-        name for name, tensor in tensors if tensor.dtype.itemsize == 2 and any(pattern.search(name) for pattern in patterns)
+        name for name, tensor in held if tensor.dtype.itemsize == 2 and any(pattern.search(name) for pattern in patterns)
     ]
     if rounded:
         raise ConfigError(
@@ -195,11 +217,16 @@ def model_class(config: Any) -> Any:
     return AutoModelForCausalLM if is_causal or hasattr(config, "auto_map") else AutoModelForImageTextToText
 
 
-def load_skeleton(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_skeleton(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False, add_tokens: Sequence[str] | None = None
+) -> Any:
     """Return the model on the meta device, from its config alone: every shape, no weight."""
     config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
     with _explained(path):
-        return skeleton_of(config, trust_remote_code=trust_remote_code)
+        skeleton = skeleton_of(config, trust_remote_code=trust_remote_code)
+    if add_tokens:
+        tokens.make_rows(skeleton, pieces_of(path, add_tokens, revision=revision, trust_remote_code=trust_remote_code))
+    return skeleton
 
 
 def skeleton_of(config: Any, *, trust_remote_code: bool = False) -> Any:

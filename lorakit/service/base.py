@@ -190,7 +190,11 @@ def _resolve_strategy(strategy: str) -> str:
 def _spec_of(files: AdapterFiles, model: Any) -> LoRASpec:
     """What an adapter's config and tensors say of it."""
     config = files.config
-    refused = [name for name in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save") if config.get(name)]
+    refused = [
+        name
+        for name in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save", "trainable_token_indices")
+        if config.get(name)
+    ]
     if problem := files.find_init_problem():
         raise AdapterError(f"{files.folder}: {problem}")
     if refused:

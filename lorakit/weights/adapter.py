@@ -137,12 +137,20 @@ def open_init(spec: LoRASpec, *, base: str) -> AdapterFiles:
     theirs = SHARED_OUTER if adapter.expert_matrices() else PER_EXPERT
     if theirs != spec.expert_layout and (theirs == SHARED_OUTER or config.get("target_parameters")):
         problems.append(f"its experts have the layout {theirs}, this run lora.expert_layout={spec.expert_layout}")
+    if (ids := _row_ids(config)) != sorted(spec.token_ids):
+        problems.append(f"it has trained rows of the tokens {ids or 'none'}, this run of {sorted(spec.token_ids) or 'none'}")
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
             problems.append(f"it has a {key}, which lora.init_from does not support")
     if problems:
         raise AdapterError(report(f"lora.init_from={spec.init_from} does not fit this run:", problems))
     return adapter
+
+
+def _row_ids(config: dict[str, Any]) -> list[int]:
+    """The tokens whose rows an adapter has trained."""
+    found = config.get("trainable_token_indices") or []
+    return sorted(next(iter(found.values())) if isinstance(found, dict) else found)
 
 
 TINKER_LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # what tinker's archives call the experts' matrices

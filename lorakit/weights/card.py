@@ -13,6 +13,10 @@ from lorakit.weights.run import History, Run
 
 _GROUPS = ("lora", "loss", "optim", "schedule", "trainer", "seed")
 _OF_DATA = ("train_on", "max_tokens", "on_long", "packing", "tokens_per_batch", "batch_size", "epochs", "stop", "append_eos")
+_OF_NEW_TOKENS = (
+    "It has rows for new tokens: load the tokenizer from here, and where the base has fewer rows than it, call "
+    "`model.resize_token_embeddings(len(tokenizer))` on the base first."
+)
 _METRICS = {
     "train/loss": "training loss, last step",
     "val/loss": "loss of the rows held out",
@@ -55,6 +59,7 @@ def _body(run: Run, config: dict[str, Any], base: str, form: str, names: list[st
         f"# {run.name}", "",
         f"{what} `{base}`{at}, trained with lorakit {packages.get('lorakit', '')}.", "",
         *_use(form, base), "",
+        *([_OF_NEW_TOKENS, ""] if config["model"].get("add_tokens") and form != "merged" else []),
         "## Data", "",
         f"- rows: {', '.join(f'`{_as_others_see(name)}`' for name in names)} ({', '.join(run.info.get('formats') or ['?'])})",
         f"- fingerprint of rows, order and of what is trained: `{run.info.get('data_fingerprint', '?')}`", "",

@@ -152,6 +152,7 @@ def attach(base: Any, adapter_folder: Path) -> Any:
 
     from lorakit.lora.inject import as_expert_config
     from lorakit.lora.state import load_adapter_state
+    from lorakit.lora.tokens import use_token_rows
 
     files = AdapterFiles.open(adapter_folder)
     if problem := files.find_init_problem():
@@ -164,8 +165,9 @@ def attach(base: Any, adapter_folder: Path) -> Any:
     except ValueError as error:
         raise AdapterError(f"{adapter_folder} does not fit this base: {error}") from error
     for name, parameter in model.named_parameters():
-        if "lora_" in name:  # by name: an adapter for inference is frozen from the start
+        if "lora_" in name or "trainable_tokens" in name:  # by name: an adapter for inference is frozen from the start
             parameter.data = parameter.data.float()
+    use_token_rows(model)
     load_adapter_state(model, files.tensors(), source=str(adapter_folder))
     model.peft_config["default"].base_model_name_or_path = files.config.get("base_model_name_or_path")
     return model.requires_grad_(False).eval()
@@ -191,7 +193,7 @@ def can_hold_twice(num_params: int, available_bytes: int) -> bool:
 
 def _refuse_what_no_matrix_holds(model: Any) -> None:
     config = model.peft_config[model.active_adapter]
-    extras = [name for name in ("lora_bias", "trainable_token_indices", "modules_to_save") if getattr(config, name, None)]
+    extras = [name for name in ("lora_bias", "modules_to_save") if getattr(config, name, None)]
     if getattr(config, "bias", "none") != "none":
         extras.append("bias")
     if extras:
@@ -210,9 +212,12 @@ def _plan(model: Any) -> Iterator[tuple[str, nn.Module, str, Any, Any]]:
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
     from lorakit.lora.experts import ExpertLora
+    from lorakit.lora.tokens import token_layers
 
     base = model.get_base_model()
     adapter = model.active_adapter
+    for name, rows in token_layers(base):
+        yield f"{name}.weight", rows.base_layer, "weight", _row_delta(rows, adapter), None
     layers: list[tuple[str, Any]] = [(name, layer) for name, layer in base.named_modules() if isinstance(layer, LoraLayer)]
     for name, layer in layers:
         if adapter not in layer.lora_A:
@@ -241,6 +246,18 @@ def _peft_delta(layer: Any, adapter: str, parameter: str) -> Any:
         num_experts = layer.stack.num_experts
         b_ORE, a_ERI = b.reshape(b.shape[0], -1, num_experts), a.reshape(num_experts, -1, a.shape[1])
         return layer.stack.as_EOI(torch.einsum("ore,eri->eoi", b_ORE, a_ERI) * scale)
+
+    return delta
+
+
+def _row_delta(layer: Any, adapter: str) -> Any:
+    """Trained rows less those in their place."""
+
+    def delta() -> torch.Tensor:
+        weight, ids = layer.base_layer.weight, torch.tensor(layer.token_indices[adapter])
+        change = torch.zeros_like(weight, dtype=torch.float32)
+        change[ids] = layer.trainable_tokens_delta[adapter].float() - weight[ids].float()
+        return change
 
     return delta
 
