@@ -130,6 +130,7 @@ class Batch:
     part: tuple[int, int] | None = None  # first position of each row that is here, and one past the last; None: all are
     extras: dict[str, torch.Tensor] = field(default_factory=dict)  # further loss inputs, (B, L)
     images: Images | None = None
+    num_images: tuple[int, ...] = ()  # per span, how many of them are its own; empty where there is none
     num_pairs: int = 0  # where each two spans are a pair of a better and a worse answer: how many
     origins: tuple[int, ...] = ()  # per span, which of several sources of data it is from; empty where there is one
 

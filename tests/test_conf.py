@@ -23,7 +23,7 @@ CONF = conf_dir()
 FILES = sorted(CONF.rglob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 THIRD_PARTY_GROUPS = ("trainer", "logger", "optim", "schedule", "paths", "hydra", "experiment")
-RUNTIME = {"params", "optimizer", "total_steps", "self"}  # handed over by the program
+RUNTIME = {"params", "optimizer", "total_steps", "self", "token_ids"}  # handed over by the program
 NOT_ARGUMENTS = {"clip_norm", "defaults"}  # read by the program, and by Hydra
 
 

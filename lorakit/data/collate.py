@@ -72,6 +72,7 @@ def collate(
         spans=tuple(spans),
         extras={name: torch.from_numpy(array) for name, array in extras.items()},
         images=stack_images(encoded) if encoded else None,
+        num_images=tuple(len(datum.model_input.images) for row in rows for datum in row) if encoded else (),
         num_pairs=len(spans) // 2 if are_pairs else 0,
         origins=tuple(datum.origin for row in rows for datum in row if datum.origin is not None),
     )

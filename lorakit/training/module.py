@@ -13,6 +13,7 @@ from lorakit.errors import CheckpointError, ConfigError, TrainingError
 from lorakit.loss import LOSSES
 from lorakit.loss.inputs import inputs_of
 from lorakit.model.partition import full_shape, whole
+from lorakit.training.room import Room, is_out_of_memory
 from lorakit.training.step import compute_loss, sums_by_origin
 from lorakit.types import Batch, LossOutput
 
@@ -54,7 +55,11 @@ class LoRAModule(L.LightningModule):
         self.tokenizer = tokenizer
         self.model: Any = None
         self.num_bad_steps = self.num_bad_in_a_row = self.num_empty_windows = 0
+        self.room = Room()
         self._window: list[Batch] = []
+        self._waiting: list[Batch] = []  # parts of the micro-batch whose first has gone forward
+        self._graph: torch.Tensor | None = None  # its loss, in whose place Lightning is given another leaf
+        self._given = torch.zeros(())
         self._window_loss: torch.Tensor | float = 0.0
         self._val_sums = [0.0, 0.0]
         self._metrics: dict[str, torch.Tensor | float] = {}  # sums of what the loss returns beside itself
@@ -99,12 +104,89 @@ class LoRAModule(L.LightningModule):
             raise ValueError(
                 "Batch.window_weight is 0, but the batch has weights; set it to the weight of the accumulation window"
             )
-        output = self._compute(batch)
-        loss = output.loss_sum / (batch.window_weight or 1.0)
         self._window.append(batch)
+        while True:
+            try:
+                self._waiting = self.room.parts(batch)
+                loss = self._share_of(self._waiting.pop(0))
+                break
+            except RuntimeError as error:
+                self._refuse_unless_room_can_be_made(error)
+            self.room.shrink(batch)  # here, where the error holds no tensor any more
+        if not self._can_repeat:
+            return loss
+        # Lightning holds what it is given until the step is over: with the graph behind it there would be no room to repeat it.
+        self._graph, self._given = loss, loss.detach().requires_grad_()
+        return self._given
+
+    def _share_of(self, part: Batch) -> torch.Tensor:
+        """Run a part of a micro-batch; see ``training_step``."""
+        output = self._compute(part)
+        loss = output.loss_sum / (part.window_weight or 1.0)
         self._window_loss = self._window_loss + loss.detach()
-        self._add_by_source("train", output, batch)
+        self._add_by_source("train", output, part)
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Lightning's hook: the backward pass of a micro-batch, then those of its parts that wait.
+
+        Where the memory is not enough, the window's gradient is made anew, from batches of half the size.
+        """
+        super().backward(loss, *args, **kwargs)
+        if self._graph is None:
+            return
+        try:
+            self._take_graph().backward(self._given.grad)
+            while self._waiting:
+                self._run_part(self._waiting.pop(0))
+            return
+        except RuntimeError as error:
+            self._refuse_unless_room_can_be_made(error)
+        while True:
+            self.room.shrink(self._window[-1])
+            try:
+                self._repeat_window()
+                return
+            except RuntimeError as error:
+                self._refuse_unless_room_can_be_made(error)
+
+    def _take_graph(self) -> torch.Tensor:
+        """The loss with its graph, which nothing else holds then."""
+        graph, self._graph = self._graph, None
+        assert graph is not None
+        return graph
+
+    @property
+    def _can_repeat(self) -> bool:
+        """Whether a step can be computed again: other processes would wait, and DeepSpeed has taken gradients as they came."""
+        return self.trainer.world_size == 1 and not hasattr(self.trainer.strategy, "skip_step")
+
+    def _run_part(self, part: Batch) -> None:
+        """Forward and backward of a part, scaled as Lightning scales the loss of a step."""
+        precision: Any = self.trainer.precision_plugin
+        with precision.train_step_context():
+            loss = self._share_of(part) / self.trainer.accumulate_grad_batches
+        precision.pre_backward(loss, self).backward()
+
+    def _repeat_window(self) -> None:
+        """Make the gradient of all batches that the window had so far, from nothing."""
+        for parameter in self.parameters():
+            parameter.grad = None
+        self._window_loss, self._by_source, self._metrics = 0.0, 0.0, {}
+        for batch in self._window:
+            for part in self.room.parts(batch):
+                self._run_part(part)
+
+    def _refuse_unless_room_can_be_made(self, error: RuntimeError) -> None:
+        """Raise ``error`` where it is of another kind, or where a step cannot be computed again."""
+        if not is_out_of_memory(error):
+            raise error
+        if not self._can_repeat:
+            positions = self._window[-1].input_ids.numel() if self._window else 0
+            raise TrainingError(
+                f"out of memory in process {self.trainer.global_rank} with {positions:,} positions at a time, and joined processes "
+                "cannot repeat a step: halve data.tokens_per_batch or data.batch_size, or set trainer.activation_checkpointing=true"
+            ) from error
 
     def configure_gradient_clipping(
         self,
@@ -208,10 +290,21 @@ class LoRAModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add this batch to the loss over all evaluation tokens."""
-        output = self._compute(batch)
-        self._val_sums[0] += float(output.loss_sum)
-        self._val_sums[1] += batch.denominator
-        self._add_by_source("val", output, batch)
+        waiting = self.room.parts(batch)
+        while waiting:
+            try:
+                output = self._compute(waiting[0])
+            except RuntimeError as error:
+                self._refuse_unless_room_can_be_made(error)
+                output = None
+            if output is None:
+                self.room.shrink(waiting[0])
+                waiting = [part for one in waiting for part in self.room.parts(one)]
+                continue
+            part = waiting.pop(0)
+            self._val_sums[0] += float(output.loss_sum)
+            self._val_sums[1] += part.denominator
+            self._add_by_source("val", output, part)
 
     def on_validation_epoch_end(self) -> None:
         sums = self._val_sums

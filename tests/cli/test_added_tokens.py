@@ -107,7 +107,15 @@ def test_what_cannot_be_trained_is_said(trained: Path, workplace: Path, lorakit:
 def test_two_processes_train_the_same_rows(strategy: str, trained: Path, tmp_path: Path) -> None:
     write_rows(tmp_path)
     (tmp_path / "runs").mkdir()
-    settings = [*SETTINGS, "data.batch_size=4", "trainer.max_steps=6", "trainer.precision=32-true", "optim=sgd", "optim.lr=0.3", *SMALL[-2:]]
+    settings = [
+        *SETTINGS,
+        "data.batch_size=4",
+        "trainer.max_steps=6",
+        "trainer.precision=32-true",
+        "optim=sgd",
+        "optim.lr=0.3",
+        *SMALL[-2:],
+    ]
     alone = start("train", "run=one", *settings, "trainer.accumulate_grad_batches=2", cwd=tmp_path)
     assert alone.wait() == 0, alone.stderr.read()
     both = start("train", "run=two", *settings, "trainer.devices=2", f"strategy={strategy}", cwd=tmp_path)

@@ -16,6 +16,7 @@ from vision import draw_image, make_encoder, make_reference, make_tokenizer, mak
 
 from lorakit.data.collate import collate
 from lorakit.data.datamodule import LoRADataModule
+from lorakit.data.halve import parts_of
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.cross_entropy import cross_entropy
@@ -146,3 +147,18 @@ def test_frozen_parts_below_the_first_adapter_make_no_graph(
     compute_loss(model, batch, cross_entropy).loss_sum.backward()
     assert {name for name, has_graph in seen.items() if has_graph} == expected and set(seen) == set(PARTS)
     assert all(gradient.abs().sum() > 0 for name, gradient in gradients(model).items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_batch_in_parts_has_the_images_of_its_rows(packs: bool, tmp_path: Path) -> None:
+    model, datums = randomise(inject(make_vl_model(), LoRASpec(rank=4, alpha=8, vision=True))), make_datums(tmp_path)
+    whole = collate([datums] if packs else [[datum] for datum in datums], 0, make_encoder())
+    parts = parts_of(whole, 1)
+    assert len(parts) == 8 and [sum(part.num_images) for part in parts] == [len(SIZES.get(number, [])) for number in range(8)]
+    found = []
+    for batches in ([whole], parts):
+        model.zero_grad()
+        losses = [compute_loss(model, batch, cross_entropy).loss_sum for batch in batches]
+        torch.stack(losses).sum().backward()
+        found.append((float(sum(losses)), gradients(model)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5) and relative_l2(found[1][1], found[0][1]) < 1e-5
