@@ -20,10 +20,12 @@ from lightning.fabric.plugins.environments import LightningEnvironment, TorchEla
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.history import RunHistory
 from lorakit.callbacks.last_evaluation import LastEvaluation
+from lorakit.callbacks.memory_probe import MemoryProbe
 from lorakit.callbacks.packing_guard import PackingGuard
 from lorakit.callbacks.progress import StepProgress
 from lorakit.callbacks.retain import Retain
 from lorakit.callbacks.sequence_parallel import SequenceParallel
+from lorakit.cli.auto import without_auto
 from lorakit.cli.preflight import agree, fingerprint
 from lorakit.cli.processes import build_strategy, num_streams
 from lorakit.cli.schema import find_argument_problems, import_target
@@ -71,7 +73,7 @@ def build(config: Config, key: str, **runtime: Any) -> Any:
 
 def build_datamodule(config: Config) -> LoRADataModule:
     """The DataModule, nothing read yet."""
-    return build(config["data"], "data")
+    return build(without_auto(config)["data"], "data")
 
 
 def load_data(config: Config) -> tuple[LoRADataModule, Any]:
@@ -120,7 +122,7 @@ def load_images(settings: Config) -> ImageEncoder:
 
 def build_spec(config: Config) -> LoRASpec:
     """The LoRASpec, with the rows of new tokens."""
-    settings, spec = config["model"], build(config["lora"], "lora")
+    settings, spec = config["model"], build(without_auto(config)["lora"], "lora")
     if not settings.get("add_tokens"):
         return spec
     options = {name: settings[name] for name in ("revision", "trust_remote_code")}
@@ -213,7 +215,7 @@ def build_model(config: Config, spec: LoRASpec, *, device: str, precision: str) 
 
 
 def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: str, total_steps: int,
-                  has_val: bool, world: World, retain: Retain | None = None) -> L.Trainer:  # fmt: skip
+                  has_val: bool, world: World, retain: Retain | None = None, tries_longest: bool = False) -> L.Trainer:  # fmt: skip
     """Lightning's Trainer, with the callbacks and loggers of the config and those that every run has."""
     settings, checkpoint = config["trainer"], config["checkpoint"]
     accumulate = settings["accumulate_grad_batches"]
@@ -222,6 +224,7 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
     callbacks += [build(entry, f"callbacks.{name}") for name, entry in (config["callbacks"] or {}).items() if entry is not None]
     callbacks += [
         PackingGuard(),
+        *([MemoryProbe()] if tries_longest else []),
         SequenceParallel(),
         LastEvaluation(),
         RunHistory(folder),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lorakit.cli.planning import StepPlan
+    from lorakit.data.examples import DataReport
     from lorakit.planner.sight import RowSizes
 HELP = """\
 usage: lorakit plan [key=value …]
@@ -41,10 +42,12 @@ def plan_run(config: DictConfig) -> None:
     from rich.console import Console
 
     from lorakit.cli.assemble import build_spec
+    from lorakit.cli.choices import Known, choose
     from lorakit.cli.planning import StepPlan
     from lorakit.cli.schema import check_settings
     from lorakit.cli.train import to_plain
     from lorakit.lora.inject import plan
+    from lorakit.strategy.world import World
     from lorakit.training.precision import resolve_precision
 
     if OmegaConf.is_missing(config.data, "path") and config.data.sources is None:
@@ -58,8 +61,11 @@ def plan_run(config: DictConfig) -> None:
         here = accelerator != "cuda" or torch.cuda.is_available()
         precision = resolve_precision(precision, accelerator) if here else "bf16-mixed"
     skeleton = _skeleton(plain["model"])
+    rows, val_rows, num_tokens, reports = _look_at_data(plain, skeleton, console)
+    there = _bytes_there(plain, accelerator)
+    known = Known(skeleton, *reports, accelerator, precision, there, World(), 1)  # chosen for one device, kept for several
+    plain, _ = choose(plain, known, lambda text: console.print(text, highlight=False))
     planned = plan(skeleton, build_spec(plain))
-    rows, val_rows, num_tokens = _look_at_data(plain, skeleton, console)
     step = StepPlan(plain, skeleton, planned, accelerator=accelerator, precision=precision, rows=rows, val_rows=val_rows)
     shape = step.shape
     images = (
@@ -92,8 +98,11 @@ def _skeleton(settings: dict[str, Any]) -> Any:
     return skeleton_of(config)
 
 
-def _look_at_data(plain: dict[str, Any], skeleton: Any, console: Console) -> tuple[RowSizes, RowSizes, int | None]:
-    """Return how large rows are, those for training and those for evaluation, and the tokens of all epochs where anybody knows."""
+def _look_at_data(
+    plain: dict[str, Any], skeleton: Any, console: Console
+) -> tuple[RowSizes, RowSizes, int | None, tuple[DataReport | None, DataReport | None]]:
+    """Return how large rows are, those for training and those for evaluation, the tokens of all epochs where anybody knows, and
+    the reports that say so."""
     from lorakit.cli import assemble
     from lorakit.cli.planning import row_sizes, row_sizes_without_data
     from lorakit.cli.reports import print_data_report
@@ -101,14 +110,14 @@ def _look_at_data(plain: dict[str, Any], skeleton: Any, console: Console) -> tup
     tokens = round(plain["plan"]["tokens"]) if plain["plan"]["tokens"] else None
     if plain["data"]["path"] == NO_DATA:
         sizes = row_sizes_without_data(plain, skeleton)
-        return sizes, sizes, tokens
+        return sizes, sizes, tokens, (None, None)
     datamodule, _ = assemble.load_data(plain)
     print_data_report(datamodule, console)
     report = datamodule.report
     assert report is not None
     seen = report.num_tokens * report.num_rows / max(1, report.num_rows_surveyed)
     tokens = tokens or (round(seen * plain["data"]["epochs"]) if plain["data"]["epochs"] else None)
-    return row_sizes(report), row_sizes(datamodule.val_report), tokens
+    return row_sizes(report), row_sizes(datamodule.val_report), tokens, (report, datamodule.val_report)
 
 
 def _print_ranks(step: StepPlan, console: Console) -> None:
@@ -138,7 +147,7 @@ def _print_memory(step: StepPlan, console: Console) -> None:
     from lorakit.cli.planning import counts_to_plan, suggest
     from lorakit.planner.memory import REFUSE_SHARE, STRATEGIES, WARN_SHARE
 
-    counts, total_there = counts_to_plan(step.config), _bytes_there(step)
+    counts, total_there = counts_to_plan(step.config), _bytes_there(step.config, step.accelerator)
     is_cuda = step.accelerator == "cuda"
     there = {count: total_there if is_cuda else total_there // count for count in counts}  # processes share the host's
     device, devices = ("GPU", "GPUs") if is_cuda else ("process", "processes")
@@ -187,14 +196,14 @@ def _gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.{1 if num_bytes >= 1e10 else 2}f}"
 
 
-def _bytes_there(step: StepPlan) -> int:
+def _bytes_there(config: dict[str, Any], accelerator: str) -> int:
     import torch
 
     from lorakit.cli.planning import agree_on_memory
     from lorakit.strategy.world import World
 
-    is_elsewhere = step.accelerator == "cuda" and not torch.cuda.is_available()
-    return agree_on_memory(step.config["plan"]["memory_gb"] or (80 if is_elsewhere else None), step.accelerator, World())
+    is_elsewhere = accelerator == "cuda" and not torch.cuda.is_available()
+    return agree_on_memory(config["plan"]["memory_gb"] or (80 if is_elsewhere else None), accelerator, World())
 
 
 def _print_costs(step: StepPlan, num_tokens: int | None, console: Console) -> None:

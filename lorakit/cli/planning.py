@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +41,10 @@ Config = dict[str, Any]
 SMALL_SHARE = 0.5  # a run that surely stays below this share of the memory there is needs no plan
 
 
+# What was traced of a model without weights: who chooses settings, and then plans the run, asks twice.
+_TRACES: weakref.WeakKeyDictionary[Any, dict[str, StepTrace]] = weakref.WeakKeyDictionary()
+
+
 class StepPlan:
     """The memory of a run's step under any strategy. The step is traced at the first question, which takes some seconds.
 
@@ -55,16 +60,16 @@ class StepPlan:
         self.rows, self.val_rows = rows or RowSizes(), val_rows or RowSizes()
         self.accelerator = "cpu" if accelerator == "cpu" else "cuda"
         self.shape = step_shape(config, accelerator=self.accelerator, precision=precision, rows=self.rows)
-        self._trace: StepTrace | None = None
         self._evaluation_bytes: int | None = None
 
     @property
     def trace(self) -> StepTrace:
         """Raises ConfigError for a model whose step depends on values."""
-        if self._trace is None:
+        known, key = _TRACES.setdefault(self.skeleton, {}), repr((self.planned.spec, self.shape, self.config["optim"]))
+        if key not in known:
             optimizer, _ = assemble.build_optimization(self.config, lr=1e-3, total_steps=1, precision=self.shape.precision)
-            self._trace = trace_step(self.skeleton, self.planned.spec, self.shape, optimizer)
-        return self._trace
+            known[key] = trace_step(self.skeleton, self.planned.spec, self.shape, optimizer)
+        return known[key]
 
     @property
     def base_bytes(self) -> int:

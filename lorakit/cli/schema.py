@@ -10,6 +10,7 @@ from typing import Any, Literal, get_type_hints
 
 import msgspec
 
+from lorakit.cli.auto import without_auto
 from lorakit.errors import ConfigError
 from lorakit.loss.inputs import inputs_of
 from lorakit.own_code import import_by_name
@@ -103,6 +104,7 @@ _AT_LEAST_ZERO = ("checkpoint.every_steps", "checkpoint.keep_best", "launch.max_
 
 def check_settings(config: dict[str, Any]) -> None:
     """Check keys, types and values of all groups. Raises ConfigError with every problem at once."""
+    config = without_auto(config)
     problems = _find_unknown_keys(config)
     for group, schema in _GROUPS.items():
         problems += check_group(group, config[group], schema)

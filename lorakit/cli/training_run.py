@@ -26,6 +26,7 @@ from lorakit.callbacks.retain import Retain
 from lorakit.callbacks.throughput import Throughput
 from lorakit.cli import assemble
 from lorakit.cli.allocator import tune_allocator
+from lorakit.cli.choices import Known, choose
 from lorakit.cli.planning import StepPlan, agree_on_memory, check_memory, describe, name_of, row_sizes
 from lorakit.cli.preflight import agree, describe_base, describe_config, describe_program
 from lorakit.cli.processes import (
@@ -50,7 +51,8 @@ from lorakit.strategy.watch import FINISHED, PHASES
 from lorakit.strategy.world import World, current_world, join, share, together
 from lorakit.sweep.pruning import Pruning
 from lorakit.training.module import LoRAModule
-from lorakit.training.optim import LR_SOURCE, auto_lr
+from lorakit.training.optim import auto_lr, lr_source
+from lorakit.training.precision import why_precision
 from lorakit.weights.adapter import active_config, open_init, write_adapter
 from lorakit.weights.checkpoint import STATE_FILE, newest_whole, remove_behind
 from lorakit.weights.files import find_write_problem, whole_folder
@@ -120,6 +122,7 @@ def train_run(
     trainer = assemble.build_trainer(
         config, run.folder, precision=precision, accelerator=accelerator, total_steps=prepared.total_steps,
         has_val=len(prepared.datamodule.val_indices) > 0, world=world, retain=prepared.retain,
+        tries_longest="data.tokens_per_batch" in prepared.resolved,
     )  # fmt: skip
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
@@ -161,7 +164,19 @@ def _prepare(
         raise ConfigError("rows with images cannot be shared by several processes; set strategy.sequence_parallel=1")
     print_data_report(datamodule, console)
     retain = assemble.build_retain(config)
-    spec, model_config, planned, skeleton = _plan(config, console)
+    skeleton, model_config = _load_shapes(config)
+    known = Known(
+        skeleton, datamodule.report, datamodule.val_report, accelerator, precision, there, world, num_streams(config, world)
+    )
+    run = find_run_to_resume(config, root, experiment)
+    config, chosen = choose(
+        config, known, lambda text: console.print(text, highlight=False), (run.info if run else {}).get("resolved")
+    )
+    if chosen and config["trainer"]["precision"] == "auto":
+        console.print(f"trainer.precision=auto: {precision} ({why_precision(precision, accelerator)})", highlight=False)
+    if "data.tokens_per_batch" in chosen:
+        datamodule.use_tokens_per_batch(chosen["data.tokens_per_batch"], chosen.get("data.pack_tokens"))
+    spec, planned = _plan(config, skeleton, console)
     plan_of_step = StepPlan(
         config, skeleton, planned, accelerator=accelerator, precision=precision,
         rows=row_sizes(datamodule.report), val_rows=row_sizes(datamodule.val_report),
@@ -192,7 +207,7 @@ def _prepare(
     if watched.startswith("val/") and not len(datamodule.val_indices):
         raise ConfigError(f"sweep.metric={watched} needs rows to evaluate on; set data.val_path or data.val_fraction")
     assemble.check_disk(root, planned, keep_last=kept["keep_last"], keep_best=kept["keep_best"])
-    resolved = {"trainer.accelerator": accelerator, "trainer.precision": precision, "optim.lr": lr}
+    resolved = {"trainer.accelerator": accelerator, "trainer.precision": precision, "optim.lr": lr, **chosen}
     return _Prepared(config, datamodule, tokenizer, spec, planned, lr, total_steps, is_estimate, retain, resolved)
 
 
@@ -206,7 +221,7 @@ def _open_run(
             found = choose_run(
                 config, Path(config["paths"]["runs"]).expanduser(), experiment=experiment,
                 data_fingerprint=prepared.datamodule.fingerprint, command=command, overrides=overrides, resolved=prepared.resolved,
-                batches_per_step=config["trainer"]["accumulate_grad_batches"] * num_streams(prepared.config, world),
+                batches_per_step=prepared.config["trainer"]["accumulate_grad_batches"] * num_streams(prepared.config, world),
             )  # fmt: skip
         except (LorakitError, OSError) as error:
             problem = error
@@ -226,7 +241,8 @@ def _with_window_of(run: Run, prepared: _Prepared, world: World, console: Consol
     """
     config, streams = prepared.config, num_streams(prepared.config, world)
     accumulate = config["trainer"]["accumulate_grad_batches"]
-    then = yaml.safe_load(run.config_text())["trainer"]["accumulate_grad_batches"]
+    key = "trainer.accumulate_grad_batches"
+    then = run.info.get("resolved", {}).get(key) or yaml.safe_load(run.config_text())["trainer"]["accumulate_grad_batches"]
     wanted = run.info.get("batches_per_step", then)
     if accumulate not in (then, wanted / streams):
         raise ConfigError(
@@ -249,19 +265,24 @@ def _with_window_of(run: Run, prepared: _Prepared, world: World, console: Consol
     return dataclasses.replace(prepared, config=config, total_steps=total_steps, is_estimate=is_estimate)
 
 
-def _plan(config: dict[str, Any], console: Console) -> tuple[LoRASpec, Any, LoRAPlan, Any]:
-    spec, settings = assemble.build_spec(config), config["model"]
+def _load_shapes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """The model without weights, and its config."""
+    settings = config["model"]
     options = {"revision": settings["revision"], "trust_remote_code": settings["trust_remote_code"]}
-    model_config = load_config(settings["path"], **options)
+    skeleton = load_skeleton(settings["path"], add_tokens=settings["add_tokens"], **options)
+    return skeleton, load_config(settings["path"], **options)
+
+
+def _plan(config: dict[str, Any], skeleton: Any, console: Console) -> tuple[LoRASpec, LoRAPlan]:
+    spec, settings = assemble.build_spec(config), config["model"]
     if spec.init_from:
         open_init(spec, base=base_name(settings["path"]))
-    skeleton = load_skeleton(settings["path"], add_tokens=settings["add_tokens"], **options)
     planned = plan(skeleton, spec)
     console.print(planned.table())
     if planned.note:
         console.print(planned.note, highlight=False)
     console.print(planned.summary())
-    return spec, model_config, planned, skeleton
+    return spec, planned
 
 
 def _resolve_lr(config: dict[str, Any], model_config: Any, spec: LoRASpec, console: Console) -> float:
@@ -269,7 +290,7 @@ def _resolve_lr(config: dict[str, Any], model_config: Any, spec: LoRASpec, conso
     if lr != "auto":
         return float(lr)
     lr = auto_lr(model_config, spec)
-    console.print(f"optim.lr=auto: {lr:.3g} ({LR_SOURCE})")
+    console.print(f"optim.lr=auto: {lr:.3g} ({lr_source(model_config)})")
     return lr
 
 

@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import torch
 
+from lorakit.data.collate import collate
 from lorakit.data.datum import OnLong
 from lorakit.data.examples import DataReport, Examples, survey
 from lorakit.data.forecast import Forecast
@@ -120,6 +121,7 @@ class LoRADataModule(L.LightningDataModule):
             batch_size or (None if tokens_per_batch else DEFAULT_BATCH_SIZE),
             tokens_per_batch,
         )
+        self.given_val_batch_size = val_batch_size
         self.val_batch_size = val_batch_size or self.batch_size
         self.epochs, self.shuffle, self.seed, self.window_rows = epochs, shuffle, seed, window_rows
         self.check_token_rows = check_token_rows
@@ -182,6 +184,12 @@ class LoRADataModule(L.LightningDataModule):
             use_template(tokenizer, self.chat_template)
         self.images = images.within(self.min_pixels, self.max_pixels) if images else None
 
+    def use_tokens_per_batch(self, tokens: int, pack_tokens: int | None = None) -> None:
+        """Fill micro-batches by ``tokens`` positions instead of rows, of ``pack_tokens`` each; before a loader is asked for."""
+        self.pack_tokens = pack_tokens or self.pack_tokens
+        self.batch_size, self.tokens_per_batch = None, tokens
+        self.val_batch_size = self.given_val_batch_size
+
     @property
     def has_images(self) -> bool:
         """Whether any row has an image, so that ``set_tokenizer`` must be given what encodes it."""
@@ -242,6 +250,21 @@ class LoRADataModule(L.LightningDataModule):
             images=self.images,
             are_pairs=self.are_pairs,
         )
+
+    def longest_batch(self) -> Batch:
+        """A training batch as full as any, made of the longest row alone; no row of the fit is used up."""
+        assert self.report is not None and self.tokens_per_batch
+        datums = self.train_examples.datums(self.report.longest_row)
+        unit = datums[:2] if self.are_pairs else [max(datums, key=len)]
+        length = sum(map(len, unit)) if self.packing else max(map(len, unit))
+        if self.packing:
+            copies, rows = max(1, self.pack_tokens // length), max(1, self.tokens_per_batch // self.pack_tokens)
+            made = [unit * copies] * rows
+        else:
+            count = max(1, self.tokens_per_batch // (length * len(unit)))
+            made = [[datum] for _ in range(count) for datum in unit]
+        batch = collate(made, self.pad_token_id, self.images, are_pairs=self.are_pairs)
+        return replace(batch, window_weight=batch.denominator)
 
     def val_prompts(self, count: int) -> list[ModelInput]:
         """The first ``count`` evaluation examples, up to where their training begins."""

@@ -118,6 +118,7 @@ class DataReport:
     formats: list[str]
     unused_columns: dict[str, str]  # with the format of their rows
     fingerprint: str
+    longest_row: int = 0  # the row of the longest example
     num_new_tokens: dict[int, int] = field(default_factory=dict)  # how often each of the tokens that were added stands in them
     shares: dict[str, SourceShare] = field(default_factory=dict)  # of several sources, by name
     origins: np.ndarray = field(default_factory=lambda: np.zeros(0, int))  # of each example, which of them it is from
@@ -165,11 +166,11 @@ def survey(
     counts = np.bincount(origins, minlength=len(source.names))
     shares = {name: SourceShare(source.weights[i], int(counts[i])) for i, name in enumerate(source.names)}
     counted = Examples(examples.source, examples.renderer, examples.max_tokens, examples.on_long, images=examples.images)
-    num_new_tokens = dict.fromkeys(new_tokens, 0)
+    num_new_tokens, longest_row = dict.fromkeys(new_tokens, 0), int(chosen[0]) if len(chosen) else 0
     lengths: list[int] = []
     origins_found: list[int] = []
     problems: list[str] = []
-    num_trained = num_without_stop = num_images = num_image_tokens = largest_image = 0
+    num_trained = num_without_stop = num_images = num_image_tokens = largest_image = longest = 0
     image_share = 0.0
     for index, origin in zip(chosen, source.origins_of(chosen), strict=True):
         share = shares[source.names[origin]] if shares else SourceShare(1.0, 0)
@@ -180,6 +181,8 @@ def survey(
             problems.append(str(error))
             continue
         for example in rendered:
+            if len(example.tokens) > longest:
+                longest, longest_row = len(example.tokens), int(index)
             lengths.append(len(example.tokens))
             origins_found.append(int(origin))
             trained = sum(1 for weight in example.weights[1:] if weight)  # nothing predicts the first
@@ -216,6 +219,7 @@ def survey(
         formats=examples.source.formats,
         unused_columns=examples.source.unused_columns,
         fingerprint=examples.source.fingerprint,
+        longest_row=longest_row,
         num_new_tokens=num_new_tokens,
         shares=shares,
         origins=np.array(origins_found),

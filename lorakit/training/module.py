@@ -113,11 +113,15 @@ class LoRAModule(L.LightningModule):
             except RuntimeError as error:
                 self._refuse_unless_room_can_be_made(error)
             self.room.shrink(batch)  # here, where the error holds no tensor any more
-        if not self._can_repeat:
+        if not self.can_repeat:
             return loss
         # Lightning holds what it is given until the step is over: with the graph behind it there would be no room to repeat it.
         self._graph, self._given = loss, loss.detach().requires_grad_()
         return self._given
+
+    def loss_of(self, part: Batch) -> torch.Tensor:
+        """The loss of ``part`` with its graph, nothing counted or logged."""
+        return compute_loss(self.model, part, self.loss).loss_sum
 
     def _share_of(self, part: Batch) -> torch.Tensor:
         """Run a part of a micro-batch; see ``training_step``."""
@@ -157,7 +161,7 @@ class LoRAModule(L.LightningModule):
         return graph
 
     @property
-    def _can_repeat(self) -> bool:
+    def can_repeat(self) -> bool:
         """Whether a step can be computed again: other processes would wait, and DeepSpeed has taken gradients as they came."""
         return self.trainer.world_size == 1 and not hasattr(self.trainer.strategy, "skip_step")
 
@@ -181,7 +185,7 @@ class LoRAModule(L.LightningModule):
         """Raise ``error`` where it is of another kind, or where a step cannot be computed again."""
         if not is_out_of_memory(error):
             raise error
-        if not self._can_repeat:
+        if not self.can_repeat:
             positions = self._window[-1].input_ids.numel() if self._window else 0
             raise TrainingError(
                 f"out of memory in process {self.trainer.global_rank} with {positions:,} positions at a time, and joined processes "

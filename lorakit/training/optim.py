@@ -14,14 +14,23 @@ from lorakit.lora.spec import LoRASpec
 # tinker-cookbook, hyperparam_utils.get_lr: full fine-tuning's 5e-5, ten times that for LoRA, times (2000 / hidden)^exponent.
 _BASE_LR, _LORA_FACTOR, _REFERENCE_HIDDEN = 5e-5, 10.0, 2000.0
 _EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
-LR_SOURCE = "tinker-cookbook, hyperparam_utils.get_lr"
+# QLoRA (arXiv 2305.14314), table 9: 2e-4 for 7B and 13B, 1e-4 for 33B and 65B, which are wider than 13B's 5,120.
+_QLORA_HIDDEN = 5120
+
+
+def lr_source(model_config: Any) -> str:
+    """Where ``auto_lr`` takes its number from."""
+    model_type = model_config.get_text_config().model_type
+    if any(name in model_type for name in _EXPONENTS):
+        return "tinker-cookbook, hyperparam_utils.get_lr"
+    return f"no rule is published for {model_type}; QLoRA's, arXiv 2305.14314, table 9"
 
 
 def auto_lr(model_config: Any, spec: LoRASpec) -> float:
-    """Return the learning rate that tinker-cookbook publishes for LoRA on this family and width.
+    """Return the learning rate that tinker-cookbook publishes for LoRA on this family and width, of other families QLoRA's.
 
     Raises:
-        ConfigError: the rule says nothing about this family, rsLoRA, or a scale other than alpha 32.
+        ConfigError: the rule says nothing about rsLoRA, or a scale other than alpha 32.
     """
     if spec.rslora or spec.alpha != 32:
         raise ConfigError(
@@ -31,10 +40,7 @@ def auto_lr(model_config: Any, spec: LoRASpec) -> float:
     text = model_config.get_text_config()
     family = next((name for name in _EXPONENTS if name in text.model_type), None)
     if family is None:
-        raise ConfigError(
-            f"optim.lr=auto: no published rule for {text.model_type} (known: {', '.join(_EXPONENTS)}); "
-            "set optim.lr to a number; 2e-4 to 5e-4 is usual"
-        )
+        return 2e-4 if text.hidden_size <= _QLORA_HIDDEN else 1e-4
     return _BASE_LR * _LORA_FACTOR * (_REFERENCE_HIDDEN / text.hidden_size) ** _EXPONENTS[family]
 
 

@@ -31,6 +31,14 @@ def resolve_precision(precision: str, accelerator: str) -> str:
     return "32-true"
 
 
+def why_precision(precision: str, accelerator: str) -> str:
+    """Why ``resolve_precision`` takes ``precision`` by itself."""
+    return {
+        "bf16-mixed": f"this {accelerator} computes bf16 natively; adapters stay float32",
+        "16-mixed": "this GPU has no bf16 of its own; adapters stay float32",
+    }.get(precision, f"this {accelerator} has no 16-bit format that it computes natively")
+
+
 def resolve_accelerator(accelerator: str) -> str:
     """Return ``cuda``, ``mps`` or ``cpu``; ``auto`` takes the best that is there.
 

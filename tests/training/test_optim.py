@@ -12,7 +12,7 @@ from lorakit.cli.assemble import build_optimization
 from lorakit.errors import ConfigError
 from lorakit.lora.spec import LoRASpec
 from lorakit.training import precision
-from lorakit.training.optim import auto_lr, constant, cosine, linear, resolve_warmup
+from lorakit.training.optim import auto_lr, constant, cosine, linear, lr_source, resolve_warmup
 
 
 def rates(schedule: Any, count: int, **options: Any) -> list[float]:
@@ -58,9 +58,15 @@ def test_auto_lr_is_tinker_cookbooks_rule() -> None:
     assert auto_lr(config("llama", 4096), LoRASpec(rank=8)) == pytest.approx(2.8566e-4, rel=1e-4)
 
 
+def test_of_other_families_it_is_qloras_and_says_so() -> None:
+    assert auto_lr(config("gemma2", 3584), LoRASpec()) == 2e-4 and auto_lr(config("mistral", 6656), LoRASpec()) == 1e-4
+    assert "no rule is published for gemma2" in lr_source(config("gemma2", 3584))
+    assert "tinker-cookbook" in lr_source(config("qwen3", 1024))
+
+
 @pytest.mark.parametrize(
     ("model_type", "spec"),
-    [("qwen3", LoRASpec(rslora=True)), ("qwen3", LoRASpec(alpha=16)), ("gemma2", LoRASpec()), ("mistral", LoRASpec())],
+    [("qwen3", LoRASpec(rslora=True)), ("qwen3", LoRASpec(alpha=16)), ("gemma2", LoRASpec(alpha=16))],
 )
 def test_auto_lr_refuses_rather_than_guesses(model_type: str, spec: LoRASpec) -> None:
     with pytest.raises(ConfigError, match=r"optim\.lr=auto.*set optim\.lr to a number"):

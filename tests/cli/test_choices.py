@@ -1,0 +1,179 @@
+"""One preset for the usual job: what is `auto` is chosen from model, rows and memory, said with its reason, and kept on resuming."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from program import REPOSITORY
+
+from lorakit.cli.choices import FILE_BYTES, RANKS, Known, choose
+from lorakit.cli.planning import StepPlan
+from lorakit.cli.schema import check_settings
+from lorakit.data.examples import Cuts, DataReport
+from lorakit.lora.inject import plan
+from lorakit.model.load import skeleton_of
+from lorakit.planner.presets import preset_config
+from lorakit.strategy.world import World
+
+Call = Callable[..., tuple[int, str, str]]
+A3B = "Qwen/Qwen3-30B-A3B-Instruct-2507"
+KEYS = (
+    *("lora.rank", "lora.expert_layout", "data.tokens_per_batch", "trainer.activation_checkpointing"),
+    "trainer.accumulate_grad_batches",
+)
+
+
+def shapes(name: str) -> Any:
+    """The model of a name without weights: published sizes of Qwen3's configs, or one that lorakit brings."""
+    if (config := preset_config(name)) is not None:
+        return skeleton_of(config)
+    hidden, inner, layers, heads, tied = {
+        "0.6B": (1024, 3072, 28, 16, True), "4B": (2560, 9728, 36, 32, True), "8B": (4096, 12288, 36, 32, False),
+        "32B": (5120, 25600, 64, 64, False), "small": (256, 512, 4, 4, True),
+    }[name]  # fmt: skip
+    config = transformers.Qwen3Config(
+        vocab_size=151_936, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied, max_position_embeddings=40_960,
+    )  # fmt: skip
+    return skeleton_of(config)
+
+
+def config_of(*overrides: str) -> dict[str, Any]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        found = compose("train", ["experiment=chat_sft", "model.path=x", "data.path=y", "run=z", *overrides])
+    OmegaConf.update(found, "paths.run", "z")
+    plain: Any = OmegaConf.to_container(found, resolve=True)
+    check_settings(plain)
+    return plain
+
+
+def report_of(num_rows: int, length: int) -> DataReport:
+    return DataReport(
+        num_rows=num_rows, num_rows_surveyed=num_rows, num_rows_skipped=0, first_skipped=None, num_examples=num_rows,
+        lengths=np.full(num_rows, length), num_trained_tokens=num_rows * length // 2, num_without_stop=0, num_images=0,
+        num_image_tokens=0, num_image_bytes=0, largest_image=0, image_share=0.0, cuts=Cuts(), formats=["messages"],
+        unused_columns={}, fingerprint="",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "report", "expected"),
+    [
+        ("0.6B", 24, report_of(20_000, 800), {"lora.rank": 16, "trainer.activation_checkpointing": False}),
+        ("small", 24, report_of(300, 200), {"data.tokens_per_batch": 1216, "data.pack_tokens": 1216}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (
+                    "4B",
+                    24,
+                    report_of(20_000, 800),
+                    {"trainer.activation_checkpointing": True, "lora.expert_layout": "per_expert"},
+                ),
+                ("8B", 80, report_of(20_000, 800), {"trainer.activation_checkpointing": False}),
+                ("32B", 96, report_of(20_000, 800), {"trainer.activation_checkpointing": True}),
+                (A3B, 80, report_of(20_000, 800), {"lora.expert_layout": "shared_outer", "lora.rank": 8}),
+            )
+        ),
+    ],
+    ids=["0.6B", "few rows", "4B on 24 GB", "8B on 80 GB", "32B on 96 GB", "30B-A3B on 80 GB"],
+)
+def test_the_choice_fits_and_is_the_fastest_that_does(
+    name: str, gigabytes: int, report: DataReport, expected: dict[str, Any]
+) -> None:
+    skeleton, said = shapes(name), list[str]()
+    known = Known(skeleton, report, None, "cuda", "bf16-mixed", gigabytes * 10**9, World(), 1)
+    config, chosen = choose(config_of(), known, said.append)
+    assert set(KEYS) <= set(chosen) and expected.items() <= chosen.items(), chosen
+    assert all("auto: " in line and line.endswith(")") for line in said) and len(said) == 4
+    from lorakit.cli.assemble import build_spec
+
+    planned = plan(skeleton, build_spec(config))
+    assert planned.num_params * 2 <= FILE_BYTES and planned.spec.rank in RANKS
+    taken = StepPlan(config, skeleton, planned, accelerator="cuda", precision="bf16-mixed").memory("single", 1).total
+    assert taken <= 0.9 * gigabytes * 1e9
+    if chosen["trainer.activation_checkpointing"]:  # keeping them would not have fitted, with 2,048 positions or more
+        trainer = {**config["trainer"], "activation_checkpointing": False}
+        keeps = {**config, "trainer": trainer, "data": {**config["data"], "tokens_per_batch": 4096}}
+        plan_kept = StepPlan(keeps, skeleton, planned, accelerator="cuda", precision="bf16-mixed")
+        assert plan_kept.memory("single", 1).total > 0.9 * gigabytes * 1e9
+
+
+def test_what_is_set_stays_and_what_is_known_from_before_too() -> None:
+    known = Known(shapes("small"), report_of(20_000, 800), None, "cuda", "bf16-mixed", 24 * 10**9, World(), 1)
+    overrides = ("lora.rank=5", "trainer.accumulate_grad_batches=3", "trainer.activation_checkpointing=true")
+    config, chosen = choose(config_of(*overrides), known, lambda text: None)
+    assert config["lora"]["rank"] == 5 and config["trainer"]["accumulate_grad_batches"] == 3
+    assert set(chosen) == {"lora.expert_layout", "data.tokens_per_batch", "trainer.activation_checkpointing"} - {
+        "trainer.activation_checkpointing"
+    }
+    _, again = choose(config_of(), known, lambda text: None, {"lora.rank": 7, "data.tokens_per_batch": 4096})
+    assert again["lora.rank"] == 7 and again["data.tokens_per_batch"] == 4096 and again["trainer.accumulate_grad_batches"] == 8
+
+
+def write_chats(folder: Path, count: int = 120) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"It is {i * i}. " * (1 + i % 5)}]}
+        for i in range(count)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_model_and_rows_suffice_and_a_resumed_run_keeps_its_choices(workplace: Path, lorakit: Call) -> None:
+    write_chats(workplace)
+    settings = ("experiment=chat_sft", "model.path=tiny", "data.path=chats.jsonl", "data.chat_template=chatml", "run=it")
+    settings += ("callbacks.samples=null", "trainer.eval_every_steps=100", "trainer.max_steps=60")
+    code, out, err = lorakit("train", *settings)
+    assert code == 0, err
+    for key in (*KEYS, "trainer.precision", "optim.lr"):
+        assert f"{key}=auto: " in out, key
+    info = json.loads((workplace / "runs/it/run.json").read_text())
+    assert set(KEYS) <= info["resolved"].keys() and info["total_steps"] == 60
+    assert yaml.safe_load((workplace / "runs/it/config.yaml").read_text())["lora"]["rank"] == "auto"
+    config = json.loads((workplace / "runs/it/adapter/adapter_config.json").read_text())
+    assert config["r"] == info["resolved"]["lora.rank"]
+    for command in (("sample", "it", "--max-tokens", "3", "--", "2?"), ("evaluate", "it", "--no-samples"), ("merge", "it")):
+        code, _, err = lorakit(*command)
+        assert code == 0, (command, err)
+
+    code, _, err = lorakit("train", *settings[:-1], "run=two", "trainer.max_steps=4", "checkpoint.every_steps=2")
+    assert code == 0, err
+    folder = workplace / "runs/two"
+    found = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**found, "status": "interrupted", "step": None}))
+    import shutil
+
+    shutil.rmtree(folder / "checkpoints/step-000004")
+    code, out, err = lorakit(
+        "train",
+        *settings[:-1],
+        "run=two",
+        "trainer.max_steps=4",
+        "checkpoint.every_steps=2",
+        "resume=true",
+        "plan.memory_gb=1.5",
+    )
+    assert code == 0 and "resuming from step 2" in out and "(as when the run began)" in out, err
+    assert json.loads((folder / "run.json").read_text())["resolved"] == found["resolved"]
+
+
+def test_commands_that_do_not_train_take_the_preset_as_well(workplace: Path, lorakit: Call) -> None:
+    write_chats(workplace, 20)
+    settings = ("experiment=chat_sft", "model.path=tiny", "data.path=chats.jsonl", "data.chat_template=chatml")
+    code, out, err = lorakit("plan", *settings, "trainer.accelerator=cpu", "plan.gpus=[1]")
+    assert code == 0 and "lora.rank=auto: " in out, err
+    code, _, err = lorakit("show", *settings)
+    assert code == 0, err
+    code, _, err = lorakit("train", *settings, "lora.rank=automatic", "trainer.accumulate_grad_batches=aut")
+    assert code == 2 and "lora.rank=automatic" in err and "accumulate_grad_batches=aut" in err
