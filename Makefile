@@ -1,10 +1,10 @@
-# make demo | demo-images | test | test-all | test-gpu | test-oldest | check | format | bench | bench-quick | bench-several | bench-service | bench-gpu. All but those for a GPU set up .venv by themselves, with the versions of constraints.txt.
+# make demo | demo-images | test | test-docs | test-all | test-gpu | test-oldest | check | format | bench | bench-quick | bench-several | bench-service | bench-gpu. All but those for a GPU set up .venv by themselves, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-images test test-all test-gpu test-oldest check format bench bench-quick bench-several bench-service bench-gpu clean
+.PHONY: demo demo-images test test-docs test-all test-gpu test-oldest check format bench bench-quick bench-several bench-service bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/lorakit demo
@@ -14,6 +14,10 @@ demo-images: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+# Every shell block of README and docs/, in a fresh folder, on tiny models.
+test-docs: $(STAMP)
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_library_page.py tests/cli/test_readme_images.py -m ""
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu"

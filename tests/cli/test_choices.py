@@ -43,7 +43,7 @@ def shapes(name: str) -> Any:
     }[name]  # fmt: skip
     config = transformers.Qwen3Config(
         vocab_size=151_936, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied, max_position_embeddings=40_960,
+        num_key_value_heads=min(8, heads), head_dim=128, tie_word_embeddings=tied, max_position_embeddings=40_960,
     )  # fmt: skip
     return skeleton_of(config)
 
