@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from lorakit.errors import ConfigError
 from lorakit.training.gpus import find_gpu_problem
 
+log = logging.getLogger("lorakit")
 _BASE_DTYPES = {"bf16-mixed": "bfloat16", "16-mixed": "float16", "32-true": "float32"}
 
 
@@ -40,7 +43,7 @@ def why_precision(precision: str, accelerator: str) -> str:
 
 
 def resolve_accelerator(accelerator: str) -> str:
-    """Return ``cuda``, ``mps`` or ``cpu``; ``auto`` takes the best that is there.
+    """Return ``cuda``, ``mps`` or ``cpu``; ``auto`` takes the best that is there, MPS where it computes what the CPU does.
 
     Raises:
         ConfigError: there is no such device, or, under ``auto``, a GPU that torch cannot use: a CPU would take its place silently.
@@ -50,7 +53,9 @@ def resolve_accelerator(accelerator: str) -> str:
             raise ConfigError(
                 f"{problem.said}: {problem.remedy}. To go on without it, set trainer.accelerator=cpu (in a program, accelerator='cpu')"
             )
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() and _is_right("mps") else "cpu"
     if accelerator in ("cuda", "gpu"):
         if not torch.cuda.is_available():
             raise ConfigError(f"trainer.accelerator={accelerator}, but this torch ({torch.__version__}) sees no GPU")
@@ -58,6 +63,15 @@ def resolve_accelerator(accelerator: str) -> str:
     if accelerator not in ("cpu", "mps"):
         raise ConfigError(f"trainer.accelerator={accelerator} is unknown; choose auto, cpu, cuda or mps")
     return accelerator
+
+
+def _is_right(device: str) -> bool:
+    """Whether ``device`` passes the parity check; where it does not, say so."""
+    from lorakit.training.parity import find_parity_problem
+
+    if problem := find_parity_problem(device):
+        log.warning("trainer.accelerator=auto takes the CPU: %s. trainer.accelerator=%s insists", problem, device)
+    return problem is None
 
 
 def base_dtype(dtype: str, precision: str) -> str:
