@@ -44,3 +44,12 @@ def report(title: str, problems: list[str], total: int | None = None, remedy: st
     if remedy:
         lines.append(remedy)
     return "\n".join(lines)
+
+
+_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "MPS backend out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, has refused memory: by its type, or by the words of those who have none for it."""
+    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_named or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))

@@ -9,6 +9,7 @@ import socket
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lorakit.errors import ConfigError
 
@@ -81,7 +82,12 @@ def open_repository(name: str, *, is_public: bool) -> None:
     if get_token() is None:
         raise ConfigError(f"push={name}: nobody is logged in; `hf auth login`, or set HF_TOKEN")
     with _push_explained(name):
-        HfApi().create_repo(name, private=not is_public, exist_ok=True)
+        api = HfApi()
+        api.create_repo(name, private=not is_public, exist_ok=True)
+        if is_public and api.model_info(name).private:
+            raise ConfigError(f"push={name} is there and private: its page of the hub makes it public")
+        if not is_public and not api.model_info(name).private:
+            raise ConfigError(f"push={name} is there and public: --public says that whoever wants may see what is uploaded")
 
 
 def upload(folder: Path, name: str, *, message: str) -> str:
@@ -93,13 +99,21 @@ def upload(folder: Path, name: str, *, message: str) -> str:
         return f"{HfApi().endpoint}/{name}"
 
 
-@contextlib.contextmanager
-def _push_explained(name: str, remedy: str = "") -> Iterator[None]:
+def _http_error() -> type[Exception]:
+    """What the hub's HTTP library raises where a connection fails: another library in some versions."""
     from huggingface_hub import errors
 
+    kind: Any = errors.HfHubHTTPError.__mro__[1]
+    return kind
+
+
+@contextlib.contextmanager
+def _push_explained(name: str, remedy: str = "") -> Iterator[None]:
     try:
         yield
-    except (errors.HfHubHTTPError, OSError, ValueError) as error:
+    except ConfigError:
+        raise
+    except (_http_error(), OSError, ValueError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         meaning = {
             401: "the hub does not know this token; `hf auth login` again",

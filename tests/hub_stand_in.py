@@ -43,6 +43,8 @@ class Writes:
             if not name.startswith(f"{self.USER}/"):
                 return 403, {"error": "You don't have the rights to create a model under this namespace"}
             (hub.root / "models" / name).mkdir(parents=True, exist_ok=True)
+            if name in self.private:
+                return 409, {"error": "You already created this model repo", "url": f"{hub.address}/{name}"}
             self.private[name] = asked.get("visibility") == "private" or bool(asked.get("private"))
             return 200, {"url": f"{hub.address}/{name}", "name": name, "id": name}
         folder = hub.root / "models" / "/".join(parts[2:4])
@@ -172,7 +174,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {"Content-Type": "application/json"}, json.dumps(found).encode(), has_body)
             return
         siblings = [{"rfilename": str(file.relative_to(folder)), "size": file.stat().st_size} for file in files]
-        info = {"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
+        info = {
+            "id": name,
+            "modelId": name,
+            "sha": COMMIT,
+            "siblings": siblings,
+            "private": self.hub.writes.private.get(name, False),
+            "tags": [],
+            "downloads": 0,
+        }
         self._send(200, {"Content-Type": "application/json"}, json.dumps(info).encode(), has_body)
 
     def _file(self, file: Path, rest: list[str], has_body: bool) -> None:

@@ -10,7 +10,8 @@ import lightning as L
 import torch
 
 from lorakit.callbacks.throughput import memory_gigabytes
-from lorakit.training.room import free_memory, is_out_of_memory
+from lorakit.errors import is_out_of_memory
+from lorakit.training.room import free_memory
 from lorakit.types import Batch
 
 log = logging.getLogger("lorakit")
@@ -26,7 +27,11 @@ class MemoryProbe(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not pl_module.can_repeat or not refuses_memory(pl_module.device):
             return
-        batch = trainer.datamodule.longest_batch().to(pl_module.device)  # type: ignore[attr-defined]  # Lightning does not know it
+        longest = trainer.datamodule.longest_batch()  # type: ignore[attr-defined]  # Lightning does not know it
+        if longest is None:
+            return
+        batch = longest.to(pl_module.device)
+        pl_module.model.train()  # as in a step: else nothing is dropped out, and no activation computed twice
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         while (tried := run_once(trainer, pl_module, batch)) is None:

@@ -19,6 +19,7 @@ from lorakit.lora.inject import plan as plan_lora
 from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER
 from lorakit.planner.memory import WARN_SHARE
 from lorakit.strategy.world import World
+from lorakit.weights.adapter import AdapterFiles
 
 Config = dict[str, Any]
 _WITH = ("data.pack_tokens",)  # is chosen with data.tokens_per_batch
@@ -72,6 +73,9 @@ def choose(config: Config, known: Known, say: Callable[[str], Any], earlier: Con
         say(f"{', '.join(f'{key}=auto: {_shown(value)}' for key, value in values.items())} ({reason})")
 
     open_config = with_values(config, {key: STAND_INS[key] for key in wanted})
+    if (start := config["lora"]["init_from"]) and {"lora.rank", "lora.expert_layout"} & set(wanted):
+        settle(*_as_in(start))
+        wanted = [key for key in wanted if key not in ("lora.rank", "lora.expert_layout")]
     if "lora.expert_layout" in wanted:
         settle(*_choose_layout(open_config, known))
     if "lora.rank" in wanted:
@@ -94,6 +98,12 @@ def _shown(value: Any) -> str:
 
 def _plan(config: Config, known: Known, **changes: Any) -> LoRAPlan:
     return plan_lora(known.skeleton, dataclasses.replace(assemble.build_spec(config), **changes))
+
+
+def _as_in(folder: str) -> tuple[Config, str]:
+    adapter = AdapterFiles.open(folder)
+    layout = SHARED_OUTER if adapter.expert_matrices() else PER_EXPERT
+    return {"lora.rank": adapter.config.get("r"), "lora.expert_layout": layout}, "as lora.init_from has them"
 
 
 def _choose_layout(config: Config, known: Known) -> tuple[Config, str]:
@@ -123,7 +133,11 @@ def _choose_batch(config: Config, known: Known, wanted: list[str]) -> tuple[Conf
     first, behind, taken = 0, len(found), None
     while first < behind:  # each takes less memory than the one before it, and a plan of a large model takes seconds
         middle = (first + behind) // 2 if behind < len(found) or first else 0
-        if (bytes_taken := _bytes_of(with_values(config, found[middle]), known)) is None:
+        try:
+            bytes_taken = _bytes_of(with_values(config, found[middle]), known)
+        except ConfigError:
+            return found[-1], "the least there is, for no plan can be made of this model's memory"
+        if bytes_taken is None:
             first = middle + 1
         else:
             behind, taken = middle, bytes_taken
@@ -173,7 +187,7 @@ def _sizes(config: Config, known: Known) -> list[Config]:
 
 
 def _positions_seen(config: Config, known: Known) -> int | None:
-    """Tokens of all epochs, or of all steps where these are fewer; None where nobody knows."""
+    """Tokens of all epochs; None where nobody knows. A limit by ``trainer.max_steps`` makes no step smaller."""
     report, epochs = known.report, config["data"]["epochs"]
     if report is None or epochs is None:
         return None
@@ -181,21 +195,23 @@ def _positions_seen(config: Config, known: Known) -> int | None:
 
 
 def _bytes_of(config: Config, known: Known) -> int | None:
-    """What the plan says that the run takes in each process: 0 where that is surely little, None where it is too much, or unknown."""
+    """What the plan says that the run takes in each process: 0 where that is surely little, None where it is too much.
+
+    Raises:
+        ConfigError: no plan can be made.
+    """
     step = StepPlan(
         config, known.skeleton, _plan(config, known), accelerator=known.accelerator, precision=known.precision,
         rows=row_sizes(known.report), val_rows=row_sizes(known.val_report),
     )  # fmt: skip
     if step.is_small_for(known.there):
         return 0
-    try:
-        if config["strategy"]["_target_"] == "auto":
-            name = step.first_that_fits(known.world.size, known.there, offloads=False)
-        else:
-            name = name_of(config["strategy"])
-        total = step.memory(name, known.world.size).total if name else None
-    except ConfigError:
-        return None
+    name: str | None
+    if config["strategy"]["_target_"] == "auto":
+        name = step.first_that_fits(known.world.size, known.there, offloads=False)
+    else:
+        name = name_of(config["strategy"])
+    total = step.memory(name, known.world.size).total if name else None
     return total if total is not None and total <= WARN_SHARE * known.there else None
 
 

@@ -31,14 +31,18 @@ def main(arguments: list[str]) -> None:
         "--columns", nargs="+", type=_as_column, metavar="OURS=THEIRS", help="what --data calls our columns: prompt=question"
     )
     parser.add_argument("--answers", type=output_path, help="write each answer to this file, the base's beside it")
-    parser.add_argument("--tasks", type=_as_list, help="of lm-evaluation-harness, with commas between them: arc_easy,hellaswag")
+    parser.add_argument(
+        "--tasks",
+        type=_as_list,
+        help="of lm-evaluation-harness, in the place of rows or, with --data, beside them: arc_easy,hellaswag",
+    )
     parser.add_argument("--tasks-path", type=Path, metavar="FOLDER", help="with tasks of your own for it, as YAML")
     parser.add_argument("--chat", action="store_true", help="ask tasks through the chat template")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows of a task at a time")
+    parser.add_argument("--batch-size", type=int, help="rows of a task at a time (default: 8)")
     parser.add_argument("--json", type=output_path, help="write the figures to this file")
     options = parser.parse_args(with_flags(arguments, ("tasks", "data", "limit", "json")))
-    if not options.tasks and (options.tasks_path or options.chat):
-        parser.error("--tasks-path and --chat have no effect without tasks=…")
+    if not options.tasks and (options.tasks_path or options.chat or options.batch_size):
+        parser.error("--tasks-path, --chat and --batch-size have no effect without tasks=…")
     if options.tasks:
         from lorakit.cli.harness import check_harness
 
@@ -86,7 +90,8 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
     if datamodule.are_pairs:
         if options.base:
             raise ConfigError("--base: of pairs the base is the reference, so its figures are those of a coin")
-        return figures | score_pairs(model, datamodule, build_loss(trained.config["loss"]))
+        figures |= score_pairs(model, datamodule, build_loss(trained.config["loss"]))
+        return add_tasks(figures, model, tokenizer, options) if options.tasks else figures
     found, answers = score(model, tokenizer, datamodule, options)
     figures |= found
     others: list[Any] = []
@@ -100,8 +105,9 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate_tasks(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of the harness's tasks alone."""
-    if options.answers:
-        raise ConfigError("--answers is of rows: name some with --data PATH")
+    of_rows = {"--answers": options.answers, "--columns": options.columns, "--no-samples": options.no_samples}
+    if idle := [flag for flag, value in of_rows.items() if value]:
+        raise ConfigError(f"{', '.join(idle)}: of rows, and tasks=… alone has none: name some with --data PATH")
     model, tokenizer = trained.load(with_adapter=not options.base)
     figures = {"run": trained.run.name, "adapter": None if options.base else str(trained.adapter)}
     return add_tasks(figures, model, tokenizer, options)
@@ -112,7 +118,7 @@ def add_tasks(figures: dict[str, Any], model: Any, tokenizer: Any, options: argp
     from lorakit.cli.harness import run_harness
     from lorakit.lora.state import adapters_off
 
-    settings = {"limit": options.limit, "batch_size": options.batch_size, "chat": options.chat}
+    settings = {"limit": options.limit, "batch_size": options.batch_size or 8, "chat": options.chat}
     ask = functools.partial(run_harness, model, tokenizer, options.tasks, options.tasks_path, **settings)
     figures = figures | {"tasks": ask()}
     if not (options.base or options.no_base):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,23 @@ def main(arguments: list[str]) -> None:
     out = options.out or trained.run.folder / options.format
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty; choose another --out")
+    name = name_for_others(trained, options.base_name)
     if options.push:
         from lorakit.hub import open_repository
 
+        if options.format != "merged" and name.startswith("/"):
+            raise ConfigError(f"the base is the folder {name}, which others do not have: --base-name says what they call it")
         open_repository(options.push, is_public=options.public)  # what it refuses, it refuses before the work
     if options.format == "merged":
         from lorakit.cli.merge import merge
 
-        merge(trained, out, options.dtype)
+        as_others_see, finish = (
+            Path(name).name if name.startswith("/") else name,
+            functools.partial(write_card, trained, "merged", name),
+        )
+        merge(trained, out, options.dtype, base_name=as_others_see, finish=finish)
     else:
-        write_adapter(trained, out, options.format, options.base_name)
-    write_card(trained, out, options.format, options.base_name)
+        write_adapter(trained, out, options.format, name)
     if options.push:
         from lorakit.hub import upload
 
@@ -55,7 +62,14 @@ def main(arguments: list[str]) -> None:
         print(f"uploaded: {upload(out, options.push, message=f'{trained.run.name}, as {options.format}')}")
 
 
-def write_adapter(trained: Trained, out: Path, form: str, base_name: str | None) -> None:
+def name_for_others(trained: Trained, given: str | None) -> str:
+    """What the base is called: as ``given``, else its name on the hub, the bundled one's, or the folder where it lies."""
+    from lorakit.model.load import base_name
+
+    return given or base_name(trained.base)
+
+
+def write_adapter(trained: Trained, out: Path, form: str, name: str) -> None:
     """Write the adapter to ``out`` in PEFT's or vLLM's layout, once it has been checked. Raises AdapterError."""
     import torch
 
@@ -64,8 +78,7 @@ def write_adapter(trained: Trained, out: Path, form: str, base_name: str | None)
     from lorakit.weights.files import whole_folder
 
     adapter = AdapterFiles.open(trained.adapter)
-    if base_name:
-        adapter.config["base_model_name_or_path"] = base_name
+    adapter.config["base_model_name_or_path"] = name
     skeleton = trained.load_skeleton()
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(out) as aside:
@@ -73,13 +86,13 @@ def write_adapter(trained: Trained, out: Path, form: str, base_name: str | None)
         num_bytes = write(adapter, skeleton, aside, dtype=torch.bfloat16)
         trained.save_tokenizer(aside)
         checked = _check(trained, aside, form, skeleton)
+        rank = _allowed_rank(largest_rank(AdapterFiles.open(aside).config))
+        write_card(trained, form, name, aside, max_rank=rank)
     how = ", shared factors written out for each expert" if adapter.expert_matrices() else ""
     print(f"{out}: {num_bytes / 1e6:.2f} MB in bf16{how}")
     print(f"checked: {checked}")
-    name = base_name or trained.base
     if form == "vllm":
-        rank = largest_rank(AdapterFiles.open(out).config)
-        print(f"serve it with: vllm serve {name} --enable-lora --max-lora-rank {_allowed_rank(rank)} --lora-modules it={out}")
+        print(f"serve it with: vllm serve {name} --enable-lora --max-lora-rank {rank} --lora-modules it={out}")
     else:
         print(f"load it with: peft.PeftModel.from_pretrained(base, {str(out)!r})")
 
@@ -102,19 +115,15 @@ def _check(trained: Trained, folder: Path, form: str, skeleton: Any) -> str:
     return f"{layout}; logits of plain PEFT with it differ by {difference:.1e} (largest logit {largest:.2f})"
 
 
-def write_card(trained: Trained, out: Path, form: str, base_name: str | None) -> None:
-    """Write README.md into ``out``."""
+def write_card(trained: Trained, form: str, name: str, folder: Path, *, max_rank: int = 0) -> None:
+    """Write README.md into ``folder``."""
     from lorakit.model.load import BUNDLED
-    from lorakit.model.load import base_name as name_of
     from lorakit.weights.card import model_card
 
-    name = base_name or name_of(trained.base)
-    is_folder = name.startswith("/")
-    if is_folder and form != "merged":
-        print(f"the base is the folder {name}, which others do not have: --base-name says what they call it")
-    name = Path(name).name if is_folder else f"lorakit's bundled {name}" if name in BUNDLED else name
+    base = Path(name).name if name.startswith("/") else f"lorakit's bundled {name}" if name in BUNDLED else name
     images = getattr(trained.load_config(), "vision_config", None) is not None
-    (out / "README.md").write_text(model_card(trained.run, base=name, form=form, takes_images=images), encoding="utf-8")
+    card = model_card(trained.run, base=base, form=form, takes_images=images, step=trained.step, max_rank=max_rank)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _allowed_rank(rank: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from lorakit.cli.quiet import quiet_libraries
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, is_out_of_memory
 from lorakit.weights.files import ASIDE
 
 
@@ -61,12 +61,6 @@ def _explain_foreign(error: Exception) -> str | None:
     if any(kind.__name__ == "InvalidCxxCompiler" for kind in type(error).__mro__) or "InvalidCxxCompiler" in str(error):
         return "trainer.compile=true needs a C++ compiler on this machine; install g++, or set it to false"
     return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host, has refused memory."""
-    is_host = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-    return is_host or type(error).__name__ == "OutOfMemoryError"
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

@@ -39,12 +39,14 @@ def run_harness(
     Raises:
         ConfigError: a task's data cannot be had.
     """
+    import datasets
+
     with _quiet():
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
     try:
-        with _quiet():
+        with _quiet(), _tied_as_it_is(model):
             results: Any = lm_eval.simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=tasks,
@@ -54,7 +56,7 @@ def run_harness(
                 bootstrap_iters=0,
                 log_samples=False,
             )
-    except Exception as error:  # whatever its tasks, written by many hands, come upon
+    except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
         reason = explain_hub_error("a task's data set", error) or " ".join(str(error).split())[:300]
         problem = find_hub_problem()
         raise ConfigError(f"tasks={','.join(tasks)}: {reason}{f' ({problem})' if problem else ''}") from error
@@ -75,6 +77,16 @@ def _find_tasks(tasks: tuple[str, ...], folder: Path | None) -> Any:
         if own is not None and all(own.match_tasks([task]) for task in tasks):
             return own
         return TaskManager(include_path=str(folder) if folder else None)
+
+
+@contextlib.contextmanager
+def _tied_as_it_is(model: Any) -> Any:
+    """Keep the harness from tying weights anew, which PEFT's layer around trained rows does not survive."""
+    model.tie_weights = lambda *args, **options: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from lorakit.cli.guard import run_command
@@ -21,8 +22,15 @@ def main(arguments: list[str]) -> None:
     merge(trained, options.out or trained.run.folder / "merged", options.dtype)
 
 
-def merge(trained: Trained, out: Path, dtype: str | None) -> None:
-    """Write the run's base and adapter as one model to ``out`` and print the report. Raises LorakitError."""
+def merge(
+    trained: Trained,
+    out: Path,
+    dtype: str | None,
+    *,
+    base_name: str | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    """Write the run's base and adapter as one model to ``out`` and print the report; see ``merge_adapter``. Raises LorakitError."""
     import psutil
     import torch
 
@@ -45,6 +53,9 @@ def merge(trained: Trained, out: Path, dtype: str | None) -> None:
         tokenizer=trained.load_tokenizer(),
         revision=model_options["revision"],
         pixel_bounds=trained.pixel_bounds,
+        trust_remote_code=trained.trust_remote_code,
+        base_name=base_name,
+        finish=finish,
         can_compare=can_hold_twice(num_params, psutil.virtual_memory().available),
     )
     print_report(report, out, model_class(config).__name__)

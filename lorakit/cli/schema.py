@@ -104,8 +104,10 @@ _AT_LEAST_ZERO = ("checkpoint.every_steps", "checkpoint.keep_best", "launch.max_
 
 def check_settings(config: dict[str, Any]) -> None:
     """Check keys, types and values of all groups. Raises ConfigError with every problem at once."""
-    config = without_auto(config)
+    is_given, config = config, without_auto(config)
     problems = _find_unknown_keys(config)
+    if is_given["data"].get("tokens_per_batch") == "auto" and config["data"].get("batch_size"):
+        problems.append("data.batch_size and data.tokens_per_batch=auto are both set; set one of them to null")
     for group, schema in _GROUPS.items():
         problems += check_group(group, config[group], schema)
     for group in ("data", "lora", "launch", "loss"):

@@ -35,6 +35,12 @@ class Trained:
         return {"revision": self.config["model"].get("revision"), "trust_remote_code": self.trust_remote_code}
 
     @property
+    def step(self) -> int | None:
+        """After how many optimiser steps the adapter was as it is; None where nobody wrote it down."""
+        name = self.adapter.name
+        return int(name.removeprefix("step-")) if name.startswith("step-") else self.run.info.get("step")
+
+    @property
     def add_tokens(self) -> list[str] | None:
         """The tokens that the run added."""
         return self.config["model"].get("add_tokens")

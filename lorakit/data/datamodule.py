@@ -251,10 +251,11 @@ class LoRADataModule(L.LightningDataModule):
             are_pairs=self.are_pairs,
         )
 
-    def longest_batch(self) -> Batch:
-        """A training batch as full as any, made of the longest row alone; no row of the fit is used up."""
+    def longest_batch(self) -> Batch | None:
+        """A training batch as full as any, made of the longest row alone, without counting it; None where it gives nothing."""
         assert self.report is not None and self.tokens_per_batch
-        datums = self.train_examples.datums(self.report.longest_row)
+        if not (datums := self._make_examples(self.source).datums(self.report.longest_row)):
+            return None
         unit = datums[:2] if self.are_pairs else [max(datums, key=len)]
         length = sum(map(len, unit)) if self.packing else max(map(len, unit))
         if self.packing:

@@ -139,6 +139,10 @@ def plan(model: Any, spec: LoRASpec) -> LoRAPlan:
         raise ConfigError(
             "lora.expert_layout=shared_outer: this model has no experts that it could serve; set it to per_expert"
         )
+    if spec.token_ids and any(target.family == "unembedding" for target in chosen):
+        raise ConfigError(
+            "lora.targets: an adapter on the unembedding does not go with rows of it that are trained (model.add_tokens)"
+        )
     if experts and spec.dora:
         raise ConfigError(f"lora.dora=true does not work on stacked experts ({experts[0].name}); set lora.experts=false")
     if experts and spec.init == "orthogonal":

@@ -67,5 +67,5 @@ def load_adapter_state(model: Any, tensors: Mapping[str, torch.Tensor], *, sourc
 
 def _name_in_model(name: str, adapter: str) -> str:
     """What the model calls a tensor that PEFT's files call ``name``."""
-    stem = name.removesuffix(".weight")
-    return f"{stem}.{adapter}" + (".weight" if stem != name else "")
+    stem = f"{name.removesuffix('.weight')}.{adapter}"
+    return stem if name.endswith("trainable_tokens_delta") else f"{stem}.weight"  # those are modules of one weight

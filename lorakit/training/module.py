@@ -9,11 +9,11 @@ from typing import Any
 import lightning as L
 import torch
 
-from lorakit.errors import CheckpointError, ConfigError, TrainingError
+from lorakit.errors import CheckpointError, ConfigError, TrainingError, is_out_of_memory
 from lorakit.loss import LOSSES
 from lorakit.loss.inputs import inputs_of
 from lorakit.model.partition import full_shape, whole
-from lorakit.training.room import Room, is_out_of_memory
+from lorakit.training.room import Room
 from lorakit.training.step import compute_loss, sums_by_origin
 from lorakit.types import Batch, LossOutput
 
@@ -125,10 +125,9 @@ class LoRAModule(L.LightningModule):
 
     def _share_of(self, part: Batch) -> torch.Tensor:
         """Run a part of a micro-batch; see ``training_step``."""
-        output = self._compute(part)
+        output = self._compute(part, "train")
         loss = output.loss_sum / (part.window_weight or 1.0)
         self._window_loss = self._window_loss + loss.detach()
-        self._add_by_source("train", output, part)
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
@@ -188,8 +187,9 @@ class LoRAModule(L.LightningModule):
         if not self.can_repeat:
             positions = self._window[-1].input_ids.numel() if self._window else 0
             raise TrainingError(
-                f"out of memory in process {self.trainer.global_rank} with {positions:,} positions at a time, and joined processes "
-                "cannot repeat a step: halve data.tokens_per_batch or data.batch_size, or set trainer.activation_checkpointing=true"
+                f"out of memory in process {self.trainer.global_rank} with {positions:,} positions at a time, and neither joined "
+                "processes nor DeepSpeed can repeat a step: halve data.tokens_per_batch or data.batch_size, or set "
+                "trainer.activation_checkpointing=true"
             ) from error
 
     def configure_gradient_clipping(
@@ -248,13 +248,15 @@ class LoRAModule(L.LightningModule):
         error.is_of_all = True  # decided by all processes together
         raise error
 
-    def _compute(self, batch: Batch) -> LossOutput:
+    def _compute(self, batch: Batch, stage: str) -> LossOutput:
         """Run the model over ``batch``, and add up what the loss returns beside itself."""
         if inputs_of(self.loss).is_of_pairs and batch.weight and not batch.num_pairs:
             raise ConfigError("this loss is one of pairs: give it rows of chosen and rejected")
         if batch.num_pairs and not inputs_of(self.loss).is_of_pairs:
             raise ConfigError("rows of chosen and rejected need a loss of pairs: set loss=dpo")
         output = compute_loss(self.model, batch, self.loss)
+        if names := self.source_names.get(stage):
+            self._by_source = self._by_source + sums_by_origin(output, batch, len(names)).detach()
         for name, value in output.metrics.items():
             self._metrics[name] = self._metrics.get(name, 0.0) + value
         return output
@@ -270,10 +272,6 @@ class LoRAModule(L.LightningModule):
         for name, value in zip(self._metrics, strategy.reduce(sums, reduce_op="sum"), strict=True):
             self.log(f"{stage}/{name}", value / (denominator or float("nan")))
         self._metrics = {}
-
-    def _add_by_source(self, stage: str, output: LossOutput, batch: Batch) -> None:
-        if names := self.source_names.get(stage):
-            self._by_source = self._by_source + sums_by_origin(output, batch, len(names)).detach()
 
     def _log_by_source(self, stage: str, *, shares: bool = False) -> None:
         """Log the loss of each source of data, NaN where it has no token, and its share of the weight."""
@@ -297,7 +295,7 @@ class LoRAModule(L.LightningModule):
         waiting = self.room.parts(batch)
         while waiting:
             try:
-                output = self._compute(waiting[0])
+                output = self._compute(waiting[0], "val")
             except RuntimeError as error:
                 self._refuse_unless_room_can_be_made(error)
                 output = None
@@ -308,7 +306,6 @@ class LoRAModule(L.LightningModule):
             part = waiting.pop(0)
             self._val_sums[0] += float(output.loss_sum)
             self._val_sums[1] += part.denominator
-            self._add_by_source("val", output, part)
 
     def on_validation_epoch_end(self) -> None:
         sums = self._val_sums

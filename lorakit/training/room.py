@@ -14,14 +14,6 @@ from lorakit.types import Batch
 log = logging.getLogger("lorakit")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is what torch raises where a device, or the C library, has no memory left."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in said or "MPS backend out of memory" in said)
-    )
-
-
 class Room:
     """How many positions of a micro-batch go through the model at a time: all, until there was no memory for them."""
 

@@ -25,12 +25,14 @@ _METRICS = {
 }
 
 
-def model_card(run: Run, *, base: str, form: str, takes_images: bool) -> str:
+def model_card(run: Run, *, base: str, form: str, takes_images: bool, step: int | None = None, max_rank: int = 0) -> str:
     """Return the card's text, as the hub reads it.
 
     Args:
         base: what others call the base: its name on the hub, or of its folder; never a path of this machine.
         form: ``peft``, ``vllm`` or ``merged``.
+        step: of the run, at which the adapter was as it is; None is its end.
+        max_rank: what vLLM must be told.
     """
     from huggingface_hub import ModelCardData
 
@@ -46,25 +48,28 @@ def model_card(run: Run, *, base: str, form: str, takes_images: bool) -> str:
         datasets=on_hub or None,
         tags=["lora", "lorakit", *(["vllm"] if form == "vllm" else [])],
     )
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join([*_body(run, config, base, form, names), ""])
+    use = _use(form, base, takes_images, max_rank)
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join([*_body(run, config, base, form, names, step, use), ""])
 
 
-def _body(run: Run, config: dict[str, Any], base: str, form: str, names: list[str]) -> list[str]:
+def _body(
+    run: Run, config: dict[str, Any], base: str, form: str, names: list[str], step: int | None, use: list[str]
+) -> list[str]:
     revision = config["model"].get("revision")
     what = "The merged weights of" if form == "merged" else "A LoRA adapter for"
     at = f" (revision `{revision}`)" if revision else ""
     packages = run.info.get("packages", {})
-    rows = [f"| {label} | {value:.4f} |" for label, value in _metrics(run).items()]
+    rows = [f"| {label} | {value:.4f} |" for label, value in _metrics(run, step).items()]
     return [
         f"# {run.name}", "",
         f"{what} `{base}`{at}, trained with lorakit {packages.get('lorakit', '')}.", "",
-        *_use(form, base), "",
+        *use, "",
         *([_OF_NEW_TOKENS, ""] if config["model"].get("add_tokens") and form != "merged" else []),
         "## Data", "",
         f"- rows: {', '.join(f'`{_as_others_see(name)}`' for name in names)} ({', '.join(run.info.get('formats') or ['?'])})",
         f"- fingerprint of rows, order and of what is trained: `{run.info.get('data_fingerprint', '?')}`", "",
         "## Figures", "",
-        f"{run.info.get('step') or 0} optimiser steps.", "",
+        f"{step or run.info.get('step') or 0} optimiser steps.", "",
         *(["| figure | value |", "| --- | ---: |", *rows, ""] if rows else []),
         "## Settings", "",
         "```yaml", yaml.safe_dump(_settings(config, run), sort_keys=False, allow_unicode=True).rstrip(), "```", "",
@@ -72,24 +77,24 @@ def _body(run: Run, config: dict[str, Any], base: str, form: str, names: list[st
     ]  # fmt: skip
 
 
-def _use(form: str, base: str) -> list[str]:
+def _use(form: str, base: str, takes_images: bool, max_rank: int) -> list[str]:
     base = base if "/" in base else "FOLDER_OF_THE_BASE"
     if form == "merged":
-        return ["```python", "from transformers import AutoTokenizer, pipeline", "", 'generate = pipeline(model="THIS")', "```"]
+        return ["```python", "from transformers import pipeline", "", 'generate = pipeline(model="THIS")', "```"]
     if form == "vllm":
-        return ["```", f"vllm serve {base} --enable-lora --lora-modules NAME=THIS", "```"]
+        return ["```", f"vllm serve {base} --enable-lora --max-lora-rank {max_rank} --lora-modules NAME=THIS", "```"]
+    auto = "AutoModelForImageTextToText" if takes_images else "AutoModelForCausalLM"
     return [
-        "```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS")', "```",
+        "```python", "from peft import PeftModel", f"from transformers import {auto}", "",
+        f'model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "THIS")', "```",
     ]  # fmt: skip
 
 
-def _metrics(run: Run) -> dict[str, float]:
-    last = {name: value for record in History(run.folder).read() for name, value in record.items()}
-    found = {label: last[name] for name, label in _METRICS.items() if isinstance(last.get(name), int | float)}
-    if isinstance(best := run.info.get("val_loss"), int | float):
-        found[_METRICS["val/loss"]] = best
-    return found
+def _metrics(run: Run, step: int | None) -> dict[str, float]:
+    """The last figures up to ``step``."""
+    records = [record for record in History(run.folder).read() if step is None or record.get("step", 0) <= step]
+    last = {name: value for record in records for name, value in record.items()}
+    return {label: last[name] for name, label in _METRICS.items() if isinstance(last.get(name), int | float)}
 
 
 def _settings(config: dict[str, Any], run: Run) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,8 @@ def merge_into(model: Any, report: MergeReport) -> Any:
 def merge_adapter(
     base_path: str, load: Any, adapter_folder: Path, out: Path, *, dtype: torch.dtype, tokenizer: Any, can_compare: bool,
     stored: torch.dtype | None = None, revision: str | None = None,
-    pixel_bounds: tuple[int | None, int | None] = (None, None),
+    pixel_bounds: tuple[int | None, int | None] = (None, None), trust_remote_code: bool = False, base_name: str | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> MergeReport:  # fmt: skip
     """Write base and adapter as one model to ``out``, which plain transformers loads.
 
@@ -87,6 +88,9 @@ def merge_adapter(
         stored: dtype of the base's files, to round only once from; None is ``dtype``.
         revision: of the base, for what is copied beside the weights.
         pixel_bounds: see ``copy_processor``.
+        trust_remote_code: run code that comes with the model, when its files are read again.
+        base_name: what the report calls the base; None is ``base_path``.
+        finish: writes whatever else belongs to the folder.
         can_compare: whether two forms in float32 fit into memory; else each tensor is checked by itself.
 
     Raises:
@@ -132,14 +136,17 @@ def merge_adapter(
             copy_processor(resolve_model_path(base_path, revision), aside, pixel_bounds=pixel_bounds)
         if rounded_logits is not None:
             del merged
-            _check_reloaded(aside, probe, rounded_logits, report)
-        write_json(aside / "merge_report.json", {"base": base_path, **asdict(report)})
+            reloaded = load_model(str(aside), trust_remote_code=trust_remote_code)
+            _check_reloaded(reloaded, probe, rounded_logits, report)
+        write_json(aside / "merge_report.json", {"base": base_name or base_path, **asdict(report)})
+        if finish:
+            finish(aside)
     return report
 
 
-def _check_reloaded(folder: Path, probe: torch.Tensor, expected: torch.Tensor, report: MergeReport) -> None:
-    """Raise AdapterError where transformers makes of the files in ``folder`` other logits than were written."""
-    report.reloaded_difference = _difference(_logits(load_model(str(folder)), probe), expected)
+def _check_reloaded(reloaded: Any, probe: torch.Tensor, expected: torch.Tensor, report: MergeReport) -> None:
+    """Raise AdapterError where transformers makes of the files other logits than were written."""
+    report.reloaded_difference = _difference(_logits(reloaded, probe), expected)
     if not report.reloaded_difference <= TOLERANCE * float(expected.abs().max()):
         raise AdapterError(
             f"the merged files, read again, give logits that differ by {report.reloaded_difference:.2e}; nothing was written"

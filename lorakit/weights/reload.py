@@ -70,7 +70,7 @@ def check_layout(folder: Path, model: Any) -> int:
     for name, shape in shapes.items():
         if match := _FACTOR.fullmatch(name.removeprefix(PREFIX)):
             pairs.setdefault(match["module"], {})[match["which"]] = shape
-        elif "trainable_tokens_delta" not in name:
+        elif not name.endswith(("lora_magnitude_vector", "trainable_tokens_delta")):
             problems.append(f"{name} is no factor of an adapter")
     matrices = _matrices(model)
     for module, pair in pairs.items():

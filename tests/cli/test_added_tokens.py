@@ -85,6 +85,29 @@ def test_merge_and_export_carry_tokenizer_and_rows(trained: Path, lorakit: Call,
     assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])["model"] == {"add_tokens": TOKENS}
 
 
+TASK = """
+task: ending
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: [" <way>", " <ay>"]
+doc_to_target: "{{{{target}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_the_harness_asks_a_run_with_new_tokens(trained: Path, lorakit: Call, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (trained / "rows.jsonl").read_text().splitlines()]
+    asked = [{"prompt": row["prompt"], "target": int(row["completion"] == " <ay>")} for row in rows]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    (tmp_path / "ending.yaml").write_text(TASK.format(file=tmp_path / "asked.jsonl"))
+    code, out, err = lorakit("evaluate", "it", "--runs", str(trained / "runs"), "tasks=ending", "--tasks-path", str(tmp_path))
+    assert code == 0, err
+    assert json.loads(out[out.index("{") :])["tasks"]["ending"]["acc"] == 1.0
+
+
 def test_what_cannot_be_trained_is_said(trained: Path, workplace: Path, lorakit: Call) -> None:
     write_rows(workplace)
     code, _, err = lorakit("train", *SETTINGS, 'model.add_tokens=["<way>","<yaw>"]')

@@ -147,6 +147,10 @@ def test_model_and_rows_suffice_and_a_resumed_run_keeps_its_choices(workplace: P
         code, _, err = lorakit(*command)
         assert code == 0, (command, err)
 
+    start = (f"lora.init_from={workplace / 'runs/it/adapter'}", "lora.any_base=true", "run=three", "trainer.max_steps=1")
+    code, out, err = lorakit("train", *settings[:-1], *start)
+    assert code == 0 and "(as lora.init_from has them)" in out, err
+
     code, _, err = lorakit("train", *settings[:-1], "run=two", "trainer.max_steps=4", "checkpoint.every_steps=2")
     assert code == 0, err
     folder = workplace / "runs/two"
@@ -175,5 +179,7 @@ def test_commands_that_do_not_train_take_the_preset_as_well(workplace: Path, lor
     assert code == 0 and "lora.rank=auto: " in out, err
     code, _, err = lorakit("show", *settings)
     assert code == 0, err
+    code, _, err = lorakit("train", *settings, "data.batch_size=1")
+    assert code == 2 and "data.batch_size and data.tokens_per_batch=auto are both set" in err
     code, _, err = lorakit("train", *settings, "lora.rank=automatic", "trainer.accumulate_grad_batches=aut")
     assert code == 2 and "lora.rank=automatic" in err and "accumulate_grad_batches=aut" in err

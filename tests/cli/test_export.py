@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,12 +15,12 @@ import pytest
 import torch
 import yaml
 from hub_stand_in import Hub, Writes
-from program import REPOSITORY
+from program import REPOSITORY, start
 from safetensors.torch import load_file, save_file
 from small import SMALL
 from transformers import AutoModelForCausalLM
 
-from lorakit.model.load import load_model
+from lorakit.model.load import BUNDLED, load_model
 
 Call = Callable[..., tuple[int, str, str]]
 PROBE = torch.tensor([list(range(3, 40))])
@@ -31,7 +32,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     for name, settings in (("it", ()), ("wide", ("lora.unembedding=true", "lora.targets=[q_proj,lm_head,*mlp.gate]"))):
         chosen = settings if name == "it" else settings[1:]
-        command = [sys.executable, "-m", "lorakit", "train", *SMALL, "trainer.max_steps=3", f"run={name}", "seed=3", *chosen]
+        command = [
+            sys.executable,
+            "-m",
+            "lorakit",
+            "train",
+            *SMALL,
+            "trainer.max_steps=3",
+            "checkpoint.every_steps=1",
+            f"run={name}",
+            "seed=3",
+            *chosen,
+        ]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -75,6 +87,24 @@ def test_vllms_layout_has_a_pair_for_each_matrix_of_each_expert(runs: Path, lora
     assert shapes[f"{begin}.down_proj.lora_A.weight"] == (4, 96) and shapes[f"{begin}.down_proj.lora_B.weight"] == (128, 4)
     config = json.loads((tmp_path / "it/adapter_config.json").read_text())
     assert set(config["target_modules"]) == names | {"gate_proj", "up_proj", "down_proj"} and not config["target_parameters"]
+
+
+def test_dora_is_exported_for_peft_and_refused_for_vllm(workplace: Path, lorakit: Call) -> None:
+    code, _, err = lorakit("train", *SMALL, "trainer.max_steps=2", "run=dora", "lora.dora=true", "lora.experts=false")
+    assert code == 0, err
+    code, out, err = lorakit("export", "dora", "format=peft")
+    assert code == 0 and "logits of plain PEFT with it differ by" in out, err
+    code, _, err = lorakit("export", "dora", "format=vllm")
+    assert code == 2 and "DoRA, which vLLM does not compute" in err
+
+
+def test_a_checkpoints_card_has_its_own_figures(runs: Path, lorakit: Call, tmp_path: Path) -> None:
+    code, _, err = lorakit("export", "it", "--runs", str(runs), "--checkpoint", "2", f"out={tmp_path / 'two'}", "format=vllm")
+    assert code == 0, err
+    records = [json.loads(line) for line in (runs / "it/history.jsonl").read_text().splitlines()]
+    (loss,) = (record["train/loss"] for record in records if record.get("step") == 2 and "train/loss" in record)
+    card = (tmp_path / "two/README.md").read_text()
+    assert "\n2 optimiser steps." in card and f"| {loss:.4f} |" in card and "--max-lora-rank 8 " in card
 
 
 def test_what_vllm_would_drop_is_an_error(runs: Path, lorakit: Call) -> None:
@@ -137,8 +167,38 @@ def test_an_export_is_pushed_and_can_be_had_from_the_hub(runs: Path, tmp_path: P
         assert {f.name for f in there.iterdir()} == {f.name for f in here.iterdir()} >= {"README.md", "adapter_config.json"}
         assert all((there / f.name).read_bytes() == f.read_bytes() for f in here.iterdir())
         assert hub.writes.private == {"me/pig": True} and hub.writes.messages == ["it, as peft"]
+        code, _, err = export(tmp_path, runs, "push=me/pig", "--public", f"out={tmp_path / 'again'}", hub=hub)
+        assert code == 2 and "is there and private" in err
         code, _, err = export(tmp_path, runs, "push=me/open", "--public", f"out={tmp_path / 'open'}", hub=hub)
         assert code == 0 and hub.writes.private["me/open"] is False, err
+        code, _, err = export(tmp_path, runs, "push=me/open", f"out={tmp_path / 'no'}", hub=hub)
+        assert code == 2 and "is there and public: --public says" in err
+
+
+def test_no_path_of_this_machine_is_pushed(tmp_path: Path) -> None:
+    """The base is a folder: merged weights go without its path, an adapter only with a name for it."""
+    shutil.copytree(BUNDLED["tiny"], tmp_path / "secret/base")
+    process = start(
+        "train",
+        *SMALL,
+        "trainer.max_steps=1",
+        "run=it",
+        f"model.path={tmp_path / 'secret/base'}",
+        "data.path=pig_latin/heldout",
+        "optim.lr=1e-3",
+        cwd=tmp_path,
+    )
+    assert process.wait() == 0, process.stderr.read()
+    with Hub(tmp_path / "hub").serving() as hub:
+        (hub.root / "models").mkdir(parents=True)
+        code, _, err = export(tmp_path, tmp_path / "runs", "push=me/a", hub=hub)
+        assert code == 2 and "--base-name says what they call it" in err
+        for form in ("merged", "peft"):
+            name = ("base-name=you/base",) if form == "peft" else ()
+            code, _, err = export(tmp_path, tmp_path / "runs", f"push=me/{form}", f"format={form}", *name, hub=hub)
+            assert code == 0, err
+            for file in (hub.root / "models/me" / form).iterdir():
+                assert str(tmp_path).encode() not in file.read_bytes(), file
 
 
 def test_what_the_hub_refuses_is_one_message_before_any_work(runs: Path, tmp_path: Path) -> None:

@@ -136,6 +136,8 @@ def test_what_is_no_new_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not go with rows of the unembedding"):
         LoRASpec(unembedding=True, token_ids=(3,))
     base, model, spec = start(tmp_path, "llama", FEW)
+    with pytest.raises(ConfigError, match=r"lora\.targets: an adapter on the unembedding does not go"):
+        plan(load_model(base, add_tokens=FEW), LoRASpec(targets=["q_proj", "lm_head"], token_ids=spec.token_ids))
     (tmp_path / "adapter").mkdir()
     save_adapter(model, tmp_path / "adapter")
     other = LoRASpec(rank=4, alpha=8, init_from=str(tmp_path / "adapter"))

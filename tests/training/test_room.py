@@ -112,6 +112,7 @@ def test_the_longest_row_is_tried_first_and_leaves_nothing_behind(tmp_path: Path
 
     class Watched(MemoryProbe):
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.model.eval()  # as it is loaded
             state, before = torch.random.get_rng_state(), trainer.datamodule
             trainer.datamodule = Longest([])
             super().on_fit_start(trainer, pl_module)
@@ -119,6 +120,7 @@ def test_the_longest_row_is_tried_first_and_leaves_nothing_behind(tmp_path: Path
             assert torch.equal(state, torch.random.get_rng_state())
             assert all(parameter.grad is None for parameter in pl_module.parameters())
             tried.append(pl_module.room.max_positions)
+            assert pl_module.model.training  # else no activation would have been computed twice
 
     probed, _ = train(tmp_path, batches, limit=50, accumulate_grad_batches=3, callbacks=[Watched()])
     assert tried == [38] and probed.room.max_positions == 38  # of four times 19
