@@ -11,6 +11,7 @@ import functools
 import gc
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,16 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained)
     batches = [_batch(shape, config, num_documents).to(device) for _ in range(NUM_STEPS)]
+    seconds = []
     for batch in batches:
+        began = time.perf_counter()
         with torch.autocast(device, dtype=torch.bfloat16, enabled=shape.precision == "bf16-mixed"):
             output = compute_loss(model, batch, LOSSES["cross_entropy"])
         output.loss_sum.backward()
         optimizer.step()
         optimizer.zero_grad()
         del output
+        seconds.append(time.perf_counter() - began)
     return {
         "planned": memory_of("single", 1, trace, Settings(accumulates=False, is_cuda=device != "cpu")).total,
         "measured": memory.peak() - before, "loaded": loaded,
@@ -106,6 +110,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         "weights_planned": trace.weights, "weights": _bytes(model.parameters(), trained=False) + _bytes(model.buffers()),
         "optimizer_planned": trace.optimizer,
         "optimizer": sum(_bytes(state.values()) for state in optimizer.state.values()),
+        "seconds": min(seconds), "num_flops": trace.num_flops, "num_tokens": trace.num_tokens,
         "reserved": torch.cuda.max_memory_reserved() if device != "cpu" else None,
     }  # fmt: skip
 
