@@ -27,7 +27,8 @@ class MemoryProbe(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not pl_module.can_repeat or not refuses_memory(pl_module.device):
             return
-        longest = trainer.datamodule.longest_batch()  # type: ignore[attr-defined]  # Lightning does not know it
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        longest = datamodule.longest_batch()
         if longest is None:
             return
         batch = longest.to(pl_module.device)

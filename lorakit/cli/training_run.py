@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import logging
 import shlex
 import shutil
 import time
@@ -25,40 +24,30 @@ from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.retain import Retain
 from lorakit.callbacks.throughput import Throughput
 from lorakit.cli import assemble
-from lorakit.cli.allocator import tune_allocator
-from lorakit.cli.choices import Known, choose
-from lorakit.cli.planning import StepPlan, agree_on_memory, check_memory, describe, name_of, row_sizes
+from lorakit.cli.planning import agree_on_memory
 from lorakit.cli.preflight import agree, describe_base, describe_config, describe_program
+from lorakit.cli.preparation import Prepared, prepare
 from lorakit.cli.processes import (
     check_world,
-    choose_strategy,
     num_streams,
-    refuse_unless_elementwise,
     resume_if_restarted,
     silence,
 )
-from lorakit.cli.reports import print_data_report, warn_of_idle_settings
-from lorakit.cli.resume import choose_run, fill_run_folder, find_run_to_resume
+from lorakit.cli.resume import choose_run, fill_run_folder
 from lorakit.cli.schema import check_settings
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import CheckpointError, ConfigError, LorakitError
-from lorakit.lora.inject import LoRAPlan, plan
-from lorakit.lora.spec import LoRASpec
+from lorakit.lora.inject import LoRAPlan
 from lorakit.lora.state import adapter_state
-from lorakit.model.families import packing_is_doubtful
-from lorakit.model.load import base_name, load_config, load_skeleton
 from lorakit.strategy.watch import FINISHED, PHASES
 from lorakit.strategy.world import World, current_world, join, share, together
 from lorakit.sweep.pruning import Pruning
 from lorakit.training.module import LoRAModule
-from lorakit.training.optim import auto_lr, lr_source
-from lorakit.training.precision import why_precision
-from lorakit.weights.adapter import active_config, open_init, write_adapter
+from lorakit.weights.adapter import active_config, write_adapter
 from lorakit.weights.checkpoint import STATE_FILE, newest_whole, remove_behind
-from lorakit.weights.files import find_write_problem, whole_folder
+from lorakit.weights.files import whole_folder
 from lorakit.weights.run import History, Run, hold
 
-log = logging.getLogger("lorakit")
 DEFAULT_THREADS = torch.get_num_threads()
 Found = TypeVar("Found", bound=L.Callback)
 _RUNS = itertools.count()  # of this process
@@ -94,7 +83,7 @@ def train_run(
     console = (console or Console(soft_wrap=True)) if world.is_first else Console(file=io.StringIO())
     torch.set_num_threads(config["trainer"]["threads"] or DEFAULT_THREADS)  # of this job, not of the sweep's last one
     there = agree_on_memory(config["plan"]["memory_gb"], accelerator, world)
-    prepared = together(lambda: _prepare(config, world, there, accelerator, precision, experiment, console))
+    prepared = together(lambda: prepare(config, world, there, accelerator, precision, experiment, console))
     agree(
         lambda: (
             {"the rows": prepared.datamodule.fingerprint, "total steps": str(prepared.total_steps)}
@@ -133,86 +122,8 @@ def train_run(
         return _fit(run, trainer, module, prepared, resumes=resumes, console=console)
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """What a run knows before it has a folder."""
-
-    config: dict[str, Any]
-    datamodule: LoRADataModule
-    tokenizer: Any
-    spec: LoRASpec
-    plan: LoRAPlan
-    lr: float
-    total_steps: int
-    is_estimate: bool
-    retain: Retain | None
-    resolved: dict[str, Any]  # what the settings that say ``auto`` came to
-
-
-def _prepare(
-    config: dict[str, Any], world: World, there: int, accelerator: str, precision: str, experiment: str, console: Console
-) -> _Prepared:
-    """Read and check everything that costs seconds. Raises LorakitError."""
-    root, kept = Path(config["paths"]["runs"]).expanduser(), config["checkpoint"]
-    if problem := find_write_problem(root / "a run"):
-        raise ConfigError(f"paths.runs={root} cannot be used: {problem}")
-    find_run_to_resume(config, root, experiment)  # a name that is taken is told before anything is read
-    datamodule, tokenizer = assemble.load_data(config)
-    assemble.check_pairs(config, datamodule)
-    assemble.check_new_tokens(datamodule, tokenizer)
-    if datamodule.has_images and config["strategy"].get("sequence_parallel", 1) > 1:
-        raise ConfigError("rows with images cannot be shared by several processes; set strategy.sequence_parallel=1")
-    print_data_report(datamodule, console)
-    retain = assemble.build_retain(config)
-    skeleton, model_config = _load_shapes(config)
-    known = Known(
-        skeleton, datamodule.report, datamodule.val_report, accelerator, precision, there, world, num_streams(config, world)
-    )
-    run = find_run_to_resume(config, root, experiment)
-    config, chosen = choose(
-        config, known, lambda text: console.print(text, highlight=False), (run.info if run else {}).get("resolved")
-    )
-    if chosen and config["trainer"]["precision"] == "auto":
-        console.print(f"trainer.precision=auto: {precision} ({why_precision(precision, accelerator)})", highlight=False)
-    if "data.tokens_per_batch" in chosen:
-        datamodule.use_tokens_per_batch(chosen["data.tokens_per_batch"], chosen.get("data.pack_tokens"))
-    spec, planned = _plan(config, skeleton, console)
-    plan_of_step = StepPlan(
-        config, skeleton, planned, accelerator=accelerator, precision=precision,
-        rows=row_sizes(datamodule.report), val_rows=row_sizes(datamodule.val_report),
-    )  # fmt: skip
-    strategy = choose_strategy(
-        plan_of_step, there=there, precision=precision, accelerator=accelerator, world=world,
-        say=lambda text: console.print(text, highlight=False),
-    )  # fmt: skip
-    memory = check_memory(plan_of_step, name_of(strategy), world.size, there)
-    if memory:
-        console.print(f"memory: {memory.total / 1e9:.1f} GB in each process ({describe(memory)})", highlight=False)
-    config = {**config, "strategy": strategy}
-    if datamodule.packing and (reason := packing_is_doubtful(model_config)):
-        log.warning("data.packing is off, rows are padded instead: %s", reason)
-        datamodule.packing = False
-    if accelerator == "cpu":
-        tune_allocator(memory.total if memory else None, there, planned.num_base_params)
-    lr = _resolve_lr(config, model_config, spec, console)
-    total_steps, is_estimate = assemble.resolve_total_steps(config, datamodule, world)
-    warn_of_idle_settings(config, datamodule, total_steps)
-    # Refuses bad settings before there is a folder.
-    optimizer, _ = assemble.build_optimization(config, lr=lr, total_steps=total_steps, precision=precision)
-    refuse_unless_elementwise(optimizer, strategy)
-    stops_early = any(entry and entry["_target_"].endswith("EarlyStopping") for entry in config["callbacks"].values())
-    if stops_early and not len(datamodule.val_indices):
-        raise ConfigError("callbacks.early_stopping needs rows to evaluate on; set data.val_path or data.val_fraction")
-    watched = (config["sweep"] or {}).get("metric", "")
-    if watched.startswith("val/") and not len(datamodule.val_indices):
-        raise ConfigError(f"sweep.metric={watched} needs rows to evaluate on; set data.val_path or data.val_fraction")
-    assemble.check_disk(root, planned, keep_last=kept["keep_last"], keep_best=kept["keep_best"])
-    resolved = {"trainer.accelerator": accelerator, "trainer.precision": precision, "optim.lr": lr, **chosen}
-    return _Prepared(config, datamodule, tokenizer, spec, planned, lr, total_steps, is_estimate, retain, resolved)
-
-
 def _open_run(
-    config: dict[str, Any], prepared: _Prepared, experiment: str, command: str, overrides: list[str]
+    config: dict[str, Any], prepared: Prepared, experiment: str, command: str, overrides: list[str]
 ) -> tuple[Run, bool]:
     """The run, which the first process chooses for all, and whether it continues. Raises LorakitError."""
     world, found, problem = current_world(), None, None
@@ -233,7 +144,7 @@ def _open_run(
     return Run(run.folder, run.info, writes=world.is_first), resumes
 
 
-def _with_window_of(run: Run, prepared: _Prepared, world: World, console: Console) -> _Prepared:
+def _with_window_of(run: Run, prepared: Prepared, world: World, console: Console) -> Prepared:
     """Give each process its share of the micro-batches that the run has in a step, however many processes it began with.
 
     Raises:
@@ -265,37 +176,8 @@ def _with_window_of(run: Run, prepared: _Prepared, world: World, console: Consol
     return dataclasses.replace(prepared, config=config, total_steps=total_steps, is_estimate=is_estimate)
 
 
-def _load_shapes(config: dict[str, Any]) -> tuple[Any, Any]:
-    """The model without weights, and its config."""
-    settings = config["model"]
-    options = {"revision": settings["revision"], "trust_remote_code": settings["trust_remote_code"]}
-    skeleton = load_skeleton(settings["path"], add_tokens=settings["add_tokens"], **options)
-    return skeleton, load_config(settings["path"], **options)
-
-
-def _plan(config: dict[str, Any], skeleton: Any, console: Console) -> tuple[LoRASpec, LoRAPlan]:
-    spec, settings = assemble.build_spec(config), config["model"]
-    if spec.init_from:
-        open_init(spec, base=base_name(settings["path"]))
-    planned = plan(skeleton, spec)
-    console.print(planned.table())
-    if planned.note:
-        console.print(planned.note, highlight=False)
-    console.print(planned.summary())
-    return spec, planned
-
-
-def _resolve_lr(config: dict[str, Any], model_config: Any, spec: LoRASpec, console: Console) -> float:
-    lr = config["optim"]["lr"]
-    if lr != "auto":
-        return float(lr)
-    lr = auto_lr(model_config, spec)
-    console.print(f"optim.lr=auto: {lr:.3g} ({lr_source(model_config)})")
-    return lr
-
-
 def _fit(
-    run: Run, trainer: L.Trainer, module: LoRAModule, prepared: _Prepared, *, resumes: bool, console: Console
+    run: Run, trainer: L.Trainer, module: LoRAModule, prepared: Prepared, *, resumes: bool, console: Console
 ) -> Outcome:  # fmt: skip
     datamodule, total_steps = prepared.datamodule, prepared.total_steps
     state = share(_clear_for(run, resumes, console) if run.writes else None)

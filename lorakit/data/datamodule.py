@@ -20,8 +20,10 @@ from lorakit.data.forecast import Forecast
 from lorakit.data.images import ImageEncoder
 from lorakit.data.mixture import Mixture
 from lorakit.data.own_format import name_of_format
+from lorakit.data.packing import fill_with_longest
 from lorakit.data.render import Renderer, TrainOnWhat
 from lorakit.data.rows import are_pairs
+from lorakit.data.settings import check_counts, check_settings, one_of
 from lorakit.data.sources import Source, open_source, open_sources, read_mixed
 from lorakit.data.stream import BatchStream
 from lorakit.data.templates import read_template, use_template
@@ -88,8 +90,8 @@ class LoRADataModule(L.LightningDataModule):
         max_pixels: int | None = None,
     ) -> None:
         super().__init__()
-        _check_settings(on_error=on_error, val_path=val_path, val_fraction=val_fraction)
-        _check_counts(
+        check_settings(on_error=on_error, val_path=val_path, val_fraction=val_fraction)
+        check_counts(
             batch_size=batch_size, val_batch_size=val_batch_size, tokens_per_batch=tokens_per_batch,
             epochs=epochs, val_rows=val_rows, window_rows=window_rows,
             check_token_rows=check_token_rows, max_tokens=max_tokens, pack_tokens=pack_tokens,
@@ -104,8 +106,8 @@ class LoRADataModule(L.LightningDataModule):
         self.val_path, self.val_fraction, self.val_rows = val_path, val_fraction, val_rows
         self.chat_template = chat_template
         self.format, self.split, self.on_error = format, split, on_error
-        self.train_on = _one_of(TrainOnWhat, train_on, "data.train_on")
-        self.on_long = _one_of(OnLong, on_long, "data.on_long")
+        self.train_on = one_of(TrainOnWhat, train_on, "data.train_on")
+        self.on_long = one_of(OnLong, on_long, "data.on_long")
         self.append_eos, self.stop, self.max_tokens = append_eos, stop, max_tokens
         self.packing, self.pack_tokens, self._given_pack_tokens = packing, pack_tokens or max_tokens, pack_tokens
         if pack_tokens and not packing:
@@ -254,17 +256,12 @@ class LoRADataModule(L.LightningDataModule):
     def longest_batch(self) -> Batch | None:
         """A training batch as full as any, made of the longest row alone, without counting it; None where it gives nothing."""
         assert self.report is not None and self.tokens_per_batch
-        if not (datums := self._make_examples(self.source).datums(self.report.longest_row)):
+        datums = self._make_examples(self.source).datums(self.report.longest_row)
+        row_tokens = self.pack_tokens if self.packing else None
+        rows = fill_with_longest(datums, batch_tokens=self.tokens_per_batch, row_tokens=row_tokens, are_pairs=self.are_pairs)
+        if not rows:
             return None
-        unit = datums[:2] if self.are_pairs else [max(datums, key=len)]
-        length = sum(map(len, unit)) if self.packing else max(map(len, unit))
-        if self.packing:
-            copies, rows = max(1, self.pack_tokens // length), max(1, self.tokens_per_batch // self.pack_tokens)
-            made = [unit * copies] * rows
-        else:
-            count = max(1, self.tokens_per_batch // (length * len(unit)))
-            made = [[datum] for _ in range(count) for datum in unit]
-        batch = collate(made, self.pad_token_id, self.images, are_pairs=self.are_pairs)
+        batch = collate(rows, self.pad_token_id, self.images, are_pairs=self.are_pairs)
         return replace(batch, window_weight=batch.denominator)
 
     def val_prompts(self, count: int) -> list[ModelInput]:
@@ -422,25 +419,3 @@ class LoRADataModule(L.LightningDataModule):
         """What rows are padded with; it weighs 0, so any token would do."""
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return pad if pad is not None else eos if eos is not None else 0
-
-
-def _check_counts(**counts: int | None) -> None:
-    bad = [f"data.{name}={value}" for name, value in counts.items() if value is not None and value < 1]
-    if bad:
-        raise ConfigError(f"{', '.join(bad)}: must be at least 1")
-
-
-def _check_settings(*, on_error: str, val_path: str | None, val_fraction: float) -> None:
-    if on_error not in ("raise", "skip"):
-        raise ConfigError(f"data.on_error={on_error} is unknown; choose raise or skip")
-    if val_path and val_fraction:
-        raise ConfigError("data.val_path and data.val_fraction are both set; choose one")
-    if not 0 <= val_fraction < 1:
-        raise ConfigError(f"data.val_fraction={val_fraction} must be at least 0 and less than 1")
-
-
-def _one_of(enum: Any, value: str, key: str) -> Any:
-    try:
-        return enum(value)
-    except ValueError:
-        raise ConfigError(f"{key}={value} is unknown; choose one of {', '.join(enum)}") from None

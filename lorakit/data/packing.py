@@ -96,3 +96,22 @@ def assign_batches(
     if rng:
         rng.shuffle(batches)
     return batches
+
+
+def fill_with_longest(
+    datums: Sequence[Datum], *, batch_tokens: int, row_tokens: int | None, are_pairs: bool = False
+) -> list[list[Datum]]:
+    """Return the rows of a batch as full as any, of copies of the longest of ``datums``, or of the pair that they are.
+
+    Args:
+        batch_tokens: positions of the batch, padding included.
+        row_tokens: of a packed row; without, each row holds one.
+    """
+    if not datums:
+        return []
+    unit = list(datums[:2]) if are_pairs else [max(datums, key=len)]
+    if row_tokens is not None:
+        copies = max(1, row_tokens // sum(map(len, unit)))
+        return [unit * copies] * max(1, batch_tokens // row_tokens)
+    count = max(1, batch_tokens // (max(map(len, unit)) * len(unit)))
+    return [[datum] for _ in range(count) for datum in unit]
