@@ -20,6 +20,7 @@ from lorakit.lora.inject import inject, plan
 from lorakit.lora.spec import LoRASpec
 from lorakit.lora.state import adapters_off
 from lorakit.loss.cross_entropy import cross_entropy
+from lorakit.loss.logprobs import _CHECKED
 from lorakit.model.load import load_model, load_skeleton, load_tokenizer, pieces_of
 from lorakit.model.tokens import add_tokens
 from lorakit.training.step import compute_loss
@@ -76,6 +77,7 @@ def test_gradients_are_those_of_all_logits_and_of_no_other_row(family: str, tmp_
     ]
     batch = collate([[one] for one in datums], pad_token_id=0)
     compute_loss(model.eval(), batch, cross_entropy).loss_sum.backward()
+    assert _CHECKED[model.get_output_embeddings()], "all logits were held"  # else the head in blocks knows of the rows
     ours = gradients(model)
     frozen = [
         name for name, parameter in model.named_parameters() if not parameter.requires_grad and parameter.grad is not None
