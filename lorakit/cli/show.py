@@ -22,7 +22,7 @@ HELP = """\
 usage: lorakit show [-n N] [--html FILE] [key=value …]
 
   lorakit show data.path=rows.jsonl model.path=…     first examples as `lorakit train` would train them
-  lorakit show -n 10 data.path=…                     ten of them
+  lorakit show -n 10 data.path=…                     ten of them (of each source, where there are several)
   lorakit show --html rows.html data.path=…          as a page: every token, and images beside them
 
 Green tokens are trained (weight 1), grey ones are read only (weight 0), yellow have another positive weight, red a negative one.
@@ -87,11 +87,13 @@ def show(config: DictConfig, count: int, page: Path | None) -> None:
 
 
 def first_examples(datamodule: LoRADataModule, num_rows: int) -> Iterator[tuple[str, Rendered | str]]:
-    """Yield where each example of the first rows stands, and the example, or why there is none."""
+    """Yield where each example of the first rows stands, of each source in turn, and the example, or why there is none."""
     from lorakit.errors import DataError
 
-    examples = datamodule.train_examples
-    for index in map(int, datamodule.train_indices[:num_rows]):
+    examples, indices = datamodule.train_examples, datamodule.train_indices
+    origins = examples.source.origins_of(indices)
+    firsts = [indices[origins == number][:num_rows] for number in range(max(len(datamodule.source_names), 1))]
+    for index in (int(index) for rows in firsts for index in rows):
         where = examples.source.where(index)
         try:
             found = examples.rendered(index)

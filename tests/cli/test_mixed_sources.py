@@ -93,3 +93,11 @@ def test_a_run_with_a_template_of_its_own_keeps_it_for_sampling_and_merging(work
 
     tokenizer = AutoTokenizer.from_pretrained("merged")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False) == "<user>q<|im_end|>"
+
+
+def test_examples_of_each_source_are_shown(workplace: Path, lorakit: Call) -> None:
+    code, out, err = lorakit("show", "-n", "2", write_sources(workplace), *SETTINGS[:1], "data.max_tokens=64")
+    assert code == 0, err
+    for line in ("short.jsonl:1 ", "short.jsonl:2 ", "long.jsonl:1 ", "long.jsonl:2 "):
+        assert line in out, out
+    assert ".jsonl:3 " not in out

@@ -55,7 +55,7 @@ def test_the_page_of_a_data_set_has_its_figures_and_marks_what_ends_an_answer(wo
     page = opened(workplace / "rows.html", workplace / "profile", script=marks)
     assert int(re.search(r'data-bars="(\d+)"', page)[1]) > 3 and int(re.search(r'data-tall="(\d+)"', page)[1]) > 60
     assert "a &lt;b&gt; &amp; c?" in re.sub(r"</?span[^>]*>", "", page)
-    assert page.count('class="w1 end"') == 1 + 2  # the legend, and one for each example
+    assert page.count('class="w1 end"') == 1 + 4  # the legend, and one for each example of both sources
     for said in (
         "13</b>rows",
         "truncated, by",
