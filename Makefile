@@ -8,6 +8,7 @@ STAMP := $(VENV)/.installed
 
 demo: $(STAMP)
 	$(BIN)/lorakit demo
+	@echo "lorakit is in $(BIN): '. $(BIN)/activate' makes it a command of this shell"
 
 demo-images: $(STAMP)
 	$(BIN)/lorakit demo digits
@@ -67,7 +68,8 @@ clean:
 
 # torch comes first and alone: a build of a dependency that looks for torch must find this one.
 $(STAMP): pyproject.toml constraints.txt
+	@echo "installing torch and the other packages of constraints.txt into $(VENV): some minutes, 2.4 GB with a build of torch for the CPU"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	touch $(STAMP)
+	@touch $(STAMP)

@@ -59,7 +59,7 @@ def sections() -> list[Section]:
 
 
 def _is_output(block: str) -> bool:
-    return not re.match(r"(lorakit \w+ |lorakit \w+$|make |torchrun |python |export |eval )", block)
+    return not re.match(r"(lorakit \w+ |lorakit \w+$|printf |make |torchrun |python |export |eval )", block)
 
 
 def test_the_pages_have_commands_and_what_is_quoted_is_compared() -> None:

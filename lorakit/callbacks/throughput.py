@@ -16,17 +16,20 @@ from lorakit.types import Batch
 class Throughput(L.Callback):
     """Logs tokens/s and trained tokens/s of all processes, padding share, and the memory of the one that uses most.
 
-    What counts as time is making batches and stepping on them; not evaluation, samples, checkpoints and other callbacks.
+    What counts as time is making batches and stepping on them; not evaluation, samples, checkpoints and other callbacks, whose
+    time is counted apart.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds = self.evaluation_seconds = 0.0  # the latter with samples, and with checkpoints that follow an evaluation
+        self.num_evaluations = 0
         self.num_tokens = self.num_trained_tokens = self.num_positions = 0
         self.all_seconds = self.all_tokens = 0.0  # of all processes, as of the last step
         self.began = time.time()  # when the run did; whoever knows better may set it
         self.first_step_seconds: float | None = None  # from then to the end of the first step
         self._window: tuple[float, ...] = (0.0, 0, 0, 0)
         self._started = self._making_batches = 0.0
+        self._evaluating_since: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -35,6 +38,20 @@ class Throughput(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
         self._started = time.perf_counter()
+        self._end_evaluation()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._evaluating_since = time.perf_counter()
+            self.num_evaluations += 1
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end_evaluation()
+
+    def _end_evaluation(self) -> None:
+        if self._evaluating_since is not None:
+            self.evaluation_seconds += time.perf_counter() - self._evaluating_since
+            self._evaluating_since = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         making_batches = getattr(trainer.train_dataloader, "seconds", 0.0)

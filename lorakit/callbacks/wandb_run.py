@@ -24,6 +24,7 @@ class WandbRun(WandbLogger):
 
     Args:
         save_dir: the run's folder.
+        project: None is that of WANDB_PROJECT, or lorakit; so are entity, group and tags W&B's own variables.
         name: of the run; None is the folder's.
         group: under which W&B shows several runs together.
         mode: online, offline, disabled; auto is offline where there is no API key, for which it never asks.
@@ -34,13 +35,14 @@ class WandbRun(WandbLogger):
     """
 
     def __init__(
-        self, *, save_dir: str, entity: str | None = None, project: str = "lorakit", name: str | None = None,
+        self, *, save_dir: str, entity: str | None = None, project: str | None = None, name: str | None = None,
         group: str | None = None, tags: list[str] | None = None, mode: str = "auto", **options: Any,
     ) -> None:  # fmt: skip
         self.folder = Path(save_dir).absolute()  # W&B's own process may have started elsewhere
         options.setdefault("id", _run_id(self.folder))
         super().__init__(
-            save_dir=str(self.folder), project=project, name=name, offline=resolve_mode(mode) == "offline", group=group,
+            save_dir=str(self.folder), project=resolve_project(project), name=name, group=group,
+            offline=resolve_mode(mode) == "offline",
             resume="allow", entity=entity, tags=tags, mode=resolve_mode(mode), **_without_former(options),
         )  # fmt: skip
         self._logged: dict[str, int] | None = None
@@ -64,6 +66,11 @@ class WandbRun(WandbLogger):
         fresh = {key: value for key, value in metrics.items() if step is None or step > logged.get(key, -1)}
         if fresh:
             super().log_metrics(fresh, step)
+
+
+def resolve_project(project: str | None) -> str:
+    """The project's name where the config has none."""
+    return project or os.environ.get("WANDB_PROJECT") or "lorakit"
 
 
 def resolve_mode(mode: str) -> str:

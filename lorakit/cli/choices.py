@@ -120,11 +120,17 @@ def _choose_rank(config: Config, known: Known) -> tuple[Config, str]:
         return {"lora.rank": rank}, f"{plans[rank].num_params / 1e6:.1f} million parameters; without data.path the usual rank"
     report = known.report
     tokens = report.num_trained_tokens * report.num_rows / max(1, report.num_rows_surveyed)
-    enough = [rank for rank in fitting if plans[rank].num_params * TOKENS_PER_PARAMETER >= tokens and rank >= LEAST_RANK]
+    needed = tokens / TOKENS_PER_PARAMETER
+    enough = [rank for rank in fitting if plans[rank].num_params >= needed and rank >= LEAST_RANK]
     rank = min(enough, default=max(fitting))
-    params = plans[rank].num_params
-    why = "one is enough for two tokens" if enough else "the largest whose file stays below 300 MB"
-    return {"lora.rank": rank}, f"{params / 1e6:.1f} million parameters for {tokens / 1e6:.2f} million trained tokens: {why}"
+    if not enough:
+        why = "the largest whose file stays below 300 MB"
+    else:
+        why = "the least that is chosen" if rank == LEAST_RANK else "the least rank that has them"
+    return {"lora.rank": rank}, (
+        f"{plans[rank].num_params / 1e6:.2f} million parameters; {tokens / 1e6:.2f} million trained tokens ask for "
+        f"{needed / 1e6:.2f} million: {why}"
+    )
 
 
 def _choose_batch(config: Config, known: Known, wanted: list[str]) -> tuple[Config, str]:
@@ -146,7 +152,23 @@ def _choose_batch(config: Config, known: Known, wanted: list[str]) -> tuple[Conf
     chosen = found[behind]
     how = "computed twice" if chosen["trainer.activation_checkpointing"] else "kept"
     much = f"{taken / 1e9:.1f}" if taken else "a small part"
-    return chosen, f"activations are {how}; the plan takes {much} of the {known.there / 1e9:.1f} GB there are"
+    size = f"{_why_size(config, known, chosen)}; " if "data.tokens_per_batch" in chosen else ""
+    return chosen, f"{size}activations are {how}; the plan takes {much} of the {known.there / 1e9:.1f} GB there are"
+
+
+def _why_size(config: Config, known: Known, chosen: Config) -> str:
+    """Why a micro-batch is not larger than it was ``chosen``."""
+    if chosen["data.tokens_per_batch"] < _sizes(config, known)[0]["data.tokens_per_batch"]:
+        return "the largest that fits"
+    seen = _positions_seen(config, known)
+    if seen is not None and seen // LEAST_STEPS // known.streams < _best_size(known):
+        return f"{LEAST_STEPS} steps share the {seen:,} tokens of all epochs"
+    return f"of more than {_best_size(known):,} no product is faster"
+
+
+def _best_size(known: Known) -> int:
+    """Positions of a micro-batch from which on the device's products are no faster."""
+    return MICRO_BATCH["cpu" if known.accelerator == "cpu" else "cuda"]
 
 
 def row_positions(config: Config, report: DataReport | None) -> int:
@@ -174,7 +196,7 @@ def _candidates(config: Config, known: Known, wanted: list[str]) -> Iterator[Con
 def _sizes(config: Config, known: Known) -> list[Config]:
     """Sizes of a micro-batch, the largest first: halves of the device's best, or of what few rows have for a step."""
     tokens, row = "data.tokens_per_batch", row_positions(config, known.report)
-    most = MICRO_BATCH["cpu" if known.accelerator == "cpu" else "cuda"]
+    most = _best_size(known)
     if (seen := _positions_seen(config, known)) is not None:
         most = min(most, seen // LEAST_STEPS // known.streams)
     data, longest = config["data"], known.report.longest if known.report else None
@@ -220,6 +242,6 @@ def _choose_accumulation(config: Config, known: Known) -> tuple[Config, str]:
     positions = data["tokens_per_batch"] or (data["batch_size"] or DEFAULT_BATCH_SIZE) * row_positions(config, known.report)
     each, wanted, why = positions * known.streams, STEP, f"steps of {STEP:,} positions"
     if (seen := _positions_seen(config, known)) is not None and seen // LEAST_STEPS < STEP:
-        wanted, why = seen // LEAST_STEPS, f"all epochs have {seen:,} tokens, for {LEAST_STEPS} steps if they can"
+        wanted, why = seen // LEAST_STEPS, f"the {seen:,} tokens of all epochs are to make {LEAST_STEPS} steps"
     count = max(1, round(wanted / each))
     return {"trainer.accumulate_grad_batches": count}, f"{why}; a step has {count * each:,}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.conf import conf_dir
 from lorakit.cli.guard import explain
+from lorakit.cli.known_as import explain_other_name
 from lorakit.errors import ConfigError, LorakitError
 
 if TYPE_CHECKING:
@@ -42,16 +43,23 @@ def prepare_arguments(arguments: list[str]) -> list[str]:
         takes_value = argument in _FLAGS_WITH_VALUE and position + 1 < len(arguments)
         (flags if argument.startswith("-") else overrides).extend(arguments[position : position + 1 + takes_value])
         position += 1 + takes_value
-    keys = {match["key"] for argument in overrides if (match := _OVERRIDE.match(argument))}
-    if not keys & set(_STANDALONE):
+    if is_demo(overrides):
         overrides.insert(0, "experiment=pig_latin")
     return [*flags, *(quote_path(argument) for argument in overrides)]
+
+
+def is_demo(arguments: Sequence[str]) -> bool:
+    """Whether ``arguments`` name neither model nor rows nor an experiment."""
+    keys = {match["key"] for argument in arguments if (match := _OVERRIDE.match(argument))}
+    return not keys & set(_STANDALONE)
 
 
 def _check_argument(argument: str) -> None:
     if argument.startswith("-"):
         if argument.split("=")[0] not in _FLAGS:
-            hint = f"settings are written without dashes: {argument.lstrip('-').split('=')[0]}=…"
+            name = argument.lstrip("-").split("=")[0]
+            other = explain_other_name(name) or (f"; it is {name}.path here" if name in ("data", "model") else None)
+            hint = f"settings are written without dashes{other or f': {name}=…'}"
             raise ConfigError(f"unknown option {argument}; {hint} (options: --cfg job, --config-dir DIR, -m)")
     elif "=" not in argument and not argument.startswith("~"):
         is_data = os.path.exists(os.path.expanduser(argument))
@@ -188,12 +196,31 @@ def explain_override(message: str, config_name: str, arguments: Sequence[str] = 
     if match:
         named = [text for text in arguments if (conf_dir() / text.partition("=")[0]).is_dir()]
         own = _value_of_flag(arguments, "--config-dir", "-cd")
+        if (other := explain_other_name(match[1])) and not match[1].startswith(("launch.", "loss.")) and match[1] != "model":
+            return f"unknown key {match[1]!r}{other}"
         return f"unknown key {match[1]!r}{suggest(match[1], [*all_keys(config_name, named, own), *all_keys(config_name)])}"
     if "Could not find" in message or "In '" in message:
-        return _explain_group(message)
+        return _explain_group(message, _value_of_flag(arguments, "--config-dir", "-cd"))
     if "LexerNoViableAlt" in message or "mismatched input" in message or "no viable alternative" in message:
-        return f"{_first_lines(message)}\nQuote values with commas, spaces or brackets: 'key=\"a, b\"'"
+        return (
+            f"{_unreadable(arguments)}{_first_lines(message)}\nQuote values with commas, spaces or brackets: 'key=\"a, b\"'; "
+            'within a list each for itself: \'key=["a, b", "--c"]\''
+        )
     return _first_lines(message)
+
+
+def _unreadable(arguments: Sequence[str]) -> str:
+    """Which of ``arguments`` Hydra's grammar cannot read, in front of what it says of it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for argument in (quote_path(text) for text in arguments if not text.startswith("-")):
+        try:
+            parser.parse_override(argument)
+        except HydraException:
+            return f"{argument} cannot be read: "
+    return ""
 
 
 def _quoted(value: str) -> str:
@@ -251,12 +278,15 @@ def _flatten(config: Any, prefix: str) -> Iterator[str]:
             yield from _flatten(node, f"{prefix}{key}.")
 
 
-def _explain_group(message: str) -> str:
+def _explain_group(message: str, config_dir: str | None = None) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     found = next((line for line in lines if "Could not find" in line), lines[0])
     options = [line for line in lines if re.fullmatch(r"[\w/-]+", line)]
-    wanted = re.search(r"'([^']+)'", found)
+    wanted = re.search(r"Could not find '([^']+)'", found) or re.search(r"'([^']+)'", found)
     name = wanted[1].rsplit("/", 1)[-1] if wanted else ""
+    if config_dir and wanted and (path := os.path.join(config_dir, f"{name}.yaml")) and os.path.exists(path):
+        group = wanted[1].rsplit("/", 1)[0]
+        return f"{found}; {path} is there: move it to {os.path.join(config_dir, group, name)}.yaml, into a folder with its group's name"
     near = difflib.get_close_matches(name, options, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     there = f" (there are: {', '.join(options)})" if options else ""

@@ -52,6 +52,7 @@ def examine(runs: Path) -> Iterator[Finding]:
         ("number formats", _formats),
         ("deepspeed", _deepspeed),
         ("compiler", _compiler),
+        ("slurm", _slurm),
         ("w&b", _wandb),
         ("hub", _hub),
         ("memory", _memory),
@@ -72,7 +73,9 @@ def as_text(findings: list[Finding]) -> str:
         lines.append(f"{found.state:4}  {found.name:{width}}  {found.said}")
         lines += [f"{'':4}  {'':{width}}  → {found.remedy}"] if found.remedy else []
     bad = sum(found.state == BAD for found in findings)
-    return "\n".join([*lines, "", f"{bad} to mend" if bad else "nothing to mend"])
+    notes = sum(found.state == NOTE for found in findings)
+    fine = f"nothing keeps a run from working; notes, of what is restricted: {notes}" if notes else "nothing to mend"
+    return "\n".join([*lines, "", f"{bad} to mend" if bad else fine])
 
 
 def _python() -> Iterator[Finding]:
@@ -151,6 +154,23 @@ def _compiler() -> Iterator[Finding]:
         if found
         else Finding("compiler", NOTE, "no C++ compiler, so trainer.compile=true does not work", "install g++")
     )
+
+
+def _slurm() -> Iterator[Finding]:
+    """Where there is a SLURM: its partitions, whose nodes are what a job gets, and not this machine."""
+    if not shutil.which("sinfo"):
+        return
+    command = ["sinfo", "--noheader", "--format", "%P %D x %c cores %G"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:
+        said = subprocess.CompletedProcess(command, 1, "", "no answer in 20 s")
+    if said.returncode:
+        problem = (said.stderr.strip().splitlines() or ["no answer"])[-1]
+        yield Finding("slurm", NOTE, f"is installed, and sinfo fails: {problem}")
+    else:
+        lines = "; ".join(" ".join(line.split()).replace(" (null)", "") for line in said.stdout.splitlines())
+        yield Finding("slurm", GOOD, f"{lines}: `lorakit launch slurm … train …` submits; what is above is this machine alone")
 
 
 def _wandb() -> Iterator[Finding]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.guard import run_command
-from lorakit.cli.trained import Trained, add_run_arguments, open_trained, output_path, with_flags
+from lorakit.cli.trained import Trained, add_run_arguments, open_trained, output_path, parse
 from lorakit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> None:
     add_run_arguments(parser)
     parser.add_argument("--data", help="rows to evaluate on; default: the rows that the run held out")
     parser.add_argument("--limit", type=int, help="at most so many rows")
-    parser.add_argument("--max-tokens", type=int, default=256, help="of each sample")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of each sample (default: 256)")
     parser.add_argument("--no-samples", action="store_true", help="loss only")
     parser.add_argument("--base", action="store_true", help="the base alone, without the adapter")
     parser.add_argument("--no-base", action="store_true", help="the adapter alone, without the base beside it")
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--chat", action="store_true", help="ask tasks through the chat template")
     parser.add_argument("--batch-size", type=int, help="rows of a task at a time (default: 8)")
     parser.add_argument("--json", type=output_path, help="write the figures to this file")
-    options = parser.parse_args(with_flags(arguments, ("tasks", "data", "limit", "json")))
+    options = parse(parser, arguments)
     if not options.tasks and (options.tasks_path or options.chat or options.batch_size):
         parser.error("--tasks-path, --chat and --batch-size have no effect without tasks=…")
     if options.tasks:
@@ -50,13 +51,44 @@ def main(arguments: list[str]) -> None:
     if options.json and options.json.is_dir():
         parser.error(f"argument --json: {options.json} is a folder; name a file in it")
     trained = open_trained(options)
+    check_rows(trained, options)
     figures = evaluate(trained, options)
-    print(json.dumps(figures, indent=2, ensure_ascii=False))
+    print(as_table(figures) if sys.stdout.isatty() else json.dumps(figures, indent=2, ensure_ascii=False))
     if options.json:
         from lorakit.weights.files import write_json
 
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, figures)
+
+
+def check_rows(trained: Trained, options: argparse.Namespace) -> None:
+    """Raise ConfigError where there are no rows to evaluate on, before anything heavy is loaded."""
+    data = trained.config["data"]
+    if options.data is None and not options.tasks and not (data["val_path"] or data["val_fraction"]):
+        raise ConfigError("this run held out no rows; name some with --data PATH")
+
+
+def as_table(figures: dict[str, Any]) -> str:
+    """The figures as a person reads them: a line for each, the base's beside the adapter's."""
+    base = figures.get("base") or {}
+    tasks = {
+        f"{task} {name}": (value, ((base.get("tasks") or {}).get(task) or {}).get(name))
+        for task, found in (figures.get("tasks") or {}).items()
+        for name, value in found.items()
+    }
+    plain = {key: value for key, value in figures.items() if key not in ("base", "tasks")}
+    pairs = {key: (value, base.get(key)) for key, value in plain.items()} | tasks
+    width = max(map(len, pairs))
+    lines = [f"{'':{width}}  {'adapter':>12}  {'base':>12}"] if base else []
+    for key, (value, other) in pairs.items():
+        is_figure = isinstance(value, float)
+        shown = f"{value:>12.4f}" if is_figure else str(value)
+        lines.append(f"{key:{width}}  {shown}" + (f"  {other:>12.4f}" if is_figure and isinstance(other, float) else ""))
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    print(f"{text} …", file=sys.stderr, flush=True)
 
 
 def _as_list(text: str) -> list[str]:
@@ -92,12 +124,12 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError("--base: of pairs the base is the reference, so its figures are those of a coin")
         figures |= score_pairs(model, datamodule, build_loss(trained.config["loss"]))
         return add_tasks(figures, model, tokenizer, options) if options.tasks else figures
-    found, answers = score(model, tokenizer, datamodule, options)
+    found, answers = score(model, tokenizer, datamodule, options, is_base=options.base)
     figures |= found
     others: list[Any] = []
     if not (options.base or options.no_base):
         with adapters_off(model):
-            figures["base"], others = score(model, tokenizer, datamodule, options)
+            figures["base"], others = score(model, tokenizer, datamodule, options, is_base=True)
     if options.answers:
         write_answers(options.answers, answers, others)
     return add_tasks(figures, model, tokenizer, options) if options.tasks else figures
@@ -136,8 +168,6 @@ def open_rows(trained: Trained, options: argparse.Namespace) -> LoRADataModule:
         # Other rows may have columns of their own, and need not be mixed.
         settings |= {"path": options.data, "val_path": options.data, "val_fraction": 0.0, "val_rows": None, "format": None}
         settings |= {"columns": None, "sources": None}
-    elif not (settings["val_path"] or settings["val_fraction"]):
-        raise ConfigError("this run held out no rows; name some with --data PATH")
     if options.limit is not None:
         settings["val_rows"] = options.limit
     if options.columns:
@@ -146,7 +176,7 @@ def open_rows(trained: Trained, options: argparse.Namespace) -> LoRADataModule:
 
 
 def score(
-    model: Any, tokenizer: Any, datamodule: LoRADataModule, options: argparse.Namespace
+    model: Any, tokenizer: Any, datamodule: LoRADataModule, options: argparse.Namespace, *, is_base: bool
 ) -> tuple[dict[str, float], list[Answer]]:
     """Return loss, perplexity and exact match of ``model`` on the evaluation rows, and its answers."""
     from lorakit.sampling.score import answer_all, perplexity, score_loss
@@ -155,10 +185,13 @@ def score(
     datums = [datum for index in datamodule.val_indices for datum in datamodule.val_examples.datums(int(index))]
     if not datums:
         raise ConfigError("no row to evaluate on is left; see data.on_long and data.on_error")
+    whose = f"{len(datums):,} examples, {'the base' if is_base else 'the adapter'}"
+    _say(f"loss of {whose}")
     loss_sum, weight = score_loss(model, datums, pad_token_id=datamodule.pad_token_id, images=datamodule.images)
     figures = {"loss": loss_sum / weight, "perplexity": perplexity(loss_sum / weight)}
     if options.no_samples:
         return figures, []
+    _say(f"answers to {whose}, of at most {options.max_tokens} tokens (--no-samples: the loss alone)")
     params = SamplingParams(max_tokens=options.max_tokens, temperature=0.0, stop=datamodule.stop)
     answers = answer_all(model, tokenizer, datums, params, images=datamodule.images)
     return figures | {"exact_match": sum(answer.is_exact for answer in answers) / len(answers)}, answers

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import shlex
 from pathlib import Path
 from typing import Any
 
 from lorakit.cli.guard import run_command
-from lorakit.cli.trained import Trained, add_run_arguments, open_trained, output_path, with_flags
+from lorakit.cli.trained import Trained, add_run_arguments, open_trained, output_path, parse
 from lorakit.errors import CheckpointError, ConfigError
 
 FORMATS = {
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--public", action="store_true", help="whoever wants may see it there; default: nobody else may")
     parser.add_argument("--base-name", help="what others call the base, where you have it as a folder: its name on the hub")
     parser.add_argument("--dtype", help="of merged weights: float32, bfloat16 or float16 (default: as the base's files)")
-    options = parser.parse_args(with_flags(arguments, ("format", "out", "push", "base-name", "dtype")))
+    options = parse(parser, arguments)
     if options.dtype and options.format != "merged":
         raise ConfigError("--dtype is for format=merged; adapters are written in bf16")
     if options.public and not options.push:
@@ -92,7 +93,8 @@ def write_adapter(trained: Trained, out: Path, form: str, name: str) -> None:
     print(f"{out}: {num_bytes / 1e6:.2f} MB in bf16{how}")
     print(f"checked: {checked}")
     if form == "vllm":
-        print(f"serve it with: vllm serve {name} --enable-lora --max-lora-rank {rank} --lora-modules it={out}")
+        module = shlex.quote(f"{trained.run.name}={out}")
+        print(f"serve it with: vllm serve {name} --enable-lora --max-lora-rank {rank} --lora-modules {module}")
     else:
         print(f"load it with: peft.PeftModel.from_pretrained(base, {str(out)!r})")
 

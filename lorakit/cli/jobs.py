@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from lorakit.cli.schema import import_target
 from lorakit.errors import CheckpointError, report
 from lorakit.launch.slurm import FOLDER, SlurmJob, submit
 from lorakit.weights.run import RUN_FILE, create_run, describe_environment, free_name, open_run
+
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".jinja")
 
 
 def was_finished(plain: dict[str, Any]) -> bool:
@@ -46,11 +51,25 @@ def is_for_slurm(config: dict[str, Any]) -> bool:
     return "RANK" not in os.environ and import_target(config["launch"]["_target_"], "launch") is SlurmJob
 
 
+def _absent(plain: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The paths of ``plain`` that can be nothing but files or folders, and are not here."""
+    keys = ("model.path", "data.path", "data.val_path", "data.chat_template", "lora.init_from", "eval.retain_path")
+    found = [(key, plain[key.split(".")[0]][key.split(".")[1]]) for key in keys]
+    sources = plain["data"].get("sources") or []
+    found += [("data.sources", entry["path"] if isinstance(entry, dict) else entry) for entry in sources]
+    for key, path in found:
+        is_path = isinstance(path, str) and (path.startswith(("/", "~", "./", "../")) or Path(path).suffix in FILE_SUFFIXES)
+        if is_path and not (Path(path).expanduser().exists() or glob.glob(path)):
+            yield key, path
+
+
 def submit_job(plain: dict[str, Any], job: dict[str, Any]) -> None:
     """Submit the run of the plain config ``plain`` to SLURM, under a name that it keeps whenever it queues again."""
     launch = SlurmJob(**{key: value for key, value in plain["launch"].items() if key != "_target_"})
     root = Path(plain["paths"]["runs"]).expanduser().absolute()
     name = plain["run"] or free_name(root, job["experiment"], queue=root / FOLDER)
     num_processes = (launch.num_gpus or 1) if plain["trainer"]["devices"] == "auto" else num_devices(plain, elsewhere=True)
+    for key, path in _absent(plain):
+        print(f"lorakit: {key}={path} is not on this machine; the job fails where its nodes have none either", file=sys.stderr)
     config = {**plain, "run": name, "resume": "auto", "paths": {**plain["paths"], "runs": str(root)}}
     print(submit(launch, {**job, "config": config}, num_processes=num_processes, run_folder=root / name))

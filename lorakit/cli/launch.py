@@ -6,8 +6,11 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from lorakit.cli import train
 from lorakit.cli.compose import run_hydra
+from lorakit.cli.conf import conf_dir
 from lorakit.cli.guard import run_command
 from lorakit.errors import ConfigError
 
@@ -38,6 +41,11 @@ def main(arguments: list[str]) -> None:
     settings = before[is_slurm:]
     if wrong := next((text for text in settings if "=" not in text), None):
         raise ConfigError(f"{wrong}: what stands before `train` is slurm, or a setting key=value")
+    ours = {key for name in ("default", "slurm") for key in yaml.safe_load((conf_dir() / f"launch/{name}.yaml").read_text())}
+    keys = [text.split("=")[0].removeprefix("launch.") for text in settings]
+    known = {"run", "group", "resume", "seed"}
+    if theirs := [key for key in keys if key not in ours and (key.split(".")[0] in known or "." in key)]:
+        raise ConfigError(f"{theirs[0]}=… is a setting of the run: put it behind `train`")
     prefixed = [text if text.startswith("launch.") else f"launch.{text}" for text in settings]
     if is_slurm:
         train.main([*behind, "launch=slurm", *prefixed])
@@ -68,7 +76,9 @@ def print_lines(config: DictConfig, *, arguments: list[str], settings: list[str]
     program = ["-m", "lorakit", "train", *arguments, *settings, *named]
     devices = num_devices(plain)
     where = "this machine" if launch.address is None else launch.address
-    print(f"# {launch.nodes} machines with {devices} {'process' if devices == 1 else 'processes'} each; number 0 is {where}.")
+    count = f"{devices} {'process' if devices == 1 else 'processes'} each"
+    counted = ", as this one has (trainer.devices=N says otherwise)" if plain["trainer"]["devices"] == "auto" else ""
+    print(f"# {launch.nodes} machines with {count}{counted}; number 0 is {where}. Folder and environment are the same on all.")
     for node, line in enumerate(torchrun_lines(launch, devices, program)):
         print(f"# machine {node}\n{line}")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from lorakit.cli.guard import run_command
-from lorakit.cli.trained import Trained, add_run_arguments, open_trained, output_path
+from lorakit.cli.trained import Trained, add_run_arguments, open_trained, output_path, parse
 from lorakit.errors import ConfigError
 
 
@@ -17,7 +18,7 @@ def main(arguments: list[str]) -> None:
     add_run_arguments(parser)
     parser.add_argument("--out", type=output_path, help="folder to write (default: `merged` in the run's folder)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the base's files)")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     trained = open_trained(options)
     merge(trained, options.out or trained.run.folder / "merged", options.dtype)
 
@@ -62,7 +63,7 @@ def merge(
 
 
 def print_report(report: object, out: Path, class_name: str) -> None:
-    """Print each merged tensor and the logit differences."""
+    """Print the merged matrices, those of all layers in one line, and the logit differences."""
     from rich.console import Console
     from rich.table import Table
 
@@ -70,9 +71,15 @@ def print_report(report: object, out: Path, class_name: str) -> None:
 
     assert isinstance(report, MergeReport)
     console = Console(soft_wrap=True)
-    table = Table("merged tensor", "shape", "relative change", box=None)
+    console.width = max(console.width, 120)  # names are whole, and a narrow terminal wraps them itself
+    table = Table("merged tensors", "count", "shape", "relative change", box=None)
+    alike: dict[tuple[str, str], list[float]] = {}
     for tensor in report.tensors:
-        table.add_row(tensor.name, " × ".join(map(str, tensor.shape)), f"{tensor.relative_change:.2e}")
+        kind = re.sub(r"\.\d+\.", ".*.", tensor.name), " × ".join(map(str, tensor.shape))
+        alike.setdefault(kind, []).append(tensor.relative_change)
+    for (name, shape), changes in alike.items():
+        least, most = f"{min(changes):.1e}", f"{max(changes):.1e}"
+        table.add_row(name, str(len(changes)), shape, most if least == most else f"{least} to {most}")
     console.print(table)
     if report.untied:
         console.print("the unembedding was tied to the embedding; the merged model has it as a matrix of its own")

@@ -55,6 +55,7 @@ def plan_run(config: DictConfig) -> None:
     plain = to_plain(config)
     check_settings(plain)
     console = Console(soft_wrap=True)
+    console.width = max(console.width, 130)  # no heading is cut; a narrow terminal wraps the lines
     accelerator = "cpu" if plain["trainer"]["accelerator"] == "cpu" else "cuda"
     precision = plain["trainer"]["precision"]
     if precision == "auto":
@@ -184,6 +185,15 @@ def _print_memory(step: StepPlan, console: Console) -> None:
         row = [f"{getattr(memory, name) / 1e9:.2f}" for name in names]
         parts.add_row(str(count), found or "none fits", *row)
     console.print(parts)
+    taken = [(step.first_that_fits(count, there[count], offloads=count > 1), count) for count in counts]  # as training does
+    groups = {
+        name: [str(count) for found, count in taken if found == name] for name in dict.fromkeys(name for name, _ in taken)
+    }
+    said = [
+        f"{name} on {', '.join(numbers)} {devices if numbers != ['1'] else device}" for name, numbers in groups.items() if name
+    ]
+    if said:
+        console.print(f"strategy=auto takes {'; '.join(said)}", highlight=False)
     misfits = [count for count in counts if step.first_that_fits(count, there[count], offloads=False) is None]
     if misfits:
         console.print(
@@ -227,11 +237,12 @@ def _print_costs(step: StepPlan, num_tokens: int | None, console: Console) -> No
         f"{prices.price_per_hour:g} an hour (plan.utilisation, plan.tflops, plan.price_per_hour)",
         title_justify="left",
     )
-    for name in ("GPUs", "hours", "cost"):
+    for name in ("GPUs", "time", "cost"):
         table.add_column(name, justify="right")
     for count in counts_to_plan(step.config):
         hours = prices.hours(step.trace, num_tokens, count)
-        table.add_row(str(count), f"{hours:,.2f}", f"{prices.price(hours, count):,.2f}")
+        time = f"{hours:,.2f} hours" if hours >= 0.5 else f"{hours * 60:.1f} minutes"
+        table.add_row(str(count), time, f"{prices.price(hours, count):,.2f}")
     console.print(table)
 
 

@@ -133,6 +133,8 @@ def step_shape(config: Config, *, accelerator: str, precision: str, rows: RowSiz
     if not data["packing"]:
         num_positions = min(data["max_tokens"], rows.longest or 1 << 62)
     num_rows = rows_each(config) * (data["batch_size"] or DEFAULT_BATCH_SIZE)
+    if not data["packing"]:
+        num_rows = min(num_rows, rows.count or num_rows)
     if data["tokens_per_batch"]:
         num_rows = max(1, data["tokens_per_batch"] // num_positions)
     parts = config["strategy"].get("sequence_parallel", 1)
@@ -192,7 +194,10 @@ def _without_gradients(training: StepShape, rows: RowSizes, num_rows: int, num_p
 
 def row_sizes(report: DataReport | None) -> RowSizes:
     """What ``report`` says of its rows."""
-    return RowSizes(report.longest, report.largest_image, report.image_share) if report else RowSizes()
+    if report is None:
+        return RowSizes()
+    count = report.num_examples if report.num_rows_surveyed >= report.num_rows else None
+    return RowSizes(report.longest, report.largest_image, report.image_share, count)
 
 
 def row_sizes_without_data(config: Config, skeleton: Any) -> RowSizes:

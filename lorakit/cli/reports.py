@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from typing import Any
 
 from rich.console import Console
@@ -73,10 +74,23 @@ def warnings_of(report: DataReport, datamodule: LoRADataModule) -> list[str]:
             f"in {share:.0%} of the examples no stop token is trained, so samples may not end; "
             "see data.append_eos and data.stop"
         )
+    if report.num_empty_answers:
+        found.append(
+            f"{report.num_empty_answers:,} of the answers that are trained are empty, so the model learns to say nothing; the first: "
+            f"{report.first_empty_answer}"
+        )
     for column, format in report.unused_columns.items():
         if reason := explain_unused(column, format):
             found.append(f"the column `{column}` is not used by the format {format}: {reason}")
     return found
+
+
+def quote_prompt(text: str) -> str:
+    """``text`` as one types it in a shell; with a line's end in it as ``$'…'``."""
+    if "\n" not in text:
+        return shlex.quote(text)
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"$'{escaped}'"
 
 
 def warn_of_idle_settings(config: dict[str, Any], datamodule: LoRADataModule, total_steps: int) -> None:
@@ -84,7 +98,7 @@ def warn_of_idle_settings(config: dict[str, Any], datamodule: LoRADataModule, to
     max_steps = config["trainer"]["max_steps"]
     if max_steps > total_steps:
         log.warning(
-            "trainer.max_steps=%d will not be reached: data.epochs=%s ends after about %d steps",
+            "trainer.max_steps=%d will not be reached: data.epochs=%s ends after about %d steps; data.epochs=null goes on until then",
             max_steps, config["data"]["epochs"], total_steps,
         )  # fmt: skip
     if not datamodule.has_images and (datamodule.min_pixels or datamodule.max_pixels):

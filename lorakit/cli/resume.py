@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import glob
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import yaml
 from lorakit.errors import CheckpointError, ConfigError, report
 from lorakit.model.load import BUNDLED
 from lorakit.weights.run import (
+    RUN_FOLDER,
     History,
     Run,
     check_name_is_free,
@@ -34,7 +37,6 @@ FREE_KEYS = (
         "trainer.accumulate_grad_batches",
     ),  # whose product with the processes must stay
 )
-RUN_FOLDER = "{the run's folder}"  # stands for ``${paths.run}`` until the run has its folder
 
 
 def find_run_to_resume(config: dict[str, Any], root: Path, experiment: str) -> Run | None:
@@ -53,7 +55,7 @@ def find_run_to_resume(config: dict[str, Any], root: Path, experiment: str) -> R
         run = _find_unfinished(root, name, experiment)
         if run is None and resume is True:
             what = f"run {name!r}" if name else f"unfinished run of experiment {experiment}"
-            raise CheckpointError(f"resume=true, but there is no {what} in {root.resolve()}; resume=auto would start one")
+            raise CheckpointError(f"resume=true, but there is no {what} in {root.resolve()}{_others_to_go_on_with(root)}")
         return run
     if name is not None:
         check_name_is_free(root, str(name))
@@ -118,6 +120,29 @@ def fill_run_folder(node: Any, folder: Path) -> Any:
     return node.replace(RUN_FOLDER, str(folder)) if isinstance(node, str) else node
 
 
+def command_to_go_on(run: Run) -> str:
+    """The line to type so that ``run`` goes on: its own command, naming it; that of the whole sweep where it is of one."""
+    typed = shlex.split(run.info.get("command") or "lorakit train …")
+    kept = [word for word in typed if not re.match(r"\+{0,2}resume=", word)]
+    settings = kept[kept.index("train") + 1 :] if "train" in kept else []
+    if {"-m", "--multirun"} & set(settings) or any(word.startswith("sweep=") for word in settings):
+        is_named = any(re.match(r"\+{0,2}(run|group)=", word) for word in kept)
+        more = ["resume=auto"] if is_named else [f"group={run.name.rpartition('-')[0]}", "resume=auto"]
+    else:
+        kept = [word for word in kept if not re.match(r"\+{0,2}run=", word)]
+        more = [f"run={run.name}", "resume=true"]
+    return shlex.join([*kept, *more]).replace("'…'", "…")
+
+
+def _others_to_go_on_with(root: Path) -> str:
+    """What could go on instead, for who named something else; that it can be started where there is nothing."""
+    unfinished = [run for run in list_runs(root) if not run.is_finished and "data_fingerprint" in run.info]
+    if not unfinished:
+        return "; resume=auto would start one"
+    lines = [f"  {run.name} ({run.state}): {command_to_go_on(run)}" for run in unfinished[-3:]]
+    return "; these could go on:\n" + "\n".join(lines)
+
+
 def _find_unfinished(root: Path, name: str | None, experiment: str) -> Run | None:
     if name:
         if not (root / str(name)).is_dir():
@@ -155,5 +180,5 @@ def _check_same(run: Run, config: dict[str, Any], data_fingerprint: str, resolve
     if not problems and run.info.get("data_fingerprint") != data_fingerprint:
         problems.append(f"data: the rows of {config['data']['path']} are not those that the run began with")
     if problems:
-        remedy = "Set these as they were, or start a new run with another run=NAME."
+        remedy = f"It goes on with: {command_to_go_on(run)}\nOr start a new run with another run=NAME."
         raise CheckpointError(report(f"{run.folder} cannot be continued with this config:", problems, remedy=remedy))

@@ -54,7 +54,7 @@ def _row(run: Run) -> tuple[str, ...]:
 
 def _overrides(run: Run) -> set[str]:
     """What was typed for ``run``; that which all runs have in common tells them from one another no better."""
-    return {text for text in run.info.get("overrides", ()) if not text.startswith(("run=", "resume=", "paths.runs="))}
+    return {text for text in run.info.get("overrides", ()) if not text.startswith(("run=", "resume=", "paths.runs=", "launch"))}
 
 
 if __name__ == "__main__":

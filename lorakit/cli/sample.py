@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.guard import run_command
 from lorakit.cli.trained import add_run_arguments, open_trained
+from lorakit.cli.trained import parse as parse_options
 from lorakit.data.images import StoredImage
 from lorakit.data.rows import are_chats
 from lorakit.errors import CheckpointError, ConfigError
@@ -31,7 +32,9 @@ def main(arguments: list[str]) -> None:
             ) from error
         raise
     if prompts is None and not sys.stdin.isatty():
-        prompts = [_checked(sys.stdin.buffer.read().decode("utf-8", "surrogateescape"), "standard input")]
+        prompts = [
+            _checked(_without_last_line_end(sys.stdin.buffer.read().decode("utf-8", "surrogateescape")), "standard input")
+        ]
     model, tokenizer = trained.load(with_adapter=not options.base)
     is_chat = options.chat if options.chat is not None else are_chats(trained.run.info.get("formats") or ())
     if is_chat and not tokenizer.chat_template:
@@ -42,6 +45,10 @@ def main(arguments: list[str]) -> None:
         from lorakit.cli.assemble import load_images
 
         images = load_images(trained.model_settings).within(*trained.pixel_bounds)
+    if options.system and not is_chat:
+        raise ConfigError("--system is a message of a conversation; use --chat")
+    if is_chat and prompts is not None:
+        print("as a user message, in the chat template (--raw: as it stands)", file=sys.stderr, flush=True)
     if images is not None and not is_chat:
         raise ConfigError("--image is shown in a message; use --chat")
     speaker = Speaker(model, tokenizer, options, stop=stop, is_chat=is_chat, images=images)
@@ -64,7 +71,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, str | None]:
         description="Generate with a trained adapter. Without TEXT, --prompt-file or piped input it is a conversation.",
     )
     add_run_arguments(parser)
-    parser.add_argument("--prompt-file", type=Path, help="the prompt is this file's text")
+    parser.add_argument("--prompt-file", type=Path, help="the prompt is this file's text, without its last line's end")
     parser.add_argument("--image", type=Path, action="append", default=[], help="shown before the text; may be repeated")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -74,10 +81,14 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, str | None]:
     parser.add_argument("--num-samples", "-n", type=int, default=1)
     parser.add_argument("--stop", action="append", help="end at this text (default: the run's data.stop); may be repeated")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--chat", action="store_true", default=None, help="the text is a user message, rendered by the template")
-    mode.add_argument("--raw", dest="chat", action="store_false", help="the text is the prompt as it is")
+    mode.add_argument(
+        "--chat", action="store_true", default=None,
+        help="the text is a user message, in the chat template (default for runs on conversations)",
+    )  # fmt: skip
+    mode.add_argument("--raw", dest="chat", action="store_false", help="the text is the prompt as it is (default for others)")
+    parser.add_argument("--system", metavar="TEXT", help="a system message in front of the conversation")
     parser.add_argument("--base", action="store_true", help="without the adapter, to compare")
-    options = parser.parse_args(arguments)
+    options = parse_options(parser, arguments)
     if options.max_tokens < 1 or options.num_samples < 1 or not 0 < options.top_p <= 1 or options.temperature < 0:
         parser.error("--max-tokens and -n must be at least 1, --top-p above 0 and at most 1, --temperature not negative")
     return options, text
@@ -89,12 +100,17 @@ def read_prompts(options: argparse.Namespace, text: str | None) -> list[str] | N
         raise ConfigError("give TEXT behind -- or --prompt-file, not both")
     if options.prompt_file is not None:
         try:
-            return [options.prompt_file.read_text(encoding="utf-8")]
+            return [_without_last_line_end(options.prompt_file.read_text(encoding="utf-8"))]
         except UnicodeDecodeError as error:
             raise ConfigError(f"{options.prompt_file}: not UTF-8: {error.reason} at byte {error.start}") from error
     if text is not None:
         return [_checked(text, "TEXT")]
     return None
+
+
+def _without_last_line_end(text: str) -> str:
+    """``text`` as it was meant: an editor, or echo, ends it with a line's end, behind which a model goes on with something else."""
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _checked(text: str, source: str) -> str:
@@ -119,6 +135,7 @@ class Speaker:
         self.model, self.tokenizer, self.is_chat = model, tokenizer, is_chat
         self.encoder, self.num_samples, self.images = Encoder(tokenizer), options.num_samples, images
         self.named: list[Path] = options.image
+        self.system: str | None = options.system
         self.clear()
         self.params = SamplingParams(
             max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
@@ -127,7 +144,7 @@ class Speaker:
 
     def clear(self) -> None:
         """Begin a conversation."""
-        self.messages: list[dict[str, Any]] = []
+        self.messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
         self.paths = list(self.named)  # of the next message
         self.shown: list[ImageChunk] = []  # of all messages
 

@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -153,6 +153,8 @@ def _find_unknown_keys(config: dict[str, Any]) -> list[str]:
         for name in node.keys() - set(known):
             near = difflib.get_close_matches(name, set(known) - {"run"} if prefix else known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else "values of your own, for ${vars.…}, go below `vars`"
+            if name == "experiment":
+                hint = "the first line of an experiment's file is `# @package _global_`"
             problems.append(f"unknown key {prefix}{name}; {hint}")
     return sorted(problems)
 
@@ -161,6 +163,8 @@ def _find_range_problems(config: dict[str, Any]) -> list[str]:
     flat = {f"{group}.{key}": value for group in (*_GROUPS, "launch") for key, value in config[group].items()}
     problems = [f"{key}={flat[key]} must be at least 1" for key in _AT_LEAST_ONE if flat[key] < 1]
     problems += [f"{key}={flat[key]} must be at least 0" for key in _AT_LEAST_ZERO if flat[key] < 0]
+    if isinstance(rank := config["lora"].get("rank"), int) and rank < 1:
+        problems.append(f"lora.rank={rank} must be at least 1")
     if flat["trainer.max_steps"] == 0 or flat["trainer.max_steps"] < -1:
         problems.append(f"trainer.max_steps={flat['trainer.max_steps']} must be at least 1, or -1 for data.epochs")
     if flat["trainer.eval_every_steps"] is not None and flat["trainer.eval_every_steps"] < 1:
@@ -228,7 +232,8 @@ def _type_problem(value: Any, hint: Any) -> str | None:
     try:
         msgspec.convert(value, hint)
     except msgspec.ValidationError as error:
-        return str(error).lower().replace("`", "")
+        choices = [str(one) for part in (hint, *get_args(hint)) if get_origin(part) is Literal for one in get_args(part)]
+        return str(error).lower().replace("`", "") + (f"; choose one of {', '.join(choices)}" if choices else "")
     except TypeError:  # a type that is not plain data: for its owner to check
         return None
     return None

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lorakit.cli.conf import conf_dir
+from lorakit.cli.known_as import KNOWN_AS
 
 _NOT_KEYS = ("defaults", "_target_", "_partial_", "hydra")
 
@@ -114,6 +115,9 @@ def as_page(choices: list[Choice]) -> str:
         for setting in choice.settings:
             cells = (f"`{setting.key}`", f"`{setting.default}`" if setting.default else "", setting.meaning)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines += ["", "## As others call it", "", "Of axolotl, LLaMA-Factory, TRL, transformers and PEFT; values may differ.", ""]
+    lines += ["| here | there |", "| --- | --- |"]
+    lines += [f"| `{key}` | {', '.join(f'`{name}`' for name in names)} |" for key, names in KNOWN_AS.items()]
     presets = [choice for choice in choices if choice.group == "experiment"]
     lines += ["", "## Presets", "", "| preset | what it is |", "| --- | --- |"]
     lines += [

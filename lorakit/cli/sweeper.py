@@ -132,12 +132,14 @@ class WandbSweeper(_Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Write the file and say what to type. Raises ConfigError."""
+        from lorakit.callbacks.wandb_run import resolve_project
         from lorakit.sweep.wandb_file import write_sweep_file
 
         plain, space, others = self.prepare(arguments)
         fixed = [as_typed(override) for override in others if override.get_key_element().split(".")[0] != "sweep"]
         path = write_sweep_file(self.folder(), plain, space, fixed)
-        project = ((plain["logger"] or {}).get("wandb") or {}).get("project", "lorakit")
+        project = ((plain["logger"] or {}).get("wandb") or {}).get("project")
+        project = resolve_project(project)
         print(f"written {path}; W&B's server chooses, so it wants a key:")
         print(f"  wandb sweep --project {shlex.quote(project)} {shlex.quote(str(path))}")
         print("  wandb agent …      # the line that it prints, on each machine that shall work at it, in this folder")

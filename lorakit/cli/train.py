@@ -5,13 +5,15 @@ from __future__ import annotations
 import datetime
 import functools
 import glob
+import os
 import re
 import shlex
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.compose import run_hydra, typed_overrides
+from lorakit.cli.compose import is_demo, run_hydra, typed_overrides
 from lorakit.cli.guard import run_command
 from lorakit.errors import ConfigError, LorakitError
 
@@ -38,7 +40,10 @@ def main(arguments: list[str]) -> None:
 
         print(f"{HELP}\n\n{as_help(read_choices())}")
         return
-    command = shlex.join(["lorakit", "train", *arguments])
+    program = "torchrun … -m lorakit" if "TORCHELASTIC_RUN_ID" in os.environ else "lorakit"  # started by whoever typed that
+    command = f"{program} train {shlex.join(arguments)}".rstrip()
+    if is_demo(arguments) and "RANK" not in os.environ:
+        print("lorakit: neither model.path nor data.path is set: this is the demo, experiment=pig_latin", file=sys.stderr)
     only_shows = {"--cfg", "-c", "--info", "-i"} & {text.split("=")[0] for text in arguments}
     if _value_of("sweep", arguments) not in ("", "grid") and not only_shows:
         arguments = [*arguments, "-m"]
@@ -84,11 +89,11 @@ def train(config: DictConfig, *, command: str = "") -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    hydra = HydraConfig.get()
+    plain = to_plain(config)  # before what takes seconds to import
     from lorakit.cli.jobs import mark_failed, was_finished
     from lorakit.cli.schema import check_settings
 
-    hydra = HydraConfig.get()
-    plain = to_plain(config)
     is_sweep = hydra.mode is RunMode.MULTIRUN
     if is_sweep:
         plain["run"] = f"{plain['run'] or plain['group']}-{hydra.job.num}"  # a folder for each job
@@ -143,11 +148,17 @@ def leave_if_interrupted(signum: int | None) -> None:
         raise SystemExit(128 + signum)
 
 
+_MEANT = {
+    "model.path": "model.path=… (a folder, a name of the hub, or the bundled tiny or tiny-vl)",
+    "data.path": "data.path=… (a file of rows, a folder, or a name of the hub)",
+}
+
+
 def to_plain(config: DictConfig) -> dict[str, Any]:
     """The config as plain values, interpolations resolved. Raises ConfigError for a key that is still ``???``."""
     from omegaconf import OmegaConf
 
-    from lorakit.cli.resume import RUN_FOLDER
+    from lorakit.weights.run import RUN_FOLDER
 
     free: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # a copy without Hydra's struct flag
     free.paths.run = RUN_FOLDER
@@ -155,7 +166,9 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
         free.data.path = None
     missing = sorted(OmegaConf.missing_keys(free))
     if missing:
-        raise ConfigError("these keys have no default and must be set: " + ", ".join(f"{key}=…" for key in missing))
+        raise ConfigError(
+            "these keys have no default and must be set: " + ", ".join(_MEANT.get(key, f"{key}=…") for key in missing)
+        )
     plain: Any = OmegaConf.to_container(free, resolve=True)
     return plain
 

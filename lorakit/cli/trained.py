@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,6 +111,9 @@ class Trained:
         return (attach(model, self.adapter) if with_adapter else model), tokenizer
 
 
+_AS_IN_TRAINING = {"data.path": "data", "paths.runs": "runs", "data.columns": "columns"}
+
+
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that name a run and an adapter of it."""
     parser.add_argument("run", nargs="?", help="name or folder of a run; default: the last one")
@@ -129,9 +133,38 @@ def open_trained(options: argparse.Namespace) -> Trained:
     return trained
 
 
-def with_flags(arguments: list[str], names: Sequence[str]) -> list[str]:
-    """``name=value`` as ``--name=value`` where ``name`` is one of ``names``: as settings are written elsewhere."""
-    return [f"--{text}" if text.split("=", 1)[0] in names and "=" in text else text for text in arguments]
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """What ``arguments`` say, in which an option may stand as settings do elsewhere: ``format=vllm`` for ``--format vllm``.
+
+    ``run=NAME`` is the run, and what training calls data.path and paths.runs is understood.
+    """
+    parser.epilog = "An option may be written as settings are: NAME=VALUE in place of --NAME VALUE."
+    options = {name: action for action in parser._actions for name in action.option_strings}
+    found: list[str] = []
+    before: argparse.Action | None = None  # an option whose value comes next
+    for text in arguments:
+        key, separator, value = text.partition("=")
+        name = f"--{_AS_IN_TRAINING.get(key, key).replace('_', '-')}"
+        if text.startswith("-"):
+            found.append(text)
+            before = options.get(text)
+            before = None if before is not None and before.nargs == 0 else before
+        elif before is not None or not separator:
+            found.append(text)
+            before = before if before is not None and before.nargs in ("+", "*") else None
+        elif key == "run":
+            found.append(value)
+        elif name not in options:
+            near = difflib.get_close_matches(name, options, n=1)
+            said = f"; did you mean {near[0].removeprefix('--')}=…?" if near else f"; {parser.prog} --help lists what there is"
+            parser.error(f"{text}: there is no {key} here{said}")
+        elif options[name].nargs == 0:
+            if value.lower() not in ("true", "false"):
+                parser.error(f"{text}: write {key}=true, or leave it out")
+            found += [name] if value.lower() == "true" else []
+        else:
+            found += [name, value] if options[name].nargs in ("+", "*") else [f"{name}={value}"]
+    return parser.parse_args(found)
 
 
 def output_path(text: str) -> Path:

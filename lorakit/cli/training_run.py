@@ -6,8 +6,11 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import shlex
 import shutil
+import socket
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,14 +36,15 @@ from lorakit.cli.processes import (
     resume_if_restarted,
     silence,
 )
-from lorakit.cli.resume import choose_run, fill_run_folder
+from lorakit.cli.reports import quote_prompt
+from lorakit.cli.resume import choose_run, command_to_go_on, fill_run_folder
 from lorakit.cli.schema import check_settings
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import CheckpointError, ConfigError, LorakitError
 from lorakit.lora.inject import LoRAPlan
 from lorakit.lora.state import adapter_state
 from lorakit.strategy.watch import FINISHED, PHASES
-from lorakit.strategy.world import World, current_world, join, share, together
+from lorakit.strategy.world import World, current_world, gather, join, share, together
 from lorakit.sweep.pruning import Pruning
 from lorakit.training.module import LoRAModule
 from lorakit.weights.adapter import active_config, write_adapter
@@ -48,6 +52,7 @@ from lorakit.weights.checkpoint import STATE_FILE, newest_whole, remove_behind
 from lorakit.weights.files import whole_folder
 from lorakit.weights.run import History, Run, hold
 
+LONG_SECONDS = 60.0  # a wait that one may want to have shorter
 DEFAULT_THREADS = torch.get_num_threads()
 Found = TypeVar("Found", bound=L.Callback)
 _RUNS = itertools.count()  # of this process
@@ -101,7 +106,7 @@ def train_run(
         run.chat_template.write_text(prepared.tokenizer.chat_template, encoding="utf-8")
     console.print(
         f"run {run.folder}: {prepared.total_steps:,}{' steps (about)' if prepared.is_estimate else ' steps'}, "
-        f"{precision} on {accelerator}{f', {world.size} processes' if world.size > 1 else ''}"
+        f"{precision} on {accelerator}{_where(world)}"
     )
     config = _with_run_folder(prepared.config, run)
     module = assemble.build_module(
@@ -120,6 +125,18 @@ def train_run(
     L.seed_everything((config["seed"] + world.rank) % 2**32, verbose=False)
     with lock:
         return _fit(run, trainer, module, prepared, resumes=resumes, console=console)
+
+
+def _where(world: World) -> str:
+    """How many processes there are, and on which machines where these are several; the others say whom they follow."""
+    hosts = list(dict.fromkeys(gather(socket.gethostname())))
+    if len(hosts) > 1 and world.local_rank == 0 and not world.is_first:
+        print(
+            f"lorakit: {world.describe()} follows rank 0 on {hosts[0]}, which tells what is done", file=sys.stderr, flush=True
+        )
+    job = f", job {number}" if (number := os.environ.get("SLURM_JOB_ID")) else ""
+    processes = f", {world.size} processes" if world.size > 1 else ""
+    return f"{processes} on {', '.join(hosts)}{job}" if len(hosts) > 1 else f"{processes}{job}"
 
 
 def _open_run(
@@ -180,7 +197,7 @@ def _fit(
     run: Run, trainer: L.Trainer, module: LoRAModule, prepared: Prepared, *, resumes: bool, console: Console
 ) -> Outcome:  # fmt: skip
     datamodule, total_steps = prepared.datamodule, prepared.total_steps
-    state = share(_clear_for(run, resumes, console) if run.writes else None)
+    state, began_at = share(_clear_for(run, resumes, console) if run.writes else (None, 0))
     figures: dict[str, Any] = dict.fromkeys(("step", "loss", "val_loss", "adapter_bytes"))
     run = run.update(status="running", total_steps=total_steps, **figures)
     try:
@@ -192,7 +209,7 @@ def _fit(
             where = f"{error.filename}: " if error.filename else ""
             raise CheckpointError(
                 f"{where}{error.strerror or error}; the last good checkpoint in {run.checkpoints} stays in force: "
-                f"mend the cause and go on with run={run.name} resume=true"
+                f"mend the cause and go on with: {command_to_go_on(run)}"
             ) from error
         raise
     finally:
@@ -212,10 +229,12 @@ def _fit(
         status="interrupted" if interrupt else "finished",
         pruned=bool(pruning and pruning.is_pruned),
         step=trainer.global_step,
+        steps_since_start=trainer.global_step - began_at,
         loss=metrics.get("train/loss"),
         val_loss=metrics.get("val/loss"),
         adapter_bytes=adapter_bytes,
         first_step_seconds=throughput and throughput.first_step_seconds,
+        tokens_per_second=throughput and throughput.tokens_per_second,
         bad_steps=module.num_bad_steps,
         empty_windows=module.num_empty_windows,
         cuts=vars(datamodule.train_examples.cuts),
@@ -226,21 +245,36 @@ def _fit(
         throughput.first_step_seconds if throughput else None, throughput.tokens_per_second if throughput else 0.0,
         adapter_bytes, interrupt,
     )  # fmt: skip
-    _print_end(outcome, trainer, metrics, console)
+    _print_end(outcome, trainer, metrics, began_at, console, requeues=bool(prepared.config["launch"].get("requeue")))
     for note in notes:
         console.print(note, markup=False)
     PHASES.enter(FINISHED)
     return outcome
 
 
-def _clear_for(run: Run, resumes: bool, console: Console) -> Path | None:
-    """Return the training state to go on from, or None; remove what an interruption has left behind it."""
+def _clear_for(run: Run, resumes: bool, console: Console) -> tuple[Path | None, int]:
+    """Return the training state to go on from, or None, and its step; remove what an interruption has left behind it."""
     checkpoint = newest_whole(run.checkpoints, lambda text: console.print(text)) if resumes else None
     if resumes:
         console.print(f"resuming from step {checkpoint.step}" if checkpoint else "no checkpoint yet: starting from step 0")
         remove_behind(run.checkpoints, checkpoint.step if checkpoint else 0)
     shutil.rmtree(run.adapter, ignore_errors=True)  # of an interruption; what a killed run has is its checkpoints
-    return checkpoint.folder / STATE_FILE if checkpoint else None
+    return (checkpoint.folder / STATE_FILE, checkpoint.step) if checkpoint else (None, 0)
+
+
+def _print_time(outcome: Outcome, throughput: Throughput | None, console: Console) -> None:
+    """Say what else took time, and what would make it less where evaluations took a third of a run that was waited for."""
+    if throughput is None or not throughput.num_evaluations:
+        return
+    total, evaluations = time.time() - throughput.began, throughput.evaluation_seconds
+    count = f"{throughput.num_evaluations} evaluation{'s' if throughput.num_evaluations > 1 else ''}"
+    console.print(f"in all {total:.1f} s, of which {evaluations:.1f} s for {count} with samples", highlight=False)
+    if evaluations > total / 3 and total > LONG_SECONDS:
+        console.print(
+            "fewer or shorter evaluations: trainer.eval_every_steps=… (default: a tenth of the run), data.val_rows=…, "
+            "callbacks.samples.max_tokens=…, callbacks.samples=null",
+            highlight=False, markup=False,
+        )  # fmt: skip
 
 
 def _checkpoints_of(trainer: L.Trainer) -> AdapterCheckpoint:
@@ -253,14 +287,19 @@ def _find_callback(trainer: Any, kind: type[Found]) -> Found | None:
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
 
 
-def _print_end(outcome: Outcome, trainer: L.Trainer, metrics: dict[str, float], console: Console) -> None:
+def _print_end(
+    outcome: Outcome, trainer: L.Trainer, metrics: dict[str, float], began_at: int, console: Console, *, requeues: bool
+) -> None:  # fmt: skip
     run, module = outcome.run, outcome.module
     figures = [f"loss {metrics['train/loss']:.4f}"] if "train/loss" in metrics else []
     figures += [f"held out {metrics['val/loss']:.4f}"] if "val/loss" in metrics else []
     figures += [f"{outcome.tokens_per_second:,.0f} tokens/s"] if outcome.tokens_per_second else []
     state = "interrupted after" if outcome.interrupt else "pruned after" if run.info["pruned"] else "finished"
     first = f", the first {outcome.first_step_seconds:.1f} s after the start" if outcome.first_step_seconds else ""
-    console.print(f"{state} {trainer.global_step:,} steps in {outcome.seconds:.1f} s{first}: {', '.join(figures)}")
+    made = trainer.global_step - began_at
+    here = "" if made == trainer.global_step else f", {made:,} of them now,"
+    console.print(f"{state} {trainer.global_step:,} steps{here} in {outcome.seconds:.1f} s{first}: {', '.join(figures)}")
+    _print_time(outcome, _find_callback(trainer, Throughput), console)
     if module.num_bad_steps or module.num_empty_windows:
         console.print(f"skipped: {module.num_bad_steps} steps not finite, {module.num_empty_windows} windows without a weight")
     cuts = vars(outcome.datamodule.train_examples.cuts)
@@ -284,9 +323,11 @@ def _print_end(outcome: Outcome, trainer: L.Trainer, metrics: dict[str, float], 
     console.print(f"loss curve {run.folder / 'loss.png'}")
     name = shlex.quote(run.name)
     if outcome.interrupt:
-        console.print(f"continue with: the same command and run={name} resume=true", markup=False)
+        by_itself = " (unless the job queues again by itself)" if requeues else ""
+        console.print(f"continue with: {command_to_go_on(run)}{by_itself}", markup=False)
     else:
-        console.print(f"next: lorakit sample {name} -- 'your prompt'    or: lorakit merge {name}", markup=False)
+        prompt = quote_prompt(outcome.datamodule.prompt_to_try() or "your prompt")
+        console.print(f"next: lorakit sample {name} -- {prompt}    or: lorakit merge {name}", markup=False, highlight=False)
 
 
 def _with_run_folder(config: dict[str, Any], run: Run) -> dict[str, Any]:

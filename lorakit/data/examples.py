@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ from lorakit.data.rows import Chat, Conversations, Preference, Row, to_chat
 from lorakit.data.sources import Source
 from lorakit.errors import DataError, report
 from lorakit.types import Datum, ImageChunk
+
+EMPTY_TOKENS = 4  # more are not looked at: an end of a turn, and white space
 
 
 @dataclass
@@ -118,6 +121,8 @@ class DataReport:
     formats: list[str]
     unused_columns: dict[str, str]  # with the format of their rows
     fingerprint: str
+    num_empty_answers: int = 0  # trained parts in which nothing is said
+    first_empty_answer: str | None = None  # where
     longest_row: int = 0  # the row of the longest example
     num_new_tokens: dict[int, int] = field(default_factory=dict)  # how often each of the tokens that were added stands in them
     shares: dict[str, SourceShare] = field(default_factory=dict)  # of several sources, by name
@@ -170,7 +175,8 @@ def survey(
     lengths: list[int] = []
     origins_found: list[int] = []
     problems: list[str] = []
-    num_trained = num_without_stop = num_images = num_image_tokens = largest_image = longest = 0
+    first_empty: str | None = None
+    num_trained = num_without_stop = num_empty = num_images = num_image_tokens = largest_image = longest = 0
     image_share = 0.0
     for index, origin in zip(chosen, source.origins_of(chosen), strict=True):
         share = shares[source.names[origin]] if shares else SourceShare(1.0, 0)
@@ -196,6 +202,8 @@ def survey(
             largest_image = max(largest_image, *sizes, 0)
             image_share = max(image_share, sum(sizes) / len(example.tokens))
             num_without_stop += not _ends_with_stop(example, examples.renderer)
+            if empty := _num_empty_answers(example, examples.renderer):
+                num_empty, first_empty = num_empty + empty, first_empty or source.where(int(index))
     if problems and examples.on_error == "raise":
         remedy = "Mend these rows, or set data.on_error=skip to leave them out (they are counted)."
         raise DataError(report(f"{len(problems):,} of {len(chosen):,} rows cannot be trained on:", problems, remedy=remedy))
@@ -210,6 +218,8 @@ def survey(
         lengths=np.array(lengths),
         num_trained_tokens=num_trained,
         num_without_stop=num_without_stop,
+        num_empty_answers=num_empty,
+        first_empty_answer=first_empty,
         num_images=num_images,
         num_image_tokens=num_image_tokens,
         num_image_bytes=counted.num_image_bytes,
@@ -232,6 +242,19 @@ def _first_of_each(indices: np.ndarray, origins: np.ndarray, max_rows: int) -> n
         return indices[:max_rows]
     each = max(1, max_rows // len(np.unique(origins)))
     return np.sort(np.concatenate([indices[origins == origin][:each] for origin in np.unique(origins)]))
+
+
+def _num_empty_answers(example: Rendered, renderer: Renderer) -> int:
+    """Trained parts of ``example`` of which nothing is left without what ends a turn."""
+    encoder, count = renderer.encoder, 0
+    for is_trained, part in itertools.groupby(zip(example.tokens, example.weights, strict=True), key=lambda pair: pair[1] > 0):
+        if not is_trained:
+            continue
+        tokens = [token for token, _ in part]
+        if len(tokens) <= EMPTY_TOKENS:
+            said = [token for token in tokens if token not in encoder.special_ids and token != encoder.eos_token_id]
+            count += not encoder.decode(said).strip()
+    return count
 
 
 def _ends_with_stop(example: Rendered, renderer: Renderer) -> bool:

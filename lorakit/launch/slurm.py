@@ -17,6 +17,8 @@ from lorakit.launch.torchrun import Launch, torchrun_arguments
 from lorakit.weights.files import write_whole
 
 FOLDER = ".slurm"  # below paths.runs: scripts, what they run, what the jobs print
+EARLY_SECONDS = 60  # so much earlier than asked for may SLURM send a signal (sbatch's manual, --signal)
+_SECRET = re.compile(r"(?:^|_)(?:API_?KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,9 @@ class SlurmJob(Launch):
     Args:
         time: limit, as SLURM writes it.
         gres: of each node.
-        container: image, for srun's ``--container-image``.
+        cpus: processor cores of each node's task.
+        container: image, for srun's ``--container-image``; lorakit is in it.
+        mounts: folders that the container sees, beside the current one and that of the runs.
         setup: lines of shell before the run; one that fails ends the job.
         environment: variables of the job.
         options: further options of sbatch.
@@ -38,9 +42,11 @@ class SlurmJob(Launch):
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time: str | None = None
+    time: str | int | None = None
     gres: str | None = None
+    cpus: int | None = None
     container: str | None = None
+    mounts: list[str] = field(default_factory=list)
     setup: list[str] = field(default_factory=list)
     environment: dict[str, Any] | None = None
     options: list[str] = field(default_factory=list)
@@ -48,11 +54,52 @@ class SlurmJob(Launch):
     requeue: bool = True
     submit: bool = True
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError: a time that leaves none to train, a key that would be written down for all to read."""
+        if self.time and (seconds := seconds_of(self.time)) is not None and seconds <= self.stop_seconds + EARLY_SECONDS:
+            raise ConfigError(
+                f"launch.time={self.time} leaves no time to train: the run is told to stop launch.stop_seconds={self.stop_seconds} "
+                f"before the end, and SLURM may do so {EARLY_SECONDS} s too early"
+            )
+        if secret := next((name for name in self.environment or {} if _SECRET.search(str(name))), None):
+            raise ConfigError(
+                f"launch.environment: {secret} would be written into the job's files and the run's config; leave it out and "
+                f"export {secret} before you submit: SLURM passes your variables on"
+            )
+
     @property
     def num_gpus(self) -> int | None:
-        """GPUs of a node, as ``gres`` says, or None."""
-        found = re.search(r"\bgpu(?::[A-Za-z][\w.-]*)?(?::(\d+))?(?=$|[,(])", self.gres or "")
-        return int(found[1] or 1) if found else None
+        """GPUs of a node, as ``gres`` or ``options`` say, or None.
+
+        Raises:
+            ConfigError: the GPUs of the job are no multiple of its nodes.
+        """
+        asked = [self.gres or "", *(str(option) for option in self.options)]
+        for text in asked:
+            if found := re.search(r"\bgpu(?::[A-Za-z][\w.-]*)?(?::(\d+))?(?=$|[,(])", text.removeprefix("--gres=")):
+                return int(found[1] or 1)
+            if found := re.fullmatch(r"(--gpus-per-node=|--gpus-per-task=|--gpus=|-G ?)(?:[A-Za-z][\w.-]*:)?(\d+)", text):
+                number = int(found[2])
+                if found[1].startswith("--gpus-per"):
+                    return number
+                if number % self.nodes:
+                    raise ConfigError(
+                        f"launch.options: {text} cannot be shared by launch.nodes={self.nodes}; ask by launch.gres"
+                    )
+                return number // self.nodes
+        return None
+
+
+def seconds_of(time: str | int) -> int | None:
+    """Seconds of SLURM's ``time``: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None where it is something else."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(time).strip())
+    if not found:
+        return None
+    days, *rest = found.groups()
+    first, second, third = (int(part or 0) for part in rest)
+    if days is not None or rest[2] is not None:
+        return int(days or 0) * 86400 + first * 3600 + second * 60 + third
+    return first * 60 + second
 
 
 def submit(launch: SlurmJob, job: dict[str, Any], *, num_processes: int, run_folder: Path) -> str:
@@ -85,7 +132,18 @@ def submit(launch: SlurmJob, job: dict[str, Any], *, num_processes: int, run_fol
         said = (getattr(error, "stderr", None) or str(error)).strip()
         raise LorakitError(f"sbatch refuses {script}: {said}") from error
     number = done.stdout.strip().split(";")[0]
-    return f"job {number}: {name}; its output: {folder / f'{name}-{number}.out'}"
+    state = _state_of(number)
+    return f"job {number}: {name}{state and f', {state}'}; its output, from its start on: {folder / f'{name}-{number}.out'}"
+
+
+def _state_of(number: str) -> str:
+    """State and reason of a job as SLURM tells them, which may be that it will never start; empty where it does not."""
+    command = ["squeue", "--noheader", "--jobs", number, "--format", "%T (%r)"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return said.replace(" (None)", "").lower()
 
 
 def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_folder: Path) -> str:
@@ -93,19 +151,23 @@ def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_fo
     if "%" in str(run_folder):
         raise ConfigError(f"{run_folder}: SLURM reads % in a file's name as a pattern; set paths.runs or run without it")
     name, folder = run_folder.name, described.parent
-    python = ["torchrun"] if launch.container else [sys.executable, "-m", "torch.distributed.run"]
+    python = ["python" if launch.container else sys.executable, "-m", "lorakit.cli.agent"]
     # The variables are the shell's; what is quoted is what the user has named.
     arguments = torchrun_arguments(
         launch, num_processes, node_rank="$SLURM_NODEID", address="$address", port="$port", program=[]
     )  # fmt: skip
     run = " ".join([shlex.join(python), *arguments, shlex.join(["-m", "lorakit.cli.worker", str(described)])])
-    step = ["srun", "--kill-on-bad-exit=1", *([f"--container-image={launch.container}"] if launch.container else [])]
+    step = ["srun", "--kill-on-bad-exit=1", *([f"--cpus-per-task={launch.cpus}"] if launch.cpus else [])]
+    if launch.container:
+        mounts = dict.fromkeys([str(Path.cwd()), str(folder.parent), *launch.mounts])
+        step += [f"--container-image={launch.container}", f"--container-workdir={Path.cwd()}"]
+        step += ["--container-mounts=" + ",".join(path if ":" in path else f"{path}:{path}" for path in mounts)]
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _options(launch, name, folder)),
         "",
-        *_setup_lines(launch.setup),
         *(f"export {key}={shlex.quote(str(value))}" for key, value in (launch.environment or {}).items()),
+        *_setup_lines(launch.setup),
         'address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "port=$((20000 + SLURM_JOB_ID % 20000))",
         "export address port",
@@ -116,8 +178,13 @@ def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_fo
         said = shlex.quote(str(run_folder / "run.json"))
         lines += [
             "# A run that was interrupted has written a checkpoint, and goes on from it.",
-            f'if [ $code -ne 0 ] && grep -q \'"status": "interrupted"\' {said}; then',
-            '  scontrol requeue "$SLURM_JOB_ID"',
+            f'if [ $code -ne 0 ] && grep -qs \'"status": "interrupted"\' {said}; then',
+            f"  if grep -q '\"steps_since_start\": 0\\b' {said}; then",
+            '    echo "lorakit: interrupted before the first step since its start; the job does not queue again" >&2',
+            "  else",
+            '    echo "lorakit: job $SLURM_JOB_ID queues again, and goes on from its checkpoint (SLURM waits two minutes or so)" >&2',
+            '    scontrol requeue "$SLURM_JOB_ID"',
+            "  fi",
             "fi",
         ]
     return "\n".join([*lines, "exit $code", ""])
@@ -143,6 +210,7 @@ def _options(launch: SlurmJob, name: str, folder: Path) -> Sequence[str]:
         "--open-mode=append",  # of a job that queues again
         "--requeue" if launch.requeue else "--no-requeue",
         *([f"--signal=TERM@{launch.stop_seconds}"] if launch.time else []),
+        *([f"--cpus-per-task={launch.cpus}"] if launch.cpus else []),
         *(f"--{key}={shlex.quote(str(value))}" for key in chosen if (value := getattr(launch, key)) is not None),
         *launch.options,
     ]

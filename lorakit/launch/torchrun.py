@@ -101,12 +101,18 @@ def run_here(job: dict[str, Any], num_processes: int, *, max_restarts: int = 0) 
         except ChildFailedError as error:
             if reason := take_fault():
                 raise LorakitError(f"{reason}. All processes were ended; go on with resume=true") from error
-            _explain(error)
+            raise_as_ended(error)
         finally:
             del os.environ[FAULT_FILE]
 
 
-def _explain(error: Any) -> None:
+def raise_as_ended(error: Any) -> None:
+    """Raise for torchrun's ``ChildFailedError`` what the process that failed first would have: it has said why itself.
+
+    Raises:
+        SystemExit, KeyboardInterrupt, LorakitError: as ``run_here``.
+    """
+
     # What a signal has ended comes first: the others fail because of it, or are ended with SIGTERM.
     def order(entry: tuple[int, Any]) -> tuple[bool, int]:
         code = entry[1].exitcode

@@ -29,6 +29,7 @@ class RowSizes:
     longest: int | None = None  # positions of an example, where that is known
     largest_image: int = 0  # positions of an image; 0: there are none
     image_share: float = 1.0  # of an example's positions
+    count: int | None = None  # of examples, where that is known
 
     def images_in(self, num_rows: int, num_positions: int) -> tuple[int, ...]:
         """Return the positions of each image of a micro-batch that has as much to see as there can be."""

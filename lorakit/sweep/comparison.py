@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -150,13 +151,19 @@ def _beside(
     rows = [
         Row(
             run, {key: one.get(key) for key in keys}, points_of(history, figure), points_of(history, "train/loss"),
-            next((record["speed/tokens_per_second"] for record in history[::-1] if "speed/tokens_per_second" in record), None),
+            _speed(run, history),
             history,
         )
         for (run, _), one, history in zip(chosen, settings, histories, strict=True)
     ]  # fmt: skip
     down = own.get("direction") == "maximize" if is_maximized is None else is_maximized
     return Comparison(name, figure, down, keys, rows)
+
+
+def _speed(run: Run, history: list[dict[str, Any]]) -> float | None:
+    """Tokens/s over the whole run as it said at its end, or the median of what was logged."""
+    logged = [record["speed/tokens_per_second"] for record in history if "speed/tokens_per_second" in record]
+    return run.info.get("tokens_per_second") or (statistics.median(logged) if logged else None)
 
 
 def shown(value: Any) -> str:

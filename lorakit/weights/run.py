@@ -22,6 +22,7 @@ from lorakit.weights.files import ASIDE, lock_file, write_json, write_whole
 FORMAT_VERSION = 1
 LOCK_FILE = ".lock"
 RUN_FILE, CONFIG_FILE, HISTORY_FILE, ADAPTER_FOLDER = "run.json", "config.yaml", "history.jsonl", "adapter"
+RUN_FOLDER = "{the run's folder}"  # stands for ``${paths.run}`` in a config until the run has its folder
 PACKAGES = (
     *("torch", "lightning", "transformers", "tokenizers", "safetensors", "peft"),
     *("deepspeed", "hydra-core", "omegaconf", "datasets", "numpy", "wandb"),

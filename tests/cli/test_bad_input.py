@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -29,7 +31,7 @@ CASES = [
     (["model.path=./nowhere", "data.path=pig_latin/train"], "no such folder"),
     (["data.path=nowhere.jsonl", "model.path=tiny"], "nowhere.jsonl: no such file"),
     (["data.path=rows.jsonl", "data.max_tokens=8", "model.path=tiny"], "rows.jsonl:1: 12 tokens, but data.max_tokens=8"),
-    (["experiment=chat_sft"], "data.path=…, model.path=…"),
+    (["experiment=chat_sft"], "data.path=… (a file of rows"),
     (["resume=true"], "there is no unfinished run of experiment pig_latin"),
     (["run=a/b"], "holds no /"),
     (["loss=mse"], "there are: cross_entropy, dpo"),
@@ -44,7 +46,7 @@ CASES = [
     (["data.path=rows.txt", "data.format=messages", "model.path=tiny"], "a .txt file holds plain text"),
     (["data.path=chat.jsonl", "model.path=tiny"], "lorakit would not train on it; rename or remove it"),
     (["rows.jsonl"], "settings are written key=value; data.path=rows.jsonl?"),
-    (["--lr=1e-3"], "settings are written without dashes: lr=…"),
+    (["--lr=1e-3"], "settings are written without dashes; it is optim.lr here"),
     (["+foo=4"], "unknown key foo"),
     (["+paths.runz=x"], "unknown key paths.runz; did you mean paths.runs?"),
     (["trainer.foo=1"], "unknown key 'trainer.foo'; there are: accelerator"),
@@ -178,3 +180,53 @@ def test_a_folder_of_runs_that_is_not_there_is_said(workplace: Path, lorakit: Ca
     assert lorakit("runs")[:1] == (0,)
     code, _, err = lorakit("runs", "--runs", "nowhere")
     assert code == 2 and "--runs nowhere: no such folder" in err
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("learning_rate=1e-4", "unknown key 'learning_rate'; it is optim.lr here"),
+        ("lora.r=8", "it is lora.rank here"),
+        ("trainer.gradient_accumulation_steps=4", "it is trainer.accumulate_grad_batches here"),
+        ("--max-length", "settings are written without dashes; it is data.max_tokens here"),
+        ("--data", "it is data.path here"),
+        ("load_in_4bit=true", "lorakit trains on bases of 16 or 32 bits"),
+        ("model.dtype=int4", "choose one of auto, float32, bfloat16, float16"),
+        ("lora.rank=0", "lora.rank=0 must be at least 1"),
+        ("lora.targets=[--a=b, c]", "lora.targets=[--a=b, c] cannot be read"),
+    ],
+)
+def test_what_other_trainers_call_it_is_understood(workplace: Path, lorakit: Call, setting: str, said: str) -> None:
+    code, _, err = lorakit("train", setting)
+    assert code == 2 and said in err, err
+
+
+def test_every_key_that_others_call_otherwise_is_one_of_ours(workplace: Path) -> None:
+    from lorakit.cli.known_as import KNOWN_AS
+    from lorakit.cli.settings import read_choices
+
+    choices = read_choices()
+    ours = {setting.key for choice in choices for setting in choice.settings} | {choice.group for choice in choices}
+    assert not KNOWN_AS.keys() - ours
+    assert len({name for names in KNOWN_AS.values() for name in names}) == sum(map(len, KNOWN_AS.values()))
+
+
+def test_a_config_that_lies_in_the_wrong_folder_is_found(workplace: Path, lorakit: Call) -> None:
+    (workplace / "mine/experiment").mkdir(parents=True)
+    (workplace / "mine/support.yaml").write_text("# @package _global_\ndefaults: [chat_sft]\n")
+    (workplace / "mine/experiment/raw.yaml").write_text("lora: {rank: 4}\n")
+    code, _, err = lorakit("train", "--config-dir", "mine", "experiment=support")
+    assert code == 2 and "mine/support.yaml is there: move it to mine/experiment/support.yaml" in err
+    code, _, err = lorakit("train", "--config-dir", "mine", "experiment=raw", "model.path=tiny", "data.path=pig_latin/heldout")
+    assert code == 2 and "the first line of an experiment's file is `# @package _global_`" in err
+
+
+def test_an_experiment_of_ones_own_is_as_the_readme_writes_it(workplace: Path, lorakit: Call) -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    (written,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (workplace / "mine/experiment").mkdir(parents=True)
+    (workplace / "mine/experiment/support.yaml").write_text(written)
+    code, out, err = lorakit("train", "--config-dir", "mine", "experiment=support", "--cfg", "job")
+    config = yaml.safe_load(out)
+    assert code == 0 and config["data"]["packing"] is True and config["data"]["epochs"] == 3, err
+    assert config["trainer"]["accumulate_grad_batches"] == 4 and config["lora"]["rank"] == "auto"

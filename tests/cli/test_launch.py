@@ -13,7 +13,7 @@ from small import SMALL
 
 from lorakit.cli import preflight
 from lorakit.errors import ConfigError
-from lorakit.launch.slurm import SlurmJob, script_text
+from lorakit.launch.slurm import SlurmJob, script_text, seconds_of
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -131,3 +131,85 @@ def test_a_line_of_setup_that_fails_ends_the_job(tmp_path: Path) -> None:
         done = subprocess.run(["bash", "job.sh"], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, (tmp_path / "reached").exists()) == (code, code == 0)
         assert (f"a line of launch.setup has failed: {setup[-2]}" in done.stderr) == bool(code)
+
+
+def slurm(lorakit: Call, *settings: str, train: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    return lorakit("launch", "slurm", "nodes=2", "submit=false", *settings, "train", "run=one", *SMALL, *train)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("time=3:00",), "launch.time=3:00 leaves no time to train"),
+        (("time=10", "stop_seconds=540"), "launch.time=10 leaves no time to train"),
+        (("environment={WANDB_API_KEY: secret}",), "export WANDB_API_KEY before you submit"),
+        (('options=["--gpus=5"]',), "--gpus=5 cannot be shared by launch.nodes=2"),
+        (("options=[--mem=0, --exclusive]",), "launch.options=[--mem=0, --exclusive] cannot be read"),
+        (("run=two",), "run=… is a setting of the run: put it behind `train`"),
+        (("model.path=tiny",), "model.path=… is a setting of the run"),
+    ],
+)
+def test_a_job_that_could_not_do_what_it_should_is_refused(
+    workplace: Path, lorakit: Call, settings: tuple[str, ...], said: str
+) -> None:
+    code, _, err = slurm(lorakit, *settings)
+    assert code == 2 and said in err, err
+    assert not (workplace / "runs/.slurm").exists()
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("10", 600), ("10:30", 630), ("1:00:00", 3600), ("2-0", 172_800), ("1-12:30", 131_400), ("UNLIMITED", None)],
+)
+def test_slurms_times_in_seconds(time: str, seconds: int | None) -> None:
+    assert seconds_of(time) == seconds
+
+
+@pytest.mark.parametrize(
+    ("option", "number"),
+    [
+        ("--gpus-per-node=8", 8),
+        ("--gpus-per-node=h100:4", 4),
+        ("--gpus=16", 8),
+        ("-G 4", 2),
+        ("--gres=gpu:a100:2", 2),
+        ("--mem=0", 1),
+    ],
+)
+def test_gpus_that_are_asked_for_by_an_option_have_processes(workplace: Path, lorakit: Call, option: str, number: int) -> None:
+    code, _, err = slurm(lorakit, f'options=["{option}"]')
+    assert code == 0, err
+    assert f"--nproc-per-node={number} " in (workplace / "runs/.slurm/one.sh").read_text()
+
+
+def test_a_container_sees_the_folders_of_the_run_and_cores_are_asked_for_twice(workplace: Path, lorakit: Call) -> None:
+    code, _, err = slurm(
+        lorakit, "container=image.sqsh", 'mounts=["/data"]', "cpus=16", train=("data.path=/data/x.jsonl", "model.path=tiny")
+    )
+    assert code == 0 and "data.path=/data/x.jsonl is not on this machine" in err
+    text = (workplace / "runs/.slurm/one.sh").read_text()
+    assert f"--container-mounts={workplace}:{workplace},{workplace}/runs:{workplace}/runs,/data:/data " in text
+    assert f"--container-workdir={workplace} " in text
+    assert "#SBATCH --cpus-per-task=16\n" in text and "srun --kill-on-bad-exit=1 --cpus-per-task=16 " in text
+
+
+def test_an_interrupted_job_queues_again_unless_it_made_no_step(workplace: Path, lorakit: Call) -> None:
+    code, _, err = slurm(lorakit)
+    assert code == 0, err
+    script = (workplace / "runs/.slurm/one.sh").read_text()
+    behind = script[script.index("if [ $code") :]
+    run_file = workplace / "runs/one/run.json"
+    run_file.parent.mkdir()
+    for text, asked in (
+        ('{"status": "interrupted",\n "steps_since_start": 0,\n "x": 1}', False),
+        ('{"status": "interrupted",\n "steps_since_start": 10\n}', True),
+        ('{"status": "finished",\n "steps_since_start": 3}', False),
+        (None, False),
+    ):
+        run_file.unlink(missing_ok=True)
+        if text:
+            run_file.write_text(text)
+        program = f"code=1; SLURM_JOB_ID=7; scontrol() {{ echo asked: $*; }}\n{behind}"
+        done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, "asked: requeue 7\n" if asked else "")
+        assert "Traceback" not in done.stderr and "No such file" not in done.stderr

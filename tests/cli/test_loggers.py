@@ -15,7 +15,7 @@ import yaml
 from program import start
 from small import SMALL
 
-from lorakit.callbacks.wandb_run import read_history, read_records
+from lorakit.callbacks.wandb_run import read_history, read_records, resolve_project
 from lorakit.weights.run import History
 
 Call = Callable[..., tuple[int, str, str]]
@@ -119,3 +119,10 @@ def test_csv_and_tensorboard_hold_every_step(workplace: Path, lorakit: Call) -> 
     events = EventAccumulator(str(folder)).Reload()
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses, rel=1e-5)
     assert len(losses) == 3
+
+
+def test_the_variables_of_wandb_hold_where_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    assert resolve_project(None) == "lorakit"
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    assert (resolve_project(None), resolve_project("ours")) == ("theirs", "ours")

@@ -15,9 +15,9 @@ import pytest
 from program import REPOSITORY, start
 from small import SMALL
 
-from lorakit.cli.resume import _find_unfinished
+from lorakit.cli.resume import _find_unfinished, command_to_go_on
 from lorakit.errors import CheckpointError
-from lorakit.weights.run import create_run, hold, list_runs, open_run
+from lorakit.weights.run import Run, create_run, hold, list_runs, open_run
 
 Call = Callable[..., tuple[int, str, str]]
 SETTINGS = (
@@ -254,3 +254,19 @@ def test_what_auto_came_to_is_part_of_the_run(workplace: Path, lorakit: Call) ->
     file.write_text(file.read_text().replace('"finished"', '"running"').replace(f'"{here}"', f'"{other}"'))
     code, _, err = lorakit("train", *settings, "resume=true")
     assert code == 2 and f"trainer.precision: auto was {other} then, and is {here} on this machine" in err
+
+
+def test_what_can_go_on_is_said_with_the_line_to_type(workplace: Path, lorakit: Call) -> None:
+    info = {"status": "interrupted", "experiment": "run", "data_fingerprint": "f"}
+    command = "lorakit train 'data.path=my rows.jsonl' model.path=tiny run=mine resume=auto"
+    run = create_run(workplace / "runs", "mine", config_text="a: 1", info={**info, "command": command})
+    typed = "lorakit train 'data.path=my rows.jsonl' model.path=tiny run=mine resume=true"
+    assert command_to_go_on(run) == typed
+    for asked in (("resume=true",), ("resume=true", "run=other")):
+        code, _, err = lorakit("train", *asked)
+        assert code == 2 and f"mine (interrupted): {typed}" in err, err
+    sweep = run.update(command="lorakit train -m lora.rank=4,8")
+    named = Run(sweep.folder.with_name("sweep-1127-3"), sweep.info)
+    assert command_to_go_on(named) == "lorakit train -m lora.rank=4,8 group=sweep-1127 resume=auto"
+    ours = run.update(command="torchrun … -m lorakit train lora.rank=4")
+    assert command_to_go_on(ours) == "torchrun … -m lorakit train lora.rank=4 run=mine resume=true"

@@ -81,7 +81,7 @@ def test_merged_folder_is_the_adapter_form_for_plain_transformers(trained: Path,
     out = tmp_path / "merged"
     code, text, err = lorakit("merge", "--runs", f"{trained}/runs", "--out", str(out), "--dtype", "float32")
     assert code == 0, err
-    assert "24 tensors merged" in text and "model.layers.3.mlp.experts.down_proj" in text
+    assert "24 tensors merged" in text and "model.layers.*.mlp.experts.down_proj" in text
     merged = AutoModelForCausalLM.from_pretrained(out)
     base = AutoModelForCausalLM.from_pretrained(BUNDLED["tiny"], dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, trained / "runs/first/checkpoints/step-000004")
@@ -176,3 +176,36 @@ def test_a_run_in_pefts_layout_is_exported_as_it_is(trained: Path, lorakit: Call
     code, out, err = lorakit("export", "--runs", f"{trained}/runs", "--out", str(tmp_path / "peft"))
     assert code == 0 and "MB in bf16\nchecked: names" in out, err
     assert (tmp_path / "peft/adapter_model.safetensors").read_bytes()
+
+
+def test_options_may_be_written_as_settings_are(trained: Path, lorakit: Call, tmp_path: Path) -> None:
+    runs = f"paths.runs={trained}/runs"
+    code, out, err = lorakit(
+        "evaluate", runs, "run=first", "data.path=pig_latin/heldout", "limit=4", "no_samples=true", "no-base=true"
+    )
+    assert code == 0 and json.loads(out)["rows"] == 4, err
+    assert "loss of 4 examples, the adapter …" in err and "answers" not in err
+    for command in ("evaluate", "export", "merge", "sample"):
+        code, _, err = lorakit(command, runs, "chekpoint=2")
+        assert code == 2 and "there is no chekpoint here; did you mean checkpoint=…?" in err
+
+
+def test_the_last_line_end_of_a_prompt_is_not_part_of_it(trained: Path, lorakit: Call, tmp_path: Path) -> None:
+    said = []
+    for text in ("English: cat\nPig Latin:", "English: cat\nPig Latin:\n"):
+        (tmp_path / "prompt.txt").write_text(text)
+        code, out, err = lorakit(
+            "sample",
+            "first",
+            "--runs",
+            f"{trained}/runs",
+            "--prompt-file",
+            str(tmp_path / "prompt.txt"),
+            "--max-tokens",
+            "4",
+        )
+        assert code == 0, err
+        said.append(out)
+    assert said[0] == said[1]
+    code, _, err = lorakit("sample", "first", "--runs", f"{trained}/runs", "--system", "Be kind.", "--", "x")
+    assert code == 2 and "--system is a message of a conversation" in err

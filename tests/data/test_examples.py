@@ -117,3 +117,13 @@ def test_only_the_rows_asked_for_are_looked_at(tmp_path: Path, tokenizer: Any) -
     assert (report.num_rows, report.num_rows_surveyed) == (6, 5)
     with pytest.raises(DataError, match=r"rows\.jsonl:6"):
         survey(examples, np.array([5]), 5)
+
+
+def test_answers_that_say_nothing_are_counted_with_their_place(tmp_path: Path, tokenizer: Any) -> None:
+    said, eos = tokenizer.encode("yes", add_special_tokens=False), tokenizer.eos_token_id
+    answers = [[*said, eos], [eos], [*said, eos, *said, eos], said]
+    rows = [{"tokens": [*said, *answer], "weights": [0] * len(said) + [1] * len(answer)} for answer in answers]
+    rows.append({"tokens": [*said, eos, *said, eos], "weights": [0] * len(said) + [1] + [0] * len(said) + [0.5]})
+    examples = make(tmp_path, rows, tokenizer)
+    report = survey(examples, everything(examples), 10)
+    assert report.num_empty_answers == 3 and str(report.first_empty_answer).endswith(":2")

@@ -176,7 +176,7 @@ def test_ctrl_c_ends_all_processes_at_the_same_step_with_a_checkpoint(tmp_path: 
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130
-    assert "continue with: the same command and run=it resume=true" in output
+    assert "continue with: lorakit train " in output and " run=it resume=true" in output
     run = open_run(tmp_path / "runs" / "it")
     assert run.state == "interrupted"
     assert (run.checkpoints / f"step-{run.info['step']:06d}").is_dir()
