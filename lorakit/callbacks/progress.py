@@ -52,13 +52,13 @@ class StepProgress(ProgressBar):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._progress:
             self._progress.update(self._task, completed=trainer.global_step, figures=_figures(trainer.callback_metrics))
-        elif trainer.global_step > self._first_step:
+        elif trainer.global_step > self._first_step and self._is_due():  # figures are read from the device
             self._write(trainer, f"{_figures(trainer.callback_metrics)}{self._left(trainer)}")
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if self._progress:
             self._progress.update(self._task, figures=f"{_figures(trainer.callback_metrics)}  evaluating …")
-        elif self._began:
+        elif self._began and self._is_due():
             self._write(trainer, "evaluating …")
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -67,11 +67,11 @@ class StepProgress(ProgressBar):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._close()
 
+    def _is_due(self) -> bool:
+        return self._is_shown and time.monotonic() - self._last_line >= LINE_SECONDS
+
     def _write(self, trainer: Any, text: str) -> None:
-        now = time.monotonic()
-        if not self._is_shown or now - self._last_line < LINE_SECONDS:
-            return
-        self._last_line = now
+        self._last_line = time.monotonic()
         total = f"/{self._total:,}" if self._total else ""
         print(f"step {trainer.global_step:,}{total}  {text}", file=sys.stderr, flush=True)
 

@@ -38,7 +38,7 @@ class Throughput(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
         self._started = time.perf_counter()
-        self._end_evaluation()
+        self._end_evaluation(getattr(trainer.train_dataloader, "seconds", 0.0) - self._making_batches)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -48,9 +48,9 @@ class Throughput(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._end_evaluation()
 
-    def _end_evaluation(self) -> None:
+    def _end_evaluation(self, making_batches: float = 0.0) -> None:
         if self._evaluating_since is not None:
-            self.evaluation_seconds += time.perf_counter() - self._evaluating_since
+            self.evaluation_seconds += time.perf_counter() - self._evaluating_since - making_batches
             self._evaluating_since = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import signal
+import socket
 
 from lorakit.cli.guard import run_command
-from lorakit.launch.torchrun import raise_as_ended
+from lorakit.errors import LorakitError
+from lorakit.launch.torchrun import ends_as_its_processes
 
 
 def main(arguments: list[str]) -> None:
     """Run torchrun on its own ``arguments``; end as the first process has ended."""
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed import DistError, run
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        run.main(arguments)
-    except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from error
-        raise SystemExit(128 + error.sigval) from error
-    except ChildFailedError as error:
-        raise_as_ended(error)
+        with ends_as_its_processes():
+            run.main(arguments)
+    except DistError as error:
+        raise LorakitError(f"{socket.gethostname()} cannot join the others: {str(error).splitlines()[0][:200]}") from error
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def explain_override(message: str, config_name: str, arguments: Sequence[str] = 
     if match:
         named = [text for text in arguments if (conf_dir() / text.partition("=")[0]).is_dir()]
         own = _value_of_flag(arguments, "--config-dir", "-cd")
-        if (other := explain_other_name(match[1])) and not match[1].startswith(("launch.", "loss.")) and match[1] != "model":
+        if other := explain_other_name(match[1]):
             return f"unknown key {match[1]!r}{other}"
         return f"unknown key {match[1]!r}{suggest(match[1], [*all_keys(config_name, named, own), *all_keys(config_name)])}"
     if "Could not find" in message or "In '" in message:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +56,11 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     chosen = DEMOS[options.which]
     overrides = [f"experiment={chosen.experiment}", f"seed={options.seed}", f"paths.runs={options.runs}"]
-    run_hydra(functools.partial(demo, chosen=chosen), overrides, config_name="train")
+    command = shlex.join(["lorakit", "train", *overrides])  # the same run, for who goes on with it
+    run_hydra(functools.partial(demo, chosen=chosen, command=command), overrides, config_name="train")
 
 
-def demo(config: DictConfig, chosen: Demo) -> None:
+def demo(config: DictConfig, chosen: Demo, command: str) -> None:
     """Hydra's task: train, then compare base and adapter on all held-out rows."""
     from rich.console import Console
 
@@ -68,7 +70,7 @@ def demo(config: DictConfig, chosen: Demo) -> None:
 
     console = Console(soft_wrap=True)
     started = time.perf_counter()
-    outcome = train_run(to_plain(config), experiment=chosen.experiment, command="lorakit demo", console=console)
+    outcome = train_run(to_plain(config), experiment=chosen.experiment, command=command, console=console)
     leave_if_interrupted(outcome.interrupt)
     model, datamodule = outcome.module.model, outcome.datamodule
     datums = [d for i in range(len(datamodule.val_source)) for d in datamodule.val_examples.datums(i)]

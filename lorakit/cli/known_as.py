@@ -8,7 +8,7 @@ KNOWN_AS = {
     "data.path": ("datasets", "dataset", "dataset_name", "train_file", "dataset_dir"),
     "data.max_tokens": ("sequence_len", "max_seq_length", "max_seq_len", "max_length", "cutoff_len", "model_max_length"),
     "data.train_on": ("train_on_inputs", "roles_to_train", "completion_only_loss", "assistant_only_loss", "mask_history"),
-    "data.packing": ("sample_packing", "packing", "group_by_length"),
+    "data.packing": ("sample_packing", "packing"),
     "data.val_fraction": ("val_set_size", "val_size", "test_size"),
     "data.chat_template": ("chat_template", "template", "chat_template_path"),
     "data.epochs": ("num_epochs", "num_train_epochs", "epochs"),
@@ -30,7 +30,6 @@ KNOWN_AS = {
     "lora.alpha": ("lora_alpha",),
     "lora.dropout": ("lora_dropout",),
     "lora.targets": ("lora_target_modules", "lora_target", "target_modules", "target_parameters", "lora_target_linear"),
-    "lora.unembedding": ("modules_to_save", "lora_modules_to_save"),
     "lora.dora": ("peft_use_dora", "use_dora"),
     "lora.rslora": ("peft_use_rslora", "use_rslora"),
     "model.attention": ("attn_implementation", "flash_attention", "flash_attn", "sdp_attention"),
@@ -45,17 +44,19 @@ KNOWN_AS = {
     "logger": ("report_to", "use_wandb"),
     "logger.wandb.project": ("wandb_project",),
     "logger.wandb.entity": ("wandb_entity",),
-    "logger.wandb.name": ("wandb_name", "wandb_run_id"),
+    "logger.wandb.name": ("wandb_name",),
 }
 _NO_QLORA = "lorakit trains on bases of 16 or 32 bits; QLoRA's bases of 8 or 4 bits are not among them"
 _QLORA = ("load_in_4bit", "load_in_8bit", "quantization_bit", "quantization", "bnb_4bit_quant_type", "qlora")
 ABSENT = dict.fromkeys(_QLORA, _NO_QLORA)
+_GROUPS = {key.partition(".")[0] for key in KNOWN_AS} - {"logger"}
 _OURS = {name: key for key, names in KNOWN_AS.items() for name in names}
 
 
 def explain_other_name(key: str) -> str | None:
     """Say what the ``key`` of another trainer is here; None where it is nobody's."""
-    name = key.replace("-", "_").lower().rpartition(".")[2]
+    group, _, name = key.replace("-", "_").lower().rpartition(".")
     if name in ABSENT:
         return f": {ABSENT[name]}"
-    return f"; it is {_OURS[name]} here" if name in _OURS else None
+    is_ours = _OURS.get(name) == key or (group and group not in _GROUPS)
+    return f"; it is {_OURS[name]} here" if name in _OURS and not is_ours else None

@@ -42,9 +42,16 @@ def main(arguments: list[str]) -> None:
     if wrong := next((text for text in settings if "=" not in text), None):
         raise ConfigError(f"{wrong}: what stands before `train` is slurm, or a setting key=value")
     ours = {key for name in ("default", "slurm") for key in yaml.safe_load((conf_dir() / f"launch/{name}.yaml").read_text())}
-    keys = [text.split("=")[0].removeprefix("launch.") for text in settings]
-    known = {"run", "group", "resume", "seed"}
-    if theirs := [key for key in keys if key not in ours and (key.split(".")[0] in known or "." in key)]:
+    keys = [text.split("=")[0].lstrip("+").removeprefix("launch.") for text in settings]
+    groups = {path.name for path in conf_dir().iterdir() if path.is_dir()} | {
+        "run",
+        "group",
+        "resume",
+        "seed",
+        "checkpoint",
+        "eval",
+    }
+    if theirs := [key for key in keys if key.split(".")[0] not in ours and key.split(".")[0] in groups]:
         raise ConfigError(f"{theirs[0]}=… is a setting of the run: put it behind `train`")
     prefixed = [text if text.startswith("launch.") else f"launch.{text}" for text in settings]
     if is_slurm:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from lorakit.errors import CheckpointError, ConfigError, report
+from lorakit.launch.slurm import FOLDER as JOBS_FOLDER
 from lorakit.model.load import BUNDLED
 from lorakit.weights.run import (
     RUN_FOLDER,
@@ -124,6 +125,9 @@ def command_to_go_on(run: Run) -> str:
     """The line to type so that ``run`` goes on: its own command, naming it; that of the whole sweep where it is of one."""
     typed = shlex.split(run.info.get("command") or "lorakit train …")
     kept = [word for word in typed if not re.match(r"\+{0,2}resume=", word)]
+    script = run.folder.parent / JOBS_FOLDER / f"{run.name}.sh"
+    if {"launch=slurm", "slurm"} & set(kept) and script.is_file():  # its config says already that it goes on
+        return shlex.join(["sbatch", str(script)])
     settings = kept[kept.index("train") + 1 :] if "train" in kept else []
     if {"-m", "--multirun"} & set(settings) or any(word.startswith("sweep=") for word in settings):
         is_named = any(re.match(r"\+{0,2}(run|group)=", word) for word in kept)
@@ -137,10 +141,8 @@ def command_to_go_on(run: Run) -> str:
 def _others_to_go_on_with(root: Path) -> str:
     """What could go on instead, for who named something else; that it can be started where there is nothing."""
     unfinished = [run for run in list_runs(root) if not run.is_finished and "data_fingerprint" in run.info]
-    if not unfinished:
-        return "; resume=auto would start one"
-    lines = [f"  {run.name} ({run.state}): {command_to_go_on(run)}" for run in unfinished[-3:]]
-    return "; these could go on:\n" + "\n".join(lines)
+    lines = [f"  {run.name} ({state}): {command_to_go_on(run)}" for run in unfinished if (state := run.state) != "running"]
+    return "; resume=auto would start one" + ("; these could go on:\n" + "\n".join(lines[-3:]) if lines else "")
 
 
 def _find_unfinished(root: Path, name: str | None, experiment: str) -> Run | None:
@@ -171,7 +173,8 @@ def find_changes(run: Run, config: dict[str, Any]) -> list[str]:
 
 
 def _check_same(run: Run, config: dict[str, Any], data_fingerprint: str, resolved: dict[str, Any]) -> None:
-    problems = find_changes(run, config)
+    changed = find_changes(run, config)
+    problems = [*changed]
     problems += [
         f"{key}: auto was {value} then, and is {resolved[key]} on this machine; set it"
         for key, value in run.info.get("resolved", {}).items()
@@ -180,5 +183,6 @@ def _check_same(run: Run, config: dict[str, Any], data_fingerprint: str, resolve
     if not problems and run.info.get("data_fingerprint") != data_fingerprint:
         problems.append(f"data: the rows of {config['data']['path']} are not those that the run began with")
     if problems:
-        remedy = f"It goes on with: {command_to_go_on(run)}\nOr start a new run with another run=NAME."
+        as_then = f"It goes on with: {command_to_go_on(run)}" if problems == changed else "Set these as they were."
+        remedy = f"{as_then}\nOr start a new run with another run=NAME."
         raise CheckpointError(report(f"{run.folder} cannot be continued with this config:", problems, remedy=remedy))

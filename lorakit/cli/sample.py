@@ -35,8 +35,10 @@ def main(arguments: list[str]) -> None:
         prompts = [
             _checked(_without_last_line_end(sys.stdin.buffer.read().decode("utf-8", "surrogateescape")), "standard input")
         ]
-    model, tokenizer = trained.load(with_adapter=not options.base)
     is_chat = options.chat if options.chat is not None else are_chats(trained.run.info.get("formats") or ())
+    if options.system and not is_chat:
+        raise ConfigError("--system is a message of a conversation; use --chat")
+    model, tokenizer = trained.load(with_adapter=not options.base)
     if is_chat and not tokenizer.chat_template:
         raise ConfigError("the tokenizer has no chat template; use --raw")
     stop = options.stop if options.stop is not None else trained.config["data"].get("stop")
@@ -45,8 +47,6 @@ def main(arguments: list[str]) -> None:
         from lorakit.cli.assemble import load_images
 
         images = load_images(trained.model_settings).within(*trained.pixel_bounds)
-    if options.system and not is_chat:
-        raise ConfigError("--system is a message of a conversation; use --chat")
     if is_chat and prompts is not None:
         print("as a user message, in the chat template (--raw: as it stands)", file=sys.stderr, flush=True)
     if images is not None and not is_chat:

@@ -139,19 +139,22 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
     ``run=NAME`` is the run, and what training calls data.path and paths.runs is understood.
     """
     parser.epilog = "An option may be written as settings are: NAME=VALUE in place of --NAME VALUE."
-    options = {name: action for action in parser._actions for name in action.option_strings}
+    options = {name: action for action in parser._actions for name in action.option_strings if name.startswith("--")}
     found: list[str] = []
     before: argparse.Action | None = None  # an option whose value comes next
     for text in arguments:
         key, separator, value = text.partition("=")
         name = f"--{_AS_IN_TRAINING.get(key, key).replace('_', '-')}"
+        takes_many = before is not None and before.nargs == "+"
         if text.startswith("-"):
             found.append(text)
-            before = options.get(text)
-            before = None if before is not None and before.nargs == 0 else before
-        elif before is not None or not separator:
+            matching = (
+                [options[long] for long in options if long == text or long.startswith(text)] if text.startswith("--") else []
+            )
+            before = matching[0] if matching and matching[0].nargs != 0 else None
+        elif not separator or "/" in key or (before is not None and not (takes_many and name in options)):
             found.append(text)
-            before = before if before is not None and before.nargs in ("+", "*") else None
+            before = before if takes_many else None
         elif key == "run":
             found.append(value)
         elif name not in options:
@@ -159,12 +162,34 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
             said = f"; did you mean {near[0].removeprefix('--')}=…?" if near else f"; {parser.prog} --help lists what there is"
             parser.error(f"{text}: there is no {key} here{said}")
         elif options[name].nargs == 0:
-            if value.lower() not in ("true", "false"):
-                parser.error(f"{text}: write {key}=true, or leave it out")
-            found += [name] if value.lower() == "true" else []
+            found += _flag(parser, options[name], text, value.lower())
+            before = None
+        elif options[name].nargs == "+":
+            found += [name, *_pairs(value)]
+            before = options[name]
         else:
-            found += [name, value] if options[name].nargs in ("+", "*") else [f"{name}={value}"]
+            found.append(f"{name}={value}")
+            before = None
     return parser.parse_args(found)
+
+
+def _flag(parser: argparse.ArgumentParser, action: argparse.Action, text: str, value: str) -> list[str]:
+    """The flag that ``NAME=true`` or ``NAME=false`` stands for: itself, its opposite, or none where it is off by itself."""
+    opposite = [one for one in parser._actions if one.dest == action.dest and one is not action and one.nargs == 0]
+    if value == "true":
+        return [action.option_strings[0]]
+    if value == "false" and opposite:
+        return [opposite[0].option_strings[0]]
+    if value != "false":
+        parser.error(f"{text}: write true or false")
+    return []
+
+
+def _pairs(text: str) -> list[str]:
+    """``{ours: theirs}``, as data.columns is written, as OURS=THEIRS; anything else as it is."""
+    if not text.startswith("{"):
+        return [text]
+    return [f"{ours}={theirs}" for ours, theirs in yaml.safe_load(text).items()]
 
 
 def output_path(text: str) -> Path:

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.callbacks.retain import Retain
+from lorakit.callbacks.samples import Samples
 from lorakit.callbacks.throughput import Throughput
 from lorakit.cli import assemble
 from lorakit.cli.planning import agree_on_memory
@@ -99,6 +100,7 @@ def train_run(
     )
     run, resumes = together(lambda: _open_run(config, prepared, experiment, command, list(overrides)))
     if resumes:
+        run = run.update(command=command or run.info.get("command"))  # the way it goes on now
         prepared = _with_window_of(run, prepared, world, console)
     lock = hold(run) if world.is_first else contextlib.nullcontext()
     run = run.update(formats=prepared.datamodule.source.formats)
@@ -198,7 +200,9 @@ def _fit(
 ) -> Outcome:  # fmt: skip
     datamodule, total_steps = prepared.datamodule, prepared.total_steps
     state, began_at = share(_clear_for(run, resumes, console) if run.writes else (None, 0))
-    figures: dict[str, Any] = dict.fromkeys(("step", "loss", "val_loss", "adapter_bytes"))
+    figures: dict[str, Any] = dict.fromkeys(
+        ("step", "loss", "val_loss", "adapter_bytes", "tokens_per_second", "steps_since_start")
+    )
     run = run.update(status="running", total_steps=total_steps, **figures)
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=state, weights_only=True if state else None)
@@ -262,19 +266,18 @@ def _clear_for(run: Run, resumes: bool, console: Console) -> tuple[Path | None, 
     return (checkpoint.folder / STATE_FILE, checkpoint.step) if checkpoint else (None, 0)
 
 
-def _print_time(outcome: Outcome, throughput: Throughput | None, console: Console) -> None:
+def _print_time(throughput: Throughput | None, console: Console, *, samples: bool) -> None:
     """Say what else took time, and what would make it less where evaluations took a third of a run that was waited for."""
     if throughput is None or not throughput.num_evaluations:
         return
     total, evaluations = time.time() - throughput.began, throughput.evaluation_seconds
     count = f"{throughput.num_evaluations} evaluation{'s' if throughput.num_evaluations > 1 else ''}"
-    console.print(f"in all {total:.1f} s, of which {evaluations:.1f} s for {count} with samples", highlight=False)
+    with_samples = " with samples" if samples else ""
+    console.print(f"in all {total:.1f} s, of which {evaluations:.1f} s for {count}{with_samples}", highlight=False)
     if evaluations > total / 3 and total > LONG_SECONDS:
-        console.print(
-            "fewer or shorter evaluations: trainer.eval_every_steps=… (default: a tenth of the run), data.val_rows=…, "
-            "callbacks.samples.max_tokens=…, callbacks.samples=null",
-            highlight=False, markup=False,
-        )  # fmt: skip
+        keys = ["trainer.eval_every_steps=… (default: a tenth of the run)", "data.val_rows=…"]
+        keys += ["callbacks.samples.max_tokens=…", "callbacks.samples=null"] if samples else []
+        console.print(f"fewer or shorter evaluations: {', '.join(keys)}", highlight=False, markup=False)
 
 
 def _checkpoints_of(trainer: L.Trainer) -> AdapterCheckpoint:
@@ -299,7 +302,7 @@ def _print_end(
     made = trainer.global_step - began_at
     here = "" if made == trainer.global_step else f", {made:,} of them now,"
     console.print(f"{state} {trainer.global_step:,} steps{here} in {outcome.seconds:.1f} s{first}: {', '.join(figures)}")
-    _print_time(outcome, _find_callback(trainer, Throughput), console)
+    _print_time(_find_callback(trainer, Throughput), console, samples=_find_callback(trainer, Samples) is not None)
     if module.num_bad_steps or module.num_empty_windows:
         console.print(f"skipped: {module.num_bad_steps} steps not finite, {module.num_empty_windows} windows without a weight")
     cuts = vars(outcome.datamodule.train_examples.cuts)
@@ -323,8 +326,9 @@ def _print_end(
     console.print(f"loss curve {run.folder / 'loss.png'}")
     name = shlex.quote(run.name)
     if outcome.interrupt:
-        by_itself = " (unless the job queues again by itself)" if requeues else ""
-        console.print(f"continue with: {command_to_go_on(run)}{by_itself}", markup=False)
+        if requeues:
+            console.print("a job that SLURM has told to stop queues again by itself; of another:")
+        console.print(f"continue with: {command_to_go_on(run)}", markup=False)
     else:
         prompt = quote_prompt(outcome.datamodule.prompt_to_try() or "your prompt")
         console.print(f"next: lorakit sample {name} -- {prompt}    or: lorakit merge {name}", markup=False, highlight=False)

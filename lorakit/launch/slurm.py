@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import ConfigError, LorakitError
-from lorakit.launch.torchrun import Launch, torchrun_arguments
+from lorakit.launch.torchrun import SHUTDOWN_TIMEOUT, Launch, torchrun_arguments
 from lorakit.weights.files import write_whole
 
 FOLDER = ".slurm"  # below paths.runs: scripts, what they run, what the jobs print
 EARLY_SECONDS = 60  # so much earlier than asked for may SLURM send a signal (sbatch's manual, --signal)
-_SECRET = re.compile(r"(?:^|_)(?:API_?KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS)$", re.IGNORECASE)
+_SECRET = re.compile(r"(?:^|_)(?:(?:API|ACCESS|PRIVATE)_?KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
+_GRES = re.compile(r"\bgpu(?::[A-Za-z][\w.-]*)?(?::(\d+))?(?=$|[,(])")
+_GRES_OPTION = re.compile(r"--(?:gres|tres-per-node|tres-per-task)[= ](?:gres[:/])?(.*)")
+_GPUS_OPTION = re.compile(r"(--gpus-per-node|--gpus-per-task|--gpus|-G)[= ]?(?:[A-Za-z][\w.-]*:)?(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,10 @@ class SlurmJob(Launch):
 
     def __post_init__(self) -> None:
         """Raises ConfigError: a time that leaves none to train, a key that would be written down for all to read."""
+        if isinstance(self.time, int):  # in a file 12:00:00 without quotes is the number 43200
+            raise ConfigError(
+                f"launch.time={self.time} is a number: write it as SLURM does, D-HH:MM:SS, and in a file in quotes"
+            )
         if self.time and (seconds := seconds_of(self.time)) is not None and seconds <= self.stop_seconds + EARLY_SECONDS:
             raise ConfigError(
                 f"launch.time={self.time} leaves no time to train: the run is told to stop launch.stop_seconds={self.stop_seconds} "
@@ -74,11 +81,12 @@ class SlurmJob(Launch):
         Raises:
             ConfigError: the GPUs of the job are no multiple of its nodes.
         """
-        asked = [self.gres or "", *(str(option) for option in self.options)]
-        for text in asked:
-            if found := re.search(r"\bgpu(?::[A-Za-z][\w.-]*)?(?::(\d+))?(?=$|[,(])", text.removeprefix("--gres=")):
+        options = [str(option) for option in self.options]
+        for text in (self.gres or "", *(found[1] for option in options if (found := _GRES_OPTION.fullmatch(option)))):
+            if found := _GRES.search(text):
                 return int(found[1] or 1)
-            if found := re.fullmatch(r"(--gpus-per-node=|--gpus-per-task=|--gpus=|-G ?)(?:[A-Za-z][\w.-]*:)?(\d+)", text):
+        for text in options:
+            if found := _GPUS_OPTION.fullmatch(text):
                 number = int(found[2])
                 if found[1].startswith("--gpus-per"):
                     return number
@@ -159,9 +167,11 @@ def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_fo
     run = " ".join([shlex.join(python), *arguments, shlex.join(["-m", "lorakit.cli.worker", str(described)])])
     step = ["srun", "--kill-on-bad-exit=1", *([f"--cpus-per-task={launch.cpus}"] if launch.cpus else [])]
     if launch.container:
-        mounts = dict.fromkeys([str(Path.cwd()), str(folder.parent), *launch.mounts])
+        named = (path if ":" in path else str(Path(path).expanduser().absolute()) for path in launch.mounts)
+        mounts = dict.fromkeys([str(Path.cwd()), str(folder.parent), *named])
         step += [f"--container-image={launch.container}", f"--container-workdir={Path.cwd()}"]
         step += ["--container-mounts=" + ",".join(path if ":" in path else f"{path}:{path}" for path in mounts)]
+    said = shlex.quote(str(run_folder / "run.json"))
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _options(launch, name, folder)),
@@ -171,14 +181,15 @@ def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_fo
         'address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "port=$((20000 + SLURM_JOB_ID % 20000))",
         "export address port",
+        f"export {SHUTDOWN_TIMEOUT}={max(launch.stop_seconds, 30)}",
+        *([f"before=$(cksum {said} 2>/dev/null)"] if launch.requeue else []),
         f"{shlex.join(step)} bash -c {shlex.quote(f'exec {run}')}",
         "code=$?",
     ]
     if launch.requeue:
-        said = shlex.quote(str(run_folder / "run.json"))
         lines += [
-            "# A run that was interrupted has written a checkpoint, and goes on from it.",
-            f'if [ $code -ne 0 ] && grep -qs \'"status": "interrupted"\' {said}; then',
+            "# A run that was interrupted has written a checkpoint, and goes on from it; one that failed before it went on has not.",
+            f'if [ $code -ne 0 ] && grep -qs \'"status": "interrupted"\' {said} && [ "$before" != "$(cksum {said})" ]; then',
             f"  if grep -q '\"steps_since_start\": 0\\b' {said}; then",
             '    echo "lorakit: interrupted before the first step since its start; the job does not queue again" >&2',
             "  else",

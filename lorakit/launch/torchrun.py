@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -11,13 +12,18 @@ import socket
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError
 from lorakit.strategy.watch import FAULT_FILE, take_fault
+
+SHUTDOWN_TIMEOUT = (
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # environment: so long does torchrun wait for processes that it has told to stop
+)
+SHUTDOWN_SECONDS = 300  # torch's own 30 are less than a step of a large model and its checkpoint; who hangs, the watchers end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +84,9 @@ def run_here(job: dict[str, Any], num_processes: int, *, max_restarts: int = 0) 
         KeyboardInterrupt: they ended at Ctrl-C.
         LorakitError: a process was killed; the message names it.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is told below
+    os.environ.setdefault(SHUTDOWN_TIMEOUT, str(SHUTDOWN_SECONDS))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     with tempfile.TemporaryDirectory(prefix="lorakit-") as folder:
         path = Path(folder) / "job.json"
@@ -93,25 +97,36 @@ def run_here(job: dict[str, Any], num_processes: int, *, max_restarts: int = 0) 
             rdzv_endpoint="localhost:0", max_restarts=max_restarts, monitor_interval=0.5, start_method="spawn",
         )  # fmt: skip
         try:
-            elastic_launch(config, sys.executable)("-m", "lorakit.cli.worker", str(path))
-        except SignalException as error:
-            if error.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from error
-            raise SystemExit(128 + error.sigval) from error
-        except ChildFailedError as error:
-            if reason := take_fault():
-                raise LorakitError(f"{reason}. All processes were ended; go on with resume=true") from error
-            raise_as_ended(error)
+            with ends_as_its_processes():
+                elastic_launch(config, sys.executable)("-m", "lorakit.cli.worker", str(path))
         finally:
             del os.environ[FAULT_FILE]
 
 
-def raise_as_ended(error: Any) -> None:
-    """Raise for torchrun's ``ChildFailedError`` what the process that failed first would have: it has said why itself.
+@contextlib.contextmanager
+def ends_as_its_processes() -> Iterator[None]:
+    """Around torchrun's agent: what it raises becomes what the process that failed first would have raised, which has said why.
 
     Raises:
         SystemExit, KeyboardInterrupt, LorakitError: as ``run_here``.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        yield
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from error
+        raise SystemExit(128 + error.sigval) from error
+    except ChildFailedError as error:
+        if reason := take_fault():
+            raise LorakitError(f"{reason}. All processes were ended; go on with resume=true") from error
+        _explain(error)
+
+
+def _explain(error: Any) -> None:
 
     # What a signal has ended comes first: the others fail because of it, or are ended with SIGTERM.
     def order(entry: tuple[int, Any]) -> tuple[bool, int]:

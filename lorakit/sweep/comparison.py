@@ -161,7 +161,7 @@ def _beside(
 
 
 def _speed(run: Run, history: list[dict[str, Any]]) -> float | None:
-    """Tokens/s over the whole run as it said at its end, or the median of what was logged."""
+    """Tokens/s as the run said at its end, of the time since it went on; or the median of what was logged."""
     logged = [record["speed/tokens_per_second"] for record in history if "speed/tokens_per_second" in record]
     return run.info.get("tokens_per_second") or (statistics.median(logged) if logged else None)
 

@@ -190,6 +190,7 @@ def test_a_folder_of_runs_that_is_not_there_is_said(workplace: Path, lorakit: Ca
         ("trainer.gradient_accumulation_steps=4", "it is trainer.accumulate_grad_batches here"),
         ("--max-length", "settings are written without dashes; it is data.max_tokens here"),
         ("--data", "it is data.path here"),
+        ("callbacks.samples.max_length=4", "did you mean callbacks.samples.max_tokens?"),
         ("load_in_4bit=true", "lorakit trains on bases of 16 or 32 bits"),
         ("model.dtype=int4", "choose one of auto, float32, bfloat16, float16"),
         ("lora.rank=0", "lora.rank=0 must be at least 1"),
@@ -202,12 +203,13 @@ def test_what_other_trainers_call_it_is_understood(workplace: Path, lorakit: Cal
 
 
 def test_every_key_that_others_call_otherwise_is_one_of_ours(workplace: Path) -> None:
-    from lorakit.cli.known_as import KNOWN_AS
+    from lorakit.cli.known_as import KNOWN_AS, explain_other_name
     from lorakit.cli.settings import read_choices
 
     choices = read_choices()
     ours = {setting.key for choice in choices for setting in choice.settings} | {choice.group for choice in choices}
     assert not KNOWN_AS.keys() - ours
+    assert explain_other_name("optim.weight_decay") is None and explain_other_name("eval.batch_size") is None  # ours, or another
     assert len({name for names in KNOWN_AS.values() for name in names}) == sum(map(len, KNOWN_AS.values()))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from program import REPOSITORY
 from small import SMALL
 
 from lorakit.cli import preflight
@@ -141,7 +143,10 @@ def slurm(lorakit: Call, *settings: str, train: tuple[str, ...] = ()) -> tuple[i
     ("settings", "said"),
     [
         (("time=3:00",), "launch.time=3:00 leaves no time to train"),
-        (("time=10", "stop_seconds=540"), "launch.time=10 leaves no time to train"),
+        (("time=0:10:00", "stop_seconds=540"), "launch.time=0:10:00 leaves no time to train"),
+        (("time=43200",), "launch.time=43200 is a number"),
+        (("environment={AWS_SECRET_ACCESS_KEY: secret}",), "export AWS_SECRET_ACCESS_KEY before you submit"),
+        (("logger=wandb",), "logger=… is a setting of the run"),
         (("environment={WANDB_API_KEY: secret}",), "export WANDB_API_KEY before you submit"),
         (('options=["--gpus=5"]',), "--gpus=5 cannot be shared by launch.nodes=2"),
         (("options=[--mem=0, --exclusive]",), "launch.options=[--mem=0, --exclusive] cannot be read"),
@@ -172,6 +177,10 @@ def test_slurms_times_in_seconds(time: str, seconds: int | None) -> None:
         ("--gpus-per-node=h100:4", 4),
         ("--gpus=16", 8),
         ("-G 4", 2),
+        ("--gpus-per-node 8", 8),
+        ("--tres-per-node=gres/gpu:4", 4),
+        ("--partition=gpu", 1),
+        ("--constraint=gpu", 1),
         ("--gres=gpu:a100:2", 2),
         ("--mem=0", 1),
     ],
@@ -209,7 +218,33 @@ def test_an_interrupted_job_queues_again_unless_it_made_no_step(workplace: Path,
         run_file.unlink(missing_ok=True)
         if text:
             run_file.write_text(text)
-        program = f"code=1; SLURM_JOB_ID=7; scontrol() {{ echo asked: $*; }}\n{behind}"
+        program = f"code=1; SLURM_JOB_ID=7; before=x; scontrol() {{ echo asked: $*; }}\n{behind}"
         done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (1, "asked: requeue 7\n" if asked else "")
-        assert "Traceback" not in done.stderr and "No such file" not in done.stderr
+        assert "No such file" not in done.stderr
+        if asked:  # a start that failed before the run went on has left run.json as it was
+            program = program.replace("before=x", f"before=$(cksum {run_file})")
+            assert not subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False).stdout
+
+
+def test_the_script_runs_torchrun_and_ends_as_its_process_without_a_traceback(workplace: Path, lorakit: Call) -> None:
+    """The real script and the real agent; srun and scontrol only do what they would on one node."""
+    settings = ("nodes=1", "submit=false", "train", "run=one", "model.path=tiny", "data.path=/nowhere/rows.jsonl")
+    code, _, err = lorakit("launch", "slurm", *settings)
+    assert code == 0 and "data.path=/nowhere/rows.jsonl is not on this machine" in err
+    stubs = {
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "scontrol": "[ $1 = show ] && echo localhost || echo asked to queue again",
+    }
+    (workplace / "bin").mkdir()
+    for name, text in stubs.items():
+        (workplace / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (workplace / "bin" / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{workplace / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+    environment |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "7", "SLURM_NODEID": "0"}
+    done = subprocess.run(
+        ["bash", "runs/.slurm/one.sh"], env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 2, done.stderr
+    assert "/nowhere/rows.jsonl: no such file" in done.stderr
+    assert "Traceback" not in done.stderr and "asked" not in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -28,8 +29,10 @@ def test_an_offline_wandb_run_holds_losses_config_and_samples(
 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(workplace))  # no ~/.netrc with a key
-    code, _, err = lorakit("train", "logger=wandb", "run=one", "trainer.max_steps=2", *SMALL)
+    code, out, err = lorakit("train", "logger=wandb", "run=one", "trainer.max_steps=2", *SMALL)
     assert code == 0, err
+    assert re.search(r"in all \d+\.\d s, of which \d+\.\d s for 1 evaluation with samples\n", out), out
+    assert re.search(r"next: lorakit sample one -- \$'English: .*\\nPig Latin:'    or: ", out), out
     (file,) = workplace.glob("runs/one/wandb/offline-run-*/*.wandb")
     losses, tables = [], 0
     config: dict[str, str] = {}

@@ -265,6 +265,11 @@ def test_what_can_go_on_is_said_with_the_line_to_type(workplace: Path, lorakit: 
     for asked in (("resume=true",), ("resume=true", "run=other")):
         code, _, err = lorakit("train", *asked)
         assert code == 2 and f"mine (interrupted): {typed}" in err, err
+    script = workplace / "runs/.slurm/mine.sh"
+    script.parent.mkdir()
+    script.touch()
+    queued = run.update(command="lorakit train -m lora.rank=4,8 launch=slurm")
+    assert command_to_go_on(queued) == f"sbatch {script}"  # of a sweep, too, whose other jobs are not touched
     sweep = run.update(command="lorakit train -m lora.rank=4,8")
     named = Run(sweep.folder.with_name("sweep-1127-3"), sweep.info)
     assert command_to_go_on(named) == "lorakit train -m lora.rank=4,8 group=sweep-1127 resume=auto"

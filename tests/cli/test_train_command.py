@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,10 @@ import pytest
 import torch
 import yaml
 from small import SMALL
+
+from lorakit.cli.evaluate import as_table
+from lorakit.cli.reports import quote_prompt
+from lorakit.cli.trained import add_run_arguments, parse
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -209,3 +215,49 @@ def test_the_last_line_end_of_a_prompt_is_not_part_of_it(trained: Path, lorakit:
     assert said[0] == said[1]
     code, _, err = lorakit("sample", "first", "--runs", f"{trained}/runs", "--system", "Be kind.", "--", "x")
     assert code == 2 and "--system is a message of a conversation" in err
+
+
+def test_what_is_written_as_settings_means_the_option(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--chat", action="store_true", default=None)
+    mode.add_argument("--raw", dest="chat", action="store_false")
+    parser.add_argument("--columns", nargs="+")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--base-name")
+    for arguments, expected in (
+        (("chat=false",), {"chat": False}),
+        (("chat=true", "limit=3"), {"chat": True, "limit": 3}),
+        (("/data/lr=1e-3/runs/foo",), {"run": "/data/lr=1e-3/runs/foo"}),
+        (("data.columns={prompt: q, completion: a}",), {"columns": ["prompt=q", "completion=a"]}),
+        (("--columns", "prompt=q", "completion=a", "limit=4"), {"columns": ["prompt=q", "completion=a"], "limit": 4}),
+        (("columns=prompt=q", "completion=a", "--limit=2"), {"columns": ["prompt=q", "completion=a"], "limit": 2}),
+        (("--col", "prompt=q", "--base-name", "a=b"), {"columns": ["prompt=q"], "base_name": "a=b"}),
+        (("base_name=a=b", "run=x"), {"base_name": "a=b", "run": "x"}),
+    ):
+        found = vars(parse(parser, arguments))
+        assert {key: found[key] for key in expected} == expected, arguments
+    with pytest.raises(SystemExit):
+        parse(parser, ["chat=perhaps"])
+
+
+def test_a_person_reads_a_table_and_types_a_prompt() -> None:
+    figures = {
+        "run": "it",
+        "rows": 3,
+        "loss": 0.5,
+        "base": {"loss": 2.0, "tasks": {"t": {"acc": 0.25}}},
+        "tasks": {"t": {"acc": 1.0}},
+    }
+    lines = [line.split() for line in as_table(figures).splitlines()]
+    assert lines == [
+        ["adapter", "base"],
+        ["run", "it"],
+        ["rows", "3"],
+        ["loss", "0.5000", "2.0000"],
+        ["t", "acc", "1.0000", "0.2500"],
+    ]
+    for text in ("plain", "it's", "two\nlines", "it's\ntwo \\ lines"):
+        typed = subprocess.run(["bash", "-c", f"printf %s {quote_prompt(text)}"], capture_output=True, text=True, check=True)
+        assert typed.stdout == text
