@@ -68,7 +68,7 @@ def print_lines(config: DictConfig, *, arguments: list[str], settings: list[str]
 
     from lorakit.cli.processes import num_devices
     from lorakit.cli.schema import check_settings
-    from lorakit.launch.torchrun import Launch, torchrun_lines
+    from lorakit.launch.torchrun import SHUTDOWN_SECONDS, SHUTDOWN_TIMEOUT, Launch, torchrun_lines
     from lorakit.weights.run import free_name
 
     plain = train.to_plain(config)
@@ -86,6 +86,9 @@ def print_lines(config: DictConfig, *, arguments: list[str], settings: list[str]
     count = f"{devices} {'process' if devices == 1 else 'processes'} each"
     counted = ", as this one has (trainer.devices=N says otherwise)" if plain["trainer"]["devices"] == "auto" else ""
     print(f"# {launch.nodes} machines with {count}{counted}; number 0 is {where}. Folder and environment are the same on all.")
+    print(
+        f"# On each, or torchrun kills after 30 s what is to stop and is in a step:\nexport {SHUTDOWN_TIMEOUT}={SHUTDOWN_SECONDS}"
+    )
     for node, line in enumerate(torchrun_lines(launch, devices, program)):
         print(f"# machine {node}\n{line}")
 

@@ -31,6 +31,7 @@ def test_each_machine_has_a_line_that_differs_in_its_number_only(workplace: Path
     assert first[:6] == [
         *("torchrun", "--nnodes=2", "--node-rank=0", "--nproc-per-node=3", "--master-addr=10.0.0.1", "--master-port=29500"),
     ]
+    assert "\nexport TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300\n" in out  # torch's own half minute is less than a large step
     assert "data.path=my rows.jsonl" in first and "--max-restarts=1" in first
     assert any(text.startswith("run=run-") for text in first)  # one folder, also for what is started again
     assert [(a, b) for a, b in zip(first, second, strict=True) if a != b] == [("--node-rank=0", "--node-rank=1")]
