@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lorakit.errors import CheckpointError, ConfigError, TrainingError, is_out_of_memory
 from lorakit.loss import LOSSES
@@ -161,8 +162,8 @@ class LoRAModule(L.LightningModule):
 
     @property
     def can_repeat(self) -> bool:
-        """Whether a step can be computed again: other processes would wait, and DeepSpeed has taken gradients as they came."""
-        return self.trainer.world_size == 1 and not hasattr(self.trainer.strategy, "skip_step")
+        """Whether a step can be computed again: other processes would wait, and DDP and DeepSpeed take gradients as they come."""
+        return isinstance(self.trainer.strategy, SingleDeviceStrategy)
 
     def _run_part(self, part: Batch) -> None:
         """Forward and backward of a part, scaled as Lightning scales the loss of a step."""
