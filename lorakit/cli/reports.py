@@ -12,8 +12,10 @@ from rich.table import Table
 from lorakit.data.columns import explain_unused
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.data.examples import DataReport
+from lorakit.data.rows import Chat, PromptCompletion
 
 log = logging.getLogger("lorakit")
+PROMPT_CHARACTERS = 120  # a longer one is not typed
 
 
 def print_data_report(datamodule: LoRADataModule, console: Console, *, histogram: bool = False) -> None:
@@ -83,6 +85,19 @@ def warnings_of(report: DataReport, datamodule: LoRADataModule) -> list[str]:
         if reason := explain_unused(column, format):
             found.append(f"the column `{column}` is not used by the format {format}: {reason}")
     return found
+
+
+def prompt_to_try(datamodule: LoRADataModule) -> str | None:
+    """What stands in front of the first answer to evaluate, or to train, as one types it; None where that is long or no text."""
+    has_val = len(datamodule.val_indices) > 0
+    source, indices = (
+        (datamodule.val_source, datamodule.val_indices) if has_val else (datamodule.source, datamodule.train_indices)
+    )
+    row = source.row(int(indices[0]))
+    text: Any = row.prompt if isinstance(row, PromptCompletion) else None
+    if isinstance(row, Chat):
+        text = next((message.content for message in row.messages if message.role == "user"), None)
+    return text if isinstance(text, str) and 0 < len(text) <= PROMPT_CHARACTERS else None
 
 
 def quote_prompt(text: str) -> str:

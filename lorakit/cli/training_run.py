@@ -37,7 +37,7 @@ from lorakit.cli.processes import (
     resume_if_restarted,
     silence,
 )
-from lorakit.cli.reports import quote_prompt
+from lorakit.cli.reports import prompt_to_try, quote_prompt
 from lorakit.cli.resume import choose_run, command_to_go_on, fill_run_folder
 from lorakit.cli.schema import check_settings
 from lorakit.data.datamodule import LoRADataModule
@@ -330,7 +330,7 @@ def _print_end(
             console.print("a job that SLURM has told to stop queues again by itself; of another:")
         console.print(f"continue with: {command_to_go_on(run)}", markup=False)
     else:
-        prompt = quote_prompt(outcome.datamodule.prompt_to_try() or "your prompt")
+        prompt = quote_prompt(prompt_to_try(outcome.datamodule) or "your prompt")
         console.print(f"next: lorakit sample {name} -- {prompt}    or: lorakit merge {name}", markup=False, highlight=False)
 
 

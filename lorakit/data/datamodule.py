@@ -22,7 +22,7 @@ from lorakit.data.mixture import Mixture
 from lorakit.data.own_format import name_of_format
 from lorakit.data.packing import fill_with_longest
 from lorakit.data.render import Renderer, TrainOnWhat
-from lorakit.data.rows import Chat, PromptCompletion, are_pairs
+from lorakit.data.rows import are_pairs
 from lorakit.data.settings import check_counts, check_settings, one_of
 from lorakit.data.sources import Source, open_source, open_sources, read_mixed
 from lorakit.data.stream import BatchStream
@@ -331,15 +331,6 @@ class LoRADataModule(L.LightningDataModule):
     def mixture(self) -> Mixture:
         """Which of them each epoch has."""
         return Mixture(self.train_indices, self.source, seed=self.seed)
-
-    def prompt_to_try(self, max_characters: int = 120) -> str | None:
-        """What stands in front of the first answer to evaluate, or to train, as one types it; None where that is long or no text."""
-        source, indices = (self.val_source, self.val_indices) if len(self.val_indices) else (self.source, self.train_indices)
-        row = source.row(int(indices[0]))
-        text: Any = row.prompt if isinstance(row, PromptCompletion) else None
-        if isinstance(row, Chat):
-            text = next((message.content for message in row.messages if message.role == "user"), None)
-        return text if isinstance(text, str) and 0 < len(text) <= max_characters else None
 
     @property
     def source_names(self) -> tuple[str, ...]:

@@ -189,3 +189,13 @@ def test_memory_that_the_system_refuses_is_made_room_for(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-2000:]
     positions, distance = done.stdout.split()[-2:]
     assert int(positions) <= 128 and float(distance) < 1e-6
+
+
+@pytest.mark.parametrize(("strategy", "repeats"), [("auto", True), ("ddp", False)])
+def test_only_a_strategy_that_takes_no_gradients_as_they_come_repeats_a_step(
+    tmp_path: Path, strategy: str, repeats: bool
+) -> None:
+    """DDP of one process would see each gradient twice."""
+    module = LoRAModule(lambda: None, optimizer=sgd(0.1))
+    module.trainer = make_trainer(tmp_path, strategy=strategy)
+    assert module.can_repeat is repeats
