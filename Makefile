@@ -20,8 +20,9 @@ test: $(STAMP)
 test-docs: $(STAMP)
 	$(BIN)/python -m pytest tests/test_docs.py tests/test_library_page.py tests/cli/test_readme_images.py -m ""
 
-test-all: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu"
+# The fast ones in two processes; then the slow ones, each of which wants the machine for itself.
+test-all: test
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 # On a machine with a GPU, in whatever environment has its torch and lorakit's other requirements (PYTHON).
 test-gpu:
