@@ -91,10 +91,12 @@ def train(config: DictConfig, *, command: str = "") -> None:
 
     hydra = HydraConfig.get()
     plain = to_plain(config)  # before what takes seconds to import
+    is_sweep = hydra.mode is RunMode.MULTIRUN
+    if not is_sweep and hydra.runtime.choices.get("launch") != "slurm":  # whose nodes may have other files
+        _check_paths(plain)
     from lorakit.cli.jobs import mark_failed, was_finished
     from lorakit.cli.schema import check_settings
 
-    is_sweep = hydra.mode is RunMode.MULTIRUN
     if is_sweep:
         plain["run"] = f"{plain['run'] or plain['group']}-{hydra.job.num}"  # a folder for each job
     elif plain["sweep"] is not None:
@@ -117,6 +119,20 @@ def train(config: DictConfig, *, command: str = "") -> None:
         failed = LorakitError("its processes failed, and said why")
         mark_failed(job, failed)
         raise failed from ended
+
+
+def _check_paths(plain: dict[str, Any]) -> None:
+    """Tell of misspelt rows within a second, not behind the imports. What is wrong with the settings themselves is told later."""
+    from lorakit.data.sources import check_paths, read_mixed
+
+    data, sources = plain["data"], plain["data"].get("sources")
+    is_ours = data["_target_"] == "lorakit.data.datamodule.LoRADataModule"
+    if "RANK" in os.environ or not is_ours or (data["path"] is None) == (sources is None):
+        return
+    mixed = [entry.path for entry in read_mixed(sources)] if isinstance(sources, list) else []
+    check_paths(
+        path for path in (data["path"], *mixed, data["val_path"], plain["eval"]["retain_path"]) if isinstance(path, str)
+    )
 
 
 def _start(plain: dict[str, Any], job: dict[str, Any]) -> None:

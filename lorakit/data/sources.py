@@ -11,7 +11,7 @@ import math
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from lorakit.errors import ConfigError, DataError, report
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
 BUNDLED = Path(__file__).parent.parent / "examples"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+|[\w-]+")
 _SHOW_PROGRESS_BYTES = 20 << 20
 
 
@@ -251,6 +251,18 @@ def find_files(path: str) -> list[Path] | None:
     if near := difflib.get_close_matches(path, _bundled_names(), n=1, cutoff=0.7):
         raise DataError(f"{path}: no such data set; did you mean {near[0]}?")
     return None
+
+
+def check_paths(paths: Iterable[str]) -> None:
+    """Look for ``paths`` and open none of them. Raises DataError, with all that are not there."""
+    problems = []
+    for path in paths:
+        try:
+            find_files(path)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
 
 
 def _suggest_file(path: Path) -> str:

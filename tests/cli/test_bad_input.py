@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,6 +158,25 @@ def test_what_has_no_effect_on_these_rows_is_said(workplace: Path, lorakit: Call
     assert "columns not used: imput, id" in out and "did you mean `input`?" in out
     assert "trainer.max_steps=9 will not be reached: data.epochs=1 ends after about 2 steps" in err
     assert "no rows are held out, so data.val_rows=3 has no effect" in err
+
+
+@pytest.mark.parametrize(
+    "named",
+    [["data.path=rowz.jsonl", "data.val_path=./absent"], ["data.sources=[rowz.jsonl,{path: ./absent}]", "data.path=null"]],
+)
+def test_rows_that_are_not_there_are_told_before_the_imports(workplace: Path, named: list[str]) -> None:
+    arguments = ["model.path=tiny", *named, "eval.retain_path=rowz.txt"]
+    code = f"""
+import sys
+from lorakit.cli.guard import run_command
+from lorakit.cli.train import main
+try:
+    run_command(lambda typed: main({arguments}))
+finally:
+    print("torch" in sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+    assert all(f"{name}: no such file" in done.stderr for name in ("rowz.jsonl", "./absent", "rowz.txt")), done.stderr
 
 
 def test_a_sweep_says_which_job_failed_and_names_a_run_for_each(workplace: Path, lorakit: Call) -> None:

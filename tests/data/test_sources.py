@@ -169,7 +169,8 @@ def test_a_bundled_set_is_found_by_its_name() -> None:
 
 
 @pytest.mark.parametrize(("path", "message"), [
-    ("rows.jsonl", "no such file.*did you mean row.jsonl"), ("rows.xml", "unknown file type '.xml'"), ("./none/here", "no such file"),
+    ("rows.jsonl", "no such file.*did you mean row.jsonl"),
+    ("rows.xml", "unknown file type '.xml'"), ("./none/here", "no such file"), ("./none", "no such file"),
 ])  # fmt: skip
 def test_a_path_that_cannot_be_read_says_why(tmp_path: Path, monkeypatch: Any, path: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
