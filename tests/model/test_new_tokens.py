@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from test_any_model import FAMILIES, difference, write_base
+from model_folders import FAMILIES, difference, write_base
 from tiny_models import gradients, randomise, relative_l2, trainable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
