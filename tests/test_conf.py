@@ -86,6 +86,30 @@ def test_the_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture
         assert re.search(rf"^(  )?{re.escape(typed)}\b|{re.escape(typed)} ", said, re.MULTILINE), typed
 
 
+def test_every_line_of_the_help_has_what_the_file_says_of_its_key(capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(["--help"])
+    said = capsys.readouterr().out
+    for choice in read_choices():
+        for found in choice.settings:
+            default = "(must be set)" if found.default == "???" else found.default
+            assert re.search(rf"^  {re.escape(f'{found.key}={default}')} +{re.escape(found.meaning)}$", said, re.MULTILINE), (
+                found
+            )
+
+
+def test_a_key_that_is_a_size_or_a_time_names_its_unit() -> None:
+    """By the key's own name, or by its meaning."""
+    unit = re.compile(
+        r"token|row|step|epoch|second|minute|positions|pixels|GB|bytes|TFLOP|share|times|hour|dollar|rank|process|machine|device|"
+        r"trials|checkpoints|batch|factor|port|GPU|node|core|prompt|thread|limit|as SLURM writes|elements|fraction"
+    )
+    sizes = re.compile(r"tokens|rows|steps|seconds|epochs|size|pixels|_gb|tflops|time|last|best|trials|threads|devices|price")
+    numbers = [(choice, found) for choice in read_choices() for found in choice.settings if sizes.search(found.key)]
+    assert len(numbers) > 30
+    unnamed = [f"{choice.group}/{choice.name}: {found}" for choice, found in numbers if not unit.search(found.meaning)]
+    assert not unnamed, "\n".join(unnamed)
+
+
 def test_the_page_of_settings_is_made_from_the_files() -> None:
     page = CONF.parent / "docs" / "settings.md"
     assert page.read_text(encoding="utf-8") == as_page(read_choices()), "run python scripts/make_settings_page.py"

@@ -124,7 +124,7 @@ def _choose_rank(config: Config, known: Known) -> tuple[Config, str]:
     enough = [rank for rank in fitting if plans[rank].num_params >= needed and rank >= LEAST_RANK]
     rank = min(enough, default=max(fitting))
     if not enough:
-        why = "the largest whose file stays below 300 MB"
+        why = "the largest that is chosen" if rank == max(RANKS) else "the largest whose file stays below 300 MB"
     else:
         why = "the least that is chosen" if rank == LEAST_RANK else "the least rank that has them"
     return {"lora.rank": rank}, (

@@ -112,7 +112,10 @@ def _torch() -> Iterator[Finding]:
     elif torch.backends.mps.is_available():
         yield Finding("devices", GOOD, "Apple GPU (mps)")
     else:
-        yield Finding("devices", NOTE, "no GPU: runs use the processor")
+        remedy = (
+            "`lorakit plan model.path=… plan.gpus=[1]` says what a run takes on one; README, what a processor trains in a night"
+        )
+        yield Finding("devices", NOTE, "no GPU: runs use the processor", remedy)
 
 
 def _formats() -> Iterator[Finding]:
@@ -128,7 +131,9 @@ def _formats() -> Iterator[Finding]:
         "16-mixed": f"this {accelerator} has no bf16: fp16 with loss scaling",
         "32-true": f"this {accelerator} has no bf16",
     }[precision]
-    yield Finding("precision", GOOD if precision == "bf16-mixed" else NOTE, f"trainer.precision=auto is {precision}: {why}")
+    is_best = precision == "bf16-mixed"
+    remedy = "" if is_best else "nothing to mend: it is slower, or takes more memory, than bf16 on a newer device"
+    yield Finding("precision", GOOD if is_best else NOTE, f"trainer.precision=auto is {precision}: {why}", remedy)
 
 
 def _deepspeed() -> Iterator[Finding]:
@@ -143,7 +148,11 @@ def _deepspeed() -> Iterator[Finding]:
         version = importlib.metadata.version("deepspeed")
         yield Finding("deepspeed", GOOD, f"{version}: strategy=zero1, zero2, zero3")
         return
-    remedy = "pip install 'deepspeed>=0.19'" if sys.platform == "linux" else ""
+    remedy = (
+        "pip install 'deepspeed>=0.19'"
+        if sys.platform == "linux"
+        else "it is made for Linux; strategy=ddp joins processes here"
+    )
     yield Finding("deepspeed", NOTE, f"cannot be imported ({problem}), so only strategy=single and ddp work", remedy)
 
 
@@ -167,7 +176,9 @@ def _slurm() -> Iterator[Finding]:
         said = subprocess.CompletedProcess(command, 1, "", "no answer in 20 s")
     if said.returncode:
         problem = (said.stderr.strip().splitlines() or ["no answer"])[-1]
-        yield Finding("slurm", NOTE, f"is installed, and sinfo fails: {problem}")
+        yield Finding(
+            "slurm", NOTE, f"is installed, and sinfo fails: {problem}", "run lorakit launch slurm on a node of the cluster"
+        )
     else:
         lines = "; ".join(" ".join(line.split()).replace(" (null)", "") for line in said.stdout.splitlines())
         yield Finding("slurm", GOOD, f"{lines}: `lorakit launch slurm … train …` submits; what is above is this machine alone")
@@ -181,7 +192,8 @@ def _wandb() -> Iterator[Finding]:
         yield Finding("w&b", GOOD, f"wandb {version}, an API key is there: logger=wandb is online")
     else:
         why = "no API key" if not has_key() else f"WANDB_MODE={mode}"
-        yield Finding("w&b", NOTE, f"wandb {version}, {why}: logger=wandb is {mode}", "wandb login" if not has_key() else "")
+        remedy = "wandb login" if not has_key() else "unset WANDB_MODE"
+        yield Finding("w&b", NOTE, f"wandb {version}, {why}: logger=wandb is {mode}", remedy)
 
 
 def _hub() -> Iterator[Finding]:

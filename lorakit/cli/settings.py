@@ -81,7 +81,7 @@ def _settings_of(node: Any, lines: list[str], prefix: str) -> Iterator[Setting]:
 def as_help(choices: list[Choice]) -> str:
     """All keys as text: ``key=default  meaning``, and behind each group what else can be chosen for it."""
     lines = ["settings, as key=default:"]
-    shown: set[tuple[str, str]] = set()
+    shown: set[Setting] = set()
     for choice in choices:
         title = f"{choice.group}={choice.name}" if choice.group else ""
         if title:
@@ -90,9 +90,9 @@ def as_help(choices: list[Choice]) -> str:
                 f"{title}{' (default)' if choice.is_default else ''}{f': {choice.meaning}' if choice.meaning else ''}",
             ]
         for setting in choice.settings:
-            if (setting.key, setting.default) in shown and not choice.is_default:
+            if setting in shown and not choice.is_default:
                 continue  # as in the default choice of the group
-            shown |= {(setting.key, setting.default)}
+            shown |= {setting}
             default = "(must be set)" if setting.default == "???" else setting.default
             lines.append(f"  {f'{setting.key}={default}':42} {setting.meaning}".rstrip())
     return "\n".join(lines)

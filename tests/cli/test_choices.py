@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import transformers
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
-from program import REPOSITORY
+from chat_models import config_of, shapes
 
+from lorakit.callbacks import memory_probe
 from lorakit.cli.choices import FILE_BYTES, RANKS, Known, choose
 from lorakit.cli.planning import StepPlan
-from lorakit.cli.schema import check_settings
 from lorakit.data.examples import Cuts, DataReport
 from lorakit.lora.inject import plan
-from lorakit.model.load import skeleton_of
-from lorakit.planner.presets import preset_config
 from lorakit.strategy.world import World
+from lorakit.training.precision import resolve_precision, why_precision
 
 Call = Callable[..., tuple[int, str, str]]
 A3B = "Qwen/Qwen3-30B-A3B-Instruct-2507"
@@ -31,31 +28,6 @@ KEYS = (
     *("lora.rank", "lora.expert_layout", "data.tokens_per_batch", "trainer.activation_checkpointing"),
     "trainer.accumulate_grad_batches",
 )
-
-
-def shapes(name: str) -> Any:
-    """The model of a name without weights: published sizes of Qwen3's configs, or one that lorakit brings."""
-    if (config := preset_config(name)) is not None:
-        return skeleton_of(config)
-    hidden, inner, layers, heads, tied = {
-        "0.6B": (1024, 3072, 28, 16, True), "4B": (2560, 9728, 36, 32, True), "8B": (4096, 12288, 36, 32, False),
-        "32B": (5120, 25600, 64, 64, False), "small": (256, 512, 4, 4, True),
-    }[name]  # fmt: skip
-    config = transformers.Qwen3Config(
-        vocab_size=151_936, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=min(8, heads), head_dim=128, tie_word_embeddings=tied, max_position_embeddings=40_960,
-    )  # fmt: skip
-    return skeleton_of(config)
-
-
-def config_of(*overrides: str) -> dict[str, Any]:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        found = compose("train", ["experiment=chat_sft", "model.path=x", "data.path=y", "run=z", *overrides])
-    OmegaConf.update(found, "paths.run", "z")
-    plain: Any = OmegaConf.to_container(found, resolve=True)
-    check_settings(plain)
-    return plain
 
 
 def report_of(num_rows: int, length: int) -> DataReport:
@@ -122,6 +94,23 @@ def test_what_is_set_stays_and_what_is_known_from_before_too() -> None:
     assert again["lora.rank"] == 7 and again["data.tokens_per_batch"] == 4096 and again["trainer.accumulate_grad_batches"] == 8
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "rank", "why"),
+    [
+        ("small", 1_000, 16, "the least that is chosen"), ("small", 3_000, 32, "the least rank that has them"),
+        ("small", 6_000, 64, "the least rank that has them"), ("small", 100_000, 128, "the largest that is chosen"),
+        ("4B", 100_000_000, 64, "the largest whose file stays below 300 MB"),
+    ],
+)  # fmt: skip
+def test_more_rows_ask_for_a_higher_rank_whose_file_stays_small(name: str, rows: int, rank: int, why: str) -> None:
+    said = list[str]()
+    report = dataclasses.replace(report_of(1_000, 800), num_rows=rows)  # of which the first thousand were looked at
+    known = Known(shapes(name), report, None, "cuda", "bf16-mixed", 24 * 10**9, World(), 1)
+    _, chosen = choose(config_of("data.tokens_per_batch=4096", "trainer.activation_checkpointing=true"), known, said.append)
+    (line,) = (line for line in said if line.startswith("lora.rank=auto: "))
+    assert chosen["lora.rank"] == rank and why in line, line
+
+
 def write_chats(folder: Path, count: int = 120) -> None:
     rows = [
         {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"It is {i * i}. " * (1 + i % 5)}]}
@@ -138,6 +127,10 @@ def test_model_and_rows_suffice_and_a_resumed_run_keeps_its_choices(workplace: P
     assert code == 0, err
     for key in (*KEYS, "trainer.precision", "optim.lr"):
         assert f"{key}=auto: " in out, key
+    assert re.search(
+        rf"trainer\.precision=auto: \S+ \({re.escape(why_precision(resolve_precision('auto', 'cpu'), 'cpu'))}\)", out
+    )
+    assert re.search(r"optim\.lr=auto: \S+ \(\w+", out), out
     info = json.loads((workplace / "runs/it/run.json").read_text())
     assert set(KEYS) <= info["resolved"].keys() and info["total_steps"] == 60
     assert yaml.safe_load((workplace / "runs/it/config.yaml").read_text())["lora"]["rank"] == "auto"
@@ -170,6 +163,29 @@ def test_model_and_rows_suffice_and_a_resumed_run_keeps_its_choices(workplace: P
     )
     assert code == 0 and "resuming from step 2" in out and "(as when the run began)" in out, err
     assert json.loads((folder / "run.json").read_text())["resolved"] == found["resolved"]
+
+
+def test_the_longest_row_is_tried_once_where_the_batch_was_chosen(
+    workplace: Path, lorakit: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_chats(workplace)
+    tried = list[int]()
+
+    def watched(trainer: Any, module: Any, batch: Any) -> int | None:
+        tried.append(batch.input_ids.numel())
+        return run_once(trainer, module, batch)
+
+    run_once = memory_probe.run_once
+    monkeypatch.setattr(memory_probe, "run_once", watched)
+    monkeypatch.setattr(memory_probe, "refuses_memory", lambda device: True)
+    settings = ("experiment=chat_sft", "model.path=tiny", "data.path=chats.jsonl", "data.chat_template=chatml")
+    settings += ("callbacks.samples=null", "trainer.max_steps=1")
+    code, _, err = lorakit("train", *settings, "run=chosen")
+    assert code == 0, err
+    resolved = json.loads((workplace / "runs/chosen/run.json").read_text())["resolved"]
+    assert len(tried) == 1 and 0.9 * resolved["data.tokens_per_batch"] < tried[0] <= resolved["data.tokens_per_batch"]
+    code, _, err = lorakit("train", *settings, "run=given", "data.tokens_per_batch=4096")
+    assert code == 0 and len(tried) == 1, err
 
 
 def test_commands_that_do_not_train_take_the_preset_as_well(workplace: Path, lorakit: Call) -> None:

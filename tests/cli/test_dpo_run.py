@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from program import start
 
+from lorakit.training.module import LoRAModule
 from lorakit.weights.run import History
 
 Call = Callable[..., tuple[int, str, str]]
@@ -33,9 +36,26 @@ def pairs(workplace: Path) -> Path:
     return workplace
 
 
-def test_a_run_learns_to_prefer_and_evaluates_what_it_prefers(pairs: Path, lorakit: Call) -> None:
+def count_models() -> int:
+    """Models with weights that are alive in this process."""
+    gc.collect()
+    found = [one for one in gc.get_objects() if type(one).__name__ == "Qwen3MoeForCausalLM"]
+    return sum(next(one.parameters()).device.type != "meta" for one in found)
+
+
+def test_a_run_learns_to_prefer_and_evaluates_what_it_prefers(
+    pairs: Path, lorakit: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, during, clip = count_models(), list[int](), LoRAModule.configure_gradient_clipping
+
+    def counting(module: LoRAModule, *given: Any, **options: Any) -> None:
+        during.append(count_models() - before)
+        clip(module, *given, **options)
+
+    monkeypatch.setattr(LoRAModule, "configure_gradient_clipping", counting)
     code, out, err = lorakit("train", *SETTINGS, "run=dpo", "optim.lr=1e-2")
     assert code == 0, err
+    assert during == [1] * 6  # the reference is the same model, its adapter switched off
     assert "40 rows" not in out and "32 rows (preference), 64 examples" in out
     records = [record for record in History(pairs / "runs/dpo").read() if "train/loss" in record]
     assert records[0]["train/loss"] == pytest.approx(0.6931, abs=1e-3) and records[-1]["train/loss"] < 0.2

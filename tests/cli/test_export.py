@@ -68,6 +68,10 @@ def test_each_format_is_checked_and_means_the_same(runs: Path, lorakit: Call, tm
     assert (found["peft"] - found["vllm"]).abs().max() < 1e-4 * largest  # plain PEFT reads both
     assert (found["peft"] - merged).abs().max() < 0.1 * change  # adapters are rounded to bf16, this merge is not
     assert "logits of plain PEFT with it differ by" in said["peft"]
+    assert "names and shapes of 160 matrices" in said["vllm"]  # of 4 layers: 4 of attention, 3 of each of 12 experts
+    card = (tmp_path / "merged/README.md").read_text()
+    assert json.loads((runs / "it/run.json").read_text())["data_fingerprint"] in card and "The merged weights of" in card
+    assert "base_model_relation: finetune" in card and "rank: 4" in card and "3 optimiser steps" in card
     assert "vLLM itself does not run here" in said["vllm"] and "--max-lora-rank 8 " in said["vllm"]
     assert "read again" in said["merged"]
     assert json.loads((tmp_path / "merged/merge_report.json").read_text())["reloaded_difference"] < 1e-4 * largest
@@ -132,6 +136,19 @@ def test_an_adapter_that_is_not_its_models_is_found(runs: Path, tmp_path: Path) 
     save_file({**tensors, name: tensors[name] + 0.1}, folder / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="differs by"):
         reload_in_peft(load_model("tiny"), runs / "it/adapter", folder, dtype=torch.bfloat16)
+
+
+def test_nothing_is_left_where_the_layout_is_not_as_it_should_be(
+    runs: Path, lorakit: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorakit.weights import export as layouts
+
+    write = layouts.to_each_expert
+    monkeypatch.setattr(layouts, "to_each_expert", lambda *given, **options: {
+        key: tensor.T for key, tensor in write(*given, **options).items()
+    })  # fmt: skip
+    code, _, err = lorakit("export", "it", "--runs", str(runs), "format=vllm", f"out={tmp_path / 'turned'}")
+    assert code == 2 and "is not as its readers expect it" in err and [*tmp_path.iterdir()] == [], err
 
 
 def test_the_card_says_base_data_settings_and_figures(runs: Path, lorakit: Call, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ import yaml
 from program import start
 from small import SMALL
 
-from lorakit.callbacks.wandb_run import read_history, read_records, resolve_project
+from lorakit.callbacks.wandb_run import read_history, read_records, resolve_mode, resolve_project
+from lorakit.errors import ConfigError
 from lorakit.weights.run import History
 
 Call = Callable[..., tuple[int, str, str]]
@@ -29,16 +30,27 @@ def test_an_offline_wandb_run_holds_losses_config_and_samples(
 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(workplace))  # no ~/.netrc with a key
-    code, out, err = lorakit("train", "logger=wandb", "run=one", "trainer.max_steps=2", *SMALL)
+    named = (
+        "logger.wandb.entity=us",
+        "logger.wandb.project=pigs",
+        "logger.wandb.tags=[small,first]",
+        "logger.wandb.name=pig-1",
+    )
+    code, out, err = lorakit("train", "logger=wandb", *named, "run=one", "group=many", "trainer.max_steps=2", *SMALL)
     assert code == 0, err
     assert re.search(r"in all \d+\.\d s, of which \d+\.\d s for 1 evaluation with samples\n", out), out
     assert re.search(r"next: lorakit sample one -- \$'English: .*\\nPig Latin:'    or: ", out), out
     (file,) = workplace.glob("runs/one/wandb/offline-run-*/*.wandb")
+    assert f"the W&B run is offline; upload it with: wandb sync {file.parent}\n" in out
     losses, tables = [], 0
     config: dict[str, str] = {}
     for data in read_records(file.read_bytes()):
         record = Record()
         record.ParseFromString(data)
+        if record.HasField("run"):
+            run = record.run
+            found = (run.entity, run.project, [*run.tags], run.display_name, run.run_group)
+            assert found == ("us", "pigs", ["small", "first"], "pig-1", "many")
         for update in record.config.update:
             config[update.key or ".".join(update.nested_key)] = update.value_json
         items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
@@ -122,6 +134,28 @@ def test_csv_and_tensorboard_hold_every_step(workplace: Path, lorakit: Call) -> 
     events = EventAccumulator(str(folder)).Reload()
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses, rel=1e-5)
     assert len(losses) == 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "variable", "expected"),
+    [
+        ("auto", "", "", "offline"), ("auto", "k", "", "online"), ("auto", "k", "offline", "offline"),
+        ("auto", "", "disabled", "disabled"), ("offline", "k", "", "offline"), ("online", "k", "offline", "online"),
+        ("disabled", "k", "", "disabled"), ("online", "", "", "mode=online, but there is no API key: run `wandb login`"),
+        ("of", "k", "", "mode=of is unknown; choose auto, online, offline or disabled"),
+    ],
+)  # fmt: skip
+def test_the_mode_is_what_is_set_or_what_a_key_allows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, key: str, variable: str, expected: str
+) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setenv("WANDB_MODE", variable)
+    if len(expected) > 8:
+        with pytest.raises(ConfigError, match=expected):
+            resolve_mode(mode)
+    else:
+        assert resolve_mode(mode) == expected
 
 
 def test_the_variables_of_wandb_hold_where_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import html
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from small import SMALL
+
+from lorakit.weights.run import History
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -25,9 +28,22 @@ def test_runs_are_compared_by_name_with_all_their_figures_samples_and_settings(w
     assert [row["run"] for row in rows] == ["second", "first"]  # as they were named
     page = (workplace / "page/report.html").read_text(encoding="utf-8")
     assert "http://" not in re.sub(r'xmlns(:\w+)?="[^"]*"|<rdf:RDF.*?</rdf:RDF>|<!DOCTYPE[^>]*>', "", page, flags=re.DOTALL)
-    for figure in ("val/loss", "train/loss", "train/grad_norm", "train/lr", "memory/gigabytes", "retain/loss"):
+    for figure in (
+        "val/loss",
+        "train/loss",
+        "train/grad_norm",
+        "train/lr",
+        "speed/tokens_per_second",
+        "memory/gigabytes",
+        "retain/loss",
+    ):
         assert f">{figure}<" in page, figure
     assert "Samples over time" in page and "Settings that differ" in page
+    written = [History(workplace / "runs" / name, "samples.jsonl").read() for name in ("second", "first")]
+    assert len(written[0]) == len(written[1]) > 0
+    for ours, theirs in zip(*written, strict=True):  # in one line, in the order in which the runs were named
+        cells = "".join(f'<td class="text">{html.escape(record["sample"])}</td>' for record in (ours, theirs))
+        assert f"<tr><td>{ours['step']}</td>{cells}</tr>" in page and f"<pre>{html.escape(ours['prompt'])}</pre>" in page
     assert "<td>optim.lr</td><td>0.01</td><td>0.005</td>" in page and "run=first" in page
 
 

@@ -56,6 +56,31 @@ def test_rows_for_evaluation_come_from_their_own_file_in_order(path: str, tmp_pa
     assert list(ready(tokenizer, path=path).val_dataloader()) == []
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_longest_batch_is_full_of_the_longest_row(packing: bool, path: str, tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": f"row {n}:", "completion": " yes" * (1 + 9 * (n == 17))} for n in range(30)]
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", rows)
+    module = ready(
+        tokenizer, path=mixed, batch_size=None, tokens_per_batch=200, packing=packing, pack_tokens=100 if packing else None
+    )
+    batch, longest = module.longest_batch(), module.report.longest
+    texts = [text_of(tokenizer, batch.input_ids[row, start:end].tolist()) for row, start, end in batch.spans]
+    assert len(texts) == (2 * (100 // longest) if packing else 200 // longest) > 2
+    assert all("row 17:" in text and end - start == longest for text, (_, start, end) in zip(texts, batch.spans, strict=True))
+    ordinary = list(module.train_dataloader())
+    assert batch.input_ids.numel() >= max(made.input_ids.numel() for made in ordinary) - 100 * packing
+    assert float(batch.window_weight) == float(batch.weights.sum())
+
+
+def test_the_longest_pair_stays_together(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": f"row {n}:", "chosen": " yes", "rejected": " no" * (1 + 9 * (n == 17))} for n in range(30)]
+    module = ready(tokenizer, path=write_jsonl(tmp_path / "pairs.jsonl", rows), batch_size=None, tokens_per_batch=200)
+    batch = module.longest_batch()
+    texts = [text_of(tokenizer, batch.input_ids[row, start:end].tolist()) for row, start, end in batch.spans]
+    assert len(texts) == 2 * batch.num_pairs > 2 and all("row 17:" in text for text in texts)
+    assert ["yes" in text for text in texts] == [True, False] * batch.num_pairs
+
+
 def test_prompts_for_samples_end_where_training_begins(path: str, tokenizer: Any) -> None:
     module = ready(tokenizer, path=path, val_fraction=0.2)
     expected = [tokenizer(f"row {index}:")["input_ids"] for index in module.val_indices[:4]]
