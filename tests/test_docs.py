@@ -66,6 +66,8 @@ def test_the_pages_have_commands_and_what_is_quoted_is_compared() -> None:
     quoted = {block.split("\n")[0] for section in sections() for block in section.blocks if _is_output(block)}
     assert {line.split(":")[0] for line in quoted} == {"data", "held out, exactly right", "lorakit"}, "compare the new one, too"
     assert sum(len(section.commands.splitlines()) for section in sections()) > 30
+    left_out = [line for section in sections() if "make " in section.commands for line in section.commands.splitlines()]
+    assert all(line.startswith("make ") for line in left_out), "a section that is not run has more than calls of make"
     makefile = (REPOSITORY / "Makefile").read_text()
     for page in (*PAGES, REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "AGENTS.md"):
         for target in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE):

@@ -14,17 +14,19 @@ import pytest
 from lorakit.weights.run import History
 
 PAGE = Path(__file__).parents[1] / "docs" / "library.md"
-STEPS = 6
 
 
-def test_the_program_of_the_page_has_the_losses_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("steps", [6, pytest.param(100, marks=pytest.mark.slow)])
+def test_the_program_of_the_page_has_the_losses_of_the_demo(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from hydra.core.global_hydra import GlobalHydra
 
     from lorakit.cli.train import main
 
     (program,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len([line for line in program.splitlines() if line.strip()]) <= 30
-    (tmp_path / "program.py").write_text(program.replace("=100", f"={STEPS}"), encoding="utf-8")
+    (tmp_path / "program.py").write_text(program.replace("=100", f"={steps}"), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     path = [str(PAGE.parents[1]), *sys.path]
     subprocess.run(
@@ -37,14 +39,14 @@ def test_the_program_of_the_page_has_the_losses_of_the_demo(tmp_path: Path, monk
     main(
         [
             "run=demo",
-            f"trainer.max_steps={STEPS}",
-            "trainer.eval_every_steps=100",
+            f"trainer.max_steps={steps}",
+            "trainer.eval_every_steps=1000",
             "data.val_rows=4",
             "trainer.precision=32-true",
             "callbacks.samples=null",
         ]
     )
     demo = [record["train/loss"] for record in History(tmp_path / "runs/demo").read() if "train/loss" in record]
-    assert len(ours) == len(demo) == STEPS
+    assert len(ours) == len(demo) == steps
     assert ours == pytest.approx(demo, rel=1e-5)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

@@ -90,6 +90,19 @@ def test_a_folder_stays_where_it_is_and_rows_of_any_name_are_found_again(tmp_pat
     assert code == 0, err
 
 
+def test_a_revision_is_the_one_that_is_fetched_and_trained_on(tmp_path: Path, hub: Hub) -> None:
+    settings = ("experiment=chat_sft", "model.path=me/tiny", "data.path=me/rows", "data.chat_template=chatml")
+    settings += ("trainer.max_steps=1", "callbacks.samples=null", "logger=csv")
+    code, out, err = lorakit(tmp_path, "fetch", *settings, f"model.revision={COMMIT}", hub=hub)
+    assert code == 0 and f"snapshots/{COMMIT}" in out, err
+    asked = [line for line in hub.asked if "me/tiny" in line]
+    assert any(COMMIT in line for line in asked) and not any("/main" in line for line in asked)
+    code, _, err = lorakit(tmp_path, "train", *settings, f"model.revision={COMMIT}", hub=hub, offline=True, sockets=False)
+    assert code == 0, err
+    code, _, err = lorakit(tmp_path, "train", *settings, hub=hub, offline=True, sockets=False)  # main was not fetched
+    assert code == 2 and "`hf download me/tiny`" in err
+
+
 def test_the_control_a_socket_is_noticed(tmp_path: Path, hub: Hub) -> None:
     code, _, err = lorakit(tmp_path, "fetch", "model.path=me/tiny", hub=hub, sockets=False)
     assert code != 0 and "a socket was asked for" in err

@@ -66,7 +66,10 @@ def test_own_code_trains_in_one_process_and_in_two_alike(mine: Path, lorakit: Ca
 def test_the_page_shows_the_code_that_is_tested() -> None:
     page = (REPOSITORY / "docs/own-code.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(?:python|yaml)\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 9
+    for heading in ("A loss", "A row format", "A callback", "An optimiser, a schedule"):
+        (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## )", page, re.DOTALL | re.MULTILINE)
+        assert "```python" in section and (".yaml" in section or "data.format=" in section), heading
     files = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*") if path.suffix in (".py", ".yaml")}
     for block in blocks:
         *comments, body = re.split(r"(?m)^# conf/.*\n", block)

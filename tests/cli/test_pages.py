@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from small import SMALL
 
+from lorakit.data.datamodule import LoRADataModule
+from lorakit.model.load import load_tokenizer
+
 Call = Callable[..., tuple[int, str, str]]
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None
@@ -43,28 +46,47 @@ def test_the_page_of_a_data_set_has_its_figures_and_marks_what_ends_an_answer(wo
     ]
     (workplace / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (workplace / "b.jsonl").write_text('{"prompt": "x", "completion": "y"}\n' * 4)
+    (workplace / "c.jsonl").write_text('{"tokens": [65, 66, 67, 68, 69], "weights": [0, 1, 0.5, -1, 1]}\n')
+    sources = "data.sources=[a.jsonl, {path: b.jsonl, weight: 0.5}, c.jsonl]"
+    settings = ("model.path=tiny", sources, "data.on_long=truncate_right", "data.batch_size=2")
     code, _, err = lorakit(
-        "show", "--html", "rows.html", "-n", "2", "model.path=tiny", "data.sources=[a.jsonl, {path: b.jsonl, weight: 0.5}]",
-        "data.max_tokens=70", "data.on_long=truncate_right", "data.batch_size=2",
+        "show", "--html", "rows.html", "-n", "2", *settings, "data.max_tokens=50",
     )  # fmt: skip
     assert code == 0, err
     marks = "document.body.dataset.bars = document.querySelectorAll('.bars div').length;"
     marks += (
         "document.body.dataset.tall = Math.max(...[...document.querySelectorAll('.bars div')].map(bar => bar.offsetHeight));"
     )
+    marks += (
+        "document.body.dataset.colours = ['w0', 'w1', 'other', 'negative'].map(name => getComputedStyle(document.querySelector("
+    )
+    marks += "'section .tokens span.' + name)).backgroundColor).join(';');"
     page = opened(workplace / "rows.html", workplace / "profile", script=marks)
+    colours = re.search(r'data-colours="([^"]*)"', page)[1].split(";")
+    assert len({*colours}) == 4 and "rgba(0, 0, 0, 0)" not in colours
     assert int(re.search(r'data-bars="(\d+)"', page)[1]) > 3 and int(re.search(r'data-tall="(\d+)"', page)[1]) > 60
     assert "a &lt;b&gt; &amp; c?" in re.sub(r"</?span[^>]*>", "", page)
-    assert page.count('class="w1 end"') == 1 + 4  # the legend, and one for each example of both sources
+    assert page.count('class="w1 end"') == 1 + 4  # the legend, and one for each conversation and prompt
     for said in (
-        "13</b>rows",
-        "truncated, by",
+        "14</b>rows",
         "padding in batches",
-        "longest; data.max_tokens is 70",
-        "<td>a</td>",
-        "<td>b</td>",
+        "longest; data.max_tokens is 50",
     ):
         assert said in page, said
+    for name, rows_there, weight in (("a", 9, 1), ("b", 4, 0.5), ("c", 1, 1)):
+        cells = f'<td>{name}</td><td class="number">{rows_there}</td><td class="number">{weight:g}</td>'
+        assert cells in page, cells
+    assert lorakit("show", "--html", "whole.html", *settings, "data.max_tokens=500")[0] == 0
+    whole = (workplace / "whole.html").read_text()
+    assert "<b>0</b>truncated" in whole
+    data = LoRADataModule(path="a.jsonl", max_tokens=500)  # the only rows that are longer than 50
+    data.check_rows()
+    data.set_tokenizer(load_tokenizer("tiny"))
+    data.check_tokens()
+    cut = data.report.lengths[data.report.lengths > 50] - 50
+    assert f"<b>{len(cut)}</b>truncated, by {cut.sum()} tokens" in page and len(cut)
+    assert lorakit("show", "--html", "packed.html", *settings, "data.max_tokens=500", "data.packing=true")[0] == 0
+    assert "padding in packed rows, about" in (workplace / "packed.html").read_text()
 
 
 def test_the_page_of_runs_sorts_and_points_at_a_run(workplace: Path, lorakit: Call) -> None:

@@ -56,6 +56,15 @@ def test_rows_for_evaluation_come_from_their_own_file_in_order(path: str, tmp_pa
     assert list(ready(tokenizer, path=path).val_dataloader()) == []
 
 
+@pytest.mark.parametrize("settings", [{}, {"packing": True, "pack_tokens": 100}, {"batch_size": None, "tokens_per_batch": 300}])
+def test_the_padding_that_is_told_is_that_of_the_batches(settings: dict[str, Any], path: str, tokenizer: Any) -> None:
+    module = ready(tokenizer, path=path, window_rows=30, **settings)
+    batches = list(module.train_dataloader())
+    held = sum(end - start for batch in batches for _, start, end in batch.spans)
+    share = 1 - held / sum(batch.input_ids.numel() for batch in batches)
+    assert share > 0.01 and module.estimate_padding() == pytest.approx(share, abs=0.05)
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_longest_batch_is_full_of_the_longest_row(packing: bool, path: str, tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": f"row {n}:", "completion": " yes" * (1 + 9 * (n == 17))} for n in range(30)]

@@ -26,6 +26,7 @@ from lorakit.model.tokens import add_tokens
 from lorakit.training.step import compute_loss
 from lorakit.weights.adapter import open_init, save_adapter
 from lorakit.weights.merge import attach, merge_adapter
+from lorakit.weights.reload import reload_in_peft
 
 SOME = ("llama", "gemma, tied", "phi 2, biases", "granite, multipliers", "gpt-2, Conv1D", "qwen 3 moe")
 FEW, MANY = ["<note>", "</note>"], [f"<{number}>" for number in range(20)]  # the bases have 12 rows to spare
@@ -65,6 +66,17 @@ def test_plain_peft_and_the_merged_model_have_the_same_logits(family: str, token
     )  # fmt: skip
     assert difference(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected) < 1e-4
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("a" + tokens[1])["input_ids"][-1] == spec.token_ids[1]
+
+
+def test_what_plain_peft_forgets_is_found_where_an_adapter_is_exported(tmp_path: Path) -> None:
+    """PEFT's wrapper of an unembedding leaves out its bias: such an adapter is merged, or read by lorakit."""
+    base, model, _ = start(tmp_path, "phi 2, biases", FEW)
+    base_model = load_model(base, add_tokens=FEW)
+    torch.nn.init.ones_(base_model.get_output_embeddings().bias)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="what plain PEFT makes of the export differs by"):
+        reload_in_peft(base_model, tmp_path / "adapter", tmp_path / "adapter", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("family", SOME)
