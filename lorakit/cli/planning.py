@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import weakref
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import yaml
+from rich.console import Console
 
 from lorakit.cli import assemble
 from lorakit.cli.conf import conf_dir
@@ -33,7 +35,7 @@ from lorakit.planner.memory import (
 from lorakit.planner.sight import RowSizes
 from lorakit.planner.trace import StepShape, StepTrace, trace_forward, trace_step
 from lorakit.sampling.generate import MAX_BATCH
-from lorakit.strategy.world import World, gather
+from lorakit.strategy.world import World, current_world, gather
 from lorakit.training.precision import base_dtype
 
 log = logging.getLogger("lorakit")
@@ -68,7 +70,8 @@ class StepPlan:
         known, key = _TRACES.setdefault(self.skeleton, {}), repr((self.planned.spec, self.shape, self.config["optim"]))
         if key not in known:
             optimizer, _ = assemble.build_optimization(self.config, lr=1e-3, total_steps=1, precision=self.shape.precision)
-            known[key] = trace_step(self.skeleton, self.planned.spec, self.shape, optimizer)
+            with _at_work():
+                known[key] = trace_step(self.skeleton, self.planned.spec, self.shape, optimizer)
         return known[key]
 
     @property
@@ -94,7 +97,8 @@ class StepPlan:
         """What evaluating, or sampling, holds at its peak, where it has more positions at a time than a step; else 0."""
         if self._evaluation_bytes is None:
             spec = self.planned.spec
-            found = [self._kept_bytes(one) + trace_forward(self.skeleton, spec, one.shape) for one in self.passes]
+            with _at_work():
+                found = [self._kept_bytes(one) + trace_forward(self.skeleton, spec, one.shape) for one in self.passes]
             self._evaluation_bytes = max(found, default=0)
         return self._evaluation_bytes
 
@@ -124,6 +128,13 @@ class StepPlan:
         last = (STRATEGIES[-1],) if offloads and self.accelerator == "cuda" else ()
         fits = (name for name in (*first, *last) if self.memory(name, num_processes).total <= WARN_SHARE * num_bytes)
         return next(fits, None)
+
+
+def _at_work() -> contextlib.AbstractContextManager[Any]:
+    """A sign of life on a terminal: tracing a model of 30 billion parameters takes some twenty seconds."""
+    if not current_world().is_first:
+        return contextlib.nullcontext()
+    return Console(stderr=True).status("planning memory: going through a step without weights …")
 
 
 def step_shape(config: Config, *, accelerator: str, precision: str, rows: RowSizes | None = None) -> StepShape:

@@ -44,10 +44,10 @@ def resolve_model_path(path: str, revision: str | None = None) -> str:
     if (problem := find_hub_problem()) is None:
         return path
     if (cached := cached_model(path, revision)) is None:
-        at = f" (revision {revision})" if revision else ""
+        at, option = (f" (revision {revision})", f" --revision {revision}") if revision else ("", "")
         raise ConfigError(
             f"model.path={path}: no such folder (bundled models: {', '.join(BUNDLED)}), and not in the hub's cache{at}; {problem}. "
-            f"Give the folder of a model, or download it where there is a network: `hf download {path}`"
+            f"Give the folder of a model, or download it where there is a network: `hf download {path}{option}`"
         )
     return cached
 

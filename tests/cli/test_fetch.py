@@ -112,7 +112,10 @@ def test_the_control_a_socket_is_noticed(tmp_path: Path, hub: Hub) -> None:
     ("settings", "words"),
     [
         (("model.path=me/gated",), "me/gated is gated: accept its terms on its page of the hub, then `hf auth login`"),
-        (("model.path=me/absent",), "the hub has no such name"),
+        (
+            ("model.path=me/absent",),
+            "me/absent: the hub has no such name, or shows it to others only: check it, or `hf auth login`",
+        ),
         (("model.path=me/tiny", "model.revision=v9"), "me/tiny has no such revision"),
         (("data.path=me/nothing",), "me/nothing: the hub has no such name"),
     ],

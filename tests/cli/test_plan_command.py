@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from small import SMALL
 from transformers import AutoConfig
 
@@ -27,13 +29,16 @@ from lorakit.strategy.world import World
 Call = Callable[..., tuple[int, str, str]]
 
 
-def test_the_plan_needs_no_rows_and_no_weights(lorakit: Call) -> None:
+def test_the_plan_needs_no_rows_and_no_weights(lorakit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(planning, "Console", lambda **_: Console(file=terminal, force_terminal=True))
     code, out, err = lorakit("plan", "model.path=Qwen/Qwen3-30B-A3B-Instruct-2507", "plan.gpus=[1,2]", "plan.tokens=1e6",
                           "plan.memory_gb=48", "data.batch_size=1", "data.max_tokens=256", "lora.rank=8")  # fmt: skip
     assert code == 0, err
     assert "30,532,122,624 parameters" in out and "321,257,472 trainable" in out
     for word in ("zero3_offload", "too much", "activations", "GFLOP per token", "minutes"):
         assert word in out, word
+    assert "planning memory: going through a step" in terminal.getvalue()
     assert "1 GPU: it fits with: strategy=zero3_offload" in out and "it fits as it is on 2 GPUs with strategy=zero3 " in out
 
 
