@@ -71,9 +71,13 @@ def attending_by_document(model: Any) -> Iterator[str | None]:
 
 
 def find_difference(ours: torch.Tensor, expected: torch.Tensor, *, is_exact: bool) -> str | None:
-    """Say how far the logits ``ours`` are from those that are ``expected``, or return None where they are the same."""
-    difference = float((ours - expected).abs().max() / expected.abs().max())
-    return f"logits differ by {difference:.1e} of the largest" if not difference <= (1e-4 if is_exact else 0.05) else None
+    """Say how far the logits ``ours`` are from those that are ``expected``, or return None where they are the same.
+
+    Of all logits together, relative: in bf16 rounding alone moves single ones of a trained model by 6 % of the largest, and all by
+    0.3 %, where one document that sees another moves them by 20 %.
+    """
+    difference = float((ours - expected).norm() / expected.norm())
+    return f"logits differ by {difference:.1e} (relative)" if not difference <= (1e-4 if is_exact else 0.05) else None
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.logprobs import target_logprobs
 from lorakit.model import attention
-from lorakit.model.attention import attend_by_document, group_by_length, packed_documents
+from lorakit.model.attention import attend_by_document, find_difference, group_by_length, packed_documents
 from lorakit.model.layers import enable_checkpointing
 
 FAMILIES = ["qwen3_moe", "qwen3", "llama", "mistral"]
@@ -97,3 +97,14 @@ def test_documents_of_like_length_share_a_group() -> None:
     with packed_documents(spans):
         mask = attention.document_mask(batch_size=2, q_length=130, kv_length=130)
     assert mask is not None and mask.tolist() == [list(span) for span in spans]
+
+
+def test_rounding_of_a_few_logits_is_no_difference_and_a_wrong_document_is() -> None:
+    expected = torch.randn(62, 288, generator=torch.Generator().manual_seed(0))
+    rounded = expected * (1 + 2e-3 * torch.randn(62, 288, generator=torch.Generator().manual_seed(1)))
+    rounded[28, 7] += 0.3 * expected.abs().max()  # more than a trained model showed
+    assert find_difference(rounded, expected, is_exact=False) is None
+    assert find_difference(rounded, expected, is_exact=True) is not None
+    leaking = expected.clone()
+    leaking[27:30] = torch.randn(3, 288, generator=torch.Generator().manual_seed(2))  # the shortest document, among others
+    assert find_difference(leaking, expected, is_exact=False) is not None
