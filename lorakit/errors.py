@@ -1,10 +1,13 @@
-"""What lorakit raises when a user can mend it. Each message says what is wrong, where, and how to put it right."""
+"""What lorakit raises when a user can mend it. Each message says what is wrong, where, and how
+to put it right.
+"""
 
 from __future__ import annotations
 
 
 class LorakitError(Exception):
-    """Base of all errors that a user can cause; the command line prints it without a traceback and exits with 2.
+    """Base of all errors that a user can cause; the command line prints it without a traceback and
+    exits with 2.
 
     Of several processes the first says what ``is_of_all``.
     """
@@ -46,10 +49,19 @@ def report(title: str, problems: list[str], total: int | None = None, remedy: st
     return "\n".join(lines)
 
 
-_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "MPS backend out of memory")
+_NO_MEMORY = (
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "MPS backend out of memory",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host, has refused memory: by its type, or by the words of those who have none for it."""
+    """Whether a device, or the host, has refused memory: by its type, or by the words of those
+    who have none for it.
+    """
     is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return is_named or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
+    return is_named or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    )

@@ -16,7 +16,8 @@ from lorakit.errors import ConfigError
 
 @functools.cache
 def find_hub_problem() -> str | None:
-    """Return why the hub cannot be reached, or None where it may be (its address is known, or a proxy asks for it).
+    """Return why the hub cannot be reached, or None where it may be (its address is known, or a
+    proxy asks for it).
 
     Asked before anything of the hub's own libraries is, which retry for a minute.
     """
@@ -35,7 +36,9 @@ def find_hub_problem() -> str | None:
 
 
 def stay_offline() -> None:
-    """Keep the hub's libraries from asking a hub that cannot be reached: what they need is in the cache."""
+    """Keep the hub's libraries from asking a hub that cannot be reached: what they need is in
+    the cache.
+    """
     import datasets
     from huggingface_hub import constants
 
@@ -51,14 +54,22 @@ def cached_model(name: str, revision: str | None) -> str | None:
 
 
 def fetch_model(name: str, revision: str | None, *, with_code: bool = False) -> Path:
-    """Bring a model's config, tokenizer, processor and weights into the hub's cache and return their folder.
+    """Bring a model's config, tokenizer, processor and weights into the hub's cache and return
+    their folder.
 
     Args:
         with_code: bring Python files too, for a model whose code is trusted.
     """
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", *(["*.py"] if with_code else [])]
+    patterns = [
+        "*.json",
+        "*.jinja",
+        "*.model",
+        "*.txt",
+        "*.safetensors",
+        *(["*.py"] if with_code else []),
+    ]
     return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
@@ -78,20 +89,30 @@ def open_repository(name: str, *, is_public: bool) -> None:
     if name.count("/") != 1:
         raise ConfigError(f"push={name}: write USER/NAME")
     if problem := find_hub_problem():
-        raise ConfigError(f"push={name}: {problem}; leave push out, and upload the folder with `hf upload {name} FOLDER`")
+        raise ConfigError(
+            f"push={name}: {problem}; leave push out, and upload the folder with `hf upload {name}"
+            " FOLDER`"
+        )
     if get_token() is None:
         raise ConfigError(f"push={name}: nobody is logged in; `hf auth login`, or set HF_TOKEN")
     with _push_explained(name):
         api = HfApi()
         api.create_repo(name, private=not is_public, exist_ok=True)
         if is_public and api.model_info(name).private:
-            raise ConfigError(f"push={name} is there and private: its page of the hub makes it public")
+            raise ConfigError(
+                f"push={name} is there and private: its page of the hub makes it public"
+            )
         if not is_public and not api.model_info(name).private:
-            raise ConfigError(f"push={name} is there and public: --public says that whoever wants may see what is uploaded")
+            raise ConfigError(
+                f"push={name} is there and public: --public says that whoever wants may see what is"
+                " uploaded"
+            )
 
 
 def upload(folder: Path, name: str, *, message: str) -> str:
-    """Upload ``folder`` to the repository ``name`` in one commit and return its address. Raises ConfigError."""
+    """Upload ``folder`` to the repository ``name`` in one commit and return its address. Raises
+    ConfigError.
+    """
     from huggingface_hub import HfApi
 
     with _push_explained(name, remedy=f"; {folder} is whole: `hf upload {name} {folder}`"):
@@ -100,7 +121,9 @@ def upload(folder: Path, name: str, *, message: str) -> str:
 
 
 def _http_error() -> type[Exception]:
-    """What the hub's HTTP library raises where a connection fails: another library in some versions."""
+    """What the hub's HTTP library raises where a connection fails: another library in some
+    versions.
+    """
     from huggingface_hub import errors
 
     kind: Any = errors.HfHubHTTPError.__mro__[1]
@@ -123,17 +146,29 @@ def _push_explained(name: str, remedy: str = "") -> Iterator[None]:
 
 
 def explain_hub_error(name: str, error: BaseException | None) -> str | None:
-    """What the hub's refusal of ``name`` means and what to do, or None where it was not the hub that refused."""
+    """What the hub's refusal of ``name`` means and what to do, or None where it was not the hub
+    that refused.
+    """
     from huggingface_hub import errors
 
     from_hub = error
     while from_hub is not None:
         is_of_datasets = type(from_hub).__name__ == "DatasetNotFoundError"
-        if isinstance(from_hub, errors.GatedRepoError) or (is_of_datasets and "gated" in str(from_hub)):
-            return f"{name} is gated: accept its terms on its page of the hub, then `hf auth login` and `hf download {name}`"
+        if isinstance(from_hub, errors.GatedRepoError) or (
+            is_of_datasets and "gated" in str(from_hub)
+        ):
+            return (
+                f"{name} is gated: accept its terms on its page of the hub, then `hf auth login`"
+                f" and `hf download {name}`"
+            )
         if isinstance(from_hub, errors.RevisionNotFoundError):
-            return f"{name} has no such revision; its page of the hub lists branches, tags and commits"
+            return (
+                f"{name} has no such revision; its page of the hub lists branches, tags and commits"
+            )
         if isinstance(from_hub, errors.RepositoryNotFoundError) or is_of_datasets:
-            return f"{name}: the hub has no such name, or shows it to others only: check it, or `hf auth login`"
+            return (
+                f"{name}: the hub has no such name, or shows it to others only: check it, or `hf"
+                " auth login`"
+            )
         from_hub = from_hub.__cause__ or from_hub.__context__
     return None

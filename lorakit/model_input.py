@@ -1,4 +1,5 @@
-"""What a model reads: tokens and images in chunks, in Tinker's shapes; and the arrays that travel beside them.
+"""What a model reads: tokens and images in chunks, in Tinker's shapes; and the arrays that travel
+beside them.
 
 `lorakit/types.py` has these names too: that is where they are looked for.
 """
@@ -26,10 +27,15 @@ class TensorData(np.ndarray):
     [1, 2]
     """
 
-    def __new__(cls, data: Given, dtype: Any = None, shape: Sequence[int] | None = None) -> TensorData:
-        if hasattr(data, "detach"):  # of torch, which numpy may not read: on a GPU, with a graph, or of 16 bit
+    def __new__(
+        cls, data: Given, dtype: Any = None, shape: Sequence[int] | None = None
+    ) -> TensorData:
+        # of torch, which numpy may not read: on a GPU, with a graph, or of 16 bit
+        if hasattr(data, "detach"):
             data = data.detach().cpu().to_dense()
-            data = (data.float() if data.is_floating_point() and data.dtype.itemsize == 2 else data).numpy()
+            data = (
+                data.float() if data.is_floating_point() and data.dtype.itemsize == 2 else data
+            ).numpy()
         array = np.array(data, dtype=dtype)
         return (array if shape is None else array.reshape(tuple(shape))).view(cls)
 
@@ -71,16 +77,27 @@ class ImageChunk:
     Args:
         data: its bytes, or what reads them when they are wanted.
         format: ``png``, ``jpeg``, …; the bytes themselves decide.
-        expected_tokens: positions that it takes. Another number than the model's processor makes of it is an error.
+        expected_tokens: positions that it takes. Another number than the model's processor makes of
+            it is an error.
         name: what errors call it.
     """
 
     __slots__ = ("_data", "expected_tokens", "format", "name")
 
     def __init__(
-        self, data: bytes | Callable[[], bytes], format: str = "png", expected_tokens: int | None = None, *, name: str = ""
+        self,
+        data: bytes | Callable[[], bytes],
+        format: str = "png",
+        expected_tokens: int | None = None,
+        *,
+        name: str = "",
     ) -> None:
-        self._data, self.format, self.expected_tokens, self.name = data, format, expected_tokens, name
+        self._data, self.format, self.expected_tokens, self.name = (
+            data,
+            format,
+            expected_tokens,
+            name,
+        )
 
     @property
     def data(self) -> bytes:
@@ -89,11 +106,16 @@ class ImageChunk:
     @property
     def length(self) -> int:
         if self.expected_tokens is None:
-            raise DataError("an image without expected_tokens: how many positions it takes is not known here")
+            raise DataError(
+                "an image without expected_tokens: how many positions it takes is not known here"
+            )
         return self.expected_tokens
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ImageChunk) and (self.data, self.expected_tokens) == (other.data, other.expected_tokens)
+        return isinstance(other, ImageChunk) and (self.data, self.expected_tokens) == (
+            other.data,
+            other.expected_tokens,
+        )
 
     def __hash__(self) -> int:
         return hash((self.data, self.expected_tokens))
@@ -133,14 +155,21 @@ class ModelInput:
         return cls((EncodedTextChunk(tuple(tokens)),))
 
     def to_ints(self) -> list[int]:
-        """Return the token ids of all chunks in order. Raises DataError where one is an image, which has none."""
+        """Return the token ids of all chunks in order. Raises DataError where one is an image,
+        which has none.
+        """
         if self.images:
             raise DataError("this model_input has images: it is no list of tokens")
         return self.text_tokens()
 
     def text_tokens(self) -> list[int]:
         """Return the token ids of the chunks of text, in order."""
-        return [token for chunk in self.chunks if isinstance(chunk, EncodedTextChunk) for token in chunk.tokens]
+        return [
+            token
+            for chunk in self.chunks
+            if isinstance(chunk, EncodedTextChunk)
+            for token in chunk.tokens
+        ]
 
     def first(self, num_positions: int) -> ModelInput:
         """Return the first so many positions. Raises ValueError where they end within an image."""

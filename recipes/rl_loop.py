@@ -1,11 +1,13 @@
 """Reinforcement learning with Tinker's verbs: ``python recipes/rl_loop.py [--plot reward.png]``.
 
-A prompt has six random letters of which exactly one is an a, b, c or d, and that one is the answer: "xkbzqm? " wants "b". The
-reward is 1 for it and 0 for anything else, so that whoever ignores the prompt gets a quarter. ``--server`` runs the same by the
-public SDK, once `lorakit serve` runs and ``eval "$(lorakit tinker-env)"`` has told where.
+A prompt has six random letters of which exactly one is an a, b, c or d, and that one is the answer:
+"xkbzqm? " wants "b". The reward is 1 for it and 0 for anything else, so that whoever ignores the
+prompt gets a quarter. ``--server`` runs the same by the public SDK, once `lorakit serve` runs and
+``eval "$(lorakit tinker-env)"`` has told where.
 
-The tiny model's reward on 128 held-out prompts (two cores of an AMD EPYC, torch 2.13.0): 0.16 before training, 0.99 after 50
-steps; the best policy that ignores the prompt has 0.25. 25 s in this process, 40 s by a server. Seeds 1 and 2 end at 1.00.
+The tiny model's reward on 128 held-out prompts (two cores of an AMD EPYC, torch 2.13.0): 0.16
+before training, 0.99 after 50 steps; the best policy that ignores the prompt has 0.25. 25 s in this
+process, 40 s by a server. Seeds 1 and 2 end at 1.00.
 """
 
 from __future__ import annotations
@@ -68,14 +70,18 @@ def main(arguments: list[str] | None = None) -> History:
     history = History(blind=max(answers.count(answer) for answer in ANSWERS) / len(answers))
     print(f"held-out reward of the best policy that ignores the prompt: {history.blind:.3f}")
     with api.ServiceClient() as service:
-        training = service.create_lora_training_client(options.model, rank=options.rank, seed=options.seed).result()
+        training = service.create_lora_training_client(
+            options.model, rank=options.rank, seed=options.seed
+        ).result()
         tokenizer = training.get_tokenizer()
         for step in range(options.steps + 1):
             started = time.perf_counter()
             # The weights as they are now: what is sampled is what is trained.
             sampling = training.save_weights_and_get_sampling_client().result()
             if step % options.eval_every == 0 or step == options.steps:
-                history.held_out[step] = mean_reward(sample(sampling, tokenizer, held_out, SAMPLES_PER_HELD_OUT, options.seed))
+                history.held_out[step] = mean_reward(
+                    sample(sampling, tokenizer, held_out, SAMPLES_PER_HELD_OUT, options.seed)
+                )
                 print(f"after {step} steps: held-out reward {history.held_out[step]:.3f}")
             if step == options.steps:
                 break
@@ -83,14 +89,19 @@ def main(arguments: list[str] | None = None) -> History:
             groups = sample(sampling, tokenizer, problems, options.samples, options.seed + 1 + step)
             history.trained[step] = mean_reward(groups)
             data = [datum for group in groups for datum in group_data(group)]
-            if data:  # else all samples of each prompt got the same, and there is nothing to learn from
+            # else all samples of each prompt got the same, and there is nothing to learn from
+            if data:
                 # Both calls are queued before either is waited for.
                 forward_backward = training.forward_backward(data, options.loss)
                 optim = training.optim_step(types.AdamParams(learning_rate=options.learning_rate))
                 forward_backward.result()
                 optim.result()
             seconds = time.perf_counter() - started
-            print(f"step {step:3d}  reward {history.trained[step]:.3f}  trained on {len(data)}  {seconds:.2f} s", flush=True)
+            print(
+                f"step {step:3d}  reward {history.trained[step]:.3f}  trained on {len(data)} "
+                f" {seconds:.2f} s",
+                flush=True,
+            )
     if options.plot:
         plot(options.plot, history)
     return history
@@ -110,15 +121,22 @@ def draw_problem(rng: random.Random, answer: str) -> Problem:
     return Problem(f"{''.join(letters)}? ", answer)
 
 
-def sample(sampling: Any, tokenizer: Any, problems: list[Problem], num_samples: int, seed: int) -> list[list[Rollout]]:
-    """Answer each problem several times. All prompts are queued before the first answer is waited for."""
+def sample(
+    sampling: Any, tokenizer: Any, problems: list[Problem], num_samples: int, seed: int
+) -> list[list[Rollout]]:
+    """Answer each problem several times. All prompts are queued before the first answer is
+    waited for.
+    """
     prompts = [tokenizer.encode(problem.prompt) for problem in problems]
     futures = []
     for number, prompt in enumerate(prompts):
-        # One token is an answer. Each prompt has a seed of its own: with the same, their samples would share their randomness.
+        # One token is an answer. Each prompt has a seed of its own: with the same, their samples
+        # would share their randomness.
         params = types.SamplingParams(max_tokens=1, temperature=1.0, seed=1000 * seed + number)
         model_input = types.ModelInput.from_ints(prompt)
-        futures.append(sampling.sample(prompt=model_input, num_samples=num_samples, sampling_params=params))
+        futures.append(
+            sampling.sample(prompt=model_input, num_samples=num_samples, sampling_params=params)
+        )
     groups = []
     for problem, prompt, future in zip(problems, prompts, futures, strict=True):
         group = []
@@ -130,7 +148,9 @@ def sample(sampling: Any, tokenizer: Any, problems: list[Problem], num_samples: 
 
 
 def group_data(group: list[Rollout]) -> list[Any]:
-    """The advantage is the reward less the mean of the prompt's own samples; a group that got the same throughout has none."""
+    """The advantage is the reward less the mean of the prompt's own samples; a group that got
+    the same throughout has none.
+    """
     baseline = mean_reward([group])
     if all(rollout.reward == baseline for rollout in group):
         return []
@@ -138,7 +158,9 @@ def group_data(group: list[Rollout]) -> list[Any]:
 
 
 def make_datum(rollout: Rollout, advantage: float) -> Any:
-    """Position i reads token i and predicts token i + 1; on the prompt's own tokens the advantage is 0."""
+    """Position i reads token i and predicts token i + 1; on the prompt's own tokens the
+    advantage is 0.
+    """
     tokens, num_given = rollout.prompt + rollout.tokens, len(rollout.prompt) - 1
     return types.Datum(
         model_input=types.ModelInput.from_ints(tokens[:-1]),
@@ -160,9 +182,21 @@ def plot(path: Path, history: History) -> None:
 
     figure = Figure(figsize=(6.4, 4.0), dpi=120, layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*history.trained.items(), strict=True), color="tab:gray", linewidth=1, label="prompts of the step")
-    axes.plot(*zip(*history.held_out.items(), strict=True), color="tab:blue", marker="o", label="held-out prompts")
-    axes.axhline(history.blind, color="tab:red", linestyle="--", label="best policy that ignores the prompt")
+    axes.plot(
+        *zip(*history.trained.items(), strict=True),
+        color="tab:gray",
+        linewidth=1,
+        label="prompts of the step",
+    )
+    axes.plot(
+        *zip(*history.held_out.items(), strict=True),
+        color="tab:blue",
+        marker="o",
+        label="held-out prompts",
+    )
+    axes.axhline(
+        history.blind, color="tab:red", linestyle="--", label="best policy that ignores the prompt"
+    )
     axes.set(xlabel="optimiser steps", ylabel="mean reward", ylim=(0, 1.02))
     axes.legend(loc="lower right")
     figure.savefig(path)
@@ -172,19 +206,29 @@ def plot(path: Path, history: History) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--server", action="store_true", help="run by the public SDK against a server")
+    parser.add_argument(
+        "--server", action="store_true", help="run by the public SDK against a server"
+    )
     parser.add_argument("--model", default="tiny", help="base model (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=32, help="of the adapter (default: %(default)s)")
+    parser.add_argument(
+        "--rank", type=int, default=32, help="of the adapter (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=50, help="default: %(default)s")
     parser.add_argument("--prompts", type=int, default=32, help="per step (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=16, help="per prompt (default: %(default)s)")
-    parser.add_argument("--loss", default="importance_sampling", help="or ppo, cispo (default: %(default)s)")
+    parser.add_argument(
+        "--loss", default="importance_sampling", help="or ppo, cispo (default: %(default)s)"
+    )
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="default: %(default)s")
     parser.add_argument("--eval-every", type=int, default=5, help="steps (default: %(default)s)")
     parser.add_argument("--plot", type=Path, help="PNG to draw the rewards to")
-    parser.add_argument("--seed", type=int, default=0, help="of adapter, prompts and samples (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of adapter, prompts and samples (default: %(default)s)"
+    )
     return parser.parse_args(arguments)
 
 

@@ -1,6 +1,7 @@
 """Supervised fine-tuning as a program: ``python recipes/sft.py [ROWS.jsonl] [MODEL] [STEPS]``.
 
-Without arguments it teaches the bundled tiny model pig latin in 40 steps and prints what it answers.
+Without arguments it teaches the bundled tiny model pig latin in 40 steps and prints what it
+answers.
 """
 
 from __future__ import annotations
@@ -31,10 +32,21 @@ def main(rows: str = "pig_latin/train", model_path: str = "tiny", steps: str = "
         total_steps=num_steps,
         tokenizer=tokenizer,
     )
-    trainer = L.Trainer(max_steps=num_steps, max_epochs=1, logger=False, enable_checkpointing=False, enable_model_summary=False)
+    trainer = L.Trainer(
+        max_steps=num_steps,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
     trainer.fit(module, datamodule=data)
     prompt = tokenizer.encode("English: hello world\nPig Latin:")
-    (sample,) = generate(module.model, tokenizer, [prompt], SamplingParams(max_tokens=32, temperature=0.0, stop="\n\n"))
+    (sample,) = generate(
+        module.model,
+        tokenizer,
+        [prompt],
+        SamplingParams(max_tokens=32, temperature=0.0, stop="\n\n"),
+    )
     print(sample.text)
     module.model.save_pretrained("adapter")
 

@@ -1,11 +1,14 @@
-"""Supervised fine-tuning with Tinker's verbs: ``python recipes/sft_loop.py [ROWS.jsonl]``, rows of "prompt" and "completion".
+"""Supervised fine-tuning with Tinker's verbs: ``python recipes/sft_loop.py [ROWS.jsonl]``, rows of
+"prompt" and "completion".
 
-Without a file it teaches pig latin. ``--resume tinker://…``, a path that a run printed, goes on from exactly that step if the
-other options are as they were: in this process to the same bits. ``--server`` runs the same by the public SDK, once
-`lorakit serve` runs and ``eval "$(lorakit tinker-env)"`` has told where.
+Without a file it teaches pig latin. ``--resume tinker://…``, a path that a run printed, goes on
+from exactly that step if the
+other options are as they were: in this process to the same bits. ``--server`` runs the same by the
+public SDK, once `lorakit serve` runs and ``eval "$(lorakit tinker-env)"`` has told where.
 
-The tiny model's loss per token on held-out rows (two cores of an AMD EPYC, torch 2.13.0): 3.79 before training, 0.063 after 10
-steps, 0.0005 after 60, and the four answers that it prints are right. 22 s in this process, 24 s by a server.
+The tiny model's loss per token on held-out rows (two cores of an AMD EPYC, torch 2.13.0): 3.79
+before training, 0.063 after 10 steps, 0.0005 after 60, and the four answers that it prints are
+right. 22 s in this process, 24 s by a server.
 """
 
 from __future__ import annotations
@@ -26,8 +29,14 @@ else:
     import lorakit as api  # in this process
 types = api.types
 
-ADJECTIVES = "brave clever eager frosty gentle hungry idle jolly knotty little mighty noble orange proud quiet rusty shiny"
-NOUNS = "anchor bridge castle donkey engine flower guitar hammer island jungle kettle lantern mirror needle oyster pepper"
+ADJECTIVES = (
+    "brave clever eager frosty gentle hungry idle jolly knotty little mighty noble orange proud"
+    " quiet rusty shiny"
+)
+NOUNS = (
+    "anchor bridge castle donkey engine flower guitar hammer island jungle kettle lantern mirror"
+    " needle oyster pepper"
+)
 
 
 def main(arguments: list[str] | None = None) -> dict[int, float]:
@@ -41,9 +50,13 @@ def main(arguments: list[str] | None = None) -> dict[int, float]:
     first_step = step_of(options.resume) if options.resume else 0
     with api.ServiceClient() as service:
         if options.resume:
-            training = service.create_training_client_from_state_with_optimizer(options.resume).result()
+            training = service.create_training_client_from_state_with_optimizer(
+                options.resume
+            ).result()
         else:
-            training = service.create_lora_training_client(options.model, rank=options.rank, seed=options.seed).result()
+            training = service.create_lora_training_client(
+                options.model, rank=options.rank, seed=options.seed
+            ).result()
         tokenizer = training.get_tokenizer()
         data = [make_datum(tokenizer, row) for row in rows]
         losses = train(training, data[num_held_out:], data[:num_held_out], first_step, options)
@@ -53,9 +66,15 @@ def main(arguments: list[str] | None = None) -> dict[int, float]:
 
 
 def train(
-    training: Any, data: list[Any], held_out: list[Any], first_step: int, options: argparse.Namespace
+    training: Any,
+    data: list[Any],
+    held_out: list[Any],
+    first_step: int,
+    options: argparse.Namespace,
 ) -> dict[int, float]:
-    """Make the steps that are left. What a step does follows from its number, so that it is the same after ``--resume``."""
+    """Make the steps that are left. What a step does follows from its number, so that it is the
+    same after ``--resume``.
+    """
     losses: dict[int, float] = {}
     evaluate(training, held_out, first_step)
     for step in range(first_step, options.steps):
@@ -68,7 +87,10 @@ def train(
         losses[step] = mean_loss(forward_backward.result(), batch)
         optim.result()
         seconds = time.perf_counter() - started
-        print(f"step {step:3d}  loss {losses[step]:.4f}  lr {learning_rate:.1e}  {seconds:.2f} s", flush=True)
+        print(
+            f"step {step:3d}  loss {losses[step]:.4f}  lr {learning_rate:.1e}  {seconds:.2f} s",
+            flush=True,
+        )
         num_steps, is_last = step + 1, step + 1 == options.steps
         if num_steps % options.eval_every == 0 or is_last:
             evaluate(training, held_out, num_steps)
@@ -93,7 +115,9 @@ def schedule(step: int, num_steps: int) -> float:
 
 
 def batch_of_step(data: list[Any], step: int, batch_size: int, seed: int) -> list[Any]:
-    """The minibatch of a step. Every epoch has an order of its own, whose last rows are left out if they are no whole batch."""
+    """The minibatch of a step. Every epoch has an order of its own, whose last rows are left out
+    if they are no whole batch.
+    """
     batches_per_epoch = max(1, len(data) // batch_size)
     epoch, number = divmod(step, batches_per_epoch)
     order = random.Random(f"{seed} {epoch}").sample(range(len(data)), len(data))
@@ -113,13 +137,18 @@ def make_datum(tokenizer: Any, row: dict[str, str]) -> Any:
 
 def mean_loss(output: Any, data: list[Any]) -> float:
     """Losses are sums over tokens; this is the mean over those that count."""
-    return output.metrics["loss:sum"] / sum(sum(datum.loss_fn_inputs["weights"].tolist()) for datum in data)
+    return output.metrics["loss:sum"] / sum(
+        sum(datum.loss_fn_inputs["weights"].tolist()) for datum in data
+    )
 
 
 def step_of(path: str) -> int:
     """The number of steps that lie behind a saved state: its name says it."""
     if (found := re.fullmatch(r"tinker://[^/]+/weights/step-(\d+)", path)) is None:
-        sys.exit(f"--resume {path}: not a path that this program saved (tinker://RUN/weights/step-NUMBER)")
+        sys.exit(
+            f"--resume {path}: not a path that this program saved"
+            " (tinker://RUN/weights/step-NUMBER)"
+        )
     return int(found[1])
 
 
@@ -127,7 +156,9 @@ def show_samples(sampling: Any, tokenizer: Any, rows: list[dict[str, str]]) -> N
     """Print the likeliest completion of each row's prompt beside the right one."""
     params = types.SamplingParams(max_tokens=64, temperature=0.0, stop=["\n"])
     prompts = [types.ModelInput.from_ints(tokenizer.encode(row["prompt"])) for row in rows]
-    futures = [sampling.sample(prompt=prompt, num_samples=1, sampling_params=params) for prompt in prompts]
+    futures = [
+        sampling.sample(prompt=prompt, num_samples=1, sampling_params=params) for prompt in prompts
+    ]
     for row, future in zip(rows, futures, strict=True):
         answer = tokenizer.decode(future.result().sequences[0].tokens).rstrip("\n")
         print(f"{row['prompt']!r} -> {answer!r} (right: {row['completion'].rstrip()!r})")
@@ -135,7 +166,9 @@ def show_samples(sampling: Any, tokenizer: Any, rows: list[dict[str, str]]) -> N
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Read a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
 
 
 def pig_latin_rows() -> list[dict[str, str]]:
@@ -146,7 +179,10 @@ def pig_latin_rows() -> list[dict[str, str]]:
         return f"{word[start:]}-{word[:start] or 'w'}ay"
 
     return [
-        {"prompt": f"English: {adjective} {noun}\nPig Latin:", "completion": f" {pig_latin(adjective)} {pig_latin(noun)}\n\n"}
+        {
+            "prompt": f"English: {adjective} {noun}\nPig Latin:",
+            "completion": f" {pig_latin(adjective)} {pig_latin(noun)}\n\n",
+        }
         for adjective in ADJECTIVES.split()
         for noun in NOUNS.split()
     ]
@@ -155,22 +191,49 @@ def pig_latin_rows() -> list[dict[str, str]]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("rows", type=Path, nargs="?", help="JSON lines of prompt and completion (default: pig latin)")
-    parser.add_argument("--server", action="store_true", help="run by the public SDK against a server")
-    parser.add_argument("--model", default="tiny", help="base model (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=32, help="of the adapter (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=60, help="of the whole run, resumed or not (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows per step (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=5e-3, help="the highest (default: %(default)s)")
     parser.add_argument(
-        "--held-out", type=float, default=0.1, help="share of rows that are not trained on (default: %(default)s)"
+        "rows",
+        type=Path,
+        nargs="?",
+        help="JSON lines of prompt and completion (default: pig latin)",
+    )
+    parser.add_argument(
+        "--server", action="store_true", help="run by the public SDK against a server"
+    )
+    parser.add_argument("--model", default="tiny", help="base model (default: %(default)s)")
+    parser.add_argument(
+        "--rank", type=int, default=32, help="of the adapter (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=60,
+        help="of the whole run, resumed or not (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="rows per step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, default=5e-3, help="the highest (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.1,
+        help="share of rows that are not trained on (default: %(default)s)",
     )
     parser.add_argument("--eval-every", type=int, default=10, help="steps (default: %(default)s)")
     parser.add_argument("--save-every", type=int, default=20, help="steps (default: %(default)s)")
-    parser.add_argument("--resume", metavar="PATH", help="a tinker:// path that an earlier run printed")
-    parser.add_argument("--seed", type=int, default=0, help="of adapter, split and order (default: %(default)s)")
+    parser.add_argument(
+        "--resume", metavar="PATH", help="a tinker:// path that an earlier run printed"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of adapter, split and order (default: %(default)s)"
+    )
     return parser.parse_args(arguments)
 
 

@@ -1,6 +1,7 @@
 """How fast a large JSONL is checked, how soon its first batch is there, and what memory that takes.
 
-``python scripts/bench_data.py [--megabytes 1000]`` writes the file into a temporary folder and prints figures as JSON.
+``python scripts/bench_data.py [--megabytes 1000]`` writes the file into a temporary folder and
+prints figures as JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from pathlib import Path
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.model.load import load_tokenizer
 
-SENTENCE = "the quick brown fox jumps over a lazy dog while rain falls on the roof of an old house by the sea"
+SENTENCE = (
+    "the quick brown fox jumps over a lazy dog while rain falls on the roof of an old house by"
+    " the sea"
+)
 WORDS = SENTENCE.split()
 
 
@@ -31,14 +35,18 @@ def write_rows(path: Path, megabytes: int, words_per_row: int) -> int:
         while file.tell() < megabytes * 1_000_000:
             for _ in range(1_000):
                 start = num_rows % len(WORDS)
-                text = " ".join((WORDS[start:] + WORDS) * (words_per_row // len(WORDS) + 1))[: words_per_row * 5]
+                text = " ".join((WORDS[start:] + WORDS) * (words_per_row // len(WORDS) + 1))[
+                    : words_per_row * 5
+                ]
                 file.write(json.dumps({"prompt": f"Row {num_rows}: ", "completion": text}) + "\n")
                 num_rows += 1
     return num_rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=int, default=1_000)
     parser.add_argument("--words", type=int, default=100, help="words per row")
     options = parser.parse_args()

@@ -1,7 +1,9 @@
-"""Write ``lorakit/examples/digits/{train,heldout}.jsonl`` and ``scan.png``, handwritten digits: ``python scripts/make_digits.py``.
+"""Write ``lorakit/examples/digits/{train,heldout}.jsonl`` and ``scan.png``, handwritten digits:
+``python scripts/make_digits.py``.
 
-Needs scikit-learn, inside of which they are: 1,797 scans of 8 x 8 pixels (Alpaydin and Kaynak, Optical Recognition of Handwritten
-Digits, UCI Machine Learning Repository, 1998; CC BY 4.0). A row is a question about one scan, a PNG in a data: URL.
+Needs scikit-learn, inside of which they are: 1,797 scans of 8 x 8 pixels (Alpaydin and Kaynak,
+Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998; CC BY 4.0). A row
+is a question about one scan, a PNG in a data: URL.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ QUESTION = "which digit?"
 def draw(scan: np.ndarray) -> bytes:
     """A scan, whose ink is 0 to 16, as a PNG."""
     file = io.BytesIO()
-    Image.fromarray((255 - scan.reshape(8, 8) * (255 / 16)).round().astype(np.uint8)).save(file, "PNG", optimize=True)
+    Image.fromarray((255 - scan.reshape(8, 8) * (255 / 16)).round().astype(np.uint8)).save(
+        file, "PNG", optimize=True
+    )
     return file.getvalue()
 
 
@@ -32,7 +36,12 @@ def make_row(scan: np.ndarray, digit: int) -> dict[str, object]:
     """A question about one scan."""
     url = f"data:image/png;base64,{base64.b64encode(draw(scan)).decode()}"
     asked = [{"type": "image", "image": url}, {"type": "text", "text": QUESTION}]
-    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": str(digit)}]}
+    return {
+        "messages": [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": str(digit)},
+        ]
+    }
 
 
 def main() -> None:

@@ -1,4 +1,6 @@
-"""Write the demo's data set, ``lorakit/examples/pig_latin/{train,heldout}.jsonl``: ``python scripts/make_pig_latin.py``."""
+"""Write the demo's data set, ``lorakit/examples/pig_latin/{train,heldout}.jsonl``: ``python
+scripts/make_pig_latin.py``.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,16 @@ VOWELS = "aeiou"
 
 
 def pig_latin_word(word: str) -> str:
-    """Move the longest run of leading consonants behind a dash, add ``ay``; ``-way`` for a word with a vowel first or with none.
+    """Move the longest run of leading consonants behind a dash, add ``ay``; ``-way`` for a word
+    with a vowel first or with none.
 
-    ``y`` is a consonant only as the first letter; ``u`` behind a leading ``q`` is a vowel like any other.
+    ``y`` is a consonant only as the first letter; ``u`` behind a leading ``q`` is a vowel like any
+    other.
     """
-    start = next((i for i, letter in enumerate(word) if letter in VOWELS or (letter == "y" and i > 0)), len(word))
+    start = next(
+        (i for i, letter in enumerate(word) if letter in VOWELS or (letter == "y" and i > 0)),
+        len(word),
+    )
     return f"{word}-way" if start in (0, len(word)) else f"{word[start:]}-{word[:start]}ay"
 
 

@@ -1,4 +1,6 @@
-"""Writes docs/routes.md from the server's own routes: `python scripts/make_routes_page.py`. A test compares."""
+"""Writes docs/routes.md from the server's own routes: `python scripts/make_routes_page.py`. A
+test compares.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ def page() -> str:
     lines = [
         "# Routes of `lorakit serve`",
         "",
-        "Made from the code by `scripts/make_routes_page.py`. Tinker's protocol lies under `/api/v1`, OpenAI's under `/v1`.",
+        (
+            "Made from the code by `scripts/make_routes_page.py`. Tinker's protocol lies under"
+            " `/api/v1`, OpenAI's under `/v1`."
+        ),
         "",
         "| route | state | what it does |",
         "| --- | --- | --- |",
@@ -27,9 +32,17 @@ def page() -> str:
         for route in module.router.routes:
             assert isinstance(route, APIRoute)
             method = min(route.methods)
-            text = (inspect.getdoc(route.endpoint) or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+            text = (
+                (inspect.getdoc(route.endpoint) or "")
+                .split("\n\n")[0]
+                .replace("\n", " ")
+                .replace("|", "\\|")
+            )
             lines.append(f"| `{method} {route.path}` | done | {text} |")
-    lines += [f"| `/api/v1/{pattern}` | not offered (404) | {reason} |" for pattern, reason in NOT_OFFERED.items()]
+    lines += [
+        f"| `/api/v1/{pattern}` | not offered (404) | {reason} |"
+        for pattern, reason in NOT_OFFERED.items()
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,14 +1,17 @@
-"""Build a tiny base model that ships with lorakit: ``python scripts/make_tiny_model.py [text|vl] [--out FOLDER] [--steps N]``.
+"""Build a tiny base model that ships with lorakit: ``python scripts/make_tiny_model.py [text|vl]
+[--out FOLDER] [--steps N]``.
 
-``text`` is a Qwen3-MoE of about 2.2 million parameters with a byte-level tokenizer, pretrained from a fixed seed on the tasks of
-``string_tasks.py`` (never pig latin). ``vl`` is a Qwen3-VL-MoE of about 3 million (``tiny_vl.py``), pretrained on the pictures of
-``scenes.py`` (never digits or letters): its tower alone first, then with the layers of ``text`` joined to it. Saved in bf16. Ten
+``text`` is a Qwen3-MoE of about 2.2 million parameters with a byte-level tokenizer, pretrained from
+a fixed seed on the tasks of ``string_tasks.py`` (never pig latin). ``vl`` is a Qwen3-VL-MoE of
+about 3 million (``tiny_vl.py``), pretrained on the pictures of ``scenes.py`` (never digits or
+letters): its tower alone first, then with the layers of ``text`` joined to it. Saved in bf16. Ten
 minutes and half an hour on two cores.
 
-The ``vl`` in the package was made while its lessons were written, by four runs of 32 rows a step: 3,000 steps from nothing, then 1,800,
-900 and 900 more with ``--start``. A run from nothing makes another one, with today's lessons: after ``--steps 4000 --rows 32`` it
-answered 89.8 % of 1,000 held-out questions (the package's: 95.7 %), and 0.8 % with the picture blanked; colours and shapes want
-more steps.
+The ``vl`` in the package was made while its lessons were written, by four runs of 32 rows a step:
+3,000 steps from nothing, then 1,800, 900 and 900 more with ``--start``. A run from nothing makes
+another one, with today's lessons: after ``--steps 4000 --rows 32`` it answered 89.8 % of 1,000
+held-out questions (the package's: 95.7 %), and 0.8 % with the picture blanked; colours and shapes
+want more steps.
 """
 
 from __future__ import annotations
@@ -24,19 +27,41 @@ import tiny_vl
 import torch
 from string_tasks import TASKS, Question, Task, draw_question, load_words
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3VLMoeForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "lorakit" / "model" / "tiny"
 SPECIAL_NAMES = (
-    *("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start"),
+    *(
+        "endoftext",
+        "im_start",
+        "im_end",
+        "object_ref_start",
+        "object_ref_end",
+        "box_start",
+        "box_end",
+        "quad_start",
+    ),
     *("quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"),
 )
 SPECIAL_TOKENS = [f"<|{name}|>" for name in SPECIAL_NAMES]  # Qwen's, in Qwen's order
-PLAIN_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+PLAIN_TOKENS = [
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+]
 VOCAB_SIZE = 288  # 256 bytes and the tokens above, rounded up to a multiple of 32
 LABELS = ("Input", "Text", "Phrase", "Words", "Source", "Given")
-PROMPT_WEIGHT = 0.05  # prompts are mostly random words: worth a little, for the shape of what a line looks like
+# prompts are mostly random words: worth a little, for the shape of what a line looks like
+PROMPT_WEIGHT = 0.05
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' }}
@@ -51,13 +76,19 @@ CHAT_TEMPLATE = """\
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: one token per byte, and Qwen's chat and vision tokens."""
+    """A byte-level tokenizer without merges: one token per byte, and Qwen's chat and vision
+    tokens.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in PLAIN_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    tokenizer.add_tokens(
+        [AddedToken(token, special=False, normalized=False) for token in PLAIN_TOKENS]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -70,7 +101,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
-    """Hidden width 128, expert width 96: H, I and 2I all differ, so that no loader can mistake one layout for another."""
+    """Hidden width 128, expert width 96: H, I and 2I all differ, so that no loader can mistake
+    one layout for another.
+    """
     return Qwen3MoeConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
@@ -99,23 +132,38 @@ def render_row(rng: random.Random, words: list[str]) -> tuple[str, str]:
     ask, phrase, answer = task.ask(question), " ".join(question.words), task.answer(question)
     if rng.random() < 2 / 3:
         return f"{rng.choice(LABELS)}: {phrase}\n{ask}:", f" {answer}\n\n"
-    return f"<|im_start|>user\n{ask}: {phrase}<|im_end|>\n<|im_start|>assistant\n", f"{answer}<|im_end|>"
+    return (
+        f"<|im_start|>user\n{ask}: {phrase}<|im_end|>\n<|im_start|>assistant\n",
+        f"{answer}<|im_end|>",
+    )
 
 
 def make_batches(
-    rng: random.Random, tokenizer: PreTrainedTokenizerFast, words: list[str], num_rows: int, num_batches: int = 16
+    rng: random.Random,
+    tokenizer: PreTrainedTokenizerFast,
+    words: list[str],
+    num_rows: int,
+    num_batches: int = 16,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (tokens_BT, weights_BT) for ever, padded on the right with weight 0; rows of one length go together."""
+    """Yield (tokens_BT, weights_BT) for ever, padded on the right with weight 0; rows of one
+    length go together.
+    """
     while True:
         rows = [render_row(rng, words) for _ in range(num_rows * num_batches)]
         prompts = tokenizer([prompt for prompt, _ in rows], add_special_tokens=False)["input_ids"]
-        completions = tokenizer([completion for _, completion in rows], add_special_tokens=False)["input_ids"]
-        pairs = sorted(zip(prompts, completions, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
+        completions = tokenizer([completion for _, completion in rows], add_special_tokens=False)[
+            "input_ids"
+        ]
+        pairs = sorted(
+            zip(prompts, completions, strict=True), key=lambda pair: len(pair[0]) + len(pair[1])
+        )
         for batch in rng.sample(range(num_batches), num_batches):
             yield _pad(pairs[batch * num_rows : (batch + 1) * num_rows], tokenizer.pad_token_id)
 
 
-def _pad(pairs: list[tuple[list[int], list[int]]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(
+    pairs: list[tuple[list[int], list[int]]], pad_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     length = max(len(prompt) + len(completion) for prompt, completion in pairs)
     tokens = torch.full((len(pairs), length), pad_token_id)
     weights = torch.zeros(len(pairs), length)
@@ -134,10 +182,13 @@ def pretrain(
     lr: float,
     details: tiny_vl.Details | None = None,
 ) -> None:
-    """Train ``model`` in place on ``batches`` of inputs and the weights of their tokens, its tower on ``details`` too."""
+    """Train ``model`` in place on ``batches`` of inputs and the weights of their tokens, its
+    tower on ``details`` too.
+    """
     parameters = [*model.parameters(), *(details.parameters() if details else ())]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.05)
-    warmup_share = max(0.05, 2 / num_steps)  # a warm-up of fewer than two steps divides by zero in OneCycleLR
+    # a warm-up of fewer than two steps divides by zero in OneCycleLR
+    warmup_share = max(0.05, 2 / num_steps)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=lr, total_steps=num_steps, pct_start=warmup_share, final_div_factor=100
     )
@@ -146,9 +197,14 @@ def pretrain(
     for step in range(num_steps):
         inputs, weights = next(batches)
         tokens = inputs["input_ids"]
-        read = {name: tensor[:, :-1] if tensor.shape == tokens.shape else tensor for name, tensor in inputs.items()}
+        read = {
+            name: tensor[:, :-1] if tensor.shape == tokens.shape else tensor
+            for name, tensor in inputs.items()
+        }
         output = model(**read, output_router_logits=True)
-        losses = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            output.logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+        )
         weights = weights[:, 1:].flatten()
         loss = (losses * weights).sum() / weights.sum()
         lost = details(model.model.visual) if details else torch.zeros(())
@@ -159,7 +215,13 @@ def pretrain(
         optimizer.zero_grad()
         if step % 100 == 0 or step == num_steps - 1:
             is_answer = weights.view(len(tokens), -1) > PROMPT_WEIGHT
-            right = ((output.logits.argmax(-1) == tokens[:, 1:]) | ~is_answer).all(1).float().mean().item()
+            right = (
+                ((output.logits.argmax(-1) == tokens[:, 1:]) | ~is_answer)
+                .all(1)
+                .float()
+                .mean()
+                .item()
+            )
             figures = f"loss {loss.item():.4f}  {right:4.0%} right  details {lost.item():.4f}"
             print(f"step {step:5d}  {figures}  {time.perf_counter() - started:6.1f} s", flush=True)
 
@@ -174,24 +236,41 @@ def report_accuracy(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFa
 
 
 def _answers(
-    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, task: Task, words: list[str]
+    model: Qwen3MoeForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rng: random.Random,
+    task: Task,
+    words: list[str],
 ) -> bool:
     chosen = tuple(rng.choices(words, k=2))
     question = Question(task.draw(rng, chosen), chosen)
     prompt = tokenizer(f"Input: {' '.join(chosen)}\n{task.ask(question)}:", return_tensors="pt")
     answer = f" {task.answer(question)}\n\n"
     num_tokens = len(tokenizer(answer)["input_ids"])
-    tokens = model.generate(**prompt, max_new_tokens=num_tokens, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    tokens = model.generate(**prompt, max_new_tokens=num_tokens, do_sample=False)[
+        0, prompt["input_ids"].shape[1] :
+    ]
     return tokenizer.decode(tokens) == answer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", nargs="?", choices=("text", "vl"), default="text", help="which model")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "kind", nargs="?", choices=("text", "vl"), default="text", help="which model"
+    )
     parser.add_argument("--out", type=Path, help="folder to write the model to")
     parser.add_argument("--steps", type=int, default=2000, help="optimiser steps")
-    parser.add_argument("--tower-steps", type=int, default=2000, help="of vl: steps of the vision tower alone, before that")
-    parser.add_argument("--start", type=Path, help="of vl: go on with this model, with the last lesson alone")
+    parser.add_argument(
+        "--tower-steps",
+        type=int,
+        default=2000,
+        help="of vl: steps of the vision tower alone, before that",
+    )
+    parser.add_argument(
+        "--start", type=Path, help="of vl: go on with this model, with the last lesson alone"
+    )
     parser.add_argument("--rows", type=int, default=64, help="examples per step")
     parser.add_argument("--lr", type=float, help="largest learning rate; default 3e-3, vl 1e-3")
     arguments = parser.parse_args()
@@ -204,7 +283,9 @@ def main() -> None:
         tokenizer.chat_template = tiny_vl.CHAT_TEMPLATE
         reader = tiny_vl.Reader(tokenizer, tiny_vl.make_image_processor())
         if arguments.start:
-            model = Qwen3VLMoeForConditionalGeneration.from_pretrained(arguments.start, dtype=torch.float32).train()
+            model = Qwen3VLMoeForConditionalGeneration.from_pretrained(
+                arguments.start, dtype=torch.float32
+            ).train()
             rng = random.Random(4)
         else:
             model = Qwen3VLMoeForConditionalGeneration(tiny_vl.make_config(tokenizer))
@@ -219,7 +300,13 @@ def main() -> None:
         batches = (({"input_ids": tokens}, weights) for tokens, weights in rows)
     print(f"{model.num_parameters():,} parameters")
     details = tiny_vl.Details(model.config, arguments.rows) if arguments.kind == "vl" else None
-    pretrain(model, batches, arguments.steps, arguments.lr or {"text": 3e-3, "vl": 1e-3}[arguments.kind], details)
+    pretrain(
+        model,
+        batches,
+        arguments.steps,
+        arguments.lr or {"text": 3e-3, "vl": 1e-3}[arguments.kind],
+        details,
+    )
     model = model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.generation_config.eos_token_id = tokenizer.eos_token_id

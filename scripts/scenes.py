@@ -1,7 +1,9 @@
-"""The pictures and questions that the tiny vision-language model is pretrained on: coloured shapes on a plain ground.
+"""The pictures and questions that the tiny vision-language model is pretrained on: coloured shapes
+on a plain ground.
 
-Nothing that is drawn is a digit or a letter, and no shape is made of a digit's strokes: reading digits is what the demo has to
-teach. Every question has equally likely answers, so that whoever does not look cannot do better than chance.
+Nothing that is drawn is a digit or a letter, and no shape is made of a digit's strokes: reading
+digits is what the demo has to teach. Every question has equally likely answers, so that whoever
+does not look cannot do better than chance.
 """
 
 from __future__ import annotations
@@ -13,9 +15,13 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 COLORS = {
-    "red": (215, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 215), "yellow": (235, 205, 40), "purple": (140, 50, 175),
+    "red": (215, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 70, 215),
+    "yellow": (235, 205, 40),
+    "purple": (140, 50, 175),
     "orange": (240, 130, 30),
-}  # fmt: skip
+}
 SHAPES = ("square", "disc", "triangle", "cross", "diamond", "arrow")
 COLOR_NAMES = tuple(COLORS)
 NUM_LOOKS = 1 + len(COLORS) * len(SHAPES)
@@ -53,18 +59,28 @@ class Scene:
         return image
 
     def looks(self, cell: int) -> list[int]:
-        """What lies at each square of ``cell`` pixels, in reading order: 0 is the ground, each kind of thing has a number."""
+        """What lies at each square of ``cell`` pixels, in reading order: 0 is the ground, each
+        kind of thing has a number.
+        """
         found = {
-            (thing.column, thing.row): 1 + COLOR_NAMES.index(thing.color) * len(SHAPES) + SHAPES.index(thing.shape)
+            (thing.column, thing.row): 1
+            + COLOR_NAMES.index(thing.color) * len(SHAPES)
+            + SHAPES.index(thing.shape)
             for thing in self.things
         }
         height, width = self.num_rows * CELL // cell, self.num_columns * CELL // cell
-        return [found.get((x * cell // CELL, y * cell // CELL), 0) for y in range(height) for x in range(width)]
+        return [
+            found.get((x * cell // CELL, y * cell // CELL), 0)
+            for y in range(height)
+            for x in range(width)
+        ]
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one or two pictures; ``chance`` is what the best answer without looking gets."""
+    """One question about one or two pictures; ``chance`` is what the best answer without looking
+    gets.
+    """
 
     kind: str
     text: str
@@ -79,7 +95,9 @@ class Question:
 
 
 def draw_question(rng: random.Random, placing_share: float = 0.4) -> Question:
-    """Draw one question of one kind, with its pictures; of so many the answer is a place or a picture."""
+    """Draw one question of one kind, with its pictures; of so many the answer is a place or a
+    picture.
+    """
     return rng.choice(_PLACING if rng.random() < placing_share else _NAMING)(rng)
 
 
@@ -115,38 +133,63 @@ def _draw_cells(rng: random.Random, count: int) -> tuple[int, int, list[tuple[in
 
 def _scene(rng: random.Random, looks: list[tuple[str, str]]) -> Scene:
     num_columns, num_rows, cells = _draw_cells(rng, len(looks))
-    return Scene(num_columns, num_rows, tuple(Thing(*look, *cell) for look, cell in zip(looks, cells, strict=True)))
+    return Scene(
+        num_columns,
+        num_rows,
+        tuple(Thing(*look, *cell) for look, cell in zip(looks, cells, strict=True)),
+    )
 
 
 def _ask_color(rng: random.Random) -> Question:
     shapes = rng.sample(SHAPES, rng.randint(1, 3))
     scene = _scene(rng, [(rng.choice(COLOR_NAMES), shape) for shape in shapes])
     asked = rng.choice(scene.things)
-    return Question("color", f"What color is the {asked.shape}?", asked.color, (scene.draw(rng),), 1 / len(COLORS))
+    return Question(
+        "color",
+        f"What color is the {asked.shape}?",
+        asked.color,
+        (scene.draw(rng),),
+        1 / len(COLORS),
+    )
 
 
 def _ask_shape(rng: random.Random) -> Question:
     colors = rng.sample(COLOR_NAMES, rng.randint(1, 3))
     scene = _scene(rng, [(color, rng.choice(SHAPES)) for color in colors])
     asked = rng.choice(scene.things)
-    return Question("shape", f"What shape is {asked.color}?", asked.shape, (scene.draw(rng),), 1 / len(SHAPES))
+    return Question(
+        "shape", f"What shape is {asked.color}?", asked.shape, (scene.draw(rng),), 1 / len(SHAPES)
+    )
 
 
 def _ask_count(rng: random.Random) -> Question:
     count = rng.randint(1, 4)
     scene = _scene(rng, [(rng.choice(COLOR_NAMES), rng.choice(SHAPES)) for _ in range(count)])
-    return Question("count", "How many shapes are there?", NUMBERS[count], (scene.draw(rng),), 1 / 4)
+    return Question(
+        "count", "How many shapes are there?", NUMBERS[count], (scene.draw(rng),), 1 / 4
+    )
 
 
 def _ask_where(rng: random.Random) -> Question:
     """In which corner of a picture one of its shapes lies."""
     num_columns, num_rows = rng.choice(_GRIDS)
-    corners = rng.sample([(x, y) for x in (0, num_columns - 1) for y in (0, num_rows - 1)], rng.randint(1, 3))
+    corners = rng.sample(
+        [(x, y) for x in (0, num_columns - 1) for y in (0, num_rows - 1)], rng.randint(1, 3)
+    )
     shapes = rng.sample(SHAPES, len(corners))
-    things = tuple(Thing(rng.choice(COLOR_NAMES), *place) for place in zip(shapes, *zip(*corners, strict=True), strict=True))
+    things = tuple(
+        Thing(rng.choice(COLOR_NAMES), *place)
+        for place in zip(shapes, *zip(*corners, strict=True), strict=True)
+    )
     asked = rng.choice(things)
     answer = f"{'bottom' if asked.row else 'top'} {'right' if asked.column else 'left'}"
-    return Question("where", f"Where is the {asked.shape}?", answer, (Scene(num_columns, num_rows, things).draw(rng),), 1 / 4)
+    return Question(
+        "where",
+        f"Where is the {asked.shape}?",
+        answer,
+        (Scene(num_columns, num_rows, things).draw(rng),),
+        1 / 4,
+    )
 
 
 def _ask_which(rng: random.Random) -> Question:
@@ -154,7 +197,11 @@ def _ask_which(rng: random.Random) -> Question:
     asked = rng.choice(SHAPES)
     others = [shape for shape in SHAPES if shape != asked]
     pictures = [
-        _scene(rng, [(rng.choice(COLOR_NAMES), shape)] + [(rng.choice(COLOR_NAMES), other) for other in rng.sample(others, 1)])
+        _scene(
+            rng,
+            [(rng.choice(COLOR_NAMES), shape)]
+            + [(rng.choice(COLOR_NAMES), other) for other in rng.sample(others, 1)],
+        )
         for shape in (asked, rng.choice(others))
     ]
     answer = rng.choice(("first", "second"))
@@ -166,11 +213,16 @@ def _ask_which(rng: random.Random) -> Question:
 
 def draw_scene(rng: random.Random, max_things: int = 4) -> Scene:
     """Draw a scene of things of any kind."""
-    return _scene(rng, [(rng.choice(COLOR_NAMES), rng.choice(SHAPES)) for _ in range(rng.randint(1, max_things))])
+    return _scene(
+        rng,
+        [(rng.choice(COLOR_NAMES), rng.choice(SHAPES)) for _ in range(rng.randint(1, max_things))],
+    )
 
 
 def draw_clouds(rng: random.Random) -> Image.Image:
-    """Draw random spots of light that run into one another: nothing that has a name, and much to be seen."""
+    """Draw random spots of light that run into one another: nothing that has a name, and much to
+    be seen.
+    """
     cells, size = rng.choice((4, 6, 8)), rng.choice((16, 24, 32))
     middle, spread, mode = rng.uniform(60, 200), rng.uniform(20, 90), rng.choice(("L", "RGB"))
     spots = Image.new(mode, (cells, cells))
@@ -178,13 +230,17 @@ def draw_clouds(rng: random.Random) -> Image.Image:
     return spots.resize((size, size), Image.Resampling.BICUBIC).convert("RGB")
 
 
-def _draw_spot(rng: random.Random, middle: float, spread: float, mode: str) -> int | tuple[int, ...]:
+def _draw_spot(
+    rng: random.Random, middle: float, spread: float, mode: str
+) -> int | tuple[int, ...]:
     values = tuple(max(0, min(255, round(rng.gauss(middle, spread)))) for _ in mode)
     return values[0] if mode == "L" else values
 
 
 def draw_description(rng: random.Random, max_things: int = 3) -> Question:
-    """Ask for everything in a picture, in reading order: many words about one picture teach to see, an answer of one hardly does."""
+    """Ask for everything in a picture, in reading order: many words about one picture teach to
+    see, an answer of one hardly does.
+    """
     scene = draw_scene(rng, max_things)
     ordered = sorted(scene.things, key=lambda thing: (thing.row, thing.column))
     answer = ", ".join(f"{thing.color} {thing.shape}" for thing in ordered)

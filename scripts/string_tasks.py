@@ -1,8 +1,9 @@
 """The string tasks that the tiny base model is pretrained on.
 
-Every task treats letters as opaque symbols: renaming the letters of a task's input (words and arguments alike) renames its
-output in the same way. So no task can depend on what is a vowel and what is a consonant, which is exactly what the pig latin
-demo has to teach. ``tests/scripts/test_string_tasks.py`` asserts that property for every task.
+Every task treats letters as opaque symbols: renaming the letters of a task's input (words and
+arguments alike) renames its output in the same way. So no task can depend on what is a vowel and
+what is a consonant, which is exactly what the pig latin demo has to teach.
+``tests/scripts/test_string_tasks.py`` asserts that property for every task.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 
 WORDS_FILE = Path(__file__).with_name("words.txt")
 NUM_HELD_OUT_WORDS = 1_500
-FORBIDDEN_SUFFIXES = {"ay", "way", "yay"}  # what pig latin appends is never what a pretraining task appends
+# what pig latin appends is never what a pretraining task appends
+FORBIDDEN_SUFFIXES = {"ay", "way", "yay"}
 VOWELS = set("aeiou")
 
 
@@ -41,7 +43,9 @@ class Task:
 
 
 def load_words() -> tuple[list[str], list[str]]:
-    """Return (seen, held_out): the word list of the repository, split once and for all by a fixed seed."""
+    """Return (seen, held_out): the word list of the repository, split once and for all by a
+    fixed seed.
+    """
     words = WORDS_FILE.read_text(encoding="utf-8").split()
     random.Random(2026).shuffle(words)
     return words[NUM_HELD_OUT_WORDS:], words[:NUM_HELD_OUT_WORDS]
@@ -93,7 +97,9 @@ def _turn(word: str, count: int, suffix: str = "") -> str:
 
 
 def _cut(word: str, letters: str, suffix: str = "") -> str:
-    """Move what stands before the first letter out of ``letters`` behind a dash; nothing moves where there is none."""
+    """Move what stands before the first letter out of ``letters`` behind a dash; nothing moves
+    where there is none.
+    """
     start = next((i for i, letter in enumerate(word) if letter in letters), 0)
     return _turn(word, start, suffix)
 
@@ -115,7 +121,9 @@ TASKS: tuple[Task, ...] = (
     Task("First", _a_count, _each(lambda w, q: w[: int(q.arguments[0])])),
     Task("Last", _a_count, _each(lambda w, q: w[-int(q.arguments[0]) :])),
     Task("Drop", _a_count, _each(lambda w, q: w[int(q.arguments[0]) :] or "-")),
-    Task("Rotate", _a_count, _each(lambda w, q: w[int(q.arguments[0]) :] + w[: int(q.arguments[0])])),
+    Task(
+        "Rotate", _a_count, _each(lambda w, q: w[int(q.arguments[0]) :] + w[: int(q.arguments[0])])
+    ),
     Task("Suffix", _a_suffix, _each(lambda w, q: w + q.arguments[0])),
     Task("Prefix", _a_suffix, _each(lambda w, q: q.arguments[0] + w)),
     Task("Tail", _a_suffix, _each(lambda w, q: f"{w}-{q.arguments[0]}")),

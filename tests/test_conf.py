@@ -38,7 +38,9 @@ def _targets(node: Any, key: str = "") -> list[tuple[str, dict[str, Any]]]:
     if not isinstance(node, dict):
         return []
     here = [(key, node)] if node.get("_target_", "auto") != "auto" else []
-    return here + [found for name, inner in node.items() for found in _targets(inner, f"{key}.{name}")]
+    return here + [
+        found for name, inner in node.items() for found in _targets(inner, f"{key}.{name}")
+    ]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONF)))
@@ -47,7 +49,9 @@ def test_every_target_takes_what_its_file_says(path: Path) -> None:
     for key, node in _targets(yaml.safe_load(path.read_text(encoding="utf-8"))):
         settings = {name: value for name, value in node.items() if name not in NOT_ARGUMENTS}
         plain = {
-            name: value for name, value in settings.items() if not (isinstance(value, str) and ("$" in value or "?" in value))
+            name: value
+            for name, value in settings.items()
+            if not (isinstance(value, str) and ("$" in value or "?" in value))
         }
         assert not [p for p in find_argument_problems(plain, key) if "unknown key" in p]
 
@@ -55,7 +59,9 @@ def test_every_target_takes_what_its_file_says(path: Path) -> None:
 @pytest.mark.parametrize("group", ["data", "lora"])
 def test_every_argument_of_ours_is_a_key(group: str) -> None:
     settings = _compose("experiment=pig_latin")[group]
-    parameters = set(inspect.signature(import_target(settings["_target_"], group)).parameters) - RUNTIME
+    parameters = (
+        set(inspect.signature(import_target(settings["_target_"], group)).parameters) - RUNTIME
+    )
     assert parameters == settings.keys() - {"_target_"}
 
 
@@ -79,45 +85,85 @@ def test_the_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture
     train.main(["--help"])
     said = capsys.readouterr().out
     composed = _compose("experiment=pig_latin")
-    for group in ("model", "data", "lora", "optim", "trainer", "checkpoint", "plan", "schedule", "launch", "strategy", "loss"):
+    for group in (
+        "model",
+        "data",
+        "lora",
+        "optim",
+        "trainer",
+        "checkpoint",
+        "plan",
+        "schedule",
+        "launch",
+        "strategy",
+        "loss",
+    ):
         for key in composed[group]:
             assert key in ("_target_", "_partial_") or f"  {group}.{key}=" in said, f"{group}.{key}"
-    for typed in ("lora.rank=32", "data.max_tokens=1024", "data.path=(must be set)", "optim=sgd", "sweep.trials=20"):
-        assert re.search(rf"^(  )?{re.escape(typed)}\b|{re.escape(typed)} ", said, re.MULTILINE), typed
+    for typed in (
+        "lora.rank=32",
+        "data.max_tokens=1024",
+        "data.path=(must be set)",
+        "optim=sgd",
+        "sweep.trials=20",
+    ):
+        assert re.search(rf"^(  )?{re.escape(typed)}\b|{re.escape(typed)} ", said, re.MULTILINE), (
+            typed
+        )
 
 
-def test_every_line_of_the_help_has_what_the_file_says_of_its_key(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_line_of_the_help_has_what_the_file_says_of_its_key(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     train.main(["--help"])
     said = capsys.readouterr().out
     for choice in read_choices():
         for found in choice.settings:
             default = "(must be set)" if found.default == "???" else found.default
-            assert re.search(rf"^  {re.escape(f'{found.key}={default}')} +{re.escape(found.meaning)}$", said, re.MULTILINE), (
-                found
-            )
+            assert re.search(
+                rf"^  {re.escape(f'{found.key}={default}')} +{re.escape(found.meaning)}$",
+                said,
+                re.MULTILINE,
+            ), found
 
 
 def test_a_key_that_is_a_size_or_a_time_names_its_unit() -> None:
     """By the key's own name, or by its meaning."""
     unit = re.compile(
         r"token|row|step|epoch|second|minute|positions|pixels|GB|bytes|TFLOP|share|times|hour|dollar|rank|process|machine|device|"
-        r"trials|checkpoints|batch|factor|port|GPU|node|core|prompt|thread|limit|as SLURM writes|elements|fraction"
+        r"trials|checkpoints|batch|factor|port|GPU|node|core|prompt|thread|limit|as SLURM"
+        r" writes|elements|fraction"
     )
-    sizes = re.compile(r"tokens|rows|steps|seconds|epochs|size|pixels|_gb|tflops|time|last|best|trials|threads|devices|price")
-    numbers = [(choice, found) for choice in read_choices() for found in choice.settings if sizes.search(found.key)]
+    sizes = re.compile(
+        r"tokens|rows|steps|seconds|epochs|size|pixels|_gb|tflops|time|last|best|trials|threads|devices|price"
+    )
+    numbers = [
+        (choice, found)
+        for choice in read_choices()
+        for found in choice.settings
+        if sizes.search(found.key)
+    ]
     assert len(numbers) > 30
-    unnamed = [f"{choice.group}/{choice.name}: {found}" for choice, found in numbers if not unit.search(found.meaning)]
+    unnamed = [
+        f"{choice.group}/{choice.name}: {found}"
+        for choice, found in numbers
+        if not unit.search(found.meaning)
+    ]
     assert not unnamed, "\n".join(unnamed)
 
 
 def test_the_page_of_settings_is_made_from_the_files() -> None:
     page = CONF.parent / "docs" / "settings.md"
-    assert page.read_text(encoding="utf-8") == as_page(read_choices()), "run python scripts/make_settings_page.py"
+    assert page.read_text(encoding="utf-8") == as_page(read_choices()), (
+        "run python scripts/make_settings_page.py"
+    )
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_and_passes_the_check(experiment: str) -> None:
-    check_settings(_compose(f"experiment={experiment}", "model.path=tiny", "data.path=pig_latin/train"))
+    check_settings(
+        _compose(f"experiment={experiment}", "model.path=tiny", "data.path=pig_latin/train")
+    )
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "optim").glob("*.yaml")))
@@ -127,11 +173,11 @@ def test_every_optimiser_and_schedule_can_be_made(name: str) -> None:
     from lorakit.cli.assemble import build
 
     settings = _compose("experiment=pig_latin", f"optim={name}", "optim.lr=0.1")["optim"]
-    optimizer = build({key: value for key, value in settings.items() if key != "clip_norm"}, "optim")(
-        [torch.nn.Parameter(torch.ones(2))]
-    )
+    optimizer = build(
+        {key: value for key, value in settings.items() if key != "clip_norm"}, "optim"
+    )([torch.nn.Parameter(torch.ones(2))])
     for schedule in ("constant", "linear", "cosine"):
-        built = build(_compose("experiment=pig_latin", f"schedule={schedule}")["schedule"], "schedule")(
-            optimizer, total_steps=10
-        )
+        built = build(
+            _compose("experiment=pig_latin", f"schedule={schedule}")["schedule"], "schedule"
+        )(optimizer, total_steps=10)
         assert built.get_last_lr()[0] > 0

@@ -30,8 +30,11 @@ def test_the_program_of_the_page_has_the_losses_of_the_demo(
     monkeypatch.chdir(tmp_path)
     path = [str(PAGE.parents[1]), *sys.path]
     subprocess.run(
-        [sys.executable, "program.py"], check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ":".join(path)}
-    )  # fmt: skip
+        [sys.executable, "program.py"],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": ":".join(path)},
+    )
     with (tmp_path / "log" / "metrics.csv").open() as file:
         ours = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
     GlobalHydra.instance().clear()
@@ -46,7 +49,11 @@ def test_the_program_of_the_page_has_the_losses_of_the_demo(
             "callbacks.samples=null",
         ]
     )
-    demo = [record["train/loss"] for record in History(tmp_path / "runs/demo").read() if "train/loss" in record]
+    demo = [
+        record["train/loss"]
+        for record in History(tmp_path / "runs/demo").read()
+        if "train/loss" in record
+    ]
     assert len(ours) == len(demo) == steps
     assert ours == pytest.approx(demo, rel=1e-5)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

@@ -1,4 +1,6 @@
-"""Recipes are flat programs on the public interface; each runs, in this process and, by the public SDK, against a server."""
+"""Recipes are flat programs on the public interface; each runs, in this process and, by the
+public SDK, against a server.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +59,23 @@ def test_sft_loop_goes_on_from_a_saved_state_to_the_same_bits(
 ) -> None:
     recipe = load("sft_loop")
     words = ("abcdef", "bcdefg", "cdefgh", "defghi")
-    rows = [{"prompt": f"Input: {word}\nSay:", "completion": f" {word[::-1]}\n"} for word in words * 5]
+    rows = [
+        {"prompt": f"Input: {word}\nSay:", "completion": f" {word[::-1]}\n"} for word in words * 5
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    options = ["rows.jsonl", "--steps", "6", "--batch-size", "4", "--save-every", "2", "--eval-every", "2", "--rank", "8"]
+    options = [
+        "rows.jsonl",
+        "--steps",
+        "6",
+        "--batch-size",
+        "4",
+        "--save-every",
+        "2",
+        "--eval-every",
+        "2",
+        "--rank",
+        "8",
+    ]
     whole = recipe.main(options)
     printed = capsys.readouterr().out
     held_out_losses = [float(value) for value in re.findall(r"held-out loss (\S+)", printed)]
@@ -70,9 +86,12 @@ def test_sft_loop_goes_on_from_a_saved_state_to_the_same_bits(
     assert [path.rpartition("/")[2] for path in paths] == ["step-2", "step-4", "step-6"]
     for path, first_step in zip(paths, (2, 4), strict=False):
         resumed = recipe.main([*options, "--resume", path])
-        assert resumed == {step: loss for step, loss in whole.items() if step >= first_step}  # to the bit
+        # to the bit
+        assert resumed == {step: loss for step, loss in whole.items() if step >= first_step}
     monkeypatch.setattr(
-        ServiceClient, "create_training_client_from_state_with_optimizer", ServiceClient.create_training_client_from_state
+        ServiceClient,
+        "create_training_client_from_state_with_optimizer",
+        ServiceClient.create_training_client_from_state,
     )
     without_optimizer = recipe.main([*options, "--resume", paths[0]])
     assert without_optimizer[2] == whole[2] and without_optimizer[5] != whole[5]
@@ -81,7 +100,9 @@ def test_sft_loop_goes_on_from_a_saved_state_to_the_same_bits(
 
 
 def test_rl_loop_learns_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    history = load("rl_loop").main(["--steps", "8", "--eval-every", "8", "--samples", "8", "--plot", "reward.png"])
+    history = load("rl_loop").main(
+        ["--steps", "8", "--eval-every", "8", "--samples", "8", "--plot", "reward.png"]
+    )
     assert history.blind == 0.25 and "ignores the prompt: 0.250" in capsys.readouterr().out
     assert list(history.trained) == list(range(8)) and list(history.held_out) == [0, 8]
     assert history.held_out[0] < 0.25 < history.held_out[8]
@@ -106,9 +127,13 @@ def test_dpo_learns_what_is_preferred(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_distill_brings_the_student_to_its_teacher(capsys: pytest.CaptureFixture[str]) -> None:
-    divergences = load("distill").main(["--steps", "4", "--teacher-steps", "4", "--eval-every", "4", "--samples", "2"])
+    divergences = load("distill").main(
+        ["--steps", "4", "--teacher-steps", "4", "--eval-every", "4", "--samples", "2"]
+    )
     assert divergences[-1] < 0.5 * divergences[0]
-    assert re.search(r"the teacher is tinker://\S+/sampler_weights/teacher", capsys.readouterr().out)
+    assert re.search(
+        r"the teacher is tinker://\S+/sampler_weights/teacher", capsys.readouterr().out
+    )
 
 
 # ---- against a server
@@ -129,14 +154,22 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(FOLDER.parent)}
     command, data = [sys.executable, "-m", "lorakit"], ["--data", str(folder / "data")]
     with (folder / "log").open("w") as log:
-        server = subprocess.Popen([*command, "serve", *data, "--port", str(port)], stdout=log, stderr=log, env=variables)
+        server = subprocess.Popen(
+            [*command, "serve", *data, "--port", str(port)], stdout=log, stderr=log, env=variables
+        )
     try:
         deadline = time.monotonic() + 120
         while not is_open(port):
-            assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+            assert server.poll() is None and time.monotonic() < deadline, (
+                folder / "log"
+            ).read_text()
             time.sleep(0.05)
         printed = subprocess.run(
-            [*command, "tinker-env", *data], capture_output=True, text=True, check=True, env=variables
+            [*command, "tinker-env", *data],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=variables,
         ).stdout
         yield {**variables, **dict(re.findall(r"export (\w+)=(\S+)", printed))}
     finally:
@@ -144,10 +177,16 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         server.wait(30)
 
 
-def run_both(name: str, options: list[str], environment: dict[str, str], capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
-    """Return what a recipe prints with ``--server`` and in this process, which runs it at the same time."""
+def run_both(
+    name: str, options: list[str], environment: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> tuple[str, str]:
+    """Return what a recipe prints with ``--server`` and in this process, which runs it at the
+    same time.
+    """
     command = [sys.executable, str(FOLDER / f"{name}.py"), "--server", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as program:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as program:
         load(name).main(options)
         served, errors = program.communicate(timeout=300)
     # The SDK's process aborts at its exit now and then, all work done: what it printed is compared.
@@ -160,32 +199,51 @@ def numbers(label: str, printed: str) -> list[float]:
     return [float(value) for value in re.findall(rf"{label} (-?[\d.]+)", printed)]
 
 
-def test_sft_loop_is_the_same_on_a_server(environment: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_sft_loop_is_the_same_on_a_server(
+    environment: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     served, local = run_both("sft_loop", ["--steps", "3", "--save-every", "2"], environment, capsys)
     assert len(numbers("loss", served)) == 5
     assert numbers("loss", served) == pytest.approx(numbers("loss", local), abs=2e-3)
     command = [sys.executable, str(FOLDER / "sft_loop.py"), "--server", "--steps", "3", "--resume"]
     path = re.findall(r"saved (\S+)", served)[0]
-    resumed = subprocess.run([*command, path], capture_output=True, text=True, env=environment, timeout=300, check=True).stdout
-    assert numbers("loss", resumed)[1:] == numbers("loss", served)[3:]  # the step after the saved one, and what is held out
+    resumed = subprocess.run(
+        [*command, path], capture_output=True, text=True, env=environment, timeout=300, check=True
+    ).stdout
+    # the step after the saved one, and what is held out
+    assert numbers("loss", resumed)[1:] == numbers("loss", served)[3:]
 
 
-def test_rl_loop_is_the_same_on_a_server(environment: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    served, local = run_both("rl_loop", ["--steps", "1", "--samples", "8", "--plot", "reward.png"], environment, capsys)
+def test_rl_loop_is_the_same_on_a_server(
+    environment: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    served, local = run_both(
+        "rl_loop", ["--steps", "1", "--samples", "8", "--plot", "reward.png"], environment, capsys
+    )
     assert numbers("reward", served)[:2] == numbers("reward", local)[:2]  # before the first step
     assert numbers("reward", served) == pytest.approx(numbers("reward", local), abs=0.05)
     assert Path("reward.png").is_file()
 
 
-def test_dpo_is_the_same_on_a_server(environment: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_dpo_is_the_same_on_a_server(
+    environment: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     served, local = run_both("dpo", ["--steps", "2", "--batch-size", "16"], environment, capsys)
     assert numbers("loss", served) == pytest.approx(numbers("loss", local), abs=2e-3)
-    assert numbers("held-out accuracy", served) == pytest.approx(numbers("held-out accuracy", local), abs=0.02)
+    assert numbers("held-out accuracy", served) == pytest.approx(
+        numbers("held-out accuracy", local), abs=0.02
+    )
 
 
-def test_distill_is_the_same_on_a_server(environment: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    served, local = run_both("distill", ["--steps", "1", "--teacher-steps", "3", "--samples", "1"], environment, capsys)
-    assert numbers("held-out KL", served)[0] == pytest.approx(numbers("held-out KL", local)[0], abs=0.02)
+def test_distill_is_the_same_on_a_server(
+    environment: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    served, local = run_both(
+        "distill", ["--steps", "1", "--teacher-steps", "3", "--samples", "1"], environment, capsys
+    )
+    assert numbers("held-out KL", served)[0] == pytest.approx(
+        numbers("held-out KL", local)[0], abs=0.02
+    )
     assert numbers("held-out KL", served)[-1] < numbers("held-out KL", served)[0]
 
 
@@ -224,5 +282,7 @@ def test_distill_lowers_the_divergence_tenfold() -> None:
 @pytest.mark.parametrize("options", [[], ["--server"]], ids=["in_process", "server"])
 def test_the_first_program_of_all_runs(options: list[str], environment: dict[str, str]) -> None:
     command = [sys.executable, str(FOLDER / "pig_latin.py"), *options]
-    printed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True).stdout
+    printed = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, check=True
+    ).stdout
     assert printed.splitlines()[-8:].count(" ubber-ray uck-day") == 4

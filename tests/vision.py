@@ -45,11 +45,15 @@ def make_vl_model() -> Any:
 
 
 def make_encoder(**bounds: Any) -> ImageEncoder:
-    return ImageEncoder(tiny_vl.make_image_processor(), tiny_vl.make_config(make_tokenizer()), **bounds)
+    return ImageEncoder(
+        tiny_vl.make_image_processor(), tiny_vl.make_config(make_tokenizer()), **bounds
+    )
 
 
 class ReferenceProcessor(Qwen3VLProcessor):
-    """transformers' own processor; without torchvision it refuses to be made, for the sake of videos."""
+    """transformers' own processor; without torchvision it refuses to be made, for the sake of
+    videos.
+    """
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         return type(argument)
@@ -57,7 +61,9 @@ class ReferenceProcessor(Qwen3VLProcessor):
 
 def make_reference() -> Any:
     tokenizer = make_tokenizer()
-    return ReferenceProcessor(tiny_vl.make_image_processor(), tokenizer, None, chat_template=tokenizer.chat_template)
+    return ReferenceProcessor(
+        tiny_vl.make_image_processor(), tokenizer, None, chat_template=tokenizer.chat_template
+    )
 
 
 def draw_image(seed: int, size: tuple[int, int] | None = None) -> Image.Image:
@@ -73,7 +79,9 @@ def png(image: Image.Image, **options: Any) -> bytes:
 
 
 def save_vl_model(folder: Any) -> str:
-    """Write the model with its tokenizer and image processor as the hub has them, and return the folder."""
+    """Write the model with its tokenizer and image processor as the hub has them, and return the
+    folder.
+    """
     tiny_vl.save(make_vl_model(), make_tokenizer(), folder)
     return str(folder)
 
@@ -84,7 +92,10 @@ def logits_of(model: Any, encoder: ImageEncoder, rows: list[list[Datum]]) -> lis
     assert batch.images is not None
     with torch.no_grad(), packed_documents(batch.spans):
         logits = model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, pixel_values=batch.images.patches_PD,
-            image_grid_thw=batch.images.grids_N3, use_cache=False,
-        ).logits  # fmt: skip
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            pixel_values=batch.images.patches_PD,
+            image_grid_thw=batch.images.grids_N3,
+            use_cache=False,
+        ).logits
     return [logits[row, first:last] for row, first, last in batch.spans]

@@ -22,14 +22,16 @@ from lorakit.weights.checkpoint import list_checkpoints, prune, save_checkpoint
 
 
 class AdapterCheckpoint(L.Callback):
-    """Writes a checkpoint every ``every_steps`` optimiser steps, after each evaluation, and at the end.
+    """Writes a checkpoint every ``every_steps`` optimiser steps, after each evaluation, and at the
+    end.
 
-    A write that fails (a full disk) leaves the last good checkpoint in force and says so. The random state is part of a
-    checkpoint. At the first Ctrl-C, or SIGTERM (how batch systems announce the end of a job's time), the step is finished, a
-    checkpoint written and the fit ended; at a second Ctrl-C it stops at once.
+    A write that fails (a full disk) leaves the last good checkpoint in force and says so. The
+    random state is part of a checkpoint. At the first Ctrl-C, or SIGTERM (how batch systems
+    announce the end of a job's time), the step is finished, a checkpoint written and the fit ended;
+    at a second Ctrl-C it stops at once.
 
-    Of several processes the first writes, and all know whether it could; a signal to any of them ends the fit of all at the same
-    step.
+    Of several processes the first writes, and all know whether it could; a signal to any of them
+    ends the fit of all at the same step.
 
     Args:
         folder: where ``step-000100`` and so on are written.
@@ -37,10 +39,13 @@ class AdapterCheckpoint(L.Callback):
         keep_last, keep_best: how many stay, newest and by evaluation loss.
     """
 
-    def __init__(self, folder: str | Path, *, every_steps: int = 100, keep_last: int = 2, keep_best: int = 1) -> None:
+    def __init__(
+        self, folder: str | Path, *, every_steps: int = 100, keep_last: int = 2, keep_best: int = 1
+    ) -> None:
         self.folder = Path(folder)
         self.every_steps, self.keep_last, self.keep_best = every_steps, keep_last, keep_best
-        self.interrupt: int | None = None  # the signal that ended the fit; one behind the last step ends nothing
+        # the signal that ended the fit; one behind the last step ends nothing
+        self.interrupt: int | None = None
         self._signal: int | None = None  # the first that has come
         self._saved_step = -1
         self._random_state: dict[str, Any] | None = None
@@ -48,21 +53,29 @@ class AdapterCheckpoint(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_step = trainer.global_step
-        # A run that was killed behind its last checkpoint had decided to stop, which EarlyStopping itself does not remember.
-        trainer.should_stop |= any(stopper.wait_count >= stopper.patience for stopper in trainer.early_stopping_callbacks)
+        # A run that was killed behind its last checkpoint had decided to stop, which EarlyStopping
+        # itself does not remember.
+        trainer.should_stop |= any(
+            stopper.wait_count >= stopper.patience for stopper in trainer.early_stopping_callbacks
+        )
         try:
             self._old_handlers = {
-                number: signal.signal(number, self._on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+                number: signal.signal(number, self._on_interrupt)
+                for number in (signal.SIGINT, signal.SIGTERM)
             }
         except ValueError:  # not in the main thread: whoever runs us there handles signals
             self._old_handlers = {}
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._random_state is not None:
             _set_random_state(self._random_state)
             self._random_state = None
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == self._saved_step or trainer.fit_loop._should_accumulate():
             return
         self.interrupt = self._agree_on_interrupt(trainer)
@@ -70,7 +83,11 @@ class AdapterCheckpoint(L.Callback):
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # else Lightning evaluates once more before it stops
             self._save(trainer, pl_module)
-        elif self.every_steps and trainer.global_step % self.every_steps == 0 and not _will_validate(trainer):
+        elif (
+            self.every_steps
+            and trainer.global_step % self.every_steps == 0
+            and not _will_validate(trainer)
+        ):
             self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -88,17 +105,27 @@ class AdapterCheckpoint(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self._restore_handlers()
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
         """Keep the random state of every process."""
         own, packed = _get_random_state(), io.BytesIO()
         torch.save(own, packed)  # pickle itself fails on numpy's unsigned integers as tensors
         everyone = gather(packed.getvalue())
-        checkpoint["lorakit_random"] = [torch.load(io.BytesIO(state), weights_only=True) for state in everyone]
+        checkpoint["lorakit_random"] = [
+            torch.load(io.BytesIO(state), weights_only=True) for state in everyone
+        ]
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Take up this process's; another number of processes goes on with the states they were started with."""
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take up this process's; another number of processes goes on with the states they were
+        started with.
+        """
         states = checkpoint.get("lorakit_random", [])
-        self._random_state = states[trainer.global_rank] if len(states) == trainer.world_size else None
+        self._random_state = (
+            states[trainer.global_rank] if len(states) == trainer.world_size else None
+        )
 
     def _agree_on_interrupt(self, trainer: L.Trainer) -> int | None:
         if trainer.world_size == 1:
@@ -108,10 +135,16 @@ class AdapterCheckpoint(L.Callback):
 
     def _save(self, trainer: L.Trainer, pl_module: Any, val_loss: float | None = None) -> None:
         step = trainer.global_step
-        # What all processes must do together comes first, so that the first one is alone where writing fails.
+        # What all processes must do together comes first, so that the first one is alone where
+        # writing fails.
         tensors = adapter_state(pl_module.model)
-        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)  # optimiser and loops too
-        is_saved = self._write(trainer, pl_module, step, tensors, state, val_loss) if trainer.is_global_zero else False
+        # optimiser and loops too
+        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        is_saved = (
+            self._write(trainer, pl_module, step, tensors, state, val_loss)
+            if trainer.is_global_zero
+            else False
+        )
         if trainer.strategy.broadcast(is_saved):
             self._saved_step = step
 
@@ -124,16 +157,27 @@ class AdapterCheckpoint(L.Callback):
         state: dict[str, Any],
         val_loss: float | None,
     ) -> bool:
-        write = functools.partial(write_adapter, tensors, active_config(pl_module.model), dtype=torch.float32)
+        write = functools.partial(
+            write_adapter, tensors, active_config(pl_module.model), dtype=torch.float32
+        )
         write_state = functools.partial(trainer.strategy.checkpoint_io.save_checkpoint, state)
         try:
-            save_checkpoint(self.folder, step=step, save_adapter=write, save_state=write_state, val_loss=val_loss)
+            save_checkpoint(
+                self.folder,
+                step=step,
+                save_adapter=write,
+                save_state=write_state,
+                val_loss=val_loss,
+            )
         except (OSError, RuntimeError) as error:  # torch.save wraps a full disk into a RuntimeError
             if isinstance(error, RuntimeError) and not _is_write_failure(error):
                 raise
             steps = [checkpoint.step for checkpoint in list_checkpoints(self.folder)]
             in_force = f"step {steps[-1]} stays in force" if steps else "there is none yet"
-            rank_zero_warn(f"checkpoint of step {step} could not be written ({error}); the last good one: {in_force}")
+            rank_zero_warn(
+                f"checkpoint of step {step} could not be written ({error}); the last good one:"
+                f" {in_force}"
+            )
             return False
         prune(self.folder, keep_last=self.keep_last, keep_best=self.keep_best)
         return True
@@ -153,7 +197,8 @@ class AdapterCheckpoint(L.Callback):
 def _will_validate(trainer: L.Trainer) -> bool:
     """Whether an evaluation follows this step; the checkpoint then waits for its loss.
 
-    One behind the last step, written before, would be the end of a run that is killed then: it would never be evaluated.
+    One behind the last step, written before, would be the end of a run that is killed then: it
+    would never be evaluated.
     """
     if not trainer.enable_validation:
         return False
@@ -187,6 +232,8 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     random.setstate((3, tuple(state["python"]), None))
     position, has_gauss, gauss = state["numpy"]["rest"]
-    np.random.set_state((state["numpy"]["kind"], state["numpy"]["keys"].numpy(), position, has_gauss, gauss))
+    np.random.set_state(
+        (state["numpy"]["kind"], state["numpy"]["keys"].numpy(), position, has_gauss, gauss)
+    )
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([tensor.cpu() for tensor in state["cuda"]])

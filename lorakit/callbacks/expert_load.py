@@ -13,7 +13,9 @@ from lorakit.types import Batch
 
 
 class ExpertLoad(L.Callback):
-    """Logs, per layer, the busiest expert's share of tokens times the number of experts: 1 is even, E is all on one."""
+    """Logs, per layer, the busiest expert's share of tokens times the number of experts: 1 is
+    even, E is all on one.
+    """
 
     def __init__(self) -> None:
         self._counts: dict[str, torch.Tensor] = {}
@@ -25,13 +27,17 @@ class ExpertLoad(L.Callback):
         for layer, (_, router) in enumerate(routers):
             self._handles.append(router.register_forward_hook(self._make_hook(f"{layer:02d}")))
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int
+    ) -> None:
         is_token_BL = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
         for row, start, end in batch.spans_here:
             is_token_BL[row, start:end] = True
         self._is_token = is_token_BL.flatten().to(batch.input_ids.device)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.fit_loop._should_accumulate():
             return
         for layer, own in self._counts.items():

@@ -14,7 +14,9 @@ from lorakit.weights.run import History
 
 
 class RunHistory(L.Callback):
-    """Appends each step's metrics to ``history.jsonl`` and draws ``loss.png`` from it at the end."""
+    """Appends each step's metrics to ``history.jsonl`` and draws ``loss.png`` from it at the
+    end.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -24,10 +26,13 @@ class RunHistory(L.Callback):
         if trainer.is_global_zero:
             self.history.cut_behind(trainer.global_step)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if not trainer.fit_loop._should_accumulate():
             epoch = batch.cursor.epoch if batch.cursor else 0
-            # callback_metrics keep what earlier steps logged; a window that was skipped has no loss of its own.
+            # callback_metrics keep what earlier steps logged; a window that was skipped has no loss
+            # of its own.
             stale = ("train/loss", "train/grad_norm") if batch.window_weight == 0 else ()
             self._append(trainer, {"epoch": epoch}, prefix_out=("val/", *stale))
 
@@ -40,12 +45,19 @@ class RunHistory(L.Callback):
             draw_losses(self.history.read(), self.folder / "loss.png")
 
     def _append(
-        self, trainer: L.Trainer, record: dict[str, Any], *, prefix_in: str = "", prefix_out: tuple[str, ...] = ()
+        self,
+        trainer: L.Trainer,
+        record: dict[str, Any],
+        *,
+        prefix_in: str = "",
+        prefix_out: tuple[str, ...] = (),
     ) -> None:
         metrics = {
             name: float(value)
             for name, value in trainer.callback_metrics.items()
-            if name.startswith(prefix_in) and not name.startswith(prefix_out) and not _is_absent(name, float(value))
+            if name.startswith(prefix_in)
+            and not name.startswith(prefix_out)
+            and not _is_absent(name, float(value))
         }
         if not metrics or not trainer.is_global_zero:
             return
@@ -57,7 +69,9 @@ def append_or_warn(history: History, record: dict[str, Any]) -> None:
     try:
         history.append(record)
     except OSError as error:
-        rank_zero_warn(f"{history.path}: step {record['step']} could not be written: {error.strerror}")
+        rank_zero_warn(
+            f"{history.path}: step {record['step']} could not be written: {error.strerror}"
+        )
 
 
 def _is_absent(name: str, value: float) -> bool:
@@ -84,7 +98,9 @@ def draw_losses(records: list[dict[str, Any]], path: Path) -> None:
     values = [record["train/loss"] for record in records if record.get("train/loss", 0) > 0]
     if values and max(values) / min(values) > 20:
         axes.set_yscale("log")
-    axes.set(xlabel="optimiser step", ylabel="loss per trained token (nats)", title=f"{path.parent.name}")
+    axes.set(
+        xlabel="optimiser step", ylabel="loss per trained token (nats)", title=f"{path.parent.name}"
+    )
     axes.grid(alpha=0.3, which="both")
     if axes.lines:
         axes.legend(frameon=False)

@@ -9,9 +9,11 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 
 
 class LastEvaluation(L.Callback):
-    """Runs the evaluation at the end of training, while the strategy still holds the model; not behind an interruption.
+    """Runs the evaluation at the end of training, while the strategy still holds the model; not
+    behind an interruption.
 
-    Checkpoints tell which step was evaluated last, so that a run which ended in between is evaluated when it goes on.
+    Checkpoints tell which step was evaluated last, so that a run which ended in between is
+    evaluated when it goes on.
     """
 
     def __init__(self) -> None:
@@ -25,7 +27,8 @@ class LastEvaluation(L.Callback):
         self._validated_step = trainer.global_step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.limit_val_batches or self._validated_step == trainer.global_step:  # an interruption sets the former to 0
+        # an interruption sets the former to 0
+        if not trainer.limit_val_batches or self._validated_step == trainer.global_step:
             return
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()
@@ -39,7 +42,9 @@ class LastEvaluation(L.Callback):
 
 
 class _LoopWithAnEnd(_FitLoop):
-    """Lightning's loop, which calls no hook where a run goes on behind its last step; here those of the end are called."""
+    """Lightning's loop, which calls no hook where a run goes on behind its last step; here those
+    of the end are called.
+    """
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> _LoopWithAnEnd:

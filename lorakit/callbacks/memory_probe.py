@@ -1,4 +1,6 @@
-"""A micro-batch of the longest row, tried before the first step: what does not fit is known before an hour has passed."""
+"""A micro-batch of the longest row, tried before the first step: what does not fit is known
+before an hour has passed.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ log = logging.getLogger("lorakit")
 
 
 class MemoryProbe(L.Callback):
-    """Runs forward and backward of one batch full of the longest row. Where there is no room, the module takes halves from the start.
+    """Runs forward and backward of one batch full of the longest row. Where there is no room, the
+    module takes halves from the start.
 
-    Gradients, random numbers and optimiser are left as they were. On a CPU, where the system would end the process rather than
-    refuse memory, nothing is tried, unless the process has a limit.
+    Gradients, random numbers and optimiser are left as they were. On a CPU, where the system would
+    end the process rather than refuse memory, nothing is tried, unless the process has a limit.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -32,19 +35,24 @@ class MemoryProbe(L.Callback):
         if longest is None:
             return
         batch = longest.to(pl_module.device)
-        pl_module.model.train()  # as in a step: else nothing is dropped out, and no activation computed twice
+        # as in a step: else nothing is dropped out, and no activation computed twice
+        pl_module.model.train()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         while (tried := run_once(trainer, pl_module, batch)) is None:
             pl_module.room.shrink(batch)
         free_memory()
         log.info(
-            "tried the longest row: %d positions at a time, %.1f GB; they fit", tried, memory_gigabytes()
-        )  # fmt: skip
+            "tried the longest row: %d positions at a time, %.1f GB; they fit",
+            tried,
+            memory_gigabytes(),
+        )
 
 
 def run_once(trainer: L.Trainer, module: Any, batch: Batch) -> int | None:
-    """Forward and backward of the largest part that there is room for; return its positions, or None where the memory ended."""
+    """Forward and backward of the largest part that there is room for; return its positions, or
+    None where the memory ended.
+    """
     part = max(module.room.parts(batch), key=lambda one: one.input_ids.numel())
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     devices = [module.device] if module.device.type == "cuda" else []

@@ -16,9 +16,11 @@ log = logging.getLogger("lorakit")
 
 
 class PackingGuard(L.Callback):
-    """Tests the loaded model before the first step: changing one packed document must leave its neighbour's logits alone.
+    """Tests the loaded model before the first step: changing one packed document must leave its
+    neighbour's logits alone.
 
-    Where it does not, the run pads instead and says so. Attention goes by document where the model's logits stay the same.
+    Where it does not, the run pads instead and says so. Attention goes by document where the
+    model's logits stay the same.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -28,9 +30,15 @@ class PackingGuard(L.Callback):
         reason = packing_is_doubtful(pl_module.model.config)
         if reason is None:
             if problem := attend_by_document(base_of(pl_module.model)):
-                log.info("attention of packed rows makes a mask over all pairs of positions: %s", problem)
+                log.info(
+                    "attention of packed rows makes a mask over all pairs of positions: %s", problem
+                )
             leak = measure_leak(pl_module.model)
-            reason = f"changing one document moved its neighbour's logits by {leak:.1%} of a full leak" if leak > 0.05 else None
+            reason = (
+                f"changing one document moved its neighbour's logits by {leak:.1%} of a full leak"
+                if leak > 0.05
+                else None
+            )
         if reason:
             log.warning("data.packing is off, rows are padded instead: %s", reason)
             datamodule.packing = False
@@ -38,8 +46,9 @@ class PackingGuard(L.Callback):
 
 @torch.no_grad()
 def measure_leak(model: Any, length: int = 12) -> float:
-    """Return how far changing the first of two packed documents moves the second's logits, as a share of what it would
-    move them if both were one document (the largest difference of each)."""
+    """Return how far changing the first of two packed documents moves the second's logits, as a
+    share of what it would move them if both were one document (the largest difference of each).
+    """
     was_training = model.training
     model.eval()
     vocab_size = model.config.get_text_config().vocab_size
@@ -53,7 +62,11 @@ def measure_leak(model: Any, length: int = 12) -> float:
         input_ids = torch.cat((start, second))[None]
         spans = ((0, 0, length), (0, length, 2 * length)) if positions is packed else None
         with packed_documents(spans):  # as in training
-            return model(input_ids=input_ids, position_ids=positions, use_cache=False).logits[0, length:].float()
+            return (
+                model(input_ids=input_ids, position_ids=positions, use_cache=False)
+                .logits[0, length:]
+                .float()
+            )
 
     leak = (logits(first, packed) - logits(other, packed)).abs().max()
     full = (logits(first, joined) - logits(other, joined)).abs().max()

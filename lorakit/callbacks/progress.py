@@ -1,4 +1,6 @@
-"""A progress bar with loss, learning rate, tokens/s and time left; a line now and then where nobody watches a terminal."""
+"""A progress bar with loss, learning rate, tokens/s and time left; a line now and then where
+nobody watches a terminal.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ LINE_SECONDS = 30.0  # between two lines of a log
 
 
 class StepProgress(ProgressBar):
-    """Counts optimiser steps, on standard error: a bar on a terminal, elsewhere a line every ``LINE_SECONDS``."""
+    """Counts optimiser steps, on standard error: a bar on a terminal, elsewhere a line every
+    ``LINE_SECONDS``.
+    """
 
     def __init__(self, total_steps: int | None = None) -> None:
         super().__init__()
@@ -46,18 +50,30 @@ class StepProgress(ProgressBar):
             TextColumn("left"),
             console=console,
         )
-        self._task = self._progress.add_task("", total=self._total, completed=trainer.global_step, figures="")
+        self._task = self._progress.add_task(
+            "", total=self._total, completed=trainer.global_step, figures=""
+        )
         self._progress.start()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self._progress:
-            self._progress.update(self._task, completed=trainer.global_step, figures=_figures(trainer.callback_metrics))
-        elif trainer.global_step > self._first_step and self._is_due():  # figures are read from the device
+            self._progress.update(
+                self._task,
+                completed=trainer.global_step,
+                figures=_figures(trainer.callback_metrics),
+            )
+        elif (
+            trainer.global_step > self._first_step and self._is_due()
+        ):  # figures are read from the device
             self._write(trainer, f"{_figures(trainer.callback_metrics)}{self._left(trainer)}")
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if self._progress:
-            self._progress.update(self._task, figures=f"{_figures(trainer.callback_metrics)}  evaluating …")
+            self._progress.update(
+                self._task, figures=f"{_figures(trainer.callback_metrics)}  evaluating …"
+            )
         elif self._began and self._is_due():
             self._write(trainer, "evaluating …")
 
@@ -76,7 +92,9 @@ class StepProgress(ProgressBar):
         print(f"step {trainer.global_step:,}{total}  {text}", file=sys.stderr, flush=True)
 
     def _left(self, trainer: Any) -> str:
-        """The time that the other steps take at the pace of those that were made, evaluations included."""
+        """The time that the other steps take at the pace of those that were made, evaluations
+        included.
+        """
         if not self._total:
             return ""
         each = (time.monotonic() - self._began) / (trainer.global_step - self._first_step)

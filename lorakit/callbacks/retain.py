@@ -1,4 +1,6 @@
-"""What training makes the model forget: the loss on unrelated text, of the base and of the adapted model."""
+"""What training makes the model forget: the loss on unrelated text, of the base and of the
+adapted model.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from lorakit.weights.run import History
 
 
 class Retain(L.Callback):
-    """Measures the loss on rows that are not trained, at every evaluation and at the end: ``retain/loss``, ``retain/base_loss``.
+    """Measures the loss on rows that are not trained, at every evaluation and at the end:
+    ``retain/loss``, ``retain/base_loss``.
 
     Args:
         datamodule: of the rows, with a tokenizer, in batches of one row and in their order.
@@ -48,11 +51,15 @@ class Retain(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=max(0, trainer.global_step - 1))
         if trainer.is_global_zero:
-            append_or_warn(History(trainer.default_root_dir), {"step": trainer.global_step, **figures})
+            append_or_warn(
+                History(trainer.default_root_dir), {"step": trainer.global_step, **figures}
+            )
 
     @torch.no_grad()
     def _measure(self, trainer: L.Trainer, pl_module: Any) -> float:
-        """-sum(weight * logprob) / sum(|weight|). Every process takes all rows: under ZeRO-3 they gather the base together."""
+        """-sum(weight * logprob) / sum(|weight|). Every process takes all rows: under ZeRO-3
+        they gather the base together.
+        """
         model, loss_sum, weight = pl_module.model, 0.0, 0.0
         was_training = model.training
         model.eval()

@@ -1,4 +1,6 @@
-"""What the model writes, at every evaluation: the fixed prompts, in the run folder and as a table in W&B."""
+"""What the model writes, at every evaluation: the fixed prompts, in the run folder and as a
+table in W&B.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,13 @@ from lorakit.weights.run import History
 
 
 class Samples(L.Callback):
-    """Generates from fixed prompts at every evaluation into ``samples.jsonl``, and into a table where W&B logs.
+    """Generates from fixed prompts at every evaluation into ``samples.jsonl``, and into a table
+    where W&B logs.
 
     Args:
         folder: the run folder.
-        prompts: texts, each a user's message where the run trains on chats; None takes the first ``num_prompts`` evaluation
-            rows, up to where their training begins.
+        prompts: texts, each a user's message where the run trains on chats; None takes the first
+            ``num_prompts`` evaluation rows, up to where their training begins.
         max_tokens, temperature: of the samples; temperature 0 is greedy.
     """
 
@@ -38,7 +41,9 @@ class Samples(L.Callback):
     ) -> None:
         self.history = History(Path(folder), "samples.jsonl")
         self.prompts, self.num_prompts = prompts, num_prompts
-        self.params = SamplingParams(max_tokens=max_tokens, temperature=temperature, stop=stop, seed=seed)
+        self.params = SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, stop=stop, seed=seed
+        )
         self._rows: list[list[Any]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -54,26 +59,45 @@ class Samples(L.Callback):
         if not prompts:
             return
         images = getattr(getattr(trainer, "datamodule", None), "images", None)
-        samples = generate(pl_module.model, tokenizer, prompts, self.params, images)  # by all processes: ZeRO-3 needs them
+        # by all processes: ZeRO-3 needs them
+        samples = generate(pl_module.model, tokenizer, prompts, self.params, images)
         if not trainer.is_global_zero:
             return
-        texts = [tokenizer.decode(prompt.to_ints() if images is None else images.tokens(prompt)) for prompt in prompts]
-        rows = [[trainer.global_step, text, sample.text] for text, sample in zip(texts, samples, strict=True)]
+        texts = [
+            tokenizer.decode(prompt.to_ints() if images is None else images.tokens(prompt))
+            for prompt in prompts
+        ]
+        rows = [
+            [trainer.global_step, text, sample.text]
+            for text, sample in zip(texts, samples, strict=True)
+        ]
         for step, prompt, text in rows:
             self.history.append({"step": step, "prompt": prompt, "sample": text})
         self._rows += rows
         for logger in trainer.loggers:
             if hasattr(logger, "log_table"):
-                logger.log_table("samples", columns=["step", "prompt", "sample"], data=self._rows, step=trainer.global_step)
+                logger.log_table(
+                    "samples",
+                    columns=["step", "prompt", "sample"],
+                    data=self._rows,
+                    step=trainer.global_step,
+                )
 
     def _prompts(self, trainer: L.Trainer, tokenizer: Any) -> list[ModelInput]:
         datamodule: Any = getattr(trainer, "datamodule", None)
         if self.prompts is not None:
             encoder = Encoder(tokenizer)
-            is_chat = are_chats(datamodule.source.formats) if hasattr(datamodule, "source") else False
+            is_chat = (
+                are_chats(datamodule.source.formats) if hasattr(datamodule, "source") else False
+            )
             if is_chat and tokenizer.chat_template:
-                said = [encoder.encode_chat([{"role": "user", "content": text}]) for text in self.prompts]
+                said = [
+                    encoder.encode_chat([{"role": "user", "content": text}])
+                    for text in self.prompts
+                ]
             else:
                 said = [encoder.encode_prompt(text) for text in self.prompts]
             return [ModelInput.from_ints(tokens) for tokens in said]
-        return datamodule.val_prompts(self.num_prompts) if hasattr(datamodule, "val_prompts") else []
+        return (
+            datamodule.val_prompts(self.num_prompts) if hasattr(datamodule, "val_prompts") else []
+        )

@@ -11,7 +11,9 @@ from lorakit.strategy.sequence import share_rows
 
 
 class SequenceParallel(L.Callback):
-    """Prepares the loaded model before the first step. The data module gives each process its part of every row."""
+    """Prepares the loaded model before the first step. The data module gives each process its
+    part of every row.
+    """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         parts = getattr(trainer.strategy, "sequence_parallel", 1)

@@ -14,14 +14,16 @@ from lorakit.types import Batch
 
 
 class Throughput(L.Callback):
-    """Logs tokens/s and trained tokens/s of all processes, padding share, and the memory of the one that uses most.
+    """Logs tokens/s and trained tokens/s of all processes, padding share, and the memory of the one
+    that uses most.
 
-    What counts as time is making batches and stepping on them; not evaluation, samples, checkpoints and other callbacks, whose
-    time is counted apart.
+    What counts as time is making batches and stepping on them; not evaluation, samples, checkpoints
+    and other callbacks, whose time is counted apart.
     """
 
     def __init__(self) -> None:
-        self.seconds = self.evaluation_seconds = 0.0  # the latter with samples, and with checkpoints that follow an evaluation
+        # the latter with samples, and with checkpoints that follow an evaluation
+        self.seconds = self.evaluation_seconds = 0.0
         self.num_evaluations = 0
         self.num_tokens = self.num_trained_tokens = self.num_positions = 0
         self.all_seconds = self.all_tokens = 0.0  # of all processes, as of the last step
@@ -36,9 +38,13 @@ class Throughput(L.Callback):
         """Over the whole fit, of all processes."""
         return self.all_tokens / max(self.all_seconds, 1e-9)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
         self._started = time.perf_counter()
-        self._end_evaluation(getattr(trainer.train_dataloader, "seconds", 0.0) - self._making_batches)
+        self._end_evaluation(
+            getattr(trainer.train_dataloader, "seconds", 0.0) - self._making_batches
+        )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -53,7 +59,9 @@ class Throughput(L.Callback):
             self.evaluation_seconds += time.perf_counter() - self._evaluating_since - making_batches
             self._evaluating_since = None
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         making_batches = getattr(trainer.train_dataloader, "seconds", 0.0)
         self.seconds += time.perf_counter() - self._started + making_batches - self._making_batches
         self._making_batches = making_batches
@@ -64,11 +72,17 @@ class Throughput(L.Callback):
             if self.first_step_seconds is None:
                 self.first_step_seconds = time.time() - self.began
                 for logger in trainer.loggers:
-                    logger.log_metrics({"speed/first_step_seconds": self.first_step_seconds}, step=trainer.global_step - 1)
+                    logger.log_metrics(
+                        {"speed/first_step_seconds": self.first_step_seconds},
+                        step=trainer.global_step - 1,
+                    )
             self._log(trainer, pl_module)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        own = torch.tensor([self.seconds, self.num_tokens, self.num_trained_tokens, self.num_positions], dtype=torch.float64)
+        own = torch.tensor(
+            [self.seconds, self.num_tokens, self.num_trained_tokens, self.num_positions],
+            dtype=torch.float64,
+        )
         most = torch.tensor([memory_gigabytes()])
         if trainer.world_size > 1:
             own, most = own.to(trainer.strategy.root_device), most.to(trainer.strategy.root_device)
@@ -77,7 +91,9 @@ class Throughput(L.Callback):
             own[0] /= trainer.world_size
         totals = tuple(own.tolist())
         self.all_seconds, self.all_tokens = totals[:2]
-        seconds, tokens, trained, positions = (now - then for now, then in zip(totals, self._window, strict=True))
+        seconds, tokens, trained, positions = (
+            now - then for now, then in zip(totals, self._window, strict=True)
+        )
         if seconds < 0.5 and self._window != (0.0, 0, 0, 0):
             return  # too short to say anything; the next log covers it
         self._window = totals

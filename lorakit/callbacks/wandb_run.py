@@ -1,4 +1,6 @@
-"""One W&B run for one run folder: a resume, a requeue or a restart continues it, and writes no step twice."""
+"""One W&B run for one run folder: a resume, a requeue or a restart continues it, and writes no
+step twice.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,12 @@ class WandbRun(WandbLogger):
 
     Args:
         save_dir: the run's folder.
-        project: None is that of WANDB_PROJECT, or lorakit; so are entity, group and tags W&B's own variables.
+        project: None is that of WANDB_PROJECT, or lorakit; so are entity, group and tags W&B's own
+            variables.
         name: of the run; None is the folder's.
         group: under which W&B shows several runs together.
-        mode: online, offline, disabled; auto is offline where there is no API key, for which it never asks.
+        mode: online, offline, disabled; auto is offline where there is no API key, for which it
+            never asks.
         options: further ones of ``wandb.init``.
 
     Raises:
@@ -35,35 +39,57 @@ class WandbRun(WandbLogger):
     """
 
     def __init__(
-        self, *, save_dir: str, entity: str | None = None, project: str | None = None, name: str | None = None,
-        group: str | None = None, tags: list[str] | None = None, mode: str = "auto", **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        save_dir: str,
+        entity: str | None = None,
+        project: str | None = None,
+        name: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        mode: str = "auto",
+        **options: Any,
+    ) -> None:
         self.folder = Path(save_dir).absolute()  # W&B's own process may have started elsewhere
         options.setdefault("id", _run_id(self.folder))
         super().__init__(
-            save_dir=str(self.folder), project=resolve_project(project), name=name, group=group,
+            save_dir=str(self.folder),
+            project=resolve_project(project),
+            name=name,
+            group=group,
             offline=resolve_mode(mode) == "offline",
-            resume="allow", entity=entity, tags=tags, mode=resolve_mode(mode), **_without_former(options),
-        )  # fmt: skip
+            resume="allow",
+            entity=entity,
+            tags=tags,
+            mode=resolve_mode(mode),
+            **_without_former(options),
+        )
         self._logged: dict[str, int] | None = None
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log what the files of this run do not hold yet.
 
-        A run that goes on goes through its last steps again; and of what W&B was given before a kill, some may never have been written.
+        A run that goes on goes through its last steps again; and of what W&B was given before a
+        kill, some may never have been written.
         """
         if step is not None and self._logged is None:
             self._logged = last_steps(self.folder)
             for record in History(self.folder).read():
                 if record["step"] - 1 < step:  # Lightning counts from 0 for a logger
-                    figures = {key: value for key, value in record.items() if key not in ("step", "epoch")}
+                    figures = {
+                        key: value for key, value in record.items() if key not in ("step", "epoch")
+                    }
                     self._log_fresh(figures, record["step"] - 1)
         self._log_fresh(metrics, step)
 
     def _log_fresh(self, metrics: Mapping[str, Any], step: int | None) -> None:
         logged = self._logged or {}
-        fresh = {key: value for key, value in metrics.items() if step is None or step > logged.get(key, -1)}
+        fresh = {
+            key: value
+            for key, value in metrics.items()
+            if step is None or step > logged.get(key, -1)
+        }
         if fresh:
             super().log_metrics(fresh, step)
 
@@ -76,11 +102,24 @@ def resolve_project(project: str | None) -> str:
 def resolve_mode(mode: str) -> str:
     """What ``mode`` comes to on this machine. Raises ConfigError."""
     if mode not in ("auto", "online", "offline", "disabled"):
-        raise ConfigError(f"logger.wandb.mode={mode} is unknown; choose auto, online, offline or disabled")
+        raise ConfigError(
+            f"logger.wandb.mode={mode} is unknown; choose auto, online, offline or disabled"
+        )
     if mode == "online" and not has_key():
-        raise ConfigError("logger.wandb.mode=online, but there is no API key: run `wandb login`, or set WANDB_API_KEY")
+        raise ConfigError(
+            "logger.wandb.mode=online, but there is no API key: run `wandb login`, or set"
+            " WANDB_API_KEY"
+        )
     asked = os.environ.get("WANDB_MODE", "")
-    return mode if mode != "auto" else asked if asked in ("offline", "disabled") else "online" if has_key() else "offline"
+    return (
+        mode
+        if mode != "auto"
+        else asked
+        if asked in ("offline", "disabled")
+        else "online"
+        if has_key()
+        else "offline"
+    )
 
 
 def has_key() -> bool:
@@ -108,12 +147,16 @@ def last_steps(folder: Path) -> dict[str, int]:
 
 
 def read_history(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the history of the W&B files below the run folder ``folder``, in the order of their start."""
+    """Yield the history of the W&B files below the run folder ``folder``, in the order of their
+    start.
+    """
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     messages: Any = wandb_internal_pb2  # made at import time: no type checker sees what is in it
-    for path in sorted(folder.glob("wandb/*run-*/*.wandb"), key=lambda path: path.parent.name.split("run-")[-1]):
+    for path in sorted(
+        folder.glob("wandb/*run-*/*.wandb"), key=lambda path: path.parent.name.split("run-")[-1]
+    ):
         for data in read_records(path.read_bytes()):
             record = messages.Record()
             try:
@@ -121,13 +164,17 @@ def read_history(folder: Path) -> Iterator[dict[str, Any]]:
             except DecodeError:  # torn by a kill
                 break
             if record.WhichOneof("record_type") == "history":
-                yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                yield {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                    for item in record.history.item
+                }
 
 
 def read_records(data: bytes) -> Iterator[bytes]:
     """Yield the whole records of a W&B file; what a kill has torn is left out.
 
-    It is a header of 7 bytes and LevelDB's log: in blocks of 32 KiB, (crc 4, length 2, type 1) and a chunk.
+    It is a header of 7 bytes and LevelDB's log: in blocks of 32 KiB, (crc 4, length 2, type 1) and
+    a chunk.
     """
     position, record = 7, b""
     while position + 7 <= len(data):

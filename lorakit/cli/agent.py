@@ -1,4 +1,6 @@
-"""torchrun on one machine of a SLURM job, without tracebacks of its own: the processes have said what ended them."""
+"""torchrun on one machine of a SLURM job, without tracebacks of its own: the processes have said
+what ended them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def main(arguments: list[str]) -> None:
         with ends_as_its_processes():
             run.main(arguments)
     except DistError as error:
-        raise LorakitError(f"{socket.gethostname()} cannot join the others: {str(error).splitlines()[0][:200]}") from error
+        raise LorakitError(
+            f"{socket.gethostname()} cannot join the others: {str(error).splitlines()[0][:200]}"
+        ) from error
 
 
 if __name__ == "__main__":

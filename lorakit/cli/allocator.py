@@ -11,12 +11,16 @@ ALLOCATOR_WASTE = 5  # measured: up to 4.8 times what is in use, of packed rows 
 
 
 def tune_allocator(needed: int | None, there: int, num_base_params: int) -> None:
-    """Tell the C library what to do with what a step frees, on Linux. Left alone it may hold several times what is in use.
+    """Tell the C library what to do with what a step frees, on Linux. Left alone it may hold
+    several times what is in use.
 
-    A small model is a tenth faster where it keeps all for the next step. Where ``needed`` bytes come near those that are ``there``,
-    it gives everything back at once, which took 15 to 45 % of a step's time (measured on two cores).
+    A small model is a tenth faster where it keeps all for the next step. Where ``needed`` bytes
+    come near those that are ``there``, it gives everything back at once, which took 15 to 45 % of a
+    step's time (measured on two cores).
     """
-    if sys.platform != "linux" or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ):
+    if sys.platform != "linux" or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(
+        os.environ
+    ):
         return
     if needed is not None and ALLOCATOR_WASTE * needed > there:
         _mallopt(mmap_threshold=128 << 10, trim_threshold=128 << 10)
@@ -26,5 +30,6 @@ def tune_allocator(needed: int | None, there: int, num_base_params: int) -> None
 
 def _mallopt(*, mmap_threshold: int, trim_threshold: int) -> None:
     libc = ctypes.CDLL(None)
-    libc.mallopt(-3, mmap_threshold)  # M_MMAP_THRESHOLD: what is larger goes back to the system when it is freed
+    # M_MMAP_THRESHOLD: what is larger goes back to the system when it is freed
+    libc.mallopt(-3, mmap_threshold)
     libc.mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD

@@ -37,7 +37,14 @@ from lorakit.lora.spec import LoRASpec
 from lorakit.lora.state import adapter_state
 from lorakit.loss.inputs import inputs_of
 from lorakit.model.layers import compile_layers, enable_checkpointing
-from lorakit.model.load import base_name, load_config, load_image_processor, load_model, load_tokenizer, pieces_of
+from lorakit.model.load import (
+    base_name,
+    load_config,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+    pieces_of,
+)
 from lorakit.strategy.watch import PhaseCallback
 from lorakit.strategy.world import World
 from lorakit.training.module import LoRAModule
@@ -49,14 +56,19 @@ log = logging.getLogger("lorakit")
 
 
 def build(config: Config, key: str, **runtime: Any) -> Any:
-    """Return the object that ``config`` describes: ``_target_`` called with the other entries, of which some may be described so
-    themselves; ``_partial_`` waits for more.
+    """Return the object that ``config`` describes: ``_target_`` called with the other entries, of
+    which some may be described so themselves; ``_partial_`` waits for more.
 
     Raises:
-        ConfigError: the target cannot be imported, or does not take an argument; the nearest right name is given.
+        ConfigError: the target cannot be imported, or does not take an argument; the nearest right
+            name is given.
     """
     settings = {
-        name: build(value, f"{key}.{name}") if isinstance(value, dict) and "_target_" in value else value
+        name: (
+            build(value, f"{key}.{name}")
+            if isinstance(value, dict) and "_target_" in value
+            else value
+        )
         for name, value in config.items()
         if name not in ("_target_", "_partial_")
     }
@@ -77,33 +89,58 @@ def build_datamodule(config: Config) -> LoRADataModule:
 
 
 def load_data(config: Config) -> tuple[LoRADataModule, Any]:
-    """The DataModule with rows and tokens checked, and the tokenizer. Raises LorakitError with all problems of a step."""
+    """The DataModule with rows and tokens checked, and the tokenizer. Raises LorakitError with
+    all problems of a step.
+    """
     datamodule = build_datamodule(config)
     datamodule.check_rows()
     return datamodule, make_tokens(datamodule, config["model"])
 
 
 def make_tokens(datamodule: LoRADataModule, settings: Config) -> Any:
-    """Give ``datamodule`` the tokenizer of the model that ``settings`` name, and return it. Raises LorakitError."""
+    """Give ``datamodule`` the tokenizer of the model that ``settings`` name, and return it.
+    Raises LorakitError.
+    """
     tokenizer = load_tokenizer(settings["path"], **model_options(settings))
-    model_config = load_config(settings["path"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"])
-    images, token_id = load_images(settings) if datamodule.has_images else None, getattr(model_config, "image_token_id", None)
+    model_config = load_config(
+        settings["path"],
+        revision=settings["revision"],
+        trust_remote_code=settings["trust_remote_code"],
+    )
+    images, token_id = (
+        load_images(settings) if datamodule.has_images else None,
+        getattr(model_config, "image_token_id", None),
+    )
     added = settings.get("add_tokens") or ()
     datamodule.set_tokenizer(
-        tokenizer, images, image_token_id=token_id, new_tokens=tokenizer.convert_tokens_to_ids(list(added))
+        tokenizer,
+        images,
+        image_token_id=token_id,
+        new_tokens=tokenizer.convert_tokens_to_ids(list(added)),
     )
     datamodule.check_tokens()
     return tokenizer
 
 
 def check_new_tokens(datamodule: LoRADataModule, tokenizer: Any) -> None:
-    """Raise ConfigError where no row has a token that was added; where not all rows were looked at, warn."""
+    """Raise ConfigError where no row has a token that was added; where not all rows were looked
+    at, warn.
+    """
     report = datamodule.report
     assert report is not None
-    if lost := [tokenizer.convert_ids_to_tokens(token) for token, count in report.num_new_tokens.items() if not count]:
-        said = f"model.add_tokens: {', '.join(map(repr, lost))} in none of the {report.num_rows_surveyed:,} rows looked at"
+    if lost := [
+        tokenizer.convert_ids_to_tokens(token)
+        for token, count in report.num_new_tokens.items()
+        if not count
+    ]:
+        said = (
+            f"model.add_tokens: {', '.join(map(repr, lost))} in none of the"
+            f" {report.num_rows_surveyed:,} rows looked at"
+        )
         if report.num_rows_surveyed >= report.num_rows:
-            raise ConfigError(f"{said}, so there is nothing to train; check the spelling, or leave it out")
+            raise ConfigError(
+                f"{said}, so there is nothing to train; check the spelling, or leave it out"
+            )
         log.warning("%s", said)
 
 
@@ -113,7 +150,9 @@ def model_options(settings: Config) -> Config:
 
 
 def load_images(settings: Config) -> ImageEncoder:
-    """What encodes images for the model that ``settings`` name. Raises ConfigError where it takes none."""
+    """What encodes images for the model that ``settings`` name. Raises ConfigError where it
+    takes none.
+    """
     options = {name: settings[name] for name in ("revision", "trust_remote_code")}
     if (processor := load_image_processor(settings["path"], **options)) is None:
         raise ConfigError(f"model.path={settings['path']} is a model of text, but rows have images")
@@ -126,26 +165,45 @@ def build_spec(config: Config) -> LoRASpec:
     if not settings.get("add_tokens"):
         return spec
     options = {name: settings[name] for name in ("revision", "trust_remote_code")}
-    return dataclasses.replace(spec, token_ids=tuple(pieces_of(settings["path"], settings["add_tokens"], **options)))
+    return dataclasses.replace(
+        spec, token_ids=tuple(pieces_of(settings["path"], settings["add_tokens"], **options))
+    )
 
 
-def resolve_total_steps(config: Config, datamodule: LoRADataModule, world: World) -> tuple[int, bool]:
+def resolve_total_steps(
+    config: Config, datamodule: LoRADataModule, world: World
+) -> tuple[int, bool]:
     """Return (optimiser steps of the run, whether that is an estimate)."""
-    max_steps, accumulate = config["trainer"]["max_steps"], config["trainer"]["accumulate_grad_batches"]
+    max_steps, accumulate = (
+        config["trainer"]["max_steps"],
+        config["trainer"]["accumulate_grad_batches"],
+    )
     batches = datamodule.estimate_num_batches()
     if batches is None:
         if max_steps < 0:
-            raise ConfigError("data.epochs=null goes on for ever; set trainer.max_steps, or data.epochs to a number")
+            raise ConfigError(
+                "data.epochs=null goes on for ever; set trainer.max_steps, or data.epochs to a"
+                " number"
+            )
         return max_steps, False
     steps = math.ceil(batches / (accumulate * num_streams(config, world)))
     return (max_steps, False) if 0 <= max_steps <= steps else (steps, True)
 
 
 def build_module(
-    config: Config, spec: LoRASpec, *, lr: float, total_steps: int, tokenizer: Any, device: str, precision: str
+    config: Config,
+    spec: LoRASpec,
+    *,
+    lr: float,
+    total_steps: int,
+    tokenizer: Any,
+    device: str,
+    precision: str,
 ) -> LoRAModule:
     """The LoRAModule; its model is loaded when Lightning calls ``configure_model``."""
-    optimizer, schedule = build_optimization(config, lr=lr, total_steps=total_steps, precision=precision)
+    optimizer, schedule = build_optimization(
+        config, lr=lr, total_steps=total_steps, precision=precision
+    )
     return LoRAModule(
         functools.partial(build_model, config, spec, device=device, precision=precision),
         optimizer=optimizer,
@@ -159,28 +217,45 @@ def build_module(
 
 
 def build_loss(settings: Config) -> Callable[..., Any]:
-    """The loss: a function with its numbers, or what a class of that name makes. Raises ConfigError."""
+    """The loss: a function with its numbers, or what a class of that name makes. Raises
+    ConfigError.
+    """
     target = import_target(settings["_target_"], "loss")
     return build({**settings, "_partial_": not isinstance(target, type)}, "loss")
 
 
 def check_pairs(config: Config, datamodule: LoRADataModule) -> None:
     """Raise ConfigError where rows and loss do not go together."""
-    target, is_of_pairs = config["loss"]["_target_"], inputs_of(import_target(config["loss"]["_target_"], "loss")).is_of_pairs
+    target, is_of_pairs = (
+        config["loss"]["_target_"],
+        inputs_of(import_target(config["loss"]["_target_"], "loss")).is_of_pairs,
+    )
     if is_of_pairs and not datamodule.are_pairs:
         formats = ", ".join(datamodule.source.formats)
-        raise ConfigError(f"{target} is a loss of pairs, but these are rows of {formats}: give rows of chosen and rejected")
+        raise ConfigError(
+            f"{target} is a loss of pairs, but these are rows of {formats}: give rows of chosen and"
+            " rejected"
+        )
     if datamodule.are_pairs and not is_of_pairs:
         raise ConfigError("rows of chosen and rejected need a loss of pairs: set loss=dpo")
     if is_of_pairs and config["strategy"].get("sequence_parallel", 1) > 1:
-        raise ConfigError("pairs cannot be shared by several processes; set strategy.sequence_parallel=1")
+        raise ConfigError(
+            "pairs cannot be shared by several processes; set strategy.sequence_parallel=1"
+        )
 
 
-def build_optimization(config: Config, *, lr: float, total_steps: int, precision: str) -> tuple[Any, Any]:
-    """What makes the optimiser and its schedule, tried on one number. Raises ConfigError where a value is refused."""
-    settings = {name: value for name, value in config["optim"].items() if name != "clip_norm"} | {"lr": lr}
+def build_optimization(
+    config: Config, *, lr: float, total_steps: int, precision: str
+) -> tuple[Any, Any]:
+    """What makes the optimiser and its schedule, tried on one number. Raises ConfigError where a
+    value is refused.
+    """
+    settings = {name: value for name, value in config["optim"].items() if name != "clip_norm"} | {
+        "lr": lr
+    }
     if precision == "16-mixed" and settings.get("fused"):
-        settings |= {"fused": False, "foreach": True}  # a fused step unscales gradients itself, too late to clip them
+        # a fused step unscales gradients itself, too late to clip them
+        settings |= {"fused": False, "foreach": True}
     optimizer, schedule = build(settings, "optim"), build(config["schedule"], "schedule")
     try:
         tried = optimizer([torch.nn.Parameter(torch.zeros(1))])
@@ -189,7 +264,9 @@ def build_optimization(config: Config, *, lr: float, total_steps: int, precision
     try:
         schedule(tried, total_steps=total_steps)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"schedule: {config['schedule']['_target_']} refuses its settings: {error}") from error
+        raise ConfigError(
+            f"schedule: {config['schedule']['_target_']} refuses its settings: {error}"
+        ) from error
     return optimizer, schedule
 
 
@@ -214,14 +291,31 @@ def build_model(config: Config, spec: LoRASpec, *, device: str, precision: str) 
     return model
 
 
-def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: str, total_steps: int,
-                  has_val: bool, world: World, retain: Retain | None = None, tries_longest: bool = False) -> L.Trainer:  # fmt: skip
-    """Lightning's Trainer, with the callbacks and loggers of the config and those that every run has."""
+def build_trainer(
+    config: Config,
+    folder: Path,
+    *,
+    precision: str,
+    accelerator: str,
+    total_steps: int,
+    has_val: bool,
+    world: World,
+    retain: Retain | None = None,
+    tries_longest: bool = False,
+) -> L.Trainer:
+    """Lightning's Trainer, with the callbacks and loggers of the config and those that every run
+    has.
+    """
     settings, checkpoint = config["trainer"], config["checkpoint"]
     accumulate = settings["accumulate_grad_batches"]
     eval_every = settings["eval_every_steps"] or max(1, math.ceil(total_steps / 10))
-    callbacks: list[L.Callback] = [PhaseCallback()]  # first: a step is over before other callbacks write or sleep behind it
-    callbacks += [build(entry, f"callbacks.{name}") for name, entry in (config["callbacks"] or {}).items() if entry is not None]
+    # first: a step is over before other callbacks write or sleep behind it
+    callbacks: list[L.Callback] = [PhaseCallback()]
+    callbacks += [
+        build(entry, f"callbacks.{name}")
+        for name, entry in (config["callbacks"] or {}).items()
+        if entry is not None
+    ]
     callbacks += [
         PackingGuard(),
         *([MemoryProbe()] if tries_longest else []),
@@ -233,7 +327,8 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
     ]
     callbacks += [StepProgress(total_steps)]
     strategy = build_strategy(config["strategy"], precision=precision)
-    # ZeRO brings its own. The type is Any: Lightning lists literals, and resolve_precision gives one of them.
+    # ZeRO brings its own. The type is Any: Lightning lists literals, and resolve_precision gives
+    # one of them.
     accepted: Any = None if getattr(strategy, "_precision_plugin", None) is not None else precision
     return L.Trainer(
         default_root_dir=folder,
@@ -242,7 +337,8 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
         num_nodes=world.num_nodes,
         strategy=strategy,
         precision=accepted,
-        max_steps=settings["max_steps"],  # the user's limit itself: an estimate only shapes schedule and bar
+        # the user's limit itself: an estimate only shapes schedule and bar
+        max_steps=settings["max_steps"],
         max_epochs=1,  # the stream holds all epochs
         accumulate_grad_batches=accumulate,
         check_val_every_n_epoch=None,
@@ -256,7 +352,8 @@ def build_trainer(config: Config, folder: Path, *, precision: str, accelerator: 
         use_distributed_sampler=False,
         logger=build_loggers(config["logger"] or {}),
         callbacks=callbacks,
-        # Said, not left to detection: in a job of SLURM Lightning would take over the signals, and requeue by itself.
+        # Said, not left to detection: in a job of SLURM Lightning would take over the signals, and
+        # requeue by itself.
         plugins=[TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()],
     )
 
@@ -267,20 +364,34 @@ def build_retain_rows(config: Config) -> LoRADataModule | None:
     if not settings["retain_path"]:
         return None
     return LoRADataModule(
-        path=settings["retain_path"], train_on=data["train_on"], chat_template=data["chat_template"], stop=data["stop"],
-        append_eos=data["append_eos"], max_tokens=data["max_tokens"], on_long="truncate_right", batch_size=1, shuffle=False,
-        min_pixels=data["min_pixels"], max_pixels=data["max_pixels"], check_token_rows=settings["retain_rows"],
+        path=settings["retain_path"],
+        train_on=data["train_on"],
+        chat_template=data["chat_template"],
+        stop=data["stop"],
+        append_eos=data["append_eos"],
+        max_tokens=data["max_tokens"],
+        on_long="truncate_right",
+        batch_size=1,
+        shuffle=False,
+        min_pixels=data["min_pixels"],
+        max_pixels=data["max_pixels"],
+        check_token_rows=settings["retain_rows"],
         window_rows=settings["retain_rows"],
-    )  # fmt: skip
+    )
 
 
 def build_retain(config: Config) -> Retain | None:
-    """What measures the loss on unrelated text, where the config names some; its rows checked. Raises LorakitError."""
+    """What measures the loss on unrelated text, where the config names some; its rows checked.
+    Raises LorakitError.
+    """
     if (datamodule := build_retain_rows(config)) is None:
         return None
     datamodule.check_rows()
     if datamodule.are_pairs:
-        raise ConfigError(f"eval.retain_path={datamodule.path}: pairs have no loss of their own; give rows of text")
+        raise ConfigError(
+            f"eval.retain_path={datamodule.path}: pairs have no loss of their own; give rows of"
+            " text"
+        )
     make_tokens(datamodule, config["model"])
     return Retain(datamodule, config["eval"]["retain_rows"])
 
@@ -294,26 +405,38 @@ def build_loggers(configs: Config) -> list[Any]:
         if entry["_target_"].endswith(("WandbRun", "WandbLogger")):
             os.environ.setdefault("WANDB_SILENT", "true")
         loggers.append(build(entry, f"logger.{name}"))
-        getattr(loggers[-1], "_wandb_init", {}).pop("anonymous", None)  # wandb warns of it, and Lightning always passes it
+        # wandb warns of it, and Lightning always passes it
+        getattr(loggers[-1], "_wandb_init", {}).pop("anonymous", None)
     return loggers
 
 
 def finish_loggers(loggers: list[Any]) -> list[str]:
-    """End what stays open behind a run (W&B keeps one run per process until it is told); return what to tell the user."""
-    if not any(kind.__name__ == "WandbLogger" for logger in loggers for kind in type(logger).__mro__):
+    """End what stays open behind a run (W&B keeps one run per process until it is told); return
+    what to tell the user.
+    """
+    if not any(
+        kind.__name__ == "WandbLogger" for logger in loggers for kind in type(logger).__mro__
+    ):
         return []
     import wandb
 
     notes = []
     if wandb.run is not None and wandb.run.offline:
-        folders = sorted(Path(wandb.run.settings.sync_dir).parent.glob("*run-*"), key=lambda path: path.name.split("run-")[-1])
-        notes = [f"the W&B run is offline; upload it with: wandb sync {shlex.join(map(str, folders))}"]
+        folders = sorted(
+            Path(wandb.run.settings.sync_dir).parent.glob("*run-*"),
+            key=lambda path: path.name.split("run-")[-1],
+        )
+        notes = [
+            f"the W&B run is offline; upload it with: wandb sync {shlex.join(map(str, folders))}"
+        ]
     wandb.finish()
     return notes
 
 
 def check_disk(folder: Path, planned: LoRAPlan, *, keep_last: int, keep_best: int) -> None:
-    """Refuse a run whose checkpoints will not fit: each holds adapter and two moments in float32, one more while it is written."""
+    """Refuse a run whose checkpoints will not fit: each holds adapter and two moments in
+    float32, one more while it is written.
+    """
     needed = planned.num_params * 4 * 3 * (keep_last + keep_best + 1) + planned.num_params * 2
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free

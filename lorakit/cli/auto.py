@@ -1,10 +1,13 @@
-"""Settings that may be ``auto``: chosen from model, data and memory (``choices.py``) once these are known."""
+"""Settings that may be ``auto``: chosen from model, data and memory (``choices.py``) once these
+are known.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-# What stands for ``auto`` where nothing has to be chosen: in checks of a config, and for commands that do not train.
+# What stands for ``auto`` where nothing has to be chosen: in checks of a config, and for commands
+# that do not train.
 STAND_INS: dict[str, Any] = {
     "lora.rank": 32,
     "lora.expert_layout": "per_expert",
@@ -16,7 +19,11 @@ STAND_INS: dict[str, Any] = {
 
 def auto_keys(config: dict[str, Any]) -> list[str]:
     """The keys of ``STAND_INS`` that ``config`` leaves to ``auto``."""
-    return [key for key in STAND_INS if (config.get(key.split(".")[0]) or {}).get(key.split(".")[1]) == "auto"]
+    return [
+        key
+        for key in STAND_INS
+        if (config.get(key.split(".")[0]) or {}).get(key.split(".")[1]) == "auto"
+    ]
 
 
 def with_values(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

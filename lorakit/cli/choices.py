@@ -1,4 +1,6 @@
-"""What ``auto`` comes to: rank, layout of experts, tokens per batch, checkpointing, batches per step; each with its reason."""
+"""What ``auto`` comes to: rank, layout of experts, tokens per batch, checkpointing, batches per
+step; each with its reason.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,13 @@ _WITH = ("data.pack_tokens",)  # is chosen with data.tokens_per_batch
 RANKS = (128, 64, 32, 16, 8, 4, 2, 1)
 LEAST_RANK = 16  # where the file allows it
 FILE_BYTES = 300e6  # of an adapter in bf16, at most
-# LoRA learns as full fine-tuning does while the data hold less than it can: about a bit per trained token, of which a parameter
-# holds two ("LoRA Without Regret", Thinking Machines, September 2025, "Capacity").
+# LoRA learns as full fine-tuning does while the data hold less than it can: about a bit per trained
+# token, of which a parameter holds two ("LoRA Without Regret", Thinking Machines, September 2025,
+# "Capacity").
 TOKENS_PER_PARAMETER = 2
 MICRO_BATCH = {"cpu": 2048, "cuda": 8192}  # positions at a time: more make no product faster
-KEEPS_ACTIVATIONS_FROM = 2048  # positions at a time: rather than fewer, activations are computed twice
+# positions at a time: rather than fewer, activations are computed twice
+KEEPS_ACTIVATIONS_FROM = 2048
 STEP = 32_768  # positions of an optimiser step, over all processes
 LEAST_STEPS = 100  # of a run of few rows, for which a step has fewer positions
 
@@ -49,7 +53,9 @@ class Known:
     streams: int  # processes that take different rows
 
 
-def choose(config: Config, known: Known, say: Callable[[str], Any], earlier: Config | None = None) -> tuple[Config, Config]:
+def choose(
+    config: Config, known: Known, say: Callable[[str], Any], earlier: Config | None = None
+) -> tuple[Config, Config]:
     """Return ``config`` with a value for each ``auto``, and these values by their keys.
 
     Args:
@@ -70,7 +76,10 @@ def choose(config: Config, known: Known, say: Callable[[str], Any], earlier: Con
         nonlocal config
         values = {key: value for key, value in values.items() if key in (*wanted, *_WITH)}
         config, _ = with_values(config, values), chosen.update(values)
-        say(f"{', '.join(f'{key}=auto: {_shown(value)}' for key, value in values.items())} ({reason})")
+        say(
+            f"{', '.join(f'{key}=auto: {_shown(value)}' for key, value in values.items())}"
+            f" ({reason})"
+        )
 
     open_config = with_values(config, {key: STAND_INS[key] for key in wanted})
     if (start := config["lora"]["init_from"]) and {"lora.rank", "lora.expert_layout"} & set(wanted):
@@ -93,7 +102,13 @@ def _open(config: Config, wanted: list[str], chosen: Config) -> Config:
 
 
 def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        str(value).lower()
+        if isinstance(value, bool)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
 
 
 def _plan(config: Config, known: Known, **changes: Any) -> LoRAPlan:
@@ -103,12 +118,17 @@ def _plan(config: Config, known: Known, **changes: Any) -> LoRAPlan:
 def _as_in(folder: str) -> tuple[Config, str]:
     adapter = AdapterFiles.open(folder)
     layout = SHARED_OUTER if adapter.expert_matrices() else PER_EXPERT
-    return {"lora.rank": adapter.config.get("r"), "lora.expert_layout": layout}, "as lora.init_from has them"
+    return {
+        "lora.rank": adapter.config.get("r"),
+        "lora.expert_layout": layout,
+    }, "as lora.init_from has them"
 
 
 def _choose_layout(config: Config, known: Known) -> tuple[Config, str]:
     if any(target.outer for target in _plan(config, known).targets):
-        return {"lora.expert_layout": SHARED_OUTER}, "experts share the factor on the hidden width, as Tinker trains them"
+        return {
+            "lora.expert_layout": SHARED_OUTER
+        }, "experts share the factor on the hidden width, as Tinker trains them"
     return {"lora.expert_layout": PER_EXPERT}, "no experts to share a factor"
 
 
@@ -117,27 +137,43 @@ def _choose_rank(config: Config, known: Known) -> tuple[Config, str]:
     fitting = [rank for rank in RANKS if plans[rank].num_params * 2 <= FILE_BYTES] or [1]
     if known.report is None:
         rank = min(max(fitting), 32)
-        return {"lora.rank": rank}, f"{plans[rank].num_params / 1e6:.1f} million parameters; without data.path the usual rank"
+        return (
+            {"lora.rank": rank},
+            (
+                f"{plans[rank].num_params / 1e6:.1f} million parameters; without data.path the"
+                " usual rank"
+            ),
+        )
     report = known.report
     tokens = report.num_trained_tokens * report.num_rows / max(1, report.num_rows_surveyed)
     needed = tokens / TOKENS_PER_PARAMETER
     enough = [rank for rank in fitting if plans[rank].num_params >= needed and rank >= LEAST_RANK]
     rank = min(enough, default=max(fitting))
     if not enough:
-        why = "the largest that is chosen" if rank == max(RANKS) else "the largest whose file stays below 300 MB"
+        why = (
+            "the largest that is chosen"
+            if rank == max(RANKS)
+            else "the largest whose file stays below 300 MB"
+        )
     else:
         why = "the least that is chosen" if rank == LEAST_RANK else "the least rank that has them"
-    return {"lora.rank": rank}, (
-        f"{plans[rank].num_params / 1e6:.2f} million parameters; {tokens / 1e6:.2f} million trained tokens ask for "
-        f"{needed / 1e6:.2f} million: {why}"
+    return (
+        {"lora.rank": rank},
+        (
+            f"{plans[rank].num_params / 1e6:.2f} million parameters; {tokens / 1e6:.2f} million"
+            f" trained tokens ask for {needed / 1e6:.2f} million: {why}"
+        ),
     )
 
 
 def _choose_batch(config: Config, known: Known, wanted: list[str]) -> tuple[Config, str]:
-    """Positions at a time, and whether activations are kept: the fastest that fits, by the same plan as the run's own."""
+    """Positions at a time, and whether activations are kept: the fastest that fits, by the same
+    plan as the run's own.
+    """
     found = [*_candidates(config, known, wanted)]
     first, behind, taken = 0, len(found), None
-    while first < behind:  # each takes less memory than the one before it, and a plan of a large model takes seconds
+    # each takes less memory than the one before it, and a plan of a large model takes seconds
+    while first < behind:
         middle = (first + behind) // 2 if behind < len(found) or first else 0
         try:
             bytes_taken = _bytes_of(with_values(config, found[middle]), known)
@@ -153,7 +189,13 @@ def _choose_batch(config: Config, known: Known, wanted: list[str]) -> tuple[Conf
     how = "computed twice" if chosen["trainer.activation_checkpointing"] else "kept"
     much = f"{taken / 1e9:.1f}" if taken else "a small part"
     size = f"{_why_size(config, known, chosen)}; " if "data.tokens_per_batch" in chosen else ""
-    return chosen, f"{size}activations are {how}; the plan takes {much} of the {known.there / 1e9:.1f} GB there are"
+    return (
+        chosen,
+        (
+            f"{size}activations are {how}; the plan takes {much} of the {known.there / 1e9:.1f} GB"
+            " there are"
+        ),
+    )
 
 
 def _why_size(config: Config, known: Known, chosen: Config) -> str:
@@ -187,20 +229,25 @@ def _candidates(config: Config, known: Known, wanted: list[str]) -> Iterator[Con
     asked, is_open = config["trainer"]["activation_checkpointing"], checkpointing in wanted
     if is_open or not asked:
         enough = min(KEEPS_ACTIVATIONS_FROM, sizes[0].get("data.tokens_per_batch", 0))
-        kept = [size for size in sizes if not is_open or size.get("data.tokens_per_batch", 0) >= enough]
+        kept = [
+            size for size in sizes if not is_open or size.get("data.tokens_per_batch", 0) >= enough
+        ]
         yield from ({**size, checkpointing: False} for size in kept)
     if is_open or asked:
         yield from ({**size, checkpointing: True} for size in sizes)
 
 
 def _sizes(config: Config, known: Known) -> list[Config]:
-    """Sizes of a micro-batch, the largest first: halves of the device's best, or of what few rows have for a step."""
+    """Sizes of a micro-batch, the largest first: halves of the device's best, or of what few
+    rows have for a step.
+    """
     tokens, row = "data.tokens_per_batch", row_positions(config, known.report)
     most = _best_size(known)
     if (seen := _positions_seen(config, known)) is not None:
         most = min(most, seen // LEAST_STEPS // known.streams)
     data, longest = config["data"], known.report.longest if known.report else None
-    if data["packing"] and data["pack_tokens"] is None and longest and most < row:  # a row for each step, and no longer
+    # a row for each step, and no longer
+    if data["packing"] and data["pack_tokens"] is None and longest and most < row:
         each = 2 if is_of_pairs(config) else 1
         row = min(row, max(64 * math.ceil(longest * each / 64), 64 * math.ceil(most / 64)))
         return [{tokens: row, "data.pack_tokens": row}]
@@ -209,7 +256,9 @@ def _sizes(config: Config, known: Known) -> list[Config]:
 
 
 def _positions_seen(config: Config, known: Known) -> int | None:
-    """Tokens of all epochs; None where nobody knows. A limit by ``trainer.max_steps`` makes no step smaller."""
+    """Tokens of all epochs; None where nobody knows. A limit by ``trainer.max_steps`` makes no
+    step smaller.
+    """
     report, epochs = known.report, config["data"]["epochs"]
     if report is None or epochs is None:
         return None
@@ -217,15 +266,21 @@ def _positions_seen(config: Config, known: Known) -> int | None:
 
 
 def _bytes_of(config: Config, known: Known) -> int | None:
-    """What the plan says that the run takes in each process: 0 where that is surely little, None where it is too much.
+    """What the plan says that the run takes in each process: 0 where that is surely little, None
+    where it is too much.
 
     Raises:
         ConfigError: no plan can be made.
     """
     step = StepPlan(
-        config, known.skeleton, _plan(config, known), accelerator=known.accelerator, precision=known.precision,
-        rows=row_sizes(known.report), val_rows=row_sizes(known.val_report),
-    )  # fmt: skip
+        config,
+        known.skeleton,
+        _plan(config, known),
+        accelerator=known.accelerator,
+        precision=known.precision,
+        rows=row_sizes(known.report),
+        val_rows=row_sizes(known.val_report),
+    )
     if step.is_small_for(known.there):
         return 0
     name: str | None
@@ -239,9 +294,14 @@ def _bytes_of(config: Config, known: Known) -> int | None:
 
 def _choose_accumulation(config: Config, known: Known) -> tuple[Config, str]:
     data = config["data"]
-    positions = data["tokens_per_batch"] or (data["batch_size"] or DEFAULT_BATCH_SIZE) * row_positions(config, known.report)
+    positions = data["tokens_per_batch"] or (
+        data["batch_size"] or DEFAULT_BATCH_SIZE
+    ) * row_positions(config, known.report)
     each, wanted, why = positions * known.streams, STEP, f"steps of {STEP:,} positions"
     if (seen := _positions_seen(config, known)) is not None and seen // LEAST_STEPS < STEP:
-        wanted, why = seen // LEAST_STEPS, f"the {seen:,} tokens of all epochs are to make {LEAST_STEPS} steps"
+        wanted, why = (
+            seen // LEAST_STEPS,
+            f"the {seen:,} tokens of all epochs are to make {LEAST_STEPS} steps",
+        )
     count = max(1, round(wanted / each))
     return {"trainer.accumulate_grad_batches": count}, f"{why}; a step has {count * each:,}"

@@ -1,4 +1,6 @@
-"""Command-line overrides to a resolved config: Hydra, with paths taken verbatim and misspelt keys explained."""
+"""Command-line overrides to a resolved config: Hydra, with paths taken verbatim and misspelt
+keys explained.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,29 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+)?(?P<key>[\w.@/]+)=(?P<value>.*)$", re.DOTALL)
-_PATH_KEYS = re.compile(r"(?:.*\.)?(?:path|\w+_path)|lora\.init_from|data\.chat_template|paths\.\w+|run|group")
+_PATH_KEYS = re.compile(
+    r"(?:.*\.)?(?:path|\w+_path)|lora\.init_from|data\.chat_template|paths\.\w+|run|group"
+)
 _STANDALONE = ("experiment", "data.path", "data.sources", "model.path")
 _FLAGS_WITH_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
     *("--package", "-p", "--info", "-i", "--cfg", "-c"),
 )
-_FLAGS = (*_FLAGS_WITH_VALUE, "--multirun", "-m", "--resolve", "--hydra-help", "--help", "-h", "--version")
+_FLAGS = (
+    *_FLAGS_WITH_VALUE,
+    "--multirun",
+    "-m",
+    "--resolve",
+    "--hydra-help",
+    "--help",
+    "-h",
+    "--version",
+)
 
 
 def prepare_arguments(arguments: list[str]) -> list[str]:
-    """Return Hydra's arguments: flags first, paths quoted, and the pig latin experiment where nothing else is asked for.
+    """Return Hydra's arguments: flags first, paths quoted, and the pig latin experiment where
+    nothing else is asked for.
 
     Raises:
         ConfigError: an argument is neither a setting nor a flag.
@@ -41,7 +55,9 @@ def prepare_arguments(arguments: list[str]) -> list[str]:
         argument = arguments[position]
         _check_argument(argument)
         takes_value = argument in _FLAGS_WITH_VALUE and position + 1 < len(arguments)
-        (flags if argument.startswith("-") else overrides).extend(arguments[position : position + 1 + takes_value])
+        (flags if argument.startswith("-") else overrides).extend(
+            arguments[position : position + 1 + takes_value]
+        )
         position += 1 + takes_value
     if is_demo(overrides):
         overrides.insert(0, "experiment=pig_latin")
@@ -58,21 +74,31 @@ def _check_argument(argument: str) -> None:
     if argument.startswith("-"):
         if argument.split("=")[0] not in _FLAGS:
             name = argument.lstrip("-").split("=")[0]
-            other = explain_other_name(name) or (f"; it is {name}.path here" if name in ("data", "model") else None)
+            other = explain_other_name(name) or (
+                f"; it is {name}.path here" if name in ("data", "model") else None
+            )
             hint = f"settings are written without dashes{other or f': {name}=…'}"
-            raise ConfigError(f"unknown option {argument}; {hint} (options: --cfg job, --config-dir DIR, -m)")
+            raise ConfigError(
+                f"unknown option {argument}; {hint} (options: --cfg job, --config-dir DIR, -m)"
+            )
     elif "=" not in argument and not argument.startswith("~"):
         is_data = os.path.exists(os.path.expanduser(argument))
-        raise ConfigError(f"{argument}: settings are written key=value" + (f"; data.path={argument}?" if is_data else ""))
+        raise ConfigError(
+            f"{argument}: settings are written key=value"
+            + (f"; data.path={argument}?" if is_data else "")
+        )
 
 
 def quote_path(override: str) -> str:
-    """Return ``override`` with the value of a path key quoted for Hydra's grammar: it means itself, whatever it holds."""
+    """Return ``override`` with the value of a path key quoted for Hydra's grammar: it means
+    itself, whatever it holds.
+    """
     if override in ("logger=null", "callbacks=null"):
         return override.replace("null", "none")  # Hydra knows no empty group, but these have one
     match = _OVERRIDE.match(override)
     if match and match["key"] == "data.stop":
-        value = match["value"].replace("\\n", "\n").replace("\\t", "\t")  # as a shell user writes a line's end
+        # as a shell user writes a line's end
+        value = match["value"].replace("\\n", "\n").replace("\\t", "\t")
         is_list = value.startswith("[") or value == "null"
         return f"{match['prefix'] or ''}data.stop={value if is_list else _quoted(value)}"
     if not match or not _PATH_KEYS.fullmatch(match["key"]) or match["value"] in ("", "null"):
@@ -88,7 +114,8 @@ def as_typed(override: Override) -> str:
 
 
 def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: str) -> Any:
-    """Compose ``config_name`` under ``arguments`` and call ``task`` with the config; once per job under ``--multirun``.
+    """Compose ``config_name`` under ``arguments`` and call ``task`` with the config; once per job
+    under ``--multirun``.
 
     Raises:
         ConfigError: what Hydra refuses, with the nearest right key where one is misspelt.
@@ -106,23 +133,28 @@ def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: 
         jobs.append(_Job())
         try:
             return task(config)
-        except Exception as error:  # kept from Hydra, which would print it its own way; a sweep goes on with its next job
+        except Exception as error:
+            # kept from Hydra, which would print it its own way; a sweep goes on with its next job
             jobs[-1].take(error, is_sweep=is_sweep)
             return None
 
     try:
-        result = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
+        result = hydra.main(
+            version_base="1.3", config_path=str(conf_dir()), config_name=config_name
+        )(guarded)()
     except HydraException as error:
         raise ConfigError(explain_override(str(error), config_name, arguments)) from error
     except ValueError as error:
         if str(error).startswith("Only one of"):
             raise ConfigError(
-                "a sweep has a config for each of its runs: leave out -m, and give one value to each setting"
+                "a sweep has a config for each of its runs: leave out -m, and give one value to"
+                " each setting"
             ) from error
         if not str(error).startswith("Config group override"):
             raise
         raise ConfigError(
-            "a config group cannot be null; leave it out, or name one of its files (conf/GROUP/NAME.yaml)"
+            "a config group cannot be null; leave it out, or name one of its files"
+            " (conf/GROUP/NAME.yaml)"
         ) from error
     except OmegaConfBaseException as error:
         raise ConfigError(_first_lines(str(error))) from error
@@ -144,7 +176,9 @@ class _Job:
         self.error: Exception | None = None  # itself, where there is one job only
 
     def take(self, error: Exception, *, is_sweep: bool) -> None:
-        """Remember that the job failed; in a sweep say so at once, and let go of the model that the traceback holds."""
+        """Remember that the job failed; in a sweep say so at once, and let go of the model that
+        the traceback holds.
+        """
         self.message = explain(error) or f"{type(error).__name__}: {error}"
         if not is_sweep:
             self.error = error
@@ -178,12 +212,17 @@ def _raise_failures(jobs: list[_Job]) -> None:
             swept = " ".join(text for text in job.overrides if text not in shared)
             lines.append(f"  job {job.number}{f' ({swept})' if swept else ''}: {job.message}")
         rest = len(jobs) - len(failed)
-        title = f"{len(failed)} of {len(jobs)} jobs failed{f'; the other {rest} finished' if rest else ''}:"
+        title = (
+            f"{len(failed)} of {len(jobs)} jobs"
+            f" failed{f'; the other {rest} finished' if rest else ''}:"
+        )
         raise LorakitError("\n".join([title, *lines]))
 
 
 def explain_override(message: str, config_name: str, arguments: Sequence[str] = ()) -> str:
-    """Return Hydra's ``message`` in a line or two, and the nearest right key in the groups that ``arguments`` name."""
+    """Return Hydra's ``message`` in a line or two, and the nearest right key in the groups that
+    ``arguments`` name.
+    """
     if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", message):
         key, _, values = ambiguous[1].partition("=")
         return (
@@ -198,13 +237,18 @@ def explain_override(message: str, config_name: str, arguments: Sequence[str] = 
         own = _value_of_flag(arguments, "--config-dir", "-cd")
         if other := explain_other_name(match[1]):
             return f"unknown key {match[1]!r}{other}"
-        return f"unknown key {match[1]!r}{suggest(match[1], [*all_keys(config_name, named, own), *all_keys(config_name)])}"
+        known = [*all_keys(config_name, named, own), *all_keys(config_name)]
+        return f"unknown key {match[1]!r}{suggest(match[1], known)}"
     if "Could not find" in message or "In '" in message:
         return _explain_group(message, _value_of_flag(arguments, "--config-dir", "-cd"))
-    if "LexerNoViableAlt" in message or "mismatched input" in message or "no viable alternative" in message:
+    if (
+        "LexerNoViableAlt" in message
+        or "mismatched input" in message
+        or "no viable alternative" in message
+    ):
         return (
-            f"{_unreadable(arguments)}{_first_lines(message)}\nQuote values with commas, spaces or brackets: 'key=\"a, b\"'; "
-            'within a list each for itself: \'key=["a, b", "--c"]\''
+            f"{_unreadable(arguments)}{_first_lines(message)}\nQuote values with commas, spaces or"
+            ' brackets: \'key="a, b"\'; within a list each for itself: \'key=["a, b", "--c"]\''
         )
     return _first_lines(message)
 
@@ -226,7 +270,8 @@ def _unreadable(arguments: Sequence[str]) -> str:
 def _quoted(value: str) -> str:
     """Quote ``value`` so that Hydra's grammar gives it back as it is.
 
-    In Hydra's quotes a backslash escapes only a quote (or the backslashes before one); ``${`` would begin an interpolation.
+    In Hydra's quotes a backslash escapes only a quote (or the backslashes before one); ``${`` would
+    begin an interpolation.
     """
     value = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", value)
     value = re.sub(r"(\\+)$", lambda match: match[1] * 2, value)
@@ -241,10 +286,18 @@ def suggest(key: str, known: list[str]) -> str:
     beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
     same_depth = {name: name for name in known if name.count(".") == key.count(".")}
     anywhere = {name.rpartition(".")[2]: name for name in known}
-    for names, wanted, cutoff in ((beside, leaf, 0.6), (same_depth, key, 0.8), (anywhere, leaf, 0.8)):
+    for names, wanted, cutoff in (
+        (beside, leaf, 0.6),
+        (same_depth, key, 0.8),
+        (anywhere, leaf, 0.8),
+    ):
         if near := difflib.get_close_matches(wanted, names, n=1, cutoff=cutoff):
             return f"; did you mean {names[near[0]]}?"
-    return f"; there are: {', '.join(beside)}" if beside and group else "; `lorakit train --cfg job` prints all keys"
+    return (
+        f"; there are: {', '.join(beside)}"
+        if beside and group
+        else "; `lorakit train --cfg job` prints all keys"
+    )
 
 
 def _value_of_flag(arguments: Sequence[str], *names: str) -> str | None:
@@ -256,8 +309,12 @@ def _value_of_flag(arguments: Sequence[str], *names: str) -> str | None:
     return None
 
 
-def all_keys(config_name: str, groups: Sequence[str] = (), config_dir: str | None = None) -> Iterator[str]:
-    """Yield every key of the config in dots; ``groups`` choose some of its files, in a folder of the user's too."""
+def all_keys(
+    config_name: str, groups: Sequence[str] = (), config_dir: str | None = None
+) -> Iterator[str]:
+    """Yield every key of the config in dots; ``groups`` choose some of its files, in a folder of
+    the user's too.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -284,9 +341,17 @@ def _explain_group(message: str, config_dir: str | None = None) -> str:
     options = [line for line in lines if re.fullmatch(r"[\w/-]+", line)]
     wanted = re.search(r"Could not find '([^']+)'", found) or re.search(r"'([^']+)'", found)
     name = wanted[1].rsplit("/", 1)[-1] if wanted else ""
-    if config_dir and wanted and (path := os.path.join(config_dir, f"{name}.yaml")) and os.path.exists(path):
+    if (
+        config_dir
+        and wanted
+        and (path := os.path.join(config_dir, f"{name}.yaml"))
+        and os.path.exists(path)
+    ):
         group = wanted[1].rsplit("/", 1)[0]
-        return f"{found}; {path} is there: move it to {os.path.join(config_dir, group, name)}.yaml, into a folder with its group's name"
+        return (
+            f"{found}; {path} is there: move it to {os.path.join(config_dir, group, name)}.yaml,"
+            " into a folder with its group's name"
+        )
     near = difflib.get_close_matches(name, options, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     there = f" (there are: {', '.join(options)})" if options else ""
@@ -296,6 +361,10 @@ def _explain_group(message: str, config_dir: str | None = None) -> str:
 def _first_lines(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     kept = [
-        line for line in lines if not line.startswith(("See https", "Set the environment", "object_type=", "reference_type="))
+        line
+        for line in lines
+        if not line.startswith(
+            ("See https", "Set the environment", "object_type=", "reference_type=")
+        )
     ]
     return "\n".join(kept[:3])

@@ -1,4 +1,6 @@
-"""``lorakit demo [pig_latin|digits]``: a bundled tiny model learns something new; what it answers before and after, held out."""
+"""``lorakit demo [pig_latin|digits]``: a bundled tiny model learns something new; what it
+answers before and after, held out.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,11 @@ DEMOS = {
         "-- $'English: hello world\\nPig Latin:'",
     ),
     "digits": Demo(
-        "vlm_digits", "scans of handwritten digits that it was not shown", 4, None, "--image FILE -- 'which digit?'"
+        "vlm_digits",
+        "scans of handwritten digits that it was not shown",
+        4,
+        None,
+        "--image FILE -- 'which digit?'",
     ),
 }
 
@@ -55,9 +61,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--runs", default="runs", help="folder of the runs")
     options = parser.parse_args(arguments)
     chosen = DEMOS[options.which]
-    overrides = [f"experiment={chosen.experiment}", f"seed={options.seed}", f"paths.runs={options.runs}"]
+    overrides = [
+        f"experiment={chosen.experiment}",
+        f"seed={options.seed}",
+        f"paths.runs={options.runs}",
+    ]
     command = shlex.join(["lorakit", "train", *overrides])  # the same run, for who goes on with it
-    run_hydra(functools.partial(demo, chosen=chosen, command=command), overrides, config_name="train")
+    run_hydra(
+        functools.partial(demo, chosen=chosen, command=command), overrides, config_name="train"
+    )
 
 
 def demo(config: DictConfig, chosen: Demo, command: str) -> None:
@@ -70,12 +82,18 @@ def demo(config: DictConfig, chosen: Demo, command: str) -> None:
 
     console = Console(soft_wrap=True)
     started = time.perf_counter()
-    outcome = train_run(to_plain(config), experiment=chosen.experiment, command=command, console=console)
+    outcome = train_run(
+        to_plain(config), experiment=chosen.experiment, command=command, console=console
+    )
     leave_if_interrupted(outcome.interrupt)
     model, datamodule = outcome.module.model, outcome.datamodule
-    datums = [d for i in range(len(datamodule.val_source)) for d in datamodule.val_examples.datums(i)]
+    datums = [
+        d for i in range(len(datamodule.val_source)) for d in datamodule.val_examples.datums(i)
+    ]
     console.print(f"asking {len(datums)} {chosen.asks} …")
-    ask = functools.partial(_answer, chosen, model, outcome.module.tokenizer, datums, datamodule.images)
+    ask = functools.partial(
+        _answer, chosen, model, outcome.module.tokenizer, datums, datamodule.images
+    )
     with model.disable_adapter():
         before = ask()
     after = ask()
@@ -84,20 +102,28 @@ def demo(config: DictConfig, chosen: Demo, command: str) -> None:
     else:
         draw_answers(outcome.run.folder / "answers.png", datums, after)
         console.print(f"scans, answers and mistakes: {outcome.run.folder / 'answers.png'}")
-    figures = {"exact_match_before": _share(before), "exact_match_after": _share(after), "held_out": len(datums)}
+    figures = {
+        "exact_match_before": _share(before),
+        "exact_match_after": _share(after),
+        "held_out": len(datums),
+    }
     write_json(outcome.run.folder / "demo.json", figures)
     console.print(
-        f"held out, exactly right: {_share(before):.1%} before, [bold]{_share(after):.1%}[/bold] after "
-        f"{outcome.run.info['step']} steps ({outcome.seconds:.0f} s of training, {time.perf_counter() - started:.0f} s in all)"
+        f"held out, exactly right: {_share(before):.1%} before, [bold]{_share(after):.1%}[/bold]"
+        f" after {outcome.run.info['step']} steps ({outcome.seconds:.0f} s of training,"
+        f" {time.perf_counter() - started:.0f} s in all)"
     )
     console.print(
-        f"trainable share {outcome.plan.trainable_share:.1%}, {outcome.tokens_per_second:,.0f} tokens/s, "
-        f"adapter {outcome.adapter_bytes / 1e6:.2f} MB, loss curve {outcome.run.folder / 'loss.png'}"
+        f"trainable share {outcome.plan.trainable_share:.1%}, {outcome.tokens_per_second:,.0f}"
+        f" tokens/s, adapter {outcome.adapter_bytes / 1e6:.2f} MB, loss curve"
+        f" {outcome.run.folder / 'loss.png'}"
     )
     console.print(f"try it: lorakit sample {outcome.run.name} {chosen.try_it}", markup=False)
 
 
-def _answer(chosen: Demo, model: Any, tokenizer: Any, datums: list[Datum], images: Any) -> list[Answer]:
+def _answer(
+    chosen: Demo, model: Any, tokenizer: Any, datums: list[Datum], images: Any
+) -> list[Answer]:
     from lorakit.sampling.score import answer_all
     from lorakit.types import SamplingParams
 
@@ -118,27 +144,48 @@ def _print_answers(console: Any, before: list[Answer], after: list[Answer]) -> N
     console.print(table)
 
 
-def draw_answers(path: Path, datums: list[Datum], answers: list[Answer], *, num_columns: int = 16, num_rows: int = 8) -> None:
-    """Write a picture of scans with the answers below them: all mistakes first, as far as there is room, then what is right."""
+def draw_answers(
+    path: Path,
+    datums: list[Datum],
+    answers: list[Answer],
+    *,
+    num_columns: int = 16,
+    num_rows: int = 8,
+) -> None:
+    """Write a picture of scans with the answers below them: all mistakes first, as far as there
+    is room, then what is right.
+    """
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL import Image
 
-    order = sorted(range(len(answers)), key=lambda index: answers[index].is_exact)[: num_columns * num_rows]
-    figure = Figure(figsize=(num_columns * 0.7, -(-len(order) // num_columns) * 0.9 + 0.6), layout="constrained")
+    order = sorted(range(len(answers)), key=lambda index: answers[index].is_exact)[
+        : num_columns * num_rows
+    ]
+    figure = Figure(
+        figsize=(num_columns * 0.7, -(-len(order) // num_columns) * 0.9 + 0.6), layout="constrained"
+    )
     FigureCanvasAgg(figure)
     right = sum(answer.is_exact for answer in answers)
-    figure.suptitle(f"{right} of {len(answers)} right; mistakes first: answered (should be)", fontsize=10)
+    figure.suptitle(
+        f"{right} of {len(answers)} right; mistakes first: answered (should be)", fontsize=10
+    )
     places = figure.subplots(-(-len(order) // num_columns), num_columns, squeeze=False).flatten()
     for place in places:
         place.axis("off")
     for place, index in zip(places, order, strict=False):
         answer, (chunk,) = answers[index], datums[index].model_input.images
         place.imshow(Image.open(io.BytesIO(chunk.data)), cmap="gray", vmin=0, vmax=255)
-        said = answer.sample.text if answer.is_exact else f"{answer.sample.text[:6]} ({answer.expected})"
-        place.set_title(said, fontsize=8, color="green" if answer.is_exact else "red", y=-0.35, parse_math=False)
+        said = (
+            answer.sample.text
+            if answer.is_exact
+            else f"{answer.sample.text[:6]} ({answer.expected})"
+        )
+        place.set_title(
+            said, fontsize=8, color="green" if answer.is_exact else "red", y=-0.35, parse_math=False
+        )
     figure.savefig(path, dpi=110)
 
 

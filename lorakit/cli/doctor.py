@@ -34,12 +34,20 @@ class Finding:
 
 def main(arguments: list[str]) -> None:
     """Print the report; exit code 1 where something is bad."""
-    parser = argparse.ArgumentParser(prog="lorakit doctor", description="What a run would find on this machine, with remedies.")
-    parser.add_argument("--runs", default="runs", help="folder of the runs, whose disk is looked at (default: runs)")
+    parser = argparse.ArgumentParser(
+        prog="lorakit doctor", description="What a run would find on this machine, with remedies."
+    )
+    parser.add_argument(
+        "--runs", default="runs", help="folder of the runs, whose disk is looked at (default: runs)"
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     options = parser.parse_args(arguments)
     findings = list(examine(Path(options.runs).expanduser()))
-    print(json.dumps([dataclasses.asdict(found) for found in findings], indent=2) if options.json else as_text(findings))
+    print(
+        json.dumps([dataclasses.asdict(found) for found in findings], indent=2)
+        if options.json
+        else as_text(findings)
+    )
     if any(found.state == BAD for found in findings):
         raise SystemExit(1)
 
@@ -74,7 +82,11 @@ def as_text(findings: list[Finding]) -> str:
         lines += [f"{'':4}  {'':{width}}  → {found.remedy}"] if found.remedy else []
     bad = sum(found.state == BAD for found in findings)
     notes = sum(found.state == NOTE for found in findings)
-    fine = f"nothing keeps a run from working; notes, of what is restricted: {notes}" if notes else "nothing to mend"
+    fine = (
+        f"nothing keeps a run from working; notes, of what is restricted: {notes}"
+        if notes
+        else "nothing to mend"
+    )
     return "\n".join([*lines, "", f"{bad} to mend" if bad else fine])
 
 
@@ -83,7 +95,10 @@ def _python() -> Iterator[Finding]:
 
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
     yield Finding(
-        "lorakit", GOOD, f"{__version__} on Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+        "lorakit",
+        GOOD,
+        f"{__version__} on Python {platform.python_version()}, {platform.system()}"
+        f" {platform.machine()}",
     )
     yield Finding("packages", GOOD, packages)
 
@@ -93,27 +108,50 @@ def _torch() -> Iterator[Finding]:
 
     from lorakit.training.gpus import find_driver, find_gpu_problem
 
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
-    yield Finding("torch", GOOD, f"{torch.__version__}, built for {build}, {torch.get_num_threads()} threads")
+    build = (
+        f"CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else f"ROCm {torch.version.hip}"
+        if torch.version.hip
+        else "CPU"
+    )
+    yield Finding(
+        "torch", GOOD, f"{torch.__version__}, built for {build}, {torch.get_num_threads()} threads"
+    )
     driver = find_driver()
     if driver:
         yield Finding("driver", GOOD, f"NVIDIA {driver}")
     if problem := find_gpu_problem():
-        yield Finding("devices", BAD, problem.said, f"{problem.remedy}; until then trainer.accelerator=cpu trains without it")
+        yield Finding(
+            "devices",
+            BAD,
+            problem.said,
+            f"{problem.remedy}; until then trainer.accelerator=cpu trains without it",
+        )
     elif torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            facts, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
+            facts, (free, total) = (
+                torch.cuda.get_device_properties(index),
+                torch.cuda.mem_get_info(index),
+            )
             capability = f"{facts.major}.{facts.minor}"
-            said = f"{facts.name}, capability {capability}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+            said = (
+                f"{facts.name}, capability {capability}, {free / 1e9:.1f} of {total / 1e9:.1f} GB"
+                " free"
+            )
             is_taken = free < 0.5 * total
             yield Finding(
-                f"gpu {index}", NOTE if is_taken else GOOD, said, "other programs use it (nvidia-smi)" if is_taken else ""
+                f"gpu {index}",
+                NOTE if is_taken else GOOD,
+                said,
+                "other programs use it (nvidia-smi)" if is_taken else "",
             )
     elif torch.backends.mps.is_available():
         yield Finding("devices", GOOD, "Apple GPU (mps)")
     else:
         remedy = (
-            "`lorakit plan model.path=… plan.gpus=[1]` says what a run takes on one; README, what a processor trains in a night"
+            "`lorakit plan model.path=… plan.gpus=[1]` says what a run takes on one; README, what a"
+            " processor trains in a night"
         )
         yield Finding("devices", NOTE, "no GPU: runs use the processor", remedy)
 
@@ -132,16 +170,31 @@ def _formats() -> Iterator[Finding]:
         "32-true": f"this {accelerator} has no bf16",
     }[precision]
     is_best = precision == "bf16-mixed"
-    remedy = "" if is_best else "nothing to mend: it is slower, or takes more memory, than bf16 on a newer device"
-    yield Finding("precision", GOOD if is_best else NOTE, f"trainer.precision=auto is {precision}: {why}", remedy)
+    remedy = (
+        ""
+        if is_best
+        else "nothing to mend: it is slower, or takes more memory, than bf16 on a newer device"
+    )
+    yield Finding(
+        "precision",
+        GOOD if is_best else NOTE,
+        f"trainer.precision=auto is {precision}: {why}",
+        remedy,
+    )
 
 
 def _deepspeed() -> Iterator[Finding]:
     try:  # in a process of its own: it talks, and what it builds on may crash
         said = subprocess.run(
-            [sys.executable, "-c", "import deepspeed"], capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-c", "import deepspeed"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
-        problem = (said.stderr.strip().splitlines() or ["it crashes"])[-1] if said.returncode else None
+        problem = (
+            (said.stderr.strip().splitlines() or ["it crashes"])[-1] if said.returncode else None
+        )
     except subprocess.TimeoutExpired:
         problem = "not within two minutes"
     if problem is None:
@@ -153,7 +206,12 @@ def _deepspeed() -> Iterator[Finding]:
         if sys.platform == "linux"
         else "it is made for Linux; strategy=ddp joins processes here"
     )
-    yield Finding("deepspeed", NOTE, f"cannot be imported ({problem}), so only strategy=single and ddp work", remedy)
+    yield Finding(
+        "deepspeed",
+        NOTE,
+        f"cannot be imported ({problem}), so only strategy=single and ddp work",
+        remedy,
+    )
 
 
 def _compiler() -> Iterator[Finding]:
@@ -161,12 +219,19 @@ def _compiler() -> Iterator[Finding]:
     yield (
         Finding("compiler", GOOD, f"{found}: trainer.compile=true works")
         if found
-        else Finding("compiler", NOTE, "no C++ compiler, so trainer.compile=true does not work", "install g++")
+        else Finding(
+            "compiler",
+            NOTE,
+            "no C++ compiler, so trainer.compile=true does not work",
+            "install g++",
+        )
     )
 
 
 def _slurm() -> Iterator[Finding]:
-    """Where there is a SLURM: its partitions, whose nodes are what a job gets, and not this machine."""
+    """Where there is a SLURM: its partitions, whose nodes are what a job gets, and not this
+    machine.
+    """
     if not shutil.which("sinfo"):
         return
     command = ["sinfo", "--noheader", "--format", "%P %D x %c cores %G"]
@@ -177,11 +242,21 @@ def _slurm() -> Iterator[Finding]:
     if said.returncode:
         problem = (said.stderr.strip().splitlines() or ["no answer"])[-1]
         yield Finding(
-            "slurm", NOTE, f"is installed, and sinfo fails: {problem}", "run lorakit launch slurm on a node of the cluster"
+            "slurm",
+            NOTE,
+            f"is installed, and sinfo fails: {problem}",
+            "run lorakit launch slurm on a node of the cluster",
         )
     else:
-        lines = "; ".join(" ".join(line.split()).replace(" (null)", "") for line in said.stdout.splitlines())
-        yield Finding("slurm", GOOD, f"{lines}: `lorakit launch slurm … train …` submits; what is above is this machine alone")
+        lines = "; ".join(
+            " ".join(line.split()).replace(" (null)", "") for line in said.stdout.splitlines()
+        )
+        yield Finding(
+            "slurm",
+            GOOD,
+            f"{lines}: `lorakit launch slurm … train …` submits; what is above is this machine"
+            " alone",
+        )
 
 
 def _wandb() -> Iterator[Finding]:
@@ -204,9 +279,12 @@ def _hub() -> Iterator[Finding]:
     where = f"cache {constants.HF_HUB_CACHE}"
     if problem := find_hub_problem():
         yield Finding(
-            "hub", NOTE, f"{problem}; {where}",
-            "models and data by name must be in the cache; model.path and data.path take folders and files",
-        )  # fmt: skip
+            "hub",
+            NOTE,
+            f"{problem}; {where}",
+            "models and data by name must be in the cache; model.path and data.path take folders"
+            " and files",
+        )
     else:
         said = "with a token" if get_token() else "without a token: gated models cannot be read"
         yield Finding(
@@ -225,7 +303,10 @@ def _memory() -> Iterator[Finding]:
     said = f"{available:.1f} of {memory.total / 1e9:.1f} GB available, {os.cpu_count()} processors"
     is_low = available < _LOW_MEMORY_GB
     yield Finding(
-        "memory", NOTE if is_low else GOOD, said, "close other programs, or plan with `lorakit plan`" if is_low else ""
+        "memory",
+        NOTE if is_low else GOOD,
+        said,
+        "close other programs, or plan with `lorakit plan`" if is_low else "",
     )
 
 
@@ -237,14 +318,23 @@ def _disk(runs: Path) -> Iterator[Finding]:
     for name, folder in (("runs", runs), ("hub cache", Path(constants.HF_HUB_CACHE))):
         if problem := find_write_problem(folder / "a file"):
             yield Finding(
-                name, BAD, f"{folder} cannot be written: {problem}", f"set {'paths.runs' if name == 'runs' else 'HF_HOME'}"
+                name,
+                BAD,
+                f"{folder} cannot be written: {problem}",
+                f"set {'paths.runs' if name == 'runs' else 'HF_HOME'}",
             )
             continue
-        there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+        there = next(
+            path for path in (folder.resolve(), *folder.resolve().parents) if path.exists()
+        )
         free = shutil.disk_usage(there).free / 1e9
-        remedy = f"free some, or set {'paths.runs' if name == 'runs' else 'HF_HOME'} to another disk"
+        remedy = (
+            f"free some, or set {'paths.runs' if name == 'runs' else 'HF_HOME'} to another disk"
+        )
         is_low = free < _LOW_DISK_GB
-        yield Finding(name, NOTE if is_low else GOOD, f"{there}: {free:.1f} GB free", remedy if is_low else "")
+        yield Finding(
+            name, NOTE if is_low else GOOD, f"{there}: {free:.1f} GB free", remedy if is_low else ""
+        )
 
 
 if __name__ == "__main__":

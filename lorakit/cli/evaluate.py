@@ -1,4 +1,6 @@
-"""``lorakit evaluate [RUN] --data PATH``: loss, perplexity and exact match, and tasks of lm-eval, printed and as JSON."""
+"""``lorakit evaluate [RUN] --data PATH``: loss, perplexity and exact match, and tasks of
+lm-eval, printed and as JSON.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +22,41 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> None:
     """Evaluate as ``arguments`` say."""
-    parser = argparse.ArgumentParser(prog="lorakit evaluate", description="Loss, perplexity and exact match of a run.")
+    parser = argparse.ArgumentParser(
+        prog="lorakit evaluate", description="Loss, perplexity and exact match of a run."
+    )
     add_run_arguments(parser)
-    parser.add_argument("--data", help="rows to evaluate on; default: the rows that the run held out")
+    parser.add_argument(
+        "--data", help="rows to evaluate on; default: the rows that the run held out"
+    )
     parser.add_argument("--limit", type=int, help="at most so many rows")
     parser.add_argument("--max-tokens", type=int, default=256, help="of each sample (default: 256)")
     parser.add_argument("--no-samples", action="store_true", help="loss only")
     parser.add_argument("--base", action="store_true", help="the base alone, without the adapter")
-    parser.add_argument("--no-base", action="store_true", help="the adapter alone, without the base beside it")
     parser.add_argument(
-        "--columns", nargs="+", type=_as_column, metavar="OURS=THEIRS", help="what --data calls our columns: prompt=question"
+        "--no-base", action="store_true", help="the adapter alone, without the base beside it"
     )
-    parser.add_argument("--answers", type=output_path, help="write each answer to this file, the base's beside it")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        type=_as_column,
+        metavar="OURS=THEIRS",
+        help="what --data calls our columns: prompt=question",
+    )
+    parser.add_argument(
+        "--answers", type=output_path, help="write each answer to this file, the base's beside it"
+    )
     parser.add_argument(
         "--tasks",
         type=_as_list,
-        help="of lm-evaluation-harness, in the place of rows or, with --data, beside them: arc_easy,hellaswag",
+        help=(
+            "of lm-evaluation-harness, in the place of rows or, with --data, beside them:"
+            " arc_easy,hellaswag"
+        ),
     )
-    parser.add_argument("--tasks-path", type=Path, metavar="FOLDER", help="with tasks of your own for it, as YAML")
+    parser.add_argument(
+        "--tasks-path", type=Path, metavar="FOLDER", help="with tasks of your own for it, as YAML"
+    )
     parser.add_argument("--chat", action="store_true", help="ask tasks through the chat template")
     parser.add_argument("--batch-size", type=int, help="rows of a task at a time (default: 8)")
     parser.add_argument("--json", type=output_path, help="write the figures to this file")
@@ -53,7 +72,11 @@ def main(arguments: list[str]) -> None:
     trained = open_trained(options)
     check_rows(trained, options)
     figures = evaluate(trained, options)
-    print(as_table(figures) if sys.stdout.isatty() else json.dumps(figures, indent=2, ensure_ascii=False))
+    print(
+        as_table(figures)
+        if sys.stdout.isatty()
+        else json.dumps(figures, indent=2, ensure_ascii=False)
+    )
     if options.json:
         from lorakit.weights.files import write_json
 
@@ -64,7 +87,11 @@ def main(arguments: list[str]) -> None:
 def check_rows(trained: Trained, options: argparse.Namespace) -> None:
     """Raise ConfigError where there are no rows to evaluate on, before anything heavy is loaded."""
     data = trained.config["data"]
-    if options.data is None and not options.tasks and not (data["val_path"] or data["val_fraction"]):
+    if (
+        options.data is None
+        and not options.tasks
+        and not (data["val_path"] or data["val_fraction"])
+    ):
         raise ConfigError("this run held out no rows; name some with --data PATH")
 
 
@@ -83,7 +110,10 @@ def as_table(figures: dict[str, Any]) -> str:
     for key, (value, other) in pairs.items():
         is_figure = isinstance(value, float)
         shown = f"{value:>12.4f}" if is_figure else str(value)
-        lines.append(f"{key:{width}}  {shown}" + (f"  {other:>12.4f}" if is_figure and isinstance(other, float) else ""))
+        lines.append(
+            f"{key:{width}}  {shown}"
+            + (f"  {other:>12.4f}" if is_figure and isinstance(other, float) else "")
+        )
     return "\n".join(lines)
 
 
@@ -103,7 +133,9 @@ def _as_column(text: str) -> tuple[str, str]:
 
 
 def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the figures of ``trained`` on the rows that ``options`` name, and those of its base beside them."""
+    """Return the figures of ``trained`` on the rows that ``options`` name, and those of its base
+    beside them.
+    """
     from lorakit.cli.assemble import build_loss, load_images
     from lorakit.lora.state import adapters_off
 
@@ -121,7 +153,9 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
     }
     if datamodule.are_pairs:
         if options.base:
-            raise ConfigError("--base: of pairs the base is the reference, so its figures are those of a coin")
+            raise ConfigError(
+                "--base: of pairs the base is the reference, so its figures are those of a coin"
+            )
         figures |= score_pairs(model, datamodule, build_loss(trained.config["loss"]))
         return add_tasks(figures, model, tokenizer, options) if options.tasks else figures
     found, answers = score(model, tokenizer, datamodule, options, is_base=options.base)
@@ -137,21 +171,31 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate_tasks(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of the harness's tasks alone."""
-    of_rows = {"--answers": options.answers, "--columns": options.columns, "--no-samples": options.no_samples}
+    of_rows = {
+        "--answers": options.answers,
+        "--columns": options.columns,
+        "--no-samples": options.no_samples,
+    }
     if idle := [flag for flag, value in of_rows.items() if value]:
-        raise ConfigError(f"{', '.join(idle)}: of rows, and tasks=… alone has none: name some with --data PATH")
+        raise ConfigError(
+            f"{', '.join(idle)}: of rows, and tasks=… alone has none: name some with --data PATH"
+        )
     model, tokenizer = trained.load(with_adapter=not options.base)
     figures = {"run": trained.run.name, "adapter": None if options.base else str(trained.adapter)}
     return add_tasks(figures, model, tokenizer, options)
 
 
-def add_tasks(figures: dict[str, Any], model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
+def add_tasks(
+    figures: dict[str, Any], model: Any, tokenizer: Any, options: argparse.Namespace
+) -> dict[str, Any]:
     """``figures`` with those of the harness's tasks, and the base's beside them."""
     from lorakit.cli.harness import run_harness
     from lorakit.lora.state import adapters_off
 
     settings = {"limit": options.limit, "batch_size": options.batch_size or 8, "chat": options.chat}
-    ask = functools.partial(run_harness, model, tokenizer, options.tasks, options.tasks_path, **settings)
+    ask = functools.partial(
+        run_harness, model, tokenizer, options.tasks, options.tasks_path, **settings
+    )
     figures = figures | {"tasks": ask()}
     if not (options.base or options.no_base):
         with adapters_off(model):
@@ -166,7 +210,13 @@ def open_rows(trained: Trained, options: argparse.Namespace) -> LoRADataModule:
     settings = dict(trained.config["data"])
     if options.data is not None:
         # Other rows may have columns of their own, and need not be mixed.
-        settings |= {"path": options.data, "val_path": options.data, "val_fraction": 0.0, "val_rows": None, "format": None}
+        settings |= {
+            "path": options.data,
+            "val_path": options.data,
+            "val_fraction": 0.0,
+            "val_rows": None,
+            "format": None,
+        }
         settings |= {"columns": None, "sources": None}
     if options.limit is not None:
         settings["val_rows"] = options.limit
@@ -176,25 +226,43 @@ def open_rows(trained: Trained, options: argparse.Namespace) -> LoRADataModule:
 
 
 def score(
-    model: Any, tokenizer: Any, datamodule: LoRADataModule, options: argparse.Namespace, *, is_base: bool
+    model: Any,
+    tokenizer: Any,
+    datamodule: LoRADataModule,
+    options: argparse.Namespace,
+    *,
+    is_base: bool,
 ) -> tuple[dict[str, float], list[Answer]]:
-    """Return loss, perplexity and exact match of ``model`` on the evaluation rows, and its answers."""
+    """Return loss, perplexity and exact match of ``model`` on the evaluation rows, and its
+    answers.
+    """
     from lorakit.sampling.score import answer_all, perplexity, score_loss
     from lorakit.types import SamplingParams
 
-    datums = [datum for index in datamodule.val_indices for datum in datamodule.val_examples.datums(int(index))]
+    datums = [
+        datum
+        for index in datamodule.val_indices
+        for datum in datamodule.val_examples.datums(int(index))
+    ]
     if not datums:
         raise ConfigError("no row to evaluate on is left; see data.on_long and data.on_error")
     whose = f"{len(datums):,} examples, {'the base' if is_base else 'the adapter'}"
     _say(f"loss of {whose}")
-    loss_sum, weight = score_loss(model, datums, pad_token_id=datamodule.pad_token_id, images=datamodule.images)
+    loss_sum, weight = score_loss(
+        model, datums, pad_token_id=datamodule.pad_token_id, images=datamodule.images
+    )
     figures = {"loss": loss_sum / weight, "perplexity": perplexity(loss_sum / weight)}
     if options.no_samples:
         return figures, []
-    _say(f"answers to {whose}, of at most {options.max_tokens} tokens (--no-samples: the loss alone)")
+    _say(
+        f"answers to {whose}, of at most {options.max_tokens} tokens (--no-samples: the loss alone)"
+    )
     params = SamplingParams(max_tokens=options.max_tokens, temperature=0.0, stop=datamodule.stop)
     answers = answer_all(model, tokenizer, datums, params, images=datamodule.images)
-    return figures | {"exact_match": sum(answer.is_exact for answer in answers) / len(answers)}, answers
+    return (
+        figures | {"exact_match": sum(answer.is_exact for answer in answers) / len(answers)},
+        answers,
+    )
 
 
 def write_answers(path: Path, answers: list[Answer], others: list[Answer]) -> None:
@@ -204,11 +272,15 @@ def write_answers(path: Path, answers: list[Answer], others: list[Answer]) -> No
         line = {"prompt": answer.prompt, "expected": answer.expected, "answer": answer.sample.text}
         lines.append(line | ({"base": others[number].sample.text} if others else {}))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+    )
 
 
 def score_pairs(model: Any, datamodule: Any, loss: Any) -> dict[str, float]:
-    """Return the mean of ``loss``, which is one of pairs, and of its metrics, over the evaluation rows."""
+    """Return the mean of ``loss``, which is one of pairs, and of its metrics, over the
+    evaluation rows.
+    """
     import torch
 
     from lorakit.training.step import compute_loss

@@ -1,4 +1,6 @@
-"""``lorakit export [RUN] format=peft|merged|vllm``: what was trained, as other programs read it, with a model card."""
+"""``lorakit export [RUN] format=peft|merged|vllm``: what was trained, as other programs read it,
+with a model card.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,33 @@ FORMATS = {
 
 def main(arguments: list[str]) -> None:
     """Export as ``arguments`` say."""
-    parser = argparse.ArgumentParser(prog="lorakit export", description="Write what a run trained as other programs read it.")
+    parser = argparse.ArgumentParser(
+        prog="lorakit export", description="Write what a run trained as other programs read it."
+    )
     add_run_arguments(parser)
     formats = "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
     parser.add_argument("--format", choices=[*FORMATS], default="peft", help=formats)
-    parser.add_argument("--out", type=output_path, help="folder to write (default: the format's name, in the run's folder)")
-    parser.add_argument("--push", metavar="USER/NAME", help="upload it to the hub under this name, too")
-    parser.add_argument("--public", action="store_true", help="whoever wants may see it there; default: nobody else may")
-    parser.add_argument("--base-name", help="what others call the base, where you have it as a folder: its name on the hub")
-    parser.add_argument("--dtype", help="of merged weights: float32, bfloat16 or float16 (default: as the base's files)")
+    parser.add_argument(
+        "--out",
+        type=output_path,
+        help="folder to write (default: the format's name, in the run's folder)",
+    )
+    parser.add_argument(
+        "--push", metavar="USER/NAME", help="upload it to the hub under this name, too"
+    )
+    parser.add_argument(
+        "--public",
+        action="store_true",
+        help="whoever wants may see it there; default: nobody else may",
+    )
+    parser.add_argument(
+        "--base-name",
+        help="what others call the base, where you have it as a folder: its name on the hub",
+    )
+    parser.add_argument(
+        "--dtype",
+        help="of merged weights: float32, bfloat16 or float16 (default: as the base's files)",
+    )
     options = parse(parser, arguments)
     if options.dtype and options.format != "merged":
         raise ConfigError("--dtype is for format=merged; adapters are written in bf16")
@@ -44,8 +64,12 @@ def main(arguments: list[str]) -> None:
         from lorakit.hub import open_repository
 
         if options.format != "merged" and name.startswith("/"):
-            raise ConfigError(f"the base is the folder {name}, which others do not have: --base-name says what they call it")
-        open_repository(options.push, is_public=options.public)  # what it refuses, it refuses before the work
+            raise ConfigError(
+                f"the base is the folder {name}, which others do not have: --base-name says what"
+                " they call it"
+            )
+        # what it refuses, it refuses before the work
+        open_repository(options.push, is_public=options.public)
     if options.format == "merged":
         from lorakit.cli.merge import merge
 
@@ -60,18 +84,25 @@ def main(arguments: list[str]) -> None:
         from lorakit.hub import upload
 
         print(f"uploading {out} to {options.push} …", flush=True)
-        print(f"uploaded: {upload(out, options.push, message=f'{trained.run.name}, as {options.format}')}")
+        print(
+            "uploaded:"
+            f" {upload(out, options.push, message=f'{trained.run.name}, as {options.format}')}"
+        )
 
 
 def name_for_others(trained: Trained, given: str | None) -> str:
-    """What the base is called: as ``given``, else its name on the hub, the bundled one's, or the folder where it lies."""
+    """What the base is called: as ``given``, else its name on the hub, the bundled one's, or the
+    folder where it lies.
+    """
     from lorakit.model.load import base_name
 
     return given or base_name(trained.base)
 
 
 def write_adapter(trained: Trained, out: Path, form: str, name: str) -> None:
-    """Write the adapter to ``out`` in PEFT's or vLLM's layout, once it has been checked. Raises AdapterError."""
+    """Write the adapter to ``out`` in PEFT's or vLLM's layout, once it has been checked. Raises
+    AdapterError.
+    """
     import torch
 
     from lorakit.weights.adapter import AdapterFiles
@@ -94,13 +125,18 @@ def write_adapter(trained: Trained, out: Path, form: str, name: str) -> None:
     print(f"checked: {checked}")
     if form == "vllm":
         module = shlex.quote(f"{trained.run.name}={out}")
-        print(f"serve it with: vllm serve {name} --enable-lora --max-lora-rank {rank} --lora-modules {module}")
+        print(
+            f"serve it with: vllm serve {name} --enable-lora --max-lora-rank {rank} --lora-modules"
+            f" {module}"
+        )
     else:
         print(f"load it with: peft.PeftModel.from_pretrained(base, {str(out)!r})")
 
 
 def _check(trained: Trained, folder: Path, form: str, skeleton: Any) -> str:
-    """Hold what was written to its layout, and to the logits of what was trained where its reader can run here; say which."""
+    """Hold what was written to its layout, and to the logits of what was trained where its
+    reader can run here; say which.
+    """
     import psutil
     import torch
 
@@ -112,9 +148,17 @@ def _check(trained: Trained, folder: Path, form: str, skeleton: Any) -> str:
         return f"{layout}, as vLLM's documentation has them; vLLM itself does not run here"
     num_bytes = 4 * sum(parameter.numel() for parameter in skeleton.parameters())
     if num_bytes > 0.8 * psutil.virtual_memory().available:
-        return f"{layout}; the base in float32 ({num_bytes / 1e9:.0f} GB) does not fit, so plain PEFT was not tried"
-    difference, largest = reload_in_peft(trained.load_base("float32"), trained.adapter, folder, dtype=torch.bfloat16)
-    return f"{layout}; logits of plain PEFT with it differ by {difference:.1e} (largest logit {largest:.2f})"
+        return (
+            f"{layout}; the base in float32 ({num_bytes / 1e9:.0f} GB) does not fit, so plain PEFT"
+            " was not tried"
+        )
+    difference, largest = reload_in_peft(
+        trained.load_base("float32"), trained.adapter, folder, dtype=torch.bfloat16
+    )
+    return (
+        f"{layout}; logits of plain PEFT with it differ by {difference:.1e} (largest logit"
+        f" {largest:.2f})"
+    )
 
 
 def write_card(trained: Trained, form: str, name: str, folder: Path, *, max_rank: int = 0) -> None:
@@ -122,15 +166,25 @@ def write_card(trained: Trained, form: str, name: str, folder: Path, *, max_rank
     from lorakit.model.load import BUNDLED
     from lorakit.weights.card import model_card
 
-    base = Path(name).name if name.startswith("/") else f"lorakit's bundled {name}" if name in BUNDLED else name
+    base = (
+        Path(name).name
+        if name.startswith("/")
+        else f"lorakit's bundled {name}"
+        if name in BUNDLED
+        else name
+    )
     images = getattr(trained.load_config(), "vision_config", None) is not None
-    card = model_card(trained.run, base=base, form=form, takes_images=images, step=trained.step, max_rank=max_rank)
+    card = model_card(
+        trained.run, base=base, form=form, takes_images=images, step=trained.step, max_rank=max_rank
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _allowed_rank(rank: int) -> int:
     """The least rank that vLLM's --max-lora-rank takes and that is enough."""
-    return next((allowed for allowed in (8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank), rank)
+    return next(
+        (allowed for allowed in (8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank), rank
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""``lorakit fetch …``: bring a run's model and data into the hub's cache, for a machine without a network."""
+"""``lorakit fetch …``: bring a run's model and data into the hub's cache, for a machine without
+a network.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ usage: lorakit fetch [key=value …]
   lorakit fetch experiment=chat_sft model.path=Qwen/Qwen3-0.6B data.path=HuggingFaceH4/no_robots
   lorakit fetch model.path=Qwen/Qwen3-0.6B             the model alone
 
-Takes the settings of `lorakit train`. What is a folder or a file stays where it is. Afterwards the same settings train without a
-network: on this machine, or on one that is given the cache (HF_HOME)."""
+Takes the settings of `lorakit train`. What is a folder or a file stays where it is. Afterwards the
+same settings train without a network: on this machine, or on one that is given the cache
+(HF_HOME)."""
 
 
 def main(arguments: list[str]) -> None:
@@ -37,13 +40,19 @@ def fetch(config: DictConfig, arguments: list[str]) -> None:
 
     from lorakit.cli.train import to_plain
 
-    has_model, has_data = (not OmegaConf.is_missing(config[group], "path") for group in ("model", "data"))
+    has_model, has_data = (
+        not OmegaConf.is_missing(config[group], "path") for group in ("model", "data")
+    )
     has_data = has_data or config.data.sources is not None
     if not (has_model or has_data):
-        raise ConfigError("name what to fetch: model.path=…, data.path=…, or an experiment that does")
+        raise ConfigError(
+            "name what to fetch: model.path=…, data.path=…, or an experiment that does"
+        )
     for group, is_named in (("model", has_model), ("data", has_data)):
         if not is_named:
-            OmegaConf.update(config, f"{group}.path", "tiny" if group == "model" else "pig_latin/heldout")
+            OmegaConf.update(
+                config, f"{group}.path", "tiny" if group == "model" else "pig_latin/heldout"
+            )
     plain = to_plain(config)
     if has_model:
         _fetch_model(plain["model"])
@@ -56,19 +65,33 @@ def _fetch_model(settings: dict[str, Any]) -> None:
     from lorakit.hub import explain_hub_error, fetch_model, find_hub_problem
     from lorakit.model.load import load_skeleton, load_tokenizer, resolve_model_path
 
-    path, options = settings["path"], {name: settings[name] for name in ("revision", "trust_remote_code")}
+    path, options = (
+        settings["path"],
+        {name: settings[name] for name in ("revision", "trust_remote_code")},
+    )
     is_folder = Path(path).expanduser().is_dir()
-    if not is_folder and find_hub_problem() is None and resolve_model_path(path, settings["revision"]) == path:
+    if (
+        not is_folder
+        and find_hub_problem() is None
+        and resolve_model_path(path, settings["revision"]) == path
+    ):
         try:
-            folder = fetch_model(path, settings["revision"], with_code=settings["trust_remote_code"])
+            folder = fetch_model(
+                path, settings["revision"], with_code=settings["trust_remote_code"]
+            )
         except Exception as error:  # the hub's own types, and those of the network
-            raise ConfigError(f"model.path={explain_hub_error(path, error) or f'{path}: {error}'}") from error
+            raise ConfigError(
+                f"model.path={explain_hub_error(path, error) or f'{path}: {error}'}"
+            ) from error
     else:
         folder = Path(resolve_model_path(path, settings["revision"]))
     load_tokenizer(path, **options)
     load_skeleton(path, **options)  # what is missing is said now
     files = [file for file in folder.rglob("*") if file.is_file()]
-    print(f"model {path}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e9:.2f} GB in {folder}")
+    print(
+        f"model {path}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e9:.2f}"
+        f" GB in {folder}"
+    )
 
 
 def _fetch_rows(plain: dict[str, Any]) -> None:

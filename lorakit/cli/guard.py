@@ -1,4 +1,6 @@
-"""One clear message and exit code 2 for what a user can mend; LORAKIT_DEBUG=1 shows the traceback."""
+"""One clear message and exit code 2 for what a user can mend; LORAKIT_DEBUG=1 shows the
+traceback.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,15 @@ from lorakit.weights.files import ASIDE
 
 
 def run_command(main: Callable[[list[str]], Any]) -> None:
-    """Call ``main`` with the command's arguments and turn its exceptions into messages and exit codes."""
+    """Call ``main`` with the command's arguments and turn its exceptions into messages and exit
+    codes.
+    """
     quiet_libraries()
     try:
         main(sys.argv[1:])
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `lorakit … | head` is no error
+        # `lorakit … | head` is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
     except LorakitError as error:
@@ -38,7 +43,9 @@ def explain(error: Exception) -> str | None:
 
 
 def explain_os_error(error: OSError) -> str:
-    """What the system refused, and of which file; one that is being written aside bears its final name."""
+    """What the system refused, and of which file; one that is being written aside bears its
+    final name.
+    """
     name = str(error.filename or "input/output").replace(ASIDE, "")
     return f"{name}: {error.strerror or error}"
 
@@ -48,18 +55,35 @@ def _explain_foreign(error: Exception) -> str | None:
     module = type(error).__module__.split(".")[0]
     if module in ("hydra", "omegaconf"):
         return " ".join(str(error).split("\n")[0:2])
-    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or "gloo/transport" in str(error):
+    if type(error).__name__ in (
+        "DistBackendError",
+        "DistNetworkError",
+        "DistStoreError",
+    ) or "gloo/transport" in str(error):
         rank = os.environ.get("RANK", "0")
-        return f"rank {rank} lost contact with another process ({str(error).splitlines()[0][:200]}); what ended that one comes first"
+        return (
+            f"rank {rank} lost contact with another process ({str(error).splitlines()[0][:200]});"
+            " what ended that one comes first"
+        )
     if is_out_of_memory(error):
-        who = f"rank {os.environ['RANK']} (host {socket.gethostname()}) is" if "RANK" in os.environ else "the run is"
+        who = (
+            f"rank {os.environ['RANK']} (host {socket.gethostname()}) is"
+            if "RANK" in os.environ
+            else "the run is"
+        )
         said = (str(error).splitlines() or [type(error).__name__])[0][:160]
         return (
-            f"{who} out of memory ({said}). Lower data.batch_size (or data.tokens_per_batch) or data.max_tokens, "
-            "raise trainer.accumulate_grad_batches, or set trainer.activation_checkpointing=true"
+            f"{who} out of memory ({said}). Lower data.batch_size (or data.tokens_per_batch) or"
+            " data.max_tokens, raise trainer.accumulate_grad_batches, or set"
+            " trainer.activation_checkpointing=true"
         )
-    if any(kind.__name__ == "InvalidCxxCompiler" for kind in type(error).__mro__) or "InvalidCxxCompiler" in str(error):
-        return "trainer.compile=true needs a C++ compiler on this machine; install g++, or set it to false"
+    if any(
+        kind.__name__ == "InvalidCxxCompiler" for kind in type(error).__mro__
+    ) or "InvalidCxxCompiler" in str(error):
+        return (
+            "trainer.compile=true needs a C++ compiler on this machine; install g++, or set it to"
+            " false"
+        )
     return None
 
 

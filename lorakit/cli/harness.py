@@ -1,4 +1,6 @@
-"""EleutherAI's lm-evaluation-harness on a run's model, where it is installed: ``lorakit evaluate tasks=…``."""
+"""EleutherAI's lm-evaluation-harness on a run's model, where it is installed: ``lorakit evaluate
+tasks=…``.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,31 @@ from lorakit.hub import explain_hub_error, find_hub_problem
 
 
 def check_harness(tasks: list[str], folder: Path | None) -> None:
-    """Raise ConfigError where the harness is not installed, or does not know all ``tasks``; before anything is loaded."""
+    """Raise ConfigError where the harness is not installed, or does not know all ``tasks``;
+    before anything is loaded.
+    """
     try:
         manager = _find_tasks(tuple(tasks), folder)
     except ImportError as error:
-        raise ConfigError(f"tasks={','.join(tasks)} needs lm-evaluation-harness: pip install lm-eval ({error})") from error
+        raise ConfigError(
+            f"tasks={','.join(tasks)} needs lm-evaluation-harness: pip install lm-eval ({error})"
+        ) from error
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ConfigError(
-            f"tasks={','.join(tasks)}: the harness has no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, and "
-            "--tasks-path FOLDER adds your own"
+            f"tasks={','.join(tasks)}: the harness has no task {', '.join(unknown)}; `lm-eval ls"
+            " tasks` lists them, and --tasks-path FOLDER adds your own"
         )
 
 
 def run_harness(
-    model: Any, tokenizer: Any, tasks: list[str], folder: Path | None, *, limit: int | None, batch_size: int, chat: bool
+    model: Any,
+    tokenizer: Any,
+    tasks: list[str],
+    folder: Path | None,
+    *,
+    limit: int | None,
+    batch_size: int,
+    chat: bool,
 ) -> dict[str, dict[str, float]]:
     """Return the harness's figures of ``model`` for each task.
 
@@ -59,17 +72,25 @@ def run_harness(
     except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
         reason = explain_hub_error("a task's data set", error) or " ".join(str(error).split())[:300]
         problem = find_hub_problem()
-        raise ConfigError(f"tasks={','.join(tasks)}: {reason}{f' ({problem})' if problem else ''}") from error
+        raise ConfigError(
+            f"tasks={','.join(tasks)}: {reason}{f' ({problem})' if problem else ''}"
+        ) from error
     found: dict[str, dict[str, float]] = {}
     for task, figures in (results["results"] | results.get("groups", {})).items():
-        numbers = {name.removesuffix(",none"): value for name, value in figures.items() if isinstance(value, float)}
+        numbers = {
+            name.removesuffix(",none"): value
+            for name, value in figures.items()
+            if isinstance(value, float)
+        }
         found[task] = {name: value for name, value in numbers.items() if "_stderr" not in name}
     return found
 
 
 @functools.cache
 def _find_tasks(tasks: tuple[str, ...], folder: Path | None) -> Any:
-    """The harness's index: of ``folder`` alone where it has all ``tasks``, for its own takes ten seconds to read."""
+    """The harness's index: of ``folder`` alone where it has all ``tasks``, for its own takes ten
+    seconds to read.
+    """
     with _quiet():
         from lm_eval.tasks import TaskManager
 
@@ -81,7 +102,9 @@ def _find_tasks(tasks: tuple[str, ...], folder: Path | None) -> Any:
 
 @contextlib.contextmanager
 def _tied_as_it_is(model: Any) -> Any:
-    """Keep the harness from tying weights anew, which PEFT's layer around trained rows does not survive."""
+    """Keep the harness from tying weights anew, which PEFT's layer around trained rows does not
+    survive.
+    """
     model.tie_weights = lambda *args, **options: None
     try:
         yield

@@ -4,10 +4,29 @@ from __future__ import annotations
 
 # Of axolotl, LLaMA-Factory, TRL, transformers and PEFT.
 KNOWN_AS = {
-    "model.path": ("base_model", "model", "model_name_or_path", "model_name", "pretrained_model_name_or_path"),
+    "model.path": (
+        "base_model",
+        "model",
+        "model_name_or_path",
+        "model_name",
+        "pretrained_model_name_or_path",
+    ),
     "data.path": ("datasets", "dataset", "dataset_name", "train_file", "dataset_dir"),
-    "data.max_tokens": ("sequence_len", "max_seq_length", "max_seq_len", "max_length", "cutoff_len", "model_max_length"),
-    "data.train_on": ("train_on_inputs", "roles_to_train", "completion_only_loss", "assistant_only_loss", "mask_history"),
+    "data.max_tokens": (
+        "sequence_len",
+        "max_seq_length",
+        "max_seq_len",
+        "max_length",
+        "cutoff_len",
+        "model_max_length",
+    ),
+    "data.train_on": (
+        "train_on_inputs",
+        "roles_to_train",
+        "completion_only_loss",
+        "assistant_only_loss",
+        "mask_history",
+    ),
     "data.packing": ("sample_packing", "packing"),
     "data.val_fraction": ("val_set_size", "val_size", "test_size"),
     "data.chat_template": ("chat_template", "template", "chat_template_path"),
@@ -29,7 +48,13 @@ KNOWN_AS = {
     "lora.rank": ("lora_r", "lora_rank", "r"),
     "lora.alpha": ("lora_alpha",),
     "lora.dropout": ("lora_dropout",),
-    "lora.targets": ("lora_target_modules", "lora_target", "target_modules", "target_parameters", "lora_target_linear"),
+    "lora.targets": (
+        "lora_target_modules",
+        "lora_target",
+        "target_modules",
+        "target_parameters",
+        "lora_target_linear",
+    ),
     "lora.dora": ("peft_use_dora", "use_dora"),
     "lora.rslora": ("peft_use_rslora", "use_rslora"),
     "model.attention": ("attn_implementation", "flash_attention", "flash_attn", "sdp_attention"),
@@ -46,8 +71,17 @@ KNOWN_AS = {
     "logger.wandb.entity": ("wandb_entity",),
     "logger.wandb.name": ("wandb_name",),
 }
-_NO_QLORA = "lorakit trains on bases of 16 or 32 bits; QLoRA's bases of 8 or 4 bits are not among them"
-_QLORA = ("load_in_4bit", "load_in_8bit", "quantization_bit", "quantization", "bnb_4bit_quant_type", "qlora")
+_NO_QLORA = (
+    "lorakit trains on bases of 16 or 32 bits; QLoRA's bases of 8 or 4 bits are not among them"
+)
+_QLORA = (
+    "load_in_4bit",
+    "load_in_8bit",
+    "quantization_bit",
+    "quantization",
+    "bnb_4bit_quant_type",
+    "qlora",
+)
 ABSENT = dict.fromkeys(_QLORA, _NO_QLORA)
 _GROUPS = {key.partition(".")[0] for key in KNOWN_AS} - {"logger"}
 _OURS = {name: key for key, names in KNOWN_AS.items() for name in names}

@@ -1,4 +1,6 @@
-"""``lorakit launch nodes=2 … train …``: what to type on each machine; ``lorakit launch slurm … train …``: a job of SLURM."""
+"""``lorakit launch nodes=2 … train …``: what to type on each machine; ``lorakit launch slurm …
+train …``: a job of SLURM.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,13 @@ if TYPE_CHECKING:
 HELP = """\
 usage: lorakit launch [slurm] [key=value …] train [key=value …]
 
-  lorakit launch nodes=2 address=10.0.0.1 train data.path=…     print the line to type on each of the machines
+  lorakit launch nodes=2 address=10.0.0.1 train data.path=…     print a line to type on each machine
   lorakit launch slurm nodes=2 partition=gpu gres=gpu:8 train … write a job of SLURM and submit it
   lorakit launch slurm submit=false … train …                   write it only
   lorakit launch slurm … train … -m optim.lr=1e-4,3e-4          a job for each run of the sweep
 
-Keys before `train` are those of conf/launch/default.yaml and conf/launch/slurm.yaml. The config is checked before anything
-is printed or submitted. No machine is logged into."""
+Keys before `train` are those of conf/launch/default.yaml and conf/launch/slurm.yaml. The config is
+checked before anything is printed or submitted. No machine is logged into."""
 
 
 def main(arguments: list[str]) -> None:
@@ -34,14 +36,20 @@ def main(arguments: list[str]) -> None:
         print(HELP)
         return
     if "train" not in arguments:
-        raise ConfigError("lorakit launch [slurm] [key=value …] train [key=value …]: there is no `train` in this")
+        raise ConfigError(
+            "lorakit launch [slurm] [key=value …] train [key=value …]: there is no `train` in this"
+        )
     at = arguments.index("train")
     before, behind = arguments[:at], arguments[at + 1 :]
     is_slurm = before[:1] == ["slurm"]
     settings = before[is_slurm:]
     if wrong := next((text for text in settings if "=" not in text), None):
         raise ConfigError(f"{wrong}: what stands before `train` is slurm, or a setting key=value")
-    ours = {key for name in ("default", "slurm") for key in yaml.safe_load((conf_dir() / f"launch/{name}.yaml").read_text())}
+    ours = {
+        key
+        for name in ("default", "slurm")
+        for key in yaml.safe_load((conf_dir() / f"launch/{name}.yaml").read_text())
+    }
     keys = [text.split("=")[0].lstrip("+").removeprefix("launch.") for text in settings]
     groups = {path.name for path in conf_dir().iterdir() if path.is_dir()} | {
         "run",
@@ -51,15 +59,24 @@ def main(arguments: list[str]) -> None:
         "checkpoint",
         "eval",
     }
-    if theirs := [key for key in keys if key.split(".")[0] not in ours and key.split(".")[0] in groups]:
+    if theirs := [
+        key for key in keys if key.split(".")[0] not in ours and key.split(".")[0] in groups
+    ]:
         raise ConfigError(f"{theirs[0]}=… is a setting of the run: put it behind `train`")
     prefixed = [text if text.startswith("launch.") else f"launch.{text}" for text in settings]
     if is_slurm:
         train.main([*behind, "launch=slurm", *prefixed])
         return
     if {"-m", "--multirun"} & set(behind):
-        raise ConfigError("a sweep has many runs, and each wants lines of its own; `lorakit launch slurm` makes a job of each")
-    run_hydra(functools.partial(print_lines, arguments=behind, settings=prefixed), [*behind, *prefixed], config_name="train")
+        raise ConfigError(
+            "a sweep has many runs, and each wants lines of its own; `lorakit launch slurm` makes a"
+            " job of each"
+        )
+    run_hydra(
+        functools.partial(print_lines, arguments=behind, settings=prefixed),
+        [*behind, *prefixed],
+        config_name="train",
+    )
 
 
 def print_lines(config: DictConfig, *, arguments: list[str], settings: list[str]) -> None:
@@ -75,7 +92,10 @@ def print_lines(config: DictConfig, *, arguments: list[str], settings: list[str]
     check_settings(plain)
     launch = Launch(**{key: value for key, value in plain["launch"].items() if key != "_target_"})
     if launch.nodes < 2:
-        raise ConfigError("launch.nodes=1: on one machine `lorakit train trainer.devices=N` starts the processes itself")
+        raise ConfigError(
+            "launch.nodes=1: on one machine `lorakit train trainer.devices=N` starts the processes"
+            " itself"
+        )
     named: list[str] = []
     if plain["run"] is None and not plain["resume"]:
         experiment = HydraConfig.get().runtime.choices.get("experiment") or "run"
@@ -84,10 +104,18 @@ def print_lines(config: DictConfig, *, arguments: list[str], settings: list[str]
     devices = num_devices(plain)
     where = "this machine" if launch.address is None else launch.address
     count = f"{devices} {'process' if devices == 1 else 'processes'} each"
-    counted = ", as this one has (trainer.devices=N says otherwise)" if plain["trainer"]["devices"] == "auto" else ""
-    print(f"# {launch.nodes} machines with {count}{counted}; number 0 is {where}. Folder and environment are the same on all.")
+    counted = (
+        ", as this one has (trainer.devices=N says otherwise)"
+        if plain["trainer"]["devices"] == "auto"
+        else ""
+    )
     print(
-        f"# On each, or torchrun kills after 30 s what is to stop and is in a step:\nexport {SHUTDOWN_TIMEOUT}={SHUTDOWN_SECONDS}"
+        f"# {launch.nodes} machines with {count}{counted}; number 0 is {where}. Folder and"
+        " environment are the same on all."
+    )
+    print(
+        "# On each, or torchrun kills after 30 s what is to stop and is in a step:\nexport"
+        f" {SHUTDOWN_TIMEOUT}={SHUTDOWN_SECONDS}"
     )
     for node, line in enumerate(torchrun_lines(launch, devices, program)):
         print(f"# machine {node}\n{line}")

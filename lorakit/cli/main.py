@@ -18,7 +18,10 @@ COMMANDS = {
     "sample": "generate with a trained adapter: lorakit sample [RUN] -- TEXT",
     "evaluate": "loss, perplexity and exact match of a run on a data set",
     "merge": "write base and adapter as one model for plain transformers",
-    "export": "write adapter or merged model for PEFT, transformers or vLLM, with a card; push it to the hub",
+    "export": (
+        "write adapter or merged model for PEFT, transformers or vLLM, with a card; push it to"
+        " the hub"
+    ),
     "serve": "serve Tinker's and OpenAI's interfaces: lorakit serve --model NAME=PATH",
     "tinker-env": "print the variables with which programs for the tinker SDK find the server",
     "runs": "list the runs",
@@ -38,13 +41,18 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`lorakit COMMAND --help` tells more about a command. LORAKIT_DEBUG=1 shows tracebacks.",
+            (
+                "`lorakit COMMAND --help` tells more about a command. LORAKIT_DEBUG=1 shows"
+                " tracebacks."
+            ),
         ]
     )
 
 
 def main() -> None:
-    """Run the command in ``sys.argv``. The module runs as ``__main__``, so that it can be started again by other ranks."""
+    """Run the command in ``sys.argv``. The module runs as ``__main__``, so that it can be
+    started again by other ranks.
+    """
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -62,7 +70,9 @@ def main() -> None:
         raise SystemExit(2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.argv = [sys.argv[0], *arguments[1:]]
-    runpy.run_module(f"lorakit.cli.{command.replace('-', '_')}", run_name="__main__", alter_sys=True)
+    runpy.run_module(
+        f"lorakit.cli.{command.replace('-', '_')}", run_name="__main__", alter_sys=True
+    )
 
 
 if __name__ == "__main__":

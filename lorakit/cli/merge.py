@@ -14,10 +14,16 @@ from lorakit.errors import ConfigError
 
 def main(arguments: list[str]) -> None:
     """Merge as ``arguments`` say and print the report."""
-    parser = argparse.ArgumentParser(prog="lorakit merge", description="Write base and adapter as one model for transformers.")
+    parser = argparse.ArgumentParser(
+        prog="lorakit merge", description="Write base and adapter as one model for transformers."
+    )
     add_run_arguments(parser)
-    parser.add_argument("--out", type=output_path, help="folder to write (default: `merged` in the run's folder)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the base's files)")
+    parser.add_argument(
+        "--out", type=output_path, help="folder to write (default: `merged` in the run's folder)"
+    )
+    parser.add_argument(
+        "--dtype", help="float32, bfloat16 or float16 (default: as the base's files)"
+    )
     options = parse(parser, arguments)
     trained = open_trained(options)
     merge(trained, options.out or trained.run.folder / "merged", options.dtype)
@@ -31,7 +37,9 @@ def merge(
     base_name: str | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write the run's base and adapter as one model to ``out`` and print the report; see ``merge_adapter``. Raises LorakitError."""
+    """Write the run's base and adapter as one model to ``out`` and print the report; see
+    ``merge_adapter``. Raises LorakitError.
+    """
     import psutil
     import torch
 
@@ -71,7 +79,8 @@ def print_report(report: object, out: Path, class_name: str) -> None:
 
     assert isinstance(report, MergeReport)
     console = Console(soft_wrap=True)
-    console.width = max(console.width, 120)  # names are whole, and a narrow terminal wraps them itself
+    # names are whole, and a narrow terminal wraps them itself
+    console.width = max(console.width, 120)
     table = Table("merged tensors", "count", "shape", "relative change", box=None)
     alike: dict[tuple[str, str], list[float]] = {}
     for tensor in report.tensors:
@@ -79,19 +88,28 @@ def print_report(report: object, out: Path, class_name: str) -> None:
         alike.setdefault(kind, []).append(tensor.relative_change)
     for (name, shape), changes in alike.items():
         least, most = f"{min(changes):.1e}", f"{max(changes):.1e}"
-        table.add_row(name, str(len(changes)), shape, most if least == most else f"{least} to {most}")
+        table.add_row(
+            name, str(len(changes)), shape, most if least == most else f"{least} to {most}"
+        )
     console.print(table)
     if report.untied:
-        console.print("the unembedding was tied to the embedding; the merged model has it as a matrix of its own")
+        console.print(
+            "the unembedding was tied to the embedding; the merged model has it as a matrix of"
+            " its own"
+        )
     if report.float32_difference is not None:
         console.print(
-            f"largest logit difference to the adapter form: {report.float32_difference:.2e} in float32, "
-            f"{report.rounded_difference:.2e} after rounding to {report.dtype} ({report.rounded_median_difference:.2e} at the median "
-            f"position; largest logit {report.largest_logit:.2f}; "
-            f"rounding the base alone: {report.base_rounding_difference:.2e})"
+            f"largest logit difference to the adapter form: {report.float32_difference:.2e} in"
+            f" float32, {report.rounded_difference:.2e} after rounding to {report.dtype}"
+            f" ({report.rounded_median_difference:.2e} at the median position; largest logit"
+            f" {report.largest_logit:.2f}; rounding the base alone:"
+            f" {report.base_rounding_difference:.2e})"
         )
     console.print(f"checked: {report.check}")
-    console.print(f"{len(report.tensors)} tensors merged into {out}; load it with {class_name}.from_pretrained")
+    console.print(
+        f"{len(report.tensors)} tensors merged into {out}; load it with"
+        f" {class_name}.from_pretrained"
+    )
 
 
 if __name__ == "__main__":

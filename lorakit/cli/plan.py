@@ -1,4 +1,6 @@
-"""``lorakit plan``: memory, operations, time and cost of a run, from its config alone: no weights are read, no GPU is needed."""
+"""``lorakit plan``: memory, operations, time and cost of a run, from its config alone: no
+weights are read, no GPU is needed.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,12 @@ if TYPE_CHECKING:
 HELP = """\
 usage: lorakit plan [key=value …]
 
-  lorakit plan experiment=qwen3_30b_a3b                       for 1 to 16 GPUs of 80 GB
-  lorakit plan model.path=… data.path=… plan.memory_gb=24     for your model, rows and GPUs
-  lorakit plan experiment=qwen3_30b_a3b plan.tokens=10e6      with time and cost of 10 million tokens
+  lorakit plan experiment=qwen3_30b_a3b                      for 1 to 16 GPUs of 80 GB
+  lorakit plan model.path=… data.path=… plan.memory_gb=24    for your model, rows and GPUs
+  lorakit plan experiment=qwen3_30b_a3b plan.tokens=10e6     with time and cost of 10 million tokens
 
-Takes every key of `lorakit train`, and those below `plan` in conf/train.yaml. trainer.accelerator=cpu plans for this machine's CPU."""
+Takes every key of `lorakit train`, and those below `plan` in conf/train.yaml.
+trainer.accelerator=cpu plans for this machine's CPU."""
 RANKS = (4, 8, 16, 32, 64)
 NO_DATA = "(rows that are not named yet)"
 
@@ -64,18 +67,30 @@ def plan_run(config: DictConfig) -> None:
     skeleton = _skeleton(plain["model"])
     rows, val_rows, num_tokens, reports = _look_at_data(plain, skeleton, console)
     there = _bytes_there(plain, accelerator)
-    known = Known(skeleton, *reports, accelerator, precision, there, World(), 1)  # chosen for one device, kept for several
+    # chosen for one device, kept for several
+    known = Known(skeleton, *reports, accelerator, precision, there, World(), 1)
     plain, _ = choose(plain, known, lambda text: console.print(text, highlight=False))
     planned = plan(skeleton, build_spec(plain))
-    step = StepPlan(plain, skeleton, planned, accelerator=accelerator, precision=precision, rows=rows, val_rows=val_rows)
+    step = StepPlan(
+        plain,
+        skeleton,
+        planned,
+        accelerator=accelerator,
+        precision=precision,
+        rows=rows,
+        val_rows=val_rows,
+    )
     shape = step.shape
     images = (
-        f", {len(shape.image_tokens):,} images of up to {max(shape.image_tokens):,} among them" if shape.image_tokens else ""
+        f", {len(shape.image_tokens):,} images of up to {max(shape.image_tokens):,} among them"
+        if shape.image_tokens
+        else ""
     )
     console.print(
-        f"{plain['model']['path']}: {planned.num_base_params:,} parameters in {shape.dtype}, {shape.precision}; each process takes "
-        f"{shape.num_rows} x {shape.num_positions:,} tokens at a time{images}, "
-        f"{'activations are computed twice' if shape.checkpointing else 'activations are kept'}",
+        f"{plain['model']['path']}: {planned.num_base_params:,} parameters in {shape.dtype},"
+        f" {shape.precision}; each process takes {shape.num_rows} x {shape.num_positions:,} tokens"
+        f" at a time{images},"
+        f" {'activations are computed twice' if shape.checkpointing else 'activations are kept'}",
         highlight=False,
     )
     console.print(planned.summary(), highlight=False)
@@ -85,7 +100,9 @@ def plan_run(config: DictConfig) -> None:
 
 
 def _skeleton(settings: dict[str, Any]) -> Any:
-    """The model without weights: of its folder or the hub's cache, or of a config that lorakit brings."""
+    """The model without weights: of its folder or the hub's cache, or of a config that lorakit
+    brings.
+    """
     from lorakit.errors import ConfigError
     from lorakit.model.load import load_skeleton, skeleton_of
     from lorakit.planner.presets import preset_config
@@ -102,8 +119,9 @@ def _skeleton(settings: dict[str, Any]) -> Any:
 def _look_at_data(
     plain: dict[str, Any], skeleton: Any, console: Console
 ) -> tuple[RowSizes, RowSizes, int | None, tuple[DataReport | None, DataReport | None]]:
-    """Return how large rows are, those for training and those for evaluation, the tokens of all epochs where anybody knows, and
-    the reports that say so."""
+    """Return how large rows are, those for training and those for evaluation, the tokens of all
+    epochs where anybody knows, and the reports that say so.
+    """
     from lorakit.cli import assemble
     from lorakit.cli.planning import row_sizes, row_sizes_without_data
     from lorakit.cli.reports import print_data_report
@@ -118,7 +136,12 @@ def _look_at_data(
     assert report is not None
     seen = report.num_tokens * report.num_rows / max(1, report.num_rows_surveyed)
     tokens = tokens or (round(seen * plain["data"]["epochs"]) if plain["data"]["epochs"] else None)
-    return row_sizes(report), row_sizes(datamodule.val_report), tokens, (report, datamodule.val_report)
+    return (
+        row_sizes(report),
+        row_sizes(datamodule.val_report),
+        tokens,
+        (report, datamodule.val_report),
+    )
 
 
 def _print_ranks(step: StepPlan, console: Console) -> None:
@@ -132,17 +155,27 @@ def _print_ranks(step: StepPlan, console: Console) -> None:
     table = Table(title="Adapter by rank: trainable parameters, file in bf16", title_justify="left")
     table.add_column("rank", justify="right")
     for layout in layouts:
-        table.add_column(f"lora.expert_layout={layout}" if has_stacks else "parameters", justify="right")
+        table.add_column(
+            f"lora.expert_layout={layout}" if has_stacks else "parameters", justify="right"
+        )
     for rank in sorted({*RANKS, step.planned.spec.rank}):
         found = [
-            plan(step.skeleton, dataclasses.replace(step.planned.spec, rank=rank, expert_layout=layout)) for layout in layouts
+            plan(
+                step.skeleton,
+                dataclasses.replace(step.planned.spec, rank=rank, expert_layout=layout),
+            )
+            for layout in layouts
         ]
-        table.add_row(str(rank), *(f"{one.num_params:,}  {one.megabytes(2):,.1f} MB" for one in found))
+        table.add_row(
+            str(rank), *(f"{one.num_params:,}  {one.megabytes(2):,.1f} MB" for one in found)
+        )
     console.print(table)
 
 
 def _print_memory(step: StepPlan, console: Console) -> None:
-    """Total by strategy and number of processes; the parts of the strategy that would be taken; what to change."""
+    """Total by strategy and number of processes; the parts of the strategy that would be taken;
+    what to change.
+    """
     from rich.table import Table
 
     from lorakit.cli.planning import counts_to_plan, suggest
@@ -150,10 +183,14 @@ def _print_memory(step: StepPlan, console: Console) -> None:
 
     counts, total_there = counts_to_plan(step.config), _bytes_there(step.config, step.accelerator)
     is_cuda = step.accelerator == "cuda"
-    there = {count: total_there if is_cuda else total_there // count for count in counts}  # processes share the host's
+    # processes share the host's
+    there = {count: total_there if is_cuda else total_there // count for count in counts}
     device, devices = ("GPU", "GPUs") if is_cuda else ("process", "processes")
     table = Table(
-        title=f"GB in each {device}, of {_gb(total_there)} that {'it has' if is_cuda else 'they share'}, by the number of {devices}",
+        title=(
+            f"GB in each {device}, of {_gb(total_there)} that"
+            f" {'it has' if is_cuda else 'they share'}, by the number of {devices}"
+        ),
         title_justify="left",
     )
     table.add_column("strategy")
@@ -167,10 +204,18 @@ def _print_memory(step: StepPlan, console: Console) -> None:
                 continue
             total = step.memory(strategy, count).total
             colour = (
-                "green" if total <= WARN_SHARE * there[count] else "yellow" if total <= REFUSE_SHARE * there[count] else "red"
+                "green"
+                if total <= WARN_SHARE * there[count]
+                else "yellow"
+                if total <= REFUSE_SHARE * there[count]
+                else "red"
             )
             note = (
-                "" if total <= WARN_SHARE * there[count] else " tight" if total <= REFUSE_SHARE * there[count] else " too much"
+                ""
+                if total <= WARN_SHARE * there[count]
+                else " tight"
+                if total <= REFUSE_SHARE * there[count]
+                else " too much"
             )
             cells.append(f"[{colour}]{_gb(total)}{note}[/{colour}]")
         table.add_row(strategy, *cells)
@@ -185,19 +230,30 @@ def _print_memory(step: StepPlan, console: Console) -> None:
         row = [f"{getattr(memory, name) / 1e9:.2f}" for name in names]
         parts.add_row(str(count), found or "none fits", *row)
     console.print(parts)
-    taken = [(step.first_that_fits(count, there[count], offloads=count > 1), count) for count in counts]  # as training does
+    # as training does
+    taken = [
+        (step.first_that_fits(count, there[count], offloads=count > 1), count) for count in counts
+    ]
     groups = {
-        name: [str(count) for found, count in taken if found == name] for name in dict.fromkeys(name for name, _ in taken)
+        name: [str(count) for found, count in taken if found == name]
+        for name in dict.fromkeys(name for name, _ in taken)
     }
     said = [
-        f"{name} on {', '.join(numbers)} {devices if numbers != ['1'] else device}" for name, numbers in groups.items() if name
+        f"{name} on {', '.join(numbers)} {devices if numbers != ['1'] else device}"
+        for name, numbers in groups.items()
+        if name
     ]
     if said:
         console.print(f"strategy=auto takes {'; '.join(said)}", highlight=False)
-    misfits = [count for count in counts if step.first_that_fits(count, there[count], offloads=False) is None]
+    misfits = [
+        count
+        for count in counts
+        if step.first_that_fits(count, there[count], offloads=False) is None
+    ]
     if misfits:
         console.print(
-            f"{misfits[0]} {device if misfits[0] == 1 else devices}: {suggest(step, misfits[0], there[misfits[0]])}",
+            f"{misfits[0]} {device if misfits[0] == 1 else devices}:"
+            f" {suggest(step, misfits[0], there[misfits[0]])}",
             highlight=False,
         )
 
@@ -213,7 +269,9 @@ def _bytes_there(config: dict[str, Any], accelerator: str) -> int:
     from lorakit.strategy.world import World
 
     is_elsewhere = accelerator == "cuda" and not torch.cuda.is_available()
-    return agree_on_memory(config["plan"]["memory_gb"] or (80 if is_elsewhere else None), accelerator, World())
+    return agree_on_memory(
+        config["plan"]["memory_gb"] or (80 if is_elsewhere else None), accelerator, World()
+    )
 
 
 def _print_costs(step: StepPlan, num_tokens: int | None, console: Console) -> None:
@@ -223,18 +281,27 @@ def _print_costs(step: StepPlan, num_tokens: int | None, console: Console) -> No
     from lorakit.planner.cost import Prices
 
     settings = step.config["plan"]
-    prices = Prices(tflops=settings["tflops"], utilisation=settings["utilisation"], price_per_hour=settings["price_per_hour"])
+    prices = Prices(
+        tflops=settings["tflops"],
+        utilisation=settings["utilisation"],
+        price_per_hour=settings["price_per_hour"],
+    )
     per_token = step.trace.num_flops / step.trace.num_tokens
     unit, size = ("GFLOP", 1e9) if per_token > 1e9 else ("MFLOP", 1e6)
-    console.print(f"{per_token / size:,.2f} {unit} per token, forward and backward", highlight=False)
+    console.print(
+        f"{per_token / size:,.2f} {unit} per token, forward and backward", highlight=False
+    )
     if step.accelerator != "cuda":
         return
     if not num_tokens:
         console.print("time and cost: set plan.tokens, or data.path", highlight=False)
         return
     table = Table(
-        title=f"{num_tokens:,} tokens, if a GPU reaches {prices.utilisation:.0%} of {prices.tflops:g} TFLOP/s and costs "
-        f"{prices.price_per_hour:g} an hour (plan.utilisation, plan.tflops, plan.price_per_hour)",
+        title=(
+            f"{num_tokens:,} tokens, if a GPU reaches {prices.utilisation:.0%} of {prices.tflops:g}"
+            f" TFLOP/s and costs {prices.price_per_hour:g} an hour (plan.utilisation, plan.tflops,"
+            " plan.price_per_hour)"
+        ),
         title_justify="left",
     )
     for name in ("GPUs", "time", "cost"):

@@ -43,33 +43,49 @@ Config = dict[str, Any]
 SMALL_SHARE = 0.5  # a run that surely stays below this share of the memory there is needs no plan
 
 
-# What was traced of a model without weights: who chooses settings, and then plans the run, asks twice.
+# What was traced of a model without weights: who chooses settings, and then plans the run, asks
+# twice.
 _TRACES: weakref.WeakKeyDictionary[Any, dict[str, StepTrace]] = weakref.WeakKeyDictionary()
 
 
 class StepPlan:
-    """The memory of a run's step under any strategy. The step is traced at the first question, which takes some seconds.
+    """The memory of a run's step under any strategy. The step is traced at the first question,
+    which takes some seconds.
 
     Args:
         rows, val_rows: how large the examples are that are trained, or evaluated.
     """
 
     def __init__(
-        self, config: Config, skeleton: Any, planned: LoRAPlan, *, accelerator: str, precision: str,
-        rows: RowSizes | None = None, val_rows: RowSizes | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        config: Config,
+        skeleton: Any,
+        planned: LoRAPlan,
+        *,
+        accelerator: str,
+        precision: str,
+        rows: RowSizes | None = None,
+        val_rows: RowSizes | None = None,
+    ) -> None:
         self.config, self.skeleton, self.planned = config, skeleton, planned
         self.rows, self.val_rows = rows or RowSizes(), val_rows or RowSizes()
         self.accelerator = "cpu" if accelerator == "cpu" else "cuda"
-        self.shape = step_shape(config, accelerator=self.accelerator, precision=precision, rows=self.rows)
+        self.shape = step_shape(
+            config, accelerator=self.accelerator, precision=precision, rows=self.rows
+        )
         self._evaluation_bytes: int | None = None
 
     @property
     def trace(self) -> StepTrace:
         """Raises ConfigError for a model whose step depends on values."""
-        known, key = _TRACES.setdefault(self.skeleton, {}), repr((self.planned.spec, self.shape, self.config["optim"]))
+        known, key = (
+            _TRACES.setdefault(self.skeleton, {}),
+            repr((self.planned.spec, self.shape, self.config["optim"])),
+        )
         if key not in known:
-            optimizer, _ = assemble.build_optimization(self.config, lr=1e-3, total_steps=1, precision=self.shape.precision)
+            optimizer, _ = assemble.build_optimization(
+                self.config, lr=1e-3, total_steps=1, precision=self.shape.precision
+            )
             with _at_work():
                 known[key] = trace_step(self.skeleton, self.planned.spec, self.shape, optimizer)
         return known[key]
@@ -81,7 +97,11 @@ class StepPlan:
 
     def memory(self, strategy: str, num_processes: int) -> Memory:
         """What each process holds under ``strategy``, one of ``STRATEGIES``."""
-        keeps = self.accelerator == "cpu" and self.shape.dtype != "float32" and any(t.outer for t in self.planned.targets)
+        keeps = (
+            self.accelerator == "cpu"
+            and self.shape.dtype != "float32"
+            and any(t.outer for t in self.planned.targets)
+        )
         settings = Settings(
             accumulates=self.config["trainer"]["accumulate_grad_batches"] > 1,
             is_cuda=self.accelerator == "cuda",
@@ -94,11 +114,16 @@ class StepPlan:
 
     @property
     def evaluation_bytes(self) -> int:
-        """What evaluating, or sampling, holds at its peak, where it has more positions at a time than a step; else 0."""
+        """What evaluating, or sampling, holds at its peak, where it has more positions at a time
+        than a step; else 0.
+        """
         if self._evaluation_bytes is None:
             spec = self.planned.spec
             with _at_work():
-                found = [self._kept_bytes(one) + trace_forward(self.skeleton, spec, one.shape) for one in self.passes]
+                found = [
+                    self._kept_bytes(one) + trace_forward(self.skeleton, spec, one.shape)
+                    for one in self.passes
+                ]
             self._evaluation_bytes = max(found, default=0)
         return self._evaluation_bytes
 
@@ -111,33 +136,63 @@ class StepPlan:
         return one.num_kept * cache_bytes(self.skeleton.config, self.shape.dtype)
 
     def is_small_for(self, num_bytes: int) -> bool:
-        """Whether the step surely fits into ``num_bytes``, and so easily that nobody need know how much it takes."""
+        """Whether the step surely fits into ``num_bytes``, and so easily that nobody need know
+        how much it takes.
+        """
         shapes = [self.shape, *(one.shape for one in self.passes)]
         kept = max((self._kept_bytes(one) for one in self.passes), default=0)
-        patches = getattr(getattr(self.skeleton.config, "vision_config", None), "spatial_merge_size", 1) ** 2  # of a position
+        # of a position
+        patches = (
+            getattr(getattr(self.skeleton.config, "vision_config", None), "spatial_merge_size", 1)
+            ** 2
+        )
         bound = rough_bound(
-            self.skeleton, self.planned.num_params, bytes_each=4 if self.shape.dtype == "float32" else 2,
-            num_tokens=max(shape.num_rows * shape.num_positions + patches * sum(shape.image_tokens) for shape in shapes),
-            num_positions=max(max((shape.num_positions, *(patches * size for size in shape.image_tokens))) for shape in shapes),
-        )  # fmt: skip
+            self.skeleton,
+            self.planned.num_params,
+            bytes_each=4 if self.shape.dtype == "float32" else 2,
+            num_tokens=max(
+                shape.num_rows * shape.num_positions + patches * sum(shape.image_tokens)
+                for shape in shapes
+            ),
+            num_positions=max(
+                max((shape.num_positions, *(patches * size for size in shape.image_tokens)))
+                for shape in shapes
+            ),
+        )
         return bound + kept < SMALL_SHARE * num_bytes
 
-    def first_that_fits(self, num_processes: int, num_bytes: int, *, offloads: bool = True) -> str | None:
+    def first_that_fits(
+        self, num_processes: int, num_bytes: int, *, offloads: bool = True
+    ) -> str | None:
         """The strategy that costs least time among those that fit into ``num_bytes``, or None."""
-        first = ("single",) if num_processes == 1 else STRATEGIES[2:-1] if self.accelerator == "cuda" else STRATEGIES[1:-1]
+        first = (
+            ("single",)
+            if num_processes == 1
+            else STRATEGIES[2:-1]
+            if self.accelerator == "cuda"
+            else STRATEGIES[1:-1]
+        )
         last = (STRATEGIES[-1],) if offloads and self.accelerator == "cuda" else ()
-        fits = (name for name in (*first, *last) if self.memory(name, num_processes).total <= WARN_SHARE * num_bytes)
+        fits = (
+            name
+            for name in (*first, *last)
+            if self.memory(name, num_processes).total <= WARN_SHARE * num_bytes
+        )
         return next(fits, None)
 
 
 def _at_work() -> contextlib.AbstractContextManager[Any]:
-    """A sign of life on a terminal: tracing a model of 30 billion parameters takes some twenty seconds."""
+    """A sign of life on a terminal: tracing a model of 30 billion parameters takes some twenty
+    seconds.
+    """
     if not current_world().is_first:
         return contextlib.nullcontext()
     return Console(stderr=True).status("planning memory: going through a step without weights …")
 
 
-def step_shape(config: Config, *, accelerator: str, precision: str, rows: RowSizes | None = None) -> StepShape:
+def step_shape(
+    config: Config, *, accelerator: str, precision: str, rows: RowSizes | None = None
+) -> StepShape:
     """The largest micro-batch that a run of ``config`` will see."""
     data, trainer, rows = config["data"], config["trainer"], rows or RowSizes()
     num_positions = data["pack_tokens"] or data["max_tokens"] * (2 if is_of_pairs(config) else 1)
@@ -150,11 +205,16 @@ def step_shape(config: Config, *, accelerator: str, precision: str, rows: RowSiz
         num_rows = max(1, data["tokens_per_batch"] // num_positions)
     parts = config["strategy"].get("sequence_parallel", 1)
     return StepShape(
-        num_rows=num_rows, num_positions=-(-num_positions // parts), parts=parts,
-        dtype=base_dtype(config["model"]["dtype"], precision), precision=precision,
-        device=accelerator, checkpointing=trainer["activation_checkpointing"],
-        attention=config["model"]["attention"], image_tokens=rows.images_in(num_rows, num_positions) if parts == 1 else (),
-    )  # fmt: skip
+        num_rows=num_rows,
+        num_positions=-(-num_positions // parts),
+        parts=parts,
+        dtype=base_dtype(config["model"]["dtype"], precision),
+        precision=precision,
+        device=accelerator,
+        checkpointing=trainer["activation_checkpointing"],
+        attention=config["model"]["attention"],
+        image_tokens=rows.images_in(num_rows, num_positions) if parts == 1 else (),
+    )
 
 
 def rows_each(config: Config) -> int:
@@ -169,14 +229,17 @@ def is_of_pairs(config: Config) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """A pass without gradients: its shape, and the tokens whose keys and values are kept beside it."""
+    """A pass without gradients: its shape, and the tokens whose keys and values are kept beside
+    it.
+    """
 
     shape: StepShape
     num_kept: int = 0
 
 
 def passes_without_gradients(config: Config, training: StepShape, rows: RowSizes) -> list[Pass]:
-    """Return the evaluation and the sampling of a run of ``config``, those of them that have more positions than a step.
+    """Return the evaluation and the sampling of a run of ``config``, those of them that have more
+    positions than a step.
 
     Args:
         rows: how large the rows are that are evaluated.
@@ -184,23 +247,35 @@ def passes_without_gradients(config: Config, training: StepShape, rows: RowSizes
     data, samples = config["data"], (config.get("callbacks") or {}).get("samples") or {}
     if not (data["val_path"] or data["val_fraction"]):
         return []
-    num_positions, most = min(data["max_tokens"], rows.longest or 1 << 62), data["val_rows"] or 1 << 62
+    num_positions, most = (
+        min(data["max_tokens"], rows.longest or 1 << 62),
+        data["val_rows"] or 1 << 62,
+    )
     num_rows = rows_each(config) * min(data["val_batch_size"] or 0, most)
     asked = len(samples.get("prompts") or ()) or min(samples.get("num_prompts", 0), most)
     num_prompts = min(asked, MAX_BATCH)
     kept = num_prompts * (num_positions + samples.get("max_tokens", 0))
-    shared = _without_gradients(training, rows, num_rows, -(-num_positions // training.parts), training.parts)
-    sampled = _without_gradients(training, rows, num_prompts, num_positions, parts=1)  # each process samples whole rows
+    shared = _without_gradients(
+        training, rows, num_rows, -(-num_positions // training.parts), training.parts
+    )
+    # each process samples whole rows
+    sampled = _without_gradients(training, rows, num_prompts, num_positions, parts=1)
     in_step = training.num_rows * training.num_positions
     found = ((Pass(shared), num_rows * shared.num_positions), (Pass(sampled, kept), kept))
     return [one for one, num_positions in found if num_positions > in_step]
 
 
-def _without_gradients(training: StepShape, rows: RowSizes, num_rows: int, num_positions: int, parts: int) -> StepShape:
+def _without_gradients(
+    training: StepShape, rows: RowSizes, num_rows: int, num_positions: int, parts: int
+) -> StepShape:
     return dataclasses.replace(
-        training, checkpointing=False, num_rows=num_rows, num_positions=num_positions, parts=parts,
+        training,
+        checkpointing=False,
+        num_rows=num_rows,
+        num_positions=num_positions,
+        parts=parts,
         image_tokens=rows.images_in(num_rows, num_positions) if training.parts == 1 else (),
-    )  # fmt: skip
+    )
 
 
 def row_sizes(report: DataReport | None) -> RowSizes:
@@ -212,15 +287,21 @@ def row_sizes(report: DataReport | None) -> RowSizes:
 
 
 def row_sizes_without_data(config: Config, skeleton: Any) -> RowSizes:
-    """Of rows that nobody has named yet: full of images of ``data.max_pixels``, where that is set and the model takes images."""
+    """Of rows that nobody has named yet: full of images of ``data.max_pixels``, where that is
+    set and the model takes images.
+    """
     most, vision = config["data"]["max_pixels"], getattr(skeleton.config, "vision_config", None)
     if not most or vision is None or find_tower(skeleton) is None:
         return RowSizes()
-    return RowSizes(largest_image=max(1, most // (vision.patch_size * vision.spatial_merge_size) ** 2))
+    return RowSizes(
+        largest_image=max(1, most // (vision.patch_size * vision.spatial_merge_size) ** 2)
+    )
 
 
 def cache_bytes(model_config: Any, dtype: str) -> int:
-    """Bytes of keys and values that sampling keeps for a token, where every layer attends to all tokens."""
+    """Bytes of keys and values that sampling keeps for a token, where every layer attends to all
+    tokens.
+    """
     config = model_config.get_text_config()
     all_heads = getattr(config, "num_attention_heads", None) or 0
     if not all_heads:
@@ -231,14 +312,17 @@ def cache_bytes(model_config: Any, dtype: str) -> int:
 
 
 def agree_on_memory(gigabytes: float | None, accelerator: str, world: World) -> int:
-    """Return the bytes that every process of the run has: ``plan.memory_gb``, or the least of what each finds. All call together."""
+    """Return the bytes that every process of the run has: ``plan.memory_gb``, or the least of
+    what each finds. All call together.
+    """
     if gigabytes:
         return round(gigabytes * 1e9)
     return min(gather(memory_there(accelerator, world.local_size)))
 
 
 def check_memory(plan: StepPlan, strategy: str, num_processes: int, there: int) -> Memory | None:
-    """Return what the run holds in each process, or None where it is surely little. Warn from 90 % of the bytes ``there``.
+    """Return what the run holds in each process, or None where it is surely little. Warn from 90 %
+    of the bytes ``there``.
 
     Raises:
         ConfigError: it is more than 110 %, and ``plan.enforce`` is on.
@@ -268,7 +352,8 @@ def check_memory(plan: StepPlan, strategy: str, num_processes: int, there: int) 
 def name_of(strategy: Config) -> str:
     """The name of the file in conf/strategy that ``strategy`` is, as far as memory is concerned."""
     if "stage" in strategy:
-        return f"zero{strategy['stage']}{'_offload' if strategy['stage'] == 3 and strategy.get('offload') else ''}"
+        offloads = strategy["stage"] == 3 and strategy.get("offload")
+        return f"zero{strategy['stage']}{'_offload' if offloads else ''}"
     return "single" if strategy["_target_"].endswith("single") else "ddp"
 
 
@@ -279,11 +364,16 @@ def describe(memory: Memory) -> str:
 
 
 def suggest(plan: StepPlan, num_processes: int, num_bytes: int) -> str:
-    """What to type so that the run fits into ``num_bytes``: changes are added, the cheapest first, until it does."""
+    """What to type so that the run fits into ``num_bytes``: changes are added, the cheapest
+    first, until it does.
+    """
     found = None
     for made, changed in _changed_plans(plan, num_processes):
         if name := changed.first_that_fits(num_processes, num_bytes, offloads=False):
-            found = [*([f"strategy={name}"] if num_processes > 1 else []), *made], changed.memory(name, num_processes).total
+            found = (
+                [*([f"strategy={name}"] if num_processes > 1 else []), *made],
+                changed.memory(name, num_processes).total,
+            )
             break
     if found is None and (name := plan.first_that_fits(num_processes, num_bytes)):
         found = [f"strategy={name}"], plan.memory(name, num_processes).total
@@ -292,17 +382,26 @@ def suggest(plan: StepPlan, num_processes: int, num_bytes: int) -> str:
         for count in (count for count in counts_to_plan(plan.config) if count > num_processes):
             if name := plan.first_that_fits(count, num_bytes, offloads=False):
                 lines.append(
-                    f"it fits as it is on {count} GPUs with strategy={name}   ({plan.memory(name, count).total / 1e9:.2f} GB)"
+                    f"it fits as it is on {count} GPUs with strategy={name}  "
+                    f" ({plan.memory(name, count).total / 1e9:.2f} GB)"
                 )
                 break
-    return "\n".join(lines) or "no setting makes it fit; take more or larger devices, or a smaller model"
+    return (
+        "\n".join(lines)
+        or "no setting makes it fit; take more or larger devices, or a smaller model"
+    )
 
 
 def counts_to_plan(config: Config) -> list[int]:
-    """The numbers of processes in ``plan.gpus`` that there can be. Raises ConfigError where there is none."""
+    """The numbers of processes in ``plan.gpus`` that there can be. Raises ConfigError where
+    there is none.
+    """
     parts = config["strategy"].get("sequence_parallel", 1)
     if not (counts := [count for count in config["plan"]["gpus"] if count % parts == 0]):
-        raise ConfigError(f"plan.gpus={config['plan']['gpus']}: strategy.sequence_parallel={parts} wants multiples of {parts}")
+        raise ConfigError(
+            f"plan.gpus={config['plan']['gpus']}: strategy.sequence_parallel={parts} wants"
+            f" multiples of {parts}"
+        )
     return counts
 
 
@@ -311,19 +410,32 @@ def _changed_plans(plan: StepPlan, num_processes: int) -> Iterator[tuple[list[st
     if num_processes > 1:
         yield made, plan  # under another strategy
     changes = _changes(plan.config, plan.planned, plan.accelerator)
-    is_first = plan.evaluation_bytes > plan.trace.activations + plan.trace.head  # it is what takes most
+    # it is what takes most
+    is_first = plan.evaluation_bytes > plan.trace.activations + plan.trace.head
     for one in plan.passes:
-        change = ("callbacks.samples.num_prompts", 1) if one.num_kept else ("data.val_batch_size", "null")
+        change = (
+            ("callbacks.samples.num_prompts", 1)
+            if one.num_kept
+            else ("data.val_batch_size", "null")
+        )
         changes.insert(0 if is_first else len(changes), change)
     for key, value in changes:
         made = [text for text in made if not text.startswith(f"{key}=")] + [f"{key}={value}"]
         config = with_overrides(plan.config, made)
         spec = dataclasses.replace(plan.planned.spec, expert_layout=config["lora"]["expert_layout"])
         planned = plan.planned if spec == plan.planned.spec else plan_lora(plan.skeleton, spec)
-        yield made, StepPlan(
-            config, plan.skeleton, planned, accelerator=plan.accelerator, precision=plan.shape.precision,
-            rows=plan.rows, val_rows=plan.val_rows,
-        )  # fmt: skip
+        yield (
+            made,
+            StepPlan(
+                config,
+                plan.skeleton,
+                planned,
+                accelerator=plan.accelerator,
+                precision=plan.shape.precision,
+                rows=plan.rows,
+                val_rows=plan.val_rows,
+            ),
+        )
 
 
 def with_overrides(config: Config, overrides: list[str]) -> Config:
@@ -347,14 +459,18 @@ def _changes(config: Config, planned: LoRAPlan, accelerator: str) -> list[tuple[
     while rows and rows > 1:
         rows //= 2
         changes.append(("data.batch_size", rows))
-    shortest = (data["pack_tokens"] or data["max_tokens"]) if data["packing"] else data["max_tokens"]
+    shortest = (
+        (data["pack_tokens"] or data["max_tokens"]) if data["packing"] else data["max_tokens"]
+    )
     positions = data["tokens_per_batch"] or 0
     while positions >= 2 * shortest:  # less than a row is refused
         positions //= 2
         changes.append(("data.tokens_per_batch", positions))
     if accelerator == "cuda" and config["model"]["dtype"] == "float32":
         changes.append(("model.dtype", "bfloat16"))
-    if planned.spec.expert_layout == "per_expert" and any(target.outer for target in planned.targets):
+    if planned.spec.expert_layout == "per_expert" and any(
+        target.outer for target in planned.targets
+    ):
         changes.append(("lora.expert_layout", "shared_outer"))
     if data["pack_tokens"]:  # not less than max_tokens, which it is when it is not set
         changes.append(("data.pack_tokens", "null"))
@@ -371,7 +487,9 @@ def _zero_settings(strategy: str, chosen: Config) -> Config:
     """The sizes that the config sets for ``strategy``, of another one what its file says."""
     if not strategy.startswith("zero"):
         return {}
-    found = yaml.safe_load((conf_dir() / "strategy" / f"{strategy}.yaml").read_text(encoding="utf-8"))
+    found = yaml.safe_load(
+        (conf_dir() / "strategy" / f"{strategy}.yaml").read_text(encoding="utf-8")
+    )
     stage = {"stage", "offload"}
     if {k: chosen.get(k) for k in stage} == {k: found.get(k) for k in stage}:
         found = {**found, **chosen}

@@ -18,10 +18,12 @@ from lorakit.weights.run import flatten, installed_packages
 
 
 def agree(find_facts: Callable[[], Mapping[str, str]]) -> None:
-    """Compare what ``find_facts`` returns over all processes, which call this together; one alone has nothing to compare.
+    """Compare what ``find_facts`` returns over all processes, which call this together; one alone
+    has nothing to compare.
 
     Raises:
-        ConfigError: they differ; the message, the same in all, names each that does, with its values and who has them.
+        ConfigError: they differ; the message, the same in all, names each that does, with its
+            values and who has them.
     """
     if not is_shared():
         return
@@ -32,9 +34,18 @@ def agree(find_facts: Callable[[], Mapping[str, str]]) -> None:
         for who, theirs in everyone:
             holders.setdefault(theirs.get(name, "not there"), []).append(who)
         if len(holders) > 1:
-            problems.append(f"{name}: " + "; ".join(f"{value} on {_some(whose)}" for value, whose in holders.items()))
+            problems.append(
+                f"{name}: "
+                + "; ".join(f"{value} on {_some(whose)}" for value, whose in holders.items())
+            )
     if problems:
-        error = ConfigError(report("the processes of this run differ:", problems, remedy="Make them equal on all machines."))
+        error = ConfigError(
+            report(
+                "the processes of this run differ:",
+                problems,
+                remedy="Make them equal on all machines.",
+            )
+        )
         error.is_of_all = True
         raise error
 
@@ -46,7 +57,11 @@ def describe_program() -> dict[str, str]:
     for path in sorted(folder.rglob("*.py")):
         code.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     packages = {f"package {name}": version for name, version in installed_packages().items()}
-    return {"lorakit's code": code.hexdigest()[:12], "python": platform.python_version(), **packages}
+    return {
+        "lorakit's code": code.hexdigest()[:12],
+        "python": platform.python_version(),
+        **packages,
+    }
 
 
 def describe_config(config: dict[str, Any]) -> dict[str, str]:
@@ -55,12 +70,20 @@ def describe_config(config: dict[str, Any]) -> dict[str, str]:
 
 
 def describe_base(settings: dict[str, Any]) -> dict[str, str]:
-    """The base: its config, its commit where it is of the hub, the sizes of its files where it is a folder."""
-    config = load_config(settings["path"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"])
+    """The base: its config, its commit where it is of the hub, the sizes of its files where it
+    is a folder.
+    """
+    config = load_config(
+        settings["path"],
+        revision=settings["revision"],
+        trust_remote_code=settings["trust_remote_code"],
+    )
     files = sorted(needed_files(settings["path"], settings["revision"]).items())
     described = hashlib.sha256(repr((config.to_json_string(), files)).encode()).hexdigest()[:12]
     commit = getattr(config, "_commit_hash", None)
-    return {"the base's config and sizes of files": described} | ({"the base's commit": commit} if commit else {})
+    return {"the base's config and sizes of files": described} | (
+        {"the base's commit": commit} if commit else {}
+    )
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:

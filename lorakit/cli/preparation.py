@@ -1,4 +1,6 @@
-"""What a run knows before it has a folder: rows and tokens checked, settings chosen, memory planned. It costs seconds, no weights."""
+"""What a run knows before it has a folder: rows and tokens checked, settings chosen, memory
+planned. It costs seconds, no weights.
+"""
 
 from __future__ import annotations
 
@@ -49,44 +51,81 @@ class Prepared:
 
 
 def prepare(
-    config: dict[str, Any], world: World, there: int, accelerator: str, precision: str, experiment: str, console: Console
+    config: dict[str, Any],
+    world: World,
+    there: int,
+    accelerator: str,
+    precision: str,
+    experiment: str,
+    console: Console,
 ) -> Prepared:
     """Read and check everything that costs seconds. Raises LorakitError."""
     root, kept = Path(config["paths"]["runs"]).expanduser(), config["checkpoint"]
     if problem := find_write_problem(root / "a run"):
         raise ConfigError(f"paths.runs={root} cannot be used: {problem}")
-    find_run_to_resume(config, root, experiment)  # a name that is taken is told before anything is read
+    # a name that is taken is told before anything is read
+    find_run_to_resume(config, root, experiment)
     datamodule, tokenizer = assemble.load_data(config)
     assemble.check_pairs(config, datamodule)
     assemble.check_new_tokens(datamodule, tokenizer)
     if datamodule.has_images and config["strategy"].get("sequence_parallel", 1) > 1:
-        raise ConfigError("rows with images cannot be shared by several processes; set strategy.sequence_parallel=1")
+        raise ConfigError(
+            "rows with images cannot be shared by several processes; set"
+            " strategy.sequence_parallel=1"
+        )
     print_data_report(datamodule, console)
     retain = assemble.build_retain(config)
     skeleton, model_config = _load_shapes(config)
     known = Known(
-        skeleton, datamodule.report, datamodule.val_report, accelerator, precision, there, world, num_streams(config, world)
+        skeleton,
+        datamodule.report,
+        datamodule.val_report,
+        accelerator,
+        precision,
+        there,
+        world,
+        num_streams(config, world),
     )
     run = find_run_to_resume(config, root, experiment)
     config, chosen = choose(
-        config, known, lambda text: console.print(text, highlight=False), (run.info if run else {}).get("resolved")
+        config,
+        known,
+        lambda text: console.print(text, highlight=False),
+        (run.info if run else {}).get("resolved"),
     )
     if chosen and config["trainer"]["precision"] == "auto":
-        console.print(f"trainer.precision=auto: {precision} ({why_precision(precision, accelerator)})", highlight=False)
+        console.print(
+            f"trainer.precision=auto: {precision} ({why_precision(precision, accelerator)})",
+            highlight=False,
+        )
     if "data.tokens_per_batch" in chosen:
-        datamodule.use_tokens_per_batch(chosen["data.tokens_per_batch"], chosen.get("data.pack_tokens"))
+        datamodule.use_tokens_per_batch(
+            chosen["data.tokens_per_batch"], chosen.get("data.pack_tokens")
+        )
     spec, planned = _plan(config, skeleton, console)
     plan_of_step = StepPlan(
-        config, skeleton, planned, accelerator=accelerator, precision=precision,
-        rows=row_sizes(datamodule.report), val_rows=row_sizes(datamodule.val_report),
-    )  # fmt: skip
+        config,
+        skeleton,
+        planned,
+        accelerator=accelerator,
+        precision=precision,
+        rows=row_sizes(datamodule.report),
+        val_rows=row_sizes(datamodule.val_report),
+    )
     strategy = choose_strategy(
-        plan_of_step, there=there, precision=precision, accelerator=accelerator, world=world,
+        plan_of_step,
+        there=there,
+        precision=precision,
+        accelerator=accelerator,
+        world=world,
         say=lambda text: console.print(text, highlight=False),
-    )  # fmt: skip
+    )
     memory = check_memory(plan_of_step, name_of(strategy), world.size, there)
     if memory:
-        console.print(f"memory: {memory.total / 1e9:.1f} GB in each process ({describe(memory)})", highlight=False)
+        console.print(
+            f"memory: {memory.total / 1e9:.1f} GB in each process ({describe(memory)})",
+            highlight=False,
+        )
     config = {**config, "strategy": strategy}
     if datamodule.packing and (reason := packing_is_doubtful(model_config)):
         log.warning("data.packing is off, rows are padded instead: %s", reason)
@@ -97,17 +136,35 @@ def prepare(
     total_steps, is_estimate = assemble.resolve_total_steps(config, datamodule, world)
     warn_of_idle_settings(config, datamodule, total_steps)
     # Refuses bad settings before there is a folder.
-    optimizer, _ = assemble.build_optimization(config, lr=lr, total_steps=total_steps, precision=precision)
+    optimizer, _ = assemble.build_optimization(
+        config, lr=lr, total_steps=total_steps, precision=precision
+    )
     refuse_unless_elementwise(optimizer, strategy)
-    stops_early = any(entry and entry["_target_"].endswith("EarlyStopping") for entry in config["callbacks"].values())
+    stops_early = any(
+        entry and entry["_target_"].endswith("EarlyStopping")
+        for entry in config["callbacks"].values()
+    )
     if stops_early and not len(datamodule.val_indices):
-        raise ConfigError("callbacks.early_stopping needs rows to evaluate on; set data.val_path or data.val_fraction")
+        raise ConfigError(
+            "callbacks.early_stopping needs rows to evaluate on; set data.val_path or"
+            " data.val_fraction"
+        )
     watched = (config["sweep"] or {}).get("metric", "")
     if watched.startswith("val/") and not len(datamodule.val_indices):
-        raise ConfigError(f"sweep.metric={watched} needs rows to evaluate on; set data.val_path or data.val_fraction")
+        raise ConfigError(
+            f"sweep.metric={watched} needs rows to evaluate on; set data.val_path or"
+            " data.val_fraction"
+        )
     assemble.check_disk(root, planned, keep_last=kept["keep_last"], keep_best=kept["keep_best"])
-    resolved = {"trainer.accelerator": accelerator, "trainer.precision": precision, "optim.lr": lr, **chosen}
-    return Prepared(config, datamodule, tokenizer, spec, planned, lr, total_steps, is_estimate, retain, resolved)
+    resolved = {
+        "trainer.accelerator": accelerator,
+        "trainer.precision": precision,
+        "optim.lr": lr,
+        **chosen,
+    }
+    return Prepared(
+        config, datamodule, tokenizer, spec, planned, lr, total_steps, is_estimate, retain, resolved
+    )
 
 
 def _load_shapes(config: dict[str, Any]) -> tuple[Any, Any]:
@@ -130,7 +187,9 @@ def _plan(config: dict[str, Any], skeleton: Any, console: Console) -> tuple[LoRA
     return spec, planned
 
 
-def _resolve_lr(config: dict[str, Any], model_config: Any, spec: LoRASpec, console: Console) -> float:
+def _resolve_lr(
+    config: dict[str, Any], model_config: Any, spec: LoRASpec, console: Console
+) -> float:
     lr = config["optim"]["lr"]
     if lr != "auto":
         return float(lr)

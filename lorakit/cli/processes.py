@@ -26,24 +26,35 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lorakit")
 Config = dict[str, Any]
-BASE_SHARE = 0.7  # of a process's memory that a whole base may take where no plan can be made: activations need the rest
+# of a process's memory that a whole base may take where no plan can be made: activations need the
+# rest
+BASE_SHARE = 0.7
 
 
 def num_devices(config: Config, *, elsewhere: bool = False) -> int:
-    """Processes on a machine: ``trainer.devices``, of which auto is all GPUs here, and one on a CPU.
+    """Processes on a machine: ``trainer.devices``, of which auto is all GPUs here, and one on a
+    CPU.
 
     Raises:
-        ConfigError: it is no such number, or more than this machine has, unless the run is made ``elsewhere``.
+        ConfigError: it is no such number, or more than this machine has, unless the run is made
+            ``elsewhere``.
     """
-    wanted, accelerator = config["trainer"]["devices"], resolve_accelerator(config["trainer"]["accelerator"])
+    wanted, accelerator = (
+        config["trainer"]["devices"],
+        resolve_accelerator(config["trainer"]["accelerator"]),
+    )
     there = torch.cuda.device_count() if accelerator == "cuda" else 1
     if wanted == "auto":
         return there
     if not str(wanted).isdigit() or int(wanted) < 1:
-        raise ConfigError(f"trainer.devices={wanted}: a number of processes on this machine, or auto for all its GPUs")
+        raise ConfigError(
+            f"trainer.devices={wanted}: a number of processes on this machine, or auto for all its"
+            " GPUs"
+        )
     if accelerator != "cpu" and int(wanted) > there and not elsewhere:
         raise ConfigError(
-            f"trainer.devices={wanted}, but there are {there} GPUs here; lower it, or set trainer.accelerator=cpu"
+            f"trainer.devices={wanted}, but there are {there} GPUs here; lower it, or set"
+            " trainer.accelerator=cpu"
         )
     return int(wanted)
 
@@ -58,13 +69,15 @@ def needs_launch(config: Config) -> bool:
         return False
     if config["launch"]["nodes"] > 1:
         raise ConfigError(
-            f"launch.nodes={config['launch']['nodes']}: `lorakit launch nodes={config['launch']['nodes']} train …` prints what to "
-            "type on each machine; `lorakit launch slurm …` makes a job of SLURM"
+            f"launch.nodes={config['launch']['nodes']}: `lorakit launch"
+            f" nodes={config['launch']['nodes']} train …` prints what to type on each machine;"
+            " `lorakit launch slurm …` makes a job of SLURM"
         )
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise ConfigError(
-            f"srun has started {os.environ['SLURM_STEP_NUM_TASKS']} processes that do not know of one another, and each would train "
-            "alone; start one task per node with torchrun in it, as `lorakit launch slurm … train …` does"
+            f"srun has started {os.environ['SLURM_STEP_NUM_TASKS']} processes that do not know of"
+            " one another, and each would train alone; start one task per node with torchrun in"
+            " it, as `lorakit launch slurm … train …` does"
         )
     return num_devices(config) > 1
 
@@ -73,7 +86,10 @@ def check_world(config: Config) -> World:
     """Return this process's world. Raises ConfigError where ``trainer.devices`` contradicts it."""
     world, wanted = current_world(), config["trainer"]["devices"]
     if world.size > 1 and wanted != "auto" and str(wanted) not in ("1", str(world.local_size)):
-        raise ConfigError(f"trainer.devices={wanted}, but torchrun has started {world.local_size} processes here; leave it out")
+        raise ConfigError(
+            f"trainer.devices={wanted}, but torchrun has started {world.local_size} processes here;"
+            " leave it out"
+        )
     return world
 
 
@@ -89,7 +105,9 @@ def resume_if_restarted(config: Config) -> Config:
 
 
 def num_streams(config: Config, world: World) -> int:
-    """Processes, or groups of processes that share their rows, of which each has micro-batches of its own."""
+    """Processes, or groups of processes that share their rows, of which each has micro-batches
+    of its own.
+    """
     return world.size // config["strategy"].get("sequence_parallel", 1)
 
 
@@ -99,9 +117,17 @@ def silence(world: World) -> None:
         logging.getLogger("lorakit").setLevel(logging.ERROR)
 
 
-def choose_strategy(plan: StepPlan, *, there: int, precision: str, accelerator: str, world: World,
-                    say: Callable[[str], Any]) -> Config:  # fmt: skip
-    """Return the strategy's settings; ``auto`` is made a choice for processes of ``there`` bytes, which is said with its reason.
+def choose_strategy(
+    plan: StepPlan,
+    *,
+    there: int,
+    precision: str,
+    accelerator: str,
+    world: World,
+    say: Callable[[str], Any],
+) -> Config:
+    """Return the strategy's settings; ``auto`` is made a choice for processes of ``there`` bytes,
+    which is said with its reason.
 
     Raises:
         ConfigError: strategy, adapter and optimiser do not go together.
@@ -112,16 +138,19 @@ def choose_strategy(plan: StepPlan, *, there: int, precision: str, accelerator: 
     if parts > 1:
         _check_row_sharing(plan.config, plan.skeleton, parts)
     if settings["_target_"] == "auto":
-        name, reason = _choose(plan, there=there, precision=precision, accelerator=accelerator, world=world)
-        settings = yaml.safe_load((conf_dir() / "strategy" / f"{name}.yaml").read_text(encoding="utf-8")) | (
-            {} if name == "single" else {"sequence_parallel": parts}
+        name, reason = _choose(
+            plan, there=there, precision=precision, accelerator=accelerator, world=world
         )
+        settings = yaml.safe_load(
+            (conf_dir() / "strategy" / f"{name}.yaml").read_text(encoding="utf-8")
+        ) | ({} if name == "single" else {"sequence_parallel": parts})
         if world.size > 1:
             say(f"strategy=auto: {name} ({reason})")
     if settings.get("stage") == 3 and planned.target_parameters:
         raise ConfigError(
-            f"ZeRO-3 does not work with an adapter on {planned.target_parameters[0]}, which PEFT's own layer folds into the base at "
-            "every step; set strategy=zero2, or leave it out of lora.targets"
+            f"ZeRO-3 does not work with an adapter on {planned.target_parameters[0]}, which PEFT's"
+            " own layer folds into the base at every step; set strategy=zero2, or leave it out of"
+            " lora.targets"
         )
     return settings
 
@@ -130,8 +159,13 @@ def _check_row_sharing(config: Config, skeleton: Any, parts: int) -> None:
     attention = config["model"]["attention"]
     attention = skeleton.config._attn_implementation if attention == "auto" else attention
     problem = f"it needs model.attention=sdpa, not {attention}" if attention != "sdpa" else None
-    if problem := problem or row_sharing_problem(skeleton.config, parts, config["data"]["max_tokens"]):
-        raise ConfigError(f"strategy.sequence_parallel={parts} does not work for this model: {problem}; set it to 1")
+    if problem := problem or row_sharing_problem(
+        skeleton.config, parts, config["data"]["max_tokens"]
+    ):
+        raise ConfigError(
+            f"strategy.sequence_parallel={parts} does not work for this model: {problem}; set it"
+            " to 1"
+        )
 
 
 def build_strategy(settings: Config, *, precision: str) -> Any:
@@ -144,7 +178,8 @@ def build_strategy(settings: Config, *, precision: str) -> Any:
 
 
 def refuse_unless_elementwise(make: Callable[..., torch.optim.Optimizer], settings: Config) -> None:
-    """ZeRO gives an optimiser flat parts of tensors: one that looks at whole matrices would compute something else, silently.
+    """ZeRO gives an optimiser flat parts of tensors: one that looks at whole matrices would compute
+    something else, silently.
 
     Raises:
         ConfigError: two steps on a matrix differ from the same steps on its halves, flattened.
@@ -164,12 +199,14 @@ def refuse_unless_elementwise(make: Callable[..., torch.optim.Optimizer], settin
         on_halves.step()
     if not torch.allclose(whole.flatten(), torch.cat([*halves]), atol=1e-6):
         raise ConfigError(
-            f"{type(on_whole).__name__} looks at whole matrices, and ZeRO has flat parts of them: it would compute something else. "
-            "Set strategy=ddp, or optim=adamw"
+            f"{type(on_whole).__name__} looks at whole matrices, and ZeRO has flat parts of them:"
+            " it would compute something else. Set strategy=ddp, or optim=adamw"
         )
 
 
-def _choose(plan: StepPlan, *, there: int, precision: str, accelerator: str, world: World) -> tuple[str, str]:
+def _choose(
+    plan: StepPlan, *, there: int, precision: str, accelerator: str, world: World
+) -> tuple[str, str]:
     if world.size == 1:
         return "single", "one process"
     if precision == "16-mixed":
@@ -177,15 +214,26 @@ def _choose(plan: StepPlan, *, there: int, precision: str, accelerator: str, wor
     if plan.is_small_for(there):
         if accelerator != "cuda":
             return "ddp", "it is small, and processes without GPUs share the machine's memory"
-        return "zero1", "it is small: the base stays whole in each process, and only the adapter travels"
+        return (
+            "zero1",
+            "it is small: the base stays whole in each process, and only the adapter travels",
+        )
     try:
         found = plan.first_that_fits(world.size, there)
     except ConfigError as error:
-        name = "zero3" if plan.base_bytes > BASE_SHARE * there else "zero1" if accelerator == "cuda" else "ddp"
+        name = (
+            "zero3"
+            if plan.base_bytes > BASE_SHARE * there
+            else "zero1"
+            if accelerator == "cuda"
+            else "ddp"
+        )
         return name, f"by the size of the base alone: {error}"
     if found is None:
         return "zero3", f"nothing fits into the {there / 1e9:.1f} GB of a process; this needs least"
-    sizes = f"{plan.memory(found, world.size).total / 1e9:.1f} GB of {there / 1e9:.1f} in each process"
+    sizes = (
+        f"{plan.memory(found, world.size).total / 1e9:.1f} GB of {there / 1e9:.1f} in each process"
+    )
     if not found.startswith("zero3"):
         return found, f"{sizes}: the base stays whole in each, and only the adapter travels"
     whole = plan.memory("zero2", world.size).total

@@ -1,4 +1,6 @@
-"""Library chatter that a user can do nothing about stays off the terminal; lorakit's own warnings and all errors remain."""
+"""Library chatter that a user can do nothing about stays off the terminal; lorakit's own
+warnings and all errors remain.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ _MESSAGES = (
     ".*Could not find a config file in.*",
     ".*tensorboardX.*",
     ".*Trying to infer.*",
-    ".*srun. command is available.*",  # Lightning's advice, which `lorakit launch slurm` does not follow
+    # Lightning's advice, which `lorakit launch slurm` does not follow
+    ".*srun. command is available.*",
     ".*torch.distributed.* is deprecated. Please use.*",  # DeepSpeed's calls
 )
 
@@ -45,10 +48,13 @@ def quiet_libraries() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: "Setting accelerator to CPU" not in record.getMessage()
+    )
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP advises to switch off what a batch of another kind may need
+    # DDP advises to switch off what a batch of another kind may need
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     log = logging.getLogger("lorakit")
     if not log.handlers:
         handler = _StderrHandler()
@@ -58,6 +64,10 @@ def quiet_libraries() -> None:
 
 
 def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
 ) -> str:
     return f"warning: {message}\n"

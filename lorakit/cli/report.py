@@ -1,4 +1,6 @@
-"""``lorakit report [RUN … | sweep=NAME]``: runs beside one another, in the terminal, as CSV, and as a page."""
+"""``lorakit report [RUN … | sweep=NAME]``: runs beside one another, in the terminal, as CSV, and
+as a page.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,29 @@ def main(arguments: list[str]) -> None:
     """Print the table and write the files."""
     parser = argparse.ArgumentParser(
         prog="lorakit report",
-        usage="lorakit report [RUN … | sweep=NAME] [--metric FIGURE] [--maximize | --minimize] [--runs DIR] [--out DIR]",
-        description="Compare runs, or those of a sweep: a table here, report.csv and report.html in a folder. Without a name it is "
-        "the last sweep, or the last run where there is none.",
-    )  # fmt: skip
+        usage=(
+            "lorakit report [RUN … | sweep=NAME] [--metric FIGURE] [--maximize | --minimize]"
+            " [--runs DIR] [--out DIR]"
+        ),
+        description=(
+            "Compare runs, or those of a sweep: a table here, report.csv and report.html in a"
+            " folder. Without a name it is the last sweep, or the last run where there is none."
+        ),
+    )
     parser.add_argument("names", nargs="*", metavar="RUN", help="names of runs, or sweep=NAME")
-    parser.add_argument("--metric", help="a figure of history.jsonl (default: the sweep's own, or the evaluation loss)")
+    parser.add_argument(
+        "--metric",
+        help="a figure of history.jsonl (default: the sweep's own, or the evaluation loss)",
+    )
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--maximize", action="store_true", default=None, help="more is better")
-    direction.add_argument("--minimize", dest="maximize", action="store_false", help="less is better")
+    direction.add_argument(
+        "--minimize", dest="maximize", action="store_false", help="less is better"
+    )
     parser.add_argument("--runs", help="folder of the runs (default: runs, in the current folder)")
-    parser.add_argument("--out", help="folder of the files (default: RUNS/.sweep/NAME, or RUNS/.report)")
+    parser.add_argument(
+        "--out", help="folder of the files (default: RUNS/.sweep/NAME, or RUNS/.report)"
+    )
     options = parser.parse_args(arguments)
 
     from lorakit.sweep.page import as_page
@@ -39,12 +53,19 @@ def main(arguments: list[str]) -> None:
     if not root.is_dir():
         raise ConfigError(f"{'--runs ' if options.runs else ''}{root}: no such folder")
     comparison, is_sweep = _choose(root, options)
-    out = Path(options.out).expanduser() if options.out else root / (f".sweep/{comparison.name}" if is_sweep else ".report")
+    out = (
+        Path(options.out).expanduser()
+        if options.out
+        else root / (f".sweep/{comparison.name}" if is_sweep else ".report")
+    )
     if problem := find_write_problem(out / "report.html"):
         raise ConfigError(f"{out} cannot be written: {problem}")
     out.mkdir(parents=True, exist_ok=True)
     _print(comparison, is_sweep)
-    for file, text in (("report.csv", comparison.as_csv()), ("report.html", as_page(comparison, is_sweep=is_sweep))):
+    for file, text in (
+        ("report.csv", comparison.as_csv()),
+        ("report.html", as_page(comparison, is_sweep=is_sweep)),
+    ):
         write_whole(out / file, functools.partial(Path.write_text, data=text, encoding="utf-8"))
         print(f"written {out / file}")
 
@@ -53,11 +74,16 @@ def _choose(root: Path, options: argparse.Namespace) -> tuple[Comparison, bool]:
     """The runs that are asked for, and whether they are those of a sweep."""
     from lorakit.sweep.comparison import compare, compare_runs, sweeps_in
 
-    names, wanted = list(options.names), {"metric": options.metric, "is_maximized": options.maximize}
+    names, wanted = (
+        list(options.names),
+        {"metric": options.metric, "is_maximized": options.maximize},
+    )
     known = sweeps_in(root)
     for name in names:
         if "=" in name and (len(names) > 1 or not name.startswith("sweep=")):
-            raise ConfigError(f"{name}: what is compared is written sweep=NAME, or as names of runs")
+            raise ConfigError(
+                f"{name}: what is compared is written sweep=NAME, or as names of runs"
+            )
     if names and names[0].startswith("sweep="):
         return compare(root, names[0].partition("=")[2] or None, **wanted), True
     if len(names) == 1 and names[0] in known and not (root / names[0]).is_dir():
@@ -79,7 +105,11 @@ def _print(comparison: Comparison, is_sweep: bool) -> None:
     table = Table(box=None)
     numbers = [comparison.metric, "best", "at step", "steps", "tokens/s"]
     for head in ("run", "state", *comparison.keys, *numbers, "course"):
-        table.add_column(head, justify="right" if head in (*numbers, *comparison.keys) else "left", overflow="fold")
+        table.add_column(
+            head,
+            justify="right" if head in (*numbers, *comparison.keys) else "left",
+            overflow="fold",
+        )
     for row in comparison.rows:
         best, speed = comparison.best_point(row), row.tokens_per_second
         figures = [
@@ -89,7 +119,12 @@ def _print(comparison: Comparison, is_sweep: bool) -> None:
         ]
         figures += [f"{row.run.last_step[0]:,}", "" if speed is None else f"{speed:,.0f}"]
         chosen = [shown(row.settings.get(key)) for key in comparison.keys]
-        table.add_row(*(Text(cell) for cell in (row.run.name, row.run.state, *chosen, *figures, sparkline(row.points))))
+        table.add_row(
+            *(
+                Text(cell)
+                for cell in (row.run.name, row.run.state, *chosen, *figures, sparkline(row.points))
+            )
+        )
     order = f", {'most' if comparison.is_maximized else 'least'} first" if is_sweep else ""
     console.print(f"{'sweep ' if is_sweep else ''}{comparison.name}: {comparison.metric}{order}")
     console.print(table)

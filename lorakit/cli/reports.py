@@ -18,13 +18,20 @@ log = logging.getLogger("lorakit")
 PROMPT_CHARACTERS = 120  # a longer one is not typed
 
 
-def print_data_report(datamodule: LoRADataModule, console: Console, *, histogram: bool = False) -> None:
+def print_data_report(
+    datamodule: LoRADataModule, console: Console, *, histogram: bool = False
+) -> None:
     """Print the figures of the training rows, and of the evaluation rows where there are any."""
     assert datamodule.report is not None
     _print_one("data", datamodule.path, datamodule.report, console)
     _print_shares(datamodule.report, console)
     if datamodule.val_report:
-        _print_one("held out", datamodule.val_path or f"{datamodule.val_fraction:g} of them", datamodule.val_report, console)
+        _print_one(
+            "held out",
+            datamodule.val_path or f"{datamodule.val_fraction:g} of them",
+            datamodule.val_report,
+            console,
+        )
     for line in warnings_of(datamodule.report, datamodule):
         console.print(f"[yellow]warning[/yellow]: {line}", highlight=False)
     if histogram:
@@ -34,17 +41,25 @@ def print_data_report(datamodule: LoRADataModule, console: Console, *, histogram
 def _print_one(label: str, where: str, report: DataReport, console: Console) -> None:
     is_part = report.num_rows_surveyed < report.num_rows
     scope = f" (figures from the first {report.num_rows_surveyed:,})" if is_part else ""
-    images = f", {report.num_images:,} images of {report.num_image_tokens:,} tokens" if report.num_images else ""
+    images = (
+        f", {report.num_images:,} images of {report.num_image_tokens:,} tokens"
+        if report.num_images
+        else ""
+    )
     console.print(
-        f"{label}: {where}: {report.num_rows:,} rows ({', '.join(report.formats)}){scope}, {report.num_examples:,} examples, "
-        f"{report.num_tokens:,} tokens, {report.trained_share:.1%} trained, longest {int(report.lengths.max()):,}{images}",
+        f"{label}: {where}: {report.num_rows:,} rows ({', '.join(report.formats)}){scope},"
+        f" {report.num_examples:,} examples, {report.num_tokens:,} tokens,"
+        f" {report.trained_share:.1%} trained, longest {int(report.lengths.max()):,}{images}",
         markup=False,
         highlight=False,
     )
     cuts = report.cuts
     taken = []
     if report.num_rows_skipped:
-        taken.append(f"{report.num_rows_skipped:,} rows skipped (data.on_error=skip), the first: {report.first_skipped}")
+        taken.append(
+            f"{report.num_rows_skipped:,} rows skipped (data.on_error=skip), the first:"
+            f" {report.first_skipped}"
+        )
     if cuts.num_dropped:
         taken.append(f"{cuts.num_dropped:,} examples dropped as too long")
     if cuts.num_truncated:
@@ -52,7 +67,9 @@ def _print_one(label: str, where: str, report: DataReport, console: Console) -> 
     if taken:
         console.print(f"  {', '.join(taken)}", markup=False, highlight=False)
     if report.unused_columns:
-        console.print(f"  columns not used: {', '.join(report.unused_columns)}", markup=False, highlight=False)
+        console.print(
+            f"  columns not used: {', '.join(report.unused_columns)}", markup=False, highlight=False
+        )
 
 
 def _print_shares(report: DataReport, console: Console) -> None:
@@ -60,8 +77,8 @@ def _print_shares(report: DataReport, console: Console) -> None:
     total = sum(share.trained_per_epoch for share in report.shares.values()) or 1.0
     for name, share in report.shares.items():
         console.print(
-            f"  {name}: {share.num_rows:,} rows, {share.weight:g} times an epoch, {share.trained_per_epoch / total:.1%} of the "
-            "trained tokens",
+            f"  {name}: {share.num_rows:,} rows, {share.weight:g} times an epoch,"
+            f" {share.trained_per_epoch / total:.1%} of the trained tokens",
             markup=False,
             highlight=False,
         )
@@ -78,8 +95,8 @@ def warnings_of(report: DataReport, datamodule: LoRADataModule) -> list[str]:
         )
     if report.num_empty_answers:
         found.append(
-            f"{report.num_empty_answers:,} of the answers that are trained are empty, so the model learns to say nothing; the first: "
-            f"{report.first_empty_answer}"
+            f"{report.num_empty_answers:,} of the answers that are trained are empty, so the model"
+            f" learns to say nothing; the first: {report.first_empty_answer}"
         )
     for column, format in report.unused_columns.items():
         if reason := explain_unused(column, format):
@@ -88,10 +105,14 @@ def warnings_of(report: DataReport, datamodule: LoRADataModule) -> list[str]:
 
 
 def prompt_to_try(datamodule: LoRADataModule) -> str | None:
-    """What stands in front of the first answer to evaluate, or to train, as one types it; None where that is long or no text."""
+    """What stands in front of the first answer to evaluate, or to train, as one types it; None
+    where that is long or no text.
+    """
     has_val = len(datamodule.val_indices) > 0
     source, indices = (
-        (datamodule.val_source, datamodule.val_indices) if has_val else (datamodule.source, datamodule.train_indices)
+        (datamodule.val_source, datamodule.val_indices)
+        if has_val
+        else (datamodule.source, datamodule.train_indices)
     )
     row = source.row(int(indices[0]))
     text: Any = row.prompt if isinstance(row, PromptCompletion) else None
@@ -108,14 +129,19 @@ def quote_prompt(text: str) -> str:
     return f"$'{escaped}'"
 
 
-def warn_of_idle_settings(config: dict[str, Any], datamodule: LoRADataModule, total_steps: int) -> None:
+def warn_of_idle_settings(
+    config: dict[str, Any], datamodule: LoRADataModule, total_steps: int
+) -> None:
     """Say which settings have no effect on this data."""
     max_steps = config["trainer"]["max_steps"]
     if max_steps > total_steps:
         log.warning(
-            "trainer.max_steps=%d will not be reached: data.epochs=%s ends after about %d steps; data.epochs=null goes on until then",
-            max_steps, config["data"]["epochs"], total_steps,
-        )  # fmt: skip
+            "trainer.max_steps=%d will not be reached: data.epochs=%s ends after about %d steps;"
+            " data.epochs=null goes on until then",
+            max_steps,
+            config["data"]["epochs"],
+            total_steps,
+        )
     if not datamodule.has_images and (datamodule.min_pixels or datamodule.max_pixels):
         log.warning("no row has an image, so data.min_pixels and data.max_pixels have no effect")
     if len(datamodule.val_indices):
@@ -123,7 +149,10 @@ def warn_of_idle_settings(config: dict[str, Any], datamodule: LoRADataModule, to
     keys = ("data.val_rows", "data.val_batch_size", "trainer.eval_every_steps")
     values = {key: config[key.split(".")[0]][key.split(".")[1]] for key in keys}
     if idle := [f"{key}={value}" for key, value in values.items() if value is not None]:
-        log.warning("no rows are held out, so %s has no effect; see data.val_path and data.val_fraction", ", ".join(idle))
+        log.warning(
+            "no rows are held out, so %s has no effect; see data.val_path and data.val_fraction",
+            ", ".join(idle),
+        )
 
 
 def _histogram(report: DataReport) -> Table:
@@ -131,5 +160,9 @@ def _histogram(report: DataReport) -> Table:
     bins = report.histogram()
     largest = max(count for *_, count in bins)
     for start, end, count in bins:
-        table.add_row(f"{start:,}–{end:,}", "█" * max(int(count > 0), round(40 * count / largest)), f"{count:,}")
+        table.add_row(
+            f"{start:,}–{end:,}",
+            "█" * max(int(count > 0), round(40 * count / largest)),
+            f"{count:,}",
+        )
     return table

@@ -29,7 +29,18 @@ from lorakit.weights.run import (
 
 # What may differ between a run and its continuation without changing what is computed.
 FREE_KEYS = (
-    *("run", "resume", "group", "plan.", "sweep", "paths.", "logger.", "checkpoint.", "callbacks.", "data.on_error"),
+    *(
+        "run",
+        "resume",
+        "group",
+        "plan.",
+        "sweep",
+        "paths.",
+        "logger.",
+        "checkpoint.",
+        "callbacks.",
+        "data.on_error",
+    ),
     "eval.",
     *(
         "strategy.",
@@ -45,18 +56,30 @@ def find_run_to_resume(config: dict[str, Any], root: Path, experiment: str) -> R
 
     Raises:
         ConfigError: ``run`` or ``resume`` cannot be used.
-        CheckpointError: the run to continue is missing or finished, or the name of a new one is taken.
+        CheckpointError: the run to continue is missing or finished, or the name of a new one is
+            taken.
     """
     resume, name = config["resume"], config["run"]
     if resume not in (True, False, "auto"):
         raise ConfigError(f"resume={resume} is unknown; choose true, false or auto")
-    if name is not None and ("/" in str(name) or "=" in str(name) or str(name).startswith(".") or not str(name).isprintable()):
-        raise ConfigError(f"run={name!r}: a run's name holds no /, no = and no line break, and does not begin with a dot")
+    if name is not None and (
+        "/" in str(name)
+        or "=" in str(name)
+        or str(name).startswith(".")
+        or not str(name).isprintable()
+    ):
+        raise ConfigError(
+            f"run={name!r}: a run's name holds no /, no = and no line break, and does not begin"
+            " with a dot"
+        )
     if resume:
         run = _find_unfinished(root, name, experiment)
         if run is None and resume is True:
             what = f"run {name!r}" if name else f"unfinished run of experiment {experiment}"
-            raise CheckpointError(f"resume=true, but there is no {what} in {root.resolve()}{_others_to_go_on_with(root)}")
+            raise CheckpointError(
+                f"resume=true, but there is no {what} in"
+                f" {root.resolve()}{_others_to_go_on_with(root)}"
+            )
         return run
     if name is not None:
         check_name_is_free(root, str(name))
@@ -64,9 +87,14 @@ def find_run_to_resume(config: dict[str, Any], root: Path, experiment: str) -> R
 
 
 def choose_run(
-    config: dict[str, Any], root: Path, *, experiment: str, data_fingerprint: str, resolved: dict[str, Any],
+    config: dict[str, Any],
+    root: Path,
+    *,
+    experiment: str,
+    data_fingerprint: str,
+    resolved: dict[str, Any],
     **facts: Any,
-) -> tuple[Run, bool]:  # fmt: skip
+) -> tuple[Run, bool]:
     """Return the run and whether it continues.
 
     Args:
@@ -74,28 +102,46 @@ def choose_run(
         facts: what else ``run.json`` shall hold.
 
     Raises:
-        CheckpointError: as ``find_run_to_resume``, or the run was made from another config or other data.
+        CheckpointError: as ``find_run_to_resume``, or the run was made from another config or other
+            data.
     """
     config = _with_absolute_paths(config)
     run = find_run_to_resume(config, root, experiment)
     if run is not None:
         _check_same(run, config, data_fingerprint, resolved)
         return run, True
-    info = {"experiment": experiment, "base": config["model"]["path"], "data_fingerprint": data_fingerprint, **facts}
+    info = {
+        "experiment": experiment,
+        "base": config["model"]["path"],
+        "data_fingerprint": data_fingerprint,
+        **facts,
+    }
     info["resolved"] = resolved
     chosen = str(config["run"]) if config["run"] else free_name(root, experiment)
-    return create_run(
-        root, chosen, config_text=config_text(config, root / chosen), info={**info, **describe_environment()}
-    ), False
+    return (
+        create_run(
+            root,
+            chosen,
+            config_text=config_text(config, root / chosen),
+            info={**info, **describe_environment()},
+        ),
+        False,
+    )
 
 
 def config_text(config: dict[str, Any], folder: Path) -> str:
-    """The config of the run in ``folder`` as its file holds it: it means the same from any folder."""
-    return yaml.safe_dump(fill_run_folder(_with_absolute_paths(config), folder), sort_keys=False, allow_unicode=True)
+    """The config of the run in ``folder`` as its file holds it: it means the same from any
+    folder.
+    """
+    return yaml.safe_dump(
+        fill_run_folder(_with_absolute_paths(config), folder), sort_keys=False, allow_unicode=True
+    )
 
 
 def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """The config as it means the same from any folder: names of files and folders that are there, made absolute."""
+    """The config as it means the same from any folder: names of files and folders that are
+    there, made absolute.
+    """
     config = copy.deepcopy(config)
     places: list[tuple[Any, Any]] = [
         *((config["model"], key) for key in ("path",)),
@@ -104,10 +150,17 @@ def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
         (config.get("eval") or {}, "retain_path"),
     ]
     sources = config["data"].get("sources") or []
-    places += [(entry, "path") if isinstance(entry, dict) else (sources, number) for number, entry in enumerate(sources)]
+    places += [
+        (entry, "path") if isinstance(entry, dict) else (sources, number)
+        for number, entry in enumerate(sources)
+    ]
     for node, key in places:
         value = node.get(key) if isinstance(node, dict) else node[key]
-        if isinstance(value, str) and value not in BUNDLED and (Path(value).expanduser().exists() or glob.glob(value)):
+        if (
+            isinstance(value, str)
+            and value not in BUNDLED
+            and (Path(value).expanduser().exists() or glob.glob(value))
+        ):
             node[key] = str(Path(value).expanduser().absolute())
     return config
 
@@ -122,16 +175,21 @@ def fill_run_folder(node: Any, folder: Path) -> Any:
 
 
 def command_to_go_on(run: Run) -> str:
-    """The line to type so that ``run`` goes on: its own command, naming it; that of the whole sweep where it is of one."""
+    """The line to type so that ``run`` goes on: its own command, naming it; that of the whole
+    sweep where it is of one.
+    """
     typed = shlex.split(run.info.get("command") or "lorakit train …")
     kept = [word for word in typed if not re.match(r"\+{0,2}resume=", word)]
     script = run.folder.parent / JOBS_FOLDER / f"{run.name}.sh"
-    if {"launch=slurm", "slurm"} & set(kept) and script.is_file():  # its config says already that it goes on
+    # its config says already that it goes on
+    if {"launch=slurm", "slurm"} & set(kept) and script.is_file():
         return shlex.join(["sbatch", str(script)])
     settings = kept[kept.index("train") + 1 :] if "train" in kept else []
     if {"-m", "--multirun"} & set(settings) or any(word.startswith("sweep=") for word in settings):
         is_named = any(re.match(r"\+{0,2}(run|group)=", word) for word in kept)
-        more = ["resume=auto"] if is_named else [f"group={run.name.rpartition('-')[0]}", "resume=auto"]
+        more = (
+            ["resume=auto"] if is_named else [f"group={run.name.rpartition('-')[0]}", "resume=auto"]
+        )
     else:
         kept = [word for word in kept if not re.match(r"\+{0,2}run=", word)]
         more = [f"run={run.name}", "resume=true"]
@@ -139,10 +197,20 @@ def command_to_go_on(run: Run) -> str:
 
 
 def _others_to_go_on_with(root: Path) -> str:
-    """What could go on instead, for who named something else; that it can be started where there is nothing."""
-    unfinished = [run for run in list_runs(root) if not run.is_finished and "data_fingerprint" in run.info]
-    lines = [f"  {run.name} ({state}): {command_to_go_on(run)}" for run in unfinished if (state := run.state) != "running"]
-    return "; resume=auto would start one" + ("; these could go on:\n" + "\n".join(lines[-3:]) if lines else "")
+    """What could go on instead, for who named something else; that it can be started where there
+    is nothing.
+    """
+    unfinished = [
+        run for run in list_runs(root) if not run.is_finished and "data_fingerprint" in run.info
+    ]
+    lines = [
+        f"  {run.name} ({state}): {command_to_go_on(run)}"
+        for run in unfinished
+        if (state := run.state) != "running"
+    ]
+    return "; resume=auto would start one" + (
+        "; these could go on:\n" + "\n".join(lines[-3:]) if lines else ""
+    )
 
 
 def _find_unfinished(root: Path, name: str | None, experiment: str) -> Run | None:
@@ -153,9 +221,15 @@ def _find_unfinished(root: Path, name: str | None, experiment: str) -> Run | Non
         if "data_fingerprint" not in run.info:  # it failed before it knew its rows
             return None
         if run.is_finished:
-            raise CheckpointError(f"{run.folder} is finished, so there is nothing to resume; choose another run=NAME")
+            raise CheckpointError(
+                f"{run.folder} is finished, so there is nothing to resume; choose another run=NAME"
+            )
         return run
-    unfinished = [run for run in list_runs(root) if not run.is_finished and run.info.get("experiment") == experiment]
+    unfinished = [
+        run
+        for run in list_runs(root)
+        if not run.is_finished and run.info.get("experiment") == experiment
+    ]
     trained = [
         run for run in unfinished if History(run.folder).path.exists()
     ]  # what never made a step has nothing to go on with
@@ -164,7 +238,10 @@ def _find_unfinished(root: Path, name: str | None, experiment: str) -> Run | Non
 
 def find_changes(run: Run, config: dict[str, Any]) -> list[str]:
     """The settings in which ``config`` would not continue ``run``, each with its values."""
-    then, now = flatten(yaml.safe_load(run.config_text())), flatten(fill_run_folder(_with_absolute_paths(config), run.folder))
+    then, now = (
+        flatten(yaml.safe_load(run.config_text())),
+        flatten(fill_run_folder(_with_absolute_paths(config), run.folder)),
+    )
     return [
         f"{key}: {then.get(key, 'not set')!r} then, {now.get(key, 'not set')!r} now"
         for key in sorted(then.keys() | now.keys())
@@ -172,17 +249,29 @@ def find_changes(run: Run, config: dict[str, Any]) -> list[str]:
     ]
 
 
-def _check_same(run: Run, config: dict[str, Any], data_fingerprint: str, resolved: dict[str, Any]) -> None:
+def _check_same(
+    run: Run, config: dict[str, Any], data_fingerprint: str, resolved: dict[str, Any]
+) -> None:
     changed = find_changes(run, config)
     problems = [*changed]
     problems += [
         f"{key}: auto was {value} then, and is {resolved[key]} on this machine; set it"
         for key, value in run.info.get("resolved", {}).items()
-        if key in resolved and resolved[key] != value and not any(problem.startswith(f"{key}:") for problem in problems)
+        if key in resolved
+        and resolved[key] != value
+        and not any(problem.startswith(f"{key}:") for problem in problems)
     ]
     if not problems and run.info.get("data_fingerprint") != data_fingerprint:
-        problems.append(f"data: the rows of {config['data']['path']} are not those that the run began with")
+        problems.append(
+            f"data: the rows of {config['data']['path']} are not those that the run began with"
+        )
     if problems:
-        as_then = f"It goes on with: {command_to_go_on(run)}" if problems == changed else "Set these as they were."
+        as_then = (
+            f"It goes on with: {command_to_go_on(run)}"
+            if problems == changed
+            else "Set these as they were."
+        )
         remedy = f"{as_then}\nOr start a new run with another run=NAME."
-        raise CheckpointError(report(f"{run.folder} cannot be continued with this config:", problems, remedy=remedy))
+        raise CheckpointError(
+            report(f"{run.folder} cannot be continued with this config:", problems, remedy=remedy)
+        )

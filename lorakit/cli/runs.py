@@ -13,7 +13,9 @@ from lorakit.weights.run import Run, list_runs
 
 def main(arguments: list[str]) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="lorakit runs", description="List the runs, oldest first.")
+    parser = argparse.ArgumentParser(
+        prog="lorakit runs", description="List the runs, oldest first."
+    )
     parser.add_argument("--runs", help="folder of the runs (default: runs, in the current folder)")
     options = parser.parse_args(arguments)
     from rich.console import Console
@@ -29,12 +31,19 @@ def main(arguments: list[str]) -> None:
         return
     table = Table(box=None)
     for column in ("run", "state", "base", "steps", "loss", "held out", "adapter MB", "settings"):
-        table.add_column(column, justify="right" if column in ("steps", "loss", "held out", "adapter MB") else "left")
+        table.add_column(
+            column,
+            justify="right" if column in ("steps", "loss", "held out", "adapter MB") else "left",
+        )
     common = set.intersection(*(_overrides(run) for run in runs))
     for run in runs:
-        table.add_row(*(Text(cell) for cell in _row(run)), Text(" ".join(sorted(_overrides(run) - common)), overflow="fold"))
+        table.add_row(
+            *(Text(cell) for cell in _row(run)),
+            Text(" ".join(sorted(_overrides(run) - common)), overflow="fold"),
+        )
     is_terminal = sys.stdout.isatty()
-    Console(width=None if is_terminal else 1000).print(table)  # a line for each run where it goes into a pipe
+    # a line for each run where it goes into a pipe
+    Console(width=None if is_terminal else 1000).print(table)
 
 
 def _row(run: Run) -> tuple[str, ...]:
@@ -53,8 +62,14 @@ def _row(run: Run) -> tuple[str, ...]:
 
 
 def _overrides(run: Run) -> set[str]:
-    """What was typed for ``run``; that which all runs have in common tells them from one another no better."""
-    return {text for text in run.info.get("overrides", ()) if not text.startswith(("run=", "resume=", "paths.runs=", "launch"))}
+    """What was typed for ``run``; that which all runs have in common tells them from one another
+    no better.
+    """
+    return {
+        text
+        for text in run.info.get("overrides", ())
+        if not text.startswith(("run=", "resume=", "paths.runs=", "launch"))
+    }
 
 
 if __name__ == "__main__":

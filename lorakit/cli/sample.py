@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> None:
-    """Sample as ``arguments`` say: from text behind ``--``, a file, standard input, or in conversation."""
+    """Sample as ``arguments`` say: from text behind ``--``, a file, standard input, or in
+    conversation.
+    """
     options, text = parse(arguments)
     prompts = read_prompts(options, text)
     try:
@@ -33,9 +35,16 @@ def main(arguments: list[str]) -> None:
         raise
     if prompts is None and not sys.stdin.isatty():
         prompts = [
-            _checked(_without_last_line_end(sys.stdin.buffer.read().decode("utf-8", "surrogateescape")), "standard input")
+            _checked(
+                _without_last_line_end(sys.stdin.buffer.read().decode("utf-8", "surrogateescape")),
+                "standard input",
+            )
         ]
-    is_chat = options.chat if options.chat is not None else are_chats(trained.run.info.get("formats") or ())
+    is_chat = (
+        options.chat
+        if options.chat is not None
+        else are_chats(trained.run.info.get("formats") or ())
+    )
     if options.system and not is_chat:
         raise ConfigError("--system is a message of a conversation; use --chat")
     model, tokenizer = trained.load(with_adapter=not options.base)
@@ -48,7 +57,11 @@ def main(arguments: list[str]) -> None:
 
         images = load_images(trained.model_settings).within(*trained.pixel_bounds)
     if is_chat and prompts is not None:
-        print("as a user message, in the chat template (--raw: as it stands)", file=sys.stderr, flush=True)
+        print(
+            "as a user message, in the chat template (--raw: as it stands)",
+            file=sys.stderr,
+            flush=True,
+        )
     if images is not None and not is_chat:
         raise ConfigError("--image is shown in a message; use --chat")
     speaker = Speaker(model, tokenizer, options, stop=stop, is_chat=is_chat, images=images)
@@ -68,53 +81,95 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, str | None]:
     parser = argparse.ArgumentParser(
         prog="lorakit sample",
         usage="lorakit sample [RUN] [options] [-- TEXT]",
-        description="Generate with a trained adapter. Without TEXT, --prompt-file or piped input it is a conversation.",
+        description=(
+            "Generate with a trained adapter. Without TEXT, --prompt-file or piped input it is a"
+            " conversation."
+        ),
     )
     add_run_arguments(parser)
-    parser.add_argument("--prompt-file", type=Path, help="the prompt is this file's text, without its last line's end")
-    parser.add_argument("--image", type=Path, action="append", default=[], help="shown before the text; may be repeated")
+    parser.add_argument(
+        "--prompt-file",
+        type=Path,
+        help="the prompt is this file's text, without its last line's end",
+    )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        help="shown before the text; may be repeated",
+    )
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=-1)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--num-samples", "-n", type=int, default=1)
-    parser.add_argument("--stop", action="append", help="end at this text (default: the run's data.stop); may be repeated")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        help="end at this text (default: the run's data.stop); may be repeated",
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
-        "--chat", action="store_true", default=None,
+        "--chat",
+        action="store_true",
+        default=None,
         help="the text is a user message, in the chat template (default for runs on conversations)",
-    )  # fmt: skip
-    mode.add_argument("--raw", dest="chat", action="store_false", help="the text is the prompt as it is (default for others)")
-    parser.add_argument("--system", metavar="TEXT", help="a system message in front of the conversation")
+    )
+    mode.add_argument(
+        "--raw",
+        dest="chat",
+        action="store_false",
+        help="the text is the prompt as it is (default for others)",
+    )
+    parser.add_argument(
+        "--system", metavar="TEXT", help="a system message in front of the conversation"
+    )
     parser.add_argument("--base", action="store_true", help="without the adapter, to compare")
     options = parse_options(parser, arguments)
-    if options.max_tokens < 1 or options.num_samples < 1 or not 0 < options.top_p <= 1 or options.temperature < 0:
-        parser.error("--max-tokens and -n must be at least 1, --top-p above 0 and at most 1, --temperature not negative")
+    if (
+        options.max_tokens < 1
+        or options.num_samples < 1
+        or not 0 < options.top_p <= 1
+        or options.temperature < 0
+    ):
+        parser.error(
+            "--max-tokens and -n must be at least 1, --top-p above 0 and at most 1, --temperature"
+            " not negative"
+        )
     return options, text
 
 
 def read_prompts(options: argparse.Namespace, text: str | None) -> list[str] | None:
-    """Return the prompts of the command line, or None where they come from standard input or a conversation."""
+    """Return the prompts of the command line, or None where they come from standard input or a
+    conversation.
+    """
     if text is not None and options.prompt_file is not None:
         raise ConfigError("give TEXT behind -- or --prompt-file, not both")
     if options.prompt_file is not None:
         try:
             return [_without_last_line_end(options.prompt_file.read_text(encoding="utf-8"))]
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{options.prompt_file}: not UTF-8: {error.reason} at byte {error.start}") from error
+            raise ConfigError(
+                f"{options.prompt_file}: not UTF-8: {error.reason} at byte {error.start}"
+            ) from error
     if text is not None:
         return [_checked(text, "TEXT")]
     return None
 
 
 def _without_last_line_end(text: str) -> str:
-    """``text`` as it was meant: an editor, or echo, ends it with a line's end, behind which a model goes on with something else."""
+    """``text`` as it was meant: an editor, or echo, ends it with a line's end, behind which a
+    model goes on with something else.
+    """
     return text.removesuffix("\n").removesuffix("\r")
 
 
 def _checked(text: str, source: str) -> str:
-    """``text`` itself. Raises ConfigError where it holds bytes that are not UTF-8, which Python lets through as surrogates."""
+    """``text`` itself. Raises ConfigError where it holds bytes that are not UTF-8, which Python
+    lets through as surrogates.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -126,25 +181,41 @@ class Speaker:
     """A model with its sampling settings; remembers the conversation where it is one."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, options: argparse.Namespace, *, stop: Any, is_chat: bool,
+        self,
+        model: Any,
+        tokenizer: Any,
+        options: argparse.Namespace,
+        *,
+        stop: Any,
+        is_chat: bool,
         images: ImageEncoder | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         from lorakit.data.encode import Encoder
         from lorakit.types import SamplingParams
 
         self.model, self.tokenizer, self.is_chat = model, tokenizer, is_chat
-        self.encoder, self.num_samples, self.images = Encoder(tokenizer), options.num_samples, images
+        self.encoder, self.num_samples, self.images = (
+            Encoder(tokenizer),
+            options.num_samples,
+            images,
+        )
         self.named: list[Path] = options.image
         self.system: str | None = options.system
         self.clear()
         self.params = SamplingParams(
-            max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
-            seed=options.seed, stop=stop,
-        )  # fmt: skip
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            seed=options.seed,
+            stop=stop,
+        )
 
     def clear(self) -> None:
         """Begin a conversation."""
-        self.messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
+        self.messages: list[dict[str, Any]] = (
+            [{"role": "system", "content": self.system}] if self.system else []
+        )
         self.paths = list(self.named)  # of the next message
         self.shown: list[ImageChunk] = []  # of all messages
 
@@ -159,9 +230,15 @@ class Speaker:
         else:
             tokens = self.encoder.encode_prompt(text)
         if not tokens:
-            raise ConfigError("the prompt is empty, and this tokenizer has no token that begins a text")
-        prompt = self.images.place(tokens, self.shown) if self.images else ModelInput.from_ints(tokens)
-        samples = generate(self.model, self.tokenizer, [prompt] * self.num_samples, self.params, self.images)
+            raise ConfigError(
+                "the prompt is empty, and this tokenizer has no token that begins a text"
+            )
+        prompt = (
+            self.images.place(tokens, self.shown) if self.images else ModelInput.from_ints(tokens)
+        )
+        samples = generate(
+            self.model, self.tokenizer, [prompt] * self.num_samples, self.params, self.images
+        )
         if self.is_chat:
             self.messages.append({"role": "assistant", "content": samples[0].text})
         return "\n".join(sample.text for sample in samples)
@@ -172,7 +249,11 @@ class Speaker:
             return text
         stored = [StoredImage(path=path) for path in self.paths]
         self.shown += [
-            ImageChunk(image.read(), expected_tokens=self.images.num_tokens(*image.read_size()), name=image.name)
+            ImageChunk(
+                image.read(),
+                expected_tokens=self.images.num_tokens(*image.read_size()),
+                name=image.name,
+            )
             for image in stored
         ]
         self.paths = []

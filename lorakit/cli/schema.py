@@ -1,4 +1,6 @@
-"""The types of the settings that no constructor declares, and the check of all settings before anything is read."""
+"""The types of the settings that no constructor declares, and the check of all settings before
+anything is read.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,19 @@ _GROUPS: dict[str, type[msgspec.Struct]] = {
     "eval": EvalSettings,
 }
 _TOP_LEVEL = (
-    *("model", "data", "lora", "loss", "optim", "schedule", "trainer", "callbacks", "logger", "paths", "checkpoint"),
+    *(
+        "model",
+        "data",
+        "lora",
+        "loss",
+        "optim",
+        "schedule",
+        "trainer",
+        "callbacks",
+        "logger",
+        "paths",
+        "checkpoint",
+    ),
     *("strategy", "launch", "plan", "sweep", "run", "group", "resume", "seed", "vars", "eval"),
 )
 _AT_LEAST_ONE = (
@@ -107,7 +121,9 @@ def check_settings(config: dict[str, Any]) -> None:
     is_given, config = config, without_auto(config)
     problems = _find_unknown_keys(config)
     if is_given["data"].get("tokens_per_batch") == "auto" and config["data"].get("batch_size"):
-        problems.append("data.batch_size and data.tokens_per_batch=auto are both set; set one of them to null")
+        problems.append(
+            "data.batch_size and data.tokens_per_batch=auto are both set; set one of them to null"
+        )
     for group, schema in _GROUPS.items():
         problems += check_group(group, config[group], schema)
     for group in ("data", "lora", "launch", "loss"):
@@ -124,14 +140,20 @@ def check_settings(config: dict[str, Any]) -> None:
         problems.append(f"seed={seed} must be a whole number from 0 to 4294967295")
     problems += _find_optim_problems(config["optim"])
     for group in ("optim", "schedule"):
-        problems += find_argument_problems({key: value for key, value in config[group].items() if key != "clip_norm"}, group)
+        problems += find_argument_problems(
+            {key: value for key, value in config[group].items() if key != "clip_norm"}, group
+        )
     for group in ("callbacks", "logger"):
         for name, entry in (config[group] or {}).items():
             if entry is not None:
                 problems += find_argument_problems(entry, f"{group}.{name}")
     problems += _find_loss_problems(config["loss"])
     if problems:
-        raise ConfigError("\n  ".join(["these settings cannot be used:", *problems]) if len(problems) > 1 else problems[0])
+        raise ConfigError(
+            "\n  ".join(["these settings cannot be used:", *problems])
+            if len(problems) > 1
+            else problems[0]
+        )
 
 
 def _find_loss_problems(settings: dict[str, Any]) -> list[str]:
@@ -141,18 +163,25 @@ def _find_loss_problems(settings: dict[str, Any]) -> list[str]:
     if not missing:
         return []
     return [
-        f"loss._target_={settings['_target_']} takes {', '.join(missing)} for each token, which rows of data have not; "
-        "write its loop with lorakit.ServiceClient"
+        f"loss._target_={settings['_target_']} takes {', '.join(missing)} for each token, which"
+        " rows of data have not; write its loop with lorakit.ServiceClient"
     ]
 
 
 def _find_unknown_keys(config: dict[str, Any]) -> list[str]:
     """Keys that ``+key=value`` or a config of the user's brought in, and that nothing reads."""
     problems = []
-    for prefix, node, known in (("", config, _TOP_LEVEL), ("paths.", config["paths"], ("runs", "run"))):
+    for prefix, node, known in (
+        ("", config, _TOP_LEVEL),
+        ("paths.", config["paths"], ("runs", "run")),
+    ):
         for name in node.keys() - set(known):
             near = difflib.get_close_matches(name, set(known) - {"run"} if prefix else known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else "values of your own, for ${vars.…}, go below `vars`"
+            hint = (
+                f"did you mean {prefix}{near[0]}?"
+                if near
+                else "values of your own, for ${vars.…}, go below `vars`"
+            )
             if name == "experiment":
                 hint = "the first line of an experiment's file is `# @package _global_`"
             problems.append(f"unknown key {prefix}{name}; {hint}")
@@ -160,15 +189,25 @@ def _find_unknown_keys(config: dict[str, Any]) -> list[str]:
 
 
 def _find_range_problems(config: dict[str, Any]) -> list[str]:
-    flat = {f"{group}.{key}": value for group in (*_GROUPS, "launch") for key, value in config[group].items()}
+    flat = {
+        f"{group}.{key}": value
+        for group in (*_GROUPS, "launch")
+        for key, value in config[group].items()
+    }
     problems = [f"{key}={flat[key]} must be at least 1" for key in _AT_LEAST_ONE if flat[key] < 1]
     problems += [f"{key}={flat[key]} must be at least 0" for key in _AT_LEAST_ZERO if flat[key] < 0]
     if isinstance(rank := config["lora"].get("rank"), int) and rank < 1:
         problems.append(f"lora.rank={rank} must be at least 1")
     if flat["trainer.max_steps"] == 0 or flat["trainer.max_steps"] < -1:
-        problems.append(f"trainer.max_steps={flat['trainer.max_steps']} must be at least 1, or -1 for data.epochs")
+        problems.append(
+            f"trainer.max_steps={flat['trainer.max_steps']} must be at least 1, or -1 for"
+            " data.epochs"
+        )
     if flat["trainer.eval_every_steps"] is not None and flat["trainer.eval_every_steps"] < 1:
-        problems.append(f"trainer.eval_every_steps={flat['trainer.eval_every_steps']} must be at least 1, or null")
+        problems.append(
+            f"trainer.eval_every_steps={flat['trainer.eval_every_steps']} must be at least 1, or"
+            " null"
+        )
     return problems
 
 
@@ -179,14 +218,21 @@ def _find_optim_problems(optim: dict[str, Any]) -> list[str]:
         problems.append(f"optim.clip_norm={clip_norm} must be a number that is not negative")
     if lr == "auto":
         if "Adam" not in optim["_target_"]:
-            problems.append(f"optim.lr=auto is a rule for Adam and AdamW, not for {optim['_target_']}; set optim.lr")
+            problems.append(
+                f"optim.lr=auto is a rule for Adam and AdamW, not for {optim['_target_']}; set"
+                " optim.lr"
+            )
     elif isinstance(lr, bool) or not isinstance(lr, (int, float)) or lr < 0:
         problems.append(f"optim.lr={lr} must be a number that is not negative, or auto")
     return problems
 
 
-def find_argument_problems(settings: dict[str, Any], key: str, target: Callable[..., Any] | None = None) -> list[str]:
-    """Return which of ``settings`` the target does not take, or not with that type, each with the nearest right name."""
+def find_argument_problems(
+    settings: dict[str, Any], key: str, target: Callable[..., Any] | None = None
+) -> list[str]:
+    """Return which of ``settings`` the target does not take, or not with that type, each with
+    the nearest right name.
+    """
     target = target or import_target(settings["_target_"], key)
     parameters = inspect.signature(target).parameters
     is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -198,7 +244,9 @@ def find_argument_problems(settings: dict[str, Any], key: str, target: Callable[
         if name not in parameters and not is_open:
             near = difflib.get_close_matches(name, parameters, n=1)
             hint = f"; did you mean {key}.{near[0]}?" if near else ""
-            problems.append(f"unknown key {key}.{name}: {settings['_target_']} takes no such argument{hint}")
+            problems.append(
+                f"unknown key {key}.{name}: {settings['_target_']} takes no such argument{hint}"
+            )
         elif isinstance(value, dict) and "_target_" in value:
             problems += find_argument_problems(value, f"{key}.{name}")
         elif name in hints and (problem := _type_problem(value, hints[name])):
@@ -222,7 +270,10 @@ def check_group(group: str, settings: dict[str, Any], schema: type[msgspec.Struc
     for name, value in settings.items():
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1)
-            problems.append(f"unknown key {group}.{name}" + (f"; did you mean {group}.{near[0]}?" if near else ""))
+            problems.append(
+                f"unknown key {group}.{name}"
+                + (f"; did you mean {group}.{near[0]}?" if near else "")
+            )
         elif problem := _type_problem(value, hints[name]):
             problems.append(f"{group}.{name}={value}: {problem}")
     return problems
@@ -232,8 +283,15 @@ def _type_problem(value: Any, hint: Any) -> str | None:
     try:
         msgspec.convert(value, hint)
     except msgspec.ValidationError as error:
-        choices = [str(one) for part in (hint, *get_args(hint)) if get_origin(part) is Literal for one in get_args(part)]
-        return str(error).lower().replace("`", "") + (f"; choose one of {', '.join(choices)}" if choices else "")
+        choices = [
+            str(one)
+            for part in (hint, *get_args(hint))
+            if get_origin(part) is Literal
+            for one in get_args(part)
+        ]
+        return str(error).lower().replace("`", "") + (
+            f"; choose one of {', '.join(choices)}" if choices else ""
+        )
     except TypeError:  # a type that is not plain data: for its owner to check
         return None
     return None
@@ -249,5 +307,9 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     hints = {}
     for name, parameter in inspect.signature(function).parameters.items():
         with contextlib.suppress(Exception):
-            hints[name] = eval(parameter.annotation, known) if isinstance(parameter.annotation, str) else parameter.annotation
+            hints[name] = (
+                eval(parameter.annotation, known)
+                if isinstance(parameter.annotation, str)
+                else parameter.annotation
+            )
     return {name: hint for name, hint in hints.items() if hint is not inspect.Parameter.empty}

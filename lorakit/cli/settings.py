@@ -1,4 +1,6 @@
-"""Every key of ``lorakit train`` with its default and its meaning, read from the config files and their comments."""
+"""Every key of ``lorakit train`` with its default and its meaning, read from the config files
+and their comments.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,22 @@ class Choice:
 
 
 def read_choices() -> list[Choice]:
-    """All files that a run is composed of, groups in the order in which the config lists them. Presets have no settings here."""
+    """All files that a run is composed of, groups in the order in which the config lists them.
+    Presets have no settings here.
+    """
     root = conf_dir()
     top = yaml.safe_load((root / "train.yaml").read_text(encoding="utf-8"))
-    chosen = {group: name for entry in top["defaults"] if isinstance(entry, dict) for group, name in entry.items()}
+    chosen = {
+        group: name
+        for entry in top["defaults"]
+        if isinstance(entry, dict)
+        for group, name in entry.items()
+    }
     found = [read_choice(root / "train.yaml", "", is_default=True)]
     for group in (group for group in chosen if (root / group).is_dir()):
-        files = sorted((root / group).glob("*.yaml"), key=lambda file: (file.stem != chosen[group], file.stem))
+        files = sorted(
+            (root / group).glob("*.yaml"), key=lambda file: (file.stem != chosen[group], file.stem)
+        )
         found += [read_choice(file, group, is_default=file.stem == chosen[group]) for file in files]
     return found
 
@@ -51,10 +62,16 @@ def read_choice(path: Path, group: str, *, is_default: bool) -> Choice:
     """The settings of one file, with the comments that stand behind them."""
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
-    heading = [line.lstrip("# ") for line in lines[:2] if line.startswith("# ") and "@package" not in line]
+    heading = [
+        line.lstrip("# ") for line in lines[:2] if line.startswith("# ") and "@package" not in line
+    ]
     is_global = any("@package _global_" in line for line in lines[:1])
     node = yaml.compose(text)
-    settings = [] if group == "experiment" else list(_settings_of(node, lines, "" if is_global or not group else f"{group}."))
+    settings = (
+        []
+        if group == "experiment"
+        else list(_settings_of(node, lines, "" if is_global or not group else f"{group}."))
+    )
     return Choice(group, path.stem, is_default, heading[0] if heading else "", settings)
 
 
@@ -65,7 +82,11 @@ def _settings_of(node: Any, lines: list[str], prefix: str) -> Iterator[Setting]:
         name = key_node.value
         if name in _NOT_KEYS:
             continue
-        is_group = isinstance(value_node, yaml.MappingNode) and not value_node.flow_style and bool(value_node.value)
+        is_group = (
+            isinstance(value_node, yaml.MappingNode)
+            and not value_node.flow_style
+            and bool(value_node.value)
+        )
         end = key_node.end_mark if is_group else value_node.end_mark
         meaning = lines[end.line][end.column :].lstrip(": ")
         meaning = meaning.removeprefix("#").strip() if meaning.startswith("#") else ""
@@ -74,21 +95,24 @@ def _settings_of(node: Any, lines: list[str], prefix: str) -> Iterator[Setting]:
                 yield Setting(f"{prefix}{name}", "", meaning)
             yield from _settings_of(value_node, lines, f"{prefix}{name}.")
         else:
-            value = lines[value_node.start_mark.line][value_node.start_mark.column : value_node.end_mark.column]
+            value = lines[value_node.start_mark.line][
+                value_node.start_mark.column : value_node.end_mark.column
+            ]
             yield Setting(f"{prefix}{name}", value, meaning)
 
 
 def as_help(choices: list[Choice]) -> str:
-    """All keys as text: ``key=default  meaning``, and behind each group what else can be chosen for it."""
+    """All keys as text: ``key=default  meaning``, and behind each group what else can be chosen
+    for it.
+    """
     lines = ["settings, as key=default:"]
     shown: set[Setting] = set()
     for choice in choices:
         title = f"{choice.group}={choice.name}" if choice.group else ""
         if title:
-            lines += [
-                "",
-                f"{title}{' (default)' if choice.is_default else ''}{f': {choice.meaning}' if choice.meaning else ''}",
-            ]
+            default = " (default)" if choice.is_default else ""
+            meaning = f": {choice.meaning}" if choice.meaning else ""
+            lines += ["", f"{title}{default}{meaning}"]
         for setting in choice.settings:
             if setting in shown and not choice.is_default:
                 continue  # as in the default choice of the group
@@ -103,24 +127,46 @@ def as_page(choices: list[Choice]) -> str:
     lines = [
         "# Settings",
         "",
-        "Every key of `lorakit train`, `show`, `plan` and `launch`, made from [conf/](../conf) by `scripts/make_settings_page.py`. "
-        "A key is typed as `key=value`; a group's file is chosen as `group=name`.",
+        (
+            "Every key of `lorakit train`, `show`, `plan` and `launch`, made from [conf/](../conf)"
+            " by `scripts/make_settings_page.py`. A key is typed as `key=value`; a group's file is"
+            " chosen as `group=name`."
+        ),
     ]
     for choice in (choice for choice in choices if choice.group != "experiment"):
-        title = f"`{choice.group}={choice.name}`{' (default)' if choice.is_default else ''}" if choice.group else "Of the run"
+        title = (
+            f"`{choice.group}={choice.name}`{' (default)' if choice.is_default else ''}"
+            if choice.group
+            else "Of the run"
+        )
         lines += ["", f"## {title}"]
         lines += ["", choice.meaning] if choice.meaning else []
         if choice.settings:
             lines += ["", "| key | default | meaning |", "| --- | --- | --- |"]
         for setting in choice.settings:
-            cells = (f"`{setting.key}`", f"`{setting.default}`" if setting.default else "", setting.meaning)
+            cells = (
+                f"`{setting.key}`",
+                f"`{setting.default}`" if setting.default else "",
+                setting.meaning,
+            )
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    lines += ["", "## As others call it", "", "Of axolotl, LLaMA-Factory, TRL, transformers and PEFT; values may differ.", ""]
+    lines += [
+        "",
+        "## As others call it",
+        "",
+        "Of axolotl, LLaMA-Factory, TRL, transformers and PEFT; values may differ.",
+        "",
+    ]
     lines += ["| here | there |", "| --- | --- |"]
-    lines += [f"| `{key}` | {', '.join(f'`{name}`' for name in names)} |" for key, names in KNOWN_AS.items()]
+    lines += [
+        f"| `{key}` | {', '.join(f'`{name}`' for name in names)} |"
+        for key, names in KNOWN_AS.items()
+    ]
     presets = [choice for choice in choices if choice.group == "experiment"]
     lines += ["", "## Presets", "", "| preset | what it is |", "| --- | --- |"]
     lines += [
-        f"| [`experiment={choice.name}`](../conf/experiment/{choice.name}.yaml) | {choice.meaning} |" for choice in presets
+        f"| [`experiment={choice.name}`](../conf/experiment/{choice.name}.yaml) |"
+        f" {choice.meaning} |"
+        for choice in presets
     ]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,6 @@
-"""``lorakit show data.path=…``: examples with each token coloured by its weight, and the figures of the data set."""
+"""``lorakit show data.path=…``: examples with each token coloured by its weight, and the figures
+of the data set.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,21 @@ if TYPE_CHECKING:
 HELP = """\
 usage: lorakit show [-n N] [--html FILE] [key=value …]
 
-  lorakit show data.path=rows.jsonl model.path=…     first examples as `lorakit train` would train them
-  lorakit show -n 10 data.path=…                     ten of them (of each source, where there are several)
-  lorakit show --html rows.html data.path=…          as a page: every token, and images beside them
+  lorakit show data.path=rows.jsonl model.path=…  first examples as `lorakit train` would train them
+  lorakit show -n 10 data.path=…                  ten of them (of each source, if there are several)
+  lorakit show --html rows.html data.path=…       as a page: every token, and images beside them
 
-Green tokens are trained (weight 1), grey ones are read only (weight 0), yellow have another positive weight, red a negative one.
-Where the output has no colour, trained text stands in ⟦ ⟧, with the weight in front where that is not 1."""
+Green tokens are trained (weight 1), grey ones are read only (weight 0), yellow have another
+positive weight, red a negative one. Where the output has no colour, trained text stands in ⟦ ⟧,
+with the weight in front where that is not 1."""
 
 
 # Unicode has a picture of each control character; a line's end is shown and kept.
-_VISIBLE = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "␡", ord("\n"): "↵\n", ord("\t"): "→\t"}
+_VISIBLE = {code: chr(0x2400 + code) for code in range(0x20)} | {
+    0x7F: "␡",
+    ord("\n"): "↵\n",
+    ord("\t"): "→\t",
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -61,7 +68,10 @@ def show(config: DictConfig, count: int, page: Path | None) -> None:
     datamodule.check_rows()
     if is_unnamed:
         plain["model"]["path"] = "tiny-vl" if datamodule.has_images else "tiny"
-        console.print(f"model.path is not set: shown with the tokenizer of a bundled model, {plain['model']['path']}")
+        console.print(
+            "model.path is not set: shown with the tokenizer of a bundled model,"
+            f" {plain['model']['path']}"
+        )
     tokenizer = assemble.make_tokens(datamodule, plain["model"])
     if page:
         from lorakit.cli.show_page import as_page
@@ -81,24 +91,37 @@ def show(config: DictConfig, count: int, page: Path | None) -> None:
             console.rule(f"{where}  {len(example.tokens)} tokens", align="left", style="dim")
             console.print(colour(tokenizer, example, has_colour=console.color_system is not None))
             for number, image in enumerate(example.images, 1):
-                console.print(f"image {number}: {image.chunk.name}, {image.chunk.length} tokens", style="dim", markup=False)
+                console.print(
+                    f"image {number}: {image.chunk.name}, {image.chunk.length} tokens",
+                    style="dim",
+                    markup=False,
+                )
     console.rule(style="dim")
     print_data_report(datamodule, console, histogram=True)
 
 
-def first_examples(datamodule: LoRADataModule, num_rows: int) -> Iterator[tuple[str, Rendered | str]]:
-    """Yield where each example of the first rows stands, of each source in turn, and the example, or why there is none."""
+def first_examples(
+    datamodule: LoRADataModule, num_rows: int
+) -> Iterator[tuple[str, Rendered | str]]:
+    """Yield where each example of the first rows stands, of each source in turn, and the
+    example, or why there is none.
+    """
     from lorakit.errors import DataError
 
     examples, indices = datamodule.train_examples, datamodule.train_indices
     origins = examples.source.origins_of(indices)
-    firsts = [indices[origins == number][:num_rows] for number in range(max(len(datamodule.source_names), 1))]
+    firsts = [
+        indices[origins == number][:num_rows]
+        for number in range(max(len(datamodule.source_names), 1))
+    ]
     for index in (int(index) for rows in firsts for index in rows):
         where = examples.source.where(index)
         try:
             found = examples.rendered(index)
             if examples.images is not None:
-                examples.images.encode([image.chunk for example in found for image in example.images])
+                examples.images.encode(
+                    [image.chunk for example in found for image in example.images]
+                )
             yield from ((where, example) for example in found)
         except DataError as error:
             if examples.on_error == "raise":
@@ -107,7 +130,9 @@ def first_examples(datamodule: LoRADataModule, num_rows: int) -> Iterator[tuple[
 
 
 def colour(tokenizer: Any, example: Rendered, *, has_colour: bool = True) -> Text:
-    """Return the text of ``example``, each run of equal weight in its colour or in brackets; what cannot be seen is marked."""
+    """Return the text of ``example``, each run of equal weight in its colour or in brackets;
+    what cannot be seen is marked.
+    """
     from rich.text import Text
 
     text = Text()
@@ -131,7 +156,9 @@ def colour(tokenizer: Any, example: Rendered, *, has_colour: bool = True) -> Tex
 
 def decode(tokenizer: Any, tokens: list[int]) -> str:
     """The text of ``tokens``, with a picture for each character that cannot be seen."""
-    text: str = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text: str = tokenizer.decode(
+        tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
     return text.translate(_VISIBLE)
 
 

@@ -27,7 +27,9 @@ from lorakit.sweep.study import Study, Trial, last_value, open_study, seed_of
 from lorakit.weights.run import History, flatten
 
 PACKAGE = (
-    "hydra_plugins.lorakit"  # the name under which Hydra knows this module: it takes no sweeper from outside of hydra_plugins
+    # the name under which Hydra knows this module: it takes no sweeper from outside of
+    # hydra_plugins
+    "hydra_plugins.lorakit"
 )
 TRIES = 3  # that may fail alike at the start of a sweep
 _OF_ONE_RUN = ("run", "resume", "sweep.trial")
@@ -43,10 +45,14 @@ class _Sweeper(Sweeper):
 
     schema: type[Any]
 
-    def __init__(self, params: dict[str, str] | None = None, max_batch_size: int | None = None) -> None:
+    def __init__(
+        self, params: dict[str, str] | None = None, max_batch_size: int | None = None
+    ) -> None:
         self.params = params or {}
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         """Take what Hydra has composed."""
         self.hydra_context, self.config = hydra_context, config
         self._launcher = Plugins.instance().instantiate_launcher(
@@ -54,22 +60,34 @@ class _Sweeper(Sweeper):
         )
 
     def prepare(self, arguments: list[str]) -> tuple[dict[str, Any], Space, list[Override]]:
-        """Return (the config without what is chosen, the space, the other overrides). Raises ConfigError."""
+        """Return (the config without what is chosen, the space, the other overrides). Raises
+        ConfigError.
+        """
         plain: Any = OmegaConf.to_container(self.config, resolve=False)
         if problems := check_group("sweep", plain["sweep"], self.schema):
             raise ConfigError(report("these settings cannot be used:", problems))
         if plain["sweep"]["direction"] not in ("minimize", "maximize"):
-            raise ConfigError(f"sweep.direction={plain['sweep']['direction']}: minimize or maximize")
+            raise ConfigError(
+                f"sweep.direction={plain['sweep']['direction']}: minimize or maximize"
+            )
         if plain["sweep"]["trials"] < 1:
             raise ConfigError(f"sweep.trials={plain['sweep']['trials']} must be at least 1")
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        parsed = parser.parse_overrides([*(f"{key}={value}" for key, value in self.params.items()), *arguments])
-        overrides = {override.get_key_element(): override for override in parsed}  # the last one counts
-        space = {key: to_space(override) for key, override in overrides.items() if override.is_sweep_override()}
+        parsed = parser.parse_overrides(
+            [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
+        )
+        # the last one counts
+        overrides = {override.get_key_element(): override for override in parsed}
+        space = {
+            key: to_space(override)
+            for key, override in overrides.items()
+            if override.is_sweep_override()
+        }
         if not space:
             raise ConfigError(
-                "there is nothing to choose: give ranges or values, as in 'optim.lr=tag(log,interval(1e-5,1e-3))' lora.rank=8,16,32"
+                "there is nothing to choose: give ranges or values, as in"
+                " 'optim.lr=tag(log,interval(1e-5,1e-3))' lora.rank=8,16,32"
             )
         fixed = [
             override
@@ -102,7 +120,11 @@ class OptunaSweeper(_Sweeper):
         try:
             self._run_trials(study, space, fixed)
         except (KeyboardInterrupt, SystemExit):
-            print(f"the sweep goes on with the same command and group={study.folder.name} resume=true", flush=True)
+            print(
+                f"the sweep goes on with the same command and group={study.folder.name}"
+                " resume=true",
+                flush=True,
+            )
             raise
         _print_end(study)
 
@@ -112,15 +134,20 @@ class OptunaSweeper(_Sweeper):
             chosen = [f"{key}={entry.suggest(trial.trial, key)}" for key, entry in space.items()]
             begun = " goes on" if trial.is_resumed else ""
             print(f"trial {trial.number} of {total}{begun}: {' '.join(chosen)}", flush=True)
-            if not ((run := study.run_of(trial.number)) and run.is_finished):  # a worker died between its end and its entry
-                self._launch(trial, [*fixed, *chosen, quote_path(f"run={study.folder.name}"), "resume=auto"])
+            # a worker died between its end and its entry
+            if not ((run := study.run_of(trial.number)) and run.is_finished):
+                self._launch(
+                    trial, [*fixed, *chosen, quote_path(f"run={study.folder.name}"), "resume=auto"]
+                )
             said, best = study.close_trial(trial), study.best()
             best_yet = f"; best: trial {best.number}, {best.value:.4f}" if best else ""
             print(f"trial {trial.number} of {total}: {said}{best_yet}", flush=True)
             _stop_if_none_can_work(study, trial.number)
 
     def _launch(self, trial: Trial, overrides: Sequence[str]) -> None:
-        results = self._launcher.launch([[*overrides, f"sweep.trial={trial.number}"]], initial_job_idx=trial.number)
+        results = self._launcher.launch(
+            [[*overrides, f"sweep.trial={trial.number}"]], initial_job_idx=trial.number
+        )
         for result in results:
             _ = result.return_value  # raises what Hydra itself refused
 
@@ -136,20 +163,29 @@ class WandbSweeper(_Sweeper):
         from lorakit.sweep.wandb_file import write_sweep_file
 
         plain, space, others = self.prepare(arguments)
-        fixed = [as_typed(override) for override in others if override.get_key_element().split(".")[0] != "sweep"]
+        fixed = [
+            as_typed(override)
+            for override in others
+            if override.get_key_element().split(".")[0] != "sweep"
+        ]
         path = write_sweep_file(self.folder(), plain, space, fixed)
         project = ((plain["logger"] or {}).get("wandb") or {}).get("project")
         project = resolve_project(project)
         print(f"written {path}; W&B's server chooses, so it wants a key:")
         print(f"  wandb sweep --project {shlex.quote(project)} {shlex.quote(str(path))}")
-        print("  wandb agent …      # the line that it prints, on each machine that shall work at it, in this folder")
+        print(
+            "  wandb agent …      # the line that it prints, on each machine that shall work at it,"
+            " in this folder"
+        )
 
 
 def register() -> None:
     """Tell Hydra of the sweepers."""
     plugins, parent = Plugins.instance(), PACKAGE.partition(".")[0]
     if importlib.util.find_spec(parent) is None:  # no other plugin is installed
-        sys.modules[parent] = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(parent, None, is_package=True))
+        sys.modules[parent] = importlib.util.module_from_spec(
+            importlib.machinery.ModuleSpec(parent, None, is_package=True)
+        )
     sys.modules[PACKAGE] = sys.modules[__name__]
     for kind in (OptunaSweeper, WandbSweeper):
         kind.__module__ = PACKAGE
@@ -175,12 +211,14 @@ def to_space(override: Override) -> Choice | Range:
 def _refuse_elsewhere(plain: dict[str, Any]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            "sweep=optuna starts the processes of each trial itself: leave torchrun out, and set trainer.devices=N"
+            "sweep=optuna starts the processes of each trial itself: leave torchrun out, and set"
+            " trainer.devices=N"
         )
     if plain["launch"]["_target_"].endswith("SlurmJob"):
         raise ConfigError(
-            "sweep=optuna chooses a trial when the one before it has ended, so none can wait in a queue: put the command itself into a "
-            "job, or, with sweep.storage=journal and resume=auto, into each job of an array"
+            "sweep=optuna chooses a trial when the one before it has ended, so none can wait in a"
+            " queue: put the command itself into a job, or, with sweep.storage=journal and"
+            " resume=auto, into each job of an array"
         )
 
 
@@ -192,11 +230,18 @@ def _open(plain: dict[str, Any], space: Space, folder: Path) -> Study:
         raise ConfigError(f"resume={plain['resume']} is unknown; choose true, false or auto")
     settings = plain["sweep"]
     if settings["storage"] not in ("sqlite", "journal"):
-        raise ConfigError(f"sweep.storage={settings['storage']}: sqlite for one worker, journal for several")
+        raise ConfigError(
+            f"sweep.storage={settings['storage']}: sqlite for one worker, journal for several"
+        )
     for name in ("sampler", "pruner"):
         if settings[name] is not None:
             build(settings[name], f"sweep.{name}")  # refused before anything is written
-    seeded = "seed" in inspect.signature(import_target(settings["sampler"]["_target_"], "sweep.sampler")).parameters
+    seeded = (
+        "seed"
+        in inspect.signature(
+            import_target(settings["sampler"]["_target_"], "sweep.sampler")
+        ).parameters
+    )
 
     def build_sampler(number: int) -> Any:
         seed = {"seed": seed_of(plain["seed"], number)} if seeded else {}
@@ -207,18 +252,33 @@ def _open(plain: dict[str, Any], space: Space, folder: Path) -> Study:
     same = {
         key: str(value)
         for key, value in flatten(plain).items()
-        if not key.startswith((*FREE_KEYS, "hydra.")) and key not in space and not key.startswith(swept)
+        if not key.startswith((*FREE_KEYS, "hydra."))
+        and key not in space
+        and not key.startswith(swept)
     }
     chosen = {key: str(entry) for key, entry in space.items()}
     return open_study(
-        folder, Path(plain["paths"]["runs"]).expanduser(), storage=settings["storage"], metric=settings["metric"],
-        direction=settings["direction"], num_trials=settings["trials"], resume=plain["resume"], build_sampler=build_sampler,
-        settings={**chosen, **same, "sweep.metric": settings["metric"], "sweep.direction": settings["direction"]},
-    )  # fmt: skip
+        folder,
+        Path(plain["paths"]["runs"]).expanduser(),
+        storage=settings["storage"],
+        metric=settings["metric"],
+        direction=settings["direction"],
+        num_trials=settings["trials"],
+        resume=plain["resume"],
+        build_sampler=build_sampler,
+        settings={
+            **chosen,
+            **same,
+            "sweep.metric": settings["metric"],
+            "sweep.direction": settings["direction"],
+        },
+    )
 
 
 def _try_sampler(build_sampler: Callable[[int], Any], space: Space) -> None:
-    """Raise ConfigError where the sampler cannot choose from ``space``, for want of a library, say."""
+    """Raise ConfigError where the sampler cannot choose from ``space``, for want of a library,
+    say.
+    """
     import optuna
 
     try:
@@ -234,23 +294,37 @@ def _stop_if_none_can_work(study: Study, number: int) -> None:
 
     Raises:
         ConfigError: it has no such figure as the sweep's.
-        LorakitError: the first trials have failed before a step, and all for the same reason: so will the others.
+        LorakitError: the first trials have failed before a step, and all for the same reason: so
+            will the others.
     """
     run = study.run_of(number)
     if run and run.is_finished and last_value(run, study.metric) is None:
-        figures = sorted({key for record in History(run.folder).read() for key in record} - {"step", "epoch"})
-        raise ConfigError(f"sweep.metric={study.metric}: {run.name} has no such figure; there are: {', '.join(figures)}")
-    runs = [run for at in range(TRIES) if (run := study.run_of(at)) and run.state == "failed" and not run.last_step[0]]
+        figures = sorted(
+            {key for record in History(run.folder).read() for key in record} - {"step", "epoch"}
+        )
+        raise ConfigError(
+            f"sweep.metric={study.metric}: {run.name} has no such figure; there are:"
+            f" {', '.join(figures)}"
+        )
+    runs = [
+        run
+        for at in range(TRIES)
+        if (run := study.run_of(at)) and run.state == "failed" and not run.last_step[0]
+    ]
     errors = {run.info.get("error") for run in runs}
     if len(runs) == TRIES == study.num_ended() and len(errors) == 1:
         raise LorakitError(
-            f"the first {TRIES} trials have failed alike, so the sweep ends; mend it and choose another group=NAME"
+            f"the first {TRIES} trials have failed alike, so the sweep ends; mend it and choose"
+            " another group=NAME"
         )
 
 
 def _print_end(study: Study) -> None:
     if best := study.best():
         chosen = " ".join(f"{key}={value}" for key, value in best.params.items())
-        print(f"best: {study.folder.name}-{best.number} with {study.metric} {best.value:.4f}: {chosen}")
+        print(
+            f"best: {study.folder.name}-{best.number} with {study.metric} {best.value:.4f}:"
+            f" {chosen}"
+        )
     if count := study.num_left():
         print(f"other workers are still at {count} trials")

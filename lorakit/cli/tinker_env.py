@@ -1,4 +1,6 @@
-"""``lorakit tinker-env``: the variables with which a program for the tinker SDK runs against this machine's server."""
+"""``lorakit tinker-env``: the variables with which a program for the tinker SDK runs against
+this machine's server.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,12 @@ from lorakit.errors import ConfigError
 
 def main(arguments: list[str]) -> None:
     """Print ``export`` lines for a shell."""
-    parser = argparse.ArgumentParser(prog="lorakit tinker-env", description='Print variables: eval "$(lorakit tinker-env)"')
-    parser.add_argument("--data", default="runs/serve", help="the server's folder (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="lorakit tinker-env", description='Print variables: eval "$(lorakit tinker-env)"'
+    )
+    parser.add_argument(
+        "--data", default="runs/serve", help="the server's folder (default: %(default)s)"
+    )
     parser.add_argument("--url", help="where the server is reached, if not where it listens")
     options = parser.parse_args(arguments)
     folder = Path(options.data).expanduser().absolute()
@@ -24,7 +30,10 @@ def main(arguments: list[str]) -> None:
         served = json.loads((folder / ADDRESS_FILE).read_text(encoding="utf-8"))
         key = (folder / KEY_FILE).read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} is not the folder of a server: {error}; give --data as `lorakit serve` has it") from error
+        raise ConfigError(
+            f"{folder} is not the folder of a server: {error}; give --data as `lorakit serve`"
+            " has it"
+        ) from error
     home = seed_cache(folder / "huggingface", served["models"])
     variables = {
         "TINKER_BASE_URL": options.url or served["url"],
@@ -38,9 +47,11 @@ def main(arguments: list[str]) -> None:
 
 
 def seed_cache(home: Path, models: dict[str, str]) -> Path:
-    """Make ``home`` a cache of the hub in which each served model lies under the name that programs use, by links.
+    """Make ``home`` a cache of the hub in which each served model lies under the name that programs
+    use, by links.
 
-    The SDK loads tokenizers by the model's name, wherever the program runs. What the user's own cache has is linked as well.
+    The SDK loads tokenizers by the model's name, wherever the program runs. What the user's own
+    cache has is linked as well.
     """
     from lorakit.model.load import resolve_model_path
 

@@ -1,4 +1,6 @@
-"""``lorakit train``: compose, check, plan, then train. A bad row or a wrong key costs seconds, not a download."""
+"""``lorakit train``: compose, check, plan, then train. A bad row or a wrong key costs seconds,
+not a download.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,12 @@ usage: lorakit train [key=value …] [--config-dir DIR] [-m] [--cfg job]
   lorakit train experiment=chat_sft model.path=… data.path=…
   lorakit train … resume=true                            go on with the newest unfinished run
   lorakit train … -m optim.lr=1e-4,3e-4 lora.rank=8,32   a sweep: every combination
-  lorakit train … sweep=optuna 'optim.lr=tag(log,interval(1e-5,1e-3))'   trials chosen by Optuna; sweep=wandb: a file for W&B
+  lorakit train … sweep=optuna 'optim.lr=tag(log,interval(1e-5,1e-3))'   trials chosen by Optuna
+  lorakit train … sweep=wandb …                          write a sweep's file for W&B
   lorakit train … --cfg job                              print the config that these arguments make
 
-Values of path keys are taken verbatim: spaces, commas, quotes and = need no escape, so a comma in them makes no sweep."""
+Values of path keys are taken verbatim: spaces, commas, quotes and = need no escape, so a comma in
+them makes no sweep."""
 
 
 def main(arguments: list[str]) -> None:
@@ -40,10 +44,15 @@ def main(arguments: list[str]) -> None:
 
         print(f"{HELP}\n\n{as_help(read_choices())}")
         return
-    program = "torchrun … -m lorakit" if "TORCHELASTIC_RUN_ID" in os.environ else "lorakit"  # started by whoever typed that
+    # started by whoever typed that
+    program = "torchrun … -m lorakit" if "TORCHELASTIC_RUN_ID" in os.environ else "lorakit"
     command = f"{program} train {shlex.join(arguments)}".rstrip()
     if is_demo(arguments) and "RANK" not in os.environ:
-        print("lorakit: neither model.path nor data.path is set: this is the demo, experiment=pig_latin", file=sys.stderr)
+        print(
+            "lorakit: neither model.path nor data.path is set: this is the demo,"
+            " experiment=pig_latin",
+            file=sys.stderr,
+        )
     only_shows = {"--cfg", "-c", "--info", "-i"} & {text.split("=")[0] for text in arguments}
     if _value_of("sweep", arguments) not in ("", "grid") and not only_shows:
         arguments = [*arguments, "-m"]
@@ -64,8 +73,14 @@ def main(arguments: list[str]) -> None:
 
 
 def _value_of(key: str, arguments: list[str]) -> str:
-    """What ``arguments`` set ``key`` to, the last one as Hydra takes it; nothing where they do not."""
-    found = [text.partition("=")[2] for text in arguments if re.match(rf"\+{{0,2}}{re.escape(key)}=", text)]
+    """What ``arguments`` set ``key`` to, the last one as Hydra takes it; nothing where they do
+    not.
+    """
+    found = [
+        text.partition("=")[2]
+        for text in arguments
+        if re.match(rf"\+{{0,2}}{re.escape(key)}=", text)
+    ]
     return found[-1] if found else ""
 
 
@@ -75,7 +90,9 @@ def _name_of_sweep(arguments: list[str]) -> str:
         return named
     goes_on = _value_of("resume", arguments) in ("true", "auto")
     if goes_on and _value_of("sweep", arguments) != "optuna":
-        raise ConfigError("a sweep goes on by its name: add group=NAME (runs/NAME-0 is its first run)")
+        raise ConfigError(
+            "a sweep goes on by its name: add group=NAME (runs/NAME-0 is its first run)"
+        )
     if goes_on:
         root = Path(_value_of("paths.runs", arguments) or "runs").expanduser() / ".sweep"
         files = sorted(root.glob("*/optuna.*"), key=lambda path: path.stat().st_mtime)
@@ -85,14 +102,17 @@ def _name_of_sweep(arguments: list[str]) -> str:
 
 
 def train(config: DictConfig, *, command: str = "") -> None:
-    """Hydra's task: one run. Raises KeyboardInterrupt or SystemExit behind a run that a signal ended, so that a sweep ends too."""
+    """Hydra's task: one run. Raises KeyboardInterrupt or SystemExit behind a run that a signal
+    ended, so that a sweep ends too.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     hydra = HydraConfig.get()
     plain = to_plain(config)  # before what takes seconds to import
     is_sweep = hydra.mode is RunMode.MULTIRUN
-    if not is_sweep and hydra.runtime.choices.get("launch") != "slurm":  # whose nodes may have other files
+    # whose nodes may have other files
+    if not is_sweep and hydra.runtime.choices.get("launch") != "slurm":
         _check_paths(plain)
     from lorakit.cli.jobs import mark_failed, was_finished
     from lorakit.cli.schema import check_settings
@@ -102,7 +122,12 @@ def train(config: DictConfig, *, command: str = "") -> None:
     elif plain["sweep"] is not None:
         raise ConfigError("this is a sweep, of many runs: add -m")
     experiment = str(hydra.runtime.choices.get("experiment") or "run")
-    job: dict[str, Any] = {"config": plain, "experiment": experiment, "command": command, "overrides": typed_overrides()}
+    job: dict[str, Any] = {
+        "config": plain,
+        "experiment": experiment,
+        "command": command,
+        "overrides": typed_overrides(),
+    }
     try:
         if is_sweep and was_finished(plain):
             print(f"{plain['run']} is finished", flush=True)
@@ -122,7 +147,9 @@ def train(config: DictConfig, *, command: str = "") -> None:
 
 
 def _check_paths(plain: dict[str, Any]) -> None:
-    """Tell of misspelt rows within a second, not behind the imports. What is wrong with the settings themselves is told later."""
+    """Tell of misspelt rows within a second, not behind the imports. What is wrong with the
+    settings themselves is told later.
+    """
     from lorakit.data.sources import check_paths, read_mixed
 
     data, sources = plain["data"], plain["data"].get("sources")
@@ -131,7 +158,9 @@ def _check_paths(plain: dict[str, Any]) -> None:
         return
     mixed = [entry.path for entry in read_mixed(sources)] if isinstance(sources, list) else []
     check_paths(
-        path for path in (data["path"], *mixed, data["val_path"], plain["eval"]["retain_path"]) if isinstance(path, str)
+        path
+        for path in (data["path"], *mixed, data["val_path"], plain["eval"]["retain_path"])
+        if isinstance(path, str)
     )
 
 
@@ -149,11 +178,15 @@ def _start(plain: dict[str, Any], job: dict[str, Any]) -> None:
         from lorakit.weights.run import free_name
 
         if plain["launch"]["max_restarts"] and not (plain["run"] or plain["resume"]):
-            plain["run"] = free_name(Path(plain["paths"]["runs"]).expanduser(), job["experiment"])  # for who is started again
+            # for who is started again
+            plain["run"] = free_name(Path(plain["paths"]["runs"]).expanduser(), job["experiment"])
         run_here(job, num_devices(plain), max_restarts=plain["launch"]["max_restarts"])
         return
-    outcome = train_run(plain, experiment=job["experiment"], command=job["command"], overrides=job["overrides"])
-    leave_if_interrupted(outcome.interrupt)  # nothing is returned: Hydra would keep every job's model
+    outcome = train_run(
+        plain, experiment=job["experiment"], command=job["command"], overrides=job["overrides"]
+    )
+    # nothing is returned: Hydra would keep every job's model
+    leave_if_interrupted(outcome.interrupt)
 
 
 def leave_if_interrupted(signum: int | None) -> None:
@@ -171,19 +204,23 @@ _MEANT = {
 
 
 def to_plain(config: DictConfig) -> dict[str, Any]:
-    """The config as plain values, interpolations resolved. Raises ConfigError for a key that is still ``???``."""
+    """The config as plain values, interpolations resolved. Raises ConfigError for a key that is
+    still ``???``.
+    """
     from omegaconf import OmegaConf
 
     from lorakit.weights.run import RUN_FOLDER
 
-    free: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # a copy without Hydra's struct flag
+    # a copy without Hydra's struct flag
+    free: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     free.paths.run = RUN_FOLDER
     if free.data.sources is not None and OmegaConf.is_missing(free.data, "path"):
         free.data.path = None
     missing = sorted(OmegaConf.missing_keys(free))
     if missing:
         raise ConfigError(
-            "these keys have no default and must be set: " + ", ".join(_MEANT.get(key, f"{key}=…") for key in missing)
+            "these keys have no default and must be set: "
+            + ", ".join(_MEANT.get(key, f"{key}=…") for key in missing)
         )
     plain: Any = OmegaConf.to_container(free, resolve=True)
     return plain

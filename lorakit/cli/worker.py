@@ -1,4 +1,6 @@
-"""One process of several: the run that the job file describes. ``lorakit train`` starts it; torchrun gives it its rank."""
+"""One process of several: the run that the job file describes. ``lorakit train`` starts it;
+torchrun gives it its rank.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ def main(arguments: list[str]) -> None:
     from lorakit.cli.training_run import train_run
 
     job = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-    outcome = train_run(job["config"], experiment=job["experiment"], command=job["command"], overrides=job["overrides"])
+    outcome = train_run(
+        job["config"],
+        experiment=job["experiment"],
+        command=job["command"],
+        overrides=job["overrides"],
+    )
     leave_if_interrupted(outcome.interrupt)
 
 

@@ -1,4 +1,6 @@
-"""Tools and their calls in a conversation: arguments as an object or as JSON, in the form that the model's template writes."""
+"""Tools and their calls in a conversation: arguments as an object or as JSON, in the form that
+the model's template writes.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ def find_arguments_problem(call: dict[str, Any]) -> str | None:
     """What is wrong with the arguments of one of ``tool_calls``, or None."""
     function = _function_of(call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        return f"`tool_calls` holds {json.dumps(call)[:80]}, which is no call: a function has a `name` and `arguments`"
+        return (
+            f"`tool_calls` holds {json.dumps(call)[:80]}, which is no call: a function has a `name`"
+            " and `arguments`"
+        )
     arguments = function.get("arguments")
     if isinstance(arguments, str) and arguments:
         try:
@@ -32,7 +37,9 @@ def find_arguments_problem(call: dict[str, Any]) -> str | None:
         except ValueError as error:
             return f"the arguments of {function['name']} are a text that is not JSON: {error}"
     return (
-        None if isinstance(arguments, dict | None) or arguments == "" else f"the arguments of {function['name']} are no object"
+        None
+        if isinstance(arguments, dict | None) or arguments == ""
+        else f"the arguments of {function['name']} are no object"
     )
 
 
@@ -58,12 +65,22 @@ def with_arguments(messages: list[Message], *, as_text: bool) -> list[Message]:
 
 
 def is_written_by_python(text: str, without_calls: str, messages: list[Message]) -> bool:
-    """Whether ``text`` has arguments as Python prints a dict, which is no JSON: its template wanted them as text.
+    """Whether ``text`` has arguments as Python prints a dict, which is no JSON: its template wanted
+    them as text.
 
-    ``without_calls`` is the same conversation without its calls, whose messages may well quote such a dict.
+    ``without_calls`` is the same conversation without its calls, whose messages may well quote such
+    a dict.
     """
-    arguments = [_function_of(call).get("arguments") for message in messages for call in message.get("tool_calls") or ()]
-    printed = [repr(found) for found in arguments if found and repr(found) != json.dumps(found, ensure_ascii=False)]
+    arguments = [
+        _function_of(call).get("arguments")
+        for message in messages
+        for call in message.get("tool_calls") or ()
+    ]
+    printed = [
+        repr(found)
+        for found in arguments
+        if found and repr(found) != json.dumps(found, ensure_ascii=False)
+    ]
     return any(text.count(found) > without_calls.count(found) for found in printed)
 
 
@@ -75,6 +92,10 @@ def _with_arguments(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
     function = _function_of(call)
     given = function.get("arguments") or {}
     as_object = (json.loads(given) if isinstance(given, str) else given) or {}
-    arguments = (given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)) if as_text else as_object
+    arguments = (
+        (given if isinstance(given, str) else json.dumps(given, ensure_ascii=False))
+        if as_text
+        else as_object
+    )
     changed = {**function, "arguments": arguments}
     return {**call, "function": changed} if "function" in call else changed

@@ -18,18 +18,24 @@ if TYPE_CHECKING:
 
 
 def collate(
-    rows: Sequence[Sequence[Datum]], pad_token_id: int, images: ImageEncoder | None = None, *, are_pairs: bool = False
+    rows: Sequence[Sequence[Datum]],
+    pad_token_id: int,
+    images: ImageEncoder | None = None,
+    *,
+    are_pairs: bool = False,
 ) -> Batch:
     """Return the Batch of ``rows``, each a list of Datums laid end to end and padded on the right.
 
     Raises:
-        DataError: an image cannot be decoded, or takes another number of positions than its chunk says.
+        DataError: an image cannot be decoded, or takes another number of positions than its chunk
+            says.
 
     Args:
         are_pairs: each two Datums are a pair, the better answer first.
 
-    Padding has weight 0 and can change nothing: attention is causal, so no token sees what stands to its right. Rows with
-    several Datums get ``position_ids`` that restart with each; the padding counts as a document of its own.
+    Padding has weight 0 and can change nothing: attention is causal, so no token sees what stands
+    to its right. Rows with several Datums get ``position_ids`` that restart with each; the padding
+    counts as a document of its own.
     """
     import torch
 
@@ -42,17 +48,27 @@ def collate(
     # Several targets per position: a Datum with fewer than another has further ones of weight 0.
     widths = {datum.targets.shape[1:] for row in rows for datum in row}
     target_shape = (*shape, *max(widths))
-    inputs, targets = np.full(shape, pad_token_id, np.int64), np.full(target_shape, pad_token_id, np.int64)
-    weights, extras = np.zeros(target_shape, np.float32), {name: np.zeros(shape, np.float32) for name in names}
+    inputs, targets = (
+        np.full(shape, pad_token_id, np.int64),
+        np.full(target_shape, pad_token_id, np.int64),
+    )
+    weights, extras = (
+        np.zeros(target_shape, np.float32),
+        {name: np.zeros(shape, np.float32) for name in names},
+    )
     positions = np.zeros(shape, np.int64)
     spans: list[tuple[int, int, int]] = []
     for number, row in enumerate(rows):
         start = 0
         for datum in row:
             end = start + len(datum)
-            inputs[number, start:end] = images.tokens(datum.model_input) if images else datum.model_input.to_ints()
+            inputs[number, start:end] = (
+                images.tokens(datum.model_input) if images else datum.model_input.to_ints()
+            )
             choices = _choices(datum, len(target_shape) > 2)
-            targets[number, start:end][choices], weights[number, start:end][choices] = _columns(datum, len(target_shape) > 2)
+            targets[number, start:end][choices], weights[number, start:end][choices] = _columns(
+                datum, len(target_shape) > 2
+            )
             positions[number, start:end] = _count_up(len(datum), np.int64)
             for name in names:
                 extras[name][number, start:end] = datum.loss_fn_inputs[name]
@@ -60,7 +76,13 @@ def collate(
             start = end
         positions[number, start:] = _count_up(length - start, np.int64)
     is_packed = len(spans) > len(rows)
-    encoded = images.encode([image for row in rows for datum in row for image in datum.model_input.images]) if images else []
+    encoded = (
+        images.encode(
+            [image for row in rows for datum in row for image in datum.model_input.images]
+        )
+        if images
+        else []
+    )
     if images and encoded:
         places = positions if is_packed else np.broadcast_to(_count_up(length, np.int64), shape)
         positions = np.stack([places, *_grid_positions(rows, positions, images, encoded)])
@@ -72,16 +94,23 @@ def collate(
         spans=tuple(spans),
         extras={name: torch.from_numpy(array) for name, array in extras.items()},
         images=stack_images(encoded) if encoded else None,
-        num_images=tuple(len(datum.model_input.images) for row in rows for datum in row) if encoded else (),
+        num_images=(
+            tuple(len(datum.model_input.images) for row in rows for datum in row) if encoded else ()
+        ),
         num_pairs=len(spans) // 2 if are_pairs else 0,
         origins=tuple(datum.origin for row in rows for datum in row if datum.origin is not None),
     )
 
 
 def _grid_positions(
-    rows: Sequence[Sequence[Datum]], positions_BL: np.ndarray, images: ImageEncoder, encoded: Sequence[EncodedImage]
+    rows: Sequence[Sequence[Datum]],
+    positions_BL: np.ndarray,
+    images: ImageEncoder,
+    encoded: Sequence[EncodedImage],
 ) -> np.ndarray:
-    """Time, height and width of each position, (3, B, L), from 0 in each Datum as ``positions_BL``, which padding keeps."""
+    """Time, height and width of each position, (3, B, L), from 0 in each Datum as
+    ``positions_BL``, which padding keeps.
+    """
     found, rest = np.stack([positions_BL] * 3), iter(encoded)
     for number, row in enumerate(rows):
         start = 0
@@ -109,11 +138,16 @@ def _choices(datum: Datum, several: bool) -> tuple[slice, ...]:
 def _columns(datum: Datum, several: bool) -> tuple[np.ndarray, np.ndarray]:
     """A Datum's targets and weights, with a second dimension where the batch has one."""
     targets, weights = datum.targets.to_numpy(), datum.weights.to_numpy()
-    return (targets[:, None], weights[:, None]) if several and targets.ndim == 1 else (targets, weights)
+    return (
+        (targets[:, None], weights[:, None])
+        if several and targets.ndim == 1
+        else (targets, weights)
+    )
 
 
 def join(batches: Sequence[Batch], pad_token_id: int) -> Batch:
-    """Return the rows of all ``batches`` as one, without what only a loss needs: padded to the longest, and to the most targets.
+    """Return the rows of all ``batches`` as one, without what only a loss needs: padded to the
+    longest, and to the most targets.
 
     Rows of several Datums cannot be joined.
     """
@@ -141,11 +175,20 @@ def join(batches: Sequence[Batch], pad_token_id: int) -> Batch:
         input_ids=torch.cat([pad(batch.input_ids, pad_token_id, False) for batch in batches]),
         targets=torch.cat([pad(batch.targets, pad_token_id, width > 0) for batch in batches]),
         weights=torch.cat([pad(batch.weights, 0.0, width > 0) for batch in batches]),
-        position_ids=torch.cat([_positions_of(batch, length) for batch in batches], dim=1) if shown else None,
+        position_ids=(
+            torch.cat([_positions_of(batch, length) for batch in batches], dim=1) if shown else None
+        ),
         spans=tuple(spans),
-        images=Images(*(torch.cat(parts) for parts in zip(*((i.patches_PD, i.grids_N3) for i in shown), strict=True)))
-        if shown
-        else None,
+        images=(
+            Images(
+                *(
+                    torch.cat(parts)
+                    for parts in zip(*((i.patches_PD, i.grids_N3) for i in shown), strict=True)
+                )
+            )
+            if shown
+            else None
+        ),
     )
 
 
@@ -160,13 +203,18 @@ def _positions_of(batch: Batch, length: int) -> torch.Tensor:
 
 
 def idle_batch(pad_token_id: int) -> Batch:
-    """Return a batch of one position that trains nothing: a process without a batch must still take part in the step."""
-    no_token = Datum(ModelInput.from_ints([pad_token_id]), {"target_tokens": [pad_token_id], "weights": [0.0]})
+    """Return a batch of one position that trains nothing: a process without a batch must still
+    take part in the step.
+    """
+    no_token = Datum(
+        ModelInput.from_ints([pad_token_id]), {"target_tokens": [pad_token_id], "weights": [0.0]}
+    )
     return replace(collate([[no_token]], pad_token_id), spans=())
 
 
 def take_part(batch: Batch, part: int, parts: int, pad_token_id: int) -> Batch:
-    """Return the part of every row that process ``part`` of ``parts`` holds; rows are padded so that parts are equally long.
+    """Return the part of every row that process ``part`` of ``parts`` holds; rows are padded so
+    that parts are equally long.
 
     Raises:
         ConfigError: the batch has images, which go to whole rows.
@@ -174,10 +222,16 @@ def take_part(batch: Batch, part: int, parts: int, pad_token_id: int) -> Batch:
     import torch
 
     if batch.images is not None:
-        raise ConfigError("rows with images cannot be shared by several processes; set strategy.sequence_parallel=1")
+        raise ConfigError(
+            "rows with images cannot be shared by several processes; set"
+            " strategy.sequence_parallel=1"
+        )
 
     length = -(-batch.input_ids.shape[1] // parts)
-    missing, here = length * parts - batch.input_ids.shape[1], slice(part * length, (part + 1) * length)
+    missing, here = (
+        length * parts - batch.input_ids.shape[1],
+        slice(part * length, (part + 1) * length),
+    )
     positions = batch.position_ids
     if positions is None:
         positions = torch.arange(batch.input_ids.shape[1]).expand(batch.input_ids.shape)
@@ -186,10 +240,14 @@ def take_part(batch: Batch, part: int, parts: int, pad_token_id: int) -> Batch:
         return torch.nn.functional.pad(tensor, (0, missing), value=filling)[:, here].contiguous()
 
     return replace(
-        batch, input_ids=cut(batch.input_ids, pad_token_id), targets=cut(batch.targets, pad_token_id), weights=cut(batch.weights),
-        position_ids=cut(positions), extras={name: cut(tensor) for name, tensor in batch.extras.items()},
+        batch,
+        input_ids=cut(batch.input_ids, pad_token_id),
+        targets=cut(batch.targets, pad_token_id),
+        weights=cut(batch.weights),
+        position_ids=cut(positions),
+        extras={name: cut(tensor) for name, tensor in batch.extras.items()},
         part=(here.start, here.stop),
-    )  # fmt: skip
+    )
 
 
 def _count_up(length: int, dtype: DTypeLike) -> np.ndarray:

@@ -36,26 +36,36 @@ DEFAULT_BATCH_SIZE = 8
 class LoRADataModule(L.LightningDataModule):
     """Masked causal-LM batches from a file, a folder, a glob or a data set of the hub.
 
-    ``check_rows()`` needs no tokenizer and is called first; ``set_tokenizer`` and ``check_tokens()`` come next; Lightning asks
-    for loaders last. Each step finds its own kind of bad input, all of it at once, before anything expensive is started.
+    ``check_rows()`` needs no tokenizer and is called first; ``set_tokenizer`` and
+    ``check_tokens()`` come next; Lightning asks for loaders last. Each step finds its own kind of
+    bad input, all of it at once, before anything expensive is started.
 
     Args:
         path: where the rows are; see ``open_source``.
-        sources: in place of ``path``, several of them: each a path, a ``Mixed``, or a mapping of its fields. Loss and share of the
-            trained tokens are logged for each.
-        val_path: rows for evaluation; or ``val_fraction`` of the training rows are set aside by ``seed``.
-        format: a name in ``FORMATS``, or a function of your own that makes a row of a record; None: by the columns.
-        columns: what the data calls the columns of our formats, by our names: ``{"prompt": "question"}``.
-        chat_template: a file with a Jinja template, or the name of a bundled one; None: the tokenizer's own.
+        sources: in place of ``path``, several of them: each a path, a ``Mixed``, or a mapping of
+            its fields. Loss and share of the trained tokens are logged for each.
+        val_path: rows for evaluation; or ``val_fraction`` of the training rows are set aside by
+            ``seed``.
+        format: a name in ``FORMATS``, or a function of your own that makes a row of a record; None:
+            by the columns.
+        columns: what the data calls the columns of our formats, by our names: ``{"prompt":
+            "question"}``.
+        chat_template: a file with a Jinja template, or the name of a bundled one; None: the
+            tokenizer's own.
         train_on: which tokens are trained; see ``TrainOnWhat``.
         stop: strings at which sampling will stop; plain rows that end with one need no EOS.
         max_tokens: longest example in tokens; ``on_long`` says what happens to longer ones.
-        packing: ``true`` puts several examples in a row of ``pack_tokens`` positions (default: ``max_tokens``).
-        batch_size: rows per micro-batch (default 8); a row is a pack, or one example without packing.
-        tokens_per_batch: in place of ``batch_size``, positions per micro-batch: as many rows as fit.
+        packing: ``true`` puts several examples in a row of ``pack_tokens`` positions (default:
+            ``max_tokens``).
+        batch_size: rows per micro-batch (default 8); a row is a pack, or one example without
+            packing.
+        tokens_per_batch: in place of ``batch_size``, positions per micro-batch: as many rows as
+            fit.
         epochs: passes over the rows; None goes on until the trainer's ``max_steps``.
-        check_token_rows: rows whose tokens are checked before training; the others are checked as they stream.
-        min_pixels, max_pixels: images are scaled to lie between, at the same ratio; None: as the model's processor has it.
+        check_token_rows: rows whose tokens are checked before training; the others are checked as
+            they stream.
+        min_pixels, max_pixels: images are scaled to lie between, at the same ratio; None: as the
+            model's processor has it.
     """
 
     def __init__(
@@ -92,33 +102,58 @@ class LoRADataModule(L.LightningDataModule):
         super().__init__()
         check_settings(on_error=on_error, val_path=val_path, val_fraction=val_fraction)
         check_counts(
-            batch_size=batch_size, val_batch_size=val_batch_size, tokens_per_batch=tokens_per_batch,
-            epochs=epochs, val_rows=val_rows, window_rows=window_rows,
-            check_token_rows=check_token_rows, max_tokens=max_tokens, pack_tokens=pack_tokens,
-            min_pixels=min_pixels, max_pixels=max_pixels,
-        )  # fmt: skip
+            batch_size=batch_size,
+            val_batch_size=val_batch_size,
+            tokens_per_batch=tokens_per_batch,
+            epochs=epochs,
+            val_rows=val_rows,
+            window_rows=window_rows,
+            check_token_rows=check_token_rows,
+            max_tokens=max_tokens,
+            pack_tokens=pack_tokens,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
         if (path is None) == (sources is None):
             raise ConfigError(
-                "data.path and data.sources are both set; choose one" if path else "set data.path, or data.sources"
+                "data.path and data.sources are both set; choose one"
+                if path
+                else "set data.path, or data.sources"
             )
         self.mixed, self.columns = None if sources is None else read_mixed(sources), columns
-        self.path = path if path is not None else ", ".join(entry.path for entry in self.mixed or ())  # as a title
+        # as a title
+        self.path = (
+            path if path is not None else ", ".join(entry.path for entry in self.mixed or ())
+        )
         self.val_path, self.val_fraction, self.val_rows = val_path, val_fraction, val_rows
         self.chat_template = chat_template
         self.format, self.split, self.on_error = format, split, on_error
         self.train_on = one_of(TrainOnWhat, train_on, "data.train_on")
         self.on_long = one_of(OnLong, on_long, "data.on_long")
         self.append_eos, self.stop, self.max_tokens = append_eos, stop, max_tokens
-        self.packing, self.pack_tokens, self._given_pack_tokens = packing, pack_tokens or max_tokens, pack_tokens
+        self.packing, self.pack_tokens, self._given_pack_tokens = (
+            packing,
+            pack_tokens or max_tokens,
+            pack_tokens,
+        )
         if pack_tokens and not packing:
-            raise ConfigError(f"data.pack_tokens={pack_tokens} has no effect without data.packing=true")
+            raise ConfigError(
+                f"data.pack_tokens={pack_tokens} has no effect without data.packing=true"
+            )
         if self.packing and self.pack_tokens < max_tokens:
-            raise ConfigError(f"data.pack_tokens={pack_tokens} is less than data.max_tokens={max_tokens}")
+            raise ConfigError(
+                f"data.pack_tokens={pack_tokens} is less than data.max_tokens={max_tokens}"
+            )
         if batch_size and tokens_per_batch:
-            raise ConfigError("data.batch_size and data.tokens_per_batch are both set; set one of them to null")
+            raise ConfigError(
+                "data.batch_size and data.tokens_per_batch are both set; set one of them to null"
+            )
         shortest = self.pack_tokens if self.packing else max_tokens
         if tokens_per_batch and tokens_per_batch < shortest:
-            raise ConfigError(f"data.tokens_per_batch={tokens_per_batch} is less than one row of {shortest} tokens")
+            raise ConfigError(
+                f"data.tokens_per_batch={tokens_per_batch} is less than one row of {shortest}"
+                " tokens"
+            )
         self.batch_size, self.tokens_per_batch = (
             batch_size or (None if tokens_per_batch else DEFAULT_BATCH_SIZE),
             tokens_per_batch,
@@ -147,22 +182,26 @@ class LoRADataModule(L.LightningDataModule):
         for entry, count in zip(self.mixed or (), self.mixture.counts, strict=False):
             if self.epochs is not None and count * self.epochs < 1 - 1e-9:
                 raise ConfigError(
-                    f"data.sources: {entry.path} has weight {entry.weight:g} and too few rows for it: none is seen in data.epochs="
-                    f"{self.epochs}; raise one of them"
+                    f"data.sources: {entry.path} has weight {entry.weight:g} and too few rows for"
+                    f" it: none is seen in data.epochs={self.epochs}; raise one of them"
                 )
 
     def _make_room_for_pairs(self) -> None:
-        """Both answers of a pair lie in one packed row, or in one batch. Raises ConfigError where they may not fit."""
+        """Both answers of a pair lie in one packed row, or in one batch. Raises ConfigError
+        where they may not fit.
+        """
         both = 2 * self.max_tokens
         if self.packing and self._given_pack_tokens is None:
             self.pack_tokens = both
         if self.packing and self.pack_tokens < both:
             raise ConfigError(
-                f"data.pack_tokens={self.pack_tokens} is less than a pair of data.max_tokens={self.max_tokens} each"
+                f"data.pack_tokens={self.pack_tokens} is less than a pair of"
+                f" data.max_tokens={self.max_tokens} each"
             )
         if self.tokens_per_batch and self.tokens_per_batch < both:
             raise ConfigError(
-                f"data.tokens_per_batch={self.tokens_per_batch} is less than a pair of data.max_tokens={self.max_tokens} each"
+                f"data.tokens_per_batch={self.tokens_per_batch} is less than a pair of"
+                f" data.max_tokens={self.max_tokens} each"
             )
 
     def set_tokenizer(
@@ -176,18 +215,23 @@ class LoRADataModule(L.LightningDataModule):
         """Use ``tokenizer``, and ``images`` where rows have some, for everything that follows.
 
         Args:
-            image_token_id: what stands for an image, and so may not stand in a text, where the model takes images and ``images``
-                does not say it.
+            image_token_id: what stands for an image, and so may not stand in a text, where the
+                model takes images and ``images`` does not say it.
             new_tokens: that were added to it, and are counted.
         """
         self.new_tokens = new_tokens
-        self.tokenizer, self.image_token_id = tokenizer, images.token_id if images else image_token_id
+        self.tokenizer, self.image_token_id = (
+            tokenizer,
+            images.token_id if images else image_token_id,
+        )
         if self.chat_template:
             use_template(tokenizer, self.chat_template)
         self.images = images.within(self.min_pixels, self.max_pixels) if images else None
 
     def use_tokens_per_batch(self, tokens: int, pack_tokens: int | None = None) -> None:
-        """Fill micro-batches by ``tokens`` positions instead of rows, of ``pack_tokens`` each; before a loader is asked for."""
+        """Fill micro-batches by ``tokens`` positions instead of rows, of ``pack_tokens`` each;
+        before a loader is asked for.
+        """
         self.pack_tokens = pack_tokens or self.pack_tokens
         self.batch_size, self.tokens_per_batch = None, tokens
         self.val_batch_size = self.given_val_batch_size
@@ -200,7 +244,9 @@ class LoRADataModule(L.LightningDataModule):
     def check_tokens(self) -> DataReport:
         """Render the rows and return their figures. Raises DataError with all problems."""
         self.check_rows()
-        self.report = survey(self.train_examples, self.train_indices, self.check_token_rows, self.new_tokens)
+        self.report = survey(
+            self.train_examples, self.train_indices, self.check_token_rows, self.new_tokens
+        )
         if len(self.val_indices):
             self.val_report = survey(self.val_examples, self.val_indices, self.check_token_rows)
         return self.report
@@ -210,7 +256,9 @@ class LoRADataModule(L.LightningDataModule):
         if self.tokenizer is None:
             module = getattr(self.trainer, "lightning_module", None)
             if (tokenizer := getattr(module, "tokenizer", None)) is None:
-                raise ConfigError("LoRADataModule has no tokenizer; call set_tokenizer(tokenizer) first")
+                raise ConfigError(
+                    "LoRADataModule has no tokenizer; call set_tokenizer(tokenizer) first"
+                )
             self.set_tokenizer(tokenizer, getattr(module, "images", None))
         if self.report is None:
             self.check_tokens()
@@ -254,11 +302,18 @@ class LoRADataModule(L.LightningDataModule):
         )
 
     def longest_batch(self) -> Batch | None:
-        """A training batch as full as any, made of the longest row alone, without counting it; None where it gives nothing."""
+        """A training batch as full as any, made of the longest row alone, without counting it;
+        None where it gives nothing.
+        """
         assert self.report is not None and self.tokens_per_batch
         datums = self._make_examples(self.source).datums(self.report.longest_row)
         row_tokens = self.pack_tokens if self.packing else None
-        rows = fill_with_longest(datums, batch_tokens=self.tokens_per_batch, row_tokens=row_tokens, are_pairs=self.are_pairs)
+        rows = fill_with_longest(
+            datums,
+            batch_tokens=self.tokens_per_batch,
+            row_tokens=row_tokens,
+            are_pairs=self.are_pairs,
+        )
         if not rows:
             return None
         batch = collate(rows, self.pad_token_id, self.images, are_pairs=self.are_pairs)
@@ -275,8 +330,12 @@ class LoRADataModule(L.LightningDataModule):
 
     # ---- state
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Lightning's hook, called for a batch when its step begins; remembers how far training has come."""
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """Lightning's hook, called for a batch when its step begins; remembers how far training
+        has come.
+        """
         if self.trainer and self.trainer.training and batch.cursor is not None:
             self._cursor = batch.cursor
         return batch.to(device)
@@ -300,18 +359,30 @@ class LoRADataModule(L.LightningDataModule):
             "on_error": self.on_error,
             "split": self.split,
         }
-        return open_sources(self.mixed, **options) if self.mixed else open_source(self.path, **options)
+        return (
+            open_sources(self.mixed, **options) if self.mixed else open_source(self.path, **options)
+        )
 
     @cached_property
     def val_source(self) -> Source:
-        """The rows for evaluation: of ``val_path``, or the training rows themselves, of which ``val_indices`` picks some."""
+        """The rows for evaluation: of ``val_path``, or the training rows themselves, of which
+        ``val_indices`` picks some.
+        """
         if self.val_path is None:
             return self.source
-        return open_source(self.val_path, format=self.format, columns=self.columns, on_error=self.on_error, split=self.split)
+        return open_source(
+            self.val_path,
+            format=self.format,
+            columns=self.columns,
+            on_error=self.on_error,
+            split=self.split,
+        )
 
     @cached_property
     def are_pairs(self) -> bool:
-        """Whether each row is a pair of a better and a worse answer. Raises ConfigError where only some are."""
+        """Whether each row is a pair of a better and a worse answer. Raises ConfigError where
+        only some are.
+        """
         return are_pairs([*self.source.formats, *self.val_source.formats])
 
     @cached_property
@@ -345,19 +416,40 @@ class LoRADataModule(L.LightningDataModule):
     @cached_property
     def val_indices(self) -> np.ndarray:
         """Rows to evaluate on, at most ``val_rows``."""
-        chosen = np.arange(len(self.val_source)) if self.val_path else np.sort(self._split()[: self._num_set_aside])
+        chosen = (
+            np.arange(len(self.val_source))
+            if self.val_path
+            else np.sort(self._split()[: self._num_set_aside])
+        )
         return chosen[: self.val_rows]
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the rows, the sizes of their images, and of every setting that decides what is trained in which order."""
+        """Digest of the rows, the sizes of their images, and of every setting that decides what
+        is trained in which order.
+        """
         settings = [
-            self.source.fingerprint, self.val_source.fingerprint, name_of_format(self.format), self.train_on, self.append_eos,
-            self.stop, self.max_tokens, self.on_long, self.on_error, self.packing, self.pack_tokens, self.batch_size,
-            self.tokens_per_batch, self.shuffle, self.seed, self.window_rows, self.val_fraction,
+            self.source.fingerprint,
+            self.val_source.fingerprint,
+            name_of_format(self.format),
+            self.train_on,
+            self.append_eos,
+            self.stop,
+            self.max_tokens,
+            self.on_long,
+            self.on_error,
+            self.packing,
+            self.pack_tokens,
+            self.batch_size,
+            self.tokens_per_batch,
+            self.shuffle,
+            self.seed,
+            self.window_rows,
+            self.val_fraction,
             *((read_template(self.chat_template),) if self.chat_template else ()),
-            *(bound for bound in (self.min_pixels, self.max_pixels) if bound), *self._image_bytes(),
-        ]  # fmt: skip
+            *(bound for bound in (self.min_pixels, self.max_pixels) if bound),
+            *self._image_bytes(),
+        ]
         return hashlib.sha256(json.dumps(settings, default=list).encode()).hexdigest()[:16]
 
     def _image_bytes(self) -> list[int]:
@@ -366,7 +458,9 @@ class LoRADataModule(L.LightningDataModule):
         return [report.num_image_bytes for report in reports if report and report.num_image_bytes]
 
     def estimate_num_batches(self) -> int | None:
-        """Micro-batches of all epochs, from the rows surveyed; None where epochs do not end, see ``Forecast``."""
+        """Micro-batches of all epochs, from the rows surveyed; None where epochs do not end, see
+        ``Forecast``.
+        """
         if self.epochs is None or self.report is None:
             return None
         return self._forecast.num_batches(self.epochs)
@@ -379,29 +473,47 @@ class LoRADataModule(L.LightningDataModule):
     def _forecast(self) -> Forecast:
         assert self.report is not None
         return Forecast(
-            self.report, self.mixture, batch_size=self.batch_size, batch_tokens=self.tokens_per_batch,
-            row_tokens=self.pack_tokens if self.packing else None, window_rows=self.window_rows, shuffle=self.shuffle,
-            seed=self.seed, are_pairs=self.are_pairs,
-        )  # fmt: skip
+            self.report,
+            self.mixture,
+            batch_size=self.batch_size,
+            batch_tokens=self.tokens_per_batch,
+            row_tokens=self.pack_tokens if self.packing else None,
+            window_rows=self.window_rows,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            are_pairs=self.are_pairs,
+        )
 
     def _make_examples(self, source: Source) -> Examples:
         renderer = Renderer(
-            self.tokenizer, train_on=self.train_on, append_eos=self.append_eos, stop=self.stop,
+            self.tokenizer,
+            train_on=self.train_on,
+            append_eos=self.append_eos,
+            stop=self.stop,
             image_token_id=self.image_token_id,
-        )  # fmt: skip
+        )
         return Examples(source, renderer, self.max_tokens, self.on_long, self.on_error, self.images)
 
     def _split(self) -> np.ndarray:
         num_rows = len(self.source)
-        return np.random.default_rng(self.seed).permutation(num_rows) if self._num_set_aside else np.arange(num_rows)
+        return (
+            np.random.default_rng(self.seed).permutation(num_rows)
+            if self._num_set_aside
+            else np.arange(num_rows)
+        )
 
     @property
     def _share(self) -> dict[str, Any]:
-        """Which of the processes this one is; so many as ``sequence_parallel`` says share each row."""
+        """Which of the processes this one is; so many as ``sequence_parallel`` says share each
+        row.
+        """
         if not self.trainer:
             return {}
         parts = getattr(getattr(self.trainer, "strategy", None), "sequence_parallel", 1)
-        (rank, part), world_size = divmod(self.trainer.global_rank, parts), self.trainer.world_size // parts
+        (rank, part), world_size = (
+            divmod(self.trainer.global_rank, parts),
+            self.trainer.world_size // parts,
+        )
         return {"rank": rank, "world_size": world_size, "part": part, "parts": parts}
 
     @property
@@ -410,7 +522,8 @@ class LoRADataModule(L.LightningDataModule):
             return 0
         if len(self.source) < 2:
             raise ConfigError(
-                f"data.val_fraction={self.val_fraction} needs at least 2 rows; {self.path} has {len(self.source)}"
+                f"data.val_fraction={self.val_fraction} needs at least 2 rows; {self.path} has"
+                f" {len(self.source)}"
             )
         return min(max(1, round(self.val_fraction * len(self.source))), len(self.source) - 1)
 

@@ -36,25 +36,39 @@ class Cuts:
 
 
 def make_datum(
-    tokens: Sequence[int], weights: Sequence[float], images: Sequence[PlacedImage] = (), *, origin: int | None = None
+    tokens: Sequence[int],
+    weights: Sequence[float],
+    images: Sequence[PlacedImage] = (),
+    *,
+    origin: int | None = None,
 ) -> Datum:
     """Shift once: position i reads token i and is to predict token i+1 with that token's weight.
 
-    Each of ``images`` becomes a chunk in the place of its placeholders. ``origin`` is which of several sources it is from.
+    Each of ``images`` becomes a chunk in the place of its placeholders. ``origin`` is which of
+    several sources it is from.
 
     >>> datum = make_datum([5, 6, 7], [0, 0, 1])
     >>> datum.model_input.to_ints(), datum.targets.tolist(), datum.weights.tolist()
     ([5, 6], [6, 7], [0.0, 1.0])
     """
-    if images and images[-1].start + images[-1].chunk.length == len(tokens):  # the shift would take its last token away
-        tokens, weights, images = tokens[: images[-1].first], weights[: images[-1].first], images[:-1]
+    # the shift would take its last token away
+    if images and images[-1].start + images[-1].chunk.length == len(tokens):
+        tokens, weights, images = (
+            tokens[: images[-1].first],
+            weights[: images[-1].first],
+            images[:-1],
+        )
     chunks: list[Chunk] = []
     end = 0
     for image in images:
         chunks += [*_text(tokens[end : image.start]), image.chunk]
         end = image.start + image.chunk.length
     model_input = ModelInput((*chunks, *_text(tokens[end:-1])))
-    return Datum(model_input, {"target_tokens": list(tokens[1:]), "weights": list(weights[1:])}, origin=origin)
+    return Datum(
+        model_input,
+        {"target_tokens": list(tokens[1:]), "weights": list(weights[1:])},
+        origin=origin,
+    )
 
 
 def _text(tokens: Sequence[int]) -> list[EncodedTextChunk]:
@@ -62,7 +76,8 @@ def _text(tokens: Sequence[int]) -> list[EncodedTextChunk]:
 
 
 def fit(example: Rendered, max_tokens: int, policy: OnLong, cuts: Cuts) -> Rendered | None:
-    """Return ``example`` within ``max_tokens`` tokens, or None where it is dropped; ``cuts`` counts what was taken.
+    """Return ``example`` within ``max_tokens`` tokens, or None where it is dropped; ``cuts`` counts
+    what was taken.
 
     Raises:
         DataError: too long under ``error``, or nothing trained would be left of it.
@@ -78,9 +93,16 @@ def fit(example: Rendered, max_tokens: int, policy: OnLong, cuts: Cuts) -> Rende
     if policy is OnLong.DROP:
         cuts.num_dropped += 1
         return None
-    kept = _cut_right(example, max_tokens) if policy is OnLong.TRUNCATE_RIGHT else _cut_prompt(example, excess)
+    kept = (
+        _cut_right(example, max_tokens)
+        if policy is OnLong.TRUNCATE_RIGHT
+        else _cut_prompt(example, excess)
+    )
     if not any(kept.weights[1:]):
-        raise DataError(f"no trained token is left of {len(example.tokens):,} within data.max_tokens={max_tokens:,}")
+        raise DataError(
+            f"no trained token is left of {len(example.tokens):,} within"
+            f" data.max_tokens={max_tokens:,}"
+        )
     cuts.num_truncated += 1
     cuts.num_tokens_cut += len(example.tokens) - len(kept.tokens)
     return kept
@@ -96,9 +118,13 @@ def _cut_right(example: Rendered, end: int) -> Rendered:
 def _cut_prompt(example: Rendered, excess: int) -> Rendered:
     start = example.num_prefix
     prompt_end = next(i for i, weight in enumerate(example.weights) if weight)
-    to_cut = prompt_end - max(start, 1)  # something must stay for the first trained token to be predicted from
+    # something must stay for the first trained token to be predicted from
+    to_cut = prompt_end - max(start, 1)
     keep_from = start + excess
-    keep_from = next((image.end for image in example.images if image.first < keep_from < image.end), keep_from)  # all of it
+    # all of it
+    keep_from = next(
+        (image.end for image in example.images if image.first < keep_from < image.end), keep_from
+    )
     if to_cut < keep_from - start:
         raise DataError(
             f"{excess:,} tokens too long, but the prompt has only {max(to_cut, 0):,} to cut "
@@ -108,5 +134,7 @@ def _cut_prompt(example: Rendered, excess: int) -> Rendered:
         example.tokens[:start] + example.tokens[keep_from:],
         example.weights[:start] + example.weights[keep_from:],
         start,
-        tuple(image.moved(start - keep_from) for image in example.images if image.first >= keep_from),
+        tuple(
+            image.moved(start - keep_from) for image in example.images if image.first >= keep_from
+        ),
     )

@@ -22,7 +22,9 @@ EMPTY_TOKENS = 4  # more are not looked at: an end of a turn, and white space
 
 @dataclass
 class Examples:
-    """The examples of a source, made when asked for. Counts what is cut, dropped and skipped as rows stream by."""
+    """The examples of a source, made when asked for. Counts what is cut, dropped and skipped as
+    rows stream by.
+    """
 
     source: Source
     renderer: Renderer
@@ -35,7 +37,9 @@ class Examples:
     num_image_bytes: int = 0  # of all images that were looked at
 
     def rendered(self, index: int) -> list[Rendered]:
-        """Return the examples of row ``index`` before the shift. Raises DataError that names file and line."""
+        """Return the examples of row ``index`` before the shift. Raises DataError that names
+        file and line.
+        """
         try:
             row, cuts = _as_chat(self.source.row(index)), Cuts()
             examples = self.renderer.render(row, self._images(index, row))
@@ -48,17 +52,29 @@ class Examples:
         return [example for example in fitted if example]
 
     def _images(self, index: int, row: Row) -> list[ImageChunk]:
-        """The images of a row, of which only sizes are read: their bytes stay where they are until a batch is made of them."""
-        if not isinstance(row, Chat) or not (stored := images_of(row.messages, row.images, self.source.folder(index))):
+        """The images of a row, of which only sizes are read: their bytes stay where they are
+        until a batch is made of them.
+        """
+        if not isinstance(row, Chat) or not (
+            stored := images_of(row.messages, row.images, self.source.folder(index))
+        ):
             return []
         if self.images is None:
-            raise DataError("the row has an image, and set_tokenizer was given nothing that encodes it")
+            raise DataError(
+                "the row has an image, and set_tokenizer was given nothing that encodes it"
+            )
         chunks = []
         for number, image in enumerate(stored):
             name = f"{image.name} ({self.source.where(index)})"
             count = self.images.num_tokens(*image.read_size())
             self.num_image_bytes += image.num_bytes
-            chunks.append(ImageChunk(functools.partial(self._read_image, index, number), expected_tokens=count, name=name))
+            chunks.append(
+                ImageChunk(
+                    functools.partial(self._read_image, index, number),
+                    expected_tokens=count,
+                    name=name,
+                )
+            )
         return chunks
 
     def _read_image(self, index: int, number: int) -> bytes:
@@ -67,18 +83,26 @@ class Examples:
         return images_of(row.messages, row.images, self.source.folder(index))[number].read()
 
     def datums(self, index: int) -> list[Datum]:
-        """Return the Datums of row ``index``; none where it is dropped or, under ``on_error=skip``, cannot be used."""
+        """Return the Datums of row ``index``; none where it is dropped or, under
+        ``on_error=skip``, cannot be used.
+        """
         try:
             examples = self.rendered(index)
-            if self.on_error == "skip" and self.images is not None:  # else what is broken behind its header would come too late
-                self.images.encode([image.chunk for example in examples for image in example.images])
+            # else what is broken behind its header would come too late
+            if self.on_error == "skip" and self.images is not None:
+                self.images.encode(
+                    [image.chunk for example in examples for image in example.images]
+                )
         except DataError:
             if self.on_error == "raise":
                 raise
             self.num_skipped += 1
             return []
         origin = int(self.source.origins_of(np.array([index]))[0]) if self.source.names else None
-        return [make_datum(example.tokens, example.weights, example.images, origin=origin) for example in examples]
+        return [
+            make_datum(example.tokens, example.weights, example.images, origin=origin)
+            for example in examples
+        ]
 
 
 def _as_chat(row: Row) -> Row:
@@ -97,12 +121,16 @@ class SourceShare:
     @property
     def trained_per_epoch(self) -> float:
         """Trained tokens that an epoch has of it."""
-        return self.num_trained_tokens / max(self.num_rows_surveyed, 1) * self.num_rows * self.weight
+        return (
+            self.num_trained_tokens / max(self.num_rows_surveyed, 1) * self.num_rows * self.weight
+        )
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """The figures of a data set, from the rows that were looked at (all of them in a set that is not large)."""
+    """The figures of a data set, from the rows that were looked at (all of them in a set that is
+    not large).
+    """
 
     num_rows: int
     num_rows_surveyed: int
@@ -124,9 +152,11 @@ class DataReport:
     num_empty_answers: int = 0  # trained parts in which nothing is said
     first_empty_answer: str | None = None  # where
     longest_row: int = 0  # the row of the longest example
-    num_new_tokens: dict[int, int] = field(default_factory=dict)  # how often each of the tokens that were added stands in them
+    # how often each of the tokens that were added stands in them
+    num_new_tokens: dict[int, int] = field(default_factory=dict)
     shares: dict[str, SourceShare] = field(default_factory=dict)  # of several sources, by name
-    origins: np.ndarray = field(default_factory=lambda: np.zeros(0, int))  # of each example, which of them it is from
+    # of each example, which of them it is from
+    origins: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
 
     @property
     def num_tokens(self) -> int:
@@ -135,8 +165,12 @@ class DataReport:
 
     @property
     def longest(self) -> int | None:
-        """Positions of the longest example (a token less than it has), or None where not all rows were looked at."""
-        return max(1, int(self.lengths.max()) - 1) if self.num_rows_surveyed >= self.num_rows else None
+        """Positions of the longest example (a token less than it has), or None where not all
+        rows were looked at.
+        """
+        return (
+            max(1, int(self.lengths.max()) - 1) if self.num_rows_surveyed >= self.num_rows else None
+        )
 
     @property
     def trained_share(self) -> float:
@@ -145,19 +179,27 @@ class DataReport:
 
     @property
     def examples_per_row(self) -> float:
-        """More than 1 where the chat template makes one example per assistant turn, less where rows are dropped."""
+        """More than 1 where the chat template makes one example per assistant turn, less where
+        rows are dropped.
+        """
         return self.num_examples / max(self.num_rows_surveyed, 1)
 
     def histogram(self, num_bins: int = 8) -> list[tuple[int, int, int]]:
         """Return (from, to, examples) over the lengths, bins of equal width."""
-        counts, edges = np.histogram(self.lengths, bins=min(num_bins, max(int(np.ptp(self.lengths)), 1)))
+        counts, edges = np.histogram(
+            self.lengths, bins=min(num_bins, max(int(np.ptp(self.lengths)), 1))
+        )
         return [(int(edges[i]), int(edges[i + 1]), int(count)) for i, count in enumerate(counts)]
 
 
 def survey(
-    examples: Examples, indices: Sequence[int] | np.ndarray, max_rows: int, new_tokens: Sequence[int] = ()
+    examples: Examples,
+    indices: Sequence[int] | np.ndarray,
+    max_rows: int,
+    new_tokens: Sequence[int] = (),
 ) -> DataReport:
-    """Render the first ``max_rows`` of ``indices`` and return their figures; the rest is checked as it streams.
+    """Render the first ``max_rows`` of ``indices`` and return their figures; the rest is checked as
+    it streams.
 
     Args:
         new_tokens: are counted.
@@ -169,14 +211,24 @@ def survey(
     origins = source.origins_of(indices)
     chosen = _first_of_each(indices, origins, max_rows)
     counts = np.bincount(origins, minlength=len(source.names))
-    shares = {name: SourceShare(source.weights[i], int(counts[i])) for i, name in enumerate(source.names)}
-    counted = Examples(examples.source, examples.renderer, examples.max_tokens, examples.on_long, images=examples.images)
+    shares = {
+        name: SourceShare(source.weights[i], int(counts[i])) for i, name in enumerate(source.names)
+    }
+    counted = Examples(
+        examples.source,
+        examples.renderer,
+        examples.max_tokens,
+        examples.on_long,
+        images=examples.images,
+    )
     num_new_tokens, longest_row = dict.fromkeys(new_tokens, 0), int(chosen[0]) if len(chosen) else 0
     lengths: list[int] = []
     origins_found: list[int] = []
     problems: list[str] = []
     first_empty: str | None = None
-    num_trained = num_without_stop = num_empty = num_images = num_image_tokens = largest_image = longest = 0
+    num_trained = num_without_stop = num_empty = num_images = num_image_tokens = largest_image = (
+        longest
+    ) = 0
     image_share = 0.0
     for index, origin in zip(chosen, source.origins_of(chosen), strict=True):
         share = shares[source.names[origin]] if shares else SourceShare(1.0, 0)
@@ -191,7 +243,8 @@ def survey(
                 longest, longest_row = len(example.tokens), int(index)
             lengths.append(len(example.tokens))
             origins_found.append(int(origin))
-            trained = sum(1 for weight in example.weights[1:] if weight)  # nothing predicts the first
+            # nothing predicts the first
+            trained = sum(1 for weight in example.weights[1:] if weight)
             num_trained += trained
             share.num_trained_tokens += trained
             for token in num_new_tokens:
@@ -206,9 +259,18 @@ def survey(
                 num_empty, first_empty = num_empty + empty, first_empty or source.where(int(index))
     if problems and examples.on_error == "raise":
         remedy = "Mend these rows, or set data.on_error=skip to leave them out (they are counted)."
-        raise DataError(report(f"{len(problems):,} of {len(chosen):,} rows cannot be trained on:", problems, remedy=remedy))
+        raise DataError(
+            report(
+                f"{len(problems):,} of {len(chosen):,} rows cannot be trained on:",
+                problems,
+                remedy=remedy,
+            )
+        )
     if not lengths:
-        raise DataError(f"none of the {len(chosen):,} rows looked at gives an example; see data.on_long and data.train_on")
+        raise DataError(
+            f"none of the {len(chosen):,} rows looked at gives an example; see data.on_long and"
+            " data.train_on"
+        )
     return DataReport(
         num_rows=len(indices),
         num_rows_surveyed=len(chosen),
@@ -241,18 +303,26 @@ def _first_of_each(indices: np.ndarray, origins: np.ndarray, max_rows: int) -> n
     if len(indices) <= max_rows or not len(np.unique(origins)[1:]):
         return indices[:max_rows]
     each = max(1, max_rows // len(np.unique(origins)))
-    return np.sort(np.concatenate([indices[origins == origin][:each] for origin in np.unique(origins)]))
+    return np.sort(
+        np.concatenate([indices[origins == origin][:each] for origin in np.unique(origins)])
+    )
 
 
 def _num_empty_answers(example: Rendered, renderer: Renderer) -> int:
     """Trained parts of ``example`` of which nothing is left without what ends a turn."""
     encoder, count = renderer.encoder, 0
-    for is_trained, part in itertools.groupby(zip(example.tokens, example.weights, strict=True), key=lambda pair: pair[1] > 0):
+    for is_trained, part in itertools.groupby(
+        zip(example.tokens, example.weights, strict=True), key=lambda pair: pair[1] > 0
+    ):
         if not is_trained:
             continue
         tokens = [token for token, _ in part]
         if len(tokens) <= EMPTY_TOKENS:
-            said = [token for token in tokens if token not in encoder.special_ids and token != encoder.eos_token_id]
+            said = [
+                token
+                for token in tokens
+                if token not in encoder.special_ids and token != encoder.eos_token_id
+            ]
             count += not encoder.decode(said).strip()
     return count
 
@@ -262,4 +332,6 @@ def _ends_with_stop(example: Rendered, renderer: Renderer) -> bool:
     token = example.tokens[last]
     if token == renderer.encoder.eos_token_id or token in renderer.encoder.special_ids:
         return True
-    return bool(renderer.stop) and renderer.encoder.decode(example.tokens[max(0, last - 15) : last + 1]).endswith(renderer.stop)
+    return bool(renderer.stop) and renderer.encoder.decode(
+        example.tokens[max(0, last - 15) : last + 1]
+    ).endswith(renderer.stop)

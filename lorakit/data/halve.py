@@ -1,4 +1,6 @@
-"""A batch in smaller ones, for a model that has no room for all of it at a time. What is trained stays the same."""
+"""A batch in smaller ones, for a model that has no room for all of it at a time. What is trained
+stays the same.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,11 @@ if TYPE_CHECKING:
 
 
 def halve(batch: Batch) -> list[Batch]:
-    """Return two batches with the documents of ``batch``, of about as many positions each; ``[batch]`` where it is one document.
+    """Return two batches with the documents of ``batch``, of about as many positions each;
+    ``[batch]`` where it is one document.
 
-    Rows are kept whole where there are several. A pair of answers stays together. Weights, window and sources go along, so that
-    the halves' losses add up to the whole's.
+    Rows are kept whole where there are several. A pair of answers stays together. Weights, window
+    and sources go along, so that the halves' losses add up to the whole's.
     """
     units = _units(batch)
     if len(units) < 2 or batch.part is not None:
@@ -33,18 +36,26 @@ def halve(batch: Batch) -> list[Batch]:
 
 def parts_of(batch: Batch, max_positions: int | None) -> list[Batch]:
     """Return ``batch`` halved until each part has at most ``max_positions``, or is one document."""
-    if max_positions is None or batch.input_ids.numel() <= max_positions or len(halves := halve(batch)) == 1:
+    if (
+        max_positions is None
+        or batch.input_ids.numel() <= max_positions
+        or len(halves := halve(batch)) == 1
+    ):
         return [batch]
     return [part for half in halves for part in parts_of(half, max_positions)]
 
 
 def _units(batch: Batch) -> list[tuple[tuple[int, int, int], ...]]:
-    """What must stay together: a document, or a pair of them; two rows where each answer of a pair has its own."""
+    """What must stay together: a document, or a pair of them; two rows where each answer of a
+    pair has its own.
+    """
     size = 2 if batch.num_pairs else 1
     return [batch.spans[i : i + size] for i in range(0, len(batch.spans), size)]
 
 
-def _some(batch: Batch, first: int, last: int, units: list[tuple[tuple[int, int, int], ...]]) -> Batch:
+def _some(
+    batch: Batch, first: int, last: int, units: list[tuple[tuple[int, int, int], ...]]
+) -> Batch:
     """The batch of ``units[first:last]``."""
     size = len(units[0])
     spans = [span for unit in units[first:last] for span in unit]
@@ -57,14 +68,20 @@ def _some(batch: Batch, first: int, last: int, units: list[tuple[tuple[int, int,
 
     positions = batch.position_ids
     return replace(
-        batch, input_ids=cut(batch.input_ids), targets=cut(batch.targets), weights=cut(batch.weights),
-        position_ids=None if positions is None else positions[..., top:bottom, begin:end].contiguous(),
+        batch,
+        input_ids=cut(batch.input_ids),
+        targets=cut(batch.targets),
+        weights=cut(batch.weights),
+        position_ids=None
+        if positions is None
+        else positions[..., top:bottom, begin:end].contiguous(),
         spans=tuple((row - top, start - begin, stop - begin) for row, start, stop in spans),
         extras={name: cut(tensor) for name, tensor in batch.extras.items()},
-        images=_images_of(batch, first * size, last * size), num_images=batch.num_images[first * size : last * size],
+        images=_images_of(batch, first * size, last * size),
+        num_images=batch.num_images[first * size : last * size],
         num_pairs=len(spans) // 2 if batch.num_pairs else 0,
         origins=batch.origins[first * size : last * size],
-    )  # fmt: skip
+    )
 
 
 def _images_of(batch: Batch, first: int, last: int) -> Images | None:

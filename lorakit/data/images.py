@@ -1,6 +1,8 @@
-"""Images of rows: where their bytes are, how many tokens they take, and what the vision tower is given.
+"""Images of rows: where their bytes are, how many tokens they take, and what the vision tower is
+given.
 
-An image is one chunk of a Datum and as many tokens as its size makes. Until a batch is collated only its header is read.
+An image is one chunk of a Datum and as many tokens as its size makes. Until a batch is collated
+only its header is read.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF: rows and columns change pl
 _ENCODED_KEYS = ("base64", "bytes")  # text below these is base64, of whatever length
 _PART_KEYS = ("image", "path", "url", "image_url", *_ENCODED_KEYS)
 _BEGINNINGS = ("iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR")  # of PNG, JPEG, GIF and WebP in base64
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of PIL's those that run no other program
-MAX_PIXELS = 89_478_485  # in a file, before it is scaled: PIL's own bound, beyond which it suspects a decompression bomb
+# of PIL's those that run no other program
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# in a file, before it is scaled: PIL's own bound, beyond which it suspects a decompression bomb
+MAX_PIXELS = 89_478_485
 
 
 @dataclass(frozen=True)
@@ -65,17 +69,30 @@ class StoredImage:
 
 def is_image_part(part: dict[str, Any]) -> bool:
     """Whether a part of a message's content is an image."""
-    return part.get("type") in ("image", "image_url") or ("type" not in part and any(key in part for key in _PART_KEYS))
+    return part.get("type") in ("image", "image_url") or (
+        "type" not in part and any(key in part for key in _PART_KEYS)
+    )
 
 
 def find_image_problem(part: dict[str, Any]) -> str | None:
-    """Return what is wrong with a part that is an image, as far as can be told without reading anything, or None."""
+    """Return what is wrong with a part that is an image, as far as can be told without reading
+    anything, or None.
+    """
     known = ("type", *_PART_KEYS)
-    if unread := [key for key, value in part.items() if key not in known and value not in (None, "")]:
+    if unread := [
+        key for key, value in part.items() if key not in known and value not in (None, "")
+    ]:
         if "text" in unread:
             return "has an image and `text`; write two parts"
-        hint = "; see data.min_pixels and data.max_pixels" if any("pixels" in key or "resized" in key for key in unread) else ""
-        return f"has {', '.join(f'`{key}`' for key in unread)} beside an image, which nothing reads{hint}"
+        hint = (
+            "; see data.min_pixels and data.max_pixels"
+            if any("pixels" in key or "resized" in key for key in unread)
+            else ""
+        )
+        return (
+            f"has {', '.join(f'`{key}`' for key in unread)} beside an image, which nothing"
+            f" reads{hint}"
+        )
     problem = None if (given := _given(part)) is None else find_stored_problem(given)
     return f"cannot be used: {problem}" if problem else None
 
@@ -94,15 +111,26 @@ def find_stored_problem(given: Any) -> str | None:
     return None
 
 
-def images_of(messages: Sequence[Any], column: Sequence[Any] | None, folder: Path | None) -> list[StoredImage]:
-    """Return the images of a conversation in order: what parts name, or, where they name nothing, the next of the row's ``images``.
+def images_of(
+    messages: Sequence[Any], column: Sequence[Any] | None, folder: Path | None
+) -> list[StoredImage]:
+    """Return the images of a conversation in order: what parts name, or, where they name nothing,
+    the next of the row's ``images``.
 
     Args:
         folder: of the file that the row is in: relative paths begin there.
     """
-    parts = [part for m in messages if isinstance(m.content, list) for part in m.content if is_image_part(part)]
+    parts = [
+        part
+        for m in messages
+        if isinstance(m.content, list)
+        for part in m.content
+        if is_image_part(part)
+    ]
     rest = iter(column or ())
-    return [locate(next(rest) if (given := _given(part)) is None else given, folder) for part in parts]
+    return [
+        locate(next(rest) if (given := _given(part)) is None else given, folder) for part in parts
+    ]
 
 
 def has_no_name(part: dict[str, Any]) -> bool:
@@ -111,7 +139,8 @@ def has_no_name(part: dict[str, Any]) -> bool:
 
 
 def locate(given: Any, folder: Path | None) -> StoredImage:
-    """Return where an image is: a path, a ``file:`` or ``data:`` URL, base64, bytes, or a record of bytes and path (of a parquet file).
+    """Return where an image is: a path, a ``file:`` or ``data:`` URL, base64, bytes, or a record of
+    bytes and path (of a parquet file).
 
     Raises:
         DataError: it is something else, or would have to be fetched.
@@ -120,20 +149,29 @@ def locate(given: Any, folder: Path | None) -> StoredImage:
         encoded = next((given[key] for key in _ENCODED_KEYS if given.get(key) is not None), None)
         if isinstance(encoded, str):
             return StoredImage(content=_from_base64(encoded))
-        given = encoded or next((given[key] for key in ("path", "url", "image") if given.get(key) is not None), None)
+        given = encoded or next(
+            (given[key] for key in ("path", "url", "image") if given.get(key) is not None), None
+        )
     if isinstance(given, (bytes, bytearray, memoryview)):
         return StoredImage(content=bytes(given))
     if not isinstance(given, str) or not given:
-        raise DataError(f"an image must be a path, a data: URL, base64 or bytes, not {type(given).__name__}")
+        raise DataError(
+            f"an image must be a path, a data: URL, base64 or bytes, not {type(given).__name__}"
+        )
     if given.startswith("data:"):
         return StoredImage(content=_from_base64(given.partition(",")[2]))
     if given.startswith(("http://", "https://")):
-        raise DataError(f"image {given[:80]}: lorakit fetches nothing while it trains; download it, and give its path")
+        raise DataError(
+            f"image {given[:80]}: lorakit fetches nothing while it trains; download it, and give"
+            " its path"
+        )
     is_long = len(given) > 255 and not given.startswith("file:")  # for a name
     if (is_long or given.startswith(_BEGINNINGS)) and "." not in given[-8:]:
         return StoredImage(content=_from_base64(given))
     try:
-        path = Path(unquote(urlsplit(given).path) if given.startswith("file:") else given).expanduser()
+        path = Path(
+            unquote(urlsplit(given).path) if given.startswith("file:") else given
+        ).expanduser()
     except (ValueError, RuntimeError) as error:  # no such user's home, or no URL
         raise DataError(f"image {given[:80]}: {error}") from error
     return StoredImage(path=path if path.is_absolute() or folder is None else folder / path)
@@ -177,12 +215,13 @@ def open_image(source: bytes | Path, name: str) -> Iterator[Any]:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise DataError(
-                f"image {name} has {width:,} x {height:,} pixels, and no more than {MAX_PIXELS:,} are read: scale it"
+                f"image {name} has {width:,} x {height:,} pixels, and no more than {MAX_PIXELS:,}"
+                " are read: scale it"
             )
         if image.mode.startswith("I") or image.mode == "F":
             raise DataError(
-                f"image {name} has numbers of more than 8 bits (mode {image.mode}), most of which would become white: "
-                "convert it to 8 bits"
+                f"image {name} has numbers of more than 8 bits (mode {image.mode}), most of which"
+                " would become white: convert it to 8 bits"
             )
         yield image
 
@@ -197,7 +236,11 @@ def _explained(name: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(f"image {name}: there is no such file") from error
     except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        reason = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else str(error) or type(error).__name__
+        )
         raise DataError(f"image {name} cannot be read: {reason}") from error
 
 
@@ -214,38 +257,60 @@ class ImageEncoder:
 
     Args:
         config: of the model: which token stands for an image, how positions are counted.
-        min_pixels, max_pixels: images are scaled to lie between, at the same ratio; None: as the processor has it.
+        min_pixels, max_pixels: images are scaled to lie between, at the same ratio; None: as the
+            processor has it.
 
     Raises:
         ConfigError: the processor is of another family.
     """
 
-    def __init__(self, processor: Any, config: Any, *, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        config: Any,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> None:
         self.processor, self.config = processor, config
         token_id: int | None = getattr(config, "image_token_id", None)
         rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
         if token_id is None or not hasattr(processor, "merge_size") or "mrope_section" not in rope:
             raise ConfigError(
-                f"images of {config.model_type} ({type(processor).__name__}) are not known to lorakit, which reads those of "
-                "Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3-VL-MoE; train it on rows of text"
+                f"images of {config.model_type} ({type(processor).__name__}) are not known to"
+                " lorakit, which reads those of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3-VL-MoE;"
+                " train it on rows of text"
             )
         self.token_id, self.merge = token_id, int(processor.merge_size)
         size = dict(processor.size)
-        self.min_pixels, self.max_pixels = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+        self.min_pixels, self.max_pixels = (
+            min_pixels or size["shortest_edge"],
+            max_pixels or size["longest_edge"],
+        )
         if self.min_pixels > self.max_pixels:
-            raise ConfigError(f"data.min_pixels={self.min_pixels:,} is more than data.max_pixels={self.max_pixels:,}")
+            raise ConfigError(
+                f"data.min_pixels={self.min_pixels:,} is more than"
+                f" data.max_pixels={self.max_pixels:,}"
+            )
 
     def within(self, min_pixels: int | None, max_pixels: int | None) -> ImageEncoder:
         """Return the encoder with other bounds."""
         if min_pixels is None and max_pixels is None:
             return self
-        return ImageEncoder(self.processor, self.config, min_pixels=min_pixels, max_pixels=max_pixels)
+        return ImageEncoder(
+            self.processor, self.config, min_pixels=min_pixels, max_pixels=max_pixels
+        )
 
     def num_tokens(self, height: int, width: int) -> int:
-        """Return how many positions an image of so many pixels takes. Raises DataError for one that is too narrow."""
+        """Return how many positions an image of so many pixels takes. Raises DataError for one
+        that is too narrow.
+        """
         try:
             bounds = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
-            return int(self.processor.get_number_of_image_patches(height, width, bounds)) // self.merge**2
+            return (
+                int(self.processor.get_number_of_image_patches(height, width, bounds))
+                // self.merge**2
+            )
         except (ValueError, ZeroDivisionError) as error:
             raise DataError(f"an image of {width} x {height} pixels: {error}") from error
 
@@ -257,13 +322,22 @@ class ImageEncoder:
         """Return the images of ``model_input``, encoded.
 
         Raises:
-            DataError: a text has the token that stands for an image, or an image cannot be used as its chunk says.
+            DataError: a text has the token that stands for an image, or an image cannot be used as
+                its chunk says.
         """
         for number, chunk in enumerate(model_input.chunks):
             if isinstance(chunk, EncodedTextChunk) and self.token_id in chunk.tokens:
-                raise DataError(f"chunks[{number}] has token {self.token_id}, which stands for an image; give an ImageChunk")
+                raise DataError(
+                    f"chunks[{number}] has token {self.token_id}, which stands for an image; give"
+                    " an ImageChunk"
+                )
         named = [
-            ImageChunk(chunk.data, chunk.format, chunk.expected_tokens, name=chunk.name or f"chunks[{number}]")
+            ImageChunk(
+                chunk.data,
+                chunk.format,
+                chunk.expected_tokens,
+                name=chunk.name or f"chunks[{number}]",
+            )
             for number, chunk in enumerate(model_input.chunks)
             if isinstance(chunk, ImageChunk)
         ]
@@ -273,20 +347,28 @@ class ImageEncoder:
         """Return the token ids of ``model_input``, images as so many placeholders."""
         found: list[int] = []
         for chunk in model_input.chunks:
-            found += [self.token_id] * chunk.length if isinstance(chunk, ImageChunk) else chunk.tokens
+            found += (
+                [self.token_id] * chunk.length if isinstance(chunk, ImageChunk) else chunk.tokens
+            )
         return found
 
     def place(self, tokens: Sequence[int], images: Sequence[ImageChunk]) -> ModelInput:
-        """Return a rendered conversation with its images in the places of their placeholders, one token each.
+        """Return a rendered conversation with its images in the places of their placeholders, one
+        token each.
 
         Raises:
             DataError: there are more or fewer of the one than of the other.
         """
         if (count := list(tokens).count(self.token_id)) != len(images):
-            raise DataError(f"{len(images)} images, and the chat template writes {count} placeholders")
+            raise DataError(
+                f"{len(images)} images, and the chat template writes {count} placeholders"
+            )
         chunks: list[EncodedTextChunk | ImageChunk] = []
         rest, start = iter(images), 0
-        for place in [*(place for place, token in enumerate(tokens) if token == self.token_id), len(tokens)]:
+        for place in [
+            *(place for place, token in enumerate(tokens) if token == self.token_id),
+            len(tokens),
+        ]:
             if start < place:
                 chunks.append(EncodedTextChunk(tuple(tokens[start:place])))
             if place < len(tokens):
@@ -310,18 +392,24 @@ class ImageEncoder:
 
         size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         with open_image(chunk.data, chunk.name) as opened:
-            found = self.processor(images=[ImageOps.exif_transpose(opened)], size=size, return_tensors="np")
+            found = self.processor(
+                images=[ImageOps.exif_transpose(opened)], size=size, return_tensors="np"
+            )
         frames, down, across = map(int, found["image_grid_thw"][0])
         count = frames * down * across // self.merge**2
         if chunk.expected_tokens not in (None, count):
-            raise DataError(f"image {chunk.name}: expected_tokens={chunk.expected_tokens}, but it takes {count} positions here")
+            raise DataError(
+                f"image {chunk.name}: expected_tokens={chunk.expected_tokens}, but it takes {count}"
+                " positions here"
+            )
         return EncodedImage(np.asarray(found["pixel_values"], np.float32), (frames, down, across))
 
     def positions(self, model_input: ModelInput, images: Sequence[EncodedImage]) -> np.ndarray:
-        """Return time, height and width of each position, (3, L) (M-RoPE, Qwen2-VL, arXiv 2409.12191, section 2.1).
+        """Return time, height and width of each position, (3, L) (M-RoPE, Qwen2-VL, arXiv
+        2409.12191, section 2.1).
 
-        Text counts up in all three. An image's positions have the time at which it begins, and its rows and columns from there on;
-        what follows goes on behind the larger of both.
+        Text counts up in all three. An image's positions have the time at which it begins, and its
+        rows and columns from there on; what follows goes on behind the larger of both.
         """
         rest, start = iter(images), 0
         parts: list[np.ndarray] = []
@@ -332,6 +420,11 @@ class ImageEncoder:
                 continue
             frames, down, across = next(rest).grid
             down, across = down // self.merge, across // self.merge
-            parts.append(np.stack(np.meshgrid(range(frames), range(down), range(across), indexing="ij")).reshape(3, -1) + start)
+            parts.append(
+                np.stack(
+                    np.meshgrid(range(frames), range(down), range(across), indexing="ij")
+                ).reshape(3, -1)
+                + start
+            )
             start += max(down, across)
         return np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), np.int64)

@@ -1,7 +1,9 @@
-"""Files of one row per line, JSON or text: checked in one pass at full speed, then read at random by byte offset.
+"""Files of one row per line, JSON or text: checked in one pass at full speed, then read at random
+by byte offset.
 
-`datasets` names no line when JSON is malformed and stops at the first fault; here every fault of a file is collected with its
-line number. Of each row only its offset and line number stay in memory (12 bytes), so files may be larger than memory.
+`datasets` names no line when JSON is malformed and stops at the first fault; here every fault of a
+file is collected with its line number. Of each row only its offset and line number stay in memory
+(12 bytes), so files may be larger than memory.
 """
 
 from __future__ import annotations
@@ -37,10 +39,17 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class LineFile:
-    """Rows of one ``.jsonl`` or ``.txt`` file. ``problems`` holds what its first pass found, as ``(line, text)``."""
+    """Rows of one ``.jsonl`` or ``.txt`` file. ``problems`` holds what its first pass found, as
+    ``(line, text)``.
+    """
 
     def __init__(
-        self, path: Path, *, format: str | OwnFormat | None = None, columns: Columns = (), progress: Progress | None = None
+        self,
+        path: Path,
+        *,
+        format: str | OwnFormat | None = None,
+        columns: Columns = (),
+        progress: Progress | None = None,
     ) -> None:
         self.path, self._columns = path, columns
         self._own = format if isinstance(format, OwnFormat) else None
@@ -102,12 +111,19 @@ class LineFile:
         raise DataError(report(f"{self.path}: {own.name} makes no row of any line:", problems))
 
     def _record(self, line: bytes) -> Any:
-        return {"text": line.rstrip(b"\r\n").decode("utf-8")} if self.path.suffix == ".txt" else msgspec.json.decode(line)
+        return (
+            {"text": line.rstrip(b"\r\n").decode("utf-8")}
+            if self.path.suffix == ".txt"
+            else msgspec.json.decode(line)
+        )
 
     def _resolve_format(self, wanted: Any) -> str:
         if self.path.suffix == ".txt":
             if wanted not in (None, "text"):
-                raise DataError(f"{self.path}: data.format={wanted}, but a .txt file holds plain text, one row per line")
+                raise DataError(
+                    f"{self.path}: data.format={wanted}, but a .txt file holds plain text, one row"
+                    " per line"
+                )
             return "text"
         if wanted:
             return wanted
@@ -123,7 +139,8 @@ class LineFile:
                 problems.append(f"{self.path}:{number}: {explain(error, Text)}")
                 continue
             if isinstance(row, dict) and (found := recognise(row, self._columns)):
-                return found  # lines of another kind before it are reported by the pass over all lines
+                # lines of another kind before it are reported by the pass over all lines
+                return found
             if isinstance(row, dict) and columns is None:
                 columns = list(row)
             problems.append(f"{self.path}:{number}: not a row of a known format")
@@ -192,7 +209,9 @@ def explain(error: Exception, kind: type[Row]) -> str:
         return f"{text} (this format needs the columns {', '.join(required_columns(kind))})"
     if "unknown field" in text:
         known = ", ".join(field.encode_name for field in msgspec.structs.fields(Message))
-        return f"{text}: lorakit would not train on it; rename or remove it (a message has: {known})"
+        return (
+            f"{text}: lorakit would not train on it; rename or remove it (a message has: {known})"
+        )
     return f"wrong type: {text}"
 
 

@@ -10,15 +10,17 @@ from lorakit.data.sources import Source
 
 
 class Mixture:
-    """The rows of each epoch: of a source of weight ``w`` every row ``floor(w)`` times, and a share of them once more.
+    """The rows of each epoch: of a source of weight ``w`` every row ``floor(w)`` times, and a share
+    of them once more.
 
-    That share moves on from epoch to epoch, and carries its fraction over: of a source of weight 0.5 two epochs have every row once,
-    however few there are.
+    That share moves on from epoch to epoch, and carries its fraction over: of a source of weight
+    0.5 two epochs have every row once, however few there are.
     """
 
     def __init__(self, indices: np.ndarray, source: Source, *, seed: int) -> None:
         self.indices = indices
-        self._groups: list[tuple[np.ndarray, float]] = []  # rows in the order in which shares take them, and the weight
+        # rows in the order in which shares take them, and the weight
+        self._groups: list[tuple[np.ndarray, float]] = []
         origins = source.origins_of(indices)
         for number, weight in enumerate(source.weights):
             mixed = np.random.default_rng([seed, number]).permutation(indices[origins == number])
@@ -27,7 +29,11 @@ class Mixture:
     @property
     def counts(self) -> list[float]:
         """Rows of each source in an epoch, on average."""
-        return [len(rows) * weight for rows, weight in self._groups] if self._groups else [float(len(self.indices))]
+        return (
+            [len(rows) * weight for rows, weight in self._groups]
+            if self._groups
+            else [float(len(self.indices))]
+        )
 
     @property
     def num_rows(self) -> float:

@@ -12,7 +12,8 @@ from lorakit.data.rows import FORMATS, Row
 from lorakit.errors import ConfigError
 from lorakit.own_code import import_by_name
 
-Format = str | Callable[[dict[str, Any]], Any] | None  # a name in FORMATS, or a function; None: by the columns
+# a name in FORMATS, or a function; None: by the columns
+Format = str | Callable[[dict[str, Any]], Any] | None
 
 
 class OwnFormatError(msgspec.ValidationError):
@@ -20,13 +21,17 @@ class OwnFormatError(msgspec.ValidationError):
 
 
 class OwnFormat:
-    """Calls ``function`` on each record: a dict in, a row (a dict with the columns of a known format) out, or None to leave it out."""
+    """Calls ``function`` on each record: a dict in, a row (a dict with the columns of a known
+    format) out, or None to leave it out.
+    """
 
     def __init__(self, function: Callable[[dict[str, Any]], Any]) -> None:
         self.function, self.name = function, name_of_format(function)
 
     def convert(self, record: Any) -> Row | None:
-        """Return the row of ``record``. Raises OwnFormatError, or msgspec's own error where a column has another type."""
+        """Return the row of ``record``. Raises OwnFormatError, or msgspec's own error where a
+        column has another type.
+        """
         try:
             found = self.function(record)
         except Exception as error:  # whatever a user's code raises belongs to this row
@@ -36,9 +41,14 @@ class OwnFormat:
         if isinstance(found, Row):
             return found
         if not isinstance(found, dict):
-            raise OwnFormatError(f"{self.name} returns {type(found).__name__}, which is no row: return a dict")
+            raise OwnFormatError(
+                f"{self.name} returns {type(found).__name__}, which is no row: return a dict"
+            )
         if (format := recognise(found)) is None:
-            raise OwnFormatError(f"{self.name} returns the columns {', '.join(map(str, found))}, which are of no known format")
+            raise OwnFormatError(
+                f"{self.name} returns the columns {', '.join(map(str, found))}, which are of no"
+                " known format"
+            )
         return msgspec.convert(found, FORMATS[format])
 
 
@@ -63,7 +73,8 @@ def find_format(format: Format) -> str | OwnFormat | None:
         return OwnFormat(format)
     if "." not in format:
         raise ConfigError(
-            f"data.format={format} is unknown; choose one of {', '.join(FORMATS)}, or name a function of yours (package.module.name)"
+            f"data.format={format} is unknown; choose one of {', '.join(FORMATS)}, or name a"
+            " function of yours (package.module.name)"
         )
     try:
         found = import_by_name(format)

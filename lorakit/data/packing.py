@@ -12,9 +12,13 @@ from lorakit.types import Datum
 def pack_best_fit(datums: Sequence[Datum], row_tokens: int) -> list[list[Datum]]:
     """Distribute ``datums`` over rows of at most ``row_tokens`` positions by best-fit decreasing.
 
-    The longest is placed first, each into the fullest row that still has room. A Datum that is longer than a row has its own.
+    The longest is placed first, each into the fullest row that still has room. A Datum that is
+    longer than a row has its own.
     """
-    return [[datums[index] for index in row] for row in assign_rows([len(datum) for datum in datums], row_tokens)]
+    return [
+        [datums[index] for index in row]
+        for row in assign_rows([len(datum) for datum in datums], row_tokens)
+    ]
 
 
 def assign_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
@@ -35,22 +39,37 @@ def assign_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 
 
 def plan_batches(
-    datums: Sequence[Datum], *, batch_size: int | None, batch_tokens: int | None = None, row_tokens: int | None,
-    rng: random.Random | None, are_pairs: bool = False,
-) -> list[list[list[Datum]]]:  # fmt: skip
+    datums: Sequence[Datum],
+    *,
+    batch_size: int | None,
+    batch_tokens: int | None = None,
+    row_tokens: int | None,
+    rng: random.Random | None,
+    are_pairs: bool = False,
+) -> list[list[list[Datum]]]:
     """Return batches of rows of Datums over all of ``datums``; see ``assign_batches``.
 
-    Where each two of ``datums`` are a pair, they stay side by side: in one row of a pack, or in two rows of a batch that
-    count as one.
+    Where each two of ``datums`` are a pair, they stay side by side: in one row of a pack, or in two
+    rows of a batch that count as one.
     """
     size = 2 if are_pairs else 1
     units = [datums[i : i + size] for i in range(0, len(datums), size)]
     if row_tokens is None:
         lengths = [max(len(datum) for datum in unit) for unit in units]
-        plan = assign_batches(lengths, batch_size=batch_size, batch_tokens=_share(batch_tokens, size), row_tokens=None, rng=rng)
-        return [[[datum] for row in batch for index in row for datum in units[index]] for batch in plan]
+        plan = assign_batches(
+            lengths,
+            batch_size=batch_size,
+            batch_tokens=_share(batch_tokens, size),
+            row_tokens=None,
+            rng=rng,
+        )
+        return [
+            [[datum] for row in batch for index in row for datum in units[index]] for batch in plan
+        ]
     lengths = [sum(len(datum) for datum in unit) for unit in units]
-    plan = assign_batches(lengths, batch_size=batch_size, batch_tokens=batch_tokens, row_tokens=row_tokens, rng=rng)
+    plan = assign_batches(
+        lengths, batch_size=batch_size, batch_tokens=batch_tokens, row_tokens=row_tokens, rng=rng
+    )
     return [[[datum for index in row for datum in units[index]] for row in batch] for batch in plan]
 
 
@@ -70,8 +89,10 @@ def assign_batches(
 
     Args:
         batch_size: rows of a batch; or else
-        batch_tokens: positions of a batch, padding included. A row that is longer has a batch of its own.
-        row_tokens: rows are packed to so many positions; without, each holds one and rows of like length go together.
+        batch_tokens: positions of a batch, padding included. A row that is longer has a batch of
+            its own.
+        row_tokens: rows are packed to so many positions; without, each holds one and rows of like
+            length go together.
         rng: shuffles the batches; None keeps the order and groups nothing, for evaluation.
     """
     if row_tokens is not None:
@@ -87,7 +108,9 @@ def assign_batches(
         length = sum(lengths[index] for index in row)
         longest = max(longest, length)
         is_full = not batches or (
-            len(batches[-1]) >= batch_size if batch_size else longest * (len(batches[-1]) + 1) > (batch_tokens or 0)
+            len(batches[-1]) >= batch_size
+            if batch_size
+            else longest * (len(batches[-1]) + 1) > (batch_tokens or 0)
         )
         if is_full:
             batches.append([])
@@ -101,7 +124,8 @@ def assign_batches(
 def fill_with_longest(
     datums: Sequence[Datum], *, batch_tokens: int, row_tokens: int | None, are_pairs: bool = False
 ) -> list[list[Datum]]:
-    """Return the rows of a batch as full as any, of copies of the longest of ``datums``, or of the pair that they are.
+    """Return the rows of a batch as full as any, of copies of the longest of ``datums``, or of the
+    pair that they are.
 
     Args:
         batch_tokens: positions of the batch, padding included.

@@ -1,4 +1,6 @@
-"""Items made ahead in a thread, while the step computes: a device does not wait for the tokenizer."""
+"""Items made ahead in a thread, while the step computes: a device does not wait for the
+tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,11 @@ _END = object()
 
 
 def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
-    """Yield ``items`` in their order, ``depth`` of them made ahead. What making them raises is raised where they are asked for.
+    """Yield ``items`` in their order, ``depth`` of them made ahead. What making them raises is
+    raised where they are asked for.
 
-    Closing the generator ends the thread, and so does the end of the program, which waits for it: a thread that is torn down in
-    the middle of a native call aborts the process.
+    Closing the generator ends the thread, and so does the end of the program, which waits for it: a
+    thread that is torn down in the middle of a native call aborts the process.
     """
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=depth)
     closed = threading.Event()

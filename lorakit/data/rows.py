@@ -1,4 +1,6 @@
-"""What a row of a data set may look like. Each format is a typed record; the types are the schema that rows are checked by."""
+"""What a row of a data set may look like. Each format is a typed record; the types are the
+schema that rows are checked by.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,17 @@ from typing import Any, Literal
 import msgspec
 
 from lorakit.data.calls import find_arguments_problem, find_tools_problem, read_tools
-from lorakit.data.images import find_image_problem, find_stored_problem, find_text_problem, has_no_name, is_image_part
+from lorakit.data.images import (
+    find_image_problem,
+    find_stored_problem,
+    find_text_problem,
+    has_no_name,
+    is_image_part,
+)
 from lorakit.errors import ConfigError
 
-IMAGE_MARK = "<image>"  # in the text of a ShareGPT turn, where the row has images: LLaVA's way to say where they stand
+# in the text of a ShareGPT turn, where the row has images: LLaVA's way to say where they stand
+IMAGE_MARK = "<image>"
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -45,7 +54,8 @@ class Message(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
 
 
 class Chat(msgspec.Struct):
-    """``{"messages": [{"role": …, "content": …}, …]}``, where content is text, or parts that are text or images.
+    """``{"messages": [{"role": …, "content": …}, …]}``, where content is text, or parts that are
+    text or images.
 
     A part ``{"type": "image"}`` that names none stands for the next of ``images``.
     """
@@ -66,7 +76,8 @@ class Turn(msgspec.Struct):
 class Conversations(msgspec.Struct):
     """``{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}``.
 
-    Where the row has ``image`` (one, or a list) or ``images``, ``<image>`` in a text stands for the next of them.
+    Where the row has ``image`` (one, or a list) or ``images``, ``<image>`` in a text stands for the
+    next of them.
     """
 
     conversations: list[Turn]
@@ -84,7 +95,8 @@ class Alpaca(msgspec.Struct):
 
 
 class Preference(msgspec.Struct):
-    """``{"prompt": …, "chosen": …, "rejected": …}``: texts, or lists of messages; of two answers the first is the better one.
+    """``{"prompt": …, "chosen": …, "rejected": …}``: texts, or lists of messages; of two answers
+    the first is the better one.
 
     Without ``prompt``, what both begin with is the prompt.
     """
@@ -136,14 +148,23 @@ SPEAKERS: dict[str, Role] = {
 
 def are_chats(formats: Iterable[str]) -> bool:
     """Whether rows of these formats are conversations, which a chat template renders."""
-    return bool(found := set(formats)) and found <= {"messages", "conversations", "alpaca", CHAT_PAIRS}
+    return bool(found := set(formats)) and found <= {
+        "messages",
+        "conversations",
+        "alpaca",
+        CHAT_PAIRS,
+    }
 
 
 def are_pairs(formats: Iterable[str]) -> bool:
-    """Whether rows of these formats are pairs of a better and a worse answer. Raises ConfigError where only some are."""
+    """Whether rows of these formats are pairs of a better and a worse answer. Raises ConfigError
+    where only some are.
+    """
     pairs, others = {"preference", CHAT_PAIRS}, set(formats) - {"preference", CHAT_PAIRS}
     if others and others != set(formats):
-        raise ConfigError(f"rows of preference and of {', '.join(sorted(others))} cannot be trained together")
+        raise ConfigError(
+            f"rows of preference and of {', '.join(sorted(others))} cannot be trained together"
+        )
     return bool(set(formats) & pairs)
 
 
@@ -152,7 +173,10 @@ def has_images(row: Row) -> bool:
     if isinstance(row, Conversations):
         return bool(_images_beside(row))
     return isinstance(row, Chat) and any(
-        is_image_part(part) for message in row.messages if isinstance(message.content, list) for part in message.content
+        is_image_part(part)
+        for message in row.messages
+        if isinstance(message.content, list)
+        for part in message.content
     )
 
 
@@ -160,7 +184,11 @@ def to_chat(row: Conversations) -> Chat:
     """Return a ShareGPT row as messages. Raises KeyError for an unknown speaker."""
     images = _images_beside(row)
     messages = [
-        Message(SPEAKERS[turn.speaker], _split_at_images(turn.value) if images else turn.value, turn.weight)
+        Message(
+            SPEAKERS[turn.speaker],
+            _split_at_images(turn.value) if images else turn.value,
+            turn.weight,
+        )
         for turn in row.conversations
     ]
     if row.system:
@@ -170,7 +198,9 @@ def to_chat(row: Conversations) -> Chat:
 
 def _images_beside(row: Conversations) -> list[Any]:
     """The images of a ShareGPT row, from either column."""
-    one = row.image if isinstance(row.image, list) else [] if row.image in (None, "") else [row.image]
+    one = (
+        row.image if isinstance(row.image, list) else [] if row.image in (None, "") else [row.image]
+    )
     return [*one, *(row.images or ())]
 
 
@@ -190,14 +220,25 @@ def find_problem(row: Row) -> str | None:
     if isinstance(row, PromptCompletion):
         return None if row.completion else "`completion` is empty: no trained token"
     if isinstance(row, Chat):
-        return _find_message_problem(row.messages) or find_tools_problem(row.tools) or _find_image_problem(row)
+        return (
+            _find_message_problem(row.messages)
+            or find_tools_problem(row.tools)
+            or _find_image_problem(row)
+        )
     if isinstance(row, Conversations):
-        unknown = next((turn.speaker for turn in row.conversations if turn.speaker not in SPEAKERS), None)
+        unknown = next(
+            (turn.speaker for turn in row.conversations if turn.speaker not in SPEAKERS), None
+        )
         if unknown is not None:
             return f"unknown speaker {unknown!r} in `conversations` (known: {', '.join(SPEAKERS)})"
-        images, marks = _images_beside(row), sum(turn.value.count(IMAGE_MARK) for turn in row.conversations)
+        images, marks = (
+            _images_beside(row),
+            sum(turn.value.count(IMAGE_MARK) for turn in row.conversations),
+        )
         if images and len(images) != marks:
-            return f"`conversations` have {marks} {IMAGE_MARK}, but the row has {len(images)} images"
+            return (
+                f"`conversations` have {marks} {IMAGE_MARK}, but the row has {len(images)} images"
+            )
         return find_problem(to_chat(row))
     if isinstance(row, Preference):
         return _find_preference_problem(row)
@@ -209,13 +250,18 @@ def find_problem(row: Row) -> str | None:
     return _find_token_problem(row)
 
 
-def split_preference(row: Preference) -> tuple[str | list[Message], str | list[Message], str | list[Message]]:
-    """Return (prompt, chosen, rejected) of a row without a problem; of texts the prompt ends before white space."""
+def split_preference(
+    row: Preference,
+) -> tuple[str | list[Message], str | list[Message], str | list[Message]]:
+    """Return (prompt, chosen, rejected) of a row without a problem; of texts the prompt ends
+    before white space.
+    """
     if row.prompt is not None:
         return row.prompt, row.chosen, row.rejected
     chosen, rejected = row.chosen, row.rejected
     length = next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
+        min(len(chosen), len(rejected)),
     )
     if isinstance(chosen, str):
         length = (
@@ -229,16 +275,33 @@ def split_preference(row: Preference) -> tuple[str | list[Message], str | list[M
 def _find_preference_problem(row: Preference) -> str | None:
     if problem := find_tools_problem(row.tools):
         return problem
-    if len({isinstance(part, str) for part in (row.chosen, row.rejected, row.prompt) if part is not None}) > 1:
+    if (
+        len(
+            {
+                isinstance(part, str)
+                for part in (row.chosen, row.rejected, row.prompt)
+                if part is not None
+            }
+        )
+        > 1
+    ):
         return "`prompt`, `chosen` and `rejected` must all be texts, or all lists of messages"
     if row.chosen == row.rejected:
         return "`chosen` and `rejected` are the same"
     prompt, *answers = split_preference(row)
     if isinstance(prompt, str) and read_tools(row.tools):
-        return "`tools` belong to conversations, and this row has texts: write `chosen` and `rejected` as messages"
+        return (
+            "`tools` belong to conversations, and this row has texts: write `chosen` and `rejected`"
+            " as messages"
+        )
     if isinstance(prompt, str):
         return next(
-            (f"`{name}` is empty" for name, answer in zip(("chosen", "rejected"), answers, strict=True) if not answer), None
+            (
+                f"`{name}` is empty"
+                for name, answer in zip(("chosen", "rejected"), answers, strict=True)
+                if not answer
+            ),
+            None,
         )
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
         assert not isinstance(answer, str)
@@ -252,7 +315,9 @@ def _find_preference_problem(row: Preference) -> str | None:
 def _find_token_problem(row: Tokens) -> str | None:
     if len(row.tokens) != len(row.weights):
         return f"{len(row.tokens)} `tokens` but {len(row.weights)} `weights`"
-    if problem := next((problem for weight in row.weights if (problem := _find_weight_problem(weight))), None):
+    if problem := next(
+        (problem for weight in row.weights if (problem := _find_weight_problem(weight))), None
+    ):
         return f"`weights` holds a value that {problem}"
     if min(row.tokens, default=0) < 0:
         return f"`tokens` holds the negative id {min(row.tokens)}"
@@ -284,7 +349,11 @@ def _find_message_problem(messages: list[Message]) -> str | None:
 def _find_weight_problem(weight: float) -> str | None:
     if not math.isfinite(weight):
         return "is not finite"
-    return None if weight == 0 or 1e-30 < abs(weight) < 1e30 else "is too large or too small for float32"
+    return (
+        None
+        if weight == 0 or 1e-30 < abs(weight) < 1e30
+        else "is too large or too small for float32"
+    )
 
 
 def _find_order_problem(role: str, previous: str | None, index: int) -> str | None:
@@ -315,8 +384,18 @@ def _find_part_problem(parts: list[dict[str, Any]]) -> str | None:
 
 def _find_image_problem(row: Chat) -> str | None:
     """Parts that name no image, and the row's ``images``, must be as many."""
-    parts = [part for message in row.messages if isinstance(message.content, list) for part in message.content]
-    num_parts, num_images = sum(is_image_part(part) and has_no_name(part) for part in parts), len(row.images or ())
+    parts = [
+        part
+        for message in row.messages
+        if isinstance(message.content, list)
+        for part in message.content
+    ]
+    num_parts, num_images = (
+        sum(is_image_part(part) and has_no_name(part) for part in parts),
+        len(row.images or ()),
+    )
     if num_parts != num_images:
         return f"{num_parts} image parts name no image, but `images` holds {num_images}"
-    return next((problem for given in row.images or () if (problem := find_stored_problem(given))), None)
+    return next(
+        (problem for given in row.images or () if (problem := find_stored_problem(given))), None
+    )

@@ -9,7 +9,9 @@ from lorakit.errors import ConfigError
 
 def check_counts(**counts: int | None) -> None:
     """Raise ConfigError for each of ``counts`` that is given and less than 1."""
-    bad = [f"data.{name}={value}" for name, value in counts.items() if value is not None and value < 1]
+    bad = [
+        f"data.{name}={value}" for name, value in counts.items() if value is not None and value < 1
+    ]
     if bad:
         raise ConfigError(f"{', '.join(bad)}: must be at least 1")
 

@@ -1,4 +1,6 @@
-"""A path or a name to rows: files, folders, globs, bundled data sets and data sets of the hub behind one interface."""
+"""A path or a name to rows: files, folders, globs, bundled data sets and data sets of the hub
+behind one interface.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,11 @@ def _format_of(part: LineFile | Table) -> str:
     if part.format != "preference" or not len(part):
         return part.format
     first = part.row(0)
-    return CHAT_PAIRS if isinstance(first, Preference) and not isinstance(first.chosen, str) else part.format
+    return (
+        CHAT_PAIRS
+        if isinstance(first, Preference) and not isinstance(first.chosen, str)
+        else part.format
+    )
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,9 @@ class Source:
     def fingerprint(self) -> str:
         """A digest of the bytes of all files, independent of where they lie."""
         mixed = [f"{self.origins} {self.weights}"] if self.names else []
-        return hashlib.sha256(" ".join([*(part.digest for part in self.parts), *mixed]).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            " ".join([*(part.digest for part in self.parts), *mixed]).encode()
+        ).hexdigest()[:16]
 
     def _locate(self, index: int) -> tuple[LineFile | Table, int]:
         number = bisect_right(self._ends, index)
@@ -126,9 +134,13 @@ class Source:
 
 
 def open_sources(
-    mixed: Sequence[Mixed], *, format: Format = None, columns: Mapping[str, str] | None = None,
-    on_error: Literal["raise", "skip"] = "raise", split: str = "train",
-) -> Source:  # fmt: skip
+    mixed: Sequence[Mixed],
+    *,
+    format: Format = None,
+    columns: Mapping[str, str] | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    split: str = "train",
+) -> Source:
     """Open several sources as one. The other arguments are as for ``open_source``.
 
     Raises:
@@ -139,10 +151,13 @@ def open_sources(
         try:
             found.append(
                 open_source(
-                    entry.path, format=entry.format or format, columns=entry.columns or columns, on_error=on_error,
+                    entry.path,
+                    format=entry.format or format,
+                    columns=entry.columns or columns,
+                    on_error=on_error,
                     split=entry.split or split,
                 )
-            )  # fmt: skip
+            )
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -150,7 +165,9 @@ def open_sources(
     return Source(
         [part for source in found for part in source.parts],
         num_skipped=sum(source.num_skipped for source in found),
-        first_skipped=next((source.first_skipped for source in found if source.first_skipped), None),
+        first_skipped=next(
+            (source.first_skipped for source in found if source.first_skipped), None
+        ),
         names=tuple(name_sources(mixed)),
         weights=tuple(float(entry.weight) for entry in mixed),
         origins=tuple(number for number, source in enumerate(found) for _ in source.parts),
@@ -158,7 +175,9 @@ def open_sources(
 
 
 def read_mixed(entries: Sequence[Mixed | Mapping[str, Any] | str]) -> list[Mixed]:
-    """The entries of ``data.sources``, of which one that is a text alone is a path. Raises ConfigError with all problems."""
+    """The entries of ``data.sources``, of which one that is a text alone is a path. Raises
+    ConfigError with all problems.
+    """
     mixed, problems = [], []
     fields = {field.name: field for field in dataclasses.fields(Mixed)}
     for number, entry in enumerate(entries):
@@ -172,14 +191,22 @@ def read_mixed(entries: Sequence[Mixed | Mapping[str, Any] | str]) -> list[Mixed
         for name in entry.keys() - fields.keys():
             near = difflib.get_close_matches(name, fields, n=1)
             problems.append(
-                f"unknown key {key}.{name}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}")
+                f"unknown key {key}.{name}; "
+                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}")
             )
         try:
-            mixed.append(msgspec.convert({name: value for name, value in entry.items() if name in fields}, Mixed))
+            mixed.append(
+                msgspec.convert(
+                    {name: value for name, value in entry.items() if name in fields}, Mixed
+                )
+            )
         except msgspec.ValidationError as error:
             problems.append(f"{key}: {str(error).lower().replace('`', '')}")
-    problems += [f"data.sources: {entry.path} has weight {entry.weight}, which must be above 0" for entry in mixed
-                 if not 0 < entry.weight < math.inf]  # fmt: skip
+    problems += [
+        f"data.sources: {entry.path} has weight {entry.weight}, which must be above 0"
+        for entry in mixed
+        if not 0 < entry.weight < math.inf
+    ]
     if problems or not entries:
         raise ConfigError("\n".join(problems) or "data.sources is empty")
     return mixed
@@ -191,22 +218,33 @@ def name_sources(mixed: Sequence[Mixed]) -> list[str]:
     for entry in mixed:
         path = Path(entry.path)
         name = entry.name or (path.stem if path.suffix in SUFFIXES else path.name) or entry.path
-        number = next(number for number in itertools.count(1) if (name if number == 1 else f"{name}-{number}") not in names)
+        number = next(
+            number
+            for number in itertools.count(1)
+            if (name if number == 1 else f"{name}-{number}") not in names
+        )
         names.append(name if number == 1 else f"{name}-{number}")
     return names
 
 
 def open_source(
-    path: str, *, format: Format = None, columns: Mapping[str, str] | None = None,
-    on_error: Literal["raise", "skip"] = "raise", split: str = "train",
-) -> Source:  # fmt: skip
+    path: str,
+    *,
+    format: Format = None,
+    columns: Mapping[str, str] | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    split: str = "train",
+) -> Source:
     """Open ``path`` and check every row of it.
 
     Args:
-        path: a file, a folder, a glob, the name of a bundled data set (``pig_latin/train``), or of a data set of the hub.
-        format: one of ``FORMATS``, or a function (or its dotted name) that makes a row of a record; None recognises it by the columns.
+        path: a file, a folder, a glob, the name of a bundled data set (``pig_latin/train``), or of
+            a data set of the hub.
+        format: one of ``FORMATS``, or a function (or its dotted name) that makes a row of a record;
+            None recognises it by the columns.
         columns: what the data set calls the columns of our formats, by our names.
-        on_error: ``raise`` reports all bad rows in one DataError; ``skip`` leaves them out and counts them.
+        on_error: ``raise`` reports all bad rows in one DataError; ``skip`` leaves them out and
+            counts them.
         split: which split of a data set of the hub.
     """
     chosen = find_format(format)
@@ -214,7 +252,10 @@ def open_source(
     files = find_files(path)
     parts: list[LineFile | Table]
     if files is not None and split != "train":
-        raise ConfigError(f"data.split={split} has no effect: {path} is not a data set of the hub; name the file of that split")
+        raise ConfigError(
+            f"data.split={split} has no effect: {path} is not a data set of the hub; name the file"
+            " of that split"
+        )
     if files is None:
         parts = [load_hub_table(path, split, format=chosen, columns=renamed)]
     else:
@@ -224,27 +265,41 @@ def open_source(
 
 
 def find_files(path: str) -> list[Path] | None:
-    """Return the files that ``path`` names, in order; None where it can only be a name of the hub."""
+    """Return the files that ``path`` names, in order; None where it can only be a name of the
+    hub.
+    """
     if not path:
         raise ConfigError("data.path is empty; give a file, a folder, a glob or a name")
     here, bundled = Path(path).expanduser(), BUNDLED / f"{path}.jsonl"
     if here.is_file():
         if here.suffix not in SUFFIXES:
-            raise DataError(f"{path}: unknown file type {here.suffix!r}; known: {', '.join(SUFFIXES)}")
+            raise DataError(
+                f"{path}: unknown file type {here.suffix!r}; known: {', '.join(SUFFIXES)}"
+            )
         return [here]
     if here.is_dir():
         if not os.access(here, os.R_OK | os.X_OK):
             raise DataError(f"{path}: no permission to read this folder")
-        files = sorted(file for file in here.rglob("*") if _is_data_file(file.relative_to(here)) and file.is_file())
+        files = sorted(
+            file
+            for file in here.rglob("*")
+            if _is_data_file(file.relative_to(here)) and file.is_file()
+        )
         if not files:
             raise DataError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
         return files
     if bundled.is_file():
         return [bundled]
     if glob.has_magic(path):
-        files = sorted(Path(file) for file in glob.glob(str(here), recursive=True) if Path(file).suffix in SUFFIXES)
+        files = sorted(
+            Path(file)
+            for file in glob.glob(str(here), recursive=True)
+            if Path(file).suffix in SUFFIXES
+        )
         if not files:
-            raise DataError(f"{path}: this pattern matches no file that ends in {', '.join(SUFFIXES)}")
+            raise DataError(
+                f"{path}: this pattern matches no file that ends in {', '.join(SUFFIXES)}"
+            )
         return files
     if here.suffix in SUFFIXES or not _HUB_NAME.fullmatch(path):
         raise DataError(f"{path}: no such file{_suggest_file(here)}")
@@ -267,7 +322,11 @@ def check_paths(paths: Iterable[str]) -> None:
 
 def _suggest_file(path: Path) -> str:
     """The nearest name in the folder, or the first ones there."""
-    there = sorted(file.name for file in path.parent.glob("*") if file.suffix in SUFFIXES) if path.parent.is_dir() else []
+    there = (
+        sorted(file.name for file in path.parent.glob("*") if file.suffix in SUFFIXES)
+        if path.parent.is_dir()
+        else []
+    )
     if near := difflib.get_close_matches(path.name, there, n=1, cutoff=0.7):
         return f"; did you mean {path.with_name(near[0])}?"
     return f" (the folder has: {', '.join(there[:5])})" if there else ""
@@ -278,14 +337,24 @@ def _bundled_names() -> list[str]:
 
 
 def _is_data_file(path: Path) -> bool:
-    """Whether a file of a folder holds rows: by its ending, not hidden, and no README or LICENSE."""
+    """Whether a file of a folder holds rows: by its ending, not hidden, and no README or
+    LICENSE.
+    """
     is_hidden = any(part.startswith(".") for part in path.parts)
-    return path.suffix in SUFFIXES and not is_hidden and not path.name.upper().startswith(("README", "LICENSE"))
+    return (
+        path.suffix in SUFFIXES
+        and not is_hidden
+        and not path.name.upper().startswith(("README", "LICENSE"))
+    )
 
 
-def _open_file(path: Path, format: str | OwnFormat | None, columns: Columns, progress: Progress | None) -> LineFile | Table:
+def _open_file(
+    path: Path, format: str | OwnFormat | None, columns: Columns, progress: Progress | None
+) -> LineFile | Table:
     try:
-        if path.suffix in (".jsonl", ".ndjson", ".txt") or (path.suffix == ".json" and _is_json_lines(path)):
+        if path.suffix in (".jsonl", ".ndjson", ".txt") or (
+            path.suffix == ".json" and _is_json_lines(path)
+        ):
             return LineFile(path, format=format, columns=columns, progress=progress)
         return load_table(path, format=format, columns=columns, progress=progress)
     except OSError as error:
@@ -300,15 +369,27 @@ def _is_json_lines(path: Path) -> bool:
 
 def _settle(path: str, parts: list[LineFile | Table], on_error: str) -> Source:
     problems = [
-        f"{part.path}:{number}: {text}" if isinstance(part, LineFile) else f"{part.path}: row {number}: {text}"
+        (
+            f"{part.path}:{number}: {text}"
+            if isinstance(part, LineFile)
+            else f"{part.path}: row {number}: {text}"
+        )
         for part in parts
         for number, text in part.problems
     ]
     num_rows = sum(part.num_rows_seen for part in parts)
     if problems and on_error == "raise":
         remedy = "Mend these rows, or set data.on_error=skip to leave them out (they are counted)."
-        raise DataError(report(f"{path}: {len(problems):,} of {num_rows:,} rows cannot be used:", problems, remedy=remedy))
-    source = Source(parts, num_skipped=len(problems), first_skipped=problems[0] if problems else None)
+        raise DataError(
+            report(
+                f"{path}: {len(problems):,} of {num_rows:,} rows cannot be used:",
+                problems,
+                remedy=remedy,
+            )
+        )
+    source = Source(
+        parts, num_skipped=len(problems), first_skipped=problems[0] if problems else None
+    )
     if len(source) == 0:
         why = f"{num_rows:,} rows read, all of them bad" if num_rows else "it is empty"
         raise DataError(f"{path}: no usable row ({why})")
@@ -324,10 +405,22 @@ def _progress_of(files: list[Path]) -> Iterator[Progress | None]:
     if total < _SHOW_PROGRESS_BYTES or not console.is_terminal:
         yield None
         return
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("checking rows"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("checking rows"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda num_bytes: bar.advance(task, num_bytes)

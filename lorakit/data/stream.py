@@ -1,4 +1,6 @@
-"""The order of training: epochs, windows, batches, accumulation windows; a stream that can go on from any batch."""
+"""The order of training: epochs, windows, batches, accumulation windows; a stream that can go on
+from any batch.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +24,23 @@ Rows = list[list[Datum]]  # of one batch
 
 
 class BatchStream:
-    """All batches of a fit, over all its epochs, in an order that depends on nothing but the arguments.
+    """All batches of a fit, over all its epochs, in an order that depends on nothing but the
+    arguments.
 
-    Rows are shuffled over the whole epoch; packing and length grouping work within windows of ``window_rows`` of that order.
-    Each batch knows the weight of its accumulation window (so that the loss can be divided by it at once) and the cursor with
-    which a new stream goes on behind it. Cursors are exact at the end of accumulation windows, where optimiser steps are.
+    Rows are shuffled over the whole epoch; packing and length grouping work within windows of
+    ``window_rows`` of that order. Each batch knows the weight of its accumulation window (so that
+    the loss can be divided by it at once) and the cursor with which a new stream goes on behind it.
+    Cursors are exact at the end of accumulation windows, where optimiser steps are.
 
-    Of several processes each has a stream of its own: all plan the same windows of ``accumulate * world_size`` batches, and each
-    collates its share. Batches of like size are run side by side; where the last window is short, idle batches fill it, so that
-    every process makes the same number of steps.
+    Of several processes each has a stream of its own: all plan the same windows of ``accumulate *
+    world_size`` batches, and each collates its share. Batches of like size are run side by side;
+    where the last window is short, idle batches fill it, so that every process makes the same
+    number of steps.
 
     Args:
         accumulate: batches of an accumulation window in each process.
-        rank, world_size: which process this is, of how many; where several share each row, which group of them.
+        rank, world_size: which process this is, of how many; where several share each row, which
+            group of them.
         part, parts: which process of its group this is, of how many.
         batch_size, batch_tokens: rows, or positions, of a batch; one of them.
         row_tokens: positions of a packed row; None pads each Datum in a row of its own.
@@ -90,45 +96,70 @@ class BatchStream:
         planned = self._planned(self.cursor)
         while window := list(itertools.islice(planned, self.accumulate * self.world_size)):
             weight = sum(self._weight_of(rows) for rows, _ in window)
-            shares = sorted(window, key=lambda entry: _positions_of(entry[0])) if self.world_size > 1 else window
+            shares = (
+                sorted(window, key=lambda entry: _positions_of(entry[0]))
+                if self.world_size > 1
+                else window
+            )
             mine = [
-                replace(collate(rows, self.pad_token_id, self.images, are_pairs=self.are_pairs), cursor=cursor)
+                replace(
+                    collate(rows, self.pad_token_id, self.images, are_pairs=self.are_pairs),
+                    cursor=cursor,
+                )
                 for rows, cursor in shares[self.rank :: self.world_size]
             ]
             mine += [idle_batch(self.pad_token_id)] * (self.accumulate - len(mine))
             if self.parts > 1:
-                mine = [take_part(batch, self.part, self.parts, self.pad_token_id) for batch in mine]
+                mine = [
+                    take_part(batch, self.part, self.parts, self.pad_token_id) for batch in mine
+                ]
             mine[-1] = replace(mine[-1], cursor=window[-1][1])
             yield [replace(batch, window_weight=weight) for batch in mine]
 
     def _planned(self, cursor: Cursor) -> Iterator[tuple[Rows, Cursor]]:
         """Yield the rows of each batch of the fit, of all processes, and the cursor behind it."""
-        epochs = itertools.count(cursor.epoch) if self.num_epochs is None else range(cursor.epoch, self.num_epochs)
+        epochs = (
+            itertools.count(cursor.epoch)
+            if self.num_epochs is None
+            else range(cursor.epoch, self.num_epochs)
+        )
         for epoch in epochs:
             resumes = epoch == cursor.epoch
             order = self._order(epoch)
             num_batches = 0
             for start in range(cursor.window_start if resumes else 0, len(order), self.window_rows):
                 skip = cursor.batches_done if resumes and start == cursor.window_start else 0
-                for number, rows in enumerate(self._window(epoch, order, start)[skip:], start=skip + 1):
+                for number, rows in enumerate(
+                    self._window(epoch, order, start)[skip:], start=skip + 1
+                ):
                     num_batches += 1
                     yield rows, Cursor(epoch, start, number)
             if not (num_batches or resumes):
                 return  # an epoch without a batch would be followed by infinitely many
 
     def _window(self, epoch: int, order: np.ndarray, start: int) -> list[Rows]:
-        datums = [d for index in order[start : start + self.window_rows] for d in self.examples.datums(int(index))]
+        datums = [
+            d
+            for index in order[start : start + self.window_rows]
+            for d in self.examples.datums(int(index))
+        ]
         rng = random.Random(f"{self.seed} {epoch} {start}") if self.shuffle else None
         return plan_batches(
-            datums, batch_size=self.batch_size, batch_tokens=self.batch_tokens, row_tokens=self.row_tokens, rng=rng,
+            datums,
+            batch_size=self.batch_size,
+            batch_tokens=self.batch_tokens,
+            row_tokens=self.row_tokens,
+            rng=rng,
             are_pairs=self.are_pairs,
-        )  # fmt: skip
+        )
 
     def _weight_of(self, rows: Rows) -> float:
         """What the loss is divided by: the weight of the targets, or the number of pairs."""
         if self.are_pairs:
             return sum(map(len, rows)) / 2
-        return sum(float(np.abs(datum.weights).sum(dtype=np.float64)) for row in rows for datum in row)
+        return sum(
+            float(np.abs(datum.weights).sum(dtype=np.float64)) for row in rows for datum in row
+        )
 
     def _order(self, epoch: int) -> np.ndarray:
         rows = self.mixture.rows(epoch)

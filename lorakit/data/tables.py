@@ -1,4 +1,6 @@
-"""Tables: ``.json`` arrays, ``.csv``, ``.parquet`` and data sets of the hub; `datasets` holds all but the first, off memory."""
+"""Tables: ``.json`` arrays, ``.csv``, ``.parquet`` and data sets of the hub; `datasets` holds
+all but the first, off memory.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ from typing import Any
 
 import msgspec
 
-from lorakit.data.columns import Columns, find_column_problem, recognise, row_type, unrecognised, unused_columns
+from lorakit.data.columns import (
+    Columns,
+    find_column_problem,
+    recognise,
+    row_type,
+    unrecognised,
+    unused_columns,
+)
 from lorakit.data.lines import Progress, explain
 from lorakit.data.own_format import OwnFormat, format_of
 from lorakit.data.rows import FORMATS, Row, find_problem, has_images
@@ -26,12 +35,21 @@ Records = Any  # a list of dicts, or a datasets.Dataset
 
 
 class Table:
-    """Rows of a table, checked like the lines of a file; a row is named by its number, counted from 1 without the header."""
+    """Rows of a table, checked like the lines of a file; a row is named by its number, counted
+    from 1 without the header.
+    """
 
     def __init__(
-        self, name: str, records: Records, present: list[str], digest: str, *,
-        format: str | OwnFormat | None = None, columns: Columns = (), bad_rows: dict[int, str] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        records: Records,
+        present: list[str],
+        digest: str,
+        *,
+        format: str | OwnFormat | None = None,
+        columns: Columns = (),
+        bad_rows: dict[int, str] | None = None,
+    ) -> None:
         self.path, self.digest, self._records = Path(name), digest, records
         self.num_rows_seen, self.has_images = len(records), False
         self.problems: list[tuple[int, str]] = []
@@ -45,7 +63,9 @@ class Table:
             raise DataError(f"{name}: {problem}")
         self.unused_columns = [] if self._own else unused_columns(present, self._type)
         if not isinstance(records, list):
-            records = records.select_columns([column for column in present if column not in self.unused_columns])
+            records = records.select_columns(
+                [column for column in present if column not in self.unused_columns]
+            )
             self._records = records.cast(_undecoded(records.features))
         self._rows = self._check(bad_rows or {})
 
@@ -90,7 +110,8 @@ class Table:
                     problem = find_problem(row)
                     if problem is None and not isinstance(row, self._type):
                         problem = (
-                            f"{self._own and self._own.name} makes a row of {format_of(row)}, of earlier ones {self.format}"
+                            f"{self._own and self._own.name} makes a row of {format_of(row)}, of"
+                            f" earlier ones {self.format}"
                         )
                     self.has_images = self.has_images or has_images(row)
             except msgspec.ValidationError as error:
@@ -103,9 +124,15 @@ class Table:
 
 
 def load_table(
-    path: Path, *, format: str | OwnFormat | None = None, columns: Columns = (), progress: Progress | None = None
+    path: Path,
+    *,
+    format: str | OwnFormat | None = None,
+    columns: Columns = (),
+    progress: Progress | None = None,
 ) -> Table:
-    """Read a ``.json``, ``.csv`` or ``.parquet`` file. CSV cells are text, never guessed to be numbers or nulls."""
+    """Read a ``.json``, ``.csv`` or ``.parquet`` file. CSV cells are text, never guessed to be
+    numbers or nulls.
+    """
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
     with path.open("rb") as file:
@@ -118,31 +145,50 @@ def load_table(
     return table
 
 
-def load_hub_table(name: str, split: str, *, format: str | OwnFormat | None = None, columns: Columns = ()) -> Table:
-    """Read a data set of the hub by its name, for instance ``HuggingFaceH4/no_robots``. Raises DataError."""
+def load_hub_table(
+    name: str, split: str, *, format: str | OwnFormat | None = None, columns: Columns = ()
+) -> Table:
+    """Read a data set of the hub by its name, for instance ``HuggingFaceH4/no_robots``. Raises
+    DataError.
+    """
     import datasets
 
     _quiet()
     if problem := find_hub_problem():
-        stay_offline()  # so that what is cached is read at once, and what is not is an error at once
+        # so that what is cached is read at once, and what is not is an error at once
+        stay_offline()
     try:
         records = datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets and the hub raise a zoo of types
         if problem:
-            text = f"{name}: no such file or folder; as a data set of the hub it is not in the cache, and {problem}"
+            text = (
+                f"{name}: no such file or folder; as a data set of the hub it is not in the cache,"
+                f" and {problem}"
+            )
             raise DataError(text) from error
         raise DataError(explain_hub_error(name, error) or _foreign(name, error)) from error
-    return Table(f"{name} ({split})", records, records.column_names, str(records._fingerprint), format=format, columns=columns)
+    return Table(
+        f"{name} ({split})",
+        records,
+        records.column_names,
+        str(records._fingerprint),
+        format=format,
+        columns=columns,
+    )
 
 
 def _load_json(path: Path, digest: str, options: dict[str, Any]) -> Table:
     try:
         records = msgspec.json.decode(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a data set: {explain(error, FORMATS['text'])}") from error
+        raise DataError(
+            f"{path}: cannot be read as a data set: {explain(error, FORMATS['text'])}"
+        ) from error
     if not isinstance(records, list):
         raise DataError(f"{path}: a .json file holds an array of rows, or one row per line")
-    present = dict.fromkeys(name for record in records[:_CHECK_ROWS] if isinstance(record, dict) for name in record)
+    present = dict.fromkeys(
+        name for record in records[:_CHECK_ROWS] if isinstance(record, dict) for name in record
+    )
     return Table(str(path), records, list(present), digest, **options)
 
 
@@ -154,17 +200,24 @@ def _load_csv(path: Path, digest: str, options: dict[str, Any]) -> Table:
         bad_rows, header = _check_csv(path)
         features = datasets.Features({name: datasets.Value("string") for name in header if name})
         records = datasets.Dataset.from_generator(
-            _csv_records, features=features, gen_kwargs={"path": str(path), "digest": digest}, cache_dir=_cache(digest)
+            _csv_records,
+            features=features,
+            gen_kwargs={"path": str(path), "digest": digest},
+            cache_dir=_cache(digest),
         )
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from error
+        raise DataError(
+            f"{path}: not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8"
+        ) from error
     except csv.Error as error:
         raise DataError(f"{path}: malformed CSV: {error}") from error
     return Table(str(path), records, records.column_names, digest, **options, bad_rows=bad_rows)
 
 
 def _check_csv(path: Path) -> tuple[dict[int, str], list[str]]:
-    """Return (what is wrong, by row, with rows that have another number of cells than the header; the header)."""
+    """Return (what is wrong, by row, with rows that have another number of cells than the
+    header; the header).
+    """
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         header = next(reader, [])
@@ -174,17 +227,24 @@ def _check_csv(path: Path) -> tuple[dict[int, str], list[str]]:
         bad, num_rows = {}, 0
         for row in reader:
             if row and len(row) != len(header):
-                bad[num_rows] = f"{len(row)} cells, but the header has {len(header)} (a comma outside of quotes?)"
+                bad[num_rows] = (
+                    f"{len(row)} cells, but the header has {len(header)} (a comma outside of"
+                    " quotes?)"
+                )
             num_rows += bool(row)
     if not num_rows:
         raise DataError(f"{path}: no row behind the header")
-    if len(header) == 1 and (separator := next((mark for mark in ";\t|" if mark in header[0]), None)):
+    if len(header) == 1 and (
+        separator := next((mark for mark in ";\t|" if mark in header[0]), None)
+    ):
         raise DataError(f"{path}: its cells are separated by {separator!r}; save it with commas")
     return bad, header
 
 
 def _csv_records(path: str, digest: str) -> Iterator[dict[str, str]]:
-    """The records of a CSV; ``digest`` is part of the key of datasets' cache, so that no stale rows come from it."""
+    """The records of a CSV; ``digest`` is part of the key of datasets' cache, so that no stale
+    rows come from it.
+    """
     with Path(path).open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         header = next(reader, [])
@@ -219,7 +279,9 @@ def _cache(digest: str) -> str:
 
 
 def _undecoded(features: Any) -> Any:
-    """``features`` with images as bytes and path: which of them are read, and when, is for others to say."""
+    """``features`` with images as bytes and path: which of them are read, and when, is for
+    others to say.
+    """
     import datasets
 
     if isinstance(features, datasets.Image):
@@ -260,4 +322,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _foreign(where: str, error: Exception) -> str:
     cause = error.__cause__ or error
-    return f"{where}: cannot be read as a data set: {' '.join(str(cause).split()) or type(cause).__name__}"
+    return (
+        f"{where}: cannot be read as a data set:"
+        f" {' '.join(str(cause).split()) or type(cause).__name__}"
+    )

@@ -11,8 +11,9 @@ from lorakit.errors import ConfigError
 
 BUNDLED = Path(__file__).parent / "templates"
 OFFER = (
-    "set data.chat_template=plain (User: …, Assistant: …, answers end with EOS), chatml (for tokenizers with <|im_end|>), or a file "
-    "with the Jinja template that the model was trained with"
+    "set data.chat_template=plain (User: …, Assistant: …, answers end with EOS), chatml (for"
+    " tokenizers with <|im_end|>), or a file with the Jinja template that the model was trained"
+    " with"
 )
 
 
@@ -22,7 +23,11 @@ def read_template(name: str) -> str:
     if not path.is_file() and not bundled.is_file():
         names = sorted(file.stem for file in BUNDLED.glob("*.jinja"))
         near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"give a file with a Jinja template, or one of {', '.join(names)}"
+        hint = (
+            f"did you mean {near[0]}?"
+            if near
+            else f"give a file with a Jinja template, or one of {', '.join(names)}"
+        )
         raise ConfigError(f"data.chat_template={name}: no such file; {hint}")
     try:
         return (path if path.is_file() else bundled).read_text(encoding="utf-8")
@@ -31,21 +36,31 @@ def read_template(name: str) -> str:
 
 
 def use_template(tokenizer: Any, name: str) -> None:
-    """Give ``tokenizer`` the template ``name``. Raises ConfigError where it is no template, or its answers would have no end."""
+    """Give ``tokenizer`` the template ``name``. Raises ConfigError where it is no template, or
+    its answers would have no end.
+    """
     import jinja2
 
     text = read_template(name)
     try:
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation_marks(text))
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+            _without_generation_marks(text)
+        )
     except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"data.chat_template={name}: line {error.lineno}: {error.message}") from error
+        raise ConfigError(
+            f"data.chat_template={name}: line {error.lineno}: {error.message}"
+        ) from error
     end = "<|im_end|>" if name == "chatml" else None
     if end and tokenizer.convert_tokens_to_ids(end) in (None, tokenizer.unk_token_id):
         raise ConfigError(
-            f"data.chat_template=chatml: the tokenizer has no token {end}, so answers would have no end; use plain"
+            f"data.chat_template=chatml: the tokenizer has no token {end}, so answers would have no"
+            " end; use plain"
         )
     if name == "plain" and not tokenizer.eos_token:
-        raise ConfigError("data.chat_template=plain: the tokenizer has no EOS token, so answers would have no end; give a file")
+        raise ConfigError(
+            "data.chat_template=plain: the tokenizer has no EOS token, so answers would have no"
+            " end; give a file"
+        )
     tokenizer.chat_template = text
 
 

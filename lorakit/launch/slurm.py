@@ -17,11 +17,16 @@ from lorakit.launch.torchrun import SHUTDOWN_TIMEOUT, Launch, torchrun_arguments
 from lorakit.weights.files import write_whole
 
 FOLDER = ".slurm"  # below paths.runs: scripts, what they run, what the jobs print
-EARLY_SECONDS = 60  # so much earlier than asked for may SLURM send a signal (sbatch's manual, --signal)
-_SECRET = re.compile(r"(?:^|_)(?:(?:API|ACCESS|PRIVATE)_?KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
+# so much earlier than asked for may SLURM send a signal (sbatch's manual, --signal)
+EARLY_SECONDS = 60
+_SECRET = re.compile(
+    r"(?:^|_)(?:(?:API|ACCESS|PRIVATE)_?KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE
+)
 _GRES = re.compile(r"\bgpu(?::[A-Za-z][\w.-]*)?(?::(\d+))?(?=$|[,(])")
 _GRES_OPTION = re.compile(r"--(?:gres|tres-per-node|tres-per-task)[= ](?:gres[:/])?(.*)")
-_GPUS_OPTION = re.compile(r"(--gpus-per-node|--gpus-per-task|--gpus|-G)[= ]?(?:[A-Za-z][\w.-]*:)?(\d+)")
+_GPUS_OPTION = re.compile(
+    r"(--gpus-per-node|--gpus-per-task|--gpus|-G)[= ]?(?:[A-Za-z][\w.-]*:)?(\d+)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,8 @@ class SlurmJob(Launch):
         setup: lines of shell before the run; one that fails ends the job.
         environment: variables of the job.
         options: further options of sbatch.
-        stop_seconds: so long before ``time`` ends do the processes get SIGTERM, and write a checkpoint.
+        stop_seconds: so long before ``time`` ends do the processes get SIGTERM, and write a
+            checkpoint.
         requeue: whether an interrupted run queues again.
         submit: whether sbatch is called.
     """
@@ -58,20 +64,31 @@ class SlurmJob(Launch):
     submit: bool = True
 
     def __post_init__(self) -> None:
-        """Raises ConfigError: a time that leaves none to train, a key that would be written down for all to read."""
+        """Raises ConfigError: a time that leaves none to train, a key that would be written down
+        for all to read.
+        """
         if isinstance(self.time, int):  # in a file 12:00:00 without quotes is the number 43200
             raise ConfigError(
-                f"launch.time={self.time} is a number: write it as SLURM does, D-HH:MM:SS, and in a file in quotes"
+                f"launch.time={self.time} is a number: write it as SLURM does, D-HH:MM:SS, and in a"
+                " file in quotes"
             )
-        if self.time and (seconds := seconds_of(self.time)) is not None and seconds <= self.stop_seconds + EARLY_SECONDS:
+        if (
+            self.time
+            and (seconds := seconds_of(self.time)) is not None
+            and seconds <= self.stop_seconds + EARLY_SECONDS
+        ):
             raise ConfigError(
-                f"launch.time={self.time} leaves no time to train: the run is told to stop launch.stop_seconds={self.stop_seconds} "
-                f"before the end, and SLURM may do so {EARLY_SECONDS} s too early"
+                f"launch.time={self.time} leaves no time to train: the run is told to stop"
+                f" launch.stop_seconds={self.stop_seconds} before the end, and SLURM may do so"
+                f" {EARLY_SECONDS} s too early"
             )
-        if secret := next((name for name in self.environment or {} if _SECRET.search(str(name))), None):
+        if secret := next(
+            (name for name in self.environment or {} if _SECRET.search(str(name))), None
+        ):
             raise ConfigError(
-                f"launch.environment: {secret} would be written into the job's files and the run's config; leave it out and "
-                f"export {secret} before you submit: SLURM passes your variables on"
+                f"launch.environment: {secret} would be written into the job's files and the run's"
+                f" config; leave it out and export {secret} before you submit: SLURM passes your"
+                " variables on"
             )
 
     @property
@@ -82,7 +99,10 @@ class SlurmJob(Launch):
             ConfigError: the GPUs of the job are no multiple of its nodes.
         """
         options = [str(option) for option in self.options]
-        for text in (self.gres or "", *(found[1] for option in options if (found := _GRES_OPTION.fullmatch(option)))):
+        for text in (
+            self.gres or "",
+            *(found[1] for option in options if (found := _GRES_OPTION.fullmatch(option))),
+        ):
             if found := _GRES.search(text):
                 return int(found[1] or 1)
         for text in options:
@@ -92,14 +112,17 @@ class SlurmJob(Launch):
                     return number
                 if number % self.nodes:
                     raise ConfigError(
-                        f"launch.options: {text} cannot be shared by launch.nodes={self.nodes}; ask by launch.gres"
+                        f"launch.options: {text} cannot be shared by launch.nodes={self.nodes}; ask"
+                        " by launch.gres"
                     )
                 return number // self.nodes
         return None
 
 
 def seconds_of(time: str | int) -> int | None:
-    """Seconds of SLURM's ``time``: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None where it is something else."""
+    """Seconds of SLURM's ``time``: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None where it is
+    something else.
+    """
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(time).strip())
     if not found:
         return None
@@ -113,7 +136,8 @@ def seconds_of(time: str | int) -> int | None:
 def submit(launch: SlurmJob, job: dict[str, Any], *, num_processes: int, run_folder: Path) -> str:
     """Write what a job of SLURM runs, and submit it. Returns a line for the user.
 
-    The config is written down as it is now: what changes while the job waits in the queue does not change the run.
+    The config is written down as it is now: what changes while the job waits in the queue does not
+    change the run.
 
     Args:
         job: what ``lorakit.cli.worker`` reads.
@@ -125,58 +149,99 @@ def submit(launch: SlurmJob, job: dict[str, Any], *, num_processes: int, run_fol
     folder, name = run_folder.parent / FOLDER, run_folder.name
     folder.mkdir(parents=True, exist_ok=True)
     described, script = folder / f"{name}.json", folder / f"{name}.sh"
-    write_whole(described, lambda path: path.write_text(json.dumps(job, indent=1), encoding="utf-8"))
+    write_whole(
+        described, lambda path: path.write_text(json.dumps(job, indent=1), encoding="utf-8")
+    )
     text = script_text(launch, described, num_processes=num_processes, run_folder=run_folder)
     write_whole(script, lambda path: path.write_text(text, encoding="utf-8"))
     if not launch.submit:
         return f"written {script}; submit it with: sbatch {shlex.quote(str(script))}"
     try:
-        done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(script)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
     except FileNotFoundError as error:
         raise LorakitError(
-            f"there is no sbatch on this machine; {script} is written: submit it where there is one, or set launch.submit=false"
+            f"there is no sbatch on this machine; {script} is written: submit it where there is"
+            " one, or set launch.submit=false"
         ) from error
     except subprocess.SubprocessError as error:
         said = (getattr(error, "stderr", None) or str(error)).strip()
         raise LorakitError(f"sbatch refuses {script}: {said}") from error
     number = done.stdout.strip().split(";")[0]
     state = _state_of(number)
-    return f"job {number}: {name}{state and f', {state}'}; its output, from its start on: {folder / f'{name}-{number}.out'}"
+    return (
+        f"job {number}: {name}{state and f', {state}'}; its output, from its start on:"
+        f" {folder / f'{name}-{number}.out'}"
+    )
 
 
 def _state_of(number: str) -> str:
-    """State and reason of a job as SLURM tells them, which may be that it will never start; empty where it does not."""
+    """State and reason of a job as SLURM tells them, which may be that it will never start;
+    empty where it does not.
+    """
     command = ["squeue", "--noheader", "--jobs", number, "--format", "%T (%r)"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        said = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
     return said.replace(" (None)", "").lower()
 
 
 def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_folder: Path) -> str:
-    """The script for sbatch. Raises ConfigError where a name holds what SLURM would read as a pattern."""
+    """The script for sbatch. Raises ConfigError where a name holds what SLURM would read as a
+    pattern.
+    """
     if "%" in str(run_folder):
-        raise ConfigError(f"{run_folder}: SLURM reads % in a file's name as a pattern; set paths.runs or run without it")
+        raise ConfigError(
+            f"{run_folder}: SLURM reads % in a file's name as a pattern; set paths.runs or run"
+            " without it"
+        )
     name, folder = run_folder.name, described.parent
     python = ["python" if launch.container else sys.executable, "-m", "lorakit.cli.agent"]
     # The variables are the shell's; what is quoted is what the user has named.
     arguments = torchrun_arguments(
-        launch, num_processes, node_rank="$SLURM_NODEID", address="$address", port="$port", program=[]
-    )  # fmt: skip
-    run = " ".join([shlex.join(python), *arguments, shlex.join(["-m", "lorakit.cli.worker", str(described)])])
-    step = ["srun", "--kill-on-bad-exit=1", *([f"--cpus-per-task={launch.cpus}"] if launch.cpus else [])]
+        launch,
+        num_processes,
+        node_rank="$SLURM_NODEID",
+        address="$address",
+        port="$port",
+        program=[],
+    )
+    run = " ".join(
+        [shlex.join(python), *arguments, shlex.join(["-m", "lorakit.cli.worker", str(described)])]
+    )
+    step = [
+        "srun",
+        "--kill-on-bad-exit=1",
+        *([f"--cpus-per-task={launch.cpus}"] if launch.cpus else []),
+    ]
     if launch.container:
-        named = (path if ":" in path else str(Path(path).expanduser().absolute()) for path in launch.mounts)
+        named = (
+            path if ":" in path else str(Path(path).expanduser().absolute())
+            for path in launch.mounts
+        )
         mounts = dict.fromkeys([str(Path.cwd()), str(folder.parent), *named])
         step += [f"--container-image={launch.container}", f"--container-workdir={Path.cwd()}"]
-        step += ["--container-mounts=" + ",".join(path if ":" in path else f"{path}:{path}" for path in mounts)]
+        step += [
+            "--container-mounts="
+            + ",".join(path if ":" in path else f"{path}:{path}" for path in mounts)
+        ]
     said = shlex.quote(str(run_folder / "run.json"))
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _options(launch, name, folder)),
         "",
-        *(f"export {key}={shlex.quote(str(value))}" for key, value in (launch.environment or {}).items()),
+        *(
+            f"export {key}={shlex.quote(str(value))}"
+            for key, value in (launch.environment or {}).items()
+        ),
         *_setup_lines(launch.setup),
         'address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "port=$((20000 + SLURM_JOB_ID % 20000))",
@@ -188,12 +253,24 @@ def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_fo
     ]
     if launch.requeue:
         lines += [
-            "# A run that was interrupted has written a checkpoint, and goes on from it; one that failed before it went on has not.",
-            f'if [ $code -ne 0 ] && grep -qs \'"status": "interrupted"\' {said} && [ "$before" != "$(cksum {said})" ]; then',
+            (
+                "# A run that was interrupted has written a checkpoint, and goes on from it; one"
+                " that failed before it went on has not."
+            ),
+            (
+                f'if [ $code -ne 0 ] && grep -qs \'"status": "interrupted"\' {said} && [ "$before"'
+                f' != "$(cksum {said})" ]; then'
+            ),
             f"  if grep -q '\"steps_since_start\": 0\\b' {said}; then",
-            '    echo "lorakit: interrupted before the first step since its start; the job does not queue again" >&2',
+            (
+                '    echo "lorakit: interrupted before the first step since its start; the job does'
+                ' not queue again" >&2'
+            ),
             "  else",
-            '    echo "lorakit: job $SLURM_JOB_ID queues again, and goes on from its checkpoint (SLURM waits two minutes or so)" >&2',
+            (
+                '    echo "lorakit: job $SLURM_JOB_ID queues again, and goes on from its checkpoint'
+                ' (SLURM waits two minutes or so)" >&2'
+            ),
             '    scontrol requeue "$SLURM_JOB_ID"',
             "  fi",
             "fi",
@@ -202,11 +279,14 @@ def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_fo
 
 
 def _setup_lines(setup: Sequence[str]) -> list[str]:
-    """``setup``, of which a line that fails ends the job: what follows would run in an environment that nobody meant."""
+    """``setup``, of which a line that fails ends the job: what follows would run in an
+    environment that nobody meant.
+    """
     if not setup:
         return []
     said = "lorakit: a line of launch.setup has failed: $BASH_COMMAND"
-    # Not set -e, which reaches into sourced files and functions, where commands may fail and be meant to.
+    # Not set -e, which reaches into sourced files and functions, where commands may fail and be
+    # meant to.
     check = f'[ ${{#BASH_SOURCE[@]}} -gt 1 ] || {{ echo "{said}" >&2; exit 1; }}'
     return [f"trap '{check}' ERR", *setup, "trap - ERR"]
 
@@ -222,6 +302,10 @@ def _options(launch: SlurmJob, name: str, folder: Path) -> Sequence[str]:
         "--requeue" if launch.requeue else "--no-requeue",
         *([f"--signal=TERM@{launch.stop_seconds}"] if launch.time else []),
         *([f"--cpus-per-task={launch.cpus}"] if launch.cpus else []),
-        *(f"--{key}={shlex.quote(str(value))}" for key in chosen if (value := getattr(launch, key)) is not None),
+        *(
+            f"--{key}={shlex.quote(str(value))}"
+            for key in chosen
+            if (value := getattr(launch, key)) is not None
+        ),
         *launch.options,
     ]

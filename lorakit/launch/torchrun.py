@@ -1,4 +1,6 @@
-"""Several processes through torchrun: its agent on this machine, its command line on each of several machines."""
+"""Several processes through torchrun: its agent on this machine, its command line on each of
+several machines.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,12 @@ from lorakit.errors import LorakitError
 from lorakit.strategy.watch import FAULT_FILE, take_fault
 
 SHUTDOWN_TIMEOUT = (
-    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # environment: so long does torchrun wait for processes that it has told to stop
+    # environment: so long does torchrun wait for processes that it has told to stop
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 )
-SHUTDOWN_SECONDS = 300  # torch's own 30 are less than a step of a large model and its checkpoint; who hangs, the watchers end
+# torch's own 30 are less than a step of a large model and its checkpoint; who hangs, the watchers
+# end
+SHUTDOWN_SECONDS = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +58,12 @@ def torchrun_lines(launch: Launch, num_processes: int, program: Sequence[str]) -
             [
                 "torchrun",
                 *torchrun_arguments(
-                    launch, num_processes, node_rank=str(node), address=address, port=str(launch.port), program=program
+                    launch,
+                    num_processes,
+                    node_rank=str(node),
+                    address=address,
+                    port=str(launch.port),
+                    program=program,
                 ),
             ]
         )
@@ -62,7 +72,13 @@ def torchrun_lines(launch: Launch, num_processes: int, program: Sequence[str]) -
 
 
 def torchrun_arguments(
-    launch: Launch, num_processes: int, *, node_rank: str, address: str, port: str, program: Sequence[str]
+    launch: Launch,
+    num_processes: int,
+    *,
+    node_rank: str,
+    address: str,
+    port: str,
+    program: Sequence[str],
 ) -> list[str]:
     """torchrun's arguments on one machine."""
     return [
@@ -93,9 +109,16 @@ def run_here(job: dict[str, Any], num_processes: int, *, max_restarts: int = 0) 
         path.write_text(json.dumps(job), encoding="utf-8")
         os.environ[FAULT_FILE] = str(Path(folder) / "fault")
         config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=num_processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0", max_restarts=max_restarts, monitor_interval=0.5, start_method="spawn",
-        )  # fmt: skip
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=max_restarts,
+            monitor_interval=0.5,
+            start_method="spawn",
+        )
         try:
             with ends_as_its_processes():
                 elastic_launch(config, sys.executable)("-m", "lorakit.cli.worker", str(path))
@@ -105,7 +128,8 @@ def run_here(job: dict[str, Any], num_processes: int, *, max_restarts: int = 0) 
 
 @contextlib.contextmanager
 def ends_as_its_processes() -> Iterator[None]:
-    """Around torchrun's agent: what it raises becomes what the process that failed first would have raised, which has said why.
+    """Around torchrun's agent: what it raises becomes what the process that failed first would have
+    raised, which has said why.
 
     Raises:
         SystemExit, KeyboardInterrupt, LorakitError: as ``run_here``.
@@ -122,7 +146,9 @@ def ends_as_its_processes() -> Iterator[None]:
         raise SystemExit(128 + error.sigval) from error
     except ChildFailedError as error:
         if reason := take_fault():
-            raise LorakitError(f"{reason}. All processes were ended; go on with resume=true") from error
+            raise LorakitError(
+                f"{reason}. All processes were ended; go on with resume=true"
+            ) from error
         _explain(error)
 
 
@@ -139,5 +165,9 @@ def _explain(error: Any) -> None:
     if failure.exitcode > 0:
         raise SystemExit(failure.exitcode) from error
     name = signal.Signals(-failure.exitcode).name
-    hint = " (out of memory, most likely: the system kills with SIGKILL)" if name == "SIGKILL" else ""
-    raise LorakitError(f"rank {rank} was killed by {name}{hint}; the others were ended. Go on with resume=true") from error
+    hint = (
+        " (out of memory, most likely: the system kills with SIGKILL)" if name == "SIGKILL" else ""
+    )
+    raise LorakitError(
+        f"rank {rank} was killed by {name}{hint}; the others were ended. Go on with resume=true"
+    ) from error

@@ -1,14 +1,17 @@
 """Many adapters on one frozen base: rows of several adapters go through the base together.
 
-The base is given hooks, not wrapped, so that nothing of it is copied and ZeRO-3 can partition it. In a pass the factors of the
-adapters stand side by side, as one adapter of the summed rank, and a gate lets each token have the columns of its own:
+The base is given hooks, not wrapped, so that nothing of it is copied and ZeRO-3 can partition it.
+In a pass the factors of the adapters stand side by side, as one adapter of the summed rank, and a
+gate lets each token have the columns of its own:
 
     y = x W + ((x [A_1; A_2; …]') * gate) [s_1 B_1, s_2 B_2, …]'
 
-so that the base's products, and ours, are as few as for one adapter. What a gate excludes adds exact zeros. Scales go into B in
-float32: in a gate of 16 bit most would be rounded, and an adapter would be another in company. Where tokens are many, layers have the
-factors one over the other instead, and a batch of products with the tokens of each (as Punica groups them, arXiv 2310.18547, section
-4); experts' rows are sorted by adapter for it (`lora/grouped.py:Owners`).
+so that the base's products, and ours, are as few as for one adapter. What a gate excludes adds
+exact zeros. Scales go into B in
+float32: in a gate of 16 bit most would be rounded, and an adapter would be another in company.
+Where tokens are many, layers have the factors one over the other instead, and a batch of products
+with the tokens of each (as Punica groups them, arXiv 2310.18547, section 4); experts' rows are
+sorted by adapter for it (`lora/grouped.py:Owners`).
 """
 
 from __future__ import annotations
@@ -29,13 +32,20 @@ from lorakit.model.families import OF_IMAGES, ExpertStack, find_targets
 
 
 class Adapter:
-    """One adapter's numbers, a float32 vector, with its factors as views. ``trains``: passes make gradients for them."""
+    """One adapter's numbers, a float32 vector, with its factors as views. ``trains``: passes
+    make gradients for them.
+    """
 
-    def __init__(self, layout: AdapterLayout, vector: torch.Tensor, *, trains: bool = False) -> None:
+    def __init__(
+        self, layout: AdapterLayout, vector: torch.Tensor, *, trains: bool = False
+    ) -> None:
         self.layout, self.vector = layout, vector
         self.factors = layout.views(vector)
         if trains:
-            self.factors = {key: (a.requires_grad_(), b.requires_grad_()) for key, (a, b) in self.factors.items()}
+            self.factors = {
+                key: (a.requires_grad_(), b.requires_grad_())
+                for key, (a, b) in self.factors.items()
+            }
 
     @property
     def leaves(self) -> list[torch.Tensor]:
@@ -43,7 +53,8 @@ class Adapter:
         return [factor for pair in self.factors.values() for factor in pair]
 
 
-# What a pass asks for -> A and B side by side, and whose columns they are; None where no adapter has it.
+# What a pass asks for -> A and B side by side, and whose columns they are; None where no adapter
+# has it.
 _Pairs = dict[tuple[Key, torch.dtype], tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]] | None]
 
 
@@ -51,20 +62,29 @@ class Mix:
     """Adapters side by side, and which token of a pass has which. None stands for the base alone.
 
     Args:
-        owners_T: for each token of a pass, flattened, the number of its adapter; None where there is one adapter.
-        like: a Mix that went through the same model; what passes ask for is then laid side by side at once.
-        is_sorted: give linear layers each adapter's tokens by themselves, which pays where tokens are many.
+        owners_T: for each token of a pass, flattened, the number of its adapter; None where there
+            is one adapter.
+        like: a Mix that went through the same model; what passes ask for is then laid side by side
+            at once.
+        is_sorted: give linear layers each adapter's tokens by themselves, which pays where tokens
+            are many.
     """
 
     def __init__(
-        self, adapters: Sequence[Adapter | None], owners_T: torch.Tensor | None, *, like: Mix | None = None,
+        self,
+        adapters: Sequence[Adapter | None],
+        owners_T: torch.Tensor | None,
+        *,
+        like: Mix | None = None,
         is_sorted: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert owners_T is not None or len(adapters) == 1
         self.is_sorted = is_sorted and owners_T is not None
         self._stacks: dict[tuple[Key, torch.dtype], Stacked | None] = {}
         self.adapters, self.owners_T = tuple(adapters), owners_T
-        self.owners = Owners(owners_T, len(self.adapters)) if owners_T is not None and is_sorted else None
+        self.owners = (
+            Owners(owners_T, len(self.adapters)) if owners_T is not None and is_sorted else None
+        )
         self._pairs: _Pairs = {}
         for key, dtype in like._pairs if like is not None else ():
             self._pairs[key, dtype] = self._lay(key, dtype)
@@ -72,13 +92,19 @@ class Mix:
         self._gates: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def with_owners(self, owners_T: torch.Tensor | None) -> Mix:
-        """Return the same adapters for other tokens; what was laid side by side is not laid again."""
+        """Return the same adapters for other tokens; what was laid side by side is not laid
+        again.
+        """
         other = Mix(self.adapters, owners_T)
         other._pairs = self._pairs
         return other
 
-    def pair(self, key: Key, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float | torch.Tensor] | None:
-        """Return A, B and the gate (T, R), or the scale where there is one adapter; None where none adapts ``key``."""
+    def pair(
+        self, key: Key, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, float | torch.Tensor] | None:
+        """Return A, B and the gate (T, R), or the scale where there is one adapter; None where
+        none adapts ``key``.
+        """
         if (key, dtype) not in self._pairs:
             self._pairs[key, dtype] = self._lay(key, dtype)
         if (found := self._pairs[key, dtype]) is None:
@@ -87,7 +113,9 @@ class Mix:
         return a, b, self._gate(columns) if self.owners_T is not None else columns[0][2]
 
     def stacked(self, key: Key, dtype: torch.dtype) -> Stacked | None:
-        """Return the factors of ``key`` one adapter over the other, with the tokens of each; None where none adapts it."""
+        """Return the factors of ``key`` one adapter over the other, with the tokens of each;
+        None where none adapts it.
+        """
         if (key, dtype) not in self._stacks:
             self._stacks[key, dtype] = self._stack(key, dtype)
         return self._stacks[key, dtype]
@@ -103,7 +131,8 @@ class Mix:
         return Stacked(a.to(dtype), b.to(dtype), *self._places[numbers])
 
     def owned(self, key: Key) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return A (E * n, r, in) and B (E * n, out, r) of ``key``, a stack of experts: for each pair of expert and adapter, n in all.
+        """Return A (E * n, r, in) and B (E * n, out, r) of ``key``, a stack of experts: for each
+        pair of expert and adapter, n in all.
 
         Those of an adapter that has none are zeros. None where none adapts it.
         """
@@ -115,11 +144,16 @@ class Mix:
     # ---- for recorded passes (`sampling/replay.py`)
 
     def structure(self) -> Hashable | None:
-        """What of the adapters a recording holds for good, or None before the first pass: their numbers it does not."""
+        """What of the adapters a recording holds for good, or None before the first pass: their
+        numbers it does not.
+        """
         if not self._pairs:
             return None
         scale = None if self.owners_T is not None else 0
-        return tuple((key, dtype, found and (scale is None or found[2][0][2])) for (key, dtype), found in self._pairs.items())
+        return tuple(
+            (key, dtype, found and (scale is None or found[2][0][2]))
+            for (key, dtype), found in self._pairs.items()
+        )
 
     def tensors(self) -> list[torch.Tensor]:
         """What a pass reads: the factors, and the gates of the columns that they have."""
@@ -148,25 +182,40 @@ class Mix:
         finally:
             self._pairs, self._gates = before
 
-    def _lay(self, key: Key, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]] | None:
+    def _lay(
+        self, key: Key, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]] | None:
         if not (present := self._having(key)):
             return None
-        columns = tuple((n, adapter.layout.slots[key].rank, adapter.layout.slots[key].scale) for n, adapter in present)
+        columns = tuple(
+            (n, adapter.layout.slots[key].rank, adapter.layout.slots[key].scale)
+            for n, adapter in present
+        )
         if len(self.adapters) == 1:
             a, b = present[0][1].factors[key]
             return a.to(dtype), b.to(dtype), columns
         pairs = [_scaled(adapter, key) for _, adapter in present]
-        return torch.cat([a for a, _ in pairs], dim=-2).to(dtype), torch.cat([b for _, b in pairs], dim=-1).to(dtype), columns
+        return (
+            torch.cat([a for a, _ in pairs], dim=-2).to(dtype),
+            torch.cat([b for _, b in pairs], dim=-1).to(dtype),
+            columns,
+        )
 
     def _having(self, key: Key) -> list[tuple[int, Adapter]]:
         """The adapters of ``key``, with their numbers."""
-        return [(n, adapter) for n, adapter in enumerate(self.adapters) if adapter is not None and key in adapter.factors]
+        return [
+            (n, adapter)
+            for n, adapter in enumerate(self.adapters)
+            if adapter is not None and key in adapter.factors
+        ]
 
     def _gate(self, columns: tuple[Any, ...]) -> torch.Tensor:
         """1 where a token meets its own adapter's columns, else 0, (T, R)."""
         if columns not in self._gates:
             assert self.owners_T is not None
-            owners_R = torch.tensor([n for n, rank, _ in columns for _ in range(rank)], device=self.owners_T.device)
+            owners_R = torch.tensor(
+                [n for n, rank, _ in columns for _ in range(rank)], device=self.owners_T.device
+            )
             self._gates[columns] = (self.owners_T[:, None] == owners_R).float()
         return self._gates[columns]
 
@@ -177,18 +226,24 @@ def _scaled(adapter: Adapter, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
     return a, b if scale == 1 else b * scale
 
 
-def _one_over_the_other(adapters: Sequence[Adapter | None], key: Key, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and s B of all ``adapters`` along a new dimension, filled up with zeros to the largest rank."""
+def _one_over_the_other(
+    adapters: Sequence[Adapter | None], key: Key, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and s B of all ``adapters`` along a new dimension, filled up with zeros to the largest
+    rank.
+    """
     pairs = [_scaled(x, key) if x is not None and key in x.factors else None for x in adapters]
     a, b = max((pair for pair in pairs if pair is not None), key=lambda pair: pair[0].shape[-2])
     widest = a.shape[-2]
     nothing = a.new_zeros(a.shape), b.new_zeros(b.shape)
     filled = [
-        nothing if pair is None
-        else pair if (missing := widest - pair[0].shape[-2]) == 0
+        nothing
+        if pair is None
+        else pair
+        if (missing := widest - pair[0].shape[-2]) == 0
         else (F.pad(pair[0], (0, 0, 0, missing)), F.pad(pair[1], (0, missing)))
         for pair in pairs
-    ]  # fmt: skip
+    ]
     return torch.stack([a for a, _ in filled], dim), torch.stack([b for _, b in filled], dim)
 
 
@@ -197,20 +252,31 @@ class Stacked(NamedTuple):
 
     a_nRI: torch.Tensor
     b_nOR: torch.Tensor
-    places_nM: torch.Tensor | None  # which tokens they are; None where they are all tokens in their order
+    # which tokens they are; None where they are all tokens in their order
+    places_nM: torch.Tensor | None
     gate_nM1: torch.Tensor  # 1; 0 where a place is filled up
 
     def add_to(self, output_TO: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
         """Return ``output_TO`` with what the adapters make of ``x_TI``."""
         num_adapters = len(self.a_nRI)
-        x_nMI = x_TI.unflatten(0, (num_adapters, -1)) if self.places_nM is None else x_TI[self.places_nM]
+        x_nMI = (
+            x_TI.unflatten(0, (num_adapters, -1))
+            if self.places_nM is None
+            else x_TI[self.places_nM]
+        )
         narrow = torch.bmm(x_nMI, self.a_nRI.mT) * self.gate_nM1.to(x_TI.dtype)
         if self.places_nM is None:
-            return torch.baddbmm(output_TO.unflatten(0, (num_adapters, -1)), narrow, self.b_nOR.mT).flatten(0, 1)
-        return output_TO.index_add(0, self.places_nM.flatten(), torch.bmm(narrow, self.b_nOR.mT).flatten(0, 1))
+            return torch.baddbmm(
+                output_TO.unflatten(0, (num_adapters, -1)), narrow, self.b_nOR.mT
+            ).flatten(0, 1)
+        return output_TO.index_add(
+            0, self.places_nM.flatten(), torch.bmm(narrow, self.b_nOR.mT).flatten(0, 1)
+        )
 
 
-def _places(owners_T: torch.Tensor, adapters: Sequence[int]) -> tuple[torch.Tensor | None, torch.Tensor]:
+def _places(
+    owners_T: torch.Tensor, adapters: Sequence[int]
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The tokens of each of ``adapters``, filled up with its last one, and their gate."""
     tokens = [(owners_T == number).nonzero()[:, 0] for number in adapters]
     place_M = torch.arange(max(map(len, tokens)), device=owners_T.device)
@@ -228,18 +294,24 @@ class AdapterBank:
         self.model = model
         self._mix: Mix | None = None
         head = model.get_output_embeddings()
-        self.head_name = next((name for name, module in model.named_modules() if module is head), None)
+        self.head_name = next(
+            (name for name, module in model.named_modules() if module is head), None
+        )
         # A vision tower's rows are patches, which belong to no token's adapter.
         targets = [target for target in find_targets(model) if target.family not in OF_IMAGES]
         modules = dict(model.named_modules())
         for name in dict.fromkeys(target.module for target in targets if target.outer):
             module = modules[name]
-            module.forward = functools.partial(self._run_experts, name, ExpertStack(module), module.forward)
+            module.forward = functools.partial(
+                self._run_experts, name, ExpertStack(module), module.forward
+            )
         for target in targets:
             if (
                 target.parameter is None and target.module != self.head_name
             ):  # that one's adapter is the head's (`loss/head.py`)
-                modules[target.module].register_forward_hook(functools.partial(self._add_to_linear, Key(target.module)))
+                modules[target.module].register_forward_hook(
+                    functools.partial(self._add_to_linear, Key(target.module))
+                )
 
     @contextlib.contextmanager
     def active(self, mix: Mix) -> Iterator[None]:
@@ -250,18 +322,26 @@ class AdapterBank:
         finally:
             self._mix = before
 
-    def on_head(self, mix: Mix, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float | torch.Tensor] | None:
-        """Return what the adapters of ``mix`` have on the unembedding: A, B and gate or scale, as ``Mix.pair``."""
+    def on_head(
+        self, mix: Mix, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, float | torch.Tensor] | None:
+        """Return what the adapters of ``mix`` have on the unembedding: A, B and gate or scale,
+        as ``Mix.pair``.
+        """
         return mix.pair(Key(self.head_name), dtype) if self.head_name else None
 
-    def _add_to_linear(self, key: Key, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def _add_to_linear(
+        self, key: Key, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
+    ) -> torch.Tensor:
         if self._mix is None:
             return output
         if self._mix.is_sorted:
             if (stacked := self._mix.stacked(key, output.dtype)) is None:
                 return output
             with torch.autocast(output.device.type, enabled=False):
-                return stacked.add_to(output.flatten(0, -2), args[0].flatten(0, -2).to(output.dtype)).view(output.shape)
+                return stacked.add_to(
+                    output.flatten(0, -2), args[0].flatten(0, -2).to(output.dtype)
+                ).view(output.shape)
         if (found := self._mix.pair(key, output.dtype)) is None:
             return output
         a, b, gate = found
@@ -275,9 +355,14 @@ class AdapterBank:
             return torch.addmm(output.flatten(0, -2), narrow, b.mT, alpha=scale).view(output.shape)
 
     def _run_experts(
-        self, name: str, stack: ExpertStack, plain: Callable[..., torch.Tensor], hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        name: str,
+        stack: ExpertStack,
+        plain: Callable[..., torch.Tensor],
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
         first: list[Part] = []
         second: list[Part] = []
         factors: list[torch.Tensor] = []
@@ -285,7 +370,11 @@ class AdapterBank:
         for key, is_second in _expert_keys(name, stack):
             if self._mix is None:
                 break
-            parts, index, columns = (second if is_second else first), len(factors) // 2, stack.columns(key.matrix)
+            parts, index, columns = (
+                (second if is_second else first),
+                len(factors) // 2,
+                stack.columns(key.matrix),
+            )
             if owners is not None and not key.is_shared:
                 if (owned := self._mix.owned(key)) is not None:
                     parts.append(Part(index, columns, 1.0, is_owned=True))
@@ -298,40 +387,76 @@ class AdapterBank:
         if self._mix is None or (not factors and not _beats_plain(stack, top_k_index)):
             return plain(hidden_states, top_k_index, top_k_weights)
         return run_experts(
-            stack.module, stack, hidden_states, top_k_index, top_k_weights, first, second, factors, owners=owners
+            stack.module,
+            stack,
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            first,
+            second,
+            factors,
+            owners=owners,
         )
 
 
-def _owners_of_rows(mix: Mix, name: str, stack: ExpertStack, experts_TK: torch.Tensor) -> Owners | None:
-    """The owners of tokens where sorting rows by them pays, else None: then gates tell adapters apart."""
-    if mix.owners is None or stack.weight(stack.first).dtype == torch.float16:  # rows to fill up: padding may overflow in it
+def _owners_of_rows(
+    mix: Mix, name: str, stack: ExpertStack, experts_TK: torch.Tensor
+) -> Owners | None:
+    """The owners of tokens where sorting rows by them pays, else None: then gates tell adapters
+    apart.
+    """
+    # rows to fill up: padding may overflow in it
+    if mix.owners is None or stack.weight(stack.first).dtype == torch.float16:
         return None
     keys = [key for key, _ in _expert_keys(name, stack) if not key.is_shared]
-    ranks = [x.layout.slots[key].rank for x in mix.adapters if x is not None for key in keys if key in x.factors]
+    ranks = [
+        x.layout.slots[key].rank
+        for x in mix.adapters
+        if x is not None
+        for key in keys
+        if key in x.factors
+    ]
     if not ranks:
         return None
     first, second = stack.weight(stack.first), stack.weight(stack.second)
     base_cost = (first.numel() + second.numel()) / stack.num_experts
-    widths = sum(stack.in_features(one) + stack.out_features(one) for one in (stack.first, stack.second))
+    widths = sum(
+        stack.in_features(one) + stack.out_features(one) for one in (stack.first, stack.second)
+    )
     pads = experts_TK.device.type == "cpu" or not can_group(experts_TK.numel(), *stack.weights())
-    pays = mix.owners.pay(experts_TK, stack.num_experts, base_cost=base_cost, factor_cost=max(ranks) * widths, pads=pads)
+    pays = mix.owners.pay(
+        experts_TK,
+        stack.num_experts,
+        base_cost=base_cost,
+        factor_cost=max(ranks) * widths,
+        pads=pads,
+    )
     return mix.owners if pays else None
 
 
 def _beats_plain(stack: ExpertStack, experts_TK: torch.Tensor) -> bool:
-    """Whether our products are faster than torch's grouped ones where nothing is adapted: on a CPU, for many tokens or by padding."""
+    """Whether our products are faster than torch's grouped ones where nothing is adapted: on a
+    CPU, for many tokens or by padding.
+    """
     if torch.is_grad_enabled() or not is_plain_product(stack.weight(stack.first)):
         return False
-    return (few := few_tokens()) is None or few.pads(stack.module, experts_TK, *stack.weights(), is_adapted=False)
+    return (few := few_tokens()) is None or few.pads(
+        stack.module, experts_TK, *stack.weights(), is_adapted=False
+    )
 
 
 @functools.cache
 def _keys_of(name: str, first: str, has_gate: bool) -> tuple[tuple[Key, bool], ...]:
     shared_first = ("gate_proj", "up_proj") if has_gate else ("up_proj",)
-    keys = [(Key(name, first), False), *((Key(name, matrix, True), False) for matrix in shared_first)]
+    keys = [
+        (Key(name, first), False),
+        *((Key(name, matrix, True), False) for matrix in shared_first),
+    ]
     return (*keys, (Key(name, "down_proj"), True), (Key(name, "down_proj", True), True))
 
 
 def _expert_keys(name: str, stack: ExpertStack) -> tuple[tuple[Key, bool], ...]:
-    """Everything that an adapter may have on a module of experts, and whether it is on the way out."""
+    """Everything that an adapter may have on a module of experts, and whether it is on the way
+    out.
+    """
     return _keys_of(name, stack.first, bool(stack.module.has_gate))

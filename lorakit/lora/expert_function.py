@@ -1,18 +1,24 @@
-"""A layer of stacked experts with LoRA, forward and backward, that never makes a tensor of the size of the stack.
+"""A layer of stacked experts with LoRA, forward and backward, that never makes a tensor of the size
+of the stack.
 
-For a row x of expert e, with W the frozen matrices and A, B the factors of each adapter (LoRA, arXiv 2106.09685, section 4.1):
+For a row x of expert e, with W the frozen matrices and A, B the factors of each adapter (LoRA,
+arXiv 2106.09685, section 4.1):
 
-    h = W1_e x + s B1_e A1_e x        a = act(h)        y = W2_e a + s B2_e A2_e a        out = sum over experts of weight_e y
+    h = W1_e x + s B1_e A1_e x        a = act(h)        y = W2_e a + s B2_e A2_e a        out = sum
+    over experts of weight_e y
 
-A factor with one entry for all experts is applied to tokens instead of rows. Where adapters are mixed, there are two ways. Rows are
-sorted by adapter within each expert, and a factor has an entry for each pair of expert and adapter; or the factors are those of all
-adapters side by side, and a gate lets each token have its own adapter's columns of the rank. s stands in B then.
+A factor with one entry for all experts is applied to tokens instead of rows. Where adapters are
+mixed, there are two ways. Rows are sorted by adapter within each expert, and a factor has an entry
+for each pair of expert and adapter; or the factors are those of all adapters side by side, and a
+gate lets each token have its own adapter's columns of the rank. s stands in B then.
 
-Kept for the backward are x, h and the rows of rank width; everything else is computed again, because it costs a gather or an
-activation, and h makes a of it. The gradient of the router's weight needs no y: <g, W2 a + s B2 A2 a> = <W2' g + s A2' B2' g, a>, and
-the left factor is what the activation needs.
+Kept for the backward are x, h and the rows of rank width; everything else is computed again,
+because it costs a gather or an activation, and h makes a of it. The gradient of the router's weight
+needs no y: <g, W2 a + s B2 A2 a> = <W2' g + s A2' B2' g, a>, and the left factor is what the
+activation needs.
 
-Shapes: T tokens, S = T * top_k rows sorted by expert, H hidden, I expert width, N = 2I (I without a gate), r rank.
+Shapes: T tokens, S = T * top_k rows sorted by expert, H hidden, I expert width, N = 2I (I without a
+gate), r rank.
 """
 
 from __future__ import annotations
@@ -42,9 +48,11 @@ from lorakit.model.families import ExpertStack
 
 @dataclass(frozen=True)
 class Part:
-    """One pair of factors: A (E, r, in) and B (E, out, r), at ``2 * index`` and ``2 * index + 1`` of all factors.
+    """One pair of factors: A (E, r, in) and B (E, out, r), at ``2 * index`` and ``2 * index + 1``
+    of all factors.
 
-    The factor that touches H may have one entry for all experts: ``is_shared``, then A (1, r, H) on the way in, B (1, H, r) out.
+    The factor that touches H may have one entry for all experts: ``is_shared``, then A (1, r, H) on
+    the way in, B (1, H, r) out.
     """
 
     index: int
@@ -53,15 +61,18 @@ class Part:
     is_shared: bool = False
     dropout: float = 0.0
     seed: int = 0  # of the dropout of this call
-    gate_TR: torch.Tensor | None = field(default=None, compare=False)  # what each token's rows of rank width are multiplied by
-    is_owned: bool = False  # A (E * owners, r, in) and B (E * owners, out, r): one entry for each pair of expert and owner
+    # what each token's rows of rank width are multiplied by
+    gate_TR: torch.Tensor | None = field(default=None, compare=False)
+    # A (E * owners, r, in) and B (E * owners, out, r): one entry for each pair of expert and owner
+    is_owned: bool = False
 
 
 @dataclass(frozen=True)
 class ExpertCall:
     """What one call of a layer is made of, apart from tensors that may have a gradient."""
 
-    weights: Callable[[], tuple[torch.Tensor, torch.Tensor]]  # (E, H, N) and (E, I, H), views of the frozen stacks
+    # (E, H, N) and (E, I, H), views of the frozen stacks
+    weights: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     biases: Callable[[], tuple[torch.Tensor | None, torch.Tensor | None]]  # (E, N) and (E, H)
     activate: Callable[[torch.Tensor], torch.Tensor]  # (S, N) -> (S, I)
     experts_TK: torch.Tensor  # the router's choices
@@ -74,23 +85,49 @@ class ExpertCall:
 
     @property
     def prefers_groups(self) -> bool:
-        """Whether one grouped product is wanted: on a CPU a few experts at a time keep what they make in the cache."""
-        return self.products == "grouped" or (self.products == "auto" and self.experts_TK.device.type != "cpu")
+        """Whether one grouped product is wanted: on a CPU a few experts at a time keep what they
+        make in the cache.
+        """
+        return self.products == "grouped" or (
+            self.products == "auto" and self.experts_TK.device.type != "cpu"
+        )
 
 
 def run_experts(
-    layer: nn.Module, stack: ExpertStack, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor,
-    first: Sequence[Part], second: Sequence[Part], factors: Sequence[torch.Tensor], *, products: str = "auto",
+    layer: nn.Module,
+    stack: ExpertStack,
+    x_TH: torch.Tensor,
+    experts_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    first: Sequence[Part],
+    second: Sequence[Part],
+    factors: Sequence[torch.Tensor],
+    *,
+    products: str = "auto",
     owners: Owners | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Return what ``layer``, which holds ``stack``, makes of tokens, with the parts of adapters; with graph where gradients are on."""
+) -> torch.Tensor:
+    """Return what ``layer``, which holds ``stack``, makes of tokens, with the parts of adapters;
+    with graph where gradients are on.
+    """
     keeps = torch.is_grad_enabled()
-    if not keeps and (few := few_tokens()) is not None and few.pads(layer, experts_TK, *stack.weights()):
+    if (
+        not keeps
+        and (few := few_tokens()) is not None
+        and few.pads(layer, experts_TK, *stack.weights())
+    ):
         products = "padded"
     call = ExpertCall(
-        stack.weights, stack.biases, stack.activate, experts_TK, stack.num_experts, tuple(first), tuple(second), keeps, products,
+        stack.weights,
+        stack.biases,
+        stack.activate,
+        experts_TK,
+        stack.num_experts,
+        tuple(first),
+        tuple(second),
+        keeps,
+        products,
         owners,
-    )  # fmt: skip
+    )
     if keeps:
         out: torch.Tensor = ExpertFunction.apply(x_TH, weights_TK, call, *factors)
         return out
@@ -98,11 +135,17 @@ def run_experts(
 
 
 class ExpertFunction(torch.autograd.Function):
-    """``apply(x_TH, weights_TK, call, *factors)`` -> out_TH. Gradients: of x, of the router's weights, of each factor."""
+    """``apply(x_TH, weights_TK, call, *factors)`` -> out_TH. Gradients: of x, of the router's
+    weights, of each factor.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x_TH: torch.Tensor, weights_TK: torch.Tensor, call: ExpertCall, *factors: torch.Tensor
+        ctx: Any,
+        x_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        call: ExpertCall,
+        *factors: torch.Tensor,
     ) -> torch.Tensor:
         keeps = call.keeps and any(ctx.needs_input_grad)
         out_TH, kept = run_forward(x_TH, weights_TK, call, factors, keeps=keeps)
@@ -120,16 +163,34 @@ class ExpertFunction(torch.autograd.Function):
         with torch.autocast(grad_TH.device.type, enabled=False):
             layer = _Layer(ctx.call, factors)
             weights_S = layer.rows.take(weights_TK).to(layer.dtype)
-            grads = layer.backward(grad_TH.to(layer.dtype), x, weights_S, hidden_SN, narrow, wants_x=wants_x, wants=wants)
+            grads = layer.backward(
+                grad_TH.to(layer.dtype),
+                x,
+                weights_S,
+                hidden_SN,
+                narrow,
+                wants_x=wants_x,
+                wants=wants,
+            )
         grad_x, grad_weights_S, grad_factors = grads
         grad_weights = None
         if wants_weights:
             grad_weights = layer.rows.put_back(grad_weights_S, weights_TK)
-        return (None if grad_x is None else grad_x.to(grad_TH.dtype), grad_weights, None, *grad_factors)
+        return (
+            None if grad_x is None else grad_x.to(grad_TH.dtype),
+            grad_weights,
+            None,
+            *grad_factors,
+        )
 
 
 def run_forward(
-    x_TH: torch.Tensor, weights_TK: torch.Tensor, call: ExpertCall, factors: Sequence[torch.Tensor], *, keeps: bool = False
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    call: ExpertCall,
+    factors: Sequence[torch.Tensor],
+    *,
+    keeps: bool = False,
 ) -> tuple[torch.Tensor, tuple[Any, ...]]:
     """Return what ``ExpertFunction`` returns, and what its backward needs where ``keeps``."""
     with torch.autocast(x_TH.device.type, enabled=False):  # it would cast the frozen stacks
@@ -148,13 +209,21 @@ class _Layer:
         self.w1_EHN, self.w2_EIH = call.weights()
         self.b1_EN, self.b2_EH = call.biases()
         self.dtype = self.w1_EHN.dtype
-        self.grouped = call.prefers_groups and can_group(call.experts_TK.numel(), self.w1_EHN, self.w2_EIH)
+        self.grouped = call.prefers_groups and can_group(
+            call.experts_TK.numel(), self.w1_EHN, self.w2_EIH
+        )
         if call.products == "grouped" and not self.grouped:
-            raise ValueError(f"grouped products do not take {self.dtype} stacks of {tuple(self.w1_EHN.shape)} here")
-        # No run where experts are given in float32, one at a time, nor in float16, in which padding (a token at an expert that was
-        # not chosen for it) may overflow, and infinity times a weight of 0 is not 0.
+            raise ValueError(
+                f"grouped products do not take {self.dtype} stacks of {tuple(self.w1_EHN.shape)}"
+                " here"
+            )
+        # No run where experts are given in float32, one at a time, nor in float16, in which padding
+        # (a token at an expert that was not chosen for it) may overflow, and infinity times a
+        # weight of 0 is not 0.
         is_single = emulates_products(self.w1_EHN) or self.dtype == torch.float16
-        max_rows = 0 if is_single else MAX_RUN_BYTES // (self.w1_EHN.shape[2] * self.w1_EHN.element_size())
+        max_rows = (
+            0 if is_single else MAX_RUN_BYTES // (self.w1_EHN.shape[2] * self.w1_EHN.element_size())
+        )
         if call.products == "padded":
             self.rows = SortedRows.pad(call.experts_TK, call.num_experts)
         else:
@@ -169,22 +238,36 @@ class _Layer:
             )
         self.originals = factors
         self._masks: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
-        self.factors = [self._prepare(factor, dim=2 if number % 2 else 1) for number, factor in enumerate(factors)]
-        self._gates = {part.index: self._prepare_gate(part) for part in (*call.first, *call.second) if part.gate_TR is not None}
+        self.factors = [
+            self._prepare(factor, dim=2 if number % 2 else 1)
+            for number, factor in enumerate(factors)
+        ]
+        self._gates = {
+            part.index: self._prepare_gate(part)
+            for part in (*call.first, *call.second)
+            if part.gate_TR is not None
+        }
         # Sums over experts are kept in float32 where the products are in 16 bit.
         self.sum_dtype = torch.float32 if self.dtype.itemsize < 4 else self.dtype
 
     def forward(
         self, x_TH: torch.Tensor, weights_S: torch.Tensor, *, keeps: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
-        """Return out (T, H), h (S, N) and the rows of rank width of each part; the latter two only where ``keeps``."""
+        """Return out (T, H), h (S, N) and the rows of rank width of each part; the latter two
+        only where ``keeps``.
+        """
         num_rows, num_out = weights_S.shape[0], self.w1_EHN.shape[2]
         out_TH = x_TH.new_zeros((x_TH.shape[0], self.w2_EIH.shape[2]), dtype=self.sum_dtype)
         hidden_SN = x_TH.new_empty((num_rows, num_out)) if keeps or self.grouped else None
-        narrow = {part.index: self._narrow(part, x_TH, num_rows) for part in (*self.call.first, *self.call.second)}
+        narrow = {
+            part.index: self._narrow(part, x_TH, num_rows)
+            for part in (*self.call.first, *self.call.second)
+        }
         for block in self.rows.blocks():
             rows = block.rows
-            h = block.times(x_TH[block.tokens], self.w1_EHN, out=None if hidden_SN is None else hidden_SN[rows])
+            h = block.times(
+                x_TH[block.tokens], self.w1_EHN, out=None if hidden_SN is None else hidden_SN[rows]
+            )
             if self.b1_EN is not None:
                 h.add_(block.per_row(self.b1_EN))
             for part in self.call.first:
@@ -193,7 +276,11 @@ class _Layer:
                 if part.is_shared:
                     u = narrow[part.index][block.tokens]
                 else:
-                    u = own.times(self._take_dropped(x_TH, part, block.tokens), a.mT, out=narrow[part.index][rows])
+                    u = own.times(
+                        self._take_dropped(x_TH, part, block.tokens),
+                        a.mT,
+                        out=narrow[part.index][rows],
+                    )
                     self._gate_(u, part, block.tokens)
                 self._add_times(own, h, part.columns, u, b.mT, part.scale)
             act = self.call.activate(h)
@@ -211,23 +298,55 @@ class _Layer:
         for part in self.call.second:
             _, b = self._pair(part)
             if part.is_shared:
-                out_TH.addmm_(self._sum_narrow(narrow[part.index], weights_S), b[0].mT.to(self.sum_dtype), alpha=part.scale)
-        return out_TH, hidden_SN, [narrow[part.index] for part in (*self.call.first, *self.call.second)]
+                out_TH.addmm_(
+                    self._sum_narrow(narrow[part.index], weights_S),
+                    b[0].mT.to(self.sum_dtype),
+                    alpha=part.scale,
+                )
+        return (
+            out_TH,
+            hidden_SN,
+            [narrow[part.index] for part in (*self.call.first, *self.call.second)],
+        )
 
     def backward(
-        self, grad_TH: torch.Tensor, x_TH: torch.Tensor, weights_S: torch.Tensor, hidden_SN: torch.Tensor,
-        narrow: list[torch.Tensor], *, wants_x: bool, wants: list[bool],
-    ) -> tuple[torch.Tensor | None, torch.Tensor, list[torch.Tensor | None]]:  # fmt: skip
-        """Return the gradients of x (T, H), of the sorted router weights (S,), and of each factor."""
+        self,
+        grad_TH: torch.Tensor,
+        x_TH: torch.Tensor,
+        weights_S: torch.Tensor,
+        hidden_SN: torch.Tensor,
+        narrow: list[torch.Tensor],
+        *,
+        wants_x: bool,
+        wants: list[bool],
+    ) -> tuple[torch.Tensor | None, torch.Tensor, list[torch.Tensor | None]]:
+        """Return the gradients of x (T, H), of the sorted router weights (S,), and of each
+        factor.
+        """
         call = self.call
-        rank_rows = {part.index: rows for part, rows in zip((*call.first, *call.second), narrow, strict=True)}
-        sums = [torch.zeros_like(f) if want else None for f, want in zip(self.factors, wants, strict=True)]
+        rank_rows = {
+            part.index: rows for part, rows in zip((*call.first, *call.second), narrow, strict=True)
+        }
+        sums = [
+            torch.zeros_like(f) if want else None
+            for f, want in zip(self.factors, wants, strict=True)
+        ]
         grad_x = torch.zeros_like(x_TH, dtype=self.sum_dtype) if wants_x else None
         grad_weights_S = torch.empty_like(weights_S)
         # Of factors that all experts share: the rank-wide gradients by token.
-        shared = {p.index: x_TH.new_zeros((len(x_TH), self._rank(p)), dtype=self.sum_dtype) for p in call.first if p.is_shared}
-        shared |= {p.index: self._gate_(grad_TH @ self._pair(p)[1][0], p) for p in call.second if p.is_shared}
-        wants_hidden = wants_x or any(wants[2 * part.index] or wants[2 * part.index + 1] for part in call.first)
+        shared = {
+            p.index: x_TH.new_zeros((len(x_TH), self._rank(p)), dtype=self.sum_dtype)
+            for p in call.first
+            if p.is_shared
+        }
+        shared |= {
+            p.index: self._gate_(grad_TH @ self._pair(p)[1][0], p)
+            for p in call.second
+            if p.is_shared
+        }
+        wants_hidden = wants_x or any(
+            wants[2 * part.index] or wants[2 * part.index + 1] for part in call.first
+        )
         for block in self.rows.blocks():
             rows, tokens = block.rows, block.tokens
             g, weights = grad_TH[tokens], weights_S[rows, None]
@@ -237,7 +356,9 @@ class _Layer:
                 self._second_part(block, part, act, g, weights, grad_act, rank_rows, shared, sums)
             grad_weights = torch.linalg.vecdot(grad_act, act)
             if self.b2_EH is not None:
-                grad_weights = grad_weights + torch.linalg.vecdot(g, block.per_row(self.b2_EH).expand_as(g))
+                grad_weights = grad_weights + torch.linalg.vecdot(
+                    g, block.per_row(self.b2_EH).expand_as(g)
+                )
             grad_weights_S[rows] = grad_weights
             if not wants_hidden:
                 continue
@@ -251,14 +372,26 @@ class _Layer:
         return grad_x, grad_weights_S, [self._restore(number, s) for number, s in enumerate(sums)]
 
     def _second_part(
-        self, block: AdjacentExperts | AllExperts, part: Part, act: torch.Tensor, g: torch.Tensor, weights: torch.Tensor,
-        grad_act: torch.Tensor, narrow: dict[int, torch.Tensor], shared: dict[int, torch.Tensor], sums: list[Any],
-    ) -> None:  # fmt: skip
+        self,
+        block: AdjacentExperts | AllExperts,
+        part: Part,
+        act: torch.Tensor,
+        g: torch.Tensor,
+        weights: torch.Tensor,
+        grad_act: torch.Tensor,
+        narrow: dict[int, torch.Tensor],
+        shared: dict[int, torch.Tensor],
+        sums: list[Any],
+    ) -> None:
         """Add the part's way back to ``grad_act`` and the sums of its factors' gradients."""
         a, b = self._pair(part)
         block = block.owned if part.is_owned else block
         sum_a, sum_b = sums[2 * part.index], sums[2 * part.index + 1]
-        q = shared[part.index][block.tokens] if part.is_shared else self._gate_(block.times(g, b), part, block.tokens)
+        q = (
+            shared[part.index][block.tokens]
+            if part.is_shared
+            else self._gate_(block.times(g, b), part, block.tokens)
+        )
         dropped = self._drop_rows(act, part, block.rows)
         if part.dropout:
             grad_act.add_(self._drop_rows(block.times(q, a), part, block.rows), alpha=part.scale)
@@ -270,9 +403,16 @@ class _Layer:
             block.put_outer_(sum_b, g, narrow[part.index][block.rows] * weights, part.scale)
 
     def _first_part(
-        self, block: AdjacentExperts | AllExperts, part: Part, x_TH: torch.Tensor, grad_h: torch.Tensor, grad_rows: torch.Tensor | None,
-        narrow: dict[int, torch.Tensor], shared: dict[int, torch.Tensor], sums: list[Any],
-    ) -> None:  # fmt: skip
+        self,
+        block: AdjacentExperts | AllExperts,
+        part: Part,
+        x_TH: torch.Tensor,
+        grad_h: torch.Tensor,
+        grad_rows: torch.Tensor | None,
+        narrow: dict[int, torch.Tensor],
+        shared: dict[int, torch.Tensor],
+        sums: list[Any],
+    ) -> None:
         """Add the part's way back to ``grad_rows`` and the sums of its factors' gradients."""
         a, b = self._pair(part)
         block = block.owned if part.is_owned else block
@@ -296,15 +436,26 @@ class _Layer:
             block.put_outer_(sum_a, p, self._take_dropped(x_TH, part, block.tokens), part.scale)
 
     def _finish_shared(
-        self, grad_TH: torch.Tensor, x_TH: torch.Tensor, weights_S: torch.Tensor, grad_x: torch.Tensor | None,
-        narrow: dict[int, torch.Tensor], shared: dict[int, torch.Tensor], sums: list[Any],
-    ) -> None:  # fmt: skip
+        self,
+        grad_TH: torch.Tensor,
+        x_TH: torch.Tensor,
+        weights_S: torch.Tensor,
+        grad_x: torch.Tensor | None,
+        narrow: dict[int, torch.Tensor],
+        shared: dict[int, torch.Tensor],
+        sums: list[Any],
+    ) -> None:
         """The way back through factors that all experts share, over tokens."""
         for part in self.call.first:
             if part.is_shared:
-                p_TR, a = self._gate_(shared[part.index], part).to(self.dtype), self._pair(part)[0][0]
+                p_TR, a = (
+                    self._gate_(shared[part.index], part).to(self.dtype),
+                    self._pair(part)[0][0],
+                )
                 if sums[2 * part.index] is not None:
-                    torch.mm(p_TR.t(), self._drop_tokens(x_TH, part), out=sums[2 * part.index][0]).mul_(part.scale)
+                    torch.mm(
+                        p_TR.t(), self._drop_tokens(x_TH, part), out=sums[2 * part.index][0]
+                    ).mul_(part.scale)
                 if grad_x is not None:
                     grad_x.add_(self._drop_tokens(p_TR @ a, part), alpha=part.scale)
         for part in self.call.second:
@@ -323,7 +474,9 @@ class _Layer:
         gate = part.gate_TR.to(self.dtype)
         return torch.nn.functional.pad(gate, (0, self._rank(part) - gate.shape[1]))
 
-    def _gate_(self, narrow: torch.Tensor, part: Part, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    def _gate_(
+        self, narrow: torch.Tensor, part: Part, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Multiply rows of rank width by the gate of their tokens, in place."""
         if (gate := self._gates.get(part.index)) is None:
             return narrow
@@ -353,7 +506,12 @@ class _Layer:
 
     @staticmethod
     def _add_times(
-        block: AdjacentExperts | AllExperts, h: torch.Tensor, columns: slice, u: torch.Tensor, b: torch.Tensor, scale: float
+        block: AdjacentExperts | AllExperts,
+        h: torch.Tensor,
+        columns: slice,
+        u: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
     ) -> None:
         target = h[:, columns]
         if columns.step in (None, 1):
@@ -361,7 +519,9 @@ class _Layer:
         else:  # interleaved gate and up: no product writes there
             target.add_(block.times(u, b), alpha=scale)
 
-    def _activate(self, h: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    def _activate(
+        self, h: torch.Tensor
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
         """Return act(h), and what pulls a gradient of it back to h."""
         with torch.enable_grad():
             h = h.detach().requires_grad_()
@@ -372,15 +532,24 @@ class _Layer:
         return x_TH * self._mask(part, x_TH.shape, x_TH) if part.dropout else x_TH
 
     def _take_dropped(self, x_TH: torch.Tensor, part: Part, tokens: torch.Tensor) -> torch.Tensor:
-        return x_TH[tokens] * self._mask(part, x_TH.shape, x_TH)[tokens] if part.dropout else x_TH[tokens]
+        return (
+            x_TH[tokens] * self._mask(part, x_TH.shape, x_TH)[tokens]
+            if part.dropout
+            else x_TH[tokens]
+        )
 
     def _drop_rows(self, values_SI: torch.Tensor, part: Part, rows: slice) -> torch.Tensor:
         if not part.dropout:
             return values_SI
-        return values_SI * self._mask(part, (len(self.rows.order_S), values_SI.shape[1]), values_SI)[rows]
+        return (
+            values_SI
+            * self._mask(part, (len(self.rows.order_S), values_SI.shape[1]), values_SI)[rows]
+        )
 
     def _mask(self, part: Part, shape: Any, like: torch.Tensor) -> torch.Tensor:
-        """0, or 1 / (1 - p): the same whenever it is asked for in one call, so that it need not be kept."""
+        """0, or 1 / (1 - p): the same whenever it is asked for in one call, so that it need not
+        be kept.
+        """
         key = (part.index, tuple(shape))
         if key not in self._masks:
             generator = torch.Generator(like.device).manual_seed(part.seed)

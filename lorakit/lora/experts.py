@@ -1,7 +1,8 @@
 """LoRA on stacked experts as a PEFT tuner layer: 3-D factors, one layer for all stacks of a module.
 
-PEFT's own layer for stacked parameters folds ``W + s B A`` for all experts at every forward; this one never makes that sum. It is
-registered with PEFT as a custom module, so that PEFT's enable, disable, switch, delete and save work on it.
+PEFT's own layer for stacked parameters folds ``W + s B A`` for all experts at every forward; this
+one never makes that sum. It is registered with PEFT as a custom module, so that PEFT's enable,
+disable, switch, delete and save work on it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from lorakit.lora.expert_function import Part, run_experts
-from lorakit.lora.layouts import expand_shared_outer, flatten_a, flatten_b, from_file_tensors, to_file_tensors
+from lorakit.lora.layouts import (
+    expand_shared_outer,
+    flatten_a,
+    flatten_b,
+    from_file_tensors,
+    to_file_tensors,
+)
 from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER
 from lorakit.model.families import ExpertStack
 from lorakit.model.partition import has_values
@@ -26,10 +33,12 @@ from lorakit.model.partition import has_values
 
 @dataclass
 class ExpertLoraConfig(peft.LoraConfig):
-    """PEFT's config of an adapter with factored experts. On disk it is a plain LoraConfig that names the stacked parameters.
+    """PEFT's config of an adapter with factored experts. On disk it is a plain LoraConfig that
+    names the stacked parameters.
 
     Args:
-        expert_parameters: names of stacked parameters (``…mlp.experts.gate_up_proj``), whose modules are in ``target_modules``.
+        expert_parameters: names of stacked parameters (``…mlp.experts.gate_up_proj``), whose
+            modules are in ``target_modules``.
         expert_layout: ``per_expert`` (PEFT's) or ``shared_outer``.
     """
 
@@ -37,19 +46,30 @@ class ExpertLoraConfig(peft.LoraConfig):
     expert_layout: str = PER_EXPERT
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain data, as it is written: what a plain LoraConfig says of the same adapter."""
+        """The config as plain data, as it is written: what a plain LoraConfig says of the same
+        adapter.
+        """
         plain = super().to_dict()
         parameters, layout = plain.pop("expert_parameters"), plain.pop("expert_layout")
         if parameters:
-            plain["lora_dropout"] = 0.0  # matters in training only, and PEFT refuses to load stacked parameters with it
+            # matters in training only, and PEFT refuses to load stacked parameters with it
+            plain["lora_dropout"] = 0.0
         modules = {name.rpartition(".")[0] for name in parameters}
-        others = [name for name in plain["target_modules"] or () if not any(f".{m}".endswith(f".{name}") for m in modules)]
+        others = [
+            name
+            for name in plain["target_modules"] or ()
+            if not any(f".{m}".endswith(f".{name}") for m in modules)
+        ]
         plain["target_modules"] = sorted(others) or None
         if layout == PER_EXPERT:
-            plain["target_parameters"] = sorted({*(plain["target_parameters"] or ()), *parameters}) or None
+            plain["target_parameters"] = (
+                sorted({*(plain["target_parameters"] or ()), *parameters}) or None
+            )
         else:
             leaves = {name.rpartition(".")[2] for name in parameters}
-            leaves = leaves - {"gate_up_proj"} | ({"gate_proj", "up_proj"} if "gate_up_proj" in leaves else set())
+            leaves = leaves - {"gate_up_proj"} | (
+                {"gate_proj", "up_proj"} if "gate_up_proj" in leaves else set()
+            )
             plain["target_modules"] = sorted({*(plain["target_modules"] or ()), *leaves})
         return plain
 
@@ -63,29 +83,42 @@ _FILE_ONLY_NAMES = ("base_layer.lora_A", "base_layer.lora_B", "gate_proj", "up_p
 
 
 class ExpertLora(nn.Module, LoraLayer):
-    """Wraps a module of stacked experts. For each adapter ``lora_A`` and ``lora_B`` hold factors by the name of their matrix:
+    """Wraps a module of stacked experts. For each adapter ``lora_A`` and ``lora_B`` hold factors by
+    the name of their matrix:
 
     - ``per_expert``: gate_up_proj (or up_proj) and down_proj, A (E, r, in) and B (E, out, r);
-    - ``shared_outer``: gate_proj, up_proj and down_proj; A of the former two is (1, r, H), B of the last is (1, H, r).
+    - ``shared_outer``: gate_proj, up_proj and down_proj; A of the former two is (1, r, H), B of the
+      last is (1, H, r).
     """
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, *, config: ExpertLoraConfig, r: int, lora_alpha: float,
-        target_name: str = "", **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        *,
+        config: ExpertLoraConfig,
+        r: int,
+        lora_alpha: float,
+        target_name: str = "",
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.lora_A: Any  # adapter -> matrix -> factor
         self.lora_B: Any
         self.products = "auto"  # or loop, grouped: how rows are multiplied
-        self.scales: dict[str, dict[str, float]] = {}  # adapter -> matrix -> alpha / r, relative to ``scaling``
+        # adapter -> matrix -> alpha / r, relative to ``scaling``
+        self.scales: dict[str, dict[str, float]] = {}
         self.layouts: dict[str, str] = {}
         self._active_adapter = adapter_name
-        # PEFT saves what lies below a layer's children. These, empty, stand for the names that files have and the layer has not.
+        # PEFT saves what lies below a layer's children. These, empty, stand for the names that
+        # files have and the layer has not.
         self._modules |= {name: nn.Module() for name in _FILE_ONLY_NAMES}
         self.register_state_dict_post_hook(_to_file_names)
         self.register_load_state_dict_pre_hook(_from_file_names)
-        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, target_name=target_name)
+        self.update_layer(
+            adapter_name, r, lora_alpha=lora_alpha, config=config, target_name=target_name
+        )
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[None, None]:
         return None, None  # there are several matrices
@@ -98,44 +131,75 @@ class ExpertLora(nn.Module, LoraLayer):
     # ---- PEFT's interface
 
     def update_layer(
-        self, adapter_name: str, r: int, lora_alpha: float, config: peft.LoraConfig, *, target_name: str = "", **kwargs: Any
+        self,
+        adapter_name: str,
+        r: int,
+        lora_alpha: float,
+        config: peft.LoraConfig,
+        *,
+        target_name: str = "",
+        **kwargs: Any,
     ) -> None:
         """Add an adapter. Raises ValueError for what PEFT offers on linear layers only."""
         _refuse_variants(config)
         stack, layout = self.stack, getattr(config, "expert_layout", PER_EXPERT)
         wanted = _parameters_of(config, target_name, stack)
-        ranks = {name: _by_pattern(config.rank_pattern or {}, f"{target_name}.{name}", r) for name in wanted}
-        alphas = {name: _by_pattern(config.alpha_pattern or {}, f"{target_name}.{name}", lora_alpha) for name in wanted}
+        ranks = {
+            name: _by_pattern(config.rank_pattern or {}, f"{target_name}.{name}", r)
+            for name in wanted
+        }
+        alphas = {
+            name: _by_pattern(config.alpha_pattern or {}, f"{target_name}.{name}", lora_alpha)
+            for name in wanted
+        }
         shapes = stack.factor_shapes(ranks, shares_outer=layout == SHARED_OUTER)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.use_rslora[adapter_name], self.layouts[adapter_name] = config.use_rslora, layout
         self.scaling[adapter_name] = _scale(lora_alpha, r, config.use_rslora)
         self.scales[adapter_name] = {
-            matrix: _scale(alphas[parameter], ranks[parameter], config.use_rslora) / (self.scaling[adapter_name] or 1.0)
+            matrix: _scale(alphas[parameter], ranks[parameter], config.use_rslora)
+            / (self.scaling[adapter_name] or 1.0)
             for matrix, (parameter, _, _) in shapes.items()
         }
-        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.lora_dropout[adapter_name] = (
+            nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        )
         weight = stack.weight(stack.second)
         options: dict[str, Any] = {
             "device": weight.device,
             "dtype": weight.dtype if weight.dtype.is_floating_point else torch.float32,
         }
         self.lora_A[adapter_name] = nn.ParameterDict(
-            {matrix: nn.Parameter(torch.empty(a, **options)) for matrix, (_, a, _) in shapes.items()}
+            {
+                matrix: nn.Parameter(torch.empty(a, **options))
+                for matrix, (_, a, _) in shapes.items()
+            }
         )
         self.lora_B[adapter_name] = nn.ParameterDict(
-            {matrix: nn.Parameter(torch.empty(b, **options)) for matrix, (_, _, b) in shapes.items()}
+            {
+                matrix: nn.Parameter(torch.empty(b, **options))
+                for matrix, (_, _, b) in shapes.items()
+            }
         )
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
-        """Start as PEFT does: A Kaiming-uniform (or Gaussian with deviation 1/r), B zero; both random for ``False``."""
+        """Start as PEFT does: A Kaiming-uniform (or Gaussian with deviation 1/r), B zero; both
+        random for ``False``.
+        """
         for a in self.lora_A[adapter_name].values():
             is_gaussian = str(init_lora_weights).lower() == "gaussian"
-            _draw_(a, _gaussian(1 / a.shape[1]) if is_gaussian else _uniform(1 / math.sqrt(a.shape[2])))
+            _draw_(
+                a, _gaussian(1 / a.shape[1]) if is_gaussian else _uniform(1 / math.sqrt(a.shape[2]))
+            )
         for b in self.lora_B[adapter_name].values():
-            _draw_(b, _uniform(1 / math.sqrt(b.shape[2])) if init_lora_weights is False else nn.init.zeros_)
+            _draw_(
+                b,
+                _uniform(1 / math.sqrt(b.shape[2]))
+                if init_lora_weights is False
+                else nn.init.zeros_,
+            )
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -172,48 +236,87 @@ class ExpertLora(nn.Module, LoraLayer):
         return [name for name in (stack.first, stack.second) if name in changed]
 
     def scale_of(self, adapter_name: str, matrix: str) -> float:
-        """Return s of a matrix: ``scaling``, which PEFT's helpers change, times what patterns of rank and alpha make of it."""
+        """Return s of a matrix: ``scaling``, which PEFT's helpers change, times what patterns of
+        rank and alpha make of it.
+        """
         return self.scaling[adapter_name] * self.scales[adapter_name][matrix]
 
     @torch.no_grad()
     def delta_weight(self, adapter_name: str, parameter: str) -> torch.Tensor:
-        """Return s B A of a stack in float32, in the stack's own orientation. It is as large as the stack: for merging only."""
+        """Return s B A of a stack in float32, in the stack's own orientation. It is as large as
+        the stack: for merging only.
+        """
         stack = self.stack
         weight = stack.weight(parameter)
         delta_EOI = torch.zeros(stack.as_EOI(weight).shape, device=weight.device)
         for matrix in self.lora_A[adapter_name]:
             if stack.parameter_of(matrix) == parameter:
-                a, b = self.lora_A[adapter_name][matrix].float(), self.lora_B[adapter_name][matrix].float()
+                a, b = (
+                    self.lora_A[adapter_name][matrix].float(),
+                    self.lora_B[adapter_name][matrix].float(),
+                )
                 product = b.expand(len(weight), -1, -1) @ a.expand(len(weight), -1, -1)
                 delta_EOI[:, stack.columns(matrix)] += self.scale_of(adapter_name, matrix) * product
         return stack.as_EOI(delta_EOI)
 
     @torch.no_grad()
-    def peft_factors(self, adapter_name: str, parameter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Return (A, B, scale) of a stack in float32, flat as PEFT holds them; shared factors expanded."""
+    def peft_factors(
+        self, adapter_name: str, parameter: str
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Return (A, B, scale) of a stack in float32, flat as PEFT holds them; shared factors
+        expanded.
+        """
         factors = {
-            (which, m): f.float() for which in ("lora_A", "lora_B") for m, f in getattr(self, which)[adapter_name].items()
+            (which, m): f.float()
+            for which in ("lora_A", "lora_B")
+            for m, f in getattr(self, which)[adapter_name].items()
         }
         if self.layouts[adapter_name] == SHARED_OUTER:
-            factors = expand_shared_outer(factors, is_concatenated=self.stack.module.is_concatenated)
-        matrix = next(m for m in self.lora_A[adapter_name] if self.stack.parameter_of(m) == parameter)
+            factors = expand_shared_outer(
+                factors, is_concatenated=self.stack.module.is_concatenated
+            )
+        matrix = next(
+            m for m in self.lora_A[adapter_name] if self.stack.parameter_of(m) == parameter
+        )
         scale = self.scale_of(adapter_name, matrix)
-        return flatten_a(factors["lora_A", parameter]), flatten_b(factors["lora_B", parameter]), scale
+        return (
+            flatten_a(factors["lora_A", parameter]),
+            flatten_b(factors["lora_B", parameter]),
+            scale,
+        )
 
     # ---- forward
 
     @torch.compiler.disable  # its blocks depend on what the router chose
-    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        """Return the experts' output for (T, H) tokens, their (T, top_k) experts and the router's weights."""
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the experts' output for (T, H) tokens, their (T, top_k) experts and the
+        router's weights.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = [] if self.disable_adapters or self.merged else [name for name in self.active_adapters if name in self.lora_A]
+        names = (
+            []
+            if self.disable_adapters or self.merged
+            else [name for name in self.active_adapters if name in self.lora_A]
+        )
         if not names:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
         parts = self._parts(names)
-        return run_experts(self, self.stack, hidden_states, top_k_index, top_k_weights, *parts, products=self.products)
+        return run_experts(
+            self,
+            self.stack,
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            *parts,
+            products=self.products,
+        )
 
-    def _parts(self, names: list[str]) -> tuple[tuple[Part, ...], tuple[Part, ...], list[torch.Tensor]]:
+    def _parts(
+        self, names: list[str]
+    ) -> tuple[tuple[Part, ...], tuple[Part, ...], list[torch.Tensor]]:
         stack = self.stack
         first: list[Part] = []
         second: list[Part] = []
@@ -224,15 +327,21 @@ class ExpertLora(nn.Module, LoraLayer):
             for matrix in self.lora_A[name]:
                 seed = _draw_seed() if probability else 0
                 part = Part(
-                    len(factors) // 2, stack.columns(matrix), self.scale_of(name, matrix), self.layouts[name] == SHARED_OUTER,
-                    probability, seed,
-                )  # fmt: skip
+                    len(factors) // 2,
+                    stack.columns(matrix),
+                    self.scale_of(name, matrix),
+                    self.layouts[name] == SHARED_OUTER,
+                    probability,
+                    seed,
+                )
                 (second if stack.parameter_of(matrix) == stack.second else first).append(part)
                 factors += [self.lora_A[name][matrix], self.lora_B[name][matrix]]
         return tuple(first), tuple(second), factors
 
 
-def _to_file_names(layer: ExpertLora, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+def _to_file_names(
+    layer: ExpertLora, state: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
     """In a state dict the factors bear the names, and have the shapes, that they have in files."""
     for adapter, layout in layer.layouts.items():
         found = {
@@ -240,14 +349,22 @@ def _to_file_names(layer: ExpertLora, state: dict[str, Any], prefix: str, local_
             for which in ("lora_A", "lora_B")
             for matrix in layer.lora_A[adapter]
         }
-        for (path, which), tensor in to_file_tensors(found, layer.adapted_parameters(adapter), layout).items():
+        for (path, which), tensor in to_file_tensors(
+            found, layer.adapted_parameters(adapter), layout
+        ).items():
             state[f"{prefix}{path}{which}.{adapter}.weight"] = tensor
 
 
 def _from_file_names(
-    layer: ExpertLora, state: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any,
+    layer: ExpertLora,
+    state: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing: Any,
+    unexpected: Any,
     errors: list[str],
-) -> None:  # fmt: skip
+) -> None:
     for adapter, layout in layer.layouts.items():
         ending = f".{adapter}.weight"
         found = {
@@ -257,13 +374,18 @@ def _from_file_names(
         }
         tensors = {(path, f"lora_{which}"): state[key] for (path, which), key in found.items()}
         try:
-            factors = from_file_tensors(tensors, layer.adapted_parameters(adapter), layout, layer.stack.num_experts)
+            factors = from_file_tensors(
+                tensors, layer.adapted_parameters(adapter), layout, layer.stack.num_experts
+            )
         except ValueError as error:
             errors.append(f"{prefix}: {error}")
             continue
         for key in found.values():
             del state[key]
-        state |= {f"{prefix}{which}.{adapter}.{matrix}": tensor for (which, matrix), tensor in factors.items()}
+        state |= {
+            f"{prefix}{which}.{adapter}.{matrix}": tensor
+            for (which, matrix), tensor in factors.items()
+        }
 
 
 def _parameters_of(config: Any, module_name: str, stack: ExpertStack) -> list[str]:
@@ -292,7 +414,9 @@ def _gaussian(deviation: float) -> Callable[[torch.Tensor], Any]:
 
 @torch.no_grad()
 def _draw_(tensor: torch.Tensor, draw: Callable[[torch.Tensor], Any]) -> None:
-    """Fill ``tensor`` with numbers of the CPU's generator, drawn in float32: the same on every device, rounded where the base is."""
+    """Fill ``tensor`` with numbers of the CPU's generator, drawn in float32: the same on every
+    device, rounded where the base is.
+    """
     if tensor.device.type == "meta":
         return
     drawn = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
@@ -311,7 +435,9 @@ def _scale(alpha: float, rank: int, use_rslora: bool) -> float:
 
 
 def _refuse_variants(config: Any) -> None:
-    refused = [name for name in ("use_dora", "lora_bias", "fan_in_fan_out") if getattr(config, name, False)]
+    refused = [
+        name for name in ("use_dora", "lora_bias", "fan_in_fan_out") if getattr(config, name, False)
+    ]
     if config.init_lora_weights not in (True, False, "gaussian"):
         refused.append(f"init_lora_weights={config.init_lora_weights}")
     if refused:

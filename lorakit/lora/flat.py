@@ -1,6 +1,7 @@
 """An adapter as one vector: where each factor lies in it, what it scales, and what files call it.
 
-One vector makes of an optimiser step a few operations, of a snapshot one copy, and of a share of the optimiser's state a slice.
+One vector makes of an optimiser step a few operations, of a snapshot one copy, and of a share of
+the optimiser's state a slice.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class AdapterLayout:
         folded = [target for target in planned.targets if target.parameter and not target.outer]
         if folded or planned.spec.dora:
             raise ConfigError(
-                f"the service cannot train {folded[0].name if folded else 'DoRA'}; leave it out (train_mlp=False, or lora.dora=false)"
+                f"the service cannot train {folded[0].name if folded else 'DoRA'}; leave it out"
+                " (train_mlp=False, or lora.dora=false)"
             )
         self.spec, self.plan = planned.spec, planned
         self.peft_config: ExpertLoraConfig = to_peft_config(planned, base_name=base_name)
@@ -76,7 +78,9 @@ class AdapterLayout:
         for target in planned.targets:
             if target.parameter is None:
                 rank = planned.spec.rank
-                self._append(Key(target.module), (rank, target.in_features), (target.out_features, rank))
+                self._append(
+                    Key(target.module), (rank, target.in_features), (target.out_features, rank)
+                )
             else:
                 by_module.setdefault(target.module, []).append(target.parameter)
         for module, parameters in by_module.items():
@@ -84,7 +88,9 @@ class AdapterLayout:
             parameters = [name for name in (stack.first, stack.second) if name in parameters]
             self._experts[module] = _Experts(tuple(parameters), stack.num_experts)
             is_shared = planned.spec.expert_layout == SHARED_OUTER
-            shapes = stack.factor_shapes(dict.fromkeys(parameters, planned.spec.rank), shares_outer=is_shared)
+            shapes = stack.factor_shapes(
+                dict.fromkeys(parameters, planned.spec.rank), shares_outer=is_shared
+            )
             for matrix, (_, shape_a, shape_b) in shapes.items():
                 self._append(Key(module, matrix, is_shared), shape_a, shape_b)
 
@@ -101,11 +107,16 @@ class AdapterLayout:
         found = {}
         for key, slot in self.slots.items():
             middle = slot.start + math.prod(slot.shape_a)
-            found[key] = (vector[slot.start : middle].view(slot.shape_a), vector[middle : slot.end].view(slot.shape_b))
+            found[key] = (
+                vector[slot.start : middle].view(slot.shape_a),
+                vector[middle : slot.end].view(slot.shape_b),
+            )
         return found
 
     def draw(self, seed: int) -> torch.Tensor:
-        """Return a new adapter's vector, on the CPU: A uniform within 1 / sqrt(in), as PEFT has it, B zero."""
+        """Return a new adapter's vector, on the CPU: A uniform within 1 / sqrt(in), as PEFT has
+        it, B zero.
+        """
         vector, generator = torch.zeros(self.num_params), torch.Generator().manual_seed(seed)
         for a, _ in self.views(vector).values():
             bound = 1 / math.sqrt(a.shape[-1])
@@ -113,43 +124,74 @@ class AdapterLayout:
         return vector
 
     def file_tensors(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the adapter's tensors by the names, and in the shapes, that they have in PEFT's files."""
+        """Return the adapter's tensors by the names, and in the shapes, that they have in PEFT's
+        files.
+        """
         tensors: dict[str, torch.Tensor] = {}
-        by_module: dict[str, dict[tuple[str, str], torch.Tensor]] = {module: {} for module in self._experts}
+        by_module: dict[str, dict[tuple[str, str], torch.Tensor]] = {
+            module: {} for module in self._experts
+        }
         for key, (a, b) in self.views(vector.detach()).items():
             if key.matrix:
                 by_module[key.module] |= {("lora_A", key.matrix): a, ("lora_B", key.matrix): b}
             else:
-                tensors |= {f"{_PREFIX}{key.module}.lora_A.weight": a, f"{_PREFIX}{key.module}.lora_B.weight": b}
+                tensors |= {
+                    f"{_PREFIX}{key.module}.lora_A.weight": a,
+                    f"{_PREFIX}{key.module}.lora_B.weight": b,
+                }
         for module, factors in by_module.items():
-            found = to_file_tensors(factors, self._experts[module].parameters, self.spec.expert_layout)
-            tensors |= {f"{_PREFIX}{module}.{path}{which}.weight": tensor for (path, which), tensor in found.items()}
+            found = to_file_tensors(
+                factors, self._experts[module].parameters, self.spec.expert_layout
+            )
+            tensors |= {
+                f"{_PREFIX}{module}.{path}{which}.weight": tensor
+                for (path, which), tensor in found.items()
+            }
         return tensors
 
-    def from_file_tensors(self, tensors: Mapping[str, torch.Tensor], *, source: str) -> torch.Tensor:
-        """Return the vector of an adapter read from files. Raises AdapterError with everything that does not fit."""
+    def from_file_tensors(
+        self, tensors: Mapping[str, torch.Tensor], *, source: str
+    ) -> torch.Tensor:
+        """Return the vector of an adapter read from files. Raises AdapterError with everything
+        that does not fit.
+        """
         vector = torch.zeros(self.num_params)
         views, rest = self.views(vector), dict(tensors)
         found: dict[tuple[Key, int], torch.Tensor] = {}
         for key in self.slots:
             for place, which in enumerate(("lora_A", "lora_B")):
-                if not key.matrix and (tensor := rest.pop(f"{_PREFIX}{key.module}.{which}.weight", None)) is not None:
+                if (
+                    not key.matrix
+                    and (tensor := rest.pop(f"{_PREFIX}{key.module}.{which}.weight", None))
+                    is not None
+                ):
                     found[key, place] = tensor
         problems = []
         for module, experts in self._experts.items():
-            own = {name: tensor for name, tensor in rest.items() if name.startswith(f"{_PREFIX}{module}.")}
+            own = {
+                name: tensor
+                for name, tensor in rest.items()
+                if name.startswith(f"{_PREFIX}{module}.")
+            }
             paths = {}
             for name, tensor in own.items():
-                path, _, which = name[len(f"{_PREFIX}{module}.") : -len(".weight")].rpartition("lora_")
+                path, _, which = name[len(f"{_PREFIX}{module}.") : -len(".weight")].rpartition(
+                    "lora_"
+                )
                 paths[path, f"lora_{which}"] = tensor
                 del rest[name]
             try:
-                factors = from_file_tensors(paths, experts.parameters, self.spec.expert_layout, experts.num_experts)
+                factors = from_file_tensors(
+                    paths, experts.parameters, self.spec.expert_layout, experts.num_experts
+                )
             except ValueError as error:
                 problems.append(f"{module}: {error}")
                 continue
             for (which, matrix), tensor in factors.items():
-                found[Key(module, matrix, self.spec.expert_layout == SHARED_OUTER), int(which == "lora_B")] = tensor
+                found[
+                    Key(module, matrix, self.spec.expert_layout == SHARED_OUTER),
+                    int(which == "lora_B"),
+                ] = tensor
         problems += [f"not in the plan: {name}" for name in rest]
         for key, pair in views.items():
             for place, view in enumerate(pair):
@@ -158,7 +200,9 @@ class AdapterLayout:
                 if tensor is None:
                     problems.append(f"missing: {name}")
                 elif tensor.shape != view.shape:
-                    problems.append(f"{name} has shape {tuple(tensor.shape)}, and the plan {tuple(view.shape)}")
+                    problems.append(
+                        f"{name} has shape {tuple(tensor.shape)}, and the plan {tuple(view.shape)}"
+                    )
                 else:
                     view.copy_(tensor)
         if problems:
@@ -167,5 +211,7 @@ class AdapterLayout:
 
 
 def plan_layout(model: Any, spec: LoRASpec, *, base_name: str | None = None) -> AdapterLayout:
-    """Return the layout of ``spec`` on ``model``. Raises ConfigError where it matches nothing or cannot be served."""
+    """Return the layout of ``spec`` on ``model``. Raises ConfigError where it matches nothing or
+    cannot be served.
+    """
     return AdapterLayout(model, plan(model, spec), base_name=base_name)

@@ -1,9 +1,12 @@
-"""Products over rows that are sorted by expert: of a few adjacent experts at a time, or of all experts in one grouped product.
+"""Products over rows that are sorted by expert: of a few adjacent experts at a time, or of all
+experts in one grouped product.
 
-Where tokens belong to several owners, each with factors of its own, an expert's rows are sorted by owner, and each owner has as many:
-products with the expert's matrix see all of them, products with factors see them by pair of expert and owner (``owned``).
+Where tokens belong to several owners, each with factors of its own, an expert's rows are sorted by
+owner, and each owner has as many: products with the expert's matrix see all of them, products with
+factors see them by pair of expert and owner (``owned``).
 
-Shapes: S rows (token, expert pairs, and padding), T tokens, E experts, K and N inner and outer widths; g experts of m rows each.
+Shapes: S rows (token, expert pairs, and padding), T tokens, E experts, K and N inner and outer
+widths; g experts of m rows each.
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ from torch.nn import functional as F
 from lorakit.model.partition import has_values
 
 ALIGNMENT_BYTES = 16  # of a row, for grouped products
-# Measured on two cores: with 128 experts of 64 rows, a batch of products takes 0.7 of the time of as many single products.
+# Measured on two cores: with 128 experts of 64 rows, a batch of products takes 0.7 of the time of
+# as many single products.
 MAX_RUN_BYTES = 4 << 20  # of what a run's first products make: it still fits the processor's cache
 MAX_PADDING = 1.3  # cost of a run with padding, as a multiple of that without
 READ_ROWS = 16  # reading an expert's matrices costs as much as so many rows
-RUN_OPERATIONS = 4e6  # multiplications and additions, as long as which one more run takes beside its products
+# multiplications and additions, as long as which one more run takes beside its products
+RUN_OPERATIONS = 4e6
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Run:
 
 
 def plan_runs(num_per_expert: list[int], *, max_rows: int, run_rows: float = 0.0) -> list[Run]:
-    """Cut the experts into runs, which end where padding would cost more than it saves; experts without a row need none.
+    """Cut the experts into runs, which end where padding would cost more than it saves; experts
+    without a row need none.
 
     Args:
         max_rows: of a run.
@@ -52,7 +58,10 @@ def plan_runs(num_per_expert: list[int], *, max_rows: int, run_rows: float = 0.0
         if not count:
             continue
         grown, widest = expert - first + 1, max(rows_each, count)
-        is_cheap = grown * (widest + READ_ROWS) <= MAX_PADDING * (cost + count + READ_ROWS) + (grown - 1) * run_rows
+        is_cheap = (
+            grown * (widest + READ_ROWS)
+            <= MAX_PADDING * (cost + count + READ_ROWS) + (grown - 1) * run_rows
+        )
         if num and is_cheap and grown * widest <= max_rows:
             num, rows_each, cost = grown, widest, cost + count + READ_ROWS
             continue
@@ -69,8 +78,17 @@ class Owners:
     owners_T: torch.Tensor
     num: int
 
-    def pay(self, experts_TK: torch.Tensor, num_experts: int, *, base_cost: float, factor_cost: float, pads: bool) -> bool:
-        """Whether rows by owner cost less than factors of all owners for each row, of which a gate lets one through.
+    def pay(
+        self,
+        experts_TK: torch.Tensor,
+        num_experts: int,
+        *,
+        base_cost: float,
+        factor_cost: float,
+        pads: bool,
+    ) -> bool:
+        """Whether rows by owner cost less than factors of all owners for each row, of which a gate
+        lets one through.
 
         Args:
             base_cost: of a row's products with its expert's matrices.
@@ -79,9 +97,13 @@ class Owners:
         """
         if not pads or not has_values(experts_TK):
             return True
-        counts = _count(_pairs(experts_TK, self), num_experts * self.num).view(num_experts, self.num)
+        counts = _count(_pairs(experts_TK, self), num_experts * self.num).view(
+            num_experts, self.num
+        )
         num_padded = int(counts.amax(1).sum()) * self.num
-        return num_padded * (base_cost + factor_cost) < experts_TK.numel() * (base_cost + self.num * factor_cost)
+        return num_padded * (base_cost + factor_cost) < experts_TK.numel() * (
+            base_cost + self.num * factor_cost
+        )
 
 
 def _pairs(experts_TK: torch.Tensor, owners: Owners | None) -> torch.Tensor:
@@ -98,9 +120,12 @@ def _count(pairs_S: torch.Tensor, num_pairs: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class SortedRows:
-    """The pairs of token and expert, in the order of the experts, with padding where runs of experts have it."""
+    """The pairs of token and expert, in the order of the experts, with padding where runs of
+    experts have it.
+    """
 
-    order_S: torch.Tensor  # where each sorted row stood: token * top_k + choice; T * top_k for padding
+    # where each sorted row stood: token * top_k + choice; T * top_k for padding
+    order_S: torch.Tensor
     pairs_S: torch.Tensor  # expert * owners + owner of each row, without padding
     num_per_pair: torch.Tensor
     num_tokens: int
@@ -110,10 +135,18 @@ class SortedRows:
 
     @classmethod
     def sort(
-        cls, experts_TK: torch.Tensor, num_experts: int, *, grouped: bool, max_rows: int = 0, run_rows: float = 0.0,
+        cls,
+        experts_TK: torch.Tensor,
+        num_experts: int,
+        *,
+        grouped: bool,
+        max_rows: int = 0,
+        run_rows: float = 0.0,
         owners: Owners | None = None,
-    ) -> SortedRows:  # fmt: skip
-        """Sort the router's choices, (T, top_k): for one grouped product, or in runs of at most ``max_rows`` rows or one expert."""
+    ) -> SortedRows:
+        """Sort the router's choices, (T, top_k): for one grouped product, or in runs of at most
+        ``max_rows`` rows or one expert.
+        """
         num_tokens, top_k = experts_TK.shape
         num_owners = owners.num if owners else 1
         pairs_S, order_S = _pairs(experts_TK, owners).sort(stable=True)
@@ -121,12 +154,16 @@ class SortedRows:
         if grouped:
             return cls(order_S, pairs_S, counts, num_tokens, top_k, None, num_owners)
         most_E = counts.view(num_experts, num_owners).amax(1) * num_owners
-        runs = plan_runs(_read_counts(most_E, experts_TK.numel()), max_rows=max_rows, run_rows=run_rows)
+        runs = plan_runs(
+            _read_counts(most_E, experts_TK.numel()), max_rows=max_rows, run_rows=run_rows
+        )
         starts = torch.zeros((num_experts, num_owners), dtype=torch.long)  # of each pair's rows
         end = 0
         for run in runs:
             num_pairs, each = run.num_experts * num_owners, run.rows_each // num_owners
-            starts[run.first : run.first + run.num_experts] = (end + each * torch.arange(num_pairs)).view(-1, num_owners)
+            starts[run.first : run.first + run.num_experts] = (
+                end + each * torch.arange(num_pairs)
+            ).view(-1, num_owners)
             end += num_pairs * each
         shift = starts.flatten().to(counts.device) - (counts.cumsum(0) - counts)
         place_S = torch.arange(len(order_S), device=order_S.device) + shift[pairs_S]
@@ -136,12 +173,15 @@ class SortedRows:
 
     @classmethod
     def pad(cls, experts_TK: torch.Tensor, num_experts: int) -> SortedRows:
-        """Give every expert as many rows as the busiest has: one run, by fewer calls than a sort and a plan, and none to be recorded
-        wrongly (`sampling/replay.py`)."""
+        """Give every expert as many rows as the busiest has: one run, by fewer calls than a sort
+        and a plan, and none to be recorded wrongly (`sampling/replay.py`).
+        """
         num_tokens, top_k = experts_TK.shape
         experts_S = experts_TK.reshape(-1)
         order_S = (_scripted_pad() if torch.jit.is_tracing() else pad_rows)(experts_S, num_experts)
-        return cls(order_S, experts_S, experts_S.new_empty(0), num_tokens, top_k, [Run(0, num_experts, -1)])
+        return cls(
+            order_S, experts_S, experts_S.new_empty(0), num_tokens, top_k, [Run(0, num_experts, -1)]
+        )
 
     @functools.cached_property
     def tokens_S(self) -> torch.Tensor:
@@ -159,13 +199,19 @@ class SortedRows:
         return values[:-1].view_as(like_TK)
 
     def sum_tokens(self, y_SN: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the sum of each token's rows, (T, N), always in the same order, which a GPU's ``index_add_`` does not keep."""
+        """Return the sum of each token's rows, (T, N), always in the same order, which a GPU's
+        ``index_add_`` does not keep.
+        """
         back = self.order_S.new_empty(self.num_tokens * self.top_k + 1)
         back[self.order_S] = torch.arange(self.order_S.shape[0], device=back.device)
-        return y_SN[back[:-1]].view(self.num_tokens, self.top_k, y_SN.shape[1]).sum(dim=1, dtype=dtype)
+        return (
+            y_SN[back[:-1]].view(self.num_tokens, self.top_k, y_SN.shape[1]).sum(dim=1, dtype=dtype)
+        )
 
     def blocks(self) -> Iterator[AdjacentExperts | AllExperts]:
-        """Yield blocks of rows that together are all rows: one for all experts, or one for each run."""
+        """Yield blocks of rows that together are all rows: one for all experts, or one for each
+        run.
+        """
         if self.runs is None:
             yield AllExperts(self)
             return
@@ -180,12 +226,19 @@ class SortedRows:
 
 
 def pad_rows(experts_S: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Return where each row stood, expert by expert with as many rows for each as the busiest has, and S for padding."""
+    """Return where each row stood, expert by expert with as many rows for each as the busiest
+    has, and S for padding.
+    """
     is_expert_SE = experts_S[:, None] == torch.arange(num_experts, device=experts_S.device)
-    place_S = is_expert_SE.cumsum(0).gather(1, experts_S[:, None])[:, 0]  # from 1, among the expert's rows
+    # from 1, among the expert's rows
+    place_S = is_expert_SE.cumsum(0).gather(1, experts_S[:, None])[:, 0]
     rows_each = int(place_S.max())
-    order = torch.full((num_experts * rows_each,), experts_S.numel(), dtype=torch.long, device=experts_S.device)
-    order[experts_S * rows_each + place_S - 1] = torch.arange(experts_S.numel(), device=experts_S.device)
+    order = torch.full(
+        (num_experts * rows_each,), experts_S.numel(), dtype=torch.long, device=experts_S.device
+    )
+    order[experts_S * rows_each + place_S - 1] = torch.arange(
+        experts_S.numel(), device=experts_S.device
+    )
     return order
 
 
@@ -198,12 +251,16 @@ def _scripted_pad() -> Any:
 
 
 class AdjacentExperts:
-    """The rows of a run of experts: a batch of plain products, whatever the number format. What they make fits the processor's cache.
+    """The rows of a run of experts: a batch of plain products, whatever the number format. What
+    they make fits the processor's cache.
 
-    A processor that multiplies 16-bit numbers only by emulation, tens of times slower, is given the experts in float32.
+    A processor that multiplies 16-bit numbers only by emulation, tens of times slower, is given the
+    experts in float32.
     """
 
-    def __init__(self, sorted_rows: SortedRows, run: Run, rows: slice, *, num_owners: int = 1) -> None:
+    def __init__(
+        self, sorted_rows: SortedRows, run: Run, rows: slice, *, num_owners: int = 1
+    ) -> None:
         first, num = run.first * num_owners, run.num_experts * num_owners
         self.experts, self._shape = slice(first, first + num), (num, run.rows_each // num_owners)
         self.rows = rows
@@ -216,23 +273,33 @@ class AdjacentExperts:
         sorted_rows, run = self._made_of
         return AdjacentExperts(sorted_rows, run, self.rows, num_owners=sorted_rows.num_owners)
 
-    def times(self, x_SK: torch.Tensor, w_EKN: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def times(
+        self, x_SK: torch.Tensor, w_EKN: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return each row times its expert's matrix, (rows, N)."""
         x_gmK, w_gKN = self._by_expert(x_SK), w_EKN[self.experts]
         if emulates_products(w_gKN):
             product = torch.bmm(x_gmK.float(), w_gKN.float()).to(w_gKN.dtype).flatten(0, 1)
             return product if out is None else out.copy_(product)
-        return torch.bmm(x_gmK, w_gKN, out=None if out is None else self._by_expert(out)).flatten(0, 1)
+        return torch.bmm(x_gmK, w_gKN, out=None if out is None else self._by_expert(out)).flatten(
+            0, 1
+        )
 
-    def add_times_(self, y_SN: torch.Tensor, x_SK: torch.Tensor, w_EKN: torch.Tensor, scale: float) -> None:
+    def add_times_(
+        self, y_SN: torch.Tensor, x_SK: torch.Tensor, w_EKN: torch.Tensor, scale: float
+    ) -> None:
         """Add ``scale`` times that product to ``y_SN``."""
         if emulates_products(y_SN):
             y_SN.add_(self.times(x_SK, w_EKN), alpha=scale)
         else:
             self._by_expert(y_SN).baddbmm_(self._by_expert(x_SK), w_EKN[self.experts], alpha=scale)
 
-    def put_outer_(self, sum_EMN: torch.Tensor, a_SM: torch.Tensor, b_SN: torch.Tensor, scale: float) -> None:
-        """Write ``scale`` times the sum over rows of a times b, (M, N), to the place of each row's expert."""
+    def put_outer_(
+        self, sum_EMN: torch.Tensor, a_SM: torch.Tensor, b_SN: torch.Tensor, scale: float
+    ) -> None:
+        """Write ``scale`` times the sum over rows of a times b, (M, N), to the place of each
+        row's expert.
+        """
         a_gMm, b_gmN = self._by_expert(a_SM).mT, self._by_expert(b_SN)
         if emulates_products(a_SM):
             sum_EMN[self.experts] = torch.bmm(a_gMm.float(), b_gmN.float()).mul_(scale)
@@ -245,7 +312,9 @@ class AdjacentExperts:
 
     def per_row(self, values_EN: torch.Tensor) -> torch.Tensor:
         """Return what each row's expert has, (rows, N)."""
-        return values_EN[self.experts].repeat_interleave(self.tokens.shape[0] // self._shape[0], dim=0)
+        return values_EN[self.experts].repeat_interleave(
+            self.tokens.shape[0] // self._shape[0], dim=0
+        )
 
     def _by_expert(self, x_SK: torch.Tensor) -> torch.Tensor:
         return x_SK.unflatten(0, self._shape)
@@ -257,7 +326,9 @@ class AllExperts:
     def __init__(self, sorted_rows: SortedRows, *, num_owners: int = 1) -> None:
         self.rows, self.tokens = slice(None), sorted_rows.tokens_S
         self._sorted, self._num_owners = sorted_rows, num_owners
-        self._counts_E = sorted_rows.num_per_pair.view(-1, sorted_rows.num_owners // num_owners).sum(1)
+        self._counts_E = sorted_rows.num_per_pair.view(
+            -1, sorted_rows.num_owners // num_owners
+        ).sum(1)
         self._ends_E = self._counts_E.cumsum(0, dtype=torch.int32)
 
     @functools.cached_property
@@ -265,14 +336,20 @@ class AllExperts:
         """The same rows by pair of expert and owner."""
         return AllExperts(self._sorted, num_owners=self._sorted.num_owners)
 
-    def times(self, x_SK: torch.Tensor, w_EKN: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def times(
+        self, x_SK: torch.Tensor, w_EKN: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         product = F.grouped_mm(x_SK.contiguous(), w_EKN, offs=self._ends_E)
         return product if out is None else out.copy_(product)
 
-    def add_times_(self, y_SN: torch.Tensor, x_SK: torch.Tensor, w_EKN: torch.Tensor, scale: float) -> None:
+    def add_times_(
+        self, y_SN: torch.Tensor, x_SK: torch.Tensor, w_EKN: torch.Tensor, scale: float
+    ) -> None:
         y_SN.add_(self.times(x_SK, w_EKN), alpha=scale)
 
-    def put_outer_(self, sum_EMN: torch.Tensor, a_SM: torch.Tensor, b_SN: torch.Tensor, scale: float) -> None:
+    def put_outer_(
+        self, sum_EMN: torch.Tensor, a_SM: torch.Tensor, b_SN: torch.Tensor, scale: float
+    ) -> None:
         product = F.grouped_mm(a_SM.contiguous().t(), b_SN.contiguous(), offs=self._ends_E)
         is_empty_E = self._counts_E == 0  # the kernel may leave these as they were
         sum_EMN.copy_(product.masked_fill_(is_empty_E[:, None, None], 0.0).mul_(scale))
@@ -289,33 +366,51 @@ def _read_counts(num_per_expert_E: torch.Tensor, num_rows: int) -> list[int]:
     if has_values(num_per_expert_E):
         return num_per_expert_E.tolist()
     num_experts = len(num_per_expert_E)
-    return [num_rows // num_experts + (expert < num_rows % num_experts) for expert in range(num_experts)]
+    return [
+        num_rows // num_experts + (expert < num_rows % num_experts) for expert in range(num_experts)
+    ]
 
 
 def can_group(num_rows: int, *weights_EKN: torch.Tensor) -> bool:
-    """Whether grouped products take these weights: 16-byte rows, and a number format that they know on this device."""
+    """Whether grouped products take these weights: 16-byte rows, and a number format that they
+    know on this device.
+    """
     first = weights_EKN[0]
     if num_rows == 0 or first.dtype == torch.float64 or not hasattr(F, "grouped_mm"):
         return False
     is_cuda = first.device.type == "cuda"
-    if is_cuda and (first.dtype != torch.bfloat16 or torch.cuda.get_device_capability(first.device) < (8, 0)):
+    if is_cuda and (
+        first.dtype != torch.bfloat16 or torch.cuda.get_device_capability(first.device) < (8, 0)
+    ):
         return False
-    return all(size * w.element_size() % ALIGNMENT_BYTES == 0 for w in weights_EKN for size in w.shape[1:])
+    return all(
+        size * w.element_size() % ALIGNMENT_BYTES == 0 for w in weights_EKN for size in w.shape[1:]
+    )
 
 
 class FewTokens:
-    """Decides, in passes of one token for each row, which layers give every expert as many rows as the busiest has.
+    """Decides, in passes of one token for each row, which layers give every expert as many rows as
+    the busiest has.
 
-    On a CPU that is one product instead of one for each expert. It pays where most experts have a token, or the whole stack is
-    small. A recorded pass (`sampling/replay.py`) holds these decisions for good, so they depend on the number of tokens alone.
+    On a CPU that is one product instead of one for each expert. It pays where most experts have a
+    token, or the whole stack is small. A recorded pass (`sampling/replay.py`) holds these decisions
+    for good, so they depend on the number of tokens alone.
     """
 
     def __init__(self) -> None:
         self.num_tokens = 0
         self._at_least: dict[int, int | None] = {}  # layer -> tokens from which it pads
 
-    def pads(self, layer: nn.Module, experts_TK: torch.Tensor, *weights_EKN: torch.Tensor, is_adapted: bool = True) -> bool:
-        """Decide for ``layer``, whose stacks are ``weights_EKN``. A small one without adapters is best left to torch."""
+    def pads(
+        self,
+        layer: nn.Module,
+        experts_TK: torch.Tensor,
+        *weights_EKN: torch.Tensor,
+        is_adapted: bool = True,
+    ) -> bool:
+        """Decide for ``layer``, whose stacks are ``weights_EKN``. A small one without adapters
+        is best left to torch.
+        """
         if id(layer) not in self._at_least:
             first = weights_EKN[0]
             is_small = sum(w.nbytes for w in weights_EKN) <= MAX_RUN_BYTES
@@ -327,10 +422,14 @@ class FewTokens:
     @property
     def decisions(self) -> tuple[bool, ...]:
         """What was decided for the layers of the pass before."""
-        return tuple(found is not None and self.num_tokens >= found for found in self._at_least.values())
+        return tuple(
+            found is not None and self.num_tokens >= found for found in self._at_least.values()
+        )
 
 
-_few_tokens: contextvars.ContextVar[FewTokens | None] = contextvars.ContextVar("few_tokens", default=None)
+_few_tokens: contextvars.ContextVar[FewTokens | None] = contextvars.ContextVar(
+    "few_tokens", default=None
+)
 
 
 @contextlib.contextmanager
@@ -366,7 +465,9 @@ def _has_native(dtype: torch.dtype) -> bool:
 
 
 def pad_rank(factor: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return ``factor`` with zeros behind its rank dimension, up to what grouped products want; they change no result."""
+    """Return ``factor`` with zeros behind its rank dimension, up to what grouped products want;
+    they change no result.
+    """
     multiple = ALIGNMENT_BYTES // factor.element_size()
     missing = -factor.shape[dim] % multiple
     if not missing:

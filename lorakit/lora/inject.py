@@ -1,4 +1,6 @@
-"""Find the targets, plan, wrap, freeze. PEFT is the container: its config, its modules, its file format."""
+"""Find the targets, plan, wrap, freeze. PEFT is the container: its config, its modules, its file
+format.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ import torch
 
 from lorakit.errors import ConfigError
 from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER, LoRASpec
-from lorakit.model.families import FAMILIES, OF_IMAGES, ExpertStack, Target, find_targets, speaks_of_images
+from lorakit.model.families import (
+    FAMILIES,
+    OF_IMAGES,
+    ExpertStack,
+    Target,
+    find_targets,
+    speaks_of_images,
+)
 from lorakit.model.partition import full_shape, whole
 
 if TYPE_CHECKING:
@@ -27,27 +36,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoRAPlan:
-    """Which matrices get an adapter. Made from a model that may lie on the meta device; nothing is changed."""
+    """Which matrices get an adapter. Made from a model that may lie on the meta device; nothing
+    is changed.
+    """
 
     spec: LoRASpec
     targets: tuple[Target, ...]
     target_modules: tuple[str, ...]  # how PEFT finds the linear modules among them, and no other
-    target_parameters: tuple[str, ...]  # how PEFT finds the stacked parameters that its own layer adapts
-    expert_parameters: tuple[str, ...]  # the stacked parameters that our factored layer adapts, as PEFT would find them
+    # how PEFT finds the stacked parameters that its own layer adapts
+    target_parameters: tuple[str, ...]
+    # the stacked parameters that our factored layer adapts, as PEFT would find them
+    expert_parameters: tuple[str, ...]
     expert_modules: tuple[str, ...]  # how PEFT finds the modules that hold these
     num_base_params: int
     is_tied: bool  # whether the unembedding shares its matrix with the embedding
     note: str = ""  # what the plan leaves out, and why
-    row_modules: tuple[
-        str, ...
-    ] = ()  # the embedding, and an unembedding of its own, where rows of ``spec.token_ids`` are trained
+    # the embedding, and an unembedding of its own, where rows of ``spec.token_ids`` are trained
+    row_modules: tuple[str, ...] = ()
     row_width: int = 0
 
     @property
     def num_params(self) -> int:
         """Trainable parameters."""
         dora = sum(target.out_features for target in self.targets) if self.spec.dora else 0
-        return dora + self.num_row_params + sum(self._num_params_of(target) for target in self.targets)
+        return (
+            dora + self.num_row_params + sum(self._num_params_of(target) for target in self.targets)
+        )
 
     @property
     def num_row_params(self) -> int:
@@ -56,10 +70,14 @@ class LoRAPlan:
 
     @property
     def num_peft_params(self) -> int:
-        """Parameters of the adapter as PEFT's own layout holds it: more than are trained where factors are shared."""
+        """Parameters of the adapter as PEFT's own layout holds it: more than are trained where
+        factors are shared.
+        """
         if self.spec.expert_layout != SHARED_OUTER:
             return self.num_params
-        return self.num_row_params + sum(target.num_expanded_params(self.spec.rank) for target in self.targets)
+        return self.num_row_params + sum(
+            target.num_expanded_params(self.spec.rank) for target in self.targets
+        )
 
     def _num_params_of(self, target: Target) -> int:
         rank = self.spec.rank
@@ -85,18 +103,28 @@ class LoRAPlan:
         """One line: parameters, share, size."""
         expanded = ""
         if self.num_peft_params != self.num_params:
-            expanded = f"; {self.num_peft_params * 2 / 1e6:.1f} MB (bf16) when expanded to PEFT's layout"
+            expanded = (
+                f"; {self.num_peft_params * 2 / 1e6:.1f} MB (bf16) when expanded to PEFT's layout"
+            )
         return (
-            f"{self.num_params:,} trainable parameters, {self.trainable_share:.2%} of the model; "
-            f"adapter {self.megabytes(4):.1f} MB in checkpoints (float32), {self.megabytes(2):.1f} MB exported (bf16){expanded}"
+            f"{self.num_params:,} trainable parameters, {self.trainable_share:.2%} of the model;"
+            f" adapter {self.megabytes(4):.1f} MB in checkpoints (float32), {self.megabytes(2):.1f}"
+            f" MB exported (bf16){expanded}"
         )
 
     def table(self) -> Table:
         """The plan as a table: one line per family and kind of matrix."""
         from rich.table import Table
 
-        layout = ", factors on the hidden width shared by all experts" if self.spec.expert_layout == SHARED_OUTER else ""
-        table = Table(title=f"LoRA plan: rank {self.spec.rank}, scale {self.spec.scale:g}{layout}", title_justify="left")
+        layout = (
+            ", factors on the hidden width shared by all experts"
+            if self.spec.expert_layout == SHARED_OUTER
+            else ""
+        )
+        table = Table(
+            title=f"LoRA plan: rank {self.spec.rank}, scale {self.spec.scale:g}{layout}",
+            title_justify="left",
+        )
         for column in ("family", "matrix", "count", "experts", "in", "out", "parameters"):
             table.add_column(column, justify="left" if column in ("family", "matrix") else "right")
         kinds: dict[tuple[Any, ...], int] = {}
@@ -113,7 +141,13 @@ class LoRAPlan:
             leaves = ", ".join(name.rsplit(".", 1)[-1] for name in self.row_modules)
             rows = len(self.spec.token_ids)
             table.add_row(
-                "new tokens", leaves, str(len(self.row_modules)), "", str(rows), str(self.row_width), f"{self.num_row_params:,}"
+                "new tokens",
+                leaves,
+                str(len(self.row_modules)),
+                "",
+                str(rows),
+                str(self.row_width),
+                f"{self.num_row_params:,}",
             )
         return table
 
@@ -122,7 +156,8 @@ def plan(model: Any, spec: LoRASpec) -> LoRAPlan:
     """Return which matrices of ``model`` get an adapter under ``spec``.
 
     Raises:
-        ConfigError: a family that is switched on, or a pattern, matches nothing; or PEFT cannot do what is asked.
+        ConfigError: a family that is switched on, or a pattern, matches nothing; or PEFT cannot do
+            what is asked.
     """
     found = find_targets(model)
     chosen = _by_pattern(found, spec.targets) if spec.targets else _by_family(found, spec)
@@ -132,29 +167,52 @@ def plan(model: Any, spec: LoRASpec) -> LoRAPlan:
     folded = [target for target in experts if not target.outer]  # PEFT's own layer serves these
     if folded and spec.dropout:
         raise ConfigError(
-            f"lora.dropout={spec.dropout} does not work on {folded[0].name}, which PEFT's own layer adapts; "
-            "set lora.dropout=0, or leave it out of lora.targets"
+            f"lora.dropout={spec.dropout} does not work on {folded[0].name}, which PEFT's own layer"
+            " adapts; set lora.dropout=0, or leave it out of lora.targets"
         )
     if spec.expert_layout == SHARED_OUTER and not factored:
         raise ConfigError(
-            "lora.expert_layout=shared_outer: this model has no experts that it could serve; set it to per_expert"
+            "lora.expert_layout=shared_outer: this model has no experts that it could serve; set it"
+            " to per_expert"
         )
     if spec.token_ids and any(target.family == "unembedding" for target in chosen):
         raise ConfigError(
-            "lora.targets: an adapter on the unembedding does not go with rows of it that are trained (model.add_tokens)"
+            "lora.targets: an adapter on the unembedding does not go with rows of it that are"
+            " trained (model.add_tokens)"
         )
     if experts and spec.dora:
-        raise ConfigError(f"lora.dora=true does not work on stacked experts ({experts[0].name}); set lora.experts=false")
+        raise ConfigError(
+            f"lora.dora=true does not work on stacked experts ({experts[0].name}); set"
+            " lora.experts=false"
+        )
     if experts and spec.init == "orthogonal":
-        raise ConfigError(f"lora.init={spec.init} does not work on stacked experts ({experts[0].name}); set lora.experts=false")
+        raise ConfigError(
+            f"lora.init={spec.init} does not work on stacked experts ({experts[0].name}); set"
+            " lora.experts=false"
+        )
     num_base_params = sum(full_shape(parameter).numel() for parameter in model.parameters())
     return LoRAPlan(
         spec,
         tuple(chosen),
-        _shorten([target.name for target in chosen if not target.parameter], [name for name, _ in model.named_modules()]),
-        _shorten([target.name for target in folded], [name for name, _ in model.named_parameters()], depth=3),
-        _shorten([target.name for target in factored], [name for name, _ in model.named_parameters()], depth=3),
-        _shorten([target.module for target in factored], [name for name, _ in model.named_modules()], depth=2),
+        _shorten(
+            [target.name for target in chosen if not target.parameter],
+            [name for name, _ in model.named_modules()],
+        ),
+        _shorten(
+            [target.name for target in folded],
+            [name for name, _ in model.named_parameters()],
+            depth=3,
+        ),
+        _shorten(
+            [target.name for target in factored],
+            [name for name, _ in model.named_parameters()],
+            depth=3,
+        ),
+        _shorten(
+            [target.module for target in factored],
+            [name for name, _ in model.named_modules()],
+            depth=2,
+        ),
         num_base_params,
         is_tied=_is_tied(model),
         note=note,
@@ -173,8 +231,11 @@ def _rows(model: Any, spec: LoRASpec) -> dict[str, Any]:
     return {"row_modules": tuple(names[module] for module in modules), "row_width": width}
 
 
-def inject(model: Any, spec: LoRASpec, *, base_name: str | None = None, adapter_name: str = "default") -> PeftModel:
-    """Return ``model`` wrapped by PEFT, with exactly the planned adapters trainable and everything else frozen.
+def inject(
+    model: Any, spec: LoRASpec, *, base_name: str | None = None, adapter_name: str = "default"
+) -> PeftModel:
+    """Return ``model`` wrapped by PEFT, with exactly the planned adapters trainable and everything
+    else frozen.
 
     The base's parameters are not copied. The global random state is as before.
     """
@@ -186,13 +247,27 @@ def inject(model: Any, spec: LoRASpec, *, base_name: str | None = None, adapter_
     model.requires_grad_(False)
     config = to_peft_config(planned, base_name=base_name)
     config.register(model)
-    # Drawn on the CPU, whatever device Lightning makes the default for a model: the same adapter everywhere.
-    rows = [dict(model.get_submodule(name).named_parameters(recurse=False))["weight"] for name in planned.row_modules]
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), whole(rows), _rows_are_here(rows):
+    # Drawn on the CPU, whatever device Lightning makes the default for a model: the same adapter
+    # everywhere.
+    rows = [
+        dict(model.get_submodule(name).named_parameters(recurse=False))["weight"]
+        for name in planned.row_modules
+    ]
+    with (
+        torch.device("cpu"),
+        torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
+        whole(rows),
+        _rows_are_here(rows),
+    ):
         warnings.simplefilter("ignore", UserWarning)  # about the base's name, which is set below
-        torch.default_generator.manual_seed(spec.seed)  # torch.manual_seed would start every GPU's generator anew too
-        wrapped: Any = peft.get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=False)
-    wrapped.peft_config[adapter_name].base_model_name_or_path = base_name  # PEFT puts the folder it was loaded from
+        # torch.manual_seed would start every GPU's generator anew too
+        torch.default_generator.manual_seed(spec.seed)
+        wrapped: Any = peft.get_peft_model(
+            model, config, adapter_name=adapter_name, autocast_adapter_dtype=False
+        )
+    # PEFT puts the folder it was loaded from
+    wrapped.peft_config[adapter_name].base_model_name_or_path = base_name
     use_token_rows(wrapped)
     dtype = getattr(torch, spec.dtype)
     for parameter in wrapped.parameters():
@@ -228,16 +303,24 @@ def to_peft_config(planned: LoRAPlan, *, base_name: str | None = None) -> Expert
 
 
 def _row_config(planned: LoRAPlan) -> Any:
-    """How PEFT is told which rows are trained: a list for a matrix that is embedding and unembedding, else by module."""
+    """How PEFT is told which rows are trained: a list for a matrix that is embedding and
+    unembedding, else by module.
+    """
     ids = list(planned.spec.token_ids)
     if len(planned.row_modules) < 2:
-        return {planned.row_modules[0]: ids} if planned.row_modules and not planned.is_tied else ids or None
+        return (
+            {planned.row_modules[0]: ids}
+            if planned.row_modules and not planned.is_tied
+            else ids or None
+        )
     return dict.fromkeys(planned.row_modules, ids)
 
 
 @contextlib.contextmanager
 def _rows_are_here(rows: list[torch.Tensor]) -> Iterator[None]:
-    """Keep PEFT from gathering ``rows`` under ZeRO-3, which it can on a GPU only: they have been gathered."""
+    """Keep PEFT from gathering ``rows`` under ZeRO-3, which it can on a GPU only: they have been
+    gathered.
+    """
     from peft.tuners.trainable_tokens import layer
 
     found = layer.check_deepspeed_zero3_enabled
@@ -249,22 +332,33 @@ def _rows_are_here(rows: list[torch.Tensor]) -> Iterator[None]:
         layer.check_deepspeed_zero3_enabled = found
 
 
-def as_expert_config(config: LoraConfig, model: Any, matrices: Iterable[str] = ()) -> ExpertLoraConfig:
-    """Return PEFT's ``config`` of an adapter so that our layer, and not PEFT's, serves the stacks that it can serve.
+def as_expert_config(
+    config: LoraConfig, model: Any, matrices: Iterable[str] = ()
+) -> ExpertLoraConfig:
+    """Return PEFT's ``config`` of an adapter so that our layer, and not PEFT's, serves the stacks
+    that it can serve.
 
     Args:
-        matrices: of a shared-outer adapter, the names of its expert matrices (``…mlp.experts.gate_proj``).
+        matrices: of a shared-outer adapter, the names of its expert matrices
+            (``…mlp.experts.gate_proj``).
     """
     from lorakit.lora.experts import ExpertLoraConfig
 
-    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
+    settings = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.init
+    }
     stacks = [target for target in find_targets(model) if target.outer]
     if matrices:
         wanted = set(matrices)
         chosen = [
             t
             for t in stacks
-            if any(f"{t.module}.{m}" in wanted for m in ExpertStack.matrices_of(str(t.parameter), t.num_matrices))
+            if any(
+                f"{t.module}.{m}" in wanted
+                for m in ExpertStack.matrices_of(str(t.parameter), t.num_matrices)
+            )
         ]
         leaves = {name.rpartition(".")[2] for name in matrices}
         modules = set(settings["target_modules"] or ()) - leaves
@@ -275,7 +369,9 @@ def as_expert_config(config: LoraConfig, model: Any, matrices: Iterable[str] = (
         settings["target_parameters"] = sorted(names - served) or None
         modules = settings["target_modules"] or set()
     if not isinstance(modules, str):
-        settings["target_modules"] = sorted({*modules, *(target.module for target in chosen)}) or None
+        settings["target_modules"] = (
+            sorted({*modules, *(target.module for target in chosen)}) or None
+        )
     parameters = [target.name for target in chosen]
     layout = SHARED_OUTER if matrices else PER_EXPERT
     found = ExpertLoraConfig(**settings, expert_parameters=parameters, expert_layout=layout)
@@ -286,32 +382,55 @@ def as_expert_config(config: LoraConfig, model: Any, matrices: Iterable[str] = (
 def _by_family(found: list[Target], spec: LoRASpec) -> list[Target]:
     present = {target.family for target in found}
     switches = {family: getattr(spec, family) for family in FAMILIES}
-    missing = [family for family, switch in switches.items() if switch is True and family not in present]
+    missing = [
+        family for family, switch in switches.items() if switch is True and family not in present
+    ]
     if missing:
         there = ", ".join(sorted(present & set(FAMILIES))) or "none"
         settings = ", ".join(f"lora.{family}=true" for family in missing)
-        raise ConfigError(f"{settings}: this model has no such matrices (it has: {there}); set to false or auto")
+        raise ConfigError(
+            f"{settings}: this model has no such matrices (it has: {there}); set to false or auto"
+        )
     chosen = [target for target in found if switches.get(target.family)]
     if not chosen:
-        raise ConfigError("LoRA would adapt nothing: switch on lora.attention, lora.mlp, lora.experts or lora.unembedding")
+        raise ConfigError(
+            "LoRA would adapt nothing: switch on lora.attention, lora.mlp, lora.experts or"
+            " lora.unembedding"
+        )
     return chosen
 
 
 def _by_pattern(found: list[Target], patterns: Iterable[str]) -> list[Target]:
     chosen: dict[str, Target] = {}
     for pattern in patterns:
-        asked = found if speaks_of_images(pattern) else [target for target in found if target.family not in OF_IMAGES]
-        matched = [target for target in asked if _matches(target.name, pattern) or _matches(target.module, pattern)]
+        asked = (
+            found
+            if speaks_of_images(pattern)
+            else [target for target in found if target.family not in OF_IMAGES]
+        )
+        matched = [
+            target
+            for target in asked
+            if _matches(target.name, pattern) or _matches(target.module, pattern)
+        ]
         if any(char in pattern for char in "*?["):  # a router only where it is written out
             leaf = pattern.rsplit(".", 1)[-1]
-            routers = [t for t in matched if t.family == "router" and leaf not in (t.module.rsplit(".", 1)[-1], t.parameter)]
+            routers = [
+                t
+                for t in matched
+                if t.family == "router" and leaf not in (t.module.rsplit(".", 1)[-1], t.parameter)
+            ]
             matched = [target for target in matched if target not in routers]
         if not matched:
             leaves = sorted(
-                {target.name.removeprefix("model.") for target in found} | {t.name.rsplit(".", 1)[-1] for t in found}
+                {target.name.removeprefix("model.") for target in found}
+                | {t.name.rsplit(".", 1)[-1] for t in found}
             )
             near = difflib.get_close_matches(pattern, leaves, n=3, cutoff=0.3)
-            raise ConfigError(f"lora.targets: {pattern!r} matches nothing in this model (near: {', '.join(near) or 'nothing'})")
+            raise ConfigError(
+                f"lora.targets: {pattern!r} matches nothing in this model (near:"
+                f" {', '.join(near) or 'nothing'})"
+            )
         chosen |= {target.name: target for target in matched}
     return [target for target in found if target.name in chosen]
 
@@ -323,10 +442,12 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _without_misread(model: Any, chosen: list[Target], spec: LoRASpec) -> tuple[list[Target], str]:
-    """Leave out linear modules that PEFT would take for something else, where nobody insists on them.
+    """Leave out linear modules that PEFT would take for something else, where nobody insists on
+    them.
 
-    For some mixtures of experts PEFT reads names like ``gate_proj`` as those of the experts before transformers stacked them, so
-    that an adapter for a shared expert lands on all experts, with twice the rank.
+    For some mixtures of experts PEFT reads names like ``gate_proj`` as those of the experts before
+    transformers stacked them, so that an adapter for a shared expert lands on all experts, with
+    twice the rank.
     """
     leaves = {target.module.rsplit(".", 1)[-1] for target in chosen if target.parameter is None}
     misread = {leaf for leaf in leaves if _is_misread(model, leaf)}
@@ -337,7 +458,10 @@ def _without_misread(model: Any, chosen: list[Target], spec: LoRASpec) -> tuple[
     why = f"PEFT takes these names for the stacked experts of {model.config.model_type}"
     insisted = spec.targets or any(getattr(spec, target.family, "auto") is True for target in lost)
     if insisted or len(lost) == len(chosen):
-        raise ConfigError(f"LoRA on {what} is not possible: {why}; set lora.mlp=auto, or leave them out of lora.targets")
+        raise ConfigError(
+            f"LoRA on {what} is not possible: {why}; set lora.mlp=auto, or leave them out of"
+            " lora.targets"
+        )
     return [target for target in chosen if target not in lost], f"left out: {what}: {why}"
 
 
@@ -359,7 +483,13 @@ def _is_tied(model: Any) -> bool:
 
 
 def _shorten(names: list[str], all_names: list[str], depth: int = 1) -> tuple[str, ...]:
-    """Suffixes of ``depth`` parts that match exactly ``names`` among ``all_names``, as other tools expect them, else ``names``."""
+    """Suffixes of ``depth`` parts that match exactly ``names`` among ``all_names``, as other
+    tools expect them, else ``names``.
+    """
     suffixes = tuple(sorted({".".join(name.split(".")[-depth:]) for name in names}))
-    matched = {name for name in all_names if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)}
+    matched = {
+        name
+        for name in all_names
+        if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+    }
     return suffixes if matched == set(names) else tuple(names)

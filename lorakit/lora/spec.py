@@ -9,10 +9,12 @@ from typing import Literal
 from lorakit.errors import ConfigError
 
 Switch = bool | Literal["auto"]
-# PEFT's inits that take the adapter's start out of the base's weights: the adapter then fits only that changed base, so that
-# sampling, merging or serving it on the original gives wrong logits without a word.
+# PEFT's inits that take the adapter's start out of the base's weights: the adapter then fits only
+# that changed base, so that sampling, merging or serving it on the original gives wrong logits
+# without a word.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-LAYOUTS = PER_EXPERT, SHARED_OUTER = ("per_expert", "shared_outer")  # of the factors of stacked experts
+# of the factors of stacked experts
+LAYOUTS = PER_EXPERT, SHARED_OUTER = ("per_expert", "shared_outer")
 INITS = ("default", "gaussian", "orthogonal")
 
 
@@ -22,15 +24,20 @@ class LoRASpec:
 
     Args:
         rank: inner width of A and B.
-        alpha: the adapter's output is scaled by ``alpha / rank`` (by ``alpha / sqrt(rank)`` with ``rslora``).
+        alpha: the adapter's output is scaled by ``alpha / rank`` (by ``alpha / sqrt(rank)`` with
+            ``rslora``).
         dropout: probability of zeroing an input of A while training.
         init: how A and B start; ``default`` is Kaiming-uniform A and zero B.
         dora: decompose into magnitude and direction (PEFT's DoRA), on linear layers only.
-        attention, mlp, experts, unembedding: families of matrices. True must match something, ``auto`` may match nothing.
-        vision, merger: the same of a vision tower, and of what brings its output to the language model's width.
-        expert_layout: ``per_expert`` gives each expert its own A and B, as PEFT does; ``shared_outer`` shares the factor that
-            touches the hidden width among all experts of a layer, as Tinker does: far fewer parameters.
-        targets: names, suffixes or patterns (``*.layers.0.*``) of matrices; where given, they alone decide.
+        attention, mlp, experts, unembedding: families of matrices. True must match something,
+            ``auto`` may match nothing.
+        vision, merger: the same of a vision tower, and of what brings its output to the language
+            model's width.
+        expert_layout: ``per_expert`` gives each expert its own A and B, as PEFT does;
+            ``shared_outer`` shares the factor that touches the hidden width among all experts of a
+            layer, as Tinker does: far fewer parameters.
+        targets: names, suffixes or patterns (``*.layers.0.*``) of matrices; where given, they alone
+            decide.
         dtype: of the adapter while training.
         seed: of the initialisation.
         init_from: a PEFT adapter folder to start from.
@@ -67,17 +74,28 @@ class LoRASpec:
         if not 0 <= self.dropout < 1:
             problems.append(f"lora.dropout={self.dropout} must be at least 0 and less than 1")
         if self.init not in INITS:
-            why = "changes the base, which then is no longer the model's" if self.init in BASE_CHANGING_INITS else "is unknown"
+            why = (
+                "changes the base, which then is no longer the model's"
+                if self.init in BASE_CHANGING_INITS
+                else "is unknown"
+            )
             problems.append(f"lora.init={self.init} {why}; choose one of {', '.join(INITS)}")
         if self.expert_layout not in LAYOUTS:
-            problems.append(f"lora.expert_layout={self.expert_layout} is unknown; choose one of {', '.join(LAYOUTS)}")
+            problems.append(
+                f"lora.expert_layout={self.expert_layout} is unknown; choose one of"
+                f" {', '.join(LAYOUTS)}"
+            )
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(f"lora.dtype={self.dtype} is unknown; choose float32 or bfloat16")
         for family in ("attention", "mlp", "experts", "unembedding", "vision", "merger"):
             if getattr(self, family) not in (True, False, "auto"):
-                problems.append(f"lora.{family}={getattr(self, family)} is unknown; choose true, false or auto")
+                problems.append(
+                    f"lora.{family}={getattr(self, family)} is unknown; choose true, false or auto"
+                )
         if isinstance(self.targets, str):
-            problems.append(f"lora.targets={self.targets} must be a list, for instance [{self.targets}]")
+            problems.append(
+                f"lora.targets={self.targets} must be a list, for instance [{self.targets}]"
+            )
         problems += self._find_idle()
         if problems:
             raise ConfigError("\n".join(problems))
@@ -86,14 +104,26 @@ class LoRASpec:
         """Settings that another one leaves without effect."""
         idle = []
         if self.init_from and self.init != "default":
-            idle.append(f"lora.init={self.init} has no effect beside lora.init_from; leave one of them out")
+            idle.append(
+                f"lora.init={self.init} has no effect beside lora.init_from; leave one of them out"
+            )
         if self.token_ids and self.unembedding is True:
-            idle.append("lora.unembedding=true does not go with rows of the unembedding that are trained (model.add_tokens)")
+            idle.append(
+                "lora.unembedding=true does not go with rows of the unembedding that are trained"
+                " (model.add_tokens)"
+            )
         if self.any_base and not self.init_from:
             idle.append("lora.any_base=true has no effect without lora.init_from")
         if self.targets:
-            families = [name for name in ("mlp", "experts", "unembedding", "vision", "merger") if getattr(self, name) is True]
-            idle += [f"lora.{name}=true has no effect beside lora.targets, which alone decide" for name in families]
+            families = [
+                name
+                for name in ("mlp", "experts", "unembedding", "vision", "merger")
+                if getattr(self, name) is True
+            ]
+            idle += [
+                f"lora.{name}=true has no effect beside lora.targets, which alone decide"
+                for name in families
+            ]
         return idle
 
     @property

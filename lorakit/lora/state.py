@@ -13,7 +13,8 @@ from lorakit.model.partition import whole
 
 
 def adapter_state(model: Any) -> dict[str, torch.Tensor]:
-    """Return the adapter's tensors by the names that PEFT writes into a file (detached, not copied unless ZeRO-3 has them in parts).
+    """Return the adapter's tensors by the names that PEFT writes into a file (detached, not copied
+    unless ZeRO-3 has them in parts).
 
     All processes must ask together.
     """
@@ -21,16 +22,25 @@ def adapter_state(model: Any) -> dict[str, torch.Tensor]:
 
     with whole(parameter for parameter in model.parameters() if parameter.requires_grad) as is_copy:
         state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-        return {name: tensor.detach().clone() if is_copy else tensor.detach() for name, tensor in state.items()}
+        return {
+            name: tensor.detach().clone() if is_copy else tensor.detach()
+            for name, tensor in state.items()
+        }
 
 
 @contextlib.contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """Within, ``model`` computes what its base alone would. (PEFT's own ``disable_adapter`` also sets every ``requires_grad`` anew.)"""
+    """Within, ``model`` computes what its base alone would. (PEFT's own ``disable_adapter`` also
+    sets every ``requires_grad`` anew.)
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
@@ -43,7 +53,8 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def load_adapter_state(model: Any, tensors: Mapping[str, torch.Tensor], *, source: str) -> None:
-    """Copy ``tensors`` into the adapter of ``model``, which must have exactly these, in these shapes.
+    """Copy ``tensors`` into the adapter of ``model``, which must have exactly these, in these
+    shapes.
 
     Raises:
         AdapterError: names or shapes differ, in either direction; nothing is changed then.
@@ -57,7 +68,10 @@ def load_adapter_state(model: Any, tensors: Mapping[str, torch.Tensor], *, sourc
         if name in tensors and tensors[name].shape != own[name].shape
     ]
     if problems:
-        remedy = "Set rank and targets of lora.* as the adapter has them; its adapter_config.json names them."
+        remedy = (
+            "Set rank and targets of lora.* as the adapter has them; its adapter_config.json names"
+            " them."
+        )
         raise AdapterError(report(f"{source} does not fit the LoRA plan:", problems, remedy=remedy))
     adapter = model.active_adapter
     state = {_name_in_model(name, adapter): tensor for name, tensor in tensors.items()}
@@ -68,4 +82,5 @@ def load_adapter_state(model: Any, tensors: Mapping[str, torch.Tensor], *, sourc
 def _name_in_model(name: str, adapter: str) -> str:
     """What the model calls a tensor that PEFT's files call ``name``."""
     stem = f"{name.removesuffix('.weight')}.{adapter}"
-    return stem if name.endswith("trainable_tokens_delta") else f"{stem}.weight"  # those are modules of one weight
+    # those are modules of one weight
+    return stem if name.endswith("trainable_tokens_delta") else f"{stem}.weight"

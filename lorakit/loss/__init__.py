@@ -1,4 +1,6 @@
-"""Losses: pure functions (logprobs, batch, knobs by name) -> LossOutput. ``LOSSES`` is the only list of their names."""
+"""Losses: pure functions (logprobs, batch, knobs by name) -> LossOutput. ``LOSSES`` is the only
+list of their names.
+"""
 
 from __future__ import annotations
 
@@ -12,4 +14,6 @@ if TYPE_CHECKING:
     from lorakit.types import LossOutput
 
 Loss = Callable[..., "LossOutput"]
-LOSSES: dict[str, Loss] = {loss.__name__: loss for loss in (cross_entropy, importance_sampling, ppo, cispo, dro, gspo)}
+LOSSES: dict[str, Loss] = {
+    loss.__name__: loss for loss in (cross_entropy, importance_sampling, ppo, cispo, dro, gspo)
+}

@@ -10,5 +10,7 @@ from lorakit.types import Batch, LossOutput
 
 @takes("weights", linear=True)
 def cross_entropy(logprobs: torch.Tensor, batch: Batch) -> LossOutput:
-    """Return ``-sum(weight * logprob)``, a sum over tokens as in Tinker's ``cross_entropy``; ``logprobs`` is shaped as the targets."""
+    """Return ``-sum(weight * logprob)``, a sum over tokens as in Tinker's ``cross_entropy``;
+    ``logprobs`` is shaped as the targets.
+    """
     return LossOutput(-(batch.weights * logprobs).sum(), logprobs.detach())

@@ -1,20 +1,24 @@
-"""Hidden states to log-probabilities of chosen tokens, in blocks: the (tokens, vocabulary) matrix is never held.
+"""Hidden states to log-probabilities of chosen tokens, in blocks: the (tokens, vocabulary) matrix
+is never held.
 
 With z the logits of a token, p their softmax and t a target, log p_t = z_t - logsumexp(z), and
 
     d log p_t / d hidden = W_t - sum over v of p_v W_v
 
-The sum over the vocabulary is gathered block by block beside the logsumexp, both rescaled when a larger logit comes: the online
-softmax of FlashAttention (arXiv 2205.14135, section 3.1) with the unembedding in the place of the values. So the logits are computed
-once, for whatever loss, and the backward only scales. Of one target, 1 - p of its row is taken less the sum over all others: the same,
-and no small difference of two large vectors.
+The sum over the vocabulary is gathered block by block beside the logsumexp, both rescaled when a
+larger logit comes: the online softmax of FlashAttention (arXiv 2205.14135, section 3.1) with the
+unembedding in the place of the values. So the logits are computed once, for whatever loss, and the
+backward only scales. Of one target, 1 - p of its row is taken less the sum over all others: the
+same, and no small difference of two large vectors.
 
-An adapter of the unembedding enters as its rows of rank width, A' times the hidden state, which autograd makes beforehand,
-dropout included; they are treated as the hidden states are. The gradient of its B needs every p_v. Where the loss is a weighted
-sum whose weights are known, few tokens at a time meet the whole vocabulary and that gradient is summed while p is at hand, to be
-scaled in the backward; for another loss the blocks are computed twice.
+An adapter of the unembedding enters as its rows of rank width, A' times the hidden state, which
+autograd makes beforehand, dropout included; they are treated as the hidden states are. The gradient
+of its B needs every p_v. Where the loss is a weighted sum whose weights are known, few tokens at a
+time meet the whole vocabulary and that gradient is summed while p is at hand, to be scaled in the
+backward; for another loss the blocks are computed twice.
 
-Shapes: N tokens, V vocabulary, H hidden, K targets per token, R rank of an adapter of the unembedding; n, v of a block.
+Shapes: N tokens, V vocabulary, H hidden, K targets per token, R rank of an adapter of the
+unembedding; n, v of a block.
 """
 
 from __future__ import annotations
@@ -28,9 +32,11 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.model.partition import has_values, whole
 
-MAX_TOKENS, MIN_LOGITS = 4096, 1024  # tokens of a block at most, and how many of the vocabulary each of them meets at least
+# tokens of a block at most, and how many of the vocabulary each of them meets at least
+MAX_TOKENS, MIN_LOGITS = 4096, 1024
 BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # of float32 logits at a time
-WHOLE_BLOCKS = 4  # times as much where a block holds the whole vocabulary: products of few tokens are slow
+# times as much where a block holds the whole vocabulary: products of few tokens are slow
+WHOLE_BLOCKS = 4
 
 
 class HeadAdapter(NamedTuple):
@@ -40,20 +46,31 @@ class HeadAdapter(NamedTuple):
     B_VR: torch.Tensor
     scale: float
     dropout: Callable[[torch.Tensor], torch.Tensor] | None = None  # of what A is given
-    gate_NR: torch.Tensor | None = None  # multiplies what A gives: several adapters side by side, of which each token has one
+    # multiplies what A gives: several adapters side by side, of which each token has one
+    gate_NR: torch.Tensor | None = None
 
 
-def as_head_adapters(found: tuple[torch.Tensor, torch.Tensor, float | torch.Tensor] | None) -> tuple[HeadAdapter, ...]:
-    """Return what an unembedding has beside itself: A, B and the scale of one adapter, or the gate (T, R) of several."""
+def as_head_adapters(
+    found: tuple[torch.Tensor, torch.Tensor, float | torch.Tensor] | None,
+) -> tuple[HeadAdapter, ...]:
+    """Return what an unembedding has beside itself: A, B and the scale of one adapter, or the
+    gate (T, R) of several.
+    """
     if found is None:
         return ()
     a_RH, b_VR, gate = found
-    return (HeadAdapter(a_RH, b_VR, gate) if isinstance(gate, float) else HeadAdapter(a_RH, b_VR, 1.0, gate_NR=gate),)
+    return (
+        HeadAdapter(a_RH, b_VR, gate)
+        if isinstance(gate, float)
+        else HeadAdapter(a_RH, b_VR, 1.0, gate_NR=gate),
+    )
 
 
 @dataclass(frozen=True)
 class Head:
-    """An unembedding: ``logits = cap(multiplier * (hidden W' + bias + sum of scale * dropout(hidden) A' B'))``."""
+    """An unembedding: ``logits = cap(multiplier * (hidden W' + bias + sum of scale *
+    dropout(hidden) A' B'))``.
+    """
 
     weight_VH: torch.Tensor  # frozen
     bias_V: torch.Tensor | None = None
@@ -68,17 +85,26 @@ class Head:
 
 
 def head_logprobs(
-    hidden_NH: torch.Tensor, head: Head, targets_NK: torch.Tensor, *, temperature: float = 1.0, block_bytes: int | None = None,
+    hidden_NH: torch.Tensor,
+    head: Head,
+    targets_NK: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    block_bytes: int | None = None,
     weights_NK: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Return log p(target) of each target at each token, (N, K) float32, with gradients to ``hidden_NH`` and the adapters.
+) -> torch.Tensor:
+    """Return log p(target) of each target at each token, (N, K) float32, with gradients to
+    ``hidden_NH`` and the adapters.
 
-    ``weights_NK``: the loss will be the sum of these times the log-probabilities, or a multiple of it. It spares a trained
-    unembedding the second computation of its logits; where the loss turns out to be another one, they are computed all the same.
+    ``weights_NK``: the loss will be the sum of these times the log-probabilities, or a multiple of
+    it. It spares a trained unembedding the second computation of its logits; where the loss turns
+    out to be another one, they are computed all the same.
     """
     call = _Call(head, temperature, block_bytes, torch.is_grad_enabled(), weights_NK)
     with whole(head.frozen):
-        return _HeadFunction.apply(targets_NK, call, hidden_NH, *_narrow(head, hidden_NH), *(a.B_VR for a in head.adapters))
+        return _HeadFunction.apply(
+            targets_NK, call, hidden_NH, *_narrow(head, hidden_NH), *(a.B_VR for a in head.adapters)
+        )
 
 
 def _narrow(head: Head, hidden_NH: torch.Tensor) -> list[torch.Tensor]:
@@ -103,9 +129,16 @@ def all_logits(hidden_NH: torch.Tensor, head: Head) -> torch.Tensor:
 
 @torch.no_grad()
 def best_logprobs(
-    hidden_NH: torch.Tensor, head: Head, num_best: int, *, temperature: float = 1.0, block_bytes: int | None = None
+    hidden_NH: torch.Tensor,
+    head: Head,
+    num_best: int,
+    *,
+    temperature: float = 1.0,
+    block_bytes: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ``num_best`` largest log-probabilities at each token and their token ids, both (N, num_best), best first."""
+    """Return the ``num_best`` largest log-probabilities at each token and their token ids, both
+    (N, num_best), best first.
+    """
     call = _Call(head, temperature, block_bytes, False)
     values = hidden_NH.new_full((len(hidden_NH), num_best), float("-inf"), dtype=torch.float32)
     tokens = torch.zeros_like(values, dtype=torch.long)
@@ -113,13 +146,17 @@ def best_logprobs(
     narrow = _narrow(head, hidden_NH)
     with torch.autocast(hidden_NH.device.type, enabled=False), whole(head.frozen):
         for rows in call.row_blocks(len(hidden_NH)):
-            for first, logits in call.logit_blocks(hidden_NH[rows], [inner[rows] for inner in narrow]):
+            for first, logits in call.logit_blocks(
+                hidden_NH[rows], [inner[rows] for inner in narrow]
+            ):
                 lse[rows] = torch.logaddexp(lse[rows], logits.logsumexp(dim=-1, keepdim=True))
                 best = logits.topk(min(num_best, logits.shape[1]))
                 candidates = torch.cat([values[rows], best.values], dim=1)
                 kept = candidates.topk(num_best)
                 values[rows] = kept.values
-                tokens[rows] = torch.cat([tokens[rows], best.indices + first], dim=1).gather(1, kept.indices)
+                tokens[rows] = torch.cat([tokens[rows], best.indices + first], dim=1).gather(
+                    1, kept.indices
+                )
     return values - lse, tokens
 
 
@@ -129,11 +166,19 @@ class _Call:
     temperature: float
     block_bytes: int | None
     keeps: bool  # whether a backward may follow
-    weights_NK: torch.Tensor | None = None  # the expected gradient of the log-probabilities, but for one factor
+    # the expected gradient of the log-probabilities, but for one factor
+    weights_NK: torch.Tensor | None = None
 
     def row_blocks(self, num_tokens: int, *, whole: bool = False) -> Iterator[slice]:
-        """Yield slices over the tokens: few enough for ``logit_blocks`` to be one block with ``whole``."""
-        size = max(1, min(MAX_TOKENS, self.max_whole_rows if whole else self._num_bytes() // (4 * MIN_LOGITS)))
+        """Yield slices over the tokens: few enough for ``logit_blocks`` to be one block with
+        ``whole``.
+        """
+        size = max(
+            1,
+            min(
+                MAX_TOKENS, self.max_whole_rows if whole else self._num_bytes() // (4 * MIN_LOGITS)
+            ),
+        )
         for start in range(0, num_tokens, size):
             yield slice(start, start + size)
 
@@ -145,14 +190,18 @@ class _Call:
     def logit_blocks(
         self, hidden_nH: torch.Tensor, narrow: list[torch.Tensor], *, whole: bool = False
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (first token of the vocabulary, logits over temperature (n, v) float32), each to be written over."""
+        """Yield (first token of the vocabulary, logits over temperature (n, v) float32), each to
+        be written over.
+        """
         vocab = self.head.weight_VH.shape[0]
         size = vocab if whole else max(1, self._num_bytes() // (4 * max(1, len(hidden_nH))))
         hidden = hidden_nH.to(self.head.weight_VH.dtype)
         for first in range(0, vocab, size):
             yield first, self._logits(hidden, narrow, slice(first, min(vocab, first + size)))
 
-    def _logits(self, hidden: torch.Tensor, narrow: list[torch.Tensor], tokens: slice) -> torch.Tensor:
+    def _logits(
+        self, hidden: torch.Tensor, narrow: list[torch.Tensor], tokens: slice
+    ) -> torch.Tensor:
         head = self.head
         logits = hidden @ head.weight_VH[tokens].mT
         for inner, adapter in zip(narrow, head.adapters, strict=True):
@@ -171,28 +220,44 @@ class _Call:
         constant = self.head.multiplier / self.temperature
         if not self.head.softcap:
             return constant
-        return logits.mul_(self.temperature / self.head.softcap).square_().neg_().add_(1).mul_(constant)
+        return (
+            logits.mul_(self.temperature / self.head.softcap)
+            .square_()
+            .neg_()
+            .add_(1)
+            .mul_(constant)
+        )
 
     def matrices(self) -> list[tuple[torch.Tensor, float]]:
-        """What the hidden states and each adapter's rows of rank width are multiplied by, (V, H) and (V, R), with its scale."""
-        return [(self.head.weight_VH, 1.0), *((adapter.B_VR, adapter.scale) for adapter in self.head.adapters)]
+        """What the hidden states and each adapter's rows of rank width are multiplied by, (V, H)
+        and (V, R), with its scale.
+        """
+        return [
+            (self.head.weight_VH, 1.0),
+            *((adapter.B_VR, adapter.scale) for adapter in self.head.adapters),
+        ]
 
     def _num_bytes(self) -> int:
-        return self.block_bytes or BLOCK_BYTES.get(self.head.weight_VH.device.type, BLOCK_BYTES["cuda"])
+        return self.block_bytes or BLOCK_BYTES.get(
+            self.head.weight_VH.device.type, BLOCK_BYTES["cuda"]
+        )
 
 
 class _HeadFunction(torch.autograd.Function):
     """``apply(targets_NK, call, hidden_NH, *narrow, *Bs)`` -> log p(target) (N, K)."""
 
     @staticmethod
-    def forward(ctx: Any, targets_NK: torch.Tensor, call: _Call, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, targets_NK: torch.Tensor, call: _Call, *tensors: torch.Tensor
+    ) -> torch.Tensor:
         num_inputs = 1 + len(call.head.adapters)
         wants = [call.keeps and want for want in ctx.needs_input_grad[2:]]
         inputs, matrices, wants_b = tensors[:num_inputs], tensors[num_inputs:], wants[num_inputs:]
         logprobs = inputs[0].new_zeros(targets_NK.shape, dtype=torch.float32)
         lse = inputs[0].new_zeros((len(targets_NK), 1), dtype=torch.float32)
         pull_NK = torch.empty_like(logprobs) if call.keeps else None
-        mean_dtypes = [x.dtype if targets_NK.shape[1] == 1 else torch.float32 for x in inputs]  # see _scan
+        # see _scan
+        mean_dtypes = [x.dtype if targets_NK.shape[1] == 1 else torch.float32 for x in inputs]
         means = [
             torch.empty_like(x, dtype=dtype) if want else None
             for x, dtype, want in zip(inputs, mean_dtypes, wants[:num_inputs], strict=True)
@@ -202,7 +267,9 @@ class _HeadFunction(torch.autograd.Function):
         with torch.autocast(logprobs.device.type, enabled=False):
             for rows in call.row_blocks(len(targets_NK), whole=is_summed):
                 some, targets = [x[rows] for x in inputs], targets_NK[rows]
-                found = _scan(call, some, targets, [mean is not None for mean in means], whole=is_summed)
+                found = _scan(
+                    call, some, targets, [mean is not None for mean in means], whole=is_summed
+                )
                 lse[rows] = found.lse_n1
                 logprobs[rows] = found.logits_nK - found.lse_n1
                 for mean, part in zip(means, found.means, strict=True):
@@ -211,10 +278,18 @@ class _HeadFunction(torch.autograd.Function):
                 if pull_NK is not None:
                     pull_NK[rows] = torch.as_tensor(call.slope_(found.logits_nK))
                     if targets.shape[1] == 1:
-                        pull_NK[rows] *= -logprobs[rows].expm1()  # 1 - p, as the mean is without the target
-                if is_summed and call.weights_NK is not None and pull_NK is not None and found.pulling_nv is not None:
+                        # 1 - p, as the mean is without the target
+                        pull_NK[rows] *= -logprobs[rows].expm1()
+                if (
+                    is_summed
+                    and call.weights_NK is not None
+                    and pull_NK is not None
+                    and found.pulling_nv is not None
+                ):
                     weights_nK = call.weights_NK[rows].float()
-                    grad = found.pulling_nv.mul_(weights_nK.sum(dim=1, keepdim=True).neg_() / found.total_n1)
+                    grad = found.pulling_nv.mul_(
+                        weights_nK.sum(dim=1, keepdim=True).neg_() / found.total_n1
+                    )
                     grad.scatter_add_(1, targets, weights_nK * pull_NK[rows])
                     _add_gradients_(sums, call, some[1:], 0, grad)
                     del grad
@@ -223,7 +298,9 @@ class _HeadFunction(torch.autograd.Function):
             ctx.call, ctx.is_summed, ctx.num_inputs = call, is_summed, num_inputs
             ctx.dtypes = [tensor.dtype for tensor in tensors]
             again = (lse, *inputs) if any(wants_b) else [None] * (1 + num_inputs)
-            ctx.save_for_backward(targets_NK, call.weights_NK, pull_NK, *again, *means, *matrices, *sums)
+            ctx.save_for_backward(
+                targets_NK, call.weights_NK, pull_NK, *again, *means, *matrices, *sums
+            )
         return logprobs
 
     @staticmethod
@@ -231,12 +308,18 @@ class _HeadFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_NK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call, num_inputs = ctx.call, ctx.num_inputs
         targets_NK, weights_NK, pull_NK, lse, *rest = ctx.saved_tensors
-        inputs, means, rest = rest[:num_inputs], rest[num_inputs : 2 * num_inputs], rest[2 * num_inputs :]
+        inputs, means, rest = (
+            rest[:num_inputs],
+            rest[num_inputs : 2 * num_inputs],
+            rest[2 * num_inputs :],
+        )
         matrices, sums = rest[: num_inputs - 1], rest[num_inputs - 1 :]
         wants = ctx.needs_input_grad[2:]
         with torch.autocast(grad_NK.device.type, enabled=False), whole(call.head.frozen):
             grads = [
-                None if mean is None else _pull(mean, matrix, scale, targets_NK, grad_NK, grad_NK * pull_NK)
+                None
+                if mean is None
+                else _pull(mean, matrix, scale, targets_NK, grad_NK, grad_NK * pull_NK)
                 for mean, (matrix, scale) in zip(means, call.matrices(), strict=True)
             ]
             multiple = _multiple_of(weights_NK, grad_NK) if ctx.is_summed else None
@@ -244,17 +327,26 @@ class _HeadFunction(torch.autograd.Function):
                 grads += [None if total is None else total * multiple for total in sums]
             elif any(wants[num_inputs:]):
                 sums = _zeros(matrices, wants[num_inputs:])
-                _add_all_gradients_(sums, call, inputs, targets_NK, grad_NK, lse, whole=ctx.is_summed)
+                _add_all_gradients_(
+                    sums, call, inputs, targets_NK, grad_NK, lse, whole=ctx.is_summed
+                )
                 grads += sums
             else:
                 grads += [None] * len(matrices)
         wanted = zip(grads, wants, ctx.dtypes, strict=True)
-        return (None, None, *(g.to(dtype) if want and g is not None else None for g, want, dtype in wanted))
+        return (
+            None,
+            None,
+            *(g.to(dtype) if want and g is not None else None for g, want, dtype in wanted),
+        )
 
 
 def _zeros(matrices: Sequence[torch.Tensor], wants: Sequence[bool]) -> list[torch.Tensor | None]:
     """Room for the gradients that are wanted, in float32."""
-    return [torch.zeros_like(m, dtype=torch.float32) if want else None for m, want in zip(matrices, wants, strict=True)]
+    return [
+        torch.zeros_like(m, dtype=torch.float32) if want else None
+        for m, want in zip(matrices, wants, strict=True)
+    ]
 
 
 @dataclass
@@ -262,22 +354,33 @@ class _Scanned:
     lse_n1: torch.Tensor
     total_n1: torch.Tensor  # sum of exp(logit - largest)
     logits_nK: torch.Tensor  # of the targets
-    means: list[torch.Tensor | None]  # of each input: sum over the vocabulary of p times its matrix's rows
-    pulling_nv: torch.Tensor | None  # of a block that is the whole vocabulary: exp(logit - largest) times d logits / d product
+    # of each input: sum over the vocabulary of p times its matrix's rows
+    means: list[torch.Tensor | None]
+    # of a block that is the whole vocabulary: exp(logit - largest) times d logits / d product
+    pulling_nv: torch.Tensor | None
 
 
 def _scan(
-    call: _Call, inputs: list[torch.Tensor], targets: torch.Tensor, wants: list[bool], *, whole: bool = False
+    call: _Call,
+    inputs: list[torch.Tensor],
+    targets: torch.Tensor,
+    wants: list[bool],
+    *,
+    whole: bool = False,
 ) -> _Scanned:
     """Go over the vocabulary once, keeping sums relative to the largest logit so far.
 
-    What pulls leaves out the target where there is one: of a token that the model is sure of, its row less the mean of all rows
-    would be the small difference of two that are nearly alike, and lost in 16 bit. Its pull is 1 - p instead.
+    What pulls leaves out the target where there is one: of a token that the model is sure of, its
+    row less the mean of all rows would be the small difference of two that are nearly alike, and
+    lost in 16 bit. Its pull is 1 - p instead.
     """
     top = inputs[0].new_full((len(targets), 1), float("-inf"), dtype=torch.float32)
     total = torch.zeros_like(top)
     picked = top.new_zeros(targets.shape)
-    means = [torch.zeros_like(x, dtype=torch.float32) if want else None for x, want in zip(inputs, wants, strict=True)]
+    means = [
+        torch.zeros_like(x, dtype=torch.float32) if want else None
+        for x, want in zip(inputs, wants, strict=True)
+    ]
     needs_slope = whole or any(wants)
     dtype, last = call.head.weight_VH.dtype, None
     for first, logits in call.logit_blocks(inputs[0], inputs[1:], whole=whole):
@@ -287,7 +390,9 @@ def _scan(
         new_top = torch.maximum(top, logits.amax(dim=-1, keepdim=True))
         shrink = (top - new_top).exp_()
         top = new_top
-        pulling = (logits - top).exp_() if call.head.softcap and needs_slope else logits.sub_(top).exp_()
+        pulling = (
+            (logits - top).exp_() if call.head.softcap and needs_slope else logits.sub_(top).exp_()
+        )
         total.mul_(shrink).add_(pulling.sum(dim=-1, keepdim=True))
         if needs_slope:
             pulling.mul_(call.slope_(logits))
@@ -301,14 +406,22 @@ def _scan(
             del narrowed
         last = pulling if whole else None
         del logits, pulling  # before the next block is made
-    return _Scanned(top + total.log(), total, picked, [m if m is None else m.div_(total) for m in means], last)
+    return _Scanned(
+        top + total.log(), total, picked, [m if m is None else m.div_(total) for m in means], last
+    )
 
 
 def _pull(
-    mean_NX: torch.Tensor, matrix_VX: torch.Tensor, scale: float, targets_NK: torch.Tensor, grad_NK: torch.Tensor,
+    mean_NX: torch.Tensor,
+    matrix_VX: torch.Tensor,
+    scale: float,
+    targets_NK: torch.Tensor,
+    grad_NK: torch.Tensor,
     grad_products_NK: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """Return the gradient of an input: what its targets pull it to, less what the vocabulary does."""
+) -> torch.Tensor:
+    """Return the gradient of an input: what its targets pull it to, less what the vocabulary
+    does.
+    """
     grad_NX = mean_NX * -grad_NK.sum(dim=1, keepdim=True).to(mean_NX.dtype)
     for choice in range(targets_NK.shape[1]):
         rows = matrix_VX[targets_NK[:, choice]].to(mean_NX.dtype)
@@ -323,27 +436,37 @@ def _find(targets_nK: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, torch.
 
 
 def _multiple_of(weights_NK: torch.Tensor, grad_NK: torch.Tensor) -> float | None:
-    """Return the number that ``grad_NK`` is ``weights_NK`` times, or None where it is no multiple. On a GPU it waits for both."""
+    """Return the number that ``grad_NK`` is ``weights_NK`` times, or None where it is no
+    multiple. On a GPU it waits for both.
+    """
     if not weights_NK.numel():
         return None
     if not has_values(grad_NK):
         return 1.0
     weights = weights_NK.to(grad_NK.dtype)
     largest = weights.abs().argmax()
-    multiple = (grad_NK.flatten()[largest] / weights.flatten()[largest]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    multiple = (grad_NK.flatten()[largest] / weights.flatten()[largest]).nan_to_num(
+        nan=0.0, posinf=0.0, neginf=0.0
+    )
     is_multiple = (grad_NK - multiple * weights).abs().max() <= 1e-6 * grad_NK.abs().max()
     number, holds = torch.stack([multiple, is_multiple.to(multiple.dtype)]).tolist()
     return number if holds else None
 
 
 def _add_all_gradients_(
-    sums: list[torch.Tensor | None], call: _Call, inputs: list[torch.Tensor], targets_NK: torch.Tensor, grad_NK: torch.Tensor,
-    lse: torch.Tensor, *, whole: bool,
-) -> None:  # fmt: skip
+    sums: list[torch.Tensor | None],
+    call: _Call,
+    inputs: list[torch.Tensor],
+    targets_NK: torch.Tensor,
+    grad_NK: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    whole: bool,
+) -> None:
     """Compute each block once more, for the gradients of the adapters' B.
 
-    In the blocks of the forward: a product in another shape rounds otherwise, and logits that differ from those in ``lse`` give
-    probabilities whose sum is not 1.
+    In the blocks of the forward: a product in another shape rounds otherwise, and logits that
+    differ from those in ``lse`` give probabilities whose sum is not 1.
     """
     for rows in call.row_blocks(len(targets_NK), whole=whole):
         hidden, *narrow = [x[rows] for x in inputs]
@@ -357,10 +480,19 @@ def _add_all_gradients_(
 
 
 def _add_gradients_(
-    sums: list[torch.Tensor | None], call: _Call, narrow: list[torch.Tensor], first: int, grad_nv: torch.Tensor
+    sums: list[torch.Tensor | None],
+    call: _Call,
+    narrow: list[torch.Tensor],
+    first: int,
+    grad_nv: torch.Tensor,
 ) -> None:
-    """Add to the gradients of the adapters' B what a block gives, by the gradient of its products."""
-    grad_vn, tokens = grad_nv.to(call.head.weight_VH.dtype).mT, slice(first, first + grad_nv.shape[1])
+    """Add to the gradients of the adapters' B what a block gives, by the gradient of its
+    products.
+    """
+    grad_vn, tokens = (
+        grad_nv.to(call.head.weight_VH.dtype).mT,
+        slice(first, first + grad_nv.shape[1]),
+    )
     for total, inner, adapter in zip(sums, narrow, call.head.adapters, strict=True):
         if total is not None:
             _add_product_(total[tokens], grad_vn, inner, adapter.scale)

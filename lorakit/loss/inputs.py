@@ -23,9 +23,11 @@ class Inputs:
 
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    is_weighted_sum: bool = False  # whether the loss is a multiple of the sum of weights times log-probabilities
+    # whether the loss is a multiple of the sum of weights times log-probabilities
+    is_weighted_sum: bool = False
     is_of_pairs: bool = False  # whether each two spans of a batch are a better and a worse answer
-    needs_reference: bool = False  # whether it takes extras["reference_logprobs"], those of the base without the adapter
+    # whether it takes extras["reference_logprobs"], those of the base without the adapter
+    needs_reference: bool = False
 
 
 def inputs_of(loss: Callable[..., Any]) -> Inputs:
@@ -38,9 +40,15 @@ def inputs_of(loss: Callable[..., Any]) -> Inputs:
 
 
 def takes(
-    *inputs: str, optional: Sequence[str] = (), linear: bool = False, pairs: bool = False, reference: bool = False
+    *inputs: str,
+    optional: Sequence[str] = (),
+    linear: bool = False,
+    pairs: bool = False,
+    reference: bool = False,
 ) -> Callable[[Function], Function]:
-    """Say which loss_fn_inputs a loss takes beside ``target_tokens``, and what else is true of it; see ``Inputs``."""
+    """Say which loss_fn_inputs a loss takes beside ``target_tokens``, and what else is true of
+    it; see ``Inputs``.
+    """
 
     def mark(loss: Function) -> Function:
         loss.__dict__["takes"] = Inputs(inputs, tuple(optional), linear, pairs, reference)
@@ -55,8 +63,12 @@ def knobs_of(loss: Callable[..., Any]) -> dict[str, float]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def check_knobs(name: str, loss: Callable[..., Any], given: Mapping[str, Any] | None) -> dict[str, float]:
-    """Return the numbers for ``loss``, with its defaults. Raises DataError for one that it does not know."""
+def check_knobs(
+    name: str, loss: Callable[..., Any], given: Mapping[str, Any] | None
+) -> dict[str, float]:
+    """Return the numbers for ``loss``, with its defaults. Raises DataError for one that it does
+    not know.
+    """
     knobs = knobs_of(loss)
     problems = [f"{key}: unknown" for key in given or {} if key not in knobs]
     problems += [
@@ -64,7 +76,14 @@ def check_knobs(name: str, loss: Callable[..., Any], given: Mapping[str, Any] | 
         for key, value in (given or {}).items()
         if key in knobs and not _is_number(value)
     ]
-    used = {**knobs, **{key: float(value) for key, value in (given or {}).items() if key in knobs and _is_number(value)}}
+    used = {
+        **knobs,
+        **{
+            key: float(value)
+            for key, value in (given or {}).items()
+            if key in knobs and _is_number(value)
+        },
+    }
     if used.get("clip_low_threshold", 0.0) > used.get("clip_high_threshold", math.inf):
         problems.append("clip_low_threshold is above clip_high_threshold")
     if problems:
@@ -81,12 +100,19 @@ def _is_number(value: Any) -> bool:
 
 
 def prepare(
-    data: Sequence[Datum], name: str, loss: Callable[..., Any], *, vocab_size: int, max_tokens: int | None = None,
+    data: Sequence[Datum],
+    name: str,
+    loss: Callable[..., Any],
+    *,
+    vocab_size: int,
+    max_tokens: int | None = None,
     knobs: Mapping[str, float] | None = None,
-) -> list[Datum]:  # fmt: skip
-    """Return ``data`` as ``collate`` wants it: every Datum with weights, and with each optional input that any of them has.
+) -> list[Datum]:
+    """Return ``data`` as ``collate`` wants it: every Datum with weights, and with each optional
+    input that any of them has.
 
-    Where a loss takes no weights, each position of a Datum has weight 1, so that padding can be told from it.
+    Where a loss takes no weights, each position of a Datum has weight 1, so that padding can be
+    told from it.
 
     Raises:
         DataError: with every problem, by number of the Datum and name of the field.
@@ -94,10 +120,18 @@ def prepare(
     needs = inputs_of(loss)
     if not data:
         raise DataError("data is empty; give at least one Datum")
-    problems = [f"data[{i}]{text}" for i, datum in enumerate(data) for text in _problems(datum, loss, vocab_size, max_tokens)]
+    problems = [
+        f"data[{i}]{text}"
+        for i, datum in enumerate(data)
+        for text in _problems(datum, loss, vocab_size, max_tokens)
+    ]
     if problems:
-        taken = ", ".join(("target_tokens", *needs.required, *(f"{name} (optional)" for name in needs.optional)))
-        raise DataError(report(f"{name} cannot use this data:", problems, remedy=f"{name} takes: {taken}."))
+        taken = ", ".join(
+            ("target_tokens", *needs.required, *(f"{name} (optional)" for name in needs.optional))
+        )
+        raise DataError(
+            report(f"{name} cannot use this data:", problems, remedy=f"{name} takes: {taken}.")
+        )
     fillings: dict[str, float] = {}
     if "weights" not in needs.required:
         fillings["weights"] = 1.0
@@ -115,7 +149,9 @@ def _filled(datum: Datum, fillings: Mapping[str, float]) -> Datum:
     return Datum(datum.model_input, {**datum.loss_fn_inputs, **arrays})
 
 
-def _problems(datum: Datum, loss: Callable[..., Any], vocab_size: int, max_tokens: int | None) -> list[str]:
+def _problems(
+    datum: Datum, loss: Callable[..., Any], vocab_size: int, max_tokens: int | None
+) -> list[str]:
     """What is wrong with one Datum, each beginning with the field."""
     problems = []
     inputs = inputs_of(loss)
@@ -126,7 +162,9 @@ def _problems(datum: Datum, loss: Callable[..., Any], vocab_size: int, max_token
     if not len(datum):
         return [*problems, ".model_input is empty"]
     if max_tokens is not None and len(datum) > max_tokens:
-        problems.append(f".model_input has {len(datum):,} positions, and the model takes {max_tokens:,}")
+        problems.append(
+            f".model_input has {len(datum):,} positions, and the model takes {max_tokens:,}"
+        )
     if tokens := datum.model_input.text_tokens():  # as they are: one may be beyond 64 bit
         problems += _outside(".model_input", np.asarray(tokens), vocab_size)
     if "target_tokens" in given:
@@ -134,16 +172,23 @@ def _problems(datum: Datum, loss: Callable[..., Any], vocab_size: int, max_token
         several = given["target_tokens"].ndim > 1
         if several and not inputs.is_weighted_sum:
             problems.append(
-                f".loss_fn_inputs['target_tokens'] has shape {given['target_tokens'].shape}; one per position, please"
+                f".loss_fn_inputs['target_tokens'] has shape {given['target_tokens'].shape}; one"
+                " per position, please"
             )
         elif several and not given["target_tokens"].shape[1]:
-            problems.append(f".loss_fn_inputs['target_tokens'] has shape {given['target_tokens'].shape}: no target at all")
+            problems.append(
+                f".loss_fn_inputs['target_tokens'] has shape {given['target_tokens'].shape}: no"
+                " target at all"
+            )
         elif "weights" in given and given["weights"].shape != given["target_tokens"].shape:
             shapes = f"{given['weights'].shape}, target_tokens {given['target_tokens'].shape}"
             problems.append(f".loss_fn_inputs['weights'] has shape {shapes}")
     mask = given.get("sequence_ratio_mask")
     if mask is not None and not mask.any() and np.any(given.get("advantages", 0)):
-        problems.append(".loss_fn_inputs['sequence_ratio_mask'] is 0 everywhere: there is no ratio of this sequence")
+        problems.append(
+            ".loss_fn_inputs['sequence_ratio_mask'] is 0 everywhere: there is no ratio of this"
+            " sequence"
+        )
     for name, array in given.items():
         if name != "target_tokens" and not np.isfinite(array).all():
             where = np.argwhere(~np.isfinite(array))[0].tolist()
@@ -156,4 +201,7 @@ def _outside(field: str, tokens: np.ndarray | TensorData, vocab_size: int) -> li
     if not len(wrong):
         return []
     where = wrong[0].tolist()
-    return [f"{field}{where} is token {int(tokens[tuple(where)])}, and the vocabulary has {vocab_size:,}"]
+    return [
+        f"{field}{where} is token {int(tokens[tuple(where)])}, and the vocabulary has"
+        f" {vocab_size:,}"
+    ]

@@ -1,11 +1,14 @@
-"""Attention of packed rows, document by document: the mask over all pairs of positions is never made.
+"""Attention of packed rows, document by document: the mask over all pairs of positions is never
+made.
 
-transformers isolates packed documents by a (B, 1, L, L) mask, with which scaled_dot_product_attention computes every pair of a
-row. Here the mask that travels to the layers is a list of documents, (D, 3): row, first position, one past the last. Documents of
-like length are laid beside one another, padded on the right (which causal attention never sees), and attended causally at once.
+transformers isolates packed documents by a (B, 1, L, L) mask, with which
+scaled_dot_product_attention computes every pair of a row. Here the mask that travels to the layers
+is a list of documents, (D, 3): row, first position, one past the last. Documents of like length are
+laid beside one another, padded on the right (which causal attention never sees), and attended
+causally at once.
 
-The list is the mask itself, so that a layer that is computed again in the backward pass has it too, and an attention that does not
-know it cannot take it for the absence of a mask.
+The list is the mask itself, so that a layer that is computed again in the backward pass has it too,
+and an attention that does not know it cannot take it for the absence of a mask.
 """
 
 from __future__ import annotations
@@ -25,17 +28,21 @@ from transformers.masking_utils import sdpa_mask
 from lorakit.errors import ConfigError
 
 NAME = "sdpa_by_document"
-BY_DOCUMENT = (NAME, "sdpa_in_parts")  # what attends by document: the latter is of strategy/sequence.py
+# what attends by document: the latter is of strategy/sequence.py
+BY_DOCUMENT = (NAME, "sdpa_in_parts")
 MAX_PADDING = 0.2  # share of a group of documents
 Span = tuple[int, int, int]  # row, first position, one past the last
 
 IN_PARTS: Span = (-1, -1, -1)  # stands before the documents of rows that several processes share
-_documents: contextvars.ContextVar[Sequence[Span] | None] = contextvars.ContextVar("documents", default=None)
+_documents: contextvars.ContextVar[Sequence[Span] | None] = contextvars.ContextVar(
+    "documents", default=None
+)
 _cache: contextvars.ContextVar[Any] = contextvars.ContextVar("cache", default=None)
 
 
 def attend_by_document(model: Any) -> str | None:
-    """Give ``model`` this attention in the place of sdpa, where its logits stay the same; return why not, or None.
+    """Give ``model`` this attention in the place of sdpa, where its logits stay the same; return
+    why not, or None.
 
     The logits are compared on a small packed batch with documents of several lengths and padding.
     """
@@ -47,7 +54,9 @@ def attend_by_document(model: Any) -> str | None:
     expected = packed_logits(model)
     try:
         model.set_attn_implementation(NAME)
-        problem = find_difference(packed_logits(model), expected, is_exact=model.dtype == torch.float32)
+        problem = find_difference(
+            packed_logits(model), expected, is_exact=model.dtype == torch.float32
+        )
     except Exception as error:  # whatever a model does with a mask that it does not know
         problem = f"{type(error).__name__}: {error}"
     if problem and model.config._attn_implementation == NAME:
@@ -71,20 +80,27 @@ def attending_by_document(model: Any) -> Iterator[str | None]:
 
 
 def find_difference(ours: torch.Tensor, expected: torch.Tensor, *, is_exact: bool) -> str | None:
-    """Say how far the logits ``ours`` are from those that are ``expected``, or return None where they are the same.
+    """Say how far the logits ``ours`` are from those that are ``expected``, or return None where
+    they are the same.
 
-    Of all logits together, relative: in bf16 rounding alone moves single ones of a trained model by 6 % of the largest, and all by
-    0.3 %, where one document that sees another moves them by 20 %.
+    Of all logits together, relative: in bf16 rounding alone moves single ones of a trained model by
+    6 % of the largest, and all by 0.3 %, where one document that sees another moves them by 20 %.
     """
     difference = float((ours - expected).norm() / expected.norm())
-    return f"logits differ by {difference:.1e} (relative)" if not difference <= (1e-4 if is_exact else 0.05) else None
+    return (
+        f"logits differ by {difference:.1e} (relative)"
+        if not difference <= (1e-4 if is_exact else 0.05)
+        else None
+    )
 
 
 @torch.no_grad()
 def packed_logits(model: Any, part: int = 0, parts: int = 1) -> torch.Tensor:
-    """The logits of two rows of 32 positions: documents of 20, 7 and 3, of 32; and 2 positions of padding, which are left out.
+    """The logits of two rows of 32 positions: documents of 20, 7 and 3, of 32; and 2 positions of
+    padding, which are left out.
 
-    With several ``parts`` each row is shared by as many processes, and the logits are those of this one's.
+    With several ``parts`` each row is shared by as many processes, and the logits are those of this
+    one's.
     """
     spans = ((0, 0, 20), (0, 20, 27), (0, 27, 30), (1, 0, 32))
     positions = torch.zeros((2, 32), dtype=torch.long)
@@ -92,13 +108,18 @@ def packed_logits(model: Any, part: int = 0, parts: int = 1) -> torch.Tensor:
         positions[row, start:end] = torch.arange(end - start)
     vocab_size, padded = model.config.get_text_config().vocab_size, -(-32 // parts) * parts
     tokens = torch.randint(0, vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
-    tokens, positions = (torch.nn.functional.pad(tensor, (0, padded - 32)) for tensor in (tokens, positions))
+    tokens, positions = (
+        torch.nn.functional.pad(tensor, (0, padded - 32)) for tensor in (tokens, positions)
+    )
     was_training = model.training
     model.eval()
     here = slice(part * padded // parts, (part + 1) * padded // parts)
     try:
         with packed_documents(spans, in_parts=parts > 1):
-            given = {"input_ids": tokens[:, here].to(model.device), "position_ids": positions[:, here].to(model.device)}
+            given = {
+                "input_ids": tokens[:, here].to(model.device),
+                "position_ids": positions[:, here].to(model.device),
+            }
             logits = model(**given, use_cache=False).logits.float()
     finally:
         model.train(was_training)
@@ -108,9 +129,11 @@ def packed_logits(model: Any, part: int = 0, parts: int = 1) -> torch.Tensor:
 
 @contextlib.contextmanager
 def packed_documents(spans: Sequence[Span] | None, *, in_parts: bool = False) -> Iterator[None]:
-    """Within it, models with this attention see each of ``spans`` alone; None leaves masks as transformers makes them.
+    """Within it, models with this attention see each of ``spans`` alone; None leaves masks as
+    transformers makes them.
 
-    ``in_parts``: several processes share the rows, and ``spans`` are those of whole rows; ``strategy/sequence.py`` attends so.
+    ``in_parts``: several processes share the rows, and ``spans`` are those of whole rows;
+    ``strategy/sequence.py`` attends so.
     """
     token = _documents.set((IN_PARTS, *(spans or ())) if in_parts else spans)
     try:
@@ -121,7 +144,8 @@ def packed_documents(spans: Sequence[Span] | None, *, in_parts: bool = False) ->
 
 @contextlib.contextmanager
 def cached_attention(cache: Any) -> Iterator[None]:
-    """Within it ``cache`` is given every layer's keys and values, and attends where it has those of earlier tokens.
+    """Within it ``cache`` is given every layer's keys and values, and attends where it has those of
+    earlier tokens.
 
     Args:
         cache: ``sampling/cache.py:KVCache``.
@@ -134,20 +158,34 @@ def cached_attention(cache: Any) -> Iterator[None]:
 
 
 def document_mask(*, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """The list of documents, (D, 3) int64 on the CPU; transformers' own mask where there are none, or a window is narrower."""
+    """The list of documents, (D, 3) int64 on the CPU; transformers' own mask where there are
+    none, or a window is narrower.
+    """
     spans = _documents.get()
-    if spans is None or (local_size is not None and max(end - start for _, start, end in spans) > local_size):
-        if spans and spans[0] == IN_PARTS:  # model/families.py:row_sharing_problem looks for it before
-            raise ConfigError(f"the model's attention has a window of {local_size} positions; set strategy.sequence_parallel=1")
+    if spans is None or (
+        local_size is not None and max(end - start for _, start, end in spans) > local_size
+    ):
+        # model/families.py:row_sharing_problem looks for it before
+        if spans and spans[0] == IN_PARTS:
+            raise ConfigError(
+                f"the model's attention has a window of {local_size} positions; set"
+                " strategy.sequence_parallel=1"
+            )
         return sdpa_mask(local_size=local_size, **kwargs)
     return torch.tensor(spans, dtype=torch.long).view(-1, 3)
 
 
 def attention_by_document(
-    module: torch.nn.Module, query_BHLD: torch.Tensor, key_BGLD: torch.Tensor, value_BGLD: torch.Tensor,
-    attention_mask: torch.Tensor | None, **kwargs: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """As transformers' sdpa, (B, L, H, D) and None, where ``attention_mask`` may be a list of documents."""
+    module: torch.nn.Module,
+    query_BHLD: torch.Tensor,
+    key_BGLD: torch.Tensor,
+    value_BGLD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers' sdpa, (B, L, H, D) and None, where ``attention_mask`` may be a list of
+    documents.
+    """
     if (cache := _cache.get()) is not None and hasattr(
         module, "layer_idx"
     ):  # a vision tower's layers have no number, and no cache
@@ -155,22 +193,38 @@ def attention_by_document(
         if attended is not None:
             return attended, None
     if attention_mask is None or attention_mask.dtype != torch.long or attention_mask.dim() != 2:
-        return sdpa_attention_forward(module, query_BHLD, key_BGLD, value_BGLD, attention_mask, **kwargs)
+        return sdpa_attention_forward(
+            module, query_BHLD, key_BGLD, value_BGLD, attention_mask, **kwargs
+        )
     batch, heads, length = query_BHLD.shape[:3]
-    tokens = [t.transpose(1, 2).reshape(batch * length, t.shape[1], -1) for t in (query_BHLD, key_BGLD, value_BGLD)]
+    tokens = [
+        t.transpose(1, 2).reshape(batch * length, t.shape[1], -1)
+        for t in (query_BHLD, key_BGLD, value_BGLD)
+    ]
     found_THD = []
     layout = _find_layout(attention_mask, length, query_BHLD.device)
     for places, kept in layout.groups:
-        inputs = [t.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2) for t in tokens]
-        attended, _ = sdpa_attention_forward(module, inputs[0], inputs[1], inputs[2], None, **{**kwargs, "is_causal": True})
+        inputs = [
+            t.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+            for t in tokens
+        ]
+        attended, _ = sdpa_attention_forward(
+            module, inputs[0], inputs[1], inputs[2], None, **{**kwargs, "is_causal": True}
+        )
         found_THD.append(attended.flatten(0, 1) if kept is None else attended.flatten(0, 1)[kept])
-    out = query_BHLD.new_zeros((batch * length, heads, value_BGLD.shape[-1]))  # padding of the batch belongs to no document
-    return out.index_copy(0, layout.place_T, torch.cat(found_THD)).view(batch, length, heads, -1), None
+    # padding of the batch belongs to no document
+    out = query_BHLD.new_zeros((batch * length, heads, value_BGLD.shape[-1]))
+    return (
+        out.index_copy(0, layout.place_T, torch.cat(found_THD)).view(batch, length, heads, -1),
+        None,
+    )
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where documents lie among all tokens, on the device that attends: for each group (documents, longest), and what is kept of it."""
+    """Where documents lie among all tokens, on the device that attends: for each group
+    (documents, longest), and what is kept of it.
+    """
 
     groups: tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
     place_T: torch.Tensor  # of what all groups keep, one after the other
@@ -178,18 +232,25 @@ class _Layout:
 
 @torch.compiler.disable
 def _find_layout(documents: torch.Tensor, row_length: int, device: torch.device) -> _Layout:
-    return _layout(tuple((row, start, end) for row, start, end in documents.tolist()), row_length, device)
+    return _layout(
+        tuple((row, start, end) for row, start, end in documents.tolist()), row_length, device
+    )
 
 
 @functools.lru_cache(maxsize=4)
 def _layout(spans: tuple[Span, ...], row_length: int, device: torch.device) -> _Layout:
-    """Made once for all layers of a step: each copy to a GPU would wait until that has done all it was given."""
+    """Made once for all layers of a step: each copy to a GPU would wait until that has done all
+    it was given.
+    """
     groups, place_T = [], []
-    with torch.inference_mode(False):  # what an evaluation makes must do for a training step on the same documents
+    # what an evaluation makes must do for a training step on the same documents
+    with torch.inference_mode(False):
         for group in group_by_length(spans):
             places, kept = _places(group, row_length), _kept(group)
             place_T.append(places.flatten()[kept])
-            groups.append((places.to(device), kept.to(device) if len(kept) < places.numel() else None))
+            groups.append(
+                (places.to(device), kept.to(device) if len(kept) < places.numel() else None)
+            )
         return _Layout(tuple(groups), torch.cat(place_T).to(device))
 
 
@@ -209,7 +270,9 @@ def group_by_length(spans: Sequence[Span]) -> list[list[Span]]:
 
 
 def _places(group: Sequence[Span], row_length: int) -> torch.Tensor:
-    """Where the tokens of ``group`` lie among all tokens, (documents, longest); padding repeats a document's last token."""
+    """Where the tokens of ``group`` lie among all tokens, (documents, longest); padding repeats
+    a document's last token.
+    """
     longest = max(end - start for _, start, end in group)
     first = torch.tensor([row * row_length + start for row, start, _ in group])[:, None]
     last = torch.tensor([row * row_length + end - 1 for row, _, end in group])[:, None]

@@ -1,7 +1,7 @@
 """Facts about model families: what their modules are called, and what has been shown about them.
 
-The table holds what cannot be read off a model. Everything else is found by looking: an ``nn.Linear`` below a module whose name
-says attention belongs to the attention family, and so on.
+The table holds what cannot be read off a model. Everything else is found by looking: an
+``nn.Linear`` below a module whose name says attention belongs to the attention family, and so on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from lorakit.model.partition import full_shape
 
 Shape = tuple[int, ...]
 FAMILIES = ("attention", "mlp", "experts", "unembedding", "vision", "merger")
-OF_IMAGES = ("vision", "merger")  # the tower, and what brings its output to the width of the language model
+# the tower, and what brings its output to the width of the language model
+OF_IMAGES = ("vision", "merger")
 _ATTENTION_NAMES = ("attn", "attention")
 _TOWER_NAMES = ("visual", "vision_tower", "vision_model")
 _MERGER_NAMES = ("merger", "deepstack_merger_list", "multi_modal_projector")
@@ -28,7 +29,8 @@ _SKIPPED_NAMES = ("audio_tower",)
 class Target:
     """One matrix, or stack of matrices, that LoRA can adapt.
 
-    ``parameter`` is None for a linear module; else the name of the module's own parameter, (E, out, in) or (out, in).
+    ``parameter`` is None for a linear module; else the name of the module's own parameter, (E, out,
+    in) or (out, in).
     """
 
     family: str
@@ -37,7 +39,8 @@ class Target:
     num_experts: int
     in_features: int
     out_features: int
-    # Of a stack behind the experts interface: which side is the model's hidden width, and how many matrices share it.
+    # Of a stack behind the experts interface: which side is the model's hidden width, and how many
+    # matrices share it.
     outer: Literal["in", "out"] | None = None
     num_matrices: int = 1
 
@@ -50,21 +53,30 @@ class Target:
         return self.num_experts * rank * (self.in_features + self.out_features)
 
     def num_shared_params(self, rank: int) -> int:
-        """The same where the factor on the outer side is one for all experts, and each matrix of the stack has its own pair."""
+        """The same where the factor on the outer side is one for all experts, and each matrix of
+        the stack has its own pair.
+        """
         if self.outer is None:
             return self.num_adapter_params(rank)
-        outer, inner = (self.in_features, self.out_features) if self.outer == "in" else (self.out_features, self.in_features)
+        outer, inner = (
+            (self.in_features, self.out_features)
+            if self.outer == "in"
+            else (self.out_features, self.in_features)
+        )
         return rank * (self.num_matrices * outer + self.num_experts * inner)
 
     def num_expanded_params(self, rank: int) -> int:
-        """Parameters of a shared-outer adapter written as one pair per expert: the matrices' ranks add up."""
+        """Parameters of a shared-outer adapter written as one pair per expert: the matrices'
+        ranks add up.
+        """
         return self.num_matrices * self.num_adapter_params(rank)
 
 
 def find_targets(model: nn.Module) -> list[Target]:
     """Return everything in ``model`` that LoRA can adapt, family by module, in the model's order.
 
-    Routers are listed under the family ``router``, which no setting switches on: only their name does.
+    Routers are listed under the family ``router``, which no setting switches on: only their name
+    does.
     """
     get_head: Any = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head else None
@@ -85,7 +97,11 @@ def find_targets(model: nn.Module) -> list[Target]:
                 outer, num_matrices = _outer_side(module, parameter_name)
                 size = (num_experts, in_features, out_features)
                 targets.append(Target("experts", name, parameter_name, *size, outer, num_matrices))
-            elif len(full_shape(parameter)) == 2 and parameter_name == "weight" and _looks_like_router(name, module):
+            elif (
+                len(full_shape(parameter)) == 2
+                and parameter_name == "weight"
+                and _looks_like_router(name, module)
+            ):
                 out_features, in_features = full_shape(parameter)
                 targets.append(Target("router", name, parameter_name, 1, in_features, out_features))
     return targets
@@ -103,8 +119,10 @@ def _outer_side(module: nn.Module, parameter: str) -> tuple[Literal["in", "out"]
 class ExpertStack:
     """The facts of a module that holds stacked experts behind transformers' experts interface.
 
-    What differs between families (orientation, interleaving, gate, biases, activation) that interface declares on the class
-    itself (`transformers.integrations.moe.use_experts_implementation`); this reads it, under the field's names.
+    What differs between families (orientation, interleaving, gate, biases, activation) that
+    interface declares on the class itself
+    (`transformers.integrations.moe.use_experts_implementation`); this reads it, under the field's
+    names.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -114,17 +132,28 @@ class ExpertStack:
 
     @staticmethod
     def supports(module: nn.Module) -> bool:
-        """Whether ``module`` has that interface, and nothing behind the second product that would need its result."""
-        declared = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated"))
+        """Whether ``module`` has that interface, and nothing behind the second product that
+        would need its result.
+        """
+        declared = all(
+            hasattr(module, name)
+            for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+        )
         if not declared or getattr(module, "has_post_expert_norm", False):
             return False
         stack = ExpertStack(module)
-        return all(isinstance(getattr(module, name, None), nn.Parameter) for name in (stack.first, stack.second))
+        return all(
+            isinstance(getattr(module, name, None), nn.Parameter)
+            for name in (stack.first, stack.second)
+        )
 
     @functools.cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Of both stacks, as they are stored."""
-        return {name: tuple(map(int, full_shape(self.weight(name)))) for name in (self.first, self.second)}
+        return {
+            name: tuple(map(int, full_shape(self.weight(name))))
+            for name in (self.first, self.second)
+        }
 
     @property
     def num_experts(self) -> int:
@@ -148,11 +177,15 @@ class ExpertStack:
         """Both biases, (E, out), or None."""
         if not self.module.has_bias:
             return None, None
-        return getattr(self.module, f"{self.first}_bias"), getattr(self.module, f"{self.second}_bias")
+        return getattr(self.module, f"{self.first}_bias"), getattr(
+            self.module, f"{self.second}_bias"
+        )
 
     def activate(self, hidden: torch.Tensor) -> torch.Tensor:
         """What stands between the two products."""
-        return self.module._apply_gate(hidden) if self.module.has_gate else self.module.act_fn(hidden)
+        return (
+            self.module._apply_gate(hidden) if self.module.has_gate else self.module.act_fn(hidden)
+        )
 
     def parameter_of(self, matrix: str) -> str:
         """The stack that holds a matrix: gate_proj and up_proj share one where there is a gate."""
@@ -178,27 +211,38 @@ class ExpertStack:
     def in_features(self, parameter: str) -> int:
         return self._shapes[parameter][1 if self.module.is_transposed else 2]
 
-    def factor_shapes(self, ranks: dict[str, int], *, shares_outer: bool) -> dict[str, tuple[str, Shape, Shape]]:
+    def factor_shapes(
+        self, ranks: dict[str, int], *, shares_outer: bool
+    ) -> dict[str, tuple[str, Shape, Shape]]:
         """Return matrix -> (its stack, shape of A, shape of B) for the stacks in ``ranks``."""
         num_experts = self.num_experts
         shapes: dict[str, tuple[str, Shape, Shape]] = {}
         for parameter, rank in ranks.items():
             num_in, num_out = self.in_features(parameter), self.out_features(parameter)
             if not shares_outer:
-                shapes[parameter] = (parameter, (num_experts, rank, num_in), (num_experts, num_out, rank))
+                shapes[parameter] = (
+                    parameter,
+                    (num_experts, rank, num_in),
+                    (num_experts, num_out, rank),
+                )
             elif parameter == self.second:
                 shapes[parameter] = (parameter, (num_experts, rank, num_in), (1, num_out, rank))
             else:
                 matrices = ("gate_proj", "up_proj") if self.module.has_gate else ("up_proj",)
                 for matrix in matrices:
-                    shapes[matrix] = (parameter, (1, rank, num_in), (num_experts, num_out // len(matrices), rank))
+                    shapes[matrix] = (
+                        parameter,
+                        (1, rank, num_in),
+                        (num_experts, num_out // len(matrices), rank),
+                    )
         return shapes
 
 
 def packing_is_doubtful(config: Any) -> str | None:
     """Return why documents packed into one row of this model may leak into one another, or None.
 
-    Layers with recurrent or linear attention carry a state over the boundary; full and sliding attention do not.
+    Layers with recurrent or linear attention carry a state over the boundary; full and sliding
+    attention do not.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = set(getattr(text, "layer_types", None) or ())
@@ -206,7 +250,8 @@ def packing_is_doubtful(config: Any) -> str | None:
     if strange:
         return f"{text.model_type} has layers of type {', '.join(sorted(strange))}"
     if any(word in str(text.model_type).lower() for word in ("bloom", "mpt", "opt", "gpt_oss")):
-        return f"{text.model_type} does not isolate documents by their positions"  # measured: leaks of 0.93 to 1.0
+        # measured: leaks of 0.93 to 1.0
+        return f"{text.model_type} does not isolate documents by their positions"
     recurrent = ("mamba", "rwkv", "recurrent", "ssm", "xlstm", "jamba", "zamba", "bamba")
     if any(word in str(text.model_type).lower() for word in recurrent):
         return f"{text.model_type} is recurrent"
@@ -214,9 +259,11 @@ def packing_is_doubtful(config: Any) -> str | None:
 
 
 def row_sharing_problem(config: Any, parts: int, max_tokens: int | None = None) -> str | None:
-    """Return why ``parts`` processes cannot share rows of this model, of at most ``max_tokens``, or None.
+    """Return why ``parts`` processes cannot share rows of this model, of at most ``max_tokens``, or
+    None.
 
-    What depends on the length of what is here, and not on positions, would be computed from the length of a part.
+    What depends on the length of what is here, and not on positions, would be computed from the
+    length of a part.
     """
     text = config.get_text_config()
     if text.num_attention_heads % parts:
@@ -227,7 +274,9 @@ def row_sharing_problem(config: Any, parts: int, max_tokens: int | None = None) 
         return f"its rotary positions ({', '.join(moving)}) change with the length of a row"
     if getattr(text, "attn_temperature_tuning", False):
         return "its attention is scaled by the place in a row"
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    window = (
+        getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    )
     window = window or getattr(text, "attention_chunk_size", None)
     if window and (max_tokens is None or window < max_tokens):
         return f"its attention has a window of {window} positions, and rows are longer"
@@ -235,25 +284,36 @@ def row_sharing_problem(config: Any, parts: int, max_tokens: int | None = None) 
 
 
 def _moving_ropes(text: Any) -> list[dict[str, Any]]:
-    """Settings of rotary positions that change, for all positions, with the length of the longest row of a pass."""
+    """Settings of rotary positions that change, for all positions, with the length of the
+    longest row of a pass.
+    """
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     entries = [entry for entry in (rope, *rope.values()) if isinstance(entry, dict)]
-    return [entry for entry in entries if str(entry.get("rope_type", entry.get("type"))) in ("dynamic", "longrope")]
+    return [
+        entry
+        for entry in entries
+        if str(entry.get("rope_type", entry.get("type"))) in ("dynamic", "longrope")
+    ]
 
 
 def steady_positions(text: Any) -> int | None:
-    """Return how many positions rows may have without changing one another's rotary positions; None for any number."""
+    """Return how many positions rows may have without changing one another's rotary positions;
+    None for any number.
+    """
     limits = [
-        entry.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        entry.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
         or text.max_position_embeddings
         for entry in _moving_ropes(text)
-    ]  # fmt: skip
+    ]
     return min(limits, default=None)
 
 
 def router_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The routers of ``model``'s mixtures of experts, in order."""
-    return [(name, module) for name, module in model.named_modules() if _looks_like_router(name, module)]
+    return [
+        (name, module) for name, module in model.named_modules() if _looks_like_router(name, module)
+    ]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -268,7 +328,9 @@ def _features(module: nn.Module) -> tuple[int, int]:
 
 
 def _holds_experts(name: str, module: nn.Module) -> bool:
-    """Whether a module's own 3-D parameters are stacks of experts, and not a convolution's kernel, say."""
+    """Whether a module's own 3-D parameters are stacks of experts, and not a convolution's
+    kernel, say.
+    """
     return "experts" in name.rsplit(".", 1)[-1] or "expert" in type(module).__name__.lower()
 
 

@@ -15,39 +15,58 @@ from lorakit.errors import ConfigError
 from lorakit.hub import cached_model, explain_hub_error, find_hub_problem
 from lorakit.model import tokens
 
-BUNDLED = {"tiny": Path(__file__).parent / "tiny" / "text", "tiny-vl": Path(__file__).parent / "tiny" / "vl"}
+BUNDLED = {
+    "tiny": Path(__file__).parent / "tiny" / "text",
+    "tiny-vl": Path(__file__).parent / "tiny" / "vl",
+}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def resolve_model_path(path: str, revision: str | None = None) -> str:
-    """Return the folder of a bundled model, an existing folder, or ``path`` itself as a name of the hub.
+    """Return the folder of a bundled model, an existing folder, or ``path`` itself as a name of the
+    hub.
 
     Raises:
-        ConfigError: ``path`` looks like a folder and there is none, the folder holds no model, or is given a ``revision``.
+        ConfigError: ``path`` looks like a folder and there is none, the folder holds no model, or
+            is given a ``revision``.
     """
     if revision and (path in BUNDLED or Path(path).expanduser().is_dir()):
-        raise ConfigError(f"model.revision={revision} has no effect: model.path={path} is not a model of the hub")
+        raise ConfigError(
+            f"model.revision={revision} has no effect: model.path={path} is not a model of the hub"
+        )
     if path in BUNDLED:
         return str(BUNDLED[path])
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-            raise ConfigError(f"model.path={path}: this folder holds no config.json, so it is not a model in the hub's layout")
+        if (
+            not (folder / "config.json").is_file()
+            and not (folder / "adapter_config.json").is_file()
+        ):
+            raise ConfigError(
+                f"model.path={path}: this folder holds no config.json, so it is not a model in the"
+                " hub's layout"
+            )
         if (folder / "adapter_config.json").is_file():
             raise ConfigError(
-                f"model.path={path}: this folder holds an adapter; give its base, and the adapter as lora.init_from"
+                f"model.path={path}: this folder holds an adapter; give its base, and the adapter"
+                " as lora.init_from"
             )
         return str(folder)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
-        raise ConfigError(f"model.path={path}: no such folder (bundled models: {', '.join(BUNDLED)})")
+        raise ConfigError(
+            f"model.path={path}: no such folder (bundled models: {', '.join(BUNDLED)})"
+        )
     if (problem := find_hub_problem()) is None:
         return path
     if (cached := cached_model(path, revision)) is None:
-        at, option = (f" (revision {revision})", f" --revision {revision}") if revision else ("", "")
+        at, option = (
+            (f" (revision {revision})", f" --revision {revision}") if revision else ("", "")
+        )
         raise ConfigError(
-            f"model.path={path}: no such folder (bundled models: {', '.join(BUNDLED)}), and not in the hub's cache{at}; {problem}. "
-            f"Give the folder of a model, or download it where there is a network: `hf download {path}{option}`"
+            f"model.path={path}: no such folder (bundled models: {', '.join(BUNDLED)}), and not in"
+            f" the hub's cache{at}; {problem}. Give the folder of a model, or download it where"
+            f" there is a network: `hf download {path}{option}`"
         )
     return cached
 
@@ -58,12 +77,18 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
 
     with _explained(path):
         return AutoConfig.from_pretrained(
-            resolve_model_path(path, revision), revision=revision, trust_remote_code=trust_remote_code
+            resolve_model_path(path, revision),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
         )
 
 
 def load_tokenizer(
-    path: str, *, revision: str | None = None, trust_remote_code: bool = False, add_tokens: Sequence[str] | None = None
+    path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    add_tokens: Sequence[str] | None = None,
 ) -> Any:
     """Return the model's tokenizer, with the new tokens ``add_tokens``."""
     tokenizer = _load_tokenizer(path, revision, trust_remote_code)
@@ -73,7 +98,11 @@ def load_tokenizer(
 
 
 def pieces_of(
-    path: str, add_tokens: Sequence[str], *, revision: str | None = None, trust_remote_code: bool = False
+    path: str,
+    add_tokens: Sequence[str],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[int, list[int]]:
     """Return, by the id of each new token, the tokens of which its text was made before."""
     return tokens.add_tokens(_load_tokenizer(path, revision, trust_remote_code), add_tokens)
@@ -85,25 +114,41 @@ def _load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) ->
     folder = Path(resolve_model_path(path, revision))
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ConfigError(
-            f"model.path={path}: no tokenizer in this folder ({', '.join(_TOKENIZER_FILES)}); copy the model's there"
+            f"model.path={path}: no tokenizer in this folder ({', '.join(_TOKENIZER_FILES)}); copy"
+            " the model's there"
         )
     with _explained(path):
-        return AutoTokenizer.from_pretrained(str(folder), revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            str(folder), revision=revision, trust_remote_code=trust_remote_code
+        )
 
 
-def load_image_processor(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Return the model's image processor, None for a model of text. It computes with PIL, the same on every machine.
+def load_image_processor(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Return the model's image processor, None for a model of text. It computes with PIL, the same
+    on every machine.
 
     Raises:
         ConfigError: the model takes images, and its folder has no settings for them.
     """
     from transformers import AutoImageProcessor
 
-    if getattr(load_config(path, revision=revision, trust_remote_code=trust_remote_code), "vision_config", None) is None:
+    if (
+        getattr(
+            load_config(path, revision=revision, trust_remote_code=trust_remote_code),
+            "vision_config",
+            None,
+        )
+        is None
+    ):
         return None
     with _explained(path):
         return AutoImageProcessor.from_pretrained(
-            resolve_model_path(path, revision), revision=revision, trust_remote_code=trust_remote_code, backend="pil"
+            resolve_model_path(path, revision),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            backend="pil",
         )
 
 
@@ -121,8 +166,8 @@ def load_model(
 
     Args:
         add_tokens: new tokens, for which it gets rows; see ``model/tokens.py``.
-        attention: transformers' name of an implementation; auto is sdpa, or eager for the families that sdpa cannot compute (Gemma 2's
-            soft-capping, gpt-oss's sinks).
+        attention: transformers' name of an implementation; auto is sdpa, or eager for the families
+            that sdpa cannot compute (Gemma 2's soft-capping, gpt-oss's sinks).
     """
     import torch
 
@@ -140,14 +185,17 @@ def load_model(
             dtype=getattr(torch, dtype),
             attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=trust_remote_code,
-            device_map=None if is_partitioned else device,  # DeepSpeed itself puts the parts where they belong
+            # DeepSpeed itself puts the parts where they belong
+            device_map=None if is_partitioned else device,
             output_loading_info=True,
         )
-    lost = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info.get(kind, ()))
+    lost = sorted(
+        str(key) for kind in ("missing_keys", "mismatched_keys") for key in info.get(kind, ())
+    )
     if lost:
         raise ConfigError(
-            f"model.path={path}: {len(lost)} tensors are not in its files, or in another shape, and would be random: "
-            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}"
+            f"model.path={path}: {len(lost)} tensors are not in its files, or in another shape, and"
+            f" would be random: {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}"
         )
     if is_partitioned:
         _check_kept_in_float32(model, path, dtype)
@@ -158,7 +206,9 @@ def load_model(
 
 
 def _prepare_partitions(dtype: str) -> bool:
-    """Whether ZeRO-3 partitions what is loaded. It makes every tensor in the number format of its own config, which is told it here."""
+    """Whether ZeRO-3 partitions what is loaded. It makes every tensor in the number format of
+    its own config, which is told it here.
+    """
     from transformers.integrations import deepspeed
 
     if not deepspeed.is_deepspeed_zero3_enabled():
@@ -169,10 +219,12 @@ def _prepare_partitions(dtype: str) -> bool:
 
 
 def check_experts_as_on_the_hub(path: str, config: Any, folder: Path) -> None:
-    """transformers under ZeRO-3 turns the experts of Qwen3-VL-MoE round, whatever way a file has them.
+    """transformers under ZeRO-3 turns the experts of Qwen3-VL-MoE round, whatever way a file has
+    them.
 
     Raises:
-        ConfigError: a file has them as the model holds them, (E, 2I, H), and not as the hub does, (E, H, 2I).
+        ConfigError: a file has them as the model holds them, (E, 2I, H), and not as the hub does,
+            (E, H, 2I).
     """
     from safetensors import safe_open
 
@@ -182,30 +234,39 @@ def check_experts_as_on_the_hub(path: str, config: Any, folder: Path) -> None:
     as_held = [text.num_experts, 2 * text.moe_intermediate_size, text.hidden_size]
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
-            names = [name for name in list(opened.keys()) if name.endswith(".mlp.experts.gate_up_proj")]
+            names = [
+                name for name in list(opened.keys()) if name.endswith(".mlp.experts.gate_up_proj")
+            ]
             if names and list(opened.get_slice(names[0]).get_shape()) == as_held:
                 raise ConfigError(
-                    f"model.path={path}: {file.name} has {names[0]} as {tuple(as_held)}, as save_pretrained writes it; ZeRO-3 reads "
-                    "such experts only as the hub has them, (E, H, 2I). Set strategy=zero2, or write the files again with "
-                    "`lorakit merge`, which does as the hub"
+                    f"model.path={path}: {file.name} has {names[0]} as {tuple(as_held)}, as"
+                    " save_pretrained writes it; ZeRO-3 reads such experts only as the hub has"
+                    " them, (E, H, 2I). Set strategy=zero2, or write the files again with `lorakit"
+                    " merge`, which does as the hub"
                 )
 
 
 def _check_kept_in_float32(model: Any, path: str, dtype: str) -> None:
-    """DeepSpeed rounds tensors that transformers holds in float32 whatever the model's number format, some versions and some tensors.
+    """DeepSpeed rounds tensors that transformers holds in float32 whatever the model's number
+    format, some versions and some tensors.
 
     Raises:
         ConfigError: it has.
     """
-    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in model._keep_in_fp32_modules_strict or ()]
+    patterns = [
+        re.compile(pattern.replace("*", ".*"))
+        for pattern in model._keep_in_fp32_modules_strict or ()
+    ]
     held = [] if dtype == "float32" else [*model.named_parameters(), *model.named_buffers()]
     rounded = [
-        name for name, tensor in held if tensor.dtype.itemsize == 2 and any(pattern.search(name) for pattern in patterns)
+        name
+        for name, tensor in held
+        if tensor.dtype.itemsize == 2 and any(pattern.search(name) for pattern in patterns)
     ]
     if rounded:
         raise ConfigError(
-            f"model.path={path}: ZeRO-3 would round {rounded[0]} to {dtype}, which this model needs in float32; "
-            "set strategy=zero2, or model.dtype=float32"
+            f"model.path={path}: ZeRO-3 would round {rounded[0]} to {dtype}, which this model needs"
+            " in float32; set strategy=zero2, or model.dtype=float32"
         )
 
 
@@ -214,18 +275,29 @@ def model_class(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     is_causal = type(config) in AutoModelForCausalLM._model_mapping
-    return AutoModelForCausalLM if is_causal or hasattr(config, "auto_map") else AutoModelForImageTextToText
+    return (
+        AutoModelForCausalLM
+        if is_causal or hasattr(config, "auto_map")
+        else AutoModelForImageTextToText
+    )
 
 
 def load_skeleton(
-    path: str, *, revision: str | None = None, trust_remote_code: bool = False, add_tokens: Sequence[str] | None = None
+    path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    add_tokens: Sequence[str] | None = None,
 ) -> Any:
     """Return the model on the meta device, from its config alone: every shape, no weight."""
     config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
     with _explained(path):
         skeleton = skeleton_of(config, trust_remote_code=trust_remote_code)
     if add_tokens:
-        tokens.make_rows(skeleton, pieces_of(path, add_tokens, revision=revision, trust_remote_code=trust_remote_code))
+        tokens.make_rows(
+            skeleton,
+            pieces_of(path, add_tokens, revision=revision, trust_remote_code=trust_remote_code),
+        )
     return skeleton
 
 
@@ -240,14 +312,24 @@ def skeleton_of(config: Any, *, trust_remote_code: bool = False) -> Any:
 
 
 def base_name(path: str) -> str:
-    """What adapters and reports call the model: the bundled name, the hub name, or the absolute folder."""
-    return str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() and path not in BUNDLED else path
+    """What adapters and reports call the model: the bundled name, the hub name, or the absolute
+    folder.
+    """
+    return (
+        str(Path(path).expanduser().resolve())
+        if Path(path).expanduser().is_dir() and path not in BUNDLED
+        else path
+    )
 
 
 def needed_files(path: str, revision: str | None = None) -> dict[str, int]:
     """Bytes of each weight file of a model on disk; empty for one of the hub that is not here."""
     folder = Path(resolve_model_path(path, revision))
-    return {file.name: file.stat().st_size for file in folder.glob("*.safetensors")} if folder.is_dir() else {}
+    return (
+        {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
+        if folder.is_dir()
+        else {}
+    )
 
 
 @contextlib.contextmanager
@@ -279,11 +361,18 @@ def _explained(path: str) -> Iterator[None]:
         if not Path(path).expanduser().is_dir() and path not in BUNDLED:
             offline = os.environ.get("HF_HUB_OFFLINE") == "1"
             remedy = (
-                "\nHF_HUB_OFFLINE=1 is set, so nothing is downloaded." if offline
-                else f"\nCheck the name and the network; for a gated model log in with `hf auth login`, then `hf download {path}`."
-            )  # fmt: skip
+                "\nHF_HUB_OFFLINE=1 is set, so nothing is downloaded."
+                if offline
+                else (
+                    "\nCheck the name and the network; for a gated model log in with `hf auth"
+                    f" login`, then `hf download {path}`."
+                )
+            )
         elif "trust_remote_code" in str(error):
-            remedy = "\nThe model brings its own code. If you trust it, set model.trust_remote_code=true."
+            remedy = (
+                "\nThe model brings its own code. If you trust it, set"
+                " model.trust_remote_code=true."
+            )
         raise ConfigError(f"model.path={path}: cannot be loaded: {reason}{remedy}") from error
 
 

@@ -1,6 +1,8 @@
-"""Tensors that are not all here: parameters that ZeRO-3 has partitioned over the processes, and shapes without values.
+"""Tensors that are not all here: parameters that ZeRO-3 has partitioned over the processes, and
+shapes without values.
 
-DeepSpeed gathers a module's own parameters around its forward and backward. What is read elsewhere is gathered here.
+DeepSpeed gathers a module's own parameters around its forward and backward. What is read elsewhere
+is gathered here.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ def full_shape(parameter: torch.Tensor) -> torch.Size:
 
 @contextlib.contextmanager
 def whole(parameters: Iterable[torch.Tensor], *, changes: bool = False) -> Iterator[bool]:
-    """Hold ``parameters`` whole inside the block; yield whether they are gathered for it, and gone behind it.
+    """Hold ``parameters`` whole inside the block; yield whether they are gathered for it, and gone
+    behind it.
 
-    All processes must enter together. ``changes``: what the first process has written into them is in force behind the block.
+    All processes must enter together. ``changes``: what the first process has written into them is
+    in force behind the block.
     """
     parts: list[Any] = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not parts:

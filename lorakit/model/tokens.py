@@ -12,7 +12,8 @@ from lorakit.model.partition import full_shape, whole
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> dict[int, list[int]]:
-    """Add ``tokens`` to ``tokenizer`` and return, by the id of each, the tokens that its text was made of before.
+    """Add ``tokens`` to ``tokenizer`` and return, by the id of each, the tokens that its text was
+    made of before.
 
     They are found wherever their text stands, and are no special tokens: decoding shows them.
 
@@ -21,10 +22,20 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> dict[int, list[int]]:
     """
     from transformers import AddedToken
 
-    problems = [f"{token!r} is no text" for token in tokens if not isinstance(token, str) or not token.strip()]
-    problems += [f"{token!r} stands there twice" for number, token in enumerate(tokens) if token in tokens[:number]]
+    problems = [
+        f"{token!r} is no text"
+        for token in tokens
+        if not isinstance(token, str) or not token.strip()
+    ]
+    problems += [
+        f"{token!r} stands there twice"
+        for number, token in enumerate(tokens)
+        if token in tokens[:number]
+    ]
     vocabulary = tokenizer.get_vocab()
-    problems += [f"{token!r} is a token of this model already" for token in tokens if token in vocabulary]
+    problems += [
+        f"{token!r} is a token of this model already" for token in tokens if token in vocabulary
+    ]
     if problems:
         raise ConfigError(report("model.add_tokens:", problems))
     pieces = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens]
@@ -34,17 +45,24 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> dict[int, list[int]]:
 
 @torch.no_grad()
 def make_rows(model: Any, pieces: Mapping[int, Sequence[int]]) -> None:
-    """Give the tokens that are the keys of ``pieces`` rows in the embedding and the unembedding of ``model``.
+    """Give the tokens that are the keys of ``pieces`` rows in the embedding and the unembedding of
+    ``model``.
 
-    Each begins as the mean of the rows that its text was made of before, so that the model reads nearly what it did, the same
-    on every machine. Matrices grow where they have no rows to spare.
+    Each begins as the mean of the rows that its text was made of before, so that the model reads
+    nearly what it did, the same on every machine. Matrices grow where they have no rows to spare.
     """
     num_rows = max(pieces) + 1
-    if full_shape(dict(model.get_input_embeddings().named_parameters(recurse=False))["weight"])[0] < num_rows:
+    if (
+        full_shape(dict(model.get_input_embeddings().named_parameters(recurse=False))["weight"])[0]
+        < num_rows
+    ):
         model.resize_token_embeddings(num_rows, mean_resizing=False)
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = {
-        id(w): w for module in modules if module is not None for w in [dict(module.named_parameters(recurse=False))["weight"]]
+        id(w): w
+        for module in modules
+        if module is not None
+        for w in [dict(module.named_parameters(recurse=False))["weight"]]
     }
     with whole(weights.values(), changes=True):
         for weight in weights.values():

@@ -13,8 +13,9 @@ from lorakit.planner.trace import StepTrace
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 WARN_SHARE, REFUSE_SHARE = 0.9, 1.1
-# oneDNN keeps the code it makes for each shape of a 16-bit product, and experts have a new number of rows in every step. Measured on
-# two cores with AVX512-BF16 and torch 2.13: 0.3 to 0.66 GB once the first steps are through, whatever the model's size.
+# oneDNN keeps the code it makes for each shape of a 16-bit product, and experts have a new number
+# of rows in every step. Measured on two cores with AVX512-BF16 and torch 2.13: 0.3 to 0.66 GB once
+# the first steps are through, whatever the model's size.
 ONEDNN_BYTES = 660_000_000
 
 
@@ -38,7 +39,8 @@ class Memory:
 class Settings:
     """What, apart from the step, decides how much a process holds."""
 
-    accumulates: bool  # several micro-batches in a step, so that gradients are there before a backward pass
+    # several micro-batches in a step, so that gradients are there before a backward pass
+    accumulates: bool
     is_cuda: bool
     bucket_elements: int = 50_000_000
     live_elements: int = 100_000_000
@@ -48,12 +50,14 @@ class Settings:
 def memory_of(strategy: str, num_processes: int, trace: StepTrace, settings: Settings) -> Memory:
     """Return what each of ``num_processes`` holds under ``strategy``, one of ``STRATEGIES``.
 
-    ZeRO as DeepSpeed does it (arXiv 1910.02054, section 5), for a trained adapter in float32: a process keeps a part of a second copy
-    of the adapter, which the optimiser steps, and a bucket in which gradients travel.
+    ZeRO as DeepSpeed does it (arXiv 1910.02054, section 5), for a trained adapter in float32: a
+    process keeps a part of a second copy of the adapter, which the optimiser steps, and a bucket in
+    which gradients travel.
     """
     share = 1 / num_processes
     gradients = trace.adapter if settings.accumulates or strategy != "single" else trace.gradients
-    in_step = trace.adapter + trace.step - gradients - trace.head  # where the optimiser's step holds more than the backward
+    # where the optimiser's step holds more than the backward
+    in_step = trace.adapter + trace.step - gradients - trace.head
     activations = max(trace.activations, in_step)
     buffers = ONEDNN_BYTES if settings.keeps_products else 0
     weights, optimizer = trace.weights + trace.adapter, trace.optimizer
@@ -66,7 +70,9 @@ def memory_of(strategy: str, num_processes: int, trace: StepTrace, settings: Set
         gradients = trace.adapter if strategy == "zero1" else round(trace.adapter * share)
     if strategy.startswith("zero3"):
         bytes_each = trace.weights / max(1, trace.num_base_params)
-        gathered = trace.largest_layer + round(bytes_each * (settings.live_elements + settings.bucket_elements))
+        gathered = trace.largest_layer + round(
+            bytes_each * (settings.live_elements + settings.bucket_elements)
+        )
         buffers += min(trace.weights, gathered)
         weights = round((trace.weights + trace.adapter) * share)
         if strategy == "zero3_offload" and settings.is_cuda:
@@ -75,7 +81,9 @@ def memory_of(strategy: str, num_processes: int, trace: StepTrace, settings: Set
 
 
 def memory_there(accelerator: str, num_local: int = 1) -> int:
-    """Return the bytes that a process of this machine may have: of its current GPU, or its share of the host's that is free."""
+    """Return the bytes that a process of this machine may have: of its current GPU, or its share
+    of the host's that is free.
+    """
     if accelerator == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved()
@@ -85,7 +93,10 @@ def memory_there(accelerator: str, num_local: int = 1) -> int:
 def _left_in_cgroup() -> int:
     """What a container may still take; more than any machine has where nothing limits it."""
     folder, found = Path("/sys/fs/cgroup"), []
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         try:
             found.append(int((folder / limit).read_text()) - int((folder / used).read_text()))
         except (OSError, ValueError):  # absent, or "max"
@@ -93,10 +104,14 @@ def _left_in_cgroup() -> int:
     return min(found, default=1 << 62)
 
 
-def rough_bound(skeleton: Any, num_params: int, *, num_tokens: int, num_positions: int, bytes_each: int) -> int:
-    """Return a number of bytes that a step surely stays below, of a model on the meta device. It takes no time, and is far off.
+def rough_bound(
+    skeleton: Any, num_params: int, *, num_tokens: int, num_positions: int, bytes_each: int
+) -> int:
+    """Return a number of bytes that a step surely stays below, of a model on the meta device. It
+    takes no time, and is far off.
 
-    Of every matrix it counts what goes in and comes out eight times over, in float32; of attention all pairs of positions.
+    Of every matrix it counts what goes in and comes out eight times over, in float32; of attention
+    all pairs of positions.
     """
     config = skeleton.config.get_text_config()
     top_k = max(1, int(getattr(config, "num_experts_per_tok", None) or 1))
@@ -104,5 +119,9 @@ def rough_bound(skeleton: Any, num_params: int, *, num_tokens: int, num_position
     for parameter in skeleton.parameters():
         num_base += parameter.numel()
         width += sum(parameter.shape[-2:]) * (top_k if parameter.dim() == 3 else 1)
-    pairs = int(getattr(config, "num_hidden_layers", 1)) * int(getattr(config, "num_attention_heads", 1)) * num_positions
+    pairs = (
+        int(getattr(config, "num_hidden_layers", 1))
+        * int(getattr(config, "num_attention_heads", 1))
+        * num_positions
+    )
     return num_base * bytes_each + 20 * num_params + num_tokens * 4 * (8 * width + 4 * pairs)

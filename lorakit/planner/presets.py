@@ -1,4 +1,6 @@
-"""Configs of the models that lorakit names, for plans where the hub is out of reach. Published with the models, under Apache 2.0."""
+"""Configs of the models that lorakit names, for plans where the hub is out of reach. Published
+with the models, under Apache 2.0.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,14 @@ _NAMES = {"Qwen/Qwen3-30B-A3B": "qwen3_30b_a3b", "Qwen/Qwen3-VL-30B-A3B": "qwen3
 
 
 def preset_config(path: str) -> Any | None:
-    """Return the transformers config of the named model (``Qwen/Qwen3-30B-A3B``, or with a suffix like ``-Instruct-2507``), or None."""
+    """Return the transformers config of the named model (``Qwen/Qwen3-30B-A3B``, or with a
+    suffix like ``-Instruct-2507``), or None.
+    """
     from transformers import AutoConfig
 
-    name = next((file for stem, file in _NAMES.items() if path == stem or path.startswith(f"{stem}-")), None)
+    name = next(
+        (file for stem, file in _NAMES.items() if path == stem or path.startswith(f"{stem}-")), None
+    )
     if name is None:
         return None
     settings = json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))

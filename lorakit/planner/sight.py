@@ -1,7 +1,9 @@
-"""Images in a step without values: which positions they take, and how large each is, must be known without reading a tensor.
+"""Images in a step without values: which positions they take, and how large each is, must be known
+without reading a tensor.
 
-transformers' towers compute what depends on sizes in a few functions that take their answer as an argument where it is given
-(`transformers.vision_utils`); the sizes themselves are given as NumPy arrays, which have values.
+transformers' towers compute what depends on sizes in a few functions that take their answer as an
+argument where it is given (`transformers.vision_utils`); the sizes themselves are given as NumPy
+arrays, which have values.
 """
 
 from __future__ import annotations
@@ -32,11 +34,15 @@ class RowSizes:
     count: int | None = None  # of examples, where that is known
 
     def images_in(self, num_rows: int, num_positions: int) -> tuple[int, ...]:
-        """Return the positions of each image of a micro-batch that has as much to see as there can be."""
+        """Return the positions of each image of a micro-batch that has as much to see as there
+        can be.
+        """
         if not self.largest_image:
             return ()
         each = min(self.largest_image, num_positions)
-        whole, rest = divmod(max(each, min(num_positions, math.ceil(self.image_share * num_positions))), each)
+        whole, rest = divmod(
+            max(each, min(num_positions, math.ceil(self.image_share * num_positions))), each
+        )
         return (*(each,) * whole, *((rest,) if rest else ())) * num_rows
 
 
@@ -44,7 +50,9 @@ _NO_CHECK = "TRANSFORMERS_DISABLE_TORCH_CHECK"  # of the number of placeholders,
 
 
 def images_without_values(vision_config: Any, image_tokens: tuple[int, ...]) -> Images:
-    """Return images of so many tokens, strips one token high; call it where tensors have no values."""
+    """Return images of so many tokens, strips one token high; call it where tensors have no
+    values.
+    """
     merge = vision_config.spatial_merge_size
     channels = getattr(vision_config, "in_channels", None) or vision_config.in_chans
     width = channels * vision_config.temporal_patch_size * vision_config.patch_size**2
@@ -60,15 +68,19 @@ def sizes_known(model: Any, mode: Any) -> Iterator[None]:
         yield
         return
 
-    def add_sizes(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def add_sizes(
+        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         grids = kwargs["grid_thw"]
         ends = np.cumsum(np.prod(grids, axis=1))
         num_patches = int(ends[-1])
         with mode:
             given = {
-                "cu_seqlens": np.concatenate([[0], ends]), "position_ids": torch.zeros(num_patches, 2, dtype=torch.long),
-                "interp_indices": torch.zeros(num_patches, 4, dtype=torch.long), "interp_weights": torch.zeros(num_patches, 4),
-            }  # fmt: skip
+                "cu_seqlens": np.concatenate([[0], ends]),
+                "position_ids": torch.zeros(num_patches, 2, dtype=torch.long),
+                "interp_indices": torch.zeros(num_patches, 4, dtype=torch.long),
+                "interp_weights": torch.zeros(num_patches, 4),
+            }
         return args, kwargs | given
 
     before = os.environ.get(_NO_CHECK)
@@ -82,8 +94,15 @@ def sizes_known(model: Any, mode: Any) -> Iterator[None]:
 
 
 def pick_of_images(func: Any, args: tuple[Any, ...], num_positions: int) -> torch.Tensor | None:
-    """What indexing by the mask of the images' positions gives, of which ``num_positions`` are True; None for anything else."""
-    if func not in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default):
+    """What indexing by the mask of the images' positions gives, of which ``num_positions`` are
+    True; None for anything else.
+    """
+    if func not in (
+        aten.index.Tensor,
+        aten.index_put_.default,
+        aten.index_put.default,
+        aten._index_put_impl_.default,
+    ):
         return None
     tensor: torch.Tensor = args[0]
     indices = args[1]

@@ -1,11 +1,13 @@
-"""One optimiser step of a model without values: what it would hold at its peak, and the products it would compute.
+"""One optimiser step of a model without values: what it would hold at its peak, and the products it
+would compute.
 
-The step that trains (the model with its adapters, ``training/step.py``, the optimiser) runs on tensors that have shape, dtype and
-device and no memory (`torch._subclasses.FakeTensorMode`), while every tensor that comes and goes is counted. So there is no formula
-for activations that a new family of models, a setting or a change of our own code could make wrong.
+The step that trains (the model with its adapters, ``training/step.py``, the optimiser) runs on
+tensors that have shape, dtype and device and no memory (`torch._subclasses.FakeTensorMode`), while
+every tensor that comes and goes is counted. So there is no formula for activations that a new
+family of models, a setting or a change of our own code could make wrong.
 
-What has no values cannot say which expert a token goes to (`lora/grouped.py` then shares them out evenly). A model whose step
-depends on values in another way cannot be traced, and is said so.
+What has no values cannot say which expert a token goes to (`lora/grouped.py` then shares them out
+evenly). A model whose step depends on values in another way cannot be traced, and is said so.
 """
 
 from __future__ import annotations
@@ -18,7 +20,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -50,8 +56,9 @@ _ATTENTION = "attention_of_a_plan"
 class StepTrace:
     """Bytes in one process that holds the whole model, at the step's peak; and multiplications.
 
-    ``activations`` and ``head`` are what forward and backward hold at their peak, split by whether the unembedding and the loss made
-    it, ``gradients`` those of the adapter that are there at that moment.
+    ``activations`` and ``head`` are what forward and backward hold at their peak, split by whether
+    the unembedding and the loss made it, ``gradients`` those of the adapter that are there at that
+    moment.
     """
 
     weights: int  # the frozen base, buffers too
@@ -63,14 +70,17 @@ class StepTrace:
     step: int  # more than that is held for a moment inside of the optimiser's step
     num_params: int  # trainable
     num_base_params: int
-    largest_layer: int  # bytes of the frozen weights of the module that has most of its own, or of an expert module
+    # bytes of the frozen weights of the module that has most of its own, or of an expert module
+    largest_layer: int
     num_flops: int  # of forward and backward, a multiplication and an addition being two
     num_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """What a step is made of, apart from the model: micro-batch, number formats, what is computed again."""
+    """What a step is made of, apart from the model: micro-batch, number formats, what is
+    computed again.
+    """
 
     num_rows: int
     num_positions: int  # in each process
@@ -79,14 +89,19 @@ class StepShape:
     device: str  # cpu or cuda
     checkpointing: bool = False
     attention: str = "auto"
-    parts: int = 1  # processes that share each row: each attends over whole rows, with so many heads less
+    # processes that share each row: each attends over whole rows, with so many heads less
+    parts: int = 1
     image_tokens: tuple[int, ...] = ()  # positions of each image, of all rows
 
 
 def trace_step(
-    skeleton: Any, spec: LoRASpec, shape: StepShape, make_optimizer: Callable[..., torch.optim.Optimizer]
+    skeleton: Any,
+    spec: LoRASpec,
+    shape: StepShape,
+    make_optimizer: Callable[..., torch.optim.Optimizer],
 ) -> StepTrace:
-    """Return what a step of ``skeleton``, a model on the meta device, holds and computes. The skeleton stays as it is.
+    """Return what a step of ``skeleton``, a model on the meta device, holds and computes. The
+    skeleton stays as it is.
 
     Raises:
         ConfigError: what the model computes depends on values in a way that no plan can know.
@@ -111,8 +126,12 @@ def trace_forward(skeleton: Any, spec: LoRASpec, shape: StepShape) -> int:
 
 
 @contextlib.contextmanager
-def _tracing(skeleton: Any, spec: LoRASpec, shape: StepShape) -> Iterator[tuple[Any, _Ledger, Batch]]:
-    """A copy of ``skeleton`` with its adapters that runs without values, the ledger that holds it, a batch. Raises ConfigError."""
+def _tracing(
+    skeleton: Any, spec: LoRASpec, shape: StepShape
+) -> Iterator[tuple[Any, _Ledger, Batch]]:
+    """A copy of ``skeleton`` with its adapters that runs without values, the ledger that holds
+    it, a batch. Raises ConfigError.
+    """
     model = inject(_with_causal_attention(copy.deepcopy(skeleton), shape.attention), spec)
     if shape.checkpointing:
         enable_checkpointing(model)
@@ -134,17 +153,20 @@ def _tracing(skeleton: Any, spec: LoRASpec, shape: StepShape) -> Iterator[tuple[
     try:
         with mode, _as_on(shape.device), _attention_kernel(model, shape), sizes_known(model, mode):
             yield model, ledger, _batch(shape, model)
-    except Exception as error:  # whatever a model does where nothing has values; a run need not end for want of a plan
+    except Exception as error:
+        # whatever a model does where nothing has values; a run need not end for want of a plan
         is_known = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
         why = "depends on values" if is_known else "does not run without values"
         raise ConfigError(
-            f"no plan can be made of this model's memory: what {type(skeleton).__name__} computes {why} "
-            f"({type(error).__name__}: {str(error)[:200]})"
+            f"no plan can be made of this model's memory: what {type(skeleton).__name__} computes"
+            f" {why} ({type(error).__name__}: {str(error)[:200]})"
         ) from error
 
 
 def _with_causal_attention(model: Any, attention: str) -> Any:
-    """Let ``model`` attend as in a run. transformers, where nothing has values, makes a mask over all pairs that a run never has."""
+    """Let ``model`` attend as in a run. transformers, where nothing has values, makes a mask
+    over all pairs that a run never has.
+    """
     if "eager" in (attention, model.config._attn_implementation):
         return model
     AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
@@ -154,7 +176,9 @@ def _with_causal_attention(model: Any, attention: str) -> Any:
 
 
 def _attention_kernel(model: Any, shape: StepShape) -> contextlib.AbstractContextManager[Any]:
-    """On a GPU in float32 no kernel of torch serves fewer heads of keys than of queries; all scores are held then."""
+    """On a GPU in float32 no kernel of torch serves fewer heads of keys than of queries; all
+    scores are held then.
+    """
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1)
     has_groups = (getattr(config, "num_key_value_heads", None) or heads) < heads
@@ -168,7 +192,11 @@ def _mask_where_needed(**kwargs: Any) -> torch.Tensor | None:
 
 
 def _run(
-    model: Any, batch: Batch, shape: StepShape, make_optimizer: Callable[..., torch.optim.Optimizer], ledger: _Ledger
+    model: Any,
+    batch: Batch,
+    shape: StepShape,
+    make_optimizer: Callable[..., torch.optim.Optimizer],
+    ledger: _Ledger,
 ) -> StepTrace:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained)
@@ -184,31 +212,51 @@ def _run(
     ledger.restart(OPTIMIZER)
     with ledger:
         optimizer.step()
-    state = sum(t.untyped_storage().nbytes() for t in tree_iter(list(optimizer.state.values())) if isinstance(t, torch.Tensor))
+    state = sum(
+        t.untyped_storage().nbytes()
+        for t in tree_iter(list(optimizer.state.values()))
+        if isinstance(t, torch.Tensor)
+    )
     held_before = weights + adapter + ledger.live.get(GRADIENTS, 0)
     return StepTrace(
-        weights=weights, adapter=adapter, gradients=at_peak.get(GRADIENTS, 0), optimizer=state,
-        activations=at_peak.get(ACTIVATIONS, 0), head=at_peak.get(HEAD, 0), step=max(0, ledger.peak - held_before - state),
+        weights=weights,
+        adapter=adapter,
+        gradients=at_peak.get(GRADIENTS, 0),
+        optimizer=state,
+        activations=at_peak.get(ACTIVATIONS, 0),
+        head=at_peak.get(HEAD, 0),
+        step=max(0, ledger.peak - held_before - state),
         num_params=sum(parameter.numel() for parameter in trained),
-        num_base_params=sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
+        num_base_params=sum(
+            parameter.numel() for parameter in model.parameters() if not parameter.requires_grad
+        ),
         largest_layer=_largest_layer(model),
-        num_flops=num_flops, num_tokens=shape.num_rows * shape.num_positions,
-    )  # fmt: skip
+        num_flops=num_flops,
+        num_tokens=shape.num_rows * shape.num_positions,
+    )
 
 
 class _Ledger(TorchDispatchMode):
-    """Counts the bytes of all storages that live, by what they were made for; remembers them at their peak."""
+    """Counts the bytes of all storages that live, by what they were made for; remembers them at
+    their peak.
+    """
 
     def __init__(self, parts: int = 1, num_image_positions: int = 0) -> None:
         super().__init__()
         self.parts, self.num_image_positions = parts, num_image_positions
         self.live: dict[str, int] = {}
-        self._tags: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()  # storage -> what it is counted as
+        # storage -> what it is counted as
+        self._tags: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
         self.restart(ACTIVATIONS)
 
     def restart(self, tag: str) -> None:
         """Forget the peak; what is made from now on is of ``tag``."""
-        self.tag, self.peak, self.at_peak, self.num_flops = tag, sum(self.live.values()), dict(self.live), 0
+        self.tag, self.peak, self.at_peak, self.num_flops = (
+            tag,
+            sum(self.live.values()),
+            dict(self.live),
+            0,
+        )
 
     def add(self, tensor: torch.Tensor, tag: str) -> None:
         """Count ``tensor``'s storage under ``tag``, whatever it was counted as."""
@@ -229,13 +277,18 @@ class _Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten._grouped_mm.default:
             out = _grouped(*args, **kwargs)
-        elif self.num_image_positions and (picked := pick_of_images(func, args, self.num_image_positions)) is not None:
+        elif (
+            self.num_image_positions
+            and (picked := pick_of_images(func, args, self.num_image_positions)) is not None
+        ):
             out = picked
         else:
             out = func(*args, **kwargs)
         if (count := _FLOPS.get(func.overloadpacket)) is not None:
             is_attention = "scaled_dot_product" in str(func.overloadpacket)
-            self.num_flops += count(*args, **kwargs, out_val=out) * (self.parts if is_attention else 1)
+            self.num_flops += count(*args, **kwargs, out_val=out) * (
+                self.parts if is_attention else 1
+            )
         for value in tree_iter(out):
             if isinstance(value, torch.Tensor) and value.untyped_storage() not in self._tags:
                 self.add(value, self.tag)
@@ -244,24 +297,36 @@ class _Ledger(TorchDispatchMode):
         return out
 
 
-def _grouped(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:
+def _grouped(
+    a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, bias: Any = None, out_dtype: Any = None
+) -> torch.Tensor:
     """The shape of a grouped product; torch's own, without values, knows bfloat16 only."""
     size = (a.shape[0], b.shape[-1]) if b.dim() == 3 else (len(offs), a.shape[0], b.shape[1])
     return a.new_empty(size)
 
 
 def _count_grouped(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> int:
-    return 2 * a.shape[0] * a.shape[1] * b.shape[-1]  # (S, K) by expert times (E, K, N), or (M, S) times (S, N) by expert
+    # (S, K) by expert times (E, K, N), or (M, S) times (S, N) by expert
+    return 2 * a.shape[0] * a.shape[1] * b.shape[-1]
 
 
-def _count_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> int:
-    """Scores and their product with the values, every pair counted; torch 2.11's own count refuses fewer heads of keys."""
+def _count_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> int:
+    """Scores and their product with the values, every pair counted; torch 2.11's own count
+    refuses fewer heads of keys.
+    """
     batch, heads, length, width = query.shape
     return 2 * batch * heads * length * key.shape[2] * (width + value.shape[3])
 
 
 def _count_attention_backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> int:
     """The scores again, and the gradients of scores, values, queries and keys."""
     batch, heads, length, width = query.shape
@@ -278,7 +343,9 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 
 @contextlib.contextmanager
 def _phases(model: Any, ledger: _Ledger, trained: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Count as the head's what is made between the last hidden states and their gradient; as gradients those of the adapter."""
+    """Count as the head's what is made between the last hidden states and their gradient; as
+    gradients those of the adapter.
+    """
 
     def enter_head(module: Any, args: tuple[Any, ...]) -> None:
         ledger.tag = HEAD
@@ -291,7 +358,10 @@ def _phases(model: Any, ledger: _Ledger, trained: list[torch.nn.Parameter]) -> I
     handles: list[Any] = []
     if (unembedding := model.get_output_embeddings()) is not None:
         handles.append(unembedding.register_forward_pre_hook(enter_head))
-    handles += [p.register_post_accumulate_grad_hook(lambda p: ledger.add(p.grad, GRADIENTS)) for p in trained]
+    handles += [
+        p.register_post_accumulate_grad_hook(lambda p: ledger.add(p.grad, GRADIENTS))
+        for p in trained
+    ]
     try:
         yield
     finally:
@@ -300,14 +370,18 @@ def _phases(model: Any, ledger: _Ledger, trained: list[torch.nn.Parameter]) -> I
 
 
 def _materialize(model: torch.nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
-    """Give every parameter and buffer of ``model`` a place on a CPU that is not there; the frozen ones in ``dtype``."""
+    """Give every parameter and buffer of ``model`` a place on a CPU that is not there; the
+    frozen ones in ``dtype``.
+    """
     made: dict[int, Any] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in made:
                 is_frozen = not parameter.requires_grad and parameter.is_floating_point()
                 with mode:
-                    empty = torch.empty(parameter.shape, dtype=dtype if is_frozen else parameter.dtype)
+                    empty = torch.empty(
+                        parameter.shape, dtype=dtype if is_frozen else parameter.dtype
+                    )
                 made[id(parameter)] = torch.nn.Parameter(empty, parameter.requires_grad)
             module._parameters[name] = made.get(id(parameter))
         for name, buffer in module._buffers.items():
@@ -333,7 +407,8 @@ def _batch(shape: StepShape, model: Any) -> Batch:
     size = (shape.num_rows, shape.num_positions)
     spans = tuple((row, 0, shape.num_positions) for row in range(shape.num_rows))
     tokens = torch.zeros(size, dtype=torch.long)
-    positions = torch.arange(shape.num_positions).expand(size)  # a model of images would make its own from the tokens
+    # a model of images would make its own from the tokens
+    positions = torch.arange(shape.num_positions).expand(size)
     images = None
     if shape.image_tokens:
         images = images_without_values(model.config.vision_config, shape.image_tokens)
@@ -345,7 +420,8 @@ def _batch(shape: StepShape, model: Any) -> Batch:
 
 
 def _autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.bfloat16}.get(precision)  # either has two bytes
+    # either has two bytes
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.bfloat16}.get(precision)
     return torch.autocast("cpu", dtype=dtype) if dtype else contextlib.nullcontext()
 
 

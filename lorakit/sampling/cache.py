@@ -1,8 +1,10 @@
 """Keys and values of the sequences that are being generated, row by row in one tensor per layer.
 
-transformers' caches append to a tensor at each token, which copies all of it; here each row has room ahead. Rows stand close
-together: the last takes the place of one that ends. It is no cache of transformers' kind but sits in the attention
-(`model/attention.py:cached_attention`), so a model needs no other interface for it.
+transformers' caches append to a tensor at each token, which copies all of it; here each row has
+room ahead. Rows stand close
+together: the last takes the place of one that ends. It is no cache of transformers' kind but sits
+in the attention (`model/attention.py:cached_attention`), so a model needs no other interface for
+it.
 
 Shapes: R rows, G heads of keys, C tokens of room, D width of a head; B rows at work, H heads.
 """
@@ -34,7 +36,8 @@ class KVCache:
         self.keys: dict[int, torch.Tensor] = {}  # layer -> (R, G, C, D)
         self.values: dict[int, torch.Tensor] = {}
         self.num_rows, self.room = 0, 0  # for which there is room in each layer
-        self._fill: tuple[torch.Tensor, torch.Tensor] | None = None  # rows and places of a prefill's tokens
+        # rows and places of a prefill's tokens
+        self._fill: tuple[torch.Tensor, torch.Tensor] | None = None
         self._rows_B: torch.Tensor | None = None
         self._lengths_B: torch.Tensor | None = None
         self._lengths: list[int] = []
@@ -52,12 +55,20 @@ class KVCache:
         bytes_each = max((t[0, :, 0].nbytes for t in self.keys.values()), default=1024)
         return RUN_COST_BYTES // (2 * bytes_each)
 
-    def reserve(self, num_rows: int, num_tokens: int, *, num_used: int = 0, max_cache_tokens: int | None = None) -> None:
+    def reserve(
+        self,
+        num_rows: int,
+        num_tokens: int,
+        *,
+        num_used: int = 0,
+        max_cache_tokens: int | None = None,
+    ) -> None:
         """Make room for so many rows, and so many tokens in each.
 
         Args:
             num_used: of the first rows, whose tokens, at most ``num_tokens`` each, stay.
-            max_cache_tokens: rows times room beyond which what there was room for before is given up.
+            max_cache_tokens: rows times room beyond which what there was room for before is given
+                up.
         """
         num_tokens = rounded(num_tokens)
         if num_rows <= self.num_rows and num_tokens <= self.room:
@@ -89,7 +100,9 @@ class KVCache:
         self._fill = (torch.tensor(row_T, device=device), torch.tensor(places_T, device=device))
 
     def decode(self, lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-        """What is computed next is one token for each of the first rows, which have ``lengths`` tokens so far: its places, (B,)."""
+        """What is computed next is one token for each of the first rows, which have ``lengths``
+        tokens so far: its places, (B,).
+        """
         self._fill, self._lengths = None, list(lengths)
         self._lengths_B = torch.tensor(lengths, device=device)
         self._rows_B = torch.arange(len(lengths), device=device)
@@ -115,15 +128,27 @@ class KVCache:
     # ---- for recorded passes (`sampling/replay.py`)
 
     def step_kind(self) -> Hashable | None:
-        """What is the same in all passes of one token for each row that a recording stands for; None where there is none for it."""
-        if not self.keys or len(self._masks) != len(self._runs) * len(self._windows) or self._fill is not None:
+        """What is the same in all passes of one token for each row that a recording stands for;
+        None where there is none for it.
+        """
+        if (
+            not self.keys
+            or len(self._masks) != len(self._runs) * len(self._windows)
+            or self._fill is not None
+        ):
             return None
         return (len(self._runs), *self.keys, *self._windows, next(iter(self.keys.values())).dtype)
 
     def step_tensors(self) -> list[torch.Tensor]:
         """What such a pass reads and writes."""
         assert self._rows_B is not None and self._lengths_B is not None
-        return [self._rows_B, self._lengths_B, *self._masks.values(), *self.keys.values(), *self.values.values()]
+        return [
+            self._rows_B,
+            self._lengths_B,
+            *self._masks.values(),
+            *self.keys.values(),
+            *self.values.values(),
+        ]
 
     @contextlib.contextmanager
     def lent(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -132,7 +157,10 @@ class KVCache:
         rest = iter(tensors)
         self._rows_B, self._lengths_B = next(rest), next(rest)
         self._masks = {name: next(rest) for name in self._masks}
-        self.keys, self.values = {name: next(rest) for name in self.keys}, {name: next(rest) for name in self.values}
+        self.keys, self.values = (
+            {name: next(rest) for name in self.keys},
+            {name: next(rest) for name in self.values},
+        )
         try:
             yield
         finally:
@@ -141,10 +169,19 @@ class KVCache:
     # ---- called by each layer's attention
 
     def take(
-        self, module: torch.nn.Module, query_BHLD: torch.Tensor, key_BGLD: torch.Tensor, value_BGLD: torch.Tensor, *,
-        scaling: float | None = None, sliding_window: int | None = None, **kwargs: Any,
-    ) -> torch.Tensor | None:  # fmt: skip
-        """Keep keys and values; return what one token of each row attends to, (B, 1, H, D), or None for a prefill."""
+        self,
+        module: torch.nn.Module,
+        query_BHLD: torch.Tensor,
+        key_BGLD: torch.Tensor,
+        value_BGLD: torch.Tensor,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        """Keep keys and values; return what one token of each row attends to, (B, 1, H, D), or
+        None for a prefill.
+        """
         layer = int(cast(Any, module).layer_idx)
         for tensors, new in ((self.keys, key_BGLD), (self.values, value_BGLD)):
             if layer not in tensors:
@@ -154,7 +191,8 @@ class KVCache:
             else:
                 assert self._rows_B is not None and self._lengths_B is not None
                 at, tokens = (self._rows_B, self._lengths_B), new[:, :, 0]
-            tensors[layer].transpose(1, 2).index_put_(at, tokens)  # no assignment, whose shape a recording would hold for good
+            # no assignment, whose shape a recording would hold for good
+            tensors[layer].transpose(1, 2).index_put_(at, tokens)
         if self._fill is not None:
             return None
         batch, heads, _, width = query_BHLD.shape
@@ -166,31 +204,46 @@ class KVCache:
         first = 0
         for run in self._runs:
             mask = self._mask(run, sliding_window, query)
-            rows, places = slice(first, first + mask.shape[0]), slice(0, mask.shape[3])  # of the mask: recordings follow it
-            attended.append(_attend(query[rows], keys[rows, :, places], values[rows, :, places], mask, scaling))
+            # of the mask: recordings follow it
+            rows, places = slice(first, first + mask.shape[0]), slice(0, mask.shape[3])
+            attended.append(
+                _attend(query[rows], keys[rows, :, places], values[rows, :, places], mask, scaling)
+            )
             first = first + mask.shape[0]
         out = attended[0] if len(attended) == 1 else torch.cat(attended)
         return out.reshape(batch, 1, heads, values.shape[3])
 
     def _mask(self, run: _Run, window: int | None, like: torch.Tensor) -> torch.Tensor:
-        """(rows, 1, 1, longest + 1): what stands at or before each row's new token, and within the window."""
+        """(rows, 1, 1, longest + 1): what stands at or before each row's new token, and within
+        the window.
+        """
         if (run, window) not in self._masks:
             assert self._lengths_B is not None
-            places, last = torch.arange(run.longest + 1, device=like.device), self._lengths_B[run.first : run.end, None]
+            places, last = (
+                torch.arange(run.longest + 1, device=like.device),
+                self._lengths_B[run.first : run.end, None],
+            )
             seen = places <= last
             if window is not None:
                 seen &= places > last - window
-            bias = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
+            bias = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
+                ~seen, float("-inf")
+            )
             self._masks[run, window] = bias[:, None, None]
         return self._masks[run, window]
 
 
 def _attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scaling: float | None
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
 ) -> torch.Tensor:
     if query.device.type != "cpu" or query.dtype != torch.float32:
         return F.scaled_dot_product_attention(query, keys, values, mask, scale=scaling)
-    # torch's kernel for CPUs cuts its work by positions of the query, of which there are one or two here: half as fast as products.
+    # torch's kernel for CPUs cuts its work by positions of the query, of which there are one or two
+    # here: half as fast as products.
     scores = torch.matmul(query * (scaling or query.shape[-1] ** -0.5), keys.mT).add_(mask)
     return torch.matmul(scores.softmax(dim=-1), values)
 
@@ -205,7 +258,9 @@ class _Run:
 
 
 def plan_runs(lengths: Sequence[int], run_cost: int) -> list[_Run]:
-    """Cut rows into runs of like length: what is read beyond a row's own tokens costs as much as if it were its own."""
+    """Cut rows into runs of like length: what is read beyond a row's own tokens costs as much as
+    if it were its own.
+    """
     runs: list[_Run] = []
     first = longest = held = 0
     for row, length in enumerate(lengths):
@@ -221,4 +276,8 @@ def plan_runs(lengths: Sequence[int], run_cost: int) -> list[_Run]:
 def wasted_tokens(lengths: Sequence[int], run_cost: int) -> int:
     """How many tokens are read in vain, runs included."""
     runs = plan_runs(lengths, run_cost)
-    return sum((run.end - run.first) * run.longest for run in runs) - sum(lengths) + run_cost * (len(runs) - 1)
+    return (
+        sum((run.end - run.first) * run.longest for run in runs)
+        - sum(lengths)
+        + run_cost * (len(runs) - 1)
+    )

@@ -11,14 +11,16 @@ from lorakit.model.attention import cached_attention, find_difference, packed_do
 from lorakit.sampling.cache import KVCache
 from lorakit.sampling.sampler import NO_MASK
 
-_PROBLEMS: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()  # of models that were looked at
+# of models that were looked at
+_PROBLEMS: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
 
 
 def decoding_problem(model: Any) -> str | None:
     """Return why ``model``, which attends by document, cannot be sampled in rows, or None.
 
-    Two prompts are computed at once, then three tokens for each, and the logits compared with those of whole sequences: layers
-    that carry another state than keys and values differ. Looked at once for each model.
+    Two prompts are computed at once, then three tokens for each, and the logits compared with those
+    of whole sequences: layers that carry another state than keys and values differ. Looked at once
+    for each model.
     """
     if model not in _PROBLEMS:
         try:
@@ -31,23 +33,48 @@ def decoding_problem(model: Any) -> str | None:
 @torch.inference_mode()
 def _compare(model: Any) -> str | None:
     device, vocab_size = model.device, model.config.get_text_config().vocab_size
-    tokens = torch.randint(0, vocab_size, (2, 23), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens = torch.randint(
+        0, vocab_size, (2, 23), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     lengths, cache, ours = (20, 7), KVCache(), []
     cache.reserve(2, 23)
     for step in range(4):
         if step:
             cache.decode([length + step - 1 for length in lengths], device)
-            ids = torch.tensor([[row[length + step - 1]] for row, length in zip(tokens, lengths, strict=True)], device=device)
-            positions, spans = torch.tensor([[length + step - 1] for length in lengths], device=device), None
+            ids = torch.tensor(
+                [[row[length + step - 1]] for row, length in zip(tokens, lengths, strict=True)],
+                device=device,
+            )
+            positions, spans = (
+                torch.tensor([[length + step - 1] for length in lengths], device=device),
+                None,
+            )
         else:
             cache.prefill([0, 1], lengths, device)
-            ids = torch.tensor([[t for row, length in zip(tokens, lengths, strict=True) for t in row[:length]]], device=device)
-            positions = torch.tensor([[i for length in lengths for i in range(length)]], device=device)
+            ids = torch.tensor(
+                [[t for row, length in zip(tokens, lengths, strict=True) for t in row[:length]]],
+                device=device,
+            )
+            positions = torch.tensor(
+                [[i for length in lengths for i in range(length)]], device=device
+            )
             spans = [(0, 0, lengths[0]), (0, lengths[0], sum(lengths))]
         with cached_attention(cache), packed_documents(spans):
-            given = {"input_ids": ids, "position_ids": positions, "attention_mask": None if spans else NO_MASK}
+            given = {
+                "input_ids": ids,
+                "position_ids": positions,
+                "attention_mask": None if spans else NO_MASK,
+            }
             logits = model(**given, use_cache=False).logits.float()
         ours.append(logits[:, -1] if step else logits[0, [lengths[0] - 1, sum(lengths) - 1]])
-    whole = [model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0].float() for row in tokens]
-    theirs = [torch.stack([row[n - 1 + step] for row, n in zip(whole, lengths, strict=True)]) for step in range(4)]
-    return find_difference(torch.stack(ours), torch.stack(theirs), is_exact=model.dtype == torch.float32)
+    whole = [
+        model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0].float()
+        for row in tokens
+    ]
+    theirs = [
+        torch.stack([row[n - 1 + step] for row, n in zip(whole, lengths, strict=True)])
+        for step in range(4)
+    ]
+    return find_difference(
+        torch.stack(ours), torch.stack(theirs), is_exact=model.dtype == torch.float32
+    )

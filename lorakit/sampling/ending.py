@@ -21,7 +21,9 @@ class Ending:
         self._num_tail = max((len(text.encode()) for text in self.strings), default=0) + 4
 
     def is_reached(self, tokens: list[int]) -> bool:
-        """Whether the last of ``tokens`` ends them. Only the tail is decoded: a stop string is short."""
+        """Whether the last of ``tokens`` ends them. Only the tail is decoded: a stop string is
+        short.
+        """
         if tokens[-1] in self.tokens:
             return True
         if not self.strings:
@@ -32,8 +34,13 @@ class Ending:
     def text(self, tokens: list[int], *, is_stopped: bool) -> str:
         """The text of ``tokens``, without what ended it."""
         ends = is_stopped and tokens and tokens[-1] in self.tokens
-        text = str(self.tokenizer.decode(tokens[:-1] if ends else tokens, skip_special_tokens=False))
-        cut = min((place for place in (text.find(word) for word in self.strings) if place >= 0), default=-1)
+        text = str(
+            self.tokenizer.decode(tokens[:-1] if ends else tokens, skip_special_tokens=False)
+        )
+        cut = min(
+            (place for place in (text.find(word) for word in self.strings) if place >= 0),
+            default=-1,
+        )
         return text if cut < 0 else text[:cut]
 
 
@@ -44,14 +51,22 @@ def stop_strings(params: SamplingParams) -> tuple[str, ...]:
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: the tokenizer's EOS, those of the model's generation config, the template's end of turn."""
+    """The tokens that end a text: the tokenizer's EOS, those of the model's generation config,
+    the template's end of turn.
+    """
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *ids, end_of_turn(tokenizer)) if i is not None))
+    return list(
+        dict.fromkeys(
+            i for i in (tokenizer.eos_token_id, *ids, end_of_turn(tokenizer)) if i is not None
+        )
+    )
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes behind an assistant turn, which chat training trains; None without one."""
+    """The special token that the chat template writes behind an assistant turn, which chat
+    training trains; None without one.
+    """
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:

@@ -1,4 +1,6 @@
-"""Generate from a model for a list of prompts: by our sampler, or by transformers where a model is of another kind."""
+"""Generate from a model for a list of prompts: by our sampler, or by transformers where a model
+is of another kind.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,17 @@ Prompt = Sequence[int] | ModelInput
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], params: SamplingParams, images: ImageEncoder | None = None
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    images: ImageEncoder | None = None,
 ) -> list[Sample]:
-    """Return one Sample for each of ``prompts``: token ids, or inputs with images, which ``images`` encodes.
+    """Return one Sample for each of ``prompts``: token ids, or inputs with images, which ``images``
+    encodes.
 
-    Temperature 0 is greedy. The global random state and the model's mode are as before. The same ``seed`` gives the same
-    samples, whatever else is sampled with them, and None gives new ones.
+    Temperature 0 is greedy. The global random state and the model's mode are as before. The same
+    ``seed`` gives the same samples, whatever else is sampled with them, and None gives new ones.
     """
     if not prompts:
         return []
@@ -54,7 +61,11 @@ def generate(
 
 
 def _generate_in_rows(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], params: SamplingParams, images: ImageEncoder | None
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    images: ImageEncoder | None,
 ) -> list[Sample]:
     """By our own sampler."""
     params = replace(params, seed=secrets.randbits(63) if params.seed is None else params.seed)
@@ -66,48 +77,78 @@ def _generate_in_rows(
 
     for number, prompt in enumerate(prompts):
         tokens, shown = read_prompt(prompt, images)
-        sampler.add(Request(tokens, params, first_number=number, shown=shown, done=functools.partial(keep, number)))
+        sampler.add(
+            Request(
+                tokens,
+                params,
+                first_number=number,
+                shown=shown,
+                done=functools.partial(keep, number),
+            )
+        )
     while sampler.is_busy:
         sampler.step()
     return [samples[number] for number in range(len(prompts))]
 
 
-def _generate_padded(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
+def _generate_padded(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> list[Sample]:
     """By transformers, for models whose attention or layers are of another kind."""
     samples: list[Sample | None] = [None] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(prompts), MAX_BATCH):
         indices = by_length[start : start + MAX_BATCH]
-        batch = _generate_batch(model, tokenizer, [list(prompts[index]) for index in indices], params)
+        batch = _generate_batch(
+            model, tokenizer, [list(prompts[index]) for index in indices], params
+        )
         for index, sample in zip(indices, batch, strict=True):
             samples[index] = sample
     return [sample for sample in samples if sample is not None]
 
 
 def _uncompiled(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """Layers that were compiled for training run as they are: each new length of the cache would be compiled anew."""
+    """Layers that were compiled for training run as they are: each new length of the cache would
+    be compiled anew.
+    """
     if any(module._compiled_call_impl for module in model.modules()):
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()
 
 
-def _generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]], params: SamplingParams) -> list[Sample]:
+def _generate_batch(
+    model: Any, tokenizer: Any, prompts: list[list[int]], params: SamplingParams
+) -> list[Sample]:
     from transformers import GenerationConfig
 
     width = max(len(prompt) for prompt in prompts)
     end_ids = end_token_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids[0] if end_ids else 0)
-    # Generation continues at the right end, so here, and only here, padding stands on the left, behind a mask.
-    input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    pad = (
+        tokenizer.pad_token_id
+        if tokenizer.pad_token_id is not None
+        else (end_ids[0] if end_ids else 0)
+    )
+    # Generation continues at the right end, so here, and only here, padding stands on the left,
+    # behind a mask.
+    input_ids = torch.tensor(
+        [[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device
+    )
+    mask = torch.tensor(
+        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
+    )
     stop = stop_strings(params)
-    is_open_ended = params.stop is not None and not isinstance(params.stop, str) and len(params.stop) == 0
+    is_open_ended = (
+        params.stop is not None and not isinstance(params.stop, str) and len(params.stop) == 0
+    )
     options: dict[str, Any] = {"do_sample": params.temperature > 0}
     if params.temperature > 0:
         top_k = params.top_k if params.top_k > 0 else 0
         options |= {"temperature": params.temperature, "top_p": params.top_p, "top_k": top_k}
     config = GenerationConfig(
-        max_new_tokens=params.max_tokens, pad_token_id=pad, eos_token_id=None if is_open_ended else end_ids or None, **options
+        max_new_tokens=params.max_tokens,
+        pad_token_id=pad,
+        eos_token_id=None if is_open_ended else end_ids or None,
+        **options,
     )
     with _without_own_settings(model):
         output = model.generate(
@@ -116,11 +157,16 @@ def _generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]], params
             generation_config=config,
             stopping_criteria=[_StopStrings(tokenizer, stop, width)] if stop else None,
         )
-    return [_finish(tokenizer, row[width:].tolist(), [] if is_open_ended else end_ids, stop) for row in output]
+    return [
+        _finish(tokenizer, row[width:].tolist(), [] if is_open_ended else end_ids, stop)
+        for row in output
+    ]
 
 
 class _StopStrings:
-    """Ends each row whose new text holds a stop string. Only the tail is decoded: a stop string is short."""
+    """Ends each row whose new text holds a stop string. Only the tail is decoded: a stop string
+    is short.
+    """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...], width: int) -> None:
         self.tokenizer, self.stop, self.width = tokenizer, stop, width
@@ -158,7 +204,9 @@ def _tokens_within(tokenizer: Any, tokens: list[int], stop: tuple[str, ...]) -> 
 
 @contextlib.contextmanager
 def _without_own_settings(model: Any) -> Iterator[None]:
-    """Put the model's generation config aside: transformers takes from it whatever ours leaves open, a repetition penalty, say."""
+    """Put the model's generation config aside: transformers takes from it whatever ours leaves
+    open, a repetition penalty, say.
+    """
     from transformers import GenerationConfig
 
     owners = [model] if not hasattr(model, "get_base_model") else [model, model.get_base_model()]
@@ -174,7 +222,9 @@ def _without_own_settings(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(seed: int | None, model: Any) -> Iterator[None]:
-    """Draw from a random state of our own, so that sampling while training does not move the training's."""
+    """Draw from a random state of our own, so that sampling while training does not move the
+    training's.
+    """
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed if seed is not None else secrets.randbits(63))

@@ -1,4 +1,5 @@
-"""Which token comes next: a distribution, and a number that belongs to the request, the sample and the place alone.
+"""Which token comes next: a distribution, and a number that belongs to the request, the sample and
+the place alone.
 
 Shapes: B rows, V vocabulary.
 """
@@ -16,7 +17,9 @@ from lorakit.types import SamplingParams
 
 @dataclass(frozen=True)
 class Picked:
-    """The next token of each row, (B,), its log-probability at the row's temperature, and the best ones where asked for."""
+    """The next token of each row, (B,), its log-probability at the row's temperature, and the
+    best ones where asked for.
+    """
 
     tokens: torch.Tensor
     logprobs: torch.Tensor
@@ -26,27 +29,47 @@ class Picked:
 class Picker:
     """Picks for rows with these params; made anew when rows come or go."""
 
-    def __init__(self, params: Sequence[SamplingParams], keys: Sequence[int], num_best: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        params: Sequence[SamplingParams],
+        keys: Sequence[int],
+        num_best: int,
+        device: torch.device,
+    ) -> None:
         self.keys, self.num_best = np.asarray(keys, np.uint64), num_best
         temperatures = [p.temperature if p.temperature > 0 else 1.0 for p in params]
-        self.temperature_B1 = torch.tensor(temperatures, device=device)[:, None] if set(temperatures) != {1.0} else None
+        self.temperature_B1 = (
+            torch.tensor(temperatures, device=device)[:, None]
+            if set(temperatures) != {1.0}
+            else None
+        )
         greedy = [p.temperature <= 0 for p in params]
         self.is_greedy_B = torch.tensor(greedy, device=device) if any(greedy) else None
         self.all_greedy = all(greedy)
-        cut = [i for i, p in enumerate(params) if p.temperature > 0 and (p.top_p < 1 or p.top_k > 0)]
+        cut = [
+            i for i, p in enumerate(params) if p.temperature > 0 and (p.top_p < 1 or p.top_k > 0)
+        ]
         self.cut = torch.tensor(cut, device=device) if cut else None
-        self.top_p = torch.tensor([params[i].top_p for i in cut], device=device, dtype=torch.float64)[:, None]
-        self.top_k = torch.tensor([params[i].top_k if params[i].top_k > 0 else 1 << 30 for i in cut], device=device)[:, None]
+        self.top_p = torch.tensor(
+            [params[i].top_p for i in cut], device=device, dtype=torch.float64
+        )[:, None]
+        self.top_k = torch.tensor(
+            [params[i].top_k if params[i].top_k > 0 else 1 << 30 for i in cut], device=device
+        )[:, None]
 
     @torch.no_grad()
     def pick(self, logits_BV: torch.Tensor, places: Sequence[int]) -> Picked:
-        """Return the token at ``places`` (counted from each sample's first). ``logits_BV`` is written over."""
+        """Return the token at ``places`` (counted from each sample's first). ``logits_BV`` is
+        written over.
+        """
         scaled = logits_BV if self.temperature_B1 is None else logits_BV.div_(self.temperature_B1)
         logprobs_BV = scaled.log_softmax(dim=-1)
         if self.all_greedy:
             tokens = logprobs_BV.argmax(dim=-1)
         else:
-            drawn = torch.from_numpy(uniform(self.keys, np.asarray(places, np.uint64))).to(logits_BV.device)[:, None]
+            drawn = torch.from_numpy(uniform(self.keys, np.asarray(places, np.uint64))).to(
+                logits_BV.device
+            )[:, None]
             tokens = _invert(logprobs_BV.double().exp_(), drawn)
             if self.cut is not None:
                 tokens[self.cut] = self._pick_cut(logprobs_BV[self.cut], drawn[self.cut])
@@ -57,7 +80,9 @@ class Picker:
         return Picked(tokens, logprobs_BV.gather(1, tokens[:, None])[:, 0], found)
 
     def _pick_cut(self, logprobs_bV: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-        """Among the best ``top_k`` tokens, and of these the fewest that hold ``top_p`` of their probability."""
+        """Among the best ``top_k`` tokens, and of these the fewest that hold ``top_p`` of their
+        probability.
+        """
         ranked, order = logprobs_bV.double().exp_().sort(dim=-1, descending=True, stable=True)
         ranked.masked_fill_(torch.arange(ranked.shape[1], device=ranked.device) >= self.top_k, 0.0)
         before = ranked.cumsum(dim=-1) - ranked
@@ -66,7 +91,9 @@ class Picker:
 
 
 def _invert(weights_BV: torch.Tensor, drawn_B1: torch.Tensor) -> torch.Tensor:
-    """Return the token at which the running sum of ``weights_BV`` passes the share that was drawn, never one of weight 0."""
+    """Return the token at which the running sum of ``weights_BV`` passes the share that was
+    drawn, never one of weight 0.
+    """
     sums = weights_BV.cumsum(dim=-1)
     found = torch.searchsorted(sums, drawn_B1 * sums[:, -1:], right=True)
     last = (sums < sums[:, -1:]).sum(dim=-1, keepdim=True)  # the last token that has any weight
@@ -80,12 +107,16 @@ def sample_key(seed: int, number: int) -> int:
 
 
 def uniform(keys: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Return a number in [0, 1) for each key and place, the same wherever and with whatever it is drawn."""
+    """Return a number in [0, 1) for each key and place, the same wherever and with whatever it
+    is drawn.
+    """
     return (_mix(_mix(keys) + places * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)) * 2.0**-53
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 16)."""
+    """SplitMix64's output function (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
+    number generators", figure 16).
+    """
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

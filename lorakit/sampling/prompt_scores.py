@@ -1,4 +1,6 @@
-"""What is asked about a prompt itself: log-probabilities of its tokens and of others in their places, at temperature 1, and draws."""
+"""What is asked about a prompt itself: log-probabilities of its tokens and of others in their
+places, at temperature 1, and draws.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from lorakit.sampling.request import Request, Running
 from lorakit.types import TensorData
 
 
-def score_prompt(running: Running, hidden_NH: torch.Tensor, head: Head, vocab_size: int, *, by_token: bool) -> None:
+def score_prompt(
+    running: Running, hidden_NH: torch.Tensor, head: Head, vocab_size: int, *, by_token: bool
+) -> None:
     """Keep in ``running`` what its request asks.
 
     Args:
@@ -37,12 +41,18 @@ def score_prompt(running: Running, hidden_NH: torch.Tensor, head: Head, vocab_si
 
 def _score_by_token(hidden_NH: torch.Tensor, head: Head, targets_N1: torch.Tensor) -> torch.Tensor:
     """As sampled tokens are scored: the logits of one at a time, (N, 1)."""
-    rows = [all_logits(hidden_NH[n : n + 1], head).log_softmax(dim=-1) for n in range(len(hidden_NH))]
+    rows = [
+        all_logits(hidden_NH[n : n + 1], head).log_softmax(dim=-1) for n in range(len(hidden_NH))
+    ]
     return torch.cat(rows).gather(1, targets_N1) if rows else hidden_NH.new_zeros((0, 1))
 
 
-def _draw_alternatives(request: Request, hidden_NH: torch.Tensor, head: Head) -> tuple[TensorData, TensorData]:
-    """Draw tokens at each place, by numbers of the place alone; (N, K) tokens and their log-probabilities."""
+def _draw_alternatives(
+    request: Request, hidden_NH: torch.Tensor, head: Head
+) -> tuple[TensorData, TensorData]:
+    """Draw tokens at each place, by numbers of the place alone; (N, K) tokens and their
+    log-probabilities.
+    """
     tokens = np.zeros((len(hidden_NH), request.num_alternatives), np.int64)
     logprobs = np.zeros(tokens.shape, np.float32)
     for first in range(0, len(hidden_NH), 64):
@@ -50,7 +60,9 @@ def _draw_alternatives(request: Request, hidden_NH: torch.Tensor, head: Head) ->
         logits = all_logits(hidden_NH[first : places.stop], head)
         for draw in range(request.num_alternatives):
             key = sample_key(request.params.seed or 0, -1 - draw)  # no sample's
-            picker = Picker([request.params] * len(places), [key] * len(places), 0, hidden_NH.device)
+            picker = Picker(
+                [request.params] * len(places), [key] * len(places), 0, hidden_NH.device
+            )
             picked = picker.pick(logits.clone(), list(places))
             tokens[first : places.stop, draw] = picked.tokens.cpu().numpy()
             logprobs[first : places.stop, draw] = picked.logprobs.cpu().numpy()

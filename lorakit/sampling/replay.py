@@ -1,9 +1,11 @@
-"""Passes of one token for each row, recorded once and replayed without Python, which is half of their time where products are small.
+"""Passes of one token for each row, recorded once and replayed without Python, which is half of
+their time where products are small.
 
-torch's tracer is its one recorder that needs no compiler. What a recording takes as given would be wrong silently. So everything that
-changes is an input of it (cache, masks, adapters); a pass that torch warns of is never recorded; and a recording is compared to the bit
-with the plain pass at several steps and at the first other number of rows, where the plain one is in force. A replay also leaves the
-interpreter to other threads, those of a server.
+torch's tracer is its one recorder that needs no compiler. What a recording takes as given would be
+wrong silently. So everything that changes is an input of it (cache, masks, adapters); a pass that
+torch warns of is never recorded; and a recording is compared to the bit with the plain pass at
+several steps and at the first other number of rows, where the plain one is in force. A replay also
+leaves the interpreter to other threads, those of a server.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ RECORD_AFTER = 16  # passes of one kind: a recording costs as much as some ten
 MAX_RECORDINGS = 16
 CHECKS = 3  # steps at which a recording is compared before it is trusted
 _recording_lock = threading.Lock()  # filters of warnings belong to all threads
-Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # tokens and positions, (B, 1) -> what the unembedding is given
+# tokens and positions, (B, 1) -> what the unembedding is given
+Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -40,7 +43,9 @@ class _Recording:
     made_with: int | None  # rows; None when it was compared with another number
     num_checks: int = 0
 
-    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    def __call__(
+        self, tokens: torch.Tensor, positions: torch.Tensor, inputs: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
         with torch.jit.optimized_execution(False):  # else the first calls are watched, and slow
             hidden: torch.Tensor = self.function(tokens, positions, *inputs)
         return hidden
@@ -51,18 +56,31 @@ class _Recording:
 
 
 class Replayer:
-    """Runs a model's passes of one token for each row: as they are, until a kind of pass has come often."""
+    """Runs a model's passes of one token for each row: as they are, until a kind of pass has
+    come often.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model, self.num_replayed = model, 0
-        self.records = model.device.type == "cpu" and not any(map(is_partitioned, model.parameters()))  # passes at all
+        # passes at all
+        self.records = model.device.type == "cpu" and not any(
+            map(is_partitioned, model.parameters())
+        )
         self._seen: collections.Counter[Hashable] = collections.Counter()
         self._recordings: dict[Hashable, _Recording | None] = {}
 
     def run(
-        self, compute: Compute, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, mix: Mix | None, way: Hashable
+        self,
+        compute: Compute,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        mix: Mix | None,
+        way: Hashable,
     ) -> torch.Tensor:
-        """Return what ``compute`` returns. It reads and writes ``cache``, has the adapters of ``mix``, and goes one ``way``."""
+        """Return what ``compute`` returns. It reads and writes ``cache``, has the adapters of
+        ``mix``, and goes one ``way``.
+        """
         kind = self._kind(cache, mix, way)
         if kind is None or (kind in self._recordings and self._recordings[kind] is None):
             return compute(tokens, positions)
@@ -73,25 +91,36 @@ class Replayer:
             if found is not None and recording.is_trusted(len(tokens)):
                 self.num_replayed += 1
                 return found
-            hidden = compute(tokens, positions)  # behind it: what it has written into the cache is written over
+            # behind it: what it has written into the cache is written over
+            hidden = compute(tokens, positions)
             self._recordings[kind] = _compared(recording, found, hidden)
             return hidden
         self._seen[kind] += 1
-        if self._seen[kind] == RECORD_AFTER and sum(r is not None for r in self._recordings.values()) < MAX_RECORDINGS:
+        if (
+            self._seen[kind] == RECORD_AFTER
+            and sum(r is not None for r in self._recordings.values()) < MAX_RECORDINGS
+        ):
             with _frozen(self.model):
                 self._recordings[kind] = _record(compute, tokens, positions, cache, mix, inputs)
         return compute(tokens, positions)  # behind the recorder, which has run it too
 
     def _kind(self, cache: KVCache, mix: Mix | None, way: Hashable) -> Hashable | None:
         """What a recording holds for good; None for what is not recorded."""
-        if not self.records or torch.is_autocast_enabled("cpu") or (shape := cache.step_kind()) is None:
+        if (
+            not self.records
+            or torch.is_autocast_enabled("cpu")
+            or (shape := cache.step_kind()) is None
+        ):
             return None
         structure = () if mix is None else mix.structure()
         return None if structure is None else (shape, way, structure)
 
 
 def _try(
-    recording: _Recording, tokens: torch.Tensor, positions: torch.Tensor, inputs: Sequence[torch.Tensor]
+    recording: _Recording,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
 ) -> torch.Tensor | None:
     try:
         return recording(tokens, positions, inputs)
@@ -100,7 +129,9 @@ def _try(
         return None
 
 
-def _compared(recording: _Recording, found: torch.Tensor | None, hidden: torch.Tensor) -> _Recording | None:
+def _compared(
+    recording: _Recording, found: torch.Tensor | None, hidden: torch.Tensor
+) -> _Recording | None:
     """Return ``recording``, which gave ``found``, where that is ``hidden`` to the bit."""
     if found is None or not torch.equal(found, hidden):
         log.debug("a recorded pass is not used: it differs")
@@ -125,9 +156,13 @@ def _frozen(model: Any) -> Iterator[None]:
 
 
 def _record(
-    compute: Compute, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, mix: Mix | None,
+    compute: Compute,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    cache: KVCache,
+    mix: Mix | None,
     inputs: Sequence[torch.Tensor],
-) -> _Recording | None:  # fmt: skip
+) -> _Recording | None:
     num_of_cache = len(cache.step_tensors())
 
     def run(tokens: torch.Tensor, positions: torch.Tensor, *lent: torch.Tensor) -> torch.Tensor:
@@ -139,16 +174,23 @@ def _record(
     with _recording_lock, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
-            # What torch.jit.trace does, but for keeping the graph, its weights and this closure as long as the process lives.
+            # What torch.jit.trace does, but for keeping the graph, its weights and this closure as
+            # long as the process lives.
             graph, _ = torch._C._create_graph_by_tracing(run, given, _name_of, True, False)
             function = torch._C._create_function_from_graph("step", graph)
         except (RuntimeError, AttributeError, TypeError) as error:
             log.debug("this pass cannot be recorded: %s", error)
             return None
     for warning in warned:
-        is_size_check = "padding_idx" in linecache.getline(warning.filename, warning.lineno)  # the embedding's, of itself
+        # the embedding's, of itself
+        is_size_check = "padding_idx" in linecache.getline(warning.filename, warning.lineno)
         if warning.category is torch.jit.TracerWarning and not is_size_check:
-            log.debug("this pass is not recorded: %s:%s: %s", warning.filename, warning.lineno, warning.message)
+            log.debug(
+                "this pass is not recorded: %s:%s: %s",
+                warning.filename,
+                warning.lineno,
+                warning.message,
+            )
             return None
     return _Recording(function, len(tokens))
 

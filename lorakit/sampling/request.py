@@ -18,7 +18,15 @@ from lorakit.errors import DataError, report
 from lorakit.lora.bank import Adapter
 from lorakit.sampling.ending import Ending
 from lorakit.sampling.pick import Picked, sample_key
-from lorakit.types import ImageChunk, Images, ModelInput, Sample, SampleResponse, SamplingParams, TensorData
+from lorakit.types import (
+    ImageChunk,
+    Images,
+    ModelInput,
+    Sample,
+    SampleResponse,
+    SamplingParams,
+    TensorData,
+)
 
 MAX_ALTERNATIVES = 64  # drawn one after the other, within one step
 
@@ -33,12 +41,18 @@ class Shown:
 
     @functools.cached_property
     def shift(self) -> int:
-        """What is added to the places of tokens behind the prompt for their time, height and width: images take few of these."""
+        """What is added to the places of tokens behind the prompt for their time, height and
+        width: images take few of these.
+        """
         return int(self.grid_positions_3L.max()) + 1 - self.grid_positions_3L.shape[1]
 
 
-def read_prompt(prompt: ModelInput | Sequence[int], encoder: ImageEncoder | None) -> tuple[list[int], Shown | None]:
-    """Return a prompt's tokens, and what it shows. Raises DataError where it has images and they cannot be read."""
+def read_prompt(
+    prompt: ModelInput | Sequence[int], encoder: ImageEncoder | None
+) -> tuple[list[int], Shown | None]:
+    """Return a prompt's tokens, and what it shows. Raises DataError where it has images and they
+    cannot be read.
+    """
     prompt = prompt if isinstance(prompt, ModelInput) else ModelInput.from_ints(prompt)
     if encoder is None and prompt.images:
         raise DataError("the prompt has an image, and this model takes none")
@@ -47,20 +61,27 @@ def read_prompt(prompt: ModelInput | Sequence[int], encoder: ImageEncoder | None
             encoder.check(prompt)
         return prompt.to_ints(), None
     chunks = [
-        chunk if not isinstance(chunk, ImageChunk) or chunk.expected_tokens is not None
-        else ImageChunk(chunk.data, chunk.format, encoder.count_tokens(chunk), name=chunk.name)
+        (
+            chunk
+            if not isinstance(chunk, ImageChunk) or chunk.expected_tokens is not None
+            else ImageChunk(chunk.data, chunk.format, encoder.count_tokens(chunk), name=chunk.name)
+        )
         for chunk in prompt.chunks
-    ]  # fmt: skip
+    ]
     prompt = ModelInput(tuple(chunks))
     encoded = encoder.check(prompt)
-    key = hashlib.sha256(b"".join(image.patches_PD.tobytes() + str(image.grid).encode() for image in encoded)).digest()
+    key = hashlib.sha256(
+        b"".join(image.patches_PD.tobytes() + str(image.grid).encode() for image in encoded)
+    ).digest()
     positions_3L = torch.from_numpy(encoder.positions(prompt, encoded))
     return encoder.tokens(prompt), Shown(stack_images(encoded), positions_3L, key)
 
 
 @dataclass
 class Request:
-    """What is asked about one prompt. ``params.max_tokens`` 0 only scores it; None generates as far as the model goes."""
+    """What is asked about one prompt. ``params.max_tokens`` 0 only scores it; None generates as
+    far as the model goes.
+    """
 
     prompt: list[int]  # with as many placeholders for each image as it takes positions
     params: SamplingParams
@@ -72,8 +93,10 @@ class Request:
     scores_prompt: bool = False
     num_best_of_prompt: int = 0
     prompt_targets: TensorData | None = None  # (prompt - 1, K) int64, -1 to skip
-    num_alternatives: int = 0  # to draw at each place of the prompt after the first, at the request's temperature
-    last_n: int | None = None  # prompt's log-probabilities for so many of its last tokens alone; None for all
+    # to draw at each place of the prompt after the first, at the request's temperature
+    num_alternatives: int = 0
+    # prompt's log-probabilities for so many of its last tokens alone; None for all
+    last_n: int | None = None
     done: Callable[[SampleResponse | BaseException], Any] | None = None
     each: Callable[[Row], Any] | None = None  # is told of each new token
     is_cancelled: bool = False  # whoever asked does not wait any more; may be set from any thread
@@ -85,33 +108,52 @@ class Request:
     @property
     def is_of_prompt(self) -> bool:
         """Whether log-probabilities of the prompt are asked for."""
-        return self.scores_prompt or bool(self.num_best_of_prompt or self.num_alternatives) or self.prompt_targets is not None
+        return (
+            self.scores_prompt
+            or bool(self.num_best_of_prompt or self.num_alternatives)
+            or self.prompt_targets is not None
+        )
 
     def check(self, *, vocab_size: int, max_tokens: int) -> None:
         """Raise DataError with everything that the model cannot take."""
         params, problems = self.params, []
         if not self.prompt:
             problems.append("prompt is empty; give at least one token")
-        wrong = [(place, token) for place, token in enumerate(self.prompt) if not 0 <= token < vocab_size]
-        problems += [f"prompt[{place}] is token {token}, and the vocabulary has {vocab_size:,}" for place, token in wrong[:1]]
-        if len(self.prompt) > max_tokens or (len(self.prompt) == max_tokens and params.max_tokens != 0):
+        wrong = [
+            (place, token) for place, token in enumerate(self.prompt) if not 0 <= token < vocab_size
+        ]
+        problems += [
+            f"prompt[{place}] is token {token}, and the vocabulary has {vocab_size:,}"
+            for place, token in wrong[:1]
+        ]
+        if len(self.prompt) > max_tokens or (
+            len(self.prompt) == max_tokens and params.max_tokens != 0
+        ):
             problems.append(
-                f"prompt has {len(self.prompt):,} tokens, and the model takes {max_tokens:,} with those that follow"
+                f"prompt has {len(self.prompt):,} tokens, and the model takes {max_tokens:,} with"
+                " those that follow"
             )
         for name, least, most in (
-            ("num_samples", 1, 100_000), ("num_best", 0, vocab_size), ("num_best_of_prompt", 0, vocab_size),
+            ("num_samples", 1, 100_000),
+            ("num_best", 0, vocab_size),
+            ("num_best_of_prompt", 0, vocab_size),
             ("num_alternatives", 0, MAX_ALTERNATIVES),
-        ):  # fmt: skip
+        ):
             value = getattr(self, name)
             if not _is_int(value) or not least <= value <= most:
                 problems.append(f"{name}={value} must be a whole number from {least} to {most:,}")
         most = max(1, len(self.prompt) - 1)
         if self.last_n is not None and (not _is_int(self.last_n) or not 1 <= self.last_n <= most):
-            problems.append(f"prompt_logprobs_last_n={self.last_n} must be from 1 to {most:,}, less than the prompt has tokens")
+            problems.append(
+                f"prompt_logprobs_last_n={self.last_n} must be from 1 to {most:,}, less than the"
+                " prompt has tokens"
+            )
         if self.prompt_targets is not None:
             problems += self._target_problems(vocab_size)
         if problems := problems + params_problems(params):
-            raise DataError(problems[0] if len(problems) == 1 else report("this cannot be sampled:", problems))
+            raise DataError(
+                problems[0] if len(problems) == 1 else report("this cannot be sampled:", problems)
+            )
 
     def _target_problems(self, vocab_size: int) -> list[str]:
         targets = self.prompt_targets
@@ -119,9 +161,14 @@ class Request:
         if targets.dtype.kind != "i":
             return [f"target_prompt_logprobs has numbers of {targets.dtype}; tokens they must be"]
         if targets.ndim != 2 or len(targets) != len(self.prompt) - 1:
-            return [f"target_prompt_logprobs has shape {targets.shape}; ({len(self.prompt) - 1}, K) it must be"]
+            return [
+                f"target_prompt_logprobs has shape {targets.shape}; ({len(self.prompt) - 1}, K) it"
+                " must be"
+            ]
         if bool(((targets < -1) | (targets >= vocab_size)).any()):
-            return [f"target_prompt_logprobs has tokens outside of the vocabulary of {vocab_size:,}"]
+            return [
+                f"target_prompt_logprobs has tokens outside of the vocabulary of {vocab_size:,}"
+            ]
         return []
 
 
@@ -139,8 +186,12 @@ def params_problems(params: SamplingParams) -> list[str]:
     if params.seed is not None and not _is_int(params.seed):
         problems.append(f"seed={params.seed!r} must be a whole number")
     stop = params.stop if isinstance(params.stop, (list, tuple)) else [params.stop]
-    if not all(one is None or isinstance(one, str) or _is_int(one) for one in stop) or _is_int(params.stop):
-        problems.append(f"stop={params.stop!r} must be a text, a list of texts, or a list of tokens")
+    if not all(one is None or isinstance(one, str) or _is_int(one) for one in stop) or _is_int(
+        params.stop
+    ):
+        problems.append(
+            f"stop={params.stop!r} must be a text, a list of texts, or a list of tokens"
+        )
     return problems
 
 
@@ -200,7 +251,12 @@ class Row:
     @classmethod
     def of(cls, running: Running, number: int) -> Row:
         request = running.request
-        return cls(running, number, sample_key(request.params.seed or 0, request.first_number + number), len(request.prompt))
+        return cls(
+            running,
+            number,
+            sample_key(request.params.seed or 0, request.first_number + number),
+            len(request.prompt),
+        )
 
     def add(self, token: int, logprob: float, best: list[tuple[int, float]] | None) -> bool:
         """Take a token; return whether it was the last."""
@@ -228,4 +284,7 @@ def best_of_row(picked: Picked, wanted: list[int]) -> list[list[tuple[int, float
     if picked.best is None:
         return [None] * len(wanted)
     values, tokens = picked.best[0].tolist(), picked.best[1].tolist()
-    return [list(zip(tokens[i][:num], values[i][:num], strict=True)) if num else None for i, num in enumerate(wanted)]
+    return [
+        list(zip(tokens[i][:num], values[i][:num], strict=True)) if num else None
+        for i, num in enumerate(wanted)
+    ]

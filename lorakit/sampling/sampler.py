@@ -1,6 +1,8 @@
-"""Generation in which requests come and go: prompts are computed packed, then one token for each row, and rows that end make room.
+"""Generation in which requests come and go: prompts are computed packed, then one token for each
+row, and rows that end make room.
 
-What transformers' own continuous batching lacks: adapters by row, random numbers by request, log-probabilities, stop strings.
+What transformers' own continuous batching lacks: adapters by row, random numbers by request,
+log-probabilities, stop strings.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ from lorakit.sampling.replay import Replayer
 from lorakit.sampling.request import Request, Row, Running, Shown, best_of_row
 from lorakit.types import Images
 
-JOIN_SHARE, MAX_STEPS_WAITED = 16, 8  # who joins are a 16th of the rows at work or more, or have waited for so many steps
+# who joins are a 16th of the rows at work or more, or have waited for so many steps
+JOIN_SHARE, MAX_STEPS_WAITED = 16, 8
 SORT_PAYS_AFTER = 8  # steps: rows mostly stay for longer
 RunPass = Callable[[Callable[[], tuple[torch.Tensor, Any]]], tuple[torch.Tensor, Any]]
-NO_MASK = torch.zeros((1, 1, 1, 1))  # transformers makes none where one of four dimensions is given; the cache has its own
+# transformers makes none where one of four dimensions is given; the cache has its own
+NO_MASK = torch.zeros((1, 1, 1, 1))
 MAX_PREFILL_TOKENS = 8192  # of prompts at a time; a longer one comes alone
 
 
@@ -45,21 +49,31 @@ class _Joining:
 
 
 class Sampler:
-    """Generates on ``model``, which must attend by document (`model/attention.py:attend_by_document`).
+    """Generates on ``model``, which must attend by document
+    (`model/attention.py:attend_by_document`).
 
     Args:
         bank: of the adapters that requests name; None where the model has its own.
         max_rows: samples at work at a time.
         max_cache_tokens: tokens whose keys and values are held at most; what would need more waits.
-        run_pass: runs what computes (a tensor, anything), where the model wants something around each pass.
-        batch_invariant: compute each token of each sequence by itself, those of prompts too. A product in another shape rounds
-            otherwise; so a log-probability is the same to the bit, whether its token was sampled or is scored, in any company. Slow.
+        run_pass: runs what computes (a tensor, anything), where the model wants something around
+            each pass.
+        batch_invariant: compute each token of each sequence by itself, those of prompts too. A
+            product in another shape rounds otherwise; so a log-probability is the same to the bit,
+            whether its token was sampled or is scored, in any company. Slow.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, bank: AdapterBank | None = None, max_rows: int = 256, max_cache_tokens: int = 1 << 20,
-        run_pass: RunPass = lambda compute: compute(), batch_invariant: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        bank: AdapterBank | None = None,
+        max_rows: int = 256,
+        max_cache_tokens: int = 1 << 20,
+        run_pass: RunPass = lambda compute: compute(),
+        batch_invariant: bool = False,
+    ) -> None:
         self.model, self.tokenizer, self.bank, self.run_pass = model, tokenizer, bank, run_pass
         self.max_rows, self.max_cache_tokens = 1 if batch_invariant else max_rows, max_cache_tokens
         self.batch_invariant = batch_invariant
@@ -73,7 +87,10 @@ class Sampler:
         self._rows: list[Row] = []
         self._end_ids = end_token_ids(model, tokenizer)
         config = model.config.get_text_config()
-        self._vocab_size, self._limit = config.vocab_size, getattr(config, "max_position_embeddings", None) or 1 << 30
+        self._vocab_size, self._limit = (
+            config.vocab_size,
+            getattr(config, "max_position_embeddings", None) or 1 << 30,
+        )
         if (steady := steady_positions(config)) is not None:
             self._limit = min(self._limit, steady)
         self._has_grid = "mrope_section" in (
@@ -82,21 +99,35 @@ class Sampler:
         self._settled: tuple[Picker, Mix | None] | None = None  # what depends on who has which row
 
     def add(self, request: Request) -> None:
-        """Let ``request`` join at the next step. Raises DataError where the model cannot take it."""
+        """Let ``request`` join at the next step. Raises DataError where the model cannot take
+        it.
+        """
         limit = min(self._limit, self.max_cache_tokens)
         request.check(vocab_size=self._vocab_size, max_tokens=limit)
         if request.shown is not None and (self.batch_invariant or not self._has_grid):
-            raise DataError("an image goes through the model whole: not under sampler.batch_invariant, nor in a model of text")
+            raise DataError(
+                "an image goes through the model whole: not under sampler.batch_invariant, nor in a"
+                " model of text"
+            )
         most = limit - len(request.prompt)
-        max_tokens = most if request.params.max_tokens is None else min(request.params.max_tokens, most)
-        running = Running(request, Ending(request.params, self.tokenizer, self._end_ids), max_tokens)
+        max_tokens = (
+            most if request.params.max_tokens is None else min(request.params.max_tokens, most)
+        )
+        running = Running(
+            request, Ending(request.params, self.tokenizer, self._end_ids), max_tokens
+        )
         if not max_tokens:
             self._waiting.append(_Joining(running, range(0)))
             return
         running.samples = [None] * request.num_samples
-        each = max(1, min(self.max_rows, self.max_cache_tokens // rounded(len(request.prompt) + max_tokens)))
+        each = max(
+            1,
+            min(self.max_rows, self.max_cache_tokens // rounded(len(request.prompt) + max_tokens)),
+        )
         for first in range(0, request.num_samples, each):
-            self._waiting.append(_Joining(running, range(first, min(first + each, request.num_samples))))
+            self._waiting.append(
+                _Joining(running, range(first, min(first + each, request.num_samples)))
+            )
 
     @property
     def is_busy(self) -> bool:
@@ -105,7 +136,13 @@ class Sampler:
 
     def fail_all(self, error: BaseException) -> None:
         """End everything with ``error``."""
-        running = {id(r): r for r in (*(row.running for row in self._rows), *(joining.running for joining in self._waiting))}
+        running = {
+            id(r): r
+            for r in (
+                *(row.running for row in self._rows),
+                *(joining.running for joining in self._waiting),
+            )
+        }
         self._waiting.clear()
         self._rows, self._settled, self._last_mix = [], None, None
         self.cache.clear()
@@ -115,14 +152,17 @@ class Sampler:
     @torch.inference_mode()
     def step(self) -> None:
         """Let requests join where there is room, then generate one token for each row."""
-        self._remove([place for place, row in enumerate(self._rows) if row.running.request.is_cancelled])
+        self._remove(
+            [place for place, row in enumerate(self._rows) if row.running.request.is_cancelled]
+        )
         while joining := self._next_to_join():
             if self.batch_invariant:
                 self._prefill_by_token(joining)
             else:
                 self._prefill(joining)
             if not all(entry.numbers for entry in joining):
-                break  # scored prompts take no row, so nothing else would end it before all are done
+                # scored prompts take no row, so nothing else would end it before all are done
+                break
         if self._rows:
             self._decode()
         if not self.is_busy:
@@ -132,24 +172,42 @@ class Sampler:
     # ---- joining
 
     def _next_to_join(self) -> list[_Joining]:
-        """Take those that join now out of those that wait: none before they are enough to be worth a pass, or have waited for long."""
+        """Take those that join now out of those that wait: none before they are enough to be
+        worth a pass, or have waited for long.
+        """
         joining: list[_Joining] = []
-        num_rows, num_tokens, room = len(self._rows), 0, max((_room_of(row.running) for row in self._rows), default=0)
+        num_rows, num_tokens, room = (
+            len(self._rows),
+            0,
+            max((_room_of(row.running) for row in self._rows), default=0),
+        )
         num_spare = 0  # rows that prompts are laid into which are only scored
-        while self._waiting and not (self.batch_invariant and (self._rows or joining)):  # then there is one row
+        # then there is one row
+        while self._waiting and not (self.batch_invariant and (self._rows or joining)):
             first = self._waiting[0]
             if first.running.request.is_cancelled:
                 self._waiting.popleft()
                 continue
             num_tokens += len(first.running.request.prompt)
-            num_rows, num_spare = num_rows + len(first.numbers), max(num_spare, int(not first.numbers))
+            num_rows, num_spare = (
+                num_rows + len(first.numbers),
+                max(num_spare, int(not first.numbers)),
+            )
             room = max(room, _room_of(first.running))
-            fits = num_rows <= self.max_rows and (num_rows + num_spare) * room <= self.max_cache_tokens
-            if (joining and num_tokens > MAX_PREFILL_TOKENS) or (not fits and (self._rows or joining)):
+            fits = (
+                num_rows <= self.max_rows and (num_rows + num_spare) * room <= self.max_cache_tokens
+            )
+            if (joining and num_tokens > MAX_PREFILL_TOKENS) or (
+                not fits and (self._rows or joining)
+            ):
                 break
             joining.append(self._waiting.popleft())
         num_joining = sum(len(entry.numbers) or 1 for entry in joining)
-        if joining and num_joining * JOIN_SHARE < len(self._rows) and self._steps_waited < MAX_STEPS_WAITED:
+        if (
+            joining
+            and num_joining * JOIN_SHARE < len(self._rows)
+            and self._steps_waited < MAX_STEPS_WAITED
+        ):
             self._waiting.extendleft(reversed(joining))
             self._steps_waited += 1
             return []
@@ -157,7 +215,9 @@ class Sampler:
         return joining
 
     def _prefill(self, joining: Sequence[_Joining]) -> None:
-        """Compute the prompts, each once however many ask the same, and give every sample its row and first token."""
+        """Compute the prompts, each once however many ask the same, and give every sample its
+        row and first token.
+        """
         device, first = self.model.device, len(self._rows)
         rows = [Row.of(entry.running, number) for entry in joining for number in entry.numbers]
         prompts: dict[_Key, list[int]] = {}  # -> rows; that of a scored one may be none
@@ -171,15 +231,26 @@ class Sampler:
         tokens = [key.prompt for key in prompts]
         lengths = [len(prompt) for prompt in tokens]
         ends = np.cumsum(lengths).tolist()
-        spans = {key: (0, end - length, end) for key, end, length in zip(prompts, ends, lengths, strict=True)}
+        spans = {
+            key: (0, end - length, end)
+            for key, end, length in zip(prompts, ends, lengths, strict=True)
+        }
         # A prompt that is only scored is laid into the row behind the last, which is free.
         self.cache.reserve(
             row + any(not places for places in prompts.values()),
-            max(_room_of(running) for running in (*(r.running for r in self._rows), *(e.running for e in joining))),
-            num_used=first, max_cache_tokens=self.max_cache_tokens,
-        )  # fmt: skip
-        self.cache.prefill([places[0] if places else row for places in prompts.values()], lengths, device)
-        adapter_of = {id(entry.running.request.adapter): entry.running.request.adapter for entry in joining}
+            max(
+                _room_of(running)
+                for running in (*(r.running for r in self._rows), *(e.running for e in joining))
+            ),
+            num_used=first,
+            max_cache_tokens=self.max_cache_tokens,
+        )
+        self.cache.prefill(
+            [places[0] if places else row for places in prompts.values()], lengths, device
+        )
+        adapter_of = {
+            id(entry.running.request.adapter): entry.running.request.adapter for entry in joining
+        }
         hidden_TH, head = self._run(
             torch.tensor([[token for prompt in tokens for token in prompt]], device=device),
             self._positions_of_prompts(lengths, list(shown.values())),
@@ -199,8 +270,12 @@ class Sampler:
             picker, mix = self._settle(rows)
             self._pick(rows, picker, self._logits(hidden_TH[last], head, mix), first)
 
-    def _positions_of_prompts(self, lengths: Sequence[int], shown: Sequence[Shown | None]) -> torch.Tensor:
-        """Places of all prompts' tokens in their prompts, (1, T); with time, height and width below, (4, 1, T)."""
+    def _positions_of_prompts(
+        self, lengths: Sequence[int], shown: Sequence[Shown | None]
+    ) -> torch.Tensor:
+        """Places of all prompts' tokens in their prompts, (1, T); with time, height and width
+        below, (4, 1, T).
+        """
         places = torch.tensor([[place for length in lengths for place in range(length)]])
         if self._has_grid:
             own = [
@@ -210,7 +285,9 @@ class Sampler:
             places = torch.cat([places, torch.cat(own, dim=1)])[:, None]
         return places.to(self.model.device)
 
-    def _positions_of_rows(self, places_B: torch.Tensor, shown: Sequence[Shown | None]) -> torch.Tensor:
+    def _positions_of_rows(
+        self, places_B: torch.Tensor, shown: Sequence[Shown | None]
+    ) -> torch.Tensor:
         """The same of the tokens that rows read next, (B, 1) or (4, B, 1)."""
         if not self._has_grid:
             return places_B[:, None]
@@ -225,21 +302,35 @@ class Sampler:
             self.cache.reserve(1, len(request.prompt) + entry.running.max_tokens)
             mix = self._mix_of([request.adapter], [1])
             for place, token in enumerate(request.prompt):
-                positions = self._positions_of_rows(self.cache.decode([place], self.model.device), [None])
-                found, head = self._run(torch.tensor([[token]], device=self.model.device), positions, None, mix)
+                positions = self._positions_of_rows(
+                    self.cache.decode([place], self.model.device), [None]
+                )
+                found, head = self._run(
+                    torch.tensor([[token]], device=self.model.device), positions, None, mix
+                )
                 hidden.append(found)
             self._score_prompt(entry, torch.cat(hidden), head, (0, 0, len(hidden)))
             if entry.numbers:
                 self._rows = [Row.of(entry.running, entry.numbers[0])]
                 self._settled = None
-                self._pick(self._rows, self._settle(self._rows)[0], self._logits(hidden[-1], head, mix), 0)
+                self._pick(
+                    self._rows, self._settle(self._rows)[0], self._logits(hidden[-1], head, mix), 0
+                )
 
-    def _score_prompt(self, entry: _Joining, hidden_TH: torch.Tensor, head: Head, span: tuple[int, int, int]) -> None:
+    def _score_prompt(
+        self, entry: _Joining, hidden_TH: torch.Tensor, head: Head, span: tuple[int, int, int]
+    ) -> None:
         """Keep what is asked about the prompt itself."""
         running, request, (_, start, end) = entry.running, entry.running.request, span
         if request.is_of_prompt and (not entry.numbers or entry.numbers.start == 0):
             head = self._head(head, self._mix_of([request.adapter], [end - 1 - start]))
-            score_prompt(running, hidden_TH[start : end - 1], head, self._vocab_size, by_token=self.batch_invariant)
+            score_prompt(
+                running,
+                hidden_TH[start : end - 1],
+                head,
+                self._vocab_size,
+                by_token=self.batch_invariant,
+            )
         if not entry.numbers:
             running.finish_if_done()
 
@@ -253,7 +344,9 @@ class Sampler:
         rows = self._rows
         picker, mix = self._settled = self._settled or self._settle(rows)
         lengths = [row.length for row in rows]
-        positions = self._positions_of_rows(self.cache.decode(lengths, device), [row.running.request.shown for row in rows])
+        positions = self._positions_of_rows(
+            self.cache.decode(lengths, device), [row.running.request.shown for row in rows]
+        )
         tokens = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
         hidden_BH, head = self._run(tokens, positions, None, mix)
         for row in rows:
@@ -274,16 +367,27 @@ class Sampler:
     def _settle(self, rows: Sequence[Row]) -> tuple[Picker, Mix | None]:
         requests = [row.running.request for row in rows]
         num_best = max(request.num_best for request in requests)
-        picker = Picker([request.params for request in requests], [row.key for row in rows], num_best, self.model.device)
+        picker = Picker(
+            [request.params for request in requests],
+            [row.key for row in rows],
+            num_best,
+            self.model.device,
+        )
         return picker, self._mix_of([request.adapter for request in requests], [1] * len(rows))
 
-    def _pick(self, rows: Sequence[Row], picker: Picker, logits_BV: torch.Tensor, first: int) -> None:
-        """Pick a token for each of ``rows``, which begin with row ``first``, and let go those that end."""
+    def _pick(
+        self, rows: Sequence[Row], picker: Picker, logits_BV: torch.Tensor, first: int
+    ) -> None:
+        """Pick a token for each of ``rows``, which begin with row ``first``, and let go those
+        that end.
+        """
         picked: Picked = picker.pick(logits_BV, [len(row.tokens) for row in rows])
         tokens, logprobs = picked.tokens.tolist(), picked.logprobs.tolist()
         best = best_of_row(picked, [row.running.request.num_best for row in rows])
         self.num_generated += len(rows)
-        ended = [first + i for i, row in enumerate(rows) if row.add(tokens[i], logprobs[i], best[i])]
+        ended = [
+            first + i for i, row in enumerate(rows) if row.add(tokens[i], logprobs[i], best[i])
+        ]
         done = [self._rows[place] for place in ended]
         self._remove(ended)
         for row in done:
@@ -304,23 +408,40 @@ class Sampler:
     # ---- the model
 
     def _run(
-        self, tokens: torch.Tensor, positions: torch.Tensor, spans: list[tuple[int, int, int]] | None, mix: Mix | None,
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        spans: list[tuple[int, int, int]] | None,
+        mix: Mix | None,
         images: Sequence[Images] = (),
-    ) -> tuple[torch.Tensor, Head]:  # fmt: skip
-        """Return what the unembedding is given, flattened to (T, H), and the unembedding. ``spans`` None: a token for each row."""
+    ) -> tuple[torch.Tensor, Head]:
+        """Return what the unembedding is given, flattened to (T, H), and the unembedding.
+        ``spans`` None: a token for each row.
+        """
         active = self.bank.active(mix) if self.bank and mix else contextlib.nullcontext()
         few = self._few_tokens if spans is None else None
         self.num_forwards += 1
 
         def model_pass(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            given = {"input_ids": tokens, "position_ids": positions, "attention_mask": None if spans else NO_MASK}
+            given = {
+                "input_ids": tokens,
+                "position_ids": positions,
+                "attention_mask": None if spans else NO_MASK,
+            }
             if images:
-                given["pixel_values"] = torch.cat([one.patches_PD for one in images]).to(tokens.device)
-                given["image_grid_thw"] = torch.cat([one.grids_N3 for one in images]).to(tokens.device)
-            hidden, self._last_head = hidden_states(self.model, lambda: self.model(**given, use_cache=False))
+                given["pixel_values"] = torch.cat([one.patches_PD for one in images]).to(
+                    tokens.device
+                )
+                given["image_grid_thw"] = torch.cat([one.grids_N3 for one in images]).to(
+                    tokens.device
+                )
+            hidden, self._last_head = hidden_states(
+                self.model, lambda: self.model(**given, use_cache=False)
+            )
             if hidden is None or self._last_head is None:
                 raise ConfigError(
-                    f"{type(self.model).__name__} cannot be sampled in rows: its unembedding is not a linear layer"
+                    f"{type(self.model).__name__} cannot be sampled in rows: its unembedding is not"
+                    " a linear layer"
                 )
             return hidden
 
@@ -329,7 +450,9 @@ class Sampler:
                 hidden = model_pass(tokens, positions)
             else:
                 few.num_tokens = tokens.shape[0]
-                hidden = self._replayer.run(model_pass, tokens, positions, self.cache, mix, few.decisions)
+                hidden = self._replayer.run(
+                    model_pass, tokens, positions, self.cache, mix, few.decisions
+                )
             assert self._last_head is not None
             return hidden, self._last_head
 
@@ -345,10 +468,16 @@ class Sampler:
         owners = None
         if len(distinct) > 1:
             number = {id(adapter): n for n, adapter in enumerate(distinct)}
-            numbers = [number[id(a)] for a, count in zip(adapters, num_tokens, strict=True) for _ in range(count)]
+            numbers = [
+                number[id(a)]
+                for a, count in zip(adapters, num_tokens, strict=True)
+                for _ in range(count)
+            ]
             owners = torch.tensor(numbers, device=self.model.device)
         last = self._last_mix
-        if last is not None and [id(adapter) for adapter in last.adapters] == [id(adapter) for adapter in distinct]:
+        if last is not None and [id(adapter) for adapter in last.adapters] == [
+            id(adapter) for adapter in distinct
+        ]:
             self._last_mix = last.with_owners(owners)  # what lies side by side is not laid again
         else:
             self._last_mix = Mix(distinct, owners, like=last)
@@ -358,7 +487,13 @@ class Sampler:
         """``head`` with what the adapters of ``mix`` have on it."""
         if self.bank is None or mix is None:
             return head
-        return replace(head, adapters=(*head.adapters, *as_head_adapters(self.bank.on_head(mix, head.weight_VH.dtype))))
+        return replace(
+            head,
+            adapters=(
+                *head.adapters,
+                *as_head_adapters(self.bank.on_head(mix, head.weight_VH.dtype)),
+            ),
+        )
 
     def _logits(self, hidden_BH: torch.Tensor, head: Head, mix: Mix | None) -> torch.Tensor:
         return all_logits(hidden_BH, self._head(head, mix))
@@ -379,4 +514,6 @@ class _Key(NamedTuple):
 
 def _key_of(running: Running) -> _Key:
     request = running.request
-    return _Key(id(request.adapter), tuple(request.prompt), request.shown.key if request.shown else b"")
+    return _Key(
+        id(request.adapter), tuple(request.prompt), request.shown.key if request.shown else b""
+    )

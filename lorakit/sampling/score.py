@@ -34,7 +34,12 @@ class Answer:
 
 @torch.no_grad()
 def score_loss(
-    model: Any, datums: Sequence[Datum], *, pad_token_id: int, batch_size: int = 32, images: ImageEncoder | None = None
+    model: Any,
+    datums: Sequence[Datum],
+    *,
+    pad_token_id: int,
+    batch_size: int = 32,
+    images: ImageEncoder | None = None,
 ) -> tuple[float, float]:
     """Return (sum of -weight * logprob, sum of |weight|) over ``datums``."""
     was_training = model.training
@@ -42,7 +47,9 @@ def score_loss(
     loss_sum = weight_sum = 0.0
     ordered = sorted(datums, key=len)
     for start in range(0, len(ordered), batch_size):
-        batch = collate([[datum] for datum in ordered[start : start + batch_size]], pad_token_id, images).to(model.device)
+        batch = collate(
+            [[datum] for datum in ordered[start : start + batch_size]], pad_token_id, images
+        ).to(model.device)
         loss_sum -= float((batch.weights * target_logprobs(model, batch)).sum())
         weight_sum += batch.weight
     model.train(was_training)
@@ -50,10 +57,16 @@ def score_loss(
 
 
 def answer_all(
-    model: Any, tokenizer: Any, datums: Sequence[Datum], params: SamplingParams, progress: Callable[[int], Any] | None = None,
+    model: Any,
+    tokenizer: Any,
+    datums: Sequence[Datum],
+    params: SamplingParams,
+    progress: Callable[[int], Any] | None = None,
     images: ImageEncoder | None = None,
-) -> list[Answer]:  # fmt: skip
-    """Generate from each Datum's prompt (what stands before its first trained token) and pair it with its first trained span."""
+) -> list[Answer]:
+    """Generate from each Datum's prompt (what stands before its first trained token) and pair it
+    with its first trained span.
+    """
     pairs = [_split(datum) for datum in datums]
     stop = stop_strings(params)
     answers: list[Answer] = []
@@ -62,7 +75,9 @@ def answer_all(
         samples = generate(model, tokenizer, [prompt for prompt, _ in part], params, images)
         for (prompt, expected), sample in zip(part, samples, strict=True):
             tokens = images.tokens(prompt) if images else prompt.to_ints()
-            answers.append(Answer(tokenizer.decode(tokens), _cut(tokenizer, expected, stop), sample))
+            answers.append(
+                Answer(tokenizer.decode(tokens), _cut(tokenizer, expected, stop), sample)
+            )
         if progress:
             progress(len(part))
     return answers

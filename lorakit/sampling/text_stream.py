@@ -8,12 +8,14 @@ from typing import Any
 class TextStream:
     """Turns a growing list of tokens into pieces of text that will not change any more.
 
-    A character of several tokens is held back until it is whole, and so is what may be the beginning of a stop string.
+    A character of several tokens is held back until it is whole, and so is what may be the
+    beginning of a stop string.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
         self.tokenizer, self.stop = tokenizer, stop
-        self._start = self._read = 0  # tokens before ``_start`` are done with; those before ``_read`` are in the text
+        # tokens before ``_start`` are done with; those before ``_read`` are in the text
+        self._start = self._read = 0
         self._held = ""
 
     def add(self, tokens: list[int]) -> str:
@@ -30,4 +32,11 @@ class TextStream:
 
     def _overlap(self, stop: str) -> int:
         """How many of the last held characters may be the beginning of ``stop``."""
-        return next((n for n in range(min(len(stop), len(self._held)), 0, -1) if self._held.endswith(stop[:n])), 0)
+        return next(
+            (
+                n
+                for n in range(min(len(stop), len(self._held)), 0, -1)
+                if self._held.endswith(stop[:n])
+            ),
+            0,
+        )

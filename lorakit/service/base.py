@@ -17,7 +17,13 @@ from lorakit.lora.bank import AdapterBank
 from lorakit.lora.flat import AdapterLayout, plan_layout
 from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER, LoRASpec
 from lorakit.model.attention import attend_by_document
-from lorakit.model.load import base_name, load_config, load_image_processor, load_model, load_tokenizer
+from lorakit.model.load import (
+    base_name,
+    load_config,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+)
 from lorakit.sampling.check import decoding_problem
 from lorakit.strategy.world import current_world
 from lorakit.training.precision import base_dtype, resolve_accelerator, resolve_precision
@@ -46,14 +52,21 @@ class Base:
 
     @classmethod
     def load(
-        cls, path: str, *, accelerator: str = "auto", precision: str = "auto", attention: str = "auto", strategy: str = "auto"
+        cls,
+        path: str,
+        *,
+        accelerator: str = "auto",
+        precision: str = "auto",
+        attention: str = "auto",
+        strategy: str = "auto",
     ) -> Base:
         """Read the model at ``path``; of several processes all call together.
 
         Args:
             precision: ``auto`` is bf16 on a GPU that has it, else float32.
-            strategy: how several processes share the work: ``ddp`` has everything in each; ``zero1`` and ``zero2`` share the
-                optimisers' state; ``zero3`` and ``zero3_offload`` the base too. ``auto`` is ``zero2``, and ``single`` for one process.
+            strategy: how several processes share the work: ``ddp`` has everything in each;
+                ``zero1`` and ``zero2`` share the optimisers' state; ``zero3`` and ``zero3_offload``
+                the base too. ``auto`` is ``zero2``, and ``single`` for one process.
 
         Raises:
             ConfigError: the model cannot be read, or a setting is unknown.
@@ -62,12 +75,19 @@ class Base:
         device = resolve_accelerator(accelerator)
         if precision == "16-mixed":
             raise ConfigError(
-                "precision=16-mixed is not offered here: its gradients want a scaled loss; choose bf16-mixed or 32-true"
+                "precision=16-mixed is not offered here: its gradients want a scaled loss; choose"
+                " bf16-mixed or 32-true"
             )
-        resolved = "32-true" if precision == "auto" and device == "cpu" else resolve_precision(precision, device)
+        resolved = (
+            "32-true"
+            if precision == "auto" and device == "cpu"
+            else resolve_precision(precision, device)
+        )
         precision = "32-true" if resolved == "16-mixed" else resolved
         where = f"cuda:{current_world().local_rank}" if device == "cuda" else device
-        build = functools.partial(load_model, path, dtype=base_dtype("auto", precision), attention=attention, device=where)
+        build = functools.partial(
+            load_model, path, dtype=base_dtype("auto", precision), attention=attention, device=where
+        )
         partitioned = None
         if strategy.startswith("zero3"):
             from lorakit.strategy.partitioned import PartitionedBase
@@ -92,7 +112,9 @@ class Base:
         return base
 
     def check_images(self, data: Sequence[Datum]) -> None:
-        """Raise DataError, that names Datum and chunk, where images cannot go through this base, or text says that it is one."""
+        """Raise DataError, that names Datum and chunk, where images cannot go through this base,
+        or text says that it is one.
+        """
         for number, datum in enumerate(data):
             try:
                 if self.images is not None:
@@ -113,7 +135,9 @@ class Base:
         return self.strategy.startswith("zero")
 
     def run_pass(self, compute: Callable[[], tuple[torch.Tensor, Any]]) -> tuple[torch.Tensor, Any]:
-        """Return what ``compute`` returns, in the base's number format, with its parameters where it needs them."""
+        """Return what ``compute`` returns, in the base's number format, with its parameters
+        where it needs them.
+        """
         with self.autocast():
             return self._partitioned.run(compute) if self._partitioned else compute()
 
@@ -124,7 +148,8 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        if self._partitioned is not None and torch.cuda.is_available():  # parts may lie in the host's memory
+        # parts may lie in the host's memory
+        if self._partitioned is not None and torch.cuda.is_available():
             return torch.device("cuda", current_world().local_rank)
         return self.model.device
 
@@ -149,13 +174,17 @@ class Base:
         return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
 
     def layout(self, spec: LoRASpec) -> AdapterLayout:
-        """Return where everything of an adapter of ``spec`` lies. Raises ConfigError where it matches nothing."""
+        """Return where everything of an adapter of ``spec`` lies. Raises ConfigError where it
+        matches nothing.
+        """
         if spec not in self._layouts:
             self._layouts[spec] = plan_layout(self.model, spec, base_name=self.name)
         return self._layouts[spec]
 
     def read_adapter(self, files: AdapterFiles) -> tuple[AdapterLayout, torch.Tensor]:
-        """Return the layout and the numbers of any PEFT adapter in a folder. Raises AdapterError where it does not fit."""
+        """Return the layout and the numbers of any PEFT adapter in a folder. Raises AdapterError
+        where it does not fit.
+        """
         spec = _spec_of(files, self.model)
         try:
             layout = self.layout(spec)
@@ -165,7 +194,9 @@ class Base:
 
 
 def _images(path: str) -> ImageEncoder | None:
-    """What encodes images for the model at ``path``; None where it takes none, or is of a family whose images are not known."""
+    """What encodes images for the model at ``path``; None where it takes none, or is of a family
+    whose images are not known.
+    """
     config = load_config(path)
     if getattr(config, "vision_config", None) is None:
         return None
@@ -192,7 +223,13 @@ def _spec_of(files: AdapterFiles, model: Any) -> LoRASpec:
     config = files.config
     refused = [
         name
-        for name in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save", "trainable_token_indices")
+        for name in (
+            "rank_pattern",
+            "alpha_pattern",
+            "use_dora",
+            "modules_to_save",
+            "trainable_token_indices",
+        )
         if config.get(name)
     ]
     if problem := files.find_init_problem():
@@ -205,15 +242,22 @@ def _spec_of(files: AdapterFiles, model: Any) -> LoRASpec:
     for name in sorted(names - set(files.expert_matrices())):
         module = name.removesuffix(".base_layer")
         parameters = config.get("target_parameters") or ()
-        own = [p for p in parameters if f"{module}.".find(f"{p.rpartition('.')[0]}.") >= 0] if module in stacked else []
+        own = (
+            [p for p in parameters if f"{module}.".find(f"{p.rpartition('.')[0]}.") >= 0]
+            if module in stacked
+            else []
+        )
         is_stack = any(hasattr(modules.get(module), p.rpartition(".")[2]) for p in own)
         targets += [f"{module}.{p.rpartition('.')[2]}" for p in own] if is_stack else [name]
     shared = files.expert_matrices()
     targets += [_stack_of(name, modules) for name in shared]
     return LoRASpec(
-        rank=int(config["r"]), alpha=float(config["lora_alpha"]), rslora=bool(config.get("use_rslora")),
-        targets=tuple(dict.fromkeys(targets)), expert_layout=SHARED_OUTER if shared else PER_EXPERT,
-    )  # fmt: skip
+        rank=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        rslora=bool(config.get("use_rslora")),
+        targets=tuple(dict.fromkeys(targets)),
+        expert_layout=SHARED_OUTER if shared else PER_EXPERT,
+    )
 
 
 def _stack_of(matrix: str, modules: dict[str, Any]) -> str:

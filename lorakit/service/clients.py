@@ -1,7 +1,7 @@
 """Tinker's clients without a server: the same verbs, in this process, on this machine.
 
-Every call returns at once; ``.result()``, ``await`` and the ``*_async`` spellings all work. A client can be waited for as well, since
-the public SDK's creating calls return futures of clients.
+Every call returns at once; ``.result()``, ``await`` and the ``*_async`` spellings all work. A
+client can be waited for as well, since the public SDK's creating calls return futures of clients.
 """
 
 from __future__ import annotations
@@ -51,63 +51,110 @@ class ServiceClient(_AsFuture):
     Args:
         user_metadata: kept with every run.
         folder: of the database and the checkpoints.
-        models: names that programs use -> folders or names of models, for programs that ask for a model of the hub.
+        models: names that programs use -> folders or names of models, for programs that ask for a
+            model of the hub.
         accelerator: auto, cpu, cuda or mps.
         precision: auto (bf16 on a GPU that has it, else float32), 32-true or bf16-mixed.
         lora_alpha, expert_layout: of the adapters, as ``lora.alpha`` and ``lora.expert_layout``.
         max_pass_tokens: positions of a forward pass, padding included.
-        batch_invariant: log-probabilities of sampled tokens and those that ``compute_logprobs`` finds are equal to the bit; slow.
-        strategy: of several processes (`torchrun program.py`): auto, ddp, zero1, zero2, zero3 or zero3_offload. The first runs the
-            program; the others do here what it asks for, and end with it.
+        batch_invariant: log-probabilities of sampled tokens and those that ``compute_logprobs``
+            finds are equal to the bit; slow.
+        strategy: of several processes (`torchrun program.py`): auto, ddp, zero1, zero2, zero3 or
+            zero3_offload. The first runs the program; the others do here what it asks for, and end
+            with it.
     """
 
     def __init__(
-        self, user_metadata: Mapping[str, str] | None = None, project_id: str | None = None, *, folder: str | Path = "runs/service",
-        models: Mapping[str, str] | None = None, accelerator: str = "auto", precision: str = "auto", lora_alpha: float = 32.0,
-        expert_layout: str = "per_expert", max_pass_tokens: int = 16_384, strategy: str = "auto",
+        self,
+        user_metadata: Mapping[str, str] | None = None,
+        project_id: str | None = None,
+        *,
+        folder: str | Path = "runs/service",
+        models: Mapping[str, str] | None = None,
+        accelerator: str = "auto",
+        precision: str = "auto",
+        lora_alpha: float = 32.0,
+        expert_layout: str = "per_expert",
+        max_pass_tokens: int = 16_384,
+        strategy: str = "auto",
         batch_invariant: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._service = Service(
-            folder, models=models or {}, accelerator=accelerator,
-            load=lambda path: Base.load(path, accelerator=accelerator, precision=precision, strategy=strategy),
+            folder,
+            models=models or {},
+            accelerator=accelerator,
+            load=lambda path: Base.load(
+                path, accelerator=accelerator, precision=precision, strategy=strategy
+            ),
             lora={"alpha": lora_alpha, "expert_layout": expert_layout},
-            replica_options={"max_pass_tokens": max_pass_tokens, "batch_invariant": batch_invariant},
-        )  # fmt: skip
+            replica_options={
+                "max_pass_tokens": max_pass_tokens,
+                "batch_invariant": batch_invariant,
+            },
+        )
         self._session, self._num_models = secrets.token_hex(6), 0
         self.user_metadata = dict(user_metadata or {})
 
     # ---- training
 
     def create_lora_training_client(
-        self, base_model: str, rank: int = 32, seed: int | None = None, train_mlp: bool = True, train_attn: bool = True,
-        train_unembed: bool = True, user_metadata: Mapping[str, str] | None = None,
-    ) -> TrainingClient:  # fmt: skip
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> TrainingClient:
         """Return a client that trains a new adapter on ``base_model``. Raises ConfigError."""
         future = self._service.create_model(
-            self._new_id(), base_model, rank=rank, seed=seed, train_mlp=train_mlp, train_attn=train_attn,
-            train_unembed=train_unembed, user_metadata={**self.user_metadata, **(user_metadata or {})},
-        )  # fmt: skip
+            self._new_id(),
+            base_model,
+            rank=rank,
+            seed=seed,
+            train_mlp=train_mlp,
+            train_attn=train_attn,
+            train_unembed=train_unembed,
+            user_metadata={**self.user_metadata, **(user_metadata or {})},
+        )
         return TrainingClient(self._service, future.result())
 
     def create_training_client_from_state(
-        self, path: str, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: Mapping[str, str] | None = None,
     ) -> TrainingClient:
-        """Return a client that goes on from saved weights: a path of ``save_state``, or a folder of a PEFT adapter."""
+        """Return a client that goes on from saved weights: a path of ``save_state``, or a folder
+        of a PEFT adapter.
+        """
         return self._from_state(path, base_model, user_metadata, with_optimizer=False)
 
     def create_training_client_from_state_with_optimizer(
-        self, path: str, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: Mapping[str, str] | None = None,
     ) -> TrainingClient:
         """The same with the optimiser that was saved."""
         return self._from_state(path, base_model, user_metadata, with_optimizer=True)
 
     def _from_state(
-        self, path: str, base_model: str | None, user_metadata: Mapping[str, str] | None, *, with_optimizer: bool
+        self,
+        path: str,
+        base_model: str | None,
+        user_metadata: Mapping[str, str] | None,
+        *,
+        with_optimizer: bool,
     ) -> TrainingClient:
         future = self._service.create_model_from(
-            self._new_id(), path, base_model=base_model, with_optimizer=with_optimizer,
+            self._new_id(),
+            path,
+            base_model=base_model,
+            with_optimizer=with_optimizer,
             user_metadata={**self.user_metadata, **(user_metadata or {})},
-        )  # fmt: skip
+        )
         return TrainingClient(self._service, future.result())
 
     def _new_id(self) -> str:
@@ -116,9 +163,13 @@ class ServiceClient(_AsFuture):
 
     # ---- sampling and the rest
 
-    def create_sampling_client(self, model_path: str | None = None, base_model: str | None = None) -> SamplingClient:
+    def create_sampling_client(
+        self, model_path: str | None = None, base_model: str | None = None
+    ) -> SamplingClient:
         """Return a client that samples from saved weights, or from a base."""
-        return SamplingClient(self._service, self._service.weights(base_model=base_model, path=model_path).result())
+        return SamplingClient(
+            self._service, self._service.weights(base_model=base_model, path=model_path).result()
+        )
 
     def create_rest_client(self) -> RestClient:
         """Return a client that lists and deletes what was saved."""
@@ -131,16 +182,25 @@ class ServiceClient(_AsFuture):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     async def create_lora_training_client_async(self, *args: Any, **kwargs: Any) -> TrainingClient:
         return self.create_lora_training_client(*args, **kwargs)
 
-    async def create_training_client_from_state_async(self, *args: Any, **kwargs: Any) -> TrainingClient:
+    async def create_training_client_from_state_async(
+        self, *args: Any, **kwargs: Any
+    ) -> TrainingClient:
         return self.create_training_client_from_state(*args, **kwargs)
 
-    async def create_training_client_from_state_with_optimizer_async(self, *args: Any, **kwargs: Any) -> TrainingClient:
+    async def create_training_client_from_state_with_optimizer_async(
+        self, *args: Any, **kwargs: Any
+    ) -> TrainingClient:
         return self.create_training_client_from_state_with_optimizer(*args, **kwargs)
 
     async def create_sampling_client_async(self, *args: Any, **kwargs: Any) -> SamplingClient:
@@ -172,7 +232,9 @@ class ModelInfo:
 
 
 class TrainingClient(_AsFuture):
-    """Trains one adapter. Calls run in their order; an error arrives in its call's future, and later calls go on."""
+    """Trains one adapter. Calls run in their order; an error arrives in its call's future, and
+    later calls go on.
+    """
 
     def __init__(self, service: Service, model: Model) -> None:
         self._service, self._model = service, model
@@ -185,13 +247,21 @@ class TrainingClient(_AsFuture):
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None
     ) -> APIFuture[ForwardBackwardOutput]:
         """Compute a loss and the log-probability of each target; no gradient."""
-        return APIFuture(self._service.forward_backward(self._model, list(data), loss_fn, loss_fn_config, needs_gradient=False))
+        return APIFuture(
+            self._service.forward_backward(
+                self._model, list(data), loss_fn, loss_fn_config, needs_gradient=False
+            )
+        )
 
     def forward_backward(
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None
     ) -> APIFuture[ForwardBackwardOutput]:
-        """The same, and add the loss's gradient, a sum over tokens, to what has accumulated since the last ``optim_step``."""
-        return APIFuture(self._service.forward_backward(self._model, list(data), loss_fn, loss_fn_config))
+        """The same, and add the loss's gradient, a sum over tokens, to what has accumulated
+        since the last ``optim_step``.
+        """
+        return APIFuture(
+            self._service.forward_backward(self._model, list(data), loss_fn, loss_fn_config)
+        )
 
     def forward_backward_custom(
         self, data: Sequence[Datum], loss_fn: Any, *, loss_type_input: str | None = None
@@ -199,50 +269,78 @@ class TrainingClient(_AsFuture):
         """The same for a loss of your own, which runs in another thread.
 
         Args:
-            loss_fn: ``loss_fn(data, logprobs)`` returns (scalar tensor, metrics); ``logprobs`` has a tensor for each Datum. With
-                ``loss_type_input="vocabulary"`` it is ``loss_fn(number, first, logprobs)``, called for chunks of each Datum with the
-                log-probabilities of the whole vocabulary, (positions, V) from position ``first``, and returns a scalar to be summed.
+            loss_fn: ``loss_fn(data, logprobs)`` returns (scalar tensor, metrics); ``logprobs`` has
+                a tensor for each Datum. With ``loss_type_input="vocabulary"`` it is
+                ``loss_fn(number, first, logprobs)``, called for chunks of each Datum with the
+                log-probabilities of the whole vocabulary, (positions, V) from position ``first``,
+                and returns a scalar to be summed.
         """
         if loss_type_input == "vocabulary":
-            return APIFuture(self._service.forward_backward_vocabulary(self._model, list(data), loss_fn))
+            return APIFuture(
+                self._service.forward_backward_vocabulary(self._model, list(data), loss_fn)
+            )
         if loss_type_input not in (None, "logprobs"):
-            raise ConfigError(f"loss_type_input={loss_type_input!r} is unknown; choose logprobs or vocabulary")
+            raise ConfigError(
+                f"loss_type_input={loss_type_input!r} is unknown; choose logprobs or vocabulary"
+            )
         return APIFuture(self._service.forward_backward_custom(self._model, list(data), loss_fn))
 
     def optim_step(
         self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
     ) -> APIFuture[OptimStepResponse]:
-        """Make one step of AdamW, and start a new gradient. Its norm before clipping is in the figures."""
+        """Make one step of AdamW, and start a new gradient. Its norm before clipping is in the
+        figures.
+        """
         params = optim_params or adam_params
         if not isinstance(params, AdamParams):
             raise ConfigError(f"optim_step takes types.AdamParams, not {type(params).__name__}")
-        return APIFuture(self._service.optim_step(self._model, params), lambda metrics: OptimStepResponse(metrics))
+        return APIFuture(
+            self._service.optim_step(self._model, params),
+            lambda metrics: OptimStepResponse(metrics),
+        )
 
     def save_state(
-        self, name: str, ttl_seconds: int | None = None, overwrite: bool = False, user_metadata: Mapping[str, str] | None = None
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: Mapping[str, str] | None = None,
     ) -> APIFuture[SavedPath]:
         """Save weights and optimiser; ``.path`` of the result is what ``load_state`` takes."""
         return self._save(SaveAs("weights", name, overwrite, ttl_seconds, user_metadata))
 
     def save_weights_for_sampler(
-        self, name: str, ttl_seconds: int | None = None, user_metadata: Mapping[str, str] | None = None
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
     ) -> APIFuture[SavedPath]:
         """Save weights alone, a PEFT folder."""
-        return self._save(SaveAs("sampler_weights", name, ttl_seconds=ttl_seconds, user_metadata=user_metadata))
+        return self._save(
+            SaveAs("sampler_weights", name, ttl_seconds=ttl_seconds, user_metadata=user_metadata)
+        )
 
     def _save(self, wanted: SaveAs) -> APIFuture[SavedPath]:
-        return APIFuture(self._service.save(self._model, wanted), lambda saved: SavedPath(saved.path))
+        return APIFuture(
+            self._service.save(self._model, wanted), lambda saved: SavedPath(saved.path)
+        )
 
     def load_state(self, path: str) -> APIFuture[SavedPath]:
         """Take up saved weights; the optimiser starts anew."""
-        return APIFuture(self._service.load_state(self._model, path, with_optimizer=False), SavedPath)
+        return APIFuture(
+            self._service.load_state(self._model, path, with_optimizer=False), SavedPath
+        )
 
     def load_state_with_optimizer(self, path: str) -> APIFuture[SavedPath]:
         """Take up saved weights and the optimiser's state."""
-        return APIFuture(self._service.load_state(self._model, path, with_optimizer=True), SavedPath)
+        return APIFuture(
+            self._service.load_state(self._model, path, with_optimizer=True), SavedPath
+        )
 
     def save_weights_and_get_sampling_client(self, name: str | None = None) -> SamplingClient:
-        """Return a client that samples from the weights as they are behind what was called before; nothing is written."""
+        """Return a client that samples from the weights as they are behind what was called
+        before; nothing is written.
+        """
         return SamplingClient(self._service, self._service.snapshot(self._model).result())
 
     def create_sampling_client(self, model_path: str) -> SamplingClient:
@@ -255,9 +353,15 @@ class TrainingClient(_AsFuture):
         usage, trainee = self._service.usage(model), model.made()
         data = ModelData(str(base.model.config.model_type), model.base_model, base.name)
         return ModelInfo(
-            data, model.id, model.base_model, trainee.layout.spec.rank, trainee.layout.num_params, trainee.num_steps,
-            usage.tokens, usage.seconds,
-        )  # fmt: skip
+            data,
+            model.id,
+            model.base_model,
+            trainee.layout.spec.rank,
+            trainee.layout.num_params,
+            trainee.num_steps,
+            usage.tokens,
+            usage.seconds,
+        )
 
     def get_tokenizer(self) -> Any:
         """The base's tokenizer."""
@@ -266,10 +370,14 @@ class TrainingClient(_AsFuture):
     async def forward_async(self, *args: Any, **kwargs: Any) -> APIFuture[ForwardBackwardOutput]:
         return self.forward(*args, **kwargs)
 
-    async def forward_backward_async(self, *args: Any, **kwargs: Any) -> APIFuture[ForwardBackwardOutput]:
+    async def forward_backward_async(
+        self, *args: Any, **kwargs: Any
+    ) -> APIFuture[ForwardBackwardOutput]:
         return self.forward_backward(*args, **kwargs)
 
-    async def forward_backward_custom_async(self, *args: Any, **kwargs: Any) -> APIFuture[ForwardBackwardOutput]:
+    async def forward_backward_custom_async(
+        self, *args: Any, **kwargs: Any
+    ) -> APIFuture[ForwardBackwardOutput]:
         return self.forward_backward_custom(*args, **kwargs)
 
     async def optim_step_async(self, *args: Any, **kwargs: Any) -> APIFuture[OptimStepResponse]:
@@ -278,7 +386,9 @@ class TrainingClient(_AsFuture):
     async def save_state_async(self, *args: Any, **kwargs: Any) -> APIFuture[SavedPath]:
         return self.save_state(*args, **kwargs)
 
-    async def save_weights_for_sampler_async(self, *args: Any, **kwargs: Any) -> APIFuture[SavedPath]:
+    async def save_weights_for_sampler_async(
+        self, *args: Any, **kwargs: Any
+    ) -> APIFuture[SavedPath]:
         return self.save_weights_for_sampler(*args, **kwargs)
 
     async def load_state_async(self, path: str) -> APIFuture[SavedPath]:
@@ -287,7 +397,9 @@ class TrainingClient(_AsFuture):
     async def load_state_with_optimizer_async(self, path: str) -> APIFuture[SavedPath]:
         return self.load_state_with_optimizer(path)
 
-    async def save_weights_and_get_sampling_client_async(self, name: str | None = None) -> SamplingClient:
+    async def save_weights_and_get_sampling_client_async(
+        self, name: str | None = None
+    ) -> SamplingClient:
         return SamplingClient(self._service, await APIFuture(self._service.snapshot(self._model)))
 
     async def create_sampling_client_async(self, model_path: str) -> SamplingClient:
@@ -304,26 +416,47 @@ class SamplingClient(_AsFuture):
         self._service, self._weights = service, weights
 
     def sample(
-        self, prompt: ModelInput, num_samples: int, sampling_params: SamplingParams, include_prompt_logprobs: bool = False,
-        topk_prompt_logprobs: int = 0, topk_sample_logprobs: int = 0, target_prompt_logprobs: TensorData | None = None,
-        prompt_alt_tokens_k: int = 0, prompt_logprobs_last_n: int | None = None,
-    ) -> APIFuture[SampleResponse]:  # fmt: skip
+        self,
+        prompt: ModelInput,
+        num_samples: int,
+        sampling_params: SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
+    ) -> APIFuture[SampleResponse]:
         """Generate ``num_samples`` completions of ``prompt``.
 
-        Log-probabilities of generated tokens are those of the distribution that the temperature makes; those of the prompt have
-        temperature 1. ``topk_*`` name so many of the best candidates for each token, as many as the vocabulary has if need be;
-        ``prompt_alt_tokens_k`` draws so many other tokens for each place of the prompt; ``prompt_logprobs_last_n`` scores so many
-        of its last tokens alone.
+        Log-probabilities of generated tokens are those of the distribution that the temperature
+        makes; those of the prompt have temperature 1. ``topk_*`` name so many of the best
+        candidates for each token, as many as the vocabulary has if need be; ``prompt_alt_tokens_k``
+        draws so many other tokens for each place of the prompt; ``prompt_logprobs_last_n`` scores
+        so many of its last tokens alone.
         """
-        return APIFuture(self._service.sample(
-            self._weights, prompt, sampling_params, num_samples, num_best=topk_sample_logprobs,
-            scores_prompt=include_prompt_logprobs, num_best_of_prompt=topk_prompt_logprobs, prompt_targets=target_prompt_logprobs,
-            num_alternatives=prompt_alt_tokens_k, last_n=prompt_logprobs_last_n,
-        ))  # fmt: skip
+        return APIFuture(
+            self._service.sample(
+                self._weights,
+                prompt,
+                sampling_params,
+                num_samples,
+                num_best=topk_sample_logprobs,
+                scores_prompt=include_prompt_logprobs,
+                num_best_of_prompt=topk_prompt_logprobs,
+                prompt_targets=target_prompt_logprobs,
+                num_alternatives=prompt_alt_tokens_k,
+                last_n=prompt_logprobs_last_n,
+            )
+        )
 
     def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
-        """The log-probability of each token of ``prompt`` after those before it; None for the first."""
-        future = self._service.sample(self._weights, prompt, SamplingParams(max_tokens=0), scores_prompt=True)
+        """The log-probability of each token of ``prompt`` after those before it; None for the
+        first.
+        """
+        future = self._service.sample(
+            self._weights, prompt, SamplingParams(max_tokens=0), scores_prompt=True
+        )
         return APIFuture(future, lambda response: response.prompt_logprobs)
 
     def get_tokenizer(self) -> Any:
@@ -347,7 +480,9 @@ class RestClient(_AsFuture):
         self._service = service
 
     def list_training_runs(self, limit: int = 20, offset: int = 0) -> APIFuture[list[Run]]:
-        """The runs, those that were asked something last first, with the tokens and seconds that they have cost."""
+        """The runs, those that were asked something last first, with the tokens and seconds that
+        they have cost.
+        """
         return _done(self._service.store.runs(LOCAL_OWNER, limit=limit, offset=offset)[0])
 
     def get_training_run(self, training_run_id: str) -> APIFuture[Run]:

@@ -1,4 +1,6 @@
-"""The verbs over one or more bases: what clients in the process and the server both call. Every verb returns a future."""
+"""The verbs over one or more bases: what clients in the process and the server both call. Every
+verb returns a future.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +52,15 @@ class Model:
 
 
 class Weights:
-    """What is sampled: an adapter as it was at some moment, or none, on a base. It is forgotten when nobody holds this."""
+    """What is sampled: an adapter as it was at some moment, or none, on a base. It is forgotten
+    when nobody holds this.
+    """
 
     def __init__(self, base_model: str, engine: Engine, snapshot_id: str | None = None) -> None:
         self.base_model, self.engine, self.snapshot_id = base_model, engine, snapshot_id
         if snapshot_id is not None:
-            weakref.finalize(self, engine.dropped.append, snapshot_id)  # runs wherever garbage is collected
+            # runs wherever garbage is collected
+            weakref.finalize(self, engine.dropped.append, snapshot_id)
 
 
 @dataclass
@@ -63,7 +68,8 @@ class Service:
     """Bases by name, everything that is trained on them, and what was saved.
 
     Args:
-        models: names that clients use -> folders or names of models; a name that is not here stands for itself, if ``any_model``.
+        models: names that clients use -> folders or names of models; a name that is not here stands
+            for itself, if ``any_model``.
         folder: of the database and the checkpoints.
         load: reads a base; its settings are bound to it.
         accelerator: what bases are read to.
@@ -95,7 +101,10 @@ class Service:
         path = self.models.get(base_model)
         if path is None:
             if not self.any_model:
-                raise ConfigError(f"base_model {base_model!r} is not served; there are: {', '.join(self.models) or 'none'}")
+                raise ConfigError(
+                    f"base_model {base_model!r} is not served; there are:"
+                    f" {', '.join(self.models) or 'none'}"
+                )
             path = base_model
         with self._lock:
             if path not in self._engines:
@@ -107,7 +116,11 @@ class Service:
 
     def problems(self) -> list[str]:
         """Why engines have ended by themselves."""
-        return [f"{path}: {engine.problem}" for path, engine in list(self._engines.items()) if engine.problem]
+        return [
+            f"{path}: {engine.problem}"
+            for path, engine in list(self._engines.items())
+            if engine.problem
+        ]
 
     def close_engines(self) -> None:
         """End the engines; what waits gets an error."""
@@ -124,29 +137,57 @@ class Service:
     # ---- models
 
     def create_model(
-        self, model_id: str, base_model: str, *, rank: int = 32, seed: int | None = None, train_attn: bool = True,
-        train_mlp: bool = True, train_unembed: bool = True, owner: str = LOCAL_OWNER,
+        self,
+        model_id: str,
+        base_model: str,
+        *,
+        rank: int = 32,
+        seed: int | None = None,
+        train_attn: bool = True,
+        train_mlp: bool = True,
+        train_unembed: bool = True,
+        owner: str = LOCAL_OWNER,
         user_metadata: Mapping[str, str] | None = None,
-    ) -> Future[Any]:  # fmt: skip
+    ) -> Future[Any]:
         """Make a new adapter on ``base_model``; the future gives its Model."""
         if not (train_attn or train_mlp or train_unembed):
-            raise ConfigError("nothing would be trained; switch on train_attn, train_mlp or train_unembed")
+            raise ConfigError(
+                "nothing would be trained; switch on train_attn, train_mlp or train_unembed"
+            )
         spec = LoRASpec(
-            **{**self.lora, "rank": rank}, attention=train_attn, mlp="auto" if train_mlp else False,
-            experts="auto" if train_mlp else False, unembedding=train_unembed,
-        )  # fmt: skip
-        asked = {"rank": rank, "train_attn": train_attn, "train_mlp": train_mlp, "train_unembed": train_unembed}
+            **{**self.lora, "rank": rank},
+            attention=train_attn,
+            mlp="auto" if train_mlp else False,
+            experts="auto" if train_mlp else False,
+            unembedding=train_unembed,
+        )
+        asked = {
+            "rank": rank,
+            "train_attn": train_attn,
+            "train_mlp": train_mlp,
+            "train_unembed": train_unembed,
+        }
         seed = secrets.randbits(31) if seed is None else seed
         engine = self.engine(base_model)
 
         model = Model(model_id, owner, base_model, engine, asked)
-        return self._add_model(model, lambda: engine.do("make", model_id, spec, seed), user_metadata)
+        return self._add_model(
+            model, lambda: engine.do("make", model_id, spec, seed), user_metadata
+        )
 
     def create_model_from(
-        self, model_id: str, path: str, *, base_model: str | None = None, with_optimizer: bool = False, owner: str = LOCAL_OWNER,
+        self,
+        model_id: str,
+        path: str,
+        *,
+        base_model: str | None = None,
+        with_optimizer: bool = False,
+        owner: str = LOCAL_OWNER,
         user_metadata: Mapping[str, str] | None = None,
-    ) -> Future[Any]:  # fmt: skip
-        """Make an adapter that starts from a checkpoint (``tinker://…``), or from a folder of any PEFT adapter."""
+    ) -> Future[Any]:
+        """Make an adapter that starts from a checkpoint (``tinker://…``), or from a folder of
+        any PEFT adapter.
+        """
         base_model = base_model or self.saved.base_of(path, owner)
         engine = self.engine(base_model)
         with self.saved.opened(path, owner) as state:
@@ -158,18 +199,30 @@ class Service:
                 layout, vector = engine.base.read_adapter(state.adapter)
                 optimizer_state = read_optimizer(state, layout) if with_optimizer else None
             engine.do("make", model_id, layout.spec, vector)
-            engine.do("load", model_id, vector, optimizer_state, int(state.facts.get("num_steps", 0)))
+            engine.do(
+                "load", model_id, vector, optimizer_state, int(state.facts.get("num_steps", 0))
+            )
 
         return self._add_model(model, make, user_metadata)
 
-    def _add_model(self, model: Model, make: Callable[[], None], user_metadata: Mapping[str, str] | None) -> Future[Any]:
+    def _add_model(
+        self, model: Model, make: Callable[[], None], user_metadata: Mapping[str, str] | None
+    ) -> Future[Any]:
         def run() -> Model:
             make()
             time = now()
-            self.store.add_run(Run(
-                id=model.id, session_id=model.id.partition(":")[0], owner=model.owner, base_model=model.base_model,
-                lora=model.lora, user_metadata=dict(user_metadata or {}), created=time, last_request=time,
-            ))  # fmt: skip
+            self.store.add_run(
+                Run(
+                    id=model.id,
+                    session_id=model.id.partition(":")[0],
+                    owner=model.owner,
+                    base_model=model.base_model,
+                    lora=model.lora,
+                    user_metadata=dict(user_metadata or {}),
+                    created=time,
+                    last_request=time,
+                )
+            )
             return model
 
         self.trained[model.id] = model
@@ -207,10 +260,17 @@ class Service:
     # ---- the verbs
 
     def forward_backward(
-        self, model: Model, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None, *,
+        self,
+        model: Model,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, Any] | None = None,
+        *,
         needs_gradient: bool = True,
-    ) -> Future[Any]:  # fmt: skip
-        """Add the gradient of ``loss_fn``, a sum over tokens, to what has accumulated; without ``needs_gradient`` only compute it."""
+    ) -> Future[Any]:
+        """Add the gradient of ``loss_fn``, a sum over tokens, to what has accumulated; without
+        ``needs_gradient`` only compute it.
+        """
 
         def order() -> WorkOrder:
             if loss_fn not in LOSSES:
@@ -218,17 +278,29 @@ class Service:
             loss = LOSSES[loss_fn]
             knobs = check_knobs(loss_fn, loss, loss_fn_config)
             base = model.engine.base
-            ready = prepare(data, loss_fn, loss, vocab_size=base.vocab_size, max_tokens=base.max_tokens, knobs=knobs)
+            ready = prepare(
+                data,
+                loss_fn,
+                loss,
+                vocab_size=base.vocab_size,
+                max_tokens=base.max_tokens,
+                knobs=knobs,
+            )
             base.check_images(ready)
             model.made()
             return WorkOrder(model.id, ready, loss_fn, knobs, needs_gradient)
 
-        return model.engine.submit_work(model.id, "forward_backward" if needs_gradient else "forward", order)
+        return model.engine.submit_work(
+            model.id, "forward_backward" if needs_gradient else "forward", order
+        )
 
-    def forward_backward_custom(self, model: Model, data: Sequence[Datum], loss: CustomLoss) -> Future[Any]:
+    def forward_backward_custom(
+        self, model: Model, data: Sequence[Datum], loss: CustomLoss
+    ) -> Future[Any]:
         """The same for the caller's own function of all Datums' log-probabilities.
 
-        What fits one pass goes through the base once; else log-probabilities come first, then the gradient with respect to them.
+        What fits one pass goes through the base once; else log-probabilities come first, then the
+        gradient with respect to them.
         """
         engine = model.engine
 
@@ -236,10 +308,14 @@ class Service:
             return self._bare(model, data)
 
         def in_two() -> ForwardBackwardOutput:
-            (found,) = engine.do("run", [WorkOrder(model.id, ready(), "cross_entropy", {}, needs_gradient=False)])
+            (found,) = engine.do(
+                "run", [WorkOrder(model.id, ready(), "cross_entropy", {}, needs_gradient=False)]
+            )
             if isinstance(found, BaseException):
                 raise found
-            weighted, value, metrics = pull_back(loss, data, [output["logprobs"] for output in found.loss_fn_outputs])
+            weighted, value, metrics = pull_back(
+                loss, data, [output["logprobs"] for output in found.loss_fn_outputs]
+            )
             (pulled,) = engine.do("run", [WorkOrder(model.id, weighted, "cross_entropy", {})])
             if isinstance(pulled, BaseException):
                 raise pulled
@@ -256,38 +332,65 @@ class Service:
 
         return engine.submit_work(model.id, name, order)
 
-    def forward_backward_vocabulary(self, model: Model, data: Sequence[Datum], function: VocabularyLoss) -> Future[Any]:
-        """The same for a function of whole distributions, which is given them in chunks. Raises ConfigError on several processes."""
+    def forward_backward_vocabulary(
+        self, model: Model, data: Sequence[Datum], function: VocabularyLoss
+    ) -> Future[Any]:
+        """The same for a function of whole distributions, which is given them in chunks. Raises
+        ConfigError on several processes.
+        """
         if self.team.size > 1:
             raise ConfigError("a loss of the vocabulary runs in one process")
 
         def order() -> WorkOrder:
             model.made()
-            return WorkOrder(model.id, self._bare(model, data), "cross_entropy", {}, vocabulary=function)
+            return WorkOrder(
+                model.id, self._bare(model, data), "cross_entropy", {}, vocabulary=function
+            )
 
         return model.engine.submit_work(model.id, "forward_backward_custom", order)
 
     def _bare(self, model: Model, data: Sequence[Datum]) -> list[Datum]:
-        """What a caller's own loss needs of ``data``: it reads the rest itself. Raises DataError."""
-        if missing := [str(n) for n, datum in enumerate(data) if "target_tokens" not in datum.loss_fn_inputs]:
-            raise DataError(f"data[{', '.join(missing[:20])}].loss_fn_inputs['target_tokens'] is missing")
+        """What a caller's own loss needs of ``data``: it reads the rest itself. Raises
+        DataError.
+        """
+        if missing := [
+            str(n) for n, datum in enumerate(data) if "target_tokens" not in datum.loss_fn_inputs
+        ]:
+            raise DataError(
+                f"data[{', '.join(missing[:20])}].loss_fn_inputs['target_tokens'] is missing"
+            )
         bare, base = [with_unit_weights(datum) for datum in data], model.engine.base
-        ready = prepare(bare, "a custom loss", LOSSES["cross_entropy"], vocab_size=base.vocab_size, max_tokens=base.max_tokens)
+        ready = prepare(
+            bare,
+            "a custom loss",
+            LOSSES["cross_entropy"],
+            vocab_size=base.vocab_size,
+            max_tokens=base.max_tokens,
+        )
         base.check_images(ready)
         return ready
 
     def optim_step(self, model: Model, params: AdamParams) -> Future[Any]:
         """Make one step of AdamW with the accumulated gradient; the future gives its figures."""
-        return model.engine.submit(model.id, "optim_step", lambda: model.engine.do("step", model.id, params))
+        return model.engine.submit(
+            model.id, "optim_step", lambda: model.engine.do("step", model.id, params)
+        )
 
     def save(self, model: Model, wanted: SaveAs) -> Future[Any]:
         """Save adapter and, as ``weights``, optimiser; the future gives the Checkpoint."""
 
         def run() -> Checkpoint:
             trainee = model.made()
-            facts = {"base_model": model.base_model, "lora": model.lora, "num_steps": trainee.num_steps, "run": model.id}
+            facts = {
+                "base_model": model.base_model,
+                "lora": model.lora,
+                "num_steps": trainee.num_steps,
+                "run": model.id,
+            }
             has_optimizer = wanted.kind == "weights"
-            vector, optimizer = model.engine.do("state", model.id) if has_optimizer else (trainee.vector, None)
+            vector, optimizer = (
+                model.engine.do("state", model.id) if has_optimizer else (trainee.vector, None)
+            )
             checkpoint = self.saved.save(model.id, wanted, trainee.layout, vector, optimizer, facts)
             self._charge(model)
             return checkpoint
@@ -302,15 +405,21 @@ class Service:
             with self.saved.opened(path, model.owner) as state:
                 layout, vector = model.engine.base.read_adapter(state.adapter)
                 optimizer = read_optimizer(state, trainee.layout) if with_optimizer else None
-            if layout.file_tensors(vector).keys() != trainee.layout.file_tensors(trainee.vector).keys():
+            if (
+                layout.file_tensors(vector).keys()
+                != trainee.layout.file_tensors(trainee.vector).keys()
+            ):
                 raise CheckpointError(f"{path} has other matrices than {model.id}")
             if layout.spec.scale != trainee.layout.spec.scale:
                 scales = f"{layout.spec.scale:g}, {model.id} {trainee.layout.spec.scale:g}"
                 raise CheckpointError(
-                    f"{path} has the scale {scales}: alpha or rank differ; make a client from the state instead"
+                    f"{path} has the scale {scales}: alpha or rank differ; make a client from the"
+                    " state instead"
                 )
             vector = trainee.layout.from_file_tensors(layout.file_tensors(vector), source=path)
-            model.engine.do("load", model.id, vector, optimizer, int(state.facts.get("num_steps", 0)))
+            model.engine.do(
+                "load", model.id, vector, optimizer, int(state.facts.get("num_steps", 0))
+            )
             return path
 
         return model.engine.submit(model.id, "load_state", run)
@@ -327,8 +436,12 @@ class Service:
 
     # ---- sampling
 
-    def weights(self, *, base_model: str | None = None, path: str | None = None, owner: str = LOCAL_OWNER) -> Future[Any]:
-        """The future gives the Weights of a base, or of a checkpoint (``tinker://…`` or a folder of any PEFT adapter)."""
+    def weights(
+        self, *, base_model: str | None = None, path: str | None = None, owner: str = LOCAL_OWNER
+    ) -> Future[Any]:
+        """The future gives the Weights of a base, or of a checkpoint (``tinker://…`` or a folder
+        of any PEFT adapter).
+        """
         if path is None:
             if base_model is None:
                 raise ConfigError("name a base_model or a model_path to sample from")
@@ -348,9 +461,15 @@ class Service:
         return engine.submit(f"read {path}", "read_adapter", read)
 
     def sample(
-        self, weights: Weights, prompt: ModelInput, params: SamplingParams, num_samples: int = 1, *,
-        each: Callable[[Row], None] | None = None, **asked: Any,
-    ) -> Future[Any]:  # fmt: skip
+        self,
+        weights: Weights,
+        prompt: ModelInput,
+        params: SamplingParams,
+        num_samples: int = 1,
+        *,
+        each: Callable[[Row], None] | None = None,
+        **asked: Any,
+    ) -> Future[Any]:
         """The future gives a SampleResponse; until then it keeps the weights.
 
         Args:
@@ -374,5 +493,12 @@ class Service:
             engine = self._engines.get(path)
             limit = engine.base.max_tokens if engine else None
             is_sampled = engine is None or engine.base.sampling_problem is None
-            found.append({"model_name": name, "max_context_length": limit, "trainable": True, "sampleable": is_sampled})
+            found.append(
+                {
+                    "model_name": name,
+                    "max_context_length": limit,
+                    "trainable": True,
+                    "sampleable": is_sampled,
+                }
+            )
         return found

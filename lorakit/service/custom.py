@@ -14,14 +14,22 @@ from lorakit.types import Batch, Datum, LossOutput, TensorData
 
 
 def as_loss(function: CustomLoss, data: Sequence[Datum]) -> Loss:
-    """Return ``function(data, logprobs)``, which returns (scalar loss, metrics), as a loss over a batch of these Datums in order."""
+    """Return ``function(data, logprobs)``, which returns (scalar loss, metrics), as a loss over
+    a batch of these Datums in order.
+    """
 
     def loss(logprobs: torch.Tensor, batch: Batch) -> LossOutput:
         own = []
         for (row, start, end), datum in zip(batch.spans, data, strict=True):
             found = logprobs[row, start:end]
             targets = datum.loss_fn_inputs["target_tokens"]
-            found = found[:, : targets.shape[1]] if targets.ndim > 1 else found if found.ndim == 1 else found[:, 0]
+            found = (
+                found[:, : targets.shape[1]]
+                if targets.ndim > 1
+                else found
+                if found.ndim == 1
+                else found[:, 0]
+            )
             own.append(found.cpu())  # where the caller's own numbers are
         value, metrics = _call(function, data, own)
         return LossOutput(value.sum().float().to(logprobs.device), logprobs.detach(), metrics)
@@ -32,7 +40,9 @@ def as_loss(function: CustomLoss, data: Sequence[Datum]) -> Loss:
 def pull_back(
     function: CustomLoss, data: Sequence[Datum], logprobs: Sequence[TensorData]
 ) -> tuple[list[Datum], float, dict[str, float]]:
-    """Return Datums whose cross-entropy has the gradient of ``function`` at ``logprobs``, its value, and its metrics."""
+    """Return Datums whose cross-entropy has the gradient of ``function`` at ``logprobs``, its
+    value, and its metrics.
+    """
     leaves = [found.to_torch().requires_grad_() for found in logprobs]
     value, metrics = _call(function, data, leaves)
     gradients = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
@@ -52,7 +62,9 @@ def pull_back(
 def with_unit_weights(datum: Datum) -> Datum:
     """Only what log-probabilities need: a custom loss reads the rest itself."""
     targets = datum.targets
-    return Datum(datum.model_input, {"target_tokens": targets, "weights": np.ones(targets.shape, np.float32)})
+    return Datum(
+        datum.model_input, {"target_tokens": targets, "weights": np.ones(targets.shape, np.float32)}
+    )
 
 
 def _call(
@@ -60,5 +72,8 @@ def _call(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     value, metrics = function(data, logprobs)
     if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
-        raise DataError("a custom loss must return (a scalar tensor that depends on the log-probabilities, a dict of metrics)")
+        raise DataError(
+            "a custom loss must return (a scalar tensor that depends on the log-probabilities, a"
+            " dict of metrics)"
+        )
     return value, {str(name): float(number) for name, number in metrics.items()}

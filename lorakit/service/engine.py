@@ -1,7 +1,8 @@
-"""Runs what clients ask of one base: each model's calls in their order, those of different models together where they can be.
+"""Runs what clients ask of one base: each model's calls in their order, those of different models
+together where they can be.
 
-One thread owns the base. Calls come from any thread and return futures; an error arrives in the call's own future, and what was
-queued behind it goes on.
+One thread owns the base. Calls come from any thread and return futures; an error arrives in the
+call's own future, and what was queued behind it goes on.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ MAX_TOGETHER = 16  # calls in one pass
 MAX_RANK_TOGETHER = 512  # summed over the adapters of a pass: each token meets the columns of all
 LINGER_SECONDS = 0.002  # for other models' calls to come, where several have called lately
 RECENT_SECONDS = 1.0
-DROP_SECONDS = 1.0  # after which an idle engine looks for snapshots that nobody holds: finalisers may not wake it
+# after which an idle engine looks for snapshots that nobody holds: finalisers may not wake it
+DROP_SECONDS = 1.0
 
 
 class EngineEnded(TrainingError):
@@ -73,7 +75,9 @@ class _Asked:
 
 
 class Engine:
-    """Runs one base of a team, and everything that is trained and sampled on it. Only the team's first process has engines."""
+    """Runs one base of a team, and everything that is trained and sampled on it. Only the team's
+    first process has engines.
+    """
 
     def __init__(self, team: Team, key: str) -> None:
         self.team, self.key = team, key
@@ -91,9 +95,12 @@ class Engine:
         self._problem: BaseException | None = None
         self._is_closed = False
         opened: Future[Replica] = Future()
-        self._thread = threading.Thread(target=self._serve, args=(opened,), name="lorakit-engine", daemon=True)
+        self._thread = threading.Thread(
+            target=self._serve, args=(opened,), name="lorakit-engine", daemon=True
+        )
         self._thread.start()
-        # A program that ends without closing: in the middle of torch the thread would bring the interpreter down with it.
+        # A program that ends without closing: in the middle of torch the thread would bring the
+        # interpreter down with it.
         atexit.register(self.close)
         try:
             self.replica = opened.result()
@@ -112,23 +119,35 @@ class Engine:
         return None if self._problem is None else str(self._problem) or type(self._problem).__name__
 
     def do(self, method: str, *args: Any) -> Any:
-        """Execute a method of the replica in every process; in the engine's own thread, that is inside of a call."""
+        """Execute a method of the replica in every process; in the engine's own thread, that is
+        inside of a call.
+        """
         return self.team.do(self.key, method, *args)
 
     # ---- asking, from any thread
 
     def submit(self, model_id: str, name: str, run: Callable[[], Any]) -> Future[Any]:
-        """Queue ``run`` behind what ``model_id`` has asked before; its result, or error, arrives in the future."""
+        """Queue ``run`` behind what ``model_id`` has asked before; its result, or error, arrives
+        in the future.
+        """
         return self._put(_Task(model_id, name, next(self._numbers), None, run))
 
-    def submit_work(self, model_id: str, name: str, prepare: Callable[[], WorkOrder]) -> Future[Any]:
-        """Queue an order, which may go through the base with those of other models. ``prepare`` is called when its turn comes."""
+    def submit_work(
+        self, model_id: str, name: str, prepare: Callable[[], WorkOrder]
+    ) -> Future[Any]:
+        """Queue an order, which may go through the base with those of other models. ``prepare``
+        is called when its turn comes.
+        """
         return self._put(_Task(model_id, name, next(self._numbers), prepare, None))
 
     def sample(
-        self, snapshot_id: str | None, make: Callable[[], Request], each: Callable[[Row], None] | None = None
+        self,
+        snapshot_id: str | None,
+        make: Callable[[], Request],
+        each: Callable[[Row], None] | None = None,
     ) -> Future[Any]:
-        """Let a request join those that are being sampled. Cancelling the future ends it, whenever that is.
+        """Let a request join those that are being sampled. Cancelling the future ends it, whenever
+        that is.
 
         Args:
             make: makes the request; called by the engine, so that its errors arrive in the future.
@@ -140,9 +159,13 @@ class Engine:
             if (ended := self._ended()) is not None:
                 future.set_exception(ended)
                 return future
-            self._asked.append(_Asked(number, lambda: SampleOrder(number, snapshot_id, make()), future, each))
+            self._asked.append(
+                _Asked(number, lambda: SampleOrder(number, snapshot_id, make()), future, each)
+            )
             self._changed.notify_all()
-        future.add_done_callback(lambda done: self._cancelled.append(number) if done.cancelled() else None)
+        future.add_done_callback(
+            lambda done: self._cancelled.append(number) if done.cancelled() else None
+        )
         return future
 
     def close(self, timeout_seconds: float = 30.0) -> None:
@@ -173,8 +196,9 @@ class Engine:
     # ---- doing, in the engine's own thread
 
     def _serve(self, opened: Future[Replica]) -> None:
-        # The base is read here too: each thread that computes has OpenMP threads of its own, and where these are more than the
-        # processors, none of them waits awake for the next product, which is what small products need.
+        # The base is read here too: each thread that computes has OpenMP threads of its own, and
+        # where these are more than the processors, none of them waits awake for the next product,
+        # which is what small products need.
         try:
             opened.set_result(self.team.open(self.key))
         except BaseException as error:
@@ -198,7 +222,11 @@ class Engine:
             self._queues.clear()
             asked, self._asked = list(self._asked), collections.deque()
         ended = self._ended() or EngineEnded("the engine has ended")
-        for future in (*(task.future for task in left), *(one.future for one in asked), *self._sampling.values()):
+        for future in (
+            *(task.future for task in left),
+            *(one.future for one in asked),
+            *self._sampling.values(),
+        ):
             _fail(future, ended)
         self._sampling.clear()
 
@@ -223,7 +251,11 @@ class Engine:
                 finished = self._step_samples(orders, cancelled)
             except Exception as error:
                 log.exception("sampling failed")
-                failed = error if isinstance(error, LorakitError) else TrainingError(f"sampling failed: {error}")
+                failed = (
+                    error
+                    if isinstance(error, LorakitError)
+                    else TrainingError(f"sampling failed: {error}")
+                )
                 self.replica.fail_samples(failed)
                 finished = [(number, failed) for number in self._sampling]
             for number, outcome in finished:
@@ -232,8 +264,12 @@ class Engine:
             if (self._queues and time.perf_counter() > end) or self._is_closed:
                 return
 
-    def _step_samples(self, orders: list[SampleOrder], cancelled: list[int]) -> list[tuple[int, Any]]:
-        """Sampling takes every process where each has a part of the base; where each has all of it, this one does it alone."""
+    def _step_samples(
+        self, orders: list[SampleOrder], cancelled: list[int]
+    ) -> list[tuple[int, Any]]:
+        """Sampling takes every process where each has a part of the base; where each has all of
+        it, this one does it alone.
+        """
         if self.base.is_partitioned:
             found: list[tuple[int, Any]] = self.do("sample", orders, cancelled)
             return found
@@ -257,9 +293,13 @@ class Engine:
         return orders
 
     def _next(self) -> list[_Task] | None:
-        """Wait for calls and return those to run now: one, or several Works; none where there is only sampling. None: it is over."""
+        """Wait for calls and return those to run now: one, or several Works; none where there is
+        only sampling. None: it is over.
+        """
         with self._changed:
-            while not (self._queues or self._asked or self._sampling or self.dropped or self._is_closed):
+            while not (
+                self._queues or self._asked or self._sampling or self.dropped or self._is_closed
+            ):
                 self._changed.wait(DROP_SECONDS)
             if self._is_closed:
                 return None
@@ -269,7 +309,11 @@ class Engine:
             if first.prepare is None:
                 return [self._take(first.model_id)]
             now = time.monotonic()
-            self._last_call = {model: last for model, last in self._last_call.items() if now - last < RECENT_SECONDS}
+            self._last_call = {
+                model: last
+                for model, last in self._last_call.items()
+                if now - last < RECENT_SECONDS
+            }
             recent = len(self._last_call)
             waiting = sum(queue[0].prepare is not None for queue in self._queues.values())
         if recent > 1 and waiting < recent:
@@ -278,7 +322,11 @@ class Engine:
             heads = sorted((queue[0].number, model_id) for model_id, queue in self._queues.items())
             tasks: list[_Task] = []
             for _, model_id in heads:
-                while (queue := self._queues.get(model_id)) and queue[0].prepare is not None and len(tasks) < MAX_TOGETHER:
+                while (
+                    (queue := self._queues.get(model_id))
+                    and queue[0].prepare is not None
+                    and len(tasks) < MAX_TOGETHER
+                ):
                     tasks.append(self._take(model_id))
             return tasks
 
@@ -319,12 +367,18 @@ class Engine:
                 _settle(task.future, outcome)
 
     def _groups(self, tasks: list[_Task]) -> list[list[_Task]]:
-        """Which orders go through the base together: as many as the limits allow, in their order."""
+        """Which orders go through the base together: as many as the limits allow, in their
+        order.
+        """
         groups: list[list[_Task]] = []
         for task in tasks:
             last = groups[-1] if groups else []
             models = {t.model_id for t in (*last, task)}
-            ranks = [self.replica.trainees[m].layout.spec.rank for m in models if m in self.replica.trainees]
+            ranks = [
+                self.replica.trainees[m].layout.spec.rank
+                for m in models
+                if m in self.replica.trainees
+            ]
             is_alone = any(t.order is not None and t.order.is_alone for t in (*last, task))
             if not last or is_alone or sum(ranks) > MAX_RANK_TOGETHER:
                 groups.append([])
@@ -345,8 +399,14 @@ class Engine:
             models = len({task.model_id for task in tasks})
             log.info(
                 "%s: %d calls of %d models, %s tokens, %d base forwards, %.4f s, %.0f MB",
-                tasks[0].name, len(tasks), models, f"{sum(tokens):,}", num_passes, seconds, _memory_mb(self.base.device),
-            )  # fmt: skip
+                tasks[0].name,
+                len(tasks),
+                models,
+                f"{sum(tokens):,}",
+                num_passes,
+                seconds,
+                _memory_mb(self.base.device),
+            )
 
 
 def _memory_mb(device: torch.device) -> float:

@@ -11,13 +11,17 @@ Result = TypeVar("Result")
 
 
 class APIFuture(Generic[Result]):
-    """The result of a call that is queued: ``.result()``, ``await``, or ``.result_async()``. Errors are raised there."""
+    """The result of a call that is queued: ``.result()``, ``await``, or ``.result_async()``.
+    Errors are raised there.
+    """
 
     def __init__(self, future: Future[Any], convert: Callable[[Any], Result] | None = None) -> None:
         self._future, self._convert = future, convert
 
     def result(self, timeout: float | None = None) -> Result:
-        """Wait, at most ``timeout`` seconds, and return the result. Raises TimeoutError, or what the call raised."""
+        """Wait, at most ``timeout`` seconds, and return the result. Raises TimeoutError, or what
+        the call raised.
+        """
         return self._converted(self._future.result(timeout))
 
     async def result_async(self, timeout: float | None = None) -> Result:

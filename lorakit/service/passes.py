@@ -1,7 +1,8 @@
-"""Datums of several adapters through the base together: cut into passes, run, and put together again.
+"""Datums of several adapters through the base together: cut into passes, run, and put together
+again.
 
-Of several processes each runs every so-manieth pass. Gradients stay where they were found until the step adds them up; everything
-else is told to all.
+Of several processes each runs every so-manieth pass. Gradients stay where they were found until the
+step adds them up; everything else is told to all.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Work:
     knobs: dict[str, float] = field(default_factory=dict)
     needs_gradient: bool = True
     is_whole: bool = False  # all of its data must be in one pass, by itself
-    vocabulary: VocabularyLoss | None = None  # in the place of ``loss``; each pass is of this Work alone
+    # in the place of ``loss``; each pass is of this Work alone
+    vocabulary: VocabularyLoss | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -66,14 +68,17 @@ class _Found:
     def is_finite(self) -> bool:
         if not all(math.isfinite(value) for value in self.metrics.values()):
             return False
-        return self.gradients is None or bool(torch.stack([g.sum() for g in self.gradients]).isfinite().all())
+        return self.gradients is None or bool(
+            torch.stack([g.sum() for g in self.gradients]).isfinite().all()
+        )
 
 
 class PassRunner:
     """Runs Works on one base.
 
     Args:
-        max_tokens: positions of a pass, padding included; a Datum that is longer has a pass of its own.
+        max_tokens: positions of a pass, padding included; a Datum that is longer has a pass of its
+            own.
     """
 
     def __init__(self, base: Base, *, max_tokens: int, world: World) -> None:
@@ -81,7 +86,9 @@ class PassRunner:
         self.num_passes = 0
 
     def run(self, works: Sequence[Work]) -> list[ForwardBackwardOutput | BaseException]:
-        """Return what each Work came to. Gradients are added where a Work wants them, all of them or, at an error, none."""
+        """Return what each Work came to. Gradients are added where a Work wants them, all of
+        them or, at an error, none.
+        """
         try:
             found = self._run_together(works)
         except Exception as error:
@@ -91,8 +98,11 @@ class PassRunner:
                 return [error]
             log.warning("a pass of %d calls failed (%s); each is run by itself", len(works), error)
             found = None
-        if found is None or (len({id(work.trainee) for work in works}) > 1 and not self._are_finite(found)):
-            # Of one adapter what is not finite must not reach another's gradient, where a gate's 0 times it is not 0.
+        if found is None or (
+            len({id(work.trainee) for work in works}) > 1 and not self._are_finite(found)
+        ):
+            # Of one adapter what is not finite must not reach another's gradient, where a gate's 0
+            # times it is not 0.
             return [outcome for work in works for outcome in self.run([work])]
         for work, result in zip(works, found, strict=True):
             if work.needs_gradient and result.gradients is not None:
@@ -105,7 +115,8 @@ class PassRunner:
     def _run_together(self, works: Sequence[Work]) -> list[_Found]:
         found = [_Found() for _ in works]
         parts, world = self._cut(works), self.world
-        needs_gradient = any(work.needs_gradient for work in works)  # the same everywhere: a backward pass is of all
+        # the same everywhere: a backward pass is of all
+        needs_gradient = any(work.needs_gradient for work in works)
         for first in range(0, len(parts), world.size):
             mine = parts[first + world.rank] if first + world.rank < len(parts) else []
             if mine or self.base.is_partitioned:
@@ -123,23 +134,40 @@ class PassRunner:
             return [entries]
         entries.sort(key=lambda entry: len(works[entry[0]].data[entry[1]]))
         lengths = [len(works[w].data[d]) for w, d in entries]
-        most = min(self.max_tokens, -(-sum(lengths) // self.world.size)) if self.world.size > 1 else self.max_tokens
-        plan = assign_batches(lengths, batch_size=None, batch_tokens=most, row_tokens=None, rng=None)
+        most = (
+            min(self.max_tokens, -(-sum(lengths) // self.world.size))
+            if self.world.size > 1
+            else self.max_tokens
+        )
+        plan = assign_batches(
+            lengths, batch_size=None, batch_tokens=most, row_tokens=None, rng=None
+        )
         return [sorted(entries[row[0]] for row in rows) for rows in plan]
 
-    def _run_pass(self, works: Sequence[Work], part: Sequence[Entry], found: list[_Found], needs_gradient: bool) -> None:
+    def _run_pass(
+        self,
+        works: Sequence[Work],
+        part: Sequence[Entry],
+        found: list[_Found],
+        needs_gradient: bool,
+    ) -> None:
         by_work: dict[int, list[int]] = {}
         for w, d in part:
             by_work.setdefault(w, []).append(d)
         base, pad = self.base, self.base.pad_token_id
         if by_work:
             shares = [
-                Share(collate([[works[w].data[d]] for d in ds], pad, base.images), works[w].loss) for w, ds in by_work.items()
+                Share(collate([[works[w].data[d]] for d in ds], pad, base.images), works[w].loss)
+                for w, ds in by_work.items()
             ]
         else:  # a process without a pass takes part in that of the others
             shares = [Share(idle_batch(pad), LOSSES["cross_entropy"])]
-        owners = [works[w].trainee for w, datums in by_work.items() for _ in datums] or [works[0].trainee]
-        joined = with_blank_image(base.model, join([share.batch for share in shares], pad).to(base.device))
+        owners = [works[w].trainee for w, datums in by_work.items() for _ in datums] or [
+            works[0].trainee
+        ]
+        joined = with_blank_image(
+            base.model, join([share.batch for share in shares], pad).to(base.device)
+        )
         shares = [Share(share.batch.to(base.device), share.loss) for share in shares]
         mix = _mix_of(owners, joined.input_ids.shape[1], base.device)
         self.num_passes += bool(by_work)
@@ -148,11 +176,15 @@ class PassRunner:
             on_head = as_head_adapters(base.bank.on_head(mix, base.model.dtype))
             if (function := works[0].vocabulary) is not None:
                 numbers = by_work[0]  # of the Datums in this pass
-                found = whole_distributions(base.model, joined, lambda n, *rest: function(numbers[n], *rest), on_head)
+                found = whole_distributions(
+                    base.model, joined, lambda n, *rest: function(numbers[n], *rest), on_head
+                )
                 return found.loss_sum, [found]
             outputs = compute_losses(base.model, joined, shares, on_head)
             wanted = [works[w].needs_gradient for w in by_work] or [needs_gradient]
-            losses = [output.loss_sum for output, wants in zip(outputs, wanted, strict=True) if wants]
+            losses = [
+                output.loss_sum for output, wants in zip(outputs, wanted, strict=True) if wants
+            ]
             return torch.stack(losses).sum() if losses else joined.weights.new_zeros(()), outputs
 
         with base.bank.active(mix), torch.set_grad_enabled(needs_gradient):
@@ -163,14 +195,23 @@ class PassRunner:
                 self._pull(works, by_work, total, found, owners[0])
 
     def _pull(
-        self, works: Sequence[Work], by_work: dict[int, list[int]], total: torch.Tensor, found: list[_Found], idle: Trainee
+        self,
+        works: Sequence[Work],
+        by_work: dict[int, list[int]],
+        total: torch.Tensor,
+        found: list[_Found],
+        idle: Trainee,
     ) -> None:
-        """The way back. Of several Works of one adapter the first is given the gradient of all, which are added or dropped together."""
+        """The way back. Of several Works of one adapter the first is given the gradient of all,
+        which are added or dropped together.
+        """
         first_of: dict[int, int] = {}
         for w in by_work:
             if works[w].needs_gradient:
                 first_of.setdefault(id(works[w].trainee), w)
-        leaves = {w: works[w].trainee.adapter.leaves for w in first_of.values()} or {-1: idle.adapter.leaves}
+        leaves = {w: works[w].trainee.adapter.leaves for w in first_of.values()} or {
+            -1: idle.adapter.leaves
+        }
         if not total.requires_grad:
             return
         flat = [leaf for own in leaves.values() for leaf in own]
@@ -179,7 +220,10 @@ class PassRunner:
         for w, own in leaves.items():
             mine = [next(gradients) for _ in own]
             if w >= 0:
-                zeros = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(own, mine, strict=True)]
+                zeros = [
+                    torch.zeros_like(leaf) if g is None else g
+                    for leaf, g in zip(own, mine, strict=True)
+                ]
                 found[w].add_gradients(zeros)
 
 
@@ -190,7 +234,11 @@ def _mix_of(owners: Sequence[Trainee], row_length: int, device: torch.device) ->
         return Mix([trainees[0].adapter], None)
     number_of = {id(trainee): number for number, trainee in enumerate(trainees)}
     rows = torch.tensor([number_of[id(trainee)] for trainee in owners], device=device)
-    return Mix([trainee.adapter for trainee in trainees], rows.repeat_interleave(row_length), is_sorted=True)
+    return Mix(
+        [trainee.adapter for trainee in trainees],
+        rows.repeat_interleave(row_length),
+        is_sorted=True,
+    )
 
 
 def _keep(found: _Found, work: Work, datums: Sequence[int], output: Any, share: Share) -> None:
@@ -198,13 +246,19 @@ def _keep(found: _Found, work: Work, datums: Sequence[int], output: Any, share: 
     for (row, start, end), number in zip(share.batch.spans, datums, strict=True):
         own = logprobs[row, start:end]
         shape = work.data[number].targets.shape
-        found.logprobs[number] = TensorData(own[:, : shape[1]] if len(shape) > 1 else own if own.ndim == 1 else own[:, 0])
+        found.logprobs[number] = TensorData(
+            own[:, : shape[1]] if len(shape) > 1 else own if own.ndim == 1 else own[:, 0]
+        )
     found.metrics["loss:sum"] = found.metrics.get("loss:sum", 0.0) + float(output.loss_sum.detach())
     found.metrics |= output.metrics  # of a custom loss, which has one pass
 
 
-def _merge(found: list[_Found], others: list[tuple[dict[int, TensorData], dict[str, float]]]) -> None:
-    """Add what another process has found; of this one's own, which comes back too, everything is there."""
+def _merge(
+    found: list[_Found], others: list[tuple[dict[int, TensorData], dict[str, float]]]
+) -> None:
+    """Add what another process has found; of this one's own, which comes back too, everything is
+    there.
+    """
     for result, (logprobs, metrics) in zip(found, others, strict=True):
         if logprobs and not logprobs.keys() <= result.logprobs.keys():
             result.logprobs |= logprobs
@@ -215,4 +269,6 @@ def _merge(found: list[_Found], others: list[tuple[dict[int, TensorData], dict[s
 def _output(work: Work, found: _Found) -> ForwardBackwardOutput:
     outputs = [{"logprobs": found.logprobs[number]} for number in range(len(work.data))]
     knobs = {f"{name}:mean": float(value) for name, value in work.knobs.items()}
-    return ForwardBackwardOutput(outputs, {**found.metrics, "tokens:sum": float(work.num_tokens), **knobs})
+    return ForwardBackwardOutput(
+        outputs, {**found.metrics, "tokens:sum": float(work.num_tokens), **knobs}
+    )

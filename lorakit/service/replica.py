@@ -1,4 +1,6 @@
-"""One base with its adapters in one process. Every process of a service has the same, and does the same to it, in the same order."""
+"""One base with its adapters in one process. Every process of a service has the same, and does
+the same to it, in the same order.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class WorkOrder:
     loss_fn: str
     knobs: Mapping[str, float]
     needs_gradient: bool = True
-    custom: tuple[CustomLoss, Sequence[Datum]] | None = None  # the caller's own function; in one process only
+    # the caller's own function; in one process only
+    custom: tuple[CustomLoss, Sequence[Datum]] | None = None
     vocabulary: VocabularyLoss | None = None  # the same, of whole distributions
 
     @property
@@ -61,22 +64,35 @@ class Replica:
 
     Args:
         max_pass_tokens: positions of a forward pass, padding included.
-        max_sample_rows, max_cache_tokens, batch_invariant: as `sampling/sampler.py:Sampler` has them.
+        max_sample_rows, max_cache_tokens, batch_invariant: as `sampling/sampler.py:Sampler` has
+            them.
     """
 
     def __init__(
-        self, base: Base, world: World, *, max_pass_tokens: int = 16_384, max_sample_rows: int = 256,
-        max_cache_tokens: int = 1 << 20, batch_invariant: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        base: Base,
+        world: World,
+        *,
+        max_pass_tokens: int = 16_384,
+        max_sample_rows: int = 256,
+        max_cache_tokens: int = 1 << 20,
+        batch_invariant: bool = False,
+    ) -> None:
         self.base, self.world = base, world
         self.runner = PassRunner(base, max_tokens=max_pass_tokens, world=world)
         self.sampler = Sampler(
-            base.model, base.tokenizer, bank=base.bank, max_rows=max_sample_rows, max_cache_tokens=max_cache_tokens,
-            run_pass=base.run_pass, batch_invariant=batch_invariant,
-        )  # fmt: skip
+            base.model,
+            base.tokenizer,
+            bank=base.bank,
+            max_rows=max_sample_rows,
+            max_cache_tokens=max_cache_tokens,
+            run_pass=base.run_pass,
+            batch_invariant=batch_invariant,
+        )
         self.trainees: dict[str, Trainee] = {}
         self.snapshots: dict[str, Adapter] = {}
-        self.listeners: dict[int, Callable[[Row], None]] = {}  # who reads a sample along, by number of its order; here alone
+        # who reads a sample along, by number of its order; here alone
+        self.listeners: dict[int, Callable[[Row], None]] = {}
         self._requests: dict[int, Request] = {}
         self._finished: list[tuple[int, Any]] = []
 
@@ -87,7 +103,12 @@ class Replica:
         layout = self.base.layout(spec)
         vector = start if isinstance(start, torch.Tensor) else layout.draw(start)
         self.trainees[model_id] = Trainee(
-            layout, vector, self.base.device, rank=self.world.rank, size=self.world.size, shards=self.base.shards_optimizer
+            layout,
+            vector,
+            self.base.device,
+            rank=self.world.rank,
+            size=self.world.size,
+            shards=self.base.shards_optimizer,
         )
 
     def free(self, model_id: str) -> None:
@@ -95,7 +116,11 @@ class Replica:
         self.trainees.pop(model_id, None)
 
     def load(
-        self, model_id: str, vector: torch.Tensor, optimizer_state: dict[str, torch.Tensor] | None, num_steps: int
+        self,
+        model_id: str,
+        vector: torch.Tensor,
+        optimizer_state: dict[str, torch.Tensor] | None,
+        num_steps: int,
     ) -> None:
         """Let an adapter be what was saved. Raises CheckpointError."""
         self.trainee(model_id).load(vector, optimizer_state, num_steps)
@@ -139,17 +164,25 @@ class Replica:
         self._keep(snapshot_id, Adapter(self.base.layout(spec), vector.to(self.base.device)))
 
     def _keep(self, snapshot_id: str, adapter: Adapter) -> None:
-        """Beside others in one pass, what is not finite would spoil their samples too. Raises CheckpointError."""
+        """Beside others in one pass, what is not finite would spoil their samples too. Raises
+        CheckpointError.
+        """
         if not bool(adapter.vector.isfinite().all()):
-            raise CheckpointError("this adapter has numbers that are not finite, so it cannot be sampled")
+            raise CheckpointError(
+                "this adapter has numbers that are not finite, so it cannot be sampled"
+            )
         self.snapshots[snapshot_id] = adapter
 
     def drop_snapshot(self, snapshot_id: str) -> None:
         """Forget one."""
         self.snapshots.pop(snapshot_id, None)
 
-    def sample(self, orders: Sequence[SampleOrder], cancelled: Sequence[int]) -> list[tuple[int, Any]]:
-        """Let requests join, generate a token for each row, and return what was finished, by number of its order."""
+    def sample(
+        self, orders: Sequence[SampleOrder], cancelled: Sequence[int]
+    ) -> list[tuple[int, Any]]:
+        """Let requests join, generate a token for each row, and return what was finished, by
+        number of its order.
+        """
         for order in orders:
             try:
                 self._admit(order)
@@ -169,14 +202,18 @@ class Replica:
 
     def _admit(self, order: SampleOrder) -> None:
         if self.base.sampling_problem:
-            raise ConfigError(f"{self.base.name} cannot be sampled here: {self.base.sampling_problem}")
+            raise ConfigError(
+                f"{self.base.name} cannot be sampled here: {self.base.sampling_problem}"
+            )
         if order.snapshot_id is not None and order.snapshot_id not in self.snapshots:
             raise DataError("what was to be sampled is gone")
         adapter = None if order.snapshot_id is None else self.snapshots[order.snapshot_id]
         request = replace(
-            order.request, adapter=adapter, done=functools.partial(self._finish, order.number),
+            order.request,
+            adapter=adapter,
+            done=functools.partial(self._finish, order.number),
             each=self.listeners.get(order.number),
-        )  # fmt: skip
+        )
         self.sampler.add(request)
         self._requests[order.number] = request
 

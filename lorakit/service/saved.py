@@ -1,4 +1,6 @@
-"""What was saved: checkpoints in folders, and what the database knows of them. A folder is not replaced or removed while it is read."""
+"""What was saved: checkpoints in folders, and what the database knows of them. A folder is not
+replaced or removed while it is read.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,21 @@ class Saved:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        # Of a run, under which its folders, and their rows, change: a large one of another run keeps nobody waiting.
-        self._locks: collections.defaultdict[str, threading.RLock] = collections.defaultdict(threading.RLock)
+        # Of a run, under which its folders, and their rows, change: a large one of another run
+        # keeps nobody waiting.
+        self._locks: collections.defaultdict[str, threading.RLock] = collections.defaultdict(
+            threading.RLock
+        )
 
     def save(
-        self, run_id: str, wanted: SaveAs, layout: AdapterLayout, vector: torch.Tensor,
-        optimizer_state: Mapping[str, torch.Tensor] | None, facts: dict[str, Any],
-    ) -> Checkpoint:  # fmt: skip
+        self,
+        run_id: str,
+        wanted: SaveAs,
+        layout: AdapterLayout,
+        vector: torch.Tensor,
+        optimizer_state: Mapping[str, torch.Tensor] | None,
+        facts: dict[str, Any],
+    ) -> Checkpoint:
         """Write a checkpoint of a run, whole or not at all. Raises CheckpointError."""
         with self._locks[run_id]:
             folder = self._folder(run_id, wanted.kind, wanted.name)
@@ -55,17 +65,25 @@ class Saved:
             try:
                 size = save_trained_state(folder, layout, vector, optimizer_state, facts)
             except OSError as error:
-                raise CheckpointError(f"{wanted.name} was not saved: {error.strerror or error}") from error
+                raise CheckpointError(
+                    f"{wanted.name} was not saved: {error.strerror or error}"
+                ) from error
             saved = Checkpoint(
-                run_id=run_id, kind=wanted.kind, name=wanted.name, created=now(), size_bytes=size, expires=_after(wanted.ttl_seconds),
+                run_id=run_id,
+                kind=wanted.kind,
+                name=wanted.name,
+                created=now(),
+                size_bytes=size,
+                expires=_after(wanted.ttl_seconds),
                 user_metadata=dict(wanted.user_metadata or {}),
-            )  # fmt: skip
+            )
             self._store.add_checkpoint(saved)
             return saved
 
     @contextlib.contextmanager
     def opened(self, path: str, owner: str) -> Iterator[SavedState]:
-        """Yield what lies at ``path``, which stays as it is inside the block. Raises CheckpointError, AdapterError.
+        """Yield what lies at ``path``, which stays as it is inside the block. Raises
+        CheckpointError, AdapterError.
 
         Args:
             path: ``tinker://…``, or a folder of any PEFT adapter.
@@ -79,7 +97,9 @@ class Saved:
 
     @contextlib.contextmanager
     def reading(self, run_id: str, kind: str, name: str) -> Iterator[Path]:
-        """Yield a checkpoint's folder, which stays as it is inside the block. Raises CheckpointError where there is none."""
+        """Yield a checkpoint's folder, which stays as it is inside the block. Raises
+        CheckpointError where there is none.
+        """
         with self._locks[run_id]:
             folder = self._folder(run_id, kind, name)
             if self._store.find_checkpoint(run_id, kind, name) is None or not folder.is_dir():
@@ -87,12 +107,18 @@ class Saved:
             yield folder
 
     def base_of(self, path: str, owner: str) -> str:
-        """Return the name of the base that ``path`` was made for. Raises CheckpointError, AdapterError."""
+        """Return the name of the base that ``path`` was made for. Raises CheckpointError,
+        AdapterError.
+        """
         if path.startswith("tinker://"):
             self.find(path, owner)
             return self._store.run(parse_path(path)[0], owner).base_model
         state = open_trained_state(_local_folder(path, owner))
-        return str(state.facts.get("base_model") or state.adapter.config.get("base_model_name_or_path") or "")
+        return str(
+            state.facts.get("base_model")
+            or state.adapter.config.get("base_model_name_or_path")
+            or ""
+        )
 
     def find(self, path: str, owner: str) -> Checkpoint:
         """Return what is known of a checkpoint. Raises CheckpointError where there is none."""
@@ -103,7 +129,9 @@ class Saved:
         return found
 
     def set_ttl(self, path: str, owner: str, seconds: int | None) -> Checkpoint:
-        """Let a checkpoint be removed after so many seconds, or never. Raises CheckpointError where there is none."""
+        """Let a checkpoint be removed after so many seconds, or never. Raises CheckpointError
+        where there is none.
+        """
         with self._locks[parse_path(path)[0]]:
             found = self.find(path, owner)
             found.expires = _after(seconds)
@@ -119,13 +147,16 @@ class Saved:
         """Remove checkpoints whose time is over."""
         for run_id in {checkpoint.run_id for checkpoint in self._store.expired()}:
             with self._locks[run_id]:
-                for checkpoint in self._store.expired():  # read again: one may have been written over
+                # read again: one may have been written over
+                for checkpoint in self._store.expired():
                     if checkpoint.run_id == run_id:
                         self._remove(checkpoint)
 
     def _remove(self, checkpoint: Checkpoint) -> None:
         self._store.forget_checkpoint(checkpoint)
-        shutil.rmtree(self._folder(checkpoint.run_id, checkpoint.kind, checkpoint.name), ignore_errors=True)
+        shutil.rmtree(
+            self._folder(checkpoint.run_id, checkpoint.kind, checkpoint.name), ignore_errors=True
+        )
 
     def _folder(self, run_id: str, kind: str, name: str) -> Path:
         folder = self._store.checkpoint_folder(run_id, kind, name)
@@ -141,5 +172,7 @@ def _after(seconds: int | None) -> datetime.datetime | None:
 def _local_folder(path: str, owner: str) -> Path:
     folder = Path(path).expanduser()
     if owner != LOCAL_OWNER or not folder.is_dir():
-        raise CheckpointError(f"{path!r} is no path of a checkpoint (tinker://RUN/KIND/NAME), nor a folder here")
+        raise CheckpointError(
+            f"{path!r} is no path of a checkpoint (tinker://RUN/KIND/NAME), nor a folder here"
+        )
     return folder

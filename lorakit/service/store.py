@@ -79,7 +79,9 @@ class ClientSession(_Table):
 
 
 class SamplerRow(_Table):
-    """What a client samples from: a base, or a checkpoint. Of a snapshot, in memory only, the path is ``EPHEMERAL``."""
+    """What a client samples from: a base, or a checkpoint. Of a snapshot, in memory only, the
+    path is ``EPHEMERAL``.
+    """
 
     __tablename__ = "samplers"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -144,13 +146,19 @@ class Store:
         with self.session() as session:
             wanted = sa.select(Run).where(Run.owner == owner)
             total = session.scalar(sa.select(sa.func.count()).select_from(wanted.subquery())) or 0
-            found = session.scalars(wanted.order_by(Run.last_request.desc()).limit(limit).offset(offset))
+            found = session.scalars(
+                wanted.order_by(Run.last_request.desc()).limit(limit).offset(offset)
+            )
             return list(found), total
 
     def charge(self, run_id: str, *, tokens: int, seconds: float) -> None:
         """Set what a run has cost so far."""
         with self.session() as session:
-            session.execute(sa.update(Run).where(Run.id == run_id).values(tokens=tokens, seconds=seconds, last_request=now()))
+            session.execute(
+                sa.update(Run)
+                .where(Run.id == run_id)
+                .values(tokens=tokens, seconds=seconds, last_request=now())
+            )
 
     # ---- what the server keeps
 
@@ -171,7 +179,9 @@ class Store:
             return list(session.scalars(sa.select(table).filter_by(**equal)))
 
     def result(self, request_id: str, owner: str) -> Any:
-        """Return kind and payload of a finished request of ``owner``, or None. Asked for each request: a plain row, no object."""
+        """Return kind and payload of a finished request of ``owner``, or None. Asked for each
+        request: a plain row, no object.
+        """
         with self._engine.connect() as connection:
             return connection.execute(_RESULT, {"id": request_id, "owner": owner}).first()
 
@@ -214,9 +224,13 @@ class Store:
 
     def forget_checkpoint(self, checkpoint: Checkpoint) -> None:
         with self.session() as session:
-            session.execute(sa.delete(Checkpoint).where(
-                Checkpoint.run_id == checkpoint.run_id, Checkpoint.kind == checkpoint.kind, Checkpoint.name == checkpoint.name
-            ))  # fmt: skip
+            session.execute(
+                sa.delete(Checkpoint).where(
+                    Checkpoint.run_id == checkpoint.run_id,
+                    Checkpoint.kind == checkpoint.kind,
+                    Checkpoint.name == checkpoint.name,
+                )
+            )
 
 
 def now() -> datetime.datetime:
@@ -228,7 +242,8 @@ def check_name(name: str) -> None:
     """Raise CheckpointError for a name of a checkpoint that a folder cannot have."""
     if not _NAME.fullmatch(name):
         raise CheckpointError(
-            f"{name!r} cannot be a checkpoint's name: up to 128 letters, digits and _.=+- it may have, the first a letter, a digit or _"
+            f"{name!r} cannot be a checkpoint's name: up to 128 letters, digits and _.=+- it may"
+            " have, the first a letter, a digit or _"
         )
 
 
@@ -236,7 +251,9 @@ def parse_path(path: str) -> tuple[str, str, str]:
     """Return run, kind and name of ``tinker://run/kind/name``. Raises CheckpointError."""
     parts = path.removeprefix("tinker://").split("/")
     if not path.startswith("tinker://") or len(parts) != 3 or parts[1] not in KINDS or not parts[0]:
-        raise CheckpointError(f"{path!r} is no path of a checkpoint: tinker://RUN/{{{','.join(KINDS)}}}/NAME")
+        raise CheckpointError(
+            f"{path!r} is no path of a checkpoint: tinker://RUN/{{{','.join(KINDS)}}}/NAME"
+        )
     check_name(parts[2])
     return parts[0], parts[1], parts[2]
 

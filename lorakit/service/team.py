@@ -1,7 +1,7 @@
 """The processes that run a service together: the first takes requests, the others do what it does.
 
-Everything that changes a replica is a command, a method's name and its arguments, which all processes execute in the same order. One
-process is a team of one, which sends nothing.
+Everything that changes a replica is a command, a method's name and its arguments, which all
+processes execute in the same order. One process is a team of one, which sends nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from lorakit.errors import LorakitError, TrainingError
 from lorakit.strategy.world import World, current_world, join, share
 
 log = logging.getLogger("lorakit")
-KEEP_ALIVE_SECONDS = 5.0  # after which the first process says that it is there, and finds out whether the others are
+# after which the first process says that it is there, and finds out whether the others are
+KEEP_ALIVE_SECONDS = 5.0
 
 
 class Team:
@@ -26,7 +27,9 @@ class Team:
         open_replica: makes what commands are executed on, by its key; every process has its own.
     """
 
-    def __init__(self, open_replica: Callable[[str], Any], *, device: str, timeout_seconds: float = 600.0) -> None:
+    def __init__(
+        self, open_replica: Callable[[str], Any], *, device: str, timeout_seconds: float = 600.0
+    ) -> None:
         self.world: World = current_world()
         if self.world.size > 1:
             join(self.world, device=device, timeout_seconds=timeout_seconds)
@@ -70,7 +73,9 @@ class Team:
                 raise
 
     def follow(self) -> None:
-        """Execute what the first process says until it ends. What goes wrong here ends this process, and so the team."""
+        """Execute what the first process says until it ends. What goes wrong here ends this
+        process, and so the team.
+        """
         while True:
             command: Any = share(None)
             kind, key, method, args = command
@@ -82,7 +87,8 @@ class Team:
                 try:
                     getattr(self._replicas[key], method)(*args)
                 except LorakitError as error:
-                    log.debug("%s: %s", method, error)  # the first process has it too, and tells who asked
+                    # the first process has it too, and tells who asked
+                    log.debug("%s: %s", method, error)
 
     def end(self) -> None:
         """Let the others go."""

@@ -15,7 +15,8 @@ from lorakit.types import AdamParams
 
 
 class Trainee:
-    """Everything that grows with one more adapter: four vectors, of which the optimiser's two are made at its first step.
+    """Everything that grows with one more adapter: four vectors, of which the optimiser's two are
+    made at its first step.
 
     Of several processes each accumulates the gradient of what it computed; a step adds them up.
 
@@ -42,7 +43,9 @@ class Trainee:
         self.adapter = Adapter(layout, self.vector, trains=True)
         gradient = torch.zeros_like(storage)
         self.gradient = gradient[: layout.num_params]
-        self._gradient_views = [view for pair in layout.views(self.gradient).values() for view in pair]
+        self._gradient_views = [
+            view for pair in layout.views(self.gradient).values() for view in pair
+        ]
         self._mine = rank if shards else 0
         self._parameter = nn.Parameter(self._shares[self._mine])
         self._parameter.grad = gradient.split(self._share)[self._mine]
@@ -55,10 +58,12 @@ class Trainee:
         torch._foreach_add_(self._gradient_views, list(gradients))
 
     def step(self, params: AdamParams) -> dict[str, float]:
-        """Make one step of AdamW, and start a new gradient. The norm returned is that before clipping.
+        """Make one step of AdamW, and start a new gradient. The norm returned is that before
+        clipping.
 
         Raises:
-            TrainingError: the gradient is not finite; the step is not made, and the gradient is dropped.
+            TrainingError: the gradient is not finite; the step is not made, and the gradient is
+                dropped.
         """
         if self.size > 1:
             dist.all_reduce(self.gradient)
@@ -66,13 +71,17 @@ class Trainee:
         if not bool(torch.isfinite(norm)):
             self.gradient.zero_()
             raise TrainingError(
-                "the gradient is not finite: no step was made, and the gradient is dropped; lower the learning rate, or clip"
+                "the gradient is not finite: no step was made, and the gradient is dropped; lower"
+                " the learning rate, or clip"
             )
         if 0 < params.grad_clip_norm < float(norm):
             self.gradient.mul_(params.grad_clip_norm / norm)
         for group in self._optimizer.param_groups:
             group.update(
-                lr=params.learning_rate, betas=(params.beta1, params.beta2), eps=params.eps, weight_decay=params.weight_decay
+                lr=params.learning_rate,
+                betas=(params.beta1, params.beta2),
+                eps=params.eps,
+                weight_decay=params.weight_decay,
             )
         self._optimizer.step()
         self.gradient.zero_()
@@ -87,7 +96,9 @@ class Trainee:
         return Adapter(self.layout, self.vector.clone())
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """The optimiser's tensors by name, whole; empty before the first step. All processes ask together."""
+        """The optimiser's tensors by name, whole; empty before the first step. All processes ask
+        together.
+        """
         found = {}
         for name, tensor in self._optimizer.state.get(self._parameter, {}).items():
             tensor = tensor.detach()
@@ -99,10 +110,19 @@ class Trainee:
         return found
 
     @torch.no_grad()
-    def load(self, vector: torch.Tensor, optimizer_state: Mapping[str, torch.Tensor] | None, num_steps: int = 0) -> None:
-        """Take up saved numbers; without ``optimizer_state`` the optimiser starts anew. The gradient starts at zero."""
+    def load(
+        self,
+        vector: torch.Tensor,
+        optimizer_state: Mapping[str, torch.Tensor] | None,
+        num_steps: int = 0,
+    ) -> None:
+        """Take up saved numbers; without ``optimizer_state`` the optimiser starts anew. The
+        gradient starts at zero.
+        """
         if vector.shape != self.vector.shape:
-            raise CheckpointError(f"the saved adapter has {len(vector):,} numbers, this one {len(self.vector):,}")
+            raise CheckpointError(
+                f"the saved adapter has {len(vector):,} numbers, this one {len(self.vector):,}"
+            )
         self.vector.copy_(vector)
         self.gradient.zero_()
         self._optimizer.state.clear()

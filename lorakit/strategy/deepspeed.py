@@ -25,11 +25,13 @@ _Precision = Literal["32-true", "bf16-mixed", "16-mixed"]  # what training/preci
 class ZeroStrategy(DeepSpeedStrategy):
     """ZeRO stage 1, 2 or 3 over the processes, for a frozen base and a trained adapter.
 
-    Stages 1 and 2 keep the whole base in every process and partition the adapter's optimiser state (2: its gradients too); only
-    the adapter's gradients and parameters travel. Stage 3 partitions the base as well, which is gathered layer by layer.
+    Stages 1 and 2 keep the whole base in every process and partition the adapter's optimiser state
+    (2: its gradients too); only the adapter's gradients and parameters travel. Stage 3 partitions
+    the base as well, which is gathered layer by layer.
 
-    Checkpoints are not DeepSpeed's: optimiser state and adapter are gathered into what a run in one process writes, so that any
-    stage, and any number of processes, goes on from any other's checkpoint.
+    Checkpoints are not DeepSpeed's: optimiser state and adapter are gathered into what a run in one
+    process writes, so that any stage, and any number of processes, goes on from any other's
+    checkpoint.
 
     Args:
         stage: of ZeRO.
@@ -38,20 +40,30 @@ class ZeroStrategy(DeepSpeedStrategy):
         timeout_seconds: how long a process waits for the others.
         bucket_elements: elements that are reduced, or gathered, at a time.
         persist_elements: at stage 3, tensors of at most so many elements stay whole.
-        live_elements: at stage 3, layers are gathered ahead, and stay for the backward pass, up to so many elements.
-        leaf_modules: names of further classes of modules whose parameters are gathered all at once at stage 3.
+        live_elements: at stage 3, layers are gathered ahead, and stay for the backward pass, up to
+            so many elements.
+        leaf_modules: names of further classes of modules whose parameters are gathered all at once
+            at stage 3.
         sequence_parallel: so many processes share each row of tokens (``strategy/sequence.py``).
     """
 
     def __init__(
-        self, *, stage: int, offload: bool = False, precision: _Precision = "32-true", timeout_seconds: float = 600.0,
-        bucket_elements: int = 50_000_000, persist_elements: int = 100_000, live_elements: int = 100_000_000,
-        leaf_modules: tuple[str, ...] | list[str] = (), sequence_parallel: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        stage: int,
+        offload: bool = False,
+        precision: _Precision = "32-true",
+        timeout_seconds: float = 600.0,
+        bucket_elements: int = 50_000_000,
+        persist_elements: int = 100_000,
+        live_elements: int = 100_000_000,
+        leaf_modules: tuple[str, ...] | list[str] = (),
+        sequence_parallel: int = 1,
+    ) -> None:
         if precision == "16-mixed":
             raise ConfigError(
-                f"strategy=zero{stage} has no trainer.precision=16-mixed: DeepSpeed's float16 would train the adapter itself in "
-                "float16. Set bf16-mixed or 32-true, or strategy=ddp"
+                f"strategy=zero{stage} has no trainer.precision=16-mixed: DeepSpeed's float16 would"
+                " train the adapter itself in float16. Set bf16-mixed or 32-true, or strategy=ddp"
             )
         if stage not in (1, 2, 3):
             raise ConfigError(f"strategy.stage={stage} is unknown; choose 1, 2 or 3")
@@ -61,11 +73,16 @@ class ZeroStrategy(DeepSpeedStrategy):
             precision_plugin=ZeroPrecision(precision),
             timeout=datetime.timedelta(seconds=timeout_seconds),
         )
-        self.stage, self.leaf_modules, self.sequence_parallel = stage, tuple(leaf_modules), sequence_parallel
+        self.stage, self.leaf_modules, self.sequence_parallel = (
+            stage,
+            tuple(leaf_modules),
+            sequence_parallel,
+        )
         self._timeout_seconds = timeout_seconds
         self._norm = torch.tensor(0.0)
         self._trained: list[list[torch.nn.Parameter]] = []  # by the optimiser's groups
-        self._hf_config: Any = None  # transformers partitions what it loads for as long as this is alive
+        # transformers partitions what it loads for as long as this is alive
+        self._hf_config: Any = None
 
     # ---- processes
 
@@ -80,21 +97,25 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._set_node_environment_variables()  # DeepSpeed reads them
         os.environ.setdefault("LOCAL_WORLD_SIZE", str(self.num_processes))
         if not deepspeed.comm.is_initialized():
-            deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+            deepspeed.init_distributed(
+                torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False
+            )
 
     # ---- model
 
     @contextlib.contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Lightning's hook around ``configure_model``. At stage 3 transformers partitions each tensor of the base as it reads it.
+        """Lightning's hook around ``configure_model``. At stage 3 transformers partitions each
+        tensor of the base as it reads it.
 
-        The adapter is made outside of DeepSpeed's own context, which would partition a tensor before it is filled: ``lora_B``
-        would stay what its memory held.
+        The adapter is made outside of DeepSpeed's own context, which would partition a tensor
+        before it is filled: ``lora_B`` would stay what its memory held.
         """
         if self.stage == 3:
             from transformers.integrations import HfDeepSpeedConfig
 
-            self._hf_config = HfDeepSpeedConfig(copy.deepcopy(self.config))  # model/load.py adds the base's number format
+            # model/load.py adds the base's number format
+            self._hf_config = HfDeepSpeedConfig(copy.deepcopy(self.config))
         yield
 
     @property
@@ -107,7 +128,9 @@ class ZeroStrategy(DeepSpeedStrategy):
     def _format_config(self) -> None:
         """Keep the config as it is: precision is ours, and so are windows."""
 
-    def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
+    def _setup_model_and_optimizer(
+        self, model: Any, optimizer: Any, lr_scheduler: Any = None
+    ) -> tuple[Any, Any]:
         import deepspeed
         from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -116,25 +139,38 @@ class ZeroStrategy(DeepSpeedStrategy):
             self._mark_leaves(model)
         self._fit_bucket(sum(parameter.numel() for group in self._trained for parameter in group))
         # It would send the whole frozen base to every process, which has read it already.
-        send, DeepSpeedEngine._broadcast_model = DeepSpeedEngine._broadcast_model, lambda engine: None
+        send, DeepSpeedEngine._broadcast_model = (
+            DeepSpeedEngine._broadcast_model,
+            lambda engine: None,
+        )
         index = self.root_device.index
         try:
             engine, zero, _, _ = deepspeed.initialize(
-                args=None if index is None else argparse.Namespace(device_rank=index), config=self.config, model=model,
-                optimizer=optimizer, lr_scheduler=lr_scheduler,
+                args=None if index is None else argparse.Namespace(device_rank=index),
+                config=self.config,
+                model=model,
+                optimizer=optimizer,
+                lr_scheduler=lr_scheduler,
                 dist_init_required=False,
-            )  # fmt: skip
+            )
         finally:
             DeepSpeedEngine._broadcast_model = send
         self._take_over_norm(zero)
         if cast(ZeroPrecision, self.precision_plugin).precision == "bf16-mixed":
             # On a GPU the engine switches off any autocast around it that is not its own.
-            engine.torch_autocast_enabled, engine.torch_autocast_dtype = (lambda: True), (lambda: torch.bfloat16)
+            engine.torch_autocast_enabled, engine.torch_autocast_dtype = (
+                (lambda: True),
+                (lambda: torch.bfloat16),
+            )
         lift_limits()  # of the groups that it has made
         return engine, zero
 
     def init_deepspeed(self) -> None:
-        if self.model is not None and self.lightning_module is not None and self.lightning_module.trainer.training:
+        if (
+            self.model is not None
+            and self.lightning_module is not None
+            and self.lightning_module.trainer.training
+        ):
             self._initialize_deepspeed_train(self.model)
 
     def _fit_bucket(self, num_trained: int) -> None:
@@ -144,18 +180,24 @@ class ZeroStrategy(DeepSpeedStrategy):
         zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], num_trained)
 
     def _mark_leaves(self, model: Any) -> None:
-        """Gather a module of experts at once: which of them a process needs depends on its batch, and all must gather the same."""
+        """Gather a module of experts at once: which of them a process needs depends on its
+        batch, and all must gather the same.
+        """
         from deepspeed.utils import set_z3_leaf_modules
 
         kinds = {type(module) for module in model.modules() if _chooses_among_children(module)}
-        kinds |= {type(module) for module in model.modules() if type(module).__name__ in self.leaf_modules}
+        kinds |= {
+            type(module) for module in model.modules() if type(module).__name__ in self.leaf_modules
+        }
         if kinds:
             set_z3_leaf_modules(model, sorted(kinds, key=lambda kind: kind.__name__))
 
     # ---- step
 
     def clip_gradients(self, limit: float) -> torch.Tensor:
-        """Return the norm of the whole gradient; the step that follows clips it to ``limit``. NaN where it is not finite."""
+        """Return the norm of the whole gradient; the step that follows clips it to ``limit``.
+        NaN where it is not finite.
+        """
         zero: Any = self.optimizers[0]
         zero.clip_grad = limit if limit < float("inf") else 0.0
         self._norm = torch.as_tensor(self._measure_norm(), dtype=torch.float32)
@@ -163,10 +205,13 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def skip_step(self) -> None:
         """Let the step that follows drop the gradients and change nothing."""
-        self._norm = torch.full_like(self._norm, -1.0)  # DeepSpeed's own sign of a norm that is not finite
+        # DeepSpeed's own sign of a norm that is not finite
+        self._norm = torch.full_like(self._norm, -1.0)
 
     def _take_over_norm(self, zero: Any) -> None:
-        """Measure the norm once, before the step: it is logged, and decides with the loss whether the step is made."""
+        """Measure the norm once, before the step: it is logged, and decides with the loss
+        whether the step is made.
+        """
         from deepspeed.runtime.zero import stage3
 
         if self.stage == 3:
@@ -191,21 +236,29 @@ class ZeroStrategy(DeepSpeedStrategy):
         return gather_optimizer_state(self.optimizers[0], self._trained, self.stage)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        scatter_optimizer_state(self.optimizers[0], self._trained, self.stage, checkpoint["optimizer_states"][0])
+        scatter_optimizer_state(
+            self.optimizers[0], self._trained, self.stage, checkpoint["optimizer_states"][0]
+        )
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
         self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
 
 
 class ZeroPrecision(DeepSpeedPrecision):
-    """Autocast around the forward, as Lightning has it elsewhere; DeepSpeed's own bf16 would train the adapter itself in bf16."""
+    """Autocast around the forward, as Lightning has it elsewhere; DeepSpeed's own bf16 would
+    train the adapter itself in bf16.
+    """
 
     def convert_input(self, data: Any) -> Any:
         return data  # autocast chooses; weights of the loss stay in float32
@@ -215,7 +268,9 @@ class ZeroPrecision(DeepSpeedPrecision):
             return contextlib.nullcontext()
         return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
 
-    def backward(self, tensor: torch.Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def backward(
+        self, tensor: torch.Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """DeepSpeed divides by the window's length once more unless it is told not to."""
         engine = model.trainer.strategy.deepspeed_engine
         engine.set_gradient_accumulation_boundary(not model.trainer.fit_loop._should_accumulate())
@@ -231,13 +286,22 @@ def zero_config(
 ) -> dict[str, Any]:
     """DeepSpeed's config of a stage."""
     zero: dict[str, Any] = {
-        "stage": stage, "reduce_bucket_size": bucket_elements, "allgather_bucket_size": bucket_elements,
-        "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True,
-    }  # fmt: skip
+        "stage": stage,
+        "reduce_bucket_size": bucket_elements,
+        "allgather_bucket_size": bucket_elements,
+        "overlap_comm": torch.cuda.is_available(),
+        "contiguous_gradients": True,
+    }
     if stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": bucket_elements, "stage3_param_persistence_threshold": persist_elements}
+        zero |= {
+            "stage3_prefetch_bucket_size": bucket_elements,
+            "stage3_param_persistence_threshold": persist_elements,
+        }
         # DeepSpeed's own 10^9 would hold a base of that size whole in every process.
-        zero |= {"stage3_max_live_parameters": live_elements, "stage3_max_reuse_distance": live_elements}
+        zero |= {
+            "stage3_max_live_parameters": live_elements,
+            "stage3_max_reuse_distance": live_elements,
+        }
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
         if stage == 3:
@@ -245,7 +309,8 @@ def zero_config(
     return {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # it needs a compiler; the run's own optimiser is used
+        # it needs a compiler; the run's own optimiser is used
+        "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": 1,  # of no effect: batches are ours
         "gradient_accumulation_steps": 1,
         "steps_per_print": None,
@@ -253,20 +318,27 @@ def zero_config(
 
 
 def prepare_deepspeed() -> None:
-    """Import DeepSpeed so that it works without a compiler and keeps quiet. Raises ConfigError where it is missing."""
+    """Import DeepSpeed so that it works without a compiler and keeps quiet. Raises ConfigError
+    where it is missing.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed
     except ImportError as error:
-        raise ConfigError("this strategy needs deepspeed: pip install deepspeed, or set strategy=ddp") from error
+        raise ConfigError(
+            "this strategy needs deepspeed: pip install deepspeed, or set strategy=ddp"
+        ) from error
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    # On a CPU it would compile an operation for shared memory at the first use: 40 s, or an error without a compiler.
+    # On a CPU it would compile an operation for shared memory at the first use: 40 s, or an error
+    # without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _chooses_among_children(module: torch.nn.Module) -> bool:
-    """Whether ``module`` holds experts, as children of which it runs some or as stacks that an adapter reads past their owner."""
+    """Whether ``module`` holds experts, as children of which it runs some or as stacks that an
+    adapter reads past their owner.
+    """
     if type(module).__name__ == "ExpertLora":
         return True
     experts = getattr(module, "experts", None)

@@ -1,6 +1,8 @@
-"""ZeRO-3 for a frozen base alone: its parameters lie in parts over the processes, and are gathered layer by layer in every pass.
+"""ZeRO-3 for a frozen base alone: its parameters lie in parts over the processes, and are gathered
+layer by layer in every pass.
 
-Adapters are not DeepSpeed's here: whoever trains them reduces their gradients. So nothing of the base has a gradient or a state.
+Adapters are not DeepSpeed's here: whoever trains them reduces their gradients. So nothing of the
+base has a gradient or a state.
 """
 
 from __future__ import annotations
@@ -37,20 +39,28 @@ class PartitionedBase:
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         config = zero_config(3, offload)
-        known = HfDeepSpeedConfig(copy.deepcopy(config))  # transformers partitions what it loads for as long as this is alive
+        # transformers partitions what it loads for as long as this is alive
+        known = HfDeepSpeedConfig(copy.deepcopy(config))
         self.model = build()
         del known
         self._root = _Root(self.model)
         # It would send the whole base to every process, which has read it already.
-        send, DeepSpeedEngine._broadcast_model = DeepSpeedEngine._broadcast_model, lambda engine: None
+        send, DeepSpeedEngine._broadcast_model = (
+            DeepSpeedEngine._broadcast_model,
+            lambda engine: None,
+        )
         try:
-            self._engine, self._hooks, _, _ = deepspeed.initialize(model=self._root, config=config, dist_init_required=False)
+            self._engine, self._hooks, _, _ = deepspeed.initialize(
+                model=self._root, config=config, dist_init_required=False
+            )
         finally:
             DeepSpeedEngine._broadcast_model = send
         lift_limits()
 
     def run(self, compute: Pass) -> tuple[torch.Tensor, Any]:
-        """Return what ``compute`` returns, a tensor and anything, with the model's parameters gathered where it needs them."""
+        """Return what ``compute`` returns, a tensor and anything, with the model's parameters
+        gathered where it needs them.
+        """
         return self._root(compute), self._root.found
 
     def release(self) -> None:
@@ -60,7 +70,9 @@ class PartitionedBase:
 
 
 class _Root(torch.nn.Module):
-    """What a pass begins and ends with: DeepSpeed's hooks want a module that the loss comes out of."""
+    """What a pass begins and ends with: DeepSpeed's hooks want a module that the loss comes out
+    of.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()

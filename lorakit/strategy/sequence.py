@@ -1,8 +1,9 @@
 """Sequence parallelism as DeepSpeed's Ulysses has it: several processes share each row of tokens.
 
-Each holds a part of the positions, and computes everything for them but attention. Around attention two exchanges turn parts of all
-heads into whole rows of some heads, and back (Jacobs et al. 2023, "DeepSpeed Ulysses", section 3): each process sends 1/N of what it
-holds to each of the N, so that the traffic of a process falls with N. The loss of a part is a sum over its own targets.
+Each holds a part of the positions, and computes everything for them but attention. Around attention
+two exchanges turn parts of all heads into whole rows of some heads, and back (Jacobs et al. 2023,
+"DeepSpeed Ulysses", section 3): each process sends 1/N of what it holds to each of the N, so that
+the traffic of a process falls with N. The loss of a part is a sum over its own targets.
 """
 
 from __future__ import annotations
@@ -32,13 +33,17 @@ NAME = "sdpa_in_parts"
 
 @functools.cache
 def sequence_group(parts: int) -> dist.ProcessGroup:
-    """The processes that share rows with this one: ``parts`` neighbours. All processes call together, once.
+    """The processes that share rows with this one: ``parts`` neighbours. All processes call
+    together, once.
 
     Raises:
         ConfigError: the processes cannot be divided so.
     """
     check_parts(parts, dist.get_world_size())
-    groups = [dist.new_group(list(range(first, first + parts))) for first in range(0, dist.get_world_size(), parts)]
+    groups = [
+        dist.new_group(list(range(first, first + parts)))
+        for first in range(0, dist.get_world_size(), parts)
+    ]
     lift_limits()
     return groups[dist.get_rank() // parts]
 
@@ -46,23 +51,29 @@ def sequence_group(parts: int) -> dist.ProcessGroup:
 def check_parts(parts: int, num_processes: int) -> None:
     """Raise ConfigError where ``num_processes`` cannot share rows in groups of ``parts``."""
     if parts < 1 or num_processes % parts:
-        fitting = ", ".join(str(count) for count in range(1, num_processes + 1) if num_processes % count == 0)
+        fitting = ", ".join(
+            str(count) for count in range(1, num_processes + 1) if num_processes % count == 0
+        )
         raise ConfigError(
-            f"strategy.sequence_parallel={parts}: so many processes share each row, and there are {num_processes}; choose {fitting}"
+            f"strategy.sequence_parallel={parts}: so many processes share each row, and there are"
+            f" {num_processes}; choose {fitting}"
         )
 
 
 def share_rows(model: Any, parts: int, max_tokens: int | None = None) -> None:
-    """Let ``model`` attend over rows, with examples of ``max_tokens``, that ``parts`` processes share. All call together.
+    """Let ``model`` attend over rows, with examples of ``max_tokens``, that ``parts`` processes
+    share. All call together.
 
     Raises:
-        ConfigError: the model's heads cannot be divided so, or its logits are not those of whole rows.
+        ConfigError: the model's heads cannot be divided so, or its logits are not those of whole
+            rows.
     """
     group = sequence_group(parts)
     problem = row_sharing_problem(model.config, parts, max_tokens) or _compare(model, group)
     if found := [problem for problem in gather(problem) if problem]:
         error = ConfigError(
-            f"strategy.sequence_parallel={parts} does not work for {type(model).__name__}: {found[0]}; set it to 1"
+            f"strategy.sequence_parallel={parts} does not work for {type(model).__name__}:"
+            f" {found[0]}; set it to 1"
         )
         error.is_of_all = True
         raise error
@@ -75,36 +86,62 @@ def _compare(model: Any, group: dist.ProcessGroup) -> str | None:
         return f"its attention is {implementation}, not sdpa"
     part, parts, whole = dist.get_rank(group), dist.get_world_size(group), packed_logits(model)
     length = -(-32 // parts)  # of a part
-    expected = torch.cat([row[part * length : (part + 1) * length] for row in (whole[:30], whole[30:])])  # 30 and 32 tokens
+    # 30 and 32 tokens
+    expected = torch.cat(
+        [row[part * length : (part + 1) * length] for row in (whole[:30], whole[30:])]
+    )
     AttentionInterface.register(NAME, functools.partial(attention_in_parts, group))
     AttentionMaskInterface.register(NAME, document_mask)
     try:
         model.set_attn_implementation(NAME)
-        return find_difference(packed_logits(model, part, parts), expected, is_exact=model.dtype == torch.float32)
+        return find_difference(
+            packed_logits(model, part, parts), expected, is_exact=model.dtype == torch.float32
+        )
     except Exception as error:  # whatever a model does with a mask that it does not know
         return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
 
 
 def attention_in_parts(
-    group: dist.ProcessGroup, module: torch.nn.Module, query_BHLD: torch.Tensor, key_BGLD: torch.Tensor, value_BGLD: torch.Tensor,
-    attention_mask: torch.Tensor | None, **kwargs: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """As ``attention_by_document``, for parts of rows too, which the processes of ``group`` share; L is then a part's length."""
+    group: dist.ProcessGroup,
+    module: torch.nn.Module,
+    query_BHLD: torch.Tensor,
+    key_BGLD: torch.Tensor,
+    value_BGLD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As ``attention_by_document``, for parts of rows too, which the processes of ``group``
+    share; L is then a part's length.
+    """
     if attention_mask is None or attention_mask.dtype != torch.long or attention_mask.dim() != 2:
-        return attention_by_document(module, query_BHLD, key_BGLD, value_BGLD, attention_mask, **kwargs)
+        return attention_by_document(
+            module, query_BHLD, key_BGLD, value_BGLD, attention_mask, **kwargs
+        )
     if not len(attention_mask) or tuple(attention_mask[0].tolist()) != IN_PARTS:
-        return attention_by_document(module, query_BHLD, key_BGLD, value_BGLD, attention_mask, **kwargs)
+        return attention_by_document(
+            module, query_BHLD, key_BGLD, value_BGLD, attention_mask, **kwargs
+        )
     heads, kv_heads, parts = query_BHLD.shape[1], key_BGLD.shape[1], dist.get_world_size(group)
-    copies = 1 if kv_heads % parts == 0 else parts // kv_heads if parts % kv_heads == 0 else heads // kv_heads
+    copies = (
+        1
+        if kv_heads % parts == 0
+        else parts // kv_heads
+        if parts % kv_heads == 0
+        else heads // kv_heads
+    )
     whole = [
         _to_whole_rows(tensor.repeat_interleave(count, dim=1) if count > 1 else tensor, group)
         for tensor, count in ((query_BHLD, 1), (key_BGLD, copies), (value_BGLD, copies))
     ]
     per_kv = whole[0].shape[1] // whole[1].shape[1]
-    key, value = (tensor.repeat_interleave(per_kv, dim=1) if per_kv > 1 else tensor for tensor in whole[1:])
-    bare: Any = SimpleNamespace(is_causal=True, training=module.training)  # heads are repeated already
+    key, value = (
+        tensor.repeat_interleave(per_kv, dim=1) if per_kv > 1 else tensor for tensor in whole[1:]
+    )
+    # heads are repeated already
+    bare: Any = SimpleNamespace(is_causal=True, training=module.training)
     documents = attention_mask[1:]
-    if not len(documents):  # an idle batch; every parameter must have a gradient all the same, or ZeRO-3 loses those it has
+    # an idle batch; every parameter must have a gradient all the same, or ZeRO-3 loses those it has
+    if not len(documents):
         documents = torch.tensor([[0, 0, whole[0].shape[2]]])
     attended, _ = attention_by_document(bare, whole[0], key, value, documents, **kwargs)
     return _to_parts(attended, group), None
@@ -115,7 +152,11 @@ def _to_whole_rows(x_BHlD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tens
     parts = dist.get_world_size(group)
     batch, heads, length, width = x_BHlD.shape
     sent = x_BHlD.reshape(batch, parts, heads // parts, length, width).transpose(0, 1)
-    return _Exchange.apply(sent, group).permute(1, 2, 0, 3, 4).reshape(batch, heads // parts, parts * length, width)
+    return (
+        _Exchange.apply(sent, group)
+        .permute(1, 2, 0, 3, 4)
+        .reshape(batch, heads // parts, parts * length, width)
+    )
 
 
 def _to_parts(x_BLhD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -123,7 +164,11 @@ def _to_parts(x_BLhD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     parts = dist.get_world_size(group)
     batch, length, heads, width = x_BLhD.shape
     sent = x_BLhD.reshape(batch, parts, length // parts, heads, width).transpose(0, 1)
-    return _Exchange.apply(sent, group).permute(1, 2, 0, 3, 4).reshape(batch, length // parts, parts * heads, width)
+    return (
+        _Exchange.apply(sent, group)
+        .permute(1, 2, 0, 3, 4)
+        .reshape(batch, length // parts, parts * heads, width)
+    )
 
 
 class _Exchange(torch.autograd.Function):

@@ -1,4 +1,6 @@
-"""An optimiser's state that ZeRO has partitioned: gathered into the form of a run in one process, and scattered from it."""
+"""An optimiser's state that ZeRO has partitioned: gathered into the form of a run in one
+process, and scattered from it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from lorakit.strategy.world import gather
 
 
 class _Fragment(NamedTuple):
-    """This process's part of a parameter: where it lies in a flat partition, and where in the flattened parameter."""
+    """This process's part of a parameter: where it lies in a flat partition, and where in the
+    flattened parameter.
+    """
 
     flat: torch.Tensor  # the partition, which is what the optimiser knows
     flat_start: int
@@ -29,11 +33,13 @@ class _Fragment(NamedTuple):
         return tensor.flatten().narrow(0, self.start, self.length)
 
 
-Groups = Sequence[Sequence[torch.nn.Parameter]]  # the trained parameters, as the optimiser was given them
+# the trained parameters, as the optimiser was given them
+Groups = Sequence[Sequence[torch.nn.Parameter]]
 
 
 def gather_optimizer_state(zero: Any, groups: Groups, stage: int) -> dict[str, Any]:
-    """Return what the plain optimiser's ``state_dict()`` would be after the same steps. All processes must ask together.
+    """Return what the plain optimiser's ``state_dict()`` would be after the same steps. All
+    processes must ask together.
 
     Args:
         zero: DeepSpeed's optimiser.
@@ -41,10 +47,14 @@ def gather_optimizer_state(zero: Any, groups: Groups, stage: int) -> dict[str, A
     parameters = [parameter for group in groups for parameter in group]
     fragments = [_fragment(zero, parameter, stage) for parameter in parameters]
     states = zero.optimizer.state
-    own: dict[str, Any] = next((states[f.flat] for f in fragments if f is not None and f.flat in states), {})
+    own: dict[str, Any] = next(
+        (states[f.flat] for f in fragments if f is not None and f.flat in states), {}
+    )
     # A process may own nothing of a small adapter, and must take part all the same.
     kinds = _union({name: _is_partitioned(value, fragments, states) for name, value in own.items()})
-    found: dict[int, dict[str, Any]] = {index: {} for index in range(len(parameters))} if kinds else {}
+    found: dict[int, dict[str, Any]] = (
+        {index: {} for index in range(len(parameters))} if kinds else {}
+    )
     for name, is_partitioned in sorted(kinds.items()):
         if is_partitioned:
             for index, tensor in enumerate(_gather(name, fragments, parameters, states)):
@@ -83,7 +93,11 @@ def _fragment(zero: Any, parameter: Any, stage: int) -> _Fragment | None:
         part = parameter.ds_tensor.ds_numel
         start = part * dist.get_rank(parameter.ds_process_group)
         length = min(part, parameter.ds_numel - start)
-        return _Fragment(zero.fp32_partitioned_groups_flat[group], flat_start, start, length) if length > 0 else None
+        return (
+            _Fragment(zero.fp32_partitioned_groups_flat[group], flat_start, start, length)
+            if length > 0
+            else None
+        )
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
@@ -106,11 +120,19 @@ def _first(value: Any) -> Any:
 
 
 def _gather(
-    name: str, fragments: Sequence[_Fragment | None], parameters: Sequence[torch.nn.Parameter], states: Any
+    name: str,
+    fragments: Sequence[_Fragment | None],
+    parameters: Sequence[torch.nn.Parameter],
+    states: Any,
 ) -> Iterator[torch.Tensor]:
-    """Yield one state of every parameter, whole: each process fills in its part of zeros, and all are summed."""
+    """Yield one state of every parameter, whole: each process fills in its part of zeros, and
+    all are summed.
+    """
     sizes = [full_shape(parameter).numel() for parameter in parameters]
-    device = next((fragment.flat.device for fragment in fragments if fragment is not None), parameters[0].device)
+    device = next(
+        (fragment.flat.device for fragment in fragments if fragment is not None),
+        parameters[0].device,
+    )
     total = torch.zeros(sum(sizes), device=parameters[0].device if device.type == "cpu" else device)
     for fragment, part in zip(fragments, total.split(sizes), strict=True):
         if fragment is not None and name in states[fragment.flat]:
@@ -121,7 +143,9 @@ def _gather(
 
 
 def _plain_groups(zero: Any, groups: Groups) -> list[dict[str, Any]]:
-    """The optimiser's groups with their settings; the numbers of their parameters run on, as torch counts them."""
+    """The optimiser's groups with their settings; the numbers of their parameters run on, as
+    torch counts them.
+    """
     plain, first = [], 0
     for group, members in zip(zero.optimizer.param_groups, groups, strict=True):
         settings = {name: value for name, value in group.items() if name != "params"}

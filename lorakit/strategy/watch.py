@@ -1,10 +1,12 @@
-"""A watcher beside each process: it notices one that is killed, stalled, cut off or stuck, says so, and ends its own.
+"""A watcher beside each process: it notices one that is killed, stalled, cut off or stuck, says so,
+and ends its own.
 
-torchrun's agent sees only that a process of its own has ended. A process that is stopped, or a machine that is gone, leaves the others
-waiting in a collective operation, until a timeout that names nobody. So each process forks a watcher, which needs neither its
-interpreter nor its network: the watchers tell one another twice a second, through a store of their own, that they and their
-processes live.
-A process that is busy for minutes, loading or writing, is alive; only a step has a limit.
+torchrun's agent sees only that a process of its own has ended. A process that is stopped, or a
+machine that is gone, leaves the others waiting in a collective operation, until a timeout that
+names nobody. So each process forks a watcher, which needs neither its
+interpreter nor its network: the watchers tell one another twice a second, through a store of their
+own, that they and their processes live. A process that is busy for minutes, loading or writing, is
+alive; only a step has a limit.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ import torch.distributed as dist
 BEAT_S = 0.5
 STALLED_S = 10.0  # so long may a process be stopped
 SILENT_S = 20.0  # so long may nothing be heard of a watcher: its machine or the network is gone
-GRACE_S = 10.0  # so long may a process outlive one that has ended: it has an error of its own to tell
+# so long may a process outlive one that has ended: it has an error of its own to tell
+GRACE_S = 10.0
 FINISHED = "finished"  # the phase behind which a process may end
-FAULT_FILE = "LORAKIT_FAULT_FILE"  # environment: where a watcher writes what it has found, for who started the processes
+# environment: where a watcher writes what it has found, for who started the processes
+FAULT_FILE = "LORAKIT_FAULT_FILE"
 _PAGE = 4096
 
 
@@ -58,7 +62,8 @@ class Phases:
     def enter(self, phase: str) -> None:
         """Say that a new phase has begun."""
         text = json.dumps([phase, time.monotonic()]).encode()
-        self._page[:] = text.ljust(_PAGE)  # one copy: a reader that comes between sees JSON that is torn, and reads again
+        # one copy: a reader that comes between sees JSON that is torn, and reads again
+        self._page[:] = text.ljust(_PAGE)
 
     def read(self) -> tuple[str, float]:
         """Return the phase and how many seconds it lasts."""
@@ -78,7 +83,9 @@ class PhaseCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         PHASES.enter("the data")
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         PHASES.enter(f"step {trainer.global_step + 1}, forward")
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Any) -> None:
@@ -87,7 +94,9 @@ class PhaseCallback(L.Callback):
     def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
         PHASES.enter(f"step {trainer.global_step + 1}, optimiser")
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         PHASES.enter("callbacks, checkpoint or data")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -98,7 +107,8 @@ class PhaseCallback(L.Callback):
 
 
 def start(rank: int, size: int, *, step_limit_s: float) -> Callable[[str, int], None]:
-    """Fork this process's watcher; return what tells it (host, port) of the watchers' store, once that is agreed on.
+    """Fork this process's watcher; return what tells it (host, port) of the watchers' store, once
+    that is agreed on.
 
     Called before anything starts threads: a fork takes only the thread that forks.
     """
@@ -106,7 +116,8 @@ def start(rank: int, size: int, *, step_limit_s: float) -> Callable[[str, int], 
     parent = os.getpid()
     if os.fork() == 0:
         os.close(writer)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process, which decides when it ends
+        # Ctrl-C is for the process, which decides when it ends
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             address = os.read(reader, _PAGE)  # nothing, where the process ended before
@@ -139,15 +150,21 @@ def free_port() -> int:
 class _Watcher:
     """The loop of a watcher. It ends with its process, or ends it."""
 
-    def __init__(self, parent: int, rank: int, size: int, step_limit_s: float, host: str, port: int) -> None:
+    def __init__(
+        self, parent: int, rank: int, size: int, step_limit_s: float, host: str, port: int
+    ) -> None:
         self.parent, self.rank, self.size, self.step_limit_s = parent, rank, size, step_limit_s
         wait = datetime.timedelta(seconds=60)
-        self.store = dist.TCPStore(host, port, is_master=rank == 0, wait_for_workers=False, timeout=wait)
+        self.store = dist.TCPStore(
+            host, port, is_master=rank == 0, wait_for_workers=False, timeout=wait
+        )
         self.store.set_timeout(datetime.timedelta(seconds=SILENT_S))
         self.number, self.listened = 0, time.monotonic()
-        self.answered = time.monotonic()  # when the store last did: an operation on a network that is cut never returns
+        # when the store last did: an operation on a network that is cut never returns
+        self.answered = time.monotonic()
         self.stopped_since: float | None = None
-        self.heard: dict[int, tuple[int, float]] = {}  # rank -> number of its last beat, and when it came
+        # rank -> number of its last beat, and when it came
+        self.heard: dict[int, tuple[int, float]] = {}
         self.beats: dict[int, _Beat] = {}
 
     def run(self) -> None:
@@ -173,7 +190,10 @@ class _Watcher:
             try:
                 self.beat()
                 self.listen()
-            except (RuntimeError, OSError) as error:  # the store is gone, and with it the first process or the way to it
+            except (
+                RuntimeError,
+                OSError,
+            ) as error:  # the store is gone, and with it the first process or the way to it
                 self.lose(str(error))
             self.answered = time.monotonic()
             time.sleep(BEAT_S)
@@ -186,22 +206,33 @@ class _Watcher:
         return os.getppid() == self.parent
 
     def lose(self, reason: str) -> None:
-        """The store cannot be reached; where the run has not finished the process is ended, unless it ends by itself."""
+        """The store cannot be reached; where the run has not finished the process is ended,
+        unless it ends by itself.
+        """
         first = self.beats.get(0)
         end = time.monotonic() + GRACE_S
         while time.monotonic() < end:
-            if not self.is_needed() or PHASES.read()[0] == FINISHED or (first and first.phase == FINISHED):
+            if (
+                not self.is_needed()
+                or PHASES.read()[0] == FINISHED
+                or (first and first.phase == FINISHED)
+            ):
                 os._exit(0)
             time.sleep(BEAT_S)
         where = name_of(0, first.host) if first else "rank 0"
         own = name_of(self.rank)
-        self.end(f"{own} cannot reach {where}: its machine or the network is gone ({reason})", tells=False)
+        self.end(
+            f"{own} cannot reach {where}: its machine or the network is gone ({reason})",
+            tells=False,
+        )
 
     def beat(self) -> None:
         """Tell the others; end the process where it is stopped, or its step takes too long."""
         phase, seconds = PHASES.read()
         self.number += 1
-        self.store.set(f"beat/{self.rank}", json.dumps([self.number, socket.gethostname(), phase, seconds]))
+        self.store.set(
+            f"beat/{self.rank}", json.dumps([self.number, socket.gethostname(), phase, seconds])
+        )
         now = time.monotonic()
         if now - self.listened > SILENT_S / 4:
             self.stopped_since = None
@@ -211,12 +242,16 @@ class _Watcher:
             self.end(f"{own} is stalled: it has been stopped for {STALLED_S:.0f} s, in {phase}")
         if phase.startswith("step") and seconds > self.step_limit_s:
             where = "; ".join(beat.describe(rank) for rank, beat in sorted(self.beats.items()))
-            self.end(f"a step has not ended in launch.collective_timeout_seconds={self.step_limit_s:g}: {where}")
+            self.end(
+                f"a step has not ended in launch.collective_timeout_seconds={self.step_limit_s:g}:"
+                f" {where}"
+            )
 
     def listen(self) -> None:
         """Hear the others; end the process where one has ended, or is not heard of."""
         now = time.monotonic()
-        if now - self.listened > SILENT_S / 4:  # this watcher was itself stopped, with the whole job, say: nobody can be blamed
+        # this watcher was itself stopped, with the whole job, say: nobody can be blamed
+        if now - self.listened > SILENT_S / 4:
             self.heard.clear()
         self.listened = now
         for rank in range(self.size):
@@ -235,7 +270,8 @@ class _Watcher:
                     self.end(f"{name_of(rank, beat.host)} has ended, in {phase}")
             elif silence > SILENT_S:
                 self.end(
-                    f"{beat.describe(rank)} has not been heard of for {SILENT_S:.0f} s: its machine or the network is gone"
+                    f"{beat.describe(rank)} has not been heard of for {SILENT_S:.0f} s: its machine"
+                    " or the network is gone"
                 )
 
     def end(self, reason: str, *, tells: bool = True) -> NoReturn:
@@ -261,7 +297,9 @@ def take_fault() -> str | None:
 
 
 def _report(reason: str) -> None:
-    """Say ``reason`` once for this machine: in the file that who started the processes reads, else on standard error."""
+    """Say ``reason`` once for this machine: in the file that who started the processes reads,
+    else on standard error.
+    """
     path = os.environ.get(FAULT_FILE)
     if path is None:
         print(f"lorakit: {reason}", file=sys.stderr, flush=True)

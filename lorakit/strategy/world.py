@@ -1,4 +1,6 @@
-"""Which process this is, of how many, and the group they form. Processes are started by torchrun or by `lorakit launch`."""
+"""Which process this is, of how many, and the group they form. Processes are started by torchrun
+or by `lorakit launch`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from lorakit.strategy import watch
 
 Found = TypeVar("Found")
 _is_watched = False
-WATCHED_LIMIT = datetime.timedelta(days=7)  # of an operation: the watchers know better when to give up
+# of an operation: the watchers know better when to give up
+WATCHED_LIMIT = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -44,39 +47,54 @@ class World:
 
 
 def current_world() -> World:
-    """The world that torchrun has set up, or that of a process which runs alone. Raises ConfigError where it is torn."""
+    """The world that torchrun has set up, or that of a process which runs alone. Raises
+    ConfigError where it is torn.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if missing := [name for name in names if name not in os.environ]:
         raise ConfigError(
-            f"RANK and WORLD_SIZE are set, but not {', '.join(missing)}; start the processes with torchrun or lorakit launch, "
-            "or unset these variables"
+            f"RANK and WORLD_SIZE are set, but not {', '.join(missing)}; start the processes with"
+            " torchrun or lorakit launch, or unset these variables"
         )
     return World(*(int(os.environ[name]) for name in names))
 
 
-def join(world: World, *, device: str, timeout_seconds: float = 600.0, watched: bool = False) -> None:
-    """Form the group of all processes, once. A process that runs alone forms a group of one, which needs no network.
+def join(
+    world: World, *, device: str, timeout_seconds: float = 600.0, watched: bool = False
+) -> None:
+    """Form the group of all processes, once. A process that runs alone forms a group of one, which
+    needs no network.
 
     Args:
-        timeout_seconds: how long a process waits for the others in one operation, where nobody watches.
-        watched: a watcher beside each process ends all of them where one is stopped, cut off, or stuck for that long in a step;
-            one that loads, writes or evaluates for longer is waited for.
+        timeout_seconds: how long a process waits for the others in one operation, where nobody
+            watches.
+        watched: a watcher beside each process ends all of them where one is stopped, cut off, or
+            stuck for that long in a step; one that loads, writes or evaluates for longer is waited
+            for.
     """
     if dist.is_initialized():
         return
     # Before anything starts threads: the watcher is a fork.
-    tell = watch.start(world.rank, world.size, step_limit_s=timeout_seconds) if watched and world.size > 1 else None
+    tell = (
+        watch.start(world.rank, world.size, step_limit_s=timeout_seconds)
+        if watched and world.size > 1
+        else None
+    )
     timeout = datetime.timedelta(seconds=timeout_seconds + 60)
     if world.size == 1:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
     else:
         if device == "cuda":
             torch.cuda.set_device(world.local_rank)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         store = _fresh_store(world, timeout)
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
+        )
     if tell is not None:
         tell(os.environ["MASTER_ADDR"], share(watch.free_port()))
         global _is_watched
@@ -85,13 +103,17 @@ def join(world: World, *, device: str, timeout_seconds: float = 600.0, watched: 
 
 
 def lift_limits() -> None:
-    """Let operations of all groups that there are take as long as they like, where watchers decide when to give up."""
+    """Let operations of all groups that there are take as long as they like, where watchers
+    decide when to give up.
+    """
     for group in list(_world.pg_map) if _is_watched else []:
         _set_pg_timeout(WATCHED_LIMIT, group)
 
 
 def _fresh_store(world: World, timeout: datetime.timedelta) -> dist.Store:
-    """The store that torchrun has set up. What it starts again it gives the same one, which holds the addresses of the dead."""
+    """The store that torchrun has set up. What it starts again it gives the same one, which
+    holds the addresses of the dead.
+    """
     store, _, _ = next(iter(rendezvous("env://", world.rank, world.size, timeout=timeout)))
     return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
@@ -141,6 +163,11 @@ def together(step: Callable[[], Found]) -> Found:
         return found[0]
     texts = dict.fromkeys(text for _, text in raised)
     if len(texts) > 1 or len(raised) < len(problems) or problem is None:
-        problem = LorakitError("\n".join(f"{', '.join(who for who, what in raised if what == text)}: {text}" for text in texts))
+        problem = LorakitError(
+            "\n".join(
+                f"{', '.join(who for who, what in raised if what == text)}: {text}"
+                for text in texts
+            )
+        )
     problem.is_of_all = True
     raise problem

@@ -1,4 +1,6 @@
-"""Runs beside one another, those of a sweep or any, from their folders alone: what differed, and how the figures moved."""
+"""Runs beside one another, those of a sweep or any, from their folders alone: what differed, and
+how the figures moved.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from lorakit.weights.run import History, Run, find_run, flatten, list_runs
 
 DEFAULT_METRICS = ("val/loss", "train/loss")
 _NAMES = ("run", "resume", "group", "sweep.trial", "paths.runs")
-_NEVER_COMPARED = (*_NAMES, "sweep", "paths.", "logger.", "plan.", "checkpoint.", "callbacks.")  # unless it was typed
+# unless it was typed
+_NEVER_COMPARED = (*_NAMES, "sweep", "paths.", "logger.", "plan.", "checkpoint.", "callbacks.")
 _BARS = "▁▂▃▄▅▆▇█"
 Points = list[tuple[int, float]]
 
@@ -59,7 +62,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs, best first; what has no figure comes last. Runs that were named one by one stay in that order."""
+    """Runs, best first; what has no figure comes last. Runs that were named one by one stay in
+    that order.
+    """
 
     name: str
     metric: str
@@ -71,7 +76,13 @@ class Comparison:
     def figures(self) -> list[str]:
         """All that any of the runs has logged, by name."""
         return list(
-            dict.fromkeys(key for row in self.rows for record in row.history for key in record if key not in ("step", "epoch"))
+            dict.fromkeys(
+                key
+                for row in self.rows
+                for record in row.history
+                for key in record
+                if key not in ("step", "epoch")
+            )
         )
 
     def best_point(self, row: Row) -> tuple[int, float] | None:
@@ -84,25 +95,58 @@ class Comparison:
         """All that is known of each run, a line for each."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        figures = [self.metric, f"{self.metric} first", f"{self.metric} best", f"{self.metric} best at step"]
+        figures = [
+            self.metric,
+            f"{self.metric} first",
+            f"{self.metric} best",
+            f"{self.metric} best at step",
+        ]
         writer.writerow(
-            ["run", "state", *self.keys, *figures, "train/loss", "steps", "tokens_per_second", "adapter_bytes", "error"]
+            [
+                "run",
+                "state",
+                *self.keys,
+                *figures,
+                "train/loss",
+                "steps",
+                "tokens_per_second",
+                "adapter_bytes",
+                "error",
+            ]
         )
         for row in self.rows:
-            first, best = row.points[0][1] if row.points else None, self.best_point(row) or (None, None)
+            first, best = (
+                row.points[0][1] if row.points else None,
+                self.best_point(row) or (None, None),
+            )
             writer.writerow(
-                [row.run.name, row.run.state, *(row.settings.get(key) for key in self.keys), row.last, first, best[1], best[0],
-                 row.losses[-1][1] if row.losses else None, row.run.last_step[0], row.tokens_per_second,
-                 row.run.info.get("adapter_bytes"), row.error]
-            )  # fmt: skip
+                [
+                    row.run.name,
+                    row.run.state,
+                    *(row.settings.get(key) for key in self.keys),
+                    row.last,
+                    first,
+                    best[1],
+                    best[0],
+                    row.losses[-1][1] if row.losses else None,
+                    row.run.last_step[0],
+                    row.tokens_per_second,
+                    row.run.info.get("adapter_bytes"),
+                    row.error,
+                ]
+            )
         return text.getvalue()
 
 
-def compare(root: Path, sweep: str | None, *, metric: str | None = None, is_maximized: bool | None = None) -> Comparison:
-    """Compare the runs in ``root`` whose ``group`` is ``sweep``; None takes that of the last run that has one.
+def compare(
+    root: Path, sweep: str | None, *, metric: str | None = None, is_maximized: bool | None = None
+) -> Comparison:
+    """Compare the runs in ``root`` whose ``group`` is ``sweep``; None takes that of the last run
+    that has one.
 
     Args:
-        metric: a figure of ``history.jsonl``; None takes the sweep's own, or the evaluation loss, or the training loss.
+        metric: a figure of ``history.jsonl``; None takes the sweep's own, or the evaluation loss,
+            or the training loss.
         is_maximized: whether more of it is better; None takes the sweep's own direction.
 
     Raises:
@@ -110,7 +154,9 @@ def compare(root: Path, sweep: str | None, *, metric: str | None = None, is_maxi
     """
     configs = [(run, config) for run in list_runs(root) if (config := _config_of(run)).get("group")]
     if not configs:
-        raise CheckpointError(f"no run of a sweep in {root.resolve()}; --runs names another folder of runs")
+        raise CheckpointError(
+            f"no run of a sweep in {root.resolve()}; --runs names another folder of runs"
+        )
     name = sweep or str(configs[-1][1]["group"])
     chosen = [(run, config) for run, config in configs if str(config["group"]) == name]
     if not chosen:
@@ -122,7 +168,11 @@ def compare(root: Path, sweep: str | None, *, metric: str | None = None, is_maxi
 
 def sweeps_in(root: Path) -> list[str]:
     """The names of the sweeps that have runs in ``root``, the last one first."""
-    return list(dict.fromkeys(str(group) for run in list_runs(root)[::-1] if (group := _config_of(run).get("group"))))
+    return list(
+        dict.fromkeys(
+            str(group) for run in list_runs(root)[::-1] if (group := _config_of(run).get("group"))
+        )
+    )
 
 
 def compare_runs(
@@ -134,35 +184,63 @@ def compare_runs(
         CheckpointError: there is no such run, or none has the figure.
     """
     runs = [find_run(root, name) for name in names] or [find_run(root, None)]
-    return _beside(", ".join(run.name for run in runs), [(run, _config_of(run)) for run in runs], metric, is_maximized)
+    return _beside(
+        ", ".join(run.name for run in runs),
+        [(run, _config_of(run)) for run in runs],
+        metric,
+        is_maximized,
+    )
 
 
 def _beside(
-    name: str, chosen: Sequence[tuple[Run, dict[str, Any]]], metric: str | None, is_maximized: bool | None
+    name: str,
+    chosen: Sequence[tuple[Run, dict[str, Any]]],
+    metric: str | None,
+    is_maximized: bool | None,
 ) -> Comparison:
     histories = [History(run.folder).read() for run, _ in chosen]
     own = chosen[-1][1].get("sweep") or {}
-    figure = metric or own.get("metric") or next((known for known in DEFAULT_METRICS if _has(histories, known)), "val/loss")
+    figure = (
+        metric
+        or own.get("metric")
+        or next((known for known in DEFAULT_METRICS if _has(histories, known)), "val/loss")
+    )
     if metric and not _has(histories, metric):
-        known = ", ".join(sorted({key for history in histories for record in history for key in record} - {"step", "epoch"}))
-        raise CheckpointError(f"no run of {name} has a figure {metric}; there are: {known or 'none'}")
+        known = ", ".join(
+            sorted(
+                {key for history in histories for record in history for key in record}
+                - {"step", "epoch"}
+            )
+        )
+        raise CheckpointError(
+            f"no run of {name} has a figure {metric}; there are: {known or 'none'}"
+        )
     settings = [_settings(run, config) for run, config in chosen]
     keys = _differing(chosen, settings)
     rows = [
         Row(
-            run, {key: one.get(key) for key in keys}, points_of(history, figure), points_of(history, "train/loss"),
+            run,
+            {key: one.get(key) for key in keys},
+            points_of(history, figure),
+            points_of(history, "train/loss"),
             _speed(run, history),
             history,
         )
         for (run, _), one, history in zip(chosen, settings, histories, strict=True)
-    ]  # fmt: skip
+    ]
     down = own.get("direction") == "maximize" if is_maximized is None else is_maximized
     return Comparison(name, figure, down, keys, rows)
 
 
 def _speed(run: Run, history: list[dict[str, Any]]) -> float | None:
-    """Tokens/s as the run said at its end, of the time since it went on; or the median of what was logged."""
-    logged = [record["speed/tokens_per_second"] for record in history if "speed/tokens_per_second" in record]
+    """Tokens/s as the run said at its end, of the time since it went on; or the median of what
+    was logged.
+    """
+    logged = [
+        record["speed/tokens_per_second"]
+        for record in history
+        if "speed/tokens_per_second" in record
+    ]
     return run.info.get("tokens_per_second") or (statistics.median(logged) if logged else None)
 
 
@@ -186,9 +264,14 @@ def sparkline(points: Points, width: int = 12) -> str:
     values = [value for _, value in points if math.isfinite(value)]
     if len(values) < 2:
         return ""
-    values = [values[round(at * (len(values) - 1) / (min(width, len(values)) - 1))] for at in range(min(width, len(values)))]
+    values = [
+        values[round(at * (len(values) - 1) / (min(width, len(values)) - 1))]
+        for at in range(min(width, len(values)))
+    ]
     low, high = min(values), max(values)
-    return "".join(_BARS[round((value - low) / ((high - low) or 1) * (len(_BARS) - 1))] for value in values)
+    return "".join(
+        _BARS[round((value - low) / ((high - low) or 1) * (len(_BARS) - 1))] for value in values
+    )
 
 
 def _order(row: Row, is_maximized: bool) -> tuple[bool, float, str]:
@@ -198,7 +281,9 @@ def _order(row: Row, is_maximized: bool) -> tuple[bool, float, str]:
 
 
 def _differing(chosen: Sequence[tuple[Run, Any]], settings: Sequence[dict[str, Any]]) -> list[str]:
-    """The keys in which the runs differ. What ``auto`` would have been for a run that failed before is not known."""
+    """The keys in which the runs differ. What ``auto`` would have been for a run that failed
+    before is not known.
+    """
     resolved = {key for run, _ in chosen for key in run.info.get("resolved", {})}
     keys = []
     for key in dict.fromkeys(key for one in settings for key in one):
@@ -218,13 +303,23 @@ def _config_of(run: Run) -> dict[str, Any]:
 
 def _settings(run: Run, config: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what is computed; those that say ``auto`` as what they came to."""
-    typed = {text.lstrip("+").partition("=")[0] for text in run.info.get("overrides", ())} - set(_NAMES)
-    flat = {key: value for key, value in flatten(config).items() if key in typed or not key.startswith(_NEVER_COMPARED)}
+    typed = {text.lstrip("+").partition("=")[0] for text in run.info.get("overrides", ())} - set(
+        _NAMES
+    )
+    flat = {
+        key: value
+        for key, value in flatten(config).items()
+        if key in typed or not key.startswith(_NEVER_COMPARED)
+    }
     return flat | {key: value for key, value in run.info.get("resolved", {}).items() if key in flat}
 
 
 def points_of(history: Sequence[dict[str, Any]], figure: str) -> Points:
-    return [(record["step"], float(record[figure])) for record in history if figure in record and "step" in record]
+    return [
+        (record["step"], float(record[figure]))
+        for record in history
+        if figure in record and "step" in record
+    ]
 
 
 def _has(histories: Sequence[Sequence[dict[str, Any]]], figure: str) -> bool:

@@ -1,4 +1,6 @@
-"""The plots of a page of runs, as SVG: learning curves, other figures over the steps, the figure at the end by each setting."""
+"""The plots of a page of runs, as SVG: learning curves, other figures over the steps, the figure
+at the end by each setting.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,36 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 3  # panels in a line
-FIGURES = ("train/grad_norm", "train/lr", "speed/tokens_per_second", "memory/gigabytes", "data/padding_share", "retain/loss")
-SHOWN_BESIDE = ("val/", "train/loss/", "train/share/", "train/rewards/", "train/bad_steps", "train/empty_windows")
+FIGURES = (
+    "train/grad_norm",
+    "train/lr",
+    "speed/tokens_per_second",
+    "memory/gigabytes",
+    "data/padding_share",
+    "retain/loss",
+)
+SHOWN_BESIDE = (
+    "val/",
+    "train/loss/",
+    "train/share/",
+    "train/rewards/",
+    "train/bad_steps",
+    "train/empty_windows",
+)
 FEW = 6  # values of a setting that stand side by side
 
 
 def colors_of(comparison: Comparison) -> list[str]:
-    """A colour for each row: dark for the best, light for the worst, grey for what has no figure."""
+    """A colour for each row: dark for the best, light for the worst, grey for what has no
+    figure.
+    """
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
     ranked = sum(row.is_ranked for row in comparison.rows)
-    shades = [to_hex(colormaps["viridis"](0.9 * number / max(1, ranked - 1))) for number in range(ranked)]
+    shades = [
+        to_hex(colormaps["viridis"](0.9 * number / max(1, ranked - 1))) for number in range(ranked)
+    ]
     return shades + ["#98a2b3"] * (len(comparison.rows) - ranked)
 
 
@@ -40,15 +60,26 @@ def draw_curves(comparison: Comparison) -> str:
 
 
 def draw_figures(comparison: Comparison) -> str:
-    """What else the runs logged over their steps: gradient norm, learning rate, speed, memory, and what their loss or data brought."""
+    """What else the runs logged over their steps: gradient norm, learning rate, speed, memory,
+    and what their loss or data brought.
+    """
     there = [name for name in comparison.figures if name not in (comparison.metric, "train/loss")]
     known = [name for name in FIGURES if name in there]
     others = [name for name in there if name not in known and name.startswith(SHOWN_BESIDE)]
-    panels = [(name, [points_of(row.history, name) for row in comparison.rows]) for name in (*known, *others)]
+    panels = [
+        (name, [points_of(row.history, name) for row in comparison.rows])
+        for name in (*known, *others)
+    ]
     return _draw_panels(comparison, panels, columns=COLUMNS, height=2.8) if panels else ""
 
 
-def _draw_panels(comparison: Comparison, panels: Sequence[tuple[str, list[Points]]], *, columns: int, height: float) -> str:
+def _draw_panels(
+    comparison: Comparison,
+    panels: Sequence[tuple[str, list[Points]]],
+    *,
+    columns: int,
+    height: float,
+) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -60,7 +91,9 @@ def _draw_panels(comparison: Comparison, panels: Sequence[tuple[str, list[Points
         for number, points in reversed(list(enumerate(curves))):  # the best lies on top
             if points:
                 xs, ys = zip(*points, strict=True)
-                (line,) = axes.plot(xs, ys, marker="o" if len(points) < 30 else "", markersize=3, linewidth=1.4)
+                (line,) = axes.plot(
+                    xs, ys, marker="o" if len(points) < 30 else "", markersize=3, linewidth=1.4
+                )
                 line.set(color=colors[number], gid=f"run{number}-curve{place}")
         axes.set(xlabel="optimiser step", title=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -73,7 +106,9 @@ def draw_settings(comparison: Comparison) -> str:
     from matplotlib.figure import Figure
 
     ranked = [(number, row) for number, row in enumerate(comparison.rows) if row.is_ranked]
-    keys = [key for key in comparison.keys if len({str(row.settings.get(key)) for _, row in ranked}) > 1]
+    keys = [
+        key for key in comparison.keys if len({str(row.settings.get(key)) for _, row in ranked}) > 1
+    ]
     if not keys:
         return ""
     lines = math.ceil(len(keys) / COLUMNS)
@@ -84,7 +119,15 @@ def draw_settings(comparison: Comparison) -> str:
         axes = figure.add_subplot(lines, COLUMNS, place + 1)
         xs = _place(axes, [row.settings.get(key) for _, row in ranked])
         for (number, _), x, y in zip(ranked, xs, ys, strict=True):
-            axes.plot([x], [y], "o", color=colors[number], markersize=7, alpha=0.9, gid=f"run{number}-panel{place}")
+            axes.plot(
+                [x],
+                [y],
+                "o",
+                color=colors[number],
+                markersize=7,
+                alpha=0.9,
+                gid=f"run{number}-panel{place}",
+            )
         axes.set(xlabel=key, ylabel=comparison.metric)
         _finish(axes, ys)
     return _as_svg(figure, comparison)
@@ -96,7 +139,9 @@ def describe(comparison: Comparison, row: Row) -> str:
 
 
 def _place(axes: Axes, values: Sequence[Any]) -> list[float]:
-    """Many numbers where they are, logarithmic where they span a factor of 10; a few values, and all else, side by side."""
+    """Many numbers where they are, logarithmic where they span a factor of 10; a few values, and
+    all else, side by side.
+    """
     numbers = [number for value in values if (number := as_number(value)) is not None]
     if len(numbers) == len(values) and len(set(numbers)) > FEW:
         if min(numbers) > 0 and max(numbers) / min(numbers) > 10:
@@ -122,11 +167,15 @@ def _as_svg(figure: Figure, comparison: Comparison) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "lorakit"}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "lorakit"}
+    ):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     drawn = buffer.getvalue()
     return re.sub(
-        r'<g id="run(\d+)-[^"]+">', lambda found: found[0] + _tooltip(comparison, int(found[1])), drawn[drawn.index("<svg") :]
+        r'<g id="run(\d+)-[^"]+">',
+        lambda found: found[0] + _tooltip(comparison, int(found[1])),
+        drawn[drawn.index("<svg") :],
     )
 
 

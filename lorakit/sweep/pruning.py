@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class Pruning(L.Callback):
-    """Reports each evaluation to the sweep's study and stops the run where ``pruner`` says so, all processes together.
+    """Reports each evaluation to the sweep's study and stops the run where ``pruner`` says so, all
+    processes together.
 
     Args:
         folder: of the sweep.
@@ -29,7 +30,13 @@ class Pruning(L.Callback):
     """
 
     def __init__(
-        self, *, folder: str, storage: str, trial: int | None, metric: str, pruner: optuna.pruners.BasePruner | None = None
+        self,
+        *,
+        folder: str,
+        storage: str,
+        trial: int | None,
+        metric: str,
+        pruner: optuna.pruners.BasePruner | None = None,
     ) -> None:
         self.folder, self.storage, self.number, self.metric, self.pruner = (
             Path(folder).expanduser(),
@@ -42,14 +49,22 @@ class Pruning(L.Callback):
         self._trial: optuna.Trial | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.global_step:  # resumed: it may have been killed behind the evaluation that would have ended it
-            self._stop(trainer, self._report(trainer.global_step, None) if self._reports(trainer) else False)
+        # resumed: it may have been killed behind the evaluation that would have ended it
+        if trainer.global_step:
+            self._stop(
+                trainer,
+                self._report(trainer.global_step, None) if self._reports(trainer) else False,
+            )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         value = trainer.callback_metrics.get(self.metric)
-        said = self._report(trainer.global_step, float(value)) if self._reports(trainer) and value is not None else False
+        said = (
+            self._report(trainer.global_step, float(value))
+            if self._reports(trainer) and value is not None
+            else False
+        )
         is_last = self._has_ended or trainer.global_step >= (pl_module.total_steps or math.inf)
         self._stop(trainer, said and not is_last)
 
@@ -70,14 +85,21 @@ class Pruning(L.Callback):
         try:
             if self._trial is None:
                 study = optuna.load_study(
-                    study_name=self.folder.name, storage=open_storage(self.folder, self.storage), pruner=self.pruner
+                    study_name=self.folder.name,
+                    storage=open_storage(self.folder, self.storage),
+                    pruner=self.pruner,
                 )
-                self._trial = optuna.Trial(study, study.get_trials(deepcopy=False)[self.number or 0]._trial_id)
+                self._trial = optuna.Trial(
+                    study, study.get_trials(deepcopy=False)[self.number or 0]._trial_id
+                )
             if value is not None:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a trial that goes on reports some steps again
                     self._trial.report(value, step)
             return self._trial.should_prune()
         except (optuna.exceptions.OptunaError, OSError) as error:
-            rank_zero_warn(f"{self.folder}: step {step} was not reported to the sweep, and cannot be pruned ({error})")
+            rank_zero_warn(
+                f"{self.folder}: step {step} was not reported to the sweep, and cannot be pruned"
+                f" ({error})"
+            )
             return False

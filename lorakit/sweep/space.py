@@ -49,7 +49,9 @@ class Range:
         """Let Optuna choose; returns the value as it is typed."""
         if self.is_whole:
             step = 1 if self.step is None else int(self.step)
-            return str(trial.suggest_int(key, int(self.low), int(self.high), step=step, log=self.is_log))
+            return str(
+                trial.suggest_int(key, int(self.low), int(self.high), step=step, log=self.is_log)
+            )
         return repr(trial.suggest_float(key, self.low, self.high, step=self.step, log=self.is_log))
 
     def first(self) -> str:
@@ -63,9 +65,11 @@ class Range:
             values = [self.low + self.step * number for number in range(count)]
             return {"values": [int(value) if self.is_whole else value for value in values]}
         kind = {
-            (False, False): "uniform", (False, True): "log_uniform_values",
-            (True, False): "int_uniform", (True, True): "q_log_uniform_values",
-        }[self.is_whole, self.is_log]  # fmt: skip
+            (False, False): "uniform",
+            (False, True): "log_uniform_values",
+            (True, False): "int_uniform",
+            (True, True): "q_log_uniform_values",
+        }[self.is_whole, self.is_log]
         if self.is_whole:
             return {"distribution": kind, "min": int(self.low), "max": int(self.high)}
         return {"distribution": kind, "min": self.low, "max": self.high}
@@ -74,10 +78,14 @@ class Range:
 Space = dict[str, Choice | Range]
 
 
-def check_range(key: str, low: float, high: float, *, is_log: bool, step: float | None = None) -> None:
+def check_range(
+    key: str, low: float, high: float, *, is_log: bool, step: float | None = None
+) -> None:
     """Raise ConfigError where Optuna and W&B could not choose from the range."""
     if not low < high:
-        raise ConfigError(f"{key}: a range goes from a number to a larger one, not from {low:g} to {high:g}")
+        raise ConfigError(
+            f"{key}: a range goes from a number to a larger one, not from {low:g} to {high:g}"
+        )
     if is_log and low <= 0:
         raise ConfigError(f"{key}: a logarithmic range begins above 0, not at {low:g}")
     if is_log and step not in (None, 1):

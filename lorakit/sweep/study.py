@@ -1,4 +1,6 @@
-"""An Optuna study in a sweep's folder: which trial comes next, and what came of it. Exact after a kill at any moment."""
+"""An Optuna study in a sweep's folder: which trial comes next, and what came of it. Exact after
+a kill at any moment.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,18 @@ log = logging.getLogger("lorakit")
 
 
 def open_storage(folder: Path, kind: str) -> optuna.storages.BaseStorage:
-    """The study's file in ``folder``: ``sqlite`` for one worker, Optuna's ``journal`` for several."""
+    """The study's file in ``folder``: ``sqlite`` for one worker, Optuna's ``journal`` for
+    several.
+    """
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if kind == "sqlite":
         return optuna.storages.RDBStorage(f"sqlite:///{(folder / SQLITE_FILE).absolute()}")
-    return optuna.storages.JournalStorage(JournalFileBackend(str((folder / JOURNAL_FILE).absolute())))
+    return optuna.storages.JournalStorage(
+        JournalFileBackend(str((folder / JOURNAL_FILE).absolute()))
+    )
 
 
 @dataclass
@@ -73,7 +79,8 @@ class Study:
     def next_trial(self) -> Trial | None:
         """One that a dead worker left, or a new one; None when there are enough.
 
-        A new trial's sampler is seeded with its number, so that a sweep that was killed chooses what it would have chosen.
+        A new trial's sampler is seeded with its number, so that a sweep that was killed chooses
+        what it would have chosen.
         """
         from optuna import Trial as OptunaTrial
         from optuna.trial import TrialState
@@ -97,7 +104,9 @@ class Study:
             return Trial(trial, lock, is_resumed=False)
 
     def run_of(self, number: int) -> Run | None:
-        """The run of trial ``number``, or None where it has none yet; one that somebody else gave that name is none."""
+        """The run of trial ``number``, or None where it has none yet; one that somebody else
+        gave that name is none.
+        """
         folder = self.runs / f"{self.folder.name}-{number}"
         if not (folder / RUN_FILE).exists():
             return None
@@ -112,7 +121,10 @@ class Study:
         if run and run.is_finished:
             value = last_value(run, self.metric)
             if value is None or not math.isfinite(value):
-                text = f"failed: {self.metric} is {'not among its figures' if value is None else value}"
+                text = (
+                    f"failed: {self.metric} is"
+                    f" {'not among its figures' if value is None else value}"
+                )
             else:
                 state = "PRUNED" if run.info.get("pruned") else "COMPLETE"
                 text = f"{'pruned, ' if state == 'PRUNED' else ''}{self.metric} {value:.4f}"
@@ -125,9 +137,8 @@ class Study:
 
         try:
             self.study.tell(trial.trial, value if state == "COMPLETE" else None, TrialState[state])
-        except (
-            RuntimeError
-        ) as error:  # a sampler that knows that nothing is left says so by a method that wants Optuna's own loop
+        except RuntimeError as error:
+            # a sampler that knows that nothing is left says so by a method that wants Optuna's loop
             if "Study.stop" not in str(error):
                 raise
             self.is_exhausted = True
@@ -174,9 +185,17 @@ def last_value(run: Run, metric: str) -> float | None:
 
 
 def open_study(
-    folder: Path, runs: Path, *, storage: str, metric: str, direction: str, num_trials: int, settings: dict[str, str], resume: Any,
+    folder: Path,
+    runs: Path,
+    *,
+    storage: str,
+    metric: str,
+    direction: str,
+    num_trials: int,
+    settings: dict[str, str],
+    resume: Any,
     build_sampler: Callable[[int], optuna.samplers.BaseSampler],
-) -> Study:  # fmt: skip
+) -> Study:
     """Open or begin the study in ``folder``.
 
     Args:
@@ -184,23 +203,38 @@ def open_study(
         resume: True goes on, False begins, ``auto`` does either.
 
     Raises:
-        CheckpointError: it is there and shall not, or is not there and shall, or was begun with other settings.
+        CheckpointError: it is there and shall not, or is not there and shall, or was begun with
+            other settings.
     """
     import optuna
 
     files = [file for file in (SQLITE_FILE, JOURNAL_FILE) if (folder / file).exists()]
     if files and resume is False:
-        raise CheckpointError(f"{folder} holds a sweep already; go on with it by resume=true, or choose another group=NAME")
+        raise CheckpointError(
+            f"{folder} holds a sweep already; go on with it by resume=true, or choose another"
+            " group=NAME"
+        )
     if not files and resume is True:
-        raise CheckpointError(f"resume=true, but there is no sweep in {folder}; resume=auto would begin it")
+        raise CheckpointError(
+            f"resume=true, but there is no sweep in {folder}; resume=auto would begin it"
+        )
     if files and files != [SQLITE_FILE if storage == "sqlite" else JOURNAL_FILE]:
-        raise CheckpointError(f"{folder} was begun with another sweep.storage than {storage}: it has {files[0]}")
+        raise CheckpointError(
+            f"{folder} was begun with another sweep.storage than {storage}: it has {files[0]}"
+        )
     found = (path.parent for path in runs.glob(f"{glob.escape(folder.name)}-*/{RUN_FILE}"))
-    if not files and (taken := [path for path in found if path.name.removeprefix(f"{folder.name}-").isdigit()]):
-        raise CheckpointError(f"{taken[0]} is a run already, and not of this sweep; choose another group=NAME")
+    if not files and (
+        taken := [path for path in found if path.name.removeprefix(f"{folder.name}-").isdigit()]
+    ):
+        raise CheckpointError(
+            f"{taken[0]} is a run already, and not of this sweep; choose another group=NAME"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
-        storage=open_storage(folder, storage), study_name=folder.name, direction=direction, load_if_exists=True
+        storage=open_storage(folder, storage),
+        study_name=folder.name,
+        direction=direction,
+        load_if_exists=True,
     )
     if "settings" not in study.user_attrs:
         study.set_user_attr("settings", json.dumps(settings))
@@ -212,7 +246,9 @@ def open_study(
     ]
     if changed:
         remedy = "Set these as they were, or choose another group=NAME."
-        raise CheckpointError(report(f"{folder} was begun with other settings:", changed, remedy=remedy))
+        raise CheckpointError(
+            report(f"{folder} was begun with other settings:", changed, remedy=remedy)
+        )
     return Study(folder, runs, study, metric, num_trials, build_sampler)
 
 

@@ -15,7 +15,9 @@ from lorakit.weights.files import write_whole
 METHODS = ("bayes", "random", "grid")
 
 
-def write_sweep_file(folder: Path, config: dict[str, Any], space: Space, fixed: Sequence[str]) -> Path:
+def write_sweep_file(
+    folder: Path, config: dict[str, Any], space: Space, fixed: Sequence[str]
+) -> Path:
     """Write ``wandb.yaml`` into ``folder`` and return its path.
 
     Args:
@@ -27,8 +29,13 @@ def write_sweep_file(folder: Path, config: dict[str, Any], space: Space, fixed: 
     settings = config["sweep"]
     if settings["method"] not in METHODS:
         raise ConfigError(f"sweep.method={settings['method']}: {', '.join(METHODS)}")
-    if settings["method"] == "grid" and (open_keys := [key for key, entry in space.items() if is_open(entry)]):
-        raise ConfigError(f"sweep.method=grid wants values, not a range, for {', '.join(open_keys)}; or set sweep.method=bayes")
+    if settings["method"] == "grid" and (
+        open_keys := [key for key, entry in space.items() if is_open(entry)]
+    ):
+        raise ConfigError(
+            f"sweep.method=grid wants values, not a range, for {', '.join(open_keys)}; or set"
+            " sweep.method=bayes"
+        )
     if strange := [text for text in fixed if text.startswith("${") and text.endswith("}")]:
         raise ConfigError(f"{strange[0]}: W&B's agent would take this for a word of its own")
     logger = [] if "wandb" in (config["logger"] or {}) else ["logger=[csv,wandb]"]
@@ -44,7 +51,12 @@ def write_sweep_file(folder: Path, config: dict[str, Any], space: Space, fixed: 
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "wandb.yaml"
-    write_whole(path, lambda aside: aside.write_text(yaml.safe_dump(described, sort_keys=False, allow_unicode=True), "utf-8"))
+    write_whole(
+        path,
+        lambda aside: aside.write_text(
+            yaml.safe_dump(described, sort_keys=False, allow_unicode=True), "utf-8"
+        ),
+    )
     return path
 
 

@@ -17,7 +17,9 @@ _AMD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 
 @functools.cache
 def find_gpus() -> tuple[str, ...]:
-    """The GPUs that the drivers know of, as they name them, torch not asked; those that the environment hides are left out."""
+    """The GPUs that the drivers know of, as they name them, torch not asked; those that the
+    environment hides are left out.
+    """
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return ()
     return (*_ask_nvidia("--list-gpus"), *_find_amd())
@@ -42,19 +44,26 @@ def find_gpu_problem() -> GpuProblem | None:
         return None
     has_amd = bool(_find_amd())
     name = re.sub(r"^GPU \d+: | \(UUID.*", "", gpus[0])
-    here = f"{len(gpus)} GPU{'s are' if len(gpus) > 1 else ' is'} here ({name}), but torch {torch.__version__}"
+    here = (
+        f"{len(gpus)} GPU{'s are' if len(gpus) > 1 else ' is'} here ({name}), but torch"
+        f" {torch.__version__}"
+    )
     if torch.version.cuda is None and torch.version.hip is None:
         version, wheels = torch.__version__.partition("+")[0], "rocm7.1" if has_amd else "cu130"
         return GpuProblem(
             f"{here} is a build without {'ROCm' if has_amd else 'CUDA'}",
-            f"pip install --force-reinstall torch=={version} --index-url https://download.pytorch.org/whl/{wheels}",
+            f"pip install --force-reinstall torch=={version} --index-url"
+            f" https://download.pytorch.org/whl/{wheels}",
         )
     try:
         torch.cuda.init()
         reason = "it finds none"
     except Exception as error:  # whatever the driver says
         reason = str(error).splitlines()[0]
-    return GpuProblem(f"{here} cannot use it: {reason}", "update its driver, or install a build of torch for an older CUDA")
+    return GpuProblem(
+        f"{here} cannot use it: {reason}",
+        "update its driver, or install a build of torch for an older CUDA",
+    )
 
 
 def _ask_nvidia(*arguments: str) -> tuple[str, ...]:
@@ -62,23 +71,35 @@ def _ask_nvidia(*arguments: str) -> tuple[str, ...]:
     if program is None:
         return ()
     try:
-        said = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=20, check=False)
+        said = subprocess.run(
+            [program, *arguments], capture_output=True, text=True, timeout=20, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ()
-    return tuple(line.strip() for line in said.stdout.splitlines() if line.strip()) if said.returncode == 0 else ()
+    return (
+        tuple(line.strip() for line in said.stdout.splitlines() if line.strip())
+        if said.returncode == 0
+        else ()
+    )
 
 
 def _find_amd() -> tuple[str, ...]:
     """AMD's GPUs by the kernel's list, in which processors stand too, without SIMD units."""
-    if any(os.environ.get(name, "0").strip() in ("", "-1") for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")):
+    if any(
+        os.environ.get(name, "0").strip() in ("", "-1")
+        for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    ):
         return ()
     found = []
     for file in sorted(_AMD_NODES.glob("*/properties")):
         try:
-            facts = dict(line.split(maxsplit=1) for line in file.read_text().splitlines() if " " in line)
+            facts = dict(
+                line.split(maxsplit=1) for line in file.read_text().splitlines() if " " in line
+            )
         except OSError:
             continue
-        # A GPU inside of a processor has no memory of its own, and few of them are any that ROCm knows.
+        # A GPU inside of a processor has no memory of its own, and few of them are any that ROCm
+        # knows.
         if int(facts.get("simd_count", "0")) > 0 and int(facts.get("local_mem_size", "0")) > 0:
             found.append(f"AMD GPU, node {file.parent.name}")
     return tuple(found)

@@ -23,17 +23,22 @@ class LoRAModule(L.LightningModule):
     """Trains the adapter of a model.
 
     Args:
-        build_model: makes the PEFT-wrapped model; called once, in ``configure_model``, so that a strategy can shard it.
-        optimizer: makes the optimiser of the trainable parameters, for instance ``partial(torch.optim.AdamW, lr=5e-4)``.
+        build_model: makes the PEFT-wrapped model; called once, in ``configure_model``, so that a
+            strategy can shard it.
+        optimizer: makes the optimiser of the trainable parameters, for instance
+            ``partial(torch.optim.AdamW, lr=5e-4)``.
         schedule: makes its schedule from (optimizer, total_steps=…); None keeps the learning rate.
         total_steps: optimiser steps of the whole fit, for the schedule; None asks the trainer.
-        loss: a name in ``LOSSES``, or a function of (logprobs, batch) that returns a ``LossOutput``; its metrics are logged.
+        loss: a name in ``LOSSES``, or a function of (logprobs, batch) that returns a
+            ``LossOutput``; its metrics are logged.
         clip_norm: largest L2 norm of the gradient, 0 for none. The norm is logged before clipping.
-        max_bad_steps: so many steps in a row with a loss or gradient that is not finite end the run.
+        max_bad_steps: so many steps in a row with a loss or gradient that is not finite end the
+            run.
 
-    The loss is ``sum(loss) / sum(|weight|)`` (of pairs: divided by their number) over the whole accumulation window of all
-    processes: how the window is cut into micro-batches and shared out does not change the gradient. Whether a step is skipped is
-    decided by all processes together.
+    The loss is ``sum(loss) / sum(|weight|)`` (of pairs: divided by their number) over the whole
+    accumulation window of all
+    processes: how the window is cut into micro-batches and shared out does not change the gradient.
+    Whether a step is skipped is decided by all processes together.
     """
 
     def __init__(
@@ -49,7 +54,8 @@ class LoRAModule(L.LightningModule):
         tokenizer: Any = None,
     ) -> None:
         super().__init__()
-        self.strict_loading = False  # a checkpoint holds the adapter only; load_state_dict below checks it both ways
+        # a checkpoint holds the adapter only; load_state_dict below checks it both ways
+        self.strict_loading = False
         self._build_model, self._optimizer, self._schedule = build_model, optimizer, schedule
         self.total_steps, self.clip_norm, self.max_bad_steps = total_steps, clip_norm, max_bad_steps
         self.loss = LOSSES[loss] if isinstance(loss, str) else loss
@@ -59,15 +65,18 @@ class LoRAModule(L.LightningModule):
         self.room = Room()
         self._window: list[Batch] = []
         self._waiting: list[Batch] = []  # parts of the micro-batch whose first has gone forward
-        self._graph: torch.Tensor | None = None  # its loss, in whose place Lightning is given another leaf
+        # its loss, in whose place Lightning is given another leaf
+        self._graph: torch.Tensor | None = None
         self._given = torch.zeros(())
         self._window_loss: torch.Tensor | float = 0.0
         self._val_sums = [0.0, 0.0]
-        self._metrics: dict[str, torch.Tensor | float] = {}  # sums of what the loss returns beside itself
+        # sums of what the loss returns beside itself
+        self._metrics: dict[str, torch.Tensor | float] = {}
         self.source_names: dict[
             str, Sequence[str]
         ] = {}  # of several sources of data, whose loss and share are logged, by stage
-        self._by_source: torch.Tensor | float = 0.0  # of the window, or of the evaluation; see sums_by_origin
+        # of the window, or of the evaluation; see sums_by_origin
+        self._by_source: torch.Tensor | float = 0.0
 
     # ---- model
 
@@ -99,11 +108,13 @@ class LoRAModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Return this micro-batch's share of the window's loss, times what is divided by later.
 
-        Lightning divides by the window's length, and every strategy takes the mean of the processes' gradients.
+        Lightning divides by the window's length, and every strategy takes the mean of the
+        processes' gradients.
         """
         if batch.window_weight == 0 and batch.denominator > 0:
             raise ValueError(
-                "Batch.window_weight is 0, but the batch has weights; set it to the weight of the accumulation window"
+                "Batch.window_weight is 0, but the batch has weights; set it to the weight of the"
+                " accumulation window"
             )
         self._window.append(batch)
         while True:
@@ -116,7 +127,8 @@ class LoRAModule(L.LightningModule):
             self.room.shrink(batch)  # here, where the error holds no tensor any more
         if not self.can_repeat:
             return loss
-        # Lightning holds what it is given until the step is over: with the graph behind it there would be no room to repeat it.
+        # Lightning holds what it is given until the step is over: with the graph behind it there
+        # would be no room to repeat it.
         self._graph, self._given = loss, loss.detach().requires_grad_()
         return self._given
 
@@ -134,7 +146,8 @@ class LoRAModule(L.LightningModule):
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Lightning's hook: the backward pass of a micro-batch, then those of its parts that wait.
 
-        Where the memory is not enough, the window's gradient is made anew, from batches of half the size.
+        Where the memory is not enough, the window's gradient is made anew, from batches of half the
+        size.
         """
         super().backward(loss, *args, **kwargs)
         if self._graph is None:
@@ -162,7 +175,9 @@ class LoRAModule(L.LightningModule):
 
     @property
     def can_repeat(self) -> bool:
-        """Whether a step can be computed again: other processes would wait, and DDP and DeepSpeed take gradients as they come."""
+        """Whether a step can be computed again: other processes would wait, and DDP and
+        DeepSpeed take gradients as they come.
+        """
         return isinstance(self.trainer.strategy, SingleDeviceStrategy)
 
     def _run_part(self, part: Batch) -> None:
@@ -188,9 +203,10 @@ class LoRAModule(L.LightningModule):
         if not self.can_repeat:
             positions = self._window[-1].input_ids.numel() if self._window else 0
             raise TrainingError(
-                f"out of memory in process {self.trainer.global_rank} with {positions:,} positions at a time, and neither joined "
-                "processes nor DeepSpeed can repeat a step: halve data.tokens_per_batch or data.batch_size, or set "
-                "trainer.activation_checkpointing=true"
+                f"out of memory in process {self.trainer.global_rank} with {positions:,} positions"
+                " at a time, and neither joined processes nor DeepSpeed can repeat a step: halve"
+                " data.tokens_per_batch or data.batch_size, or set"
+                " trainer.activation_checkpointing=true"
             ) from error
 
     def configure_gradient_clipping(
@@ -201,18 +217,26 @@ class LoRAModule(L.LightningModule):
     ) -> None:
         """Clip, log, and skip the step where nothing is trained or something is not finite.
 
-        A skipped step leaves every gradient None, so that the optimiser changes neither parameters nor its own state.
+        A skipped step leaves every gradient None, so that the optimiser changes neither parameters
+        nor its own state.
         """
         strategy: Any = self.trainer.strategy
         norm = self._clip(optimizer)
-        window, loss = self._window, torch.as_tensor(self._window_loss, dtype=torch.float32, device=self.device)
+        window, loss = (
+            self._window,
+            torch.as_tensor(self._window_loss, dtype=torch.float32, device=self.device),
+        )
         self._window, self._window_loss = [], 0.0
         loss = strategy.reduce(loss, reduce_op="sum")
         is_empty = window[-1].window_weight == 0
         # Here a step waits for the device; apart from an adapter on the unembedding, nowhere else.
         is_bad = not bool(torch.isfinite(norm) & torch.isfinite(loss))
         if is_empty or is_bad:
-            strategy.skip_step() if hasattr(strategy, "skip_step") else optimizer.zero_grad(set_to_none=True)
+            (
+                strategy.skip_step()
+                if hasattr(strategy, "skip_step")
+                else optimizer.zero_grad(set_to_none=True)
+            )
         if is_empty:
             self.num_empty_windows += 1
             self.log("train/empty_windows", float(self.num_empty_windows))
@@ -230,21 +254,30 @@ class LoRAModule(L.LightningModule):
             self._stop_for_bad_steps(window)
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
-        """Return the norm of the whole gradient before it is clipped; a strategy that partitions gradients does this itself."""
+        """Return the norm of the whole gradient before it is clipped; a strategy that partitions
+        gradients does this itself.
+        """
         limit = self.clip_norm or float("inf")
         strategy: Any = self.trainer.strategy
         if hasattr(strategy, "clip_gradients"):
             return strategy.clip_gradients(limit)
-        return torch.nn.utils.clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]), limit)
+        return torch.nn.utils.clip_grad_norm_(
+            (p for group in optimizer.param_groups for p in group["params"]), limit
+        )
 
     def _stop_for_bad_steps(self, window: list[Batch]) -> None:
-        name = "bad_batches.pt" if self.trainer.world_size == 1 else f"bad_batches_rank{self.trainer.global_rank}.pt"
+        name = (
+            "bad_batches.pt"
+            if self.trainer.world_size == 1
+            else f"bad_batches_rank{self.trainer.global_rank}.pt"
+        )
         path = Path(self.trainer.default_root_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save([batch.tensors() for batch in window], path)
         error = TrainingError(
-            f"loss or gradient not finite in {self.num_bad_in_a_row} steps in a row (step {self.trainer.global_step}); the last "
-            f"window's batches are in {path}. Lower optim.lr, lengthen the warm-up, or set trainer.precision=32-true."
+            f"loss or gradient not finite in {self.num_bad_in_a_row} steps in a row (step"
+            f" {self.trainer.global_step}); the last window's batches are in {path}. Lower"
+            " optim.lr, lengthen the warm-up, or set trainer.precision=32-true."
         )
         error.is_of_all = True  # decided by all processes together
         raise error
@@ -263,11 +296,16 @@ class LoRAModule(L.LightningModule):
         return output
 
     def _log_metrics(self, stage: str, denominator: float) -> None:
-        """Log what the loss returned beside itself: sums over all processes, divided as the loss is."""
+        """Log what the loss returned beside itself: sums over all processes, divided as the loss
+        is.
+        """
         if not self._metrics:
             return
         sums = torch.stack(
-            [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in self._metrics.values()]
+            [
+                torch.as_tensor(value, dtype=torch.float32, device=self.device)
+                for value in self._metrics.values()
+            ]
         )
         strategy: Any = self.trainer.strategy
         for name, value in zip(self._metrics, strategy.reduce(sums, reduce_op="sum"), strict=True):
@@ -275,7 +313,9 @@ class LoRAModule(L.LightningModule):
         self._metrics = {}
 
     def _log_by_source(self, stage: str, *, shares: bool = False) -> None:
-        """Log the loss of each source of data, NaN where it has no token, and its share of the weight."""
+        """Log the loss of each source of data, NaN where it has no token, and its share of the
+        weight.
+        """
         if not (names := self.source_names.get(stage)):
             return
         sums = torch.as_tensor(self._by_source, dtype=torch.float32, device=self.device)
@@ -311,29 +351,56 @@ class LoRAModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         sums = self._val_sums
         if self.trainer.world_size > 1:
-            sums = self.trainer.strategy.reduce(torch.tensor(sums, device=self.device), reduce_op="sum").tolist()
+            sums = self.trainer.strategy.reduce(
+                torch.tensor(sums, device=self.device), reduce_op="sum"
+            ).tolist()
         loss_sum, weight = sums
-        self.log("val/loss", loss_sum / weight if weight else float("nan"), prog_bar=True, sync_dist=True)
+        self.log(
+            "val/loss", loss_sum / weight if weight else float("nan"), prog_bar=True, sync_dist=True
+        )
         self._log_metrics("val", weight)
         self._log_by_source("val")
 
     # ---- state: the adapter and nothing else
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it for a destination, which nobody gives
-        """The trainable tensors by their names in this module, whole. All processes must ask together."""
-        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+    # torch overloads it for a destination, which nobody gives
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The trainable tensors by their names in this module, whole. All processes must ask
+        together.
+        """
+        trained = {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
         with whole(trained.values()) as is_copy:
-            return {name: parameter.detach().clone() if is_copy else parameter.detach() for name, parameter in trained.items()}
+            return {
+                name: parameter.detach().clone() if is_copy else parameter.detach()
+                for name, parameter in trained.items()
+            }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Load exactly the trainable tensors. Raises CheckpointError where names differ."""
-        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trained = {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
         if trained.keys() != state_dict.keys():
             differing = sorted(trained.keys() ^ state_dict.keys())
-            raise CheckpointError(f"the checkpoint's adapter does not fit this run's: {', '.join(differing[:5])} …")
-        shapes = [name for name, tensor in trained.items() if full_shape(tensor) != state_dict[name].shape]
+            raise CheckpointError(
+                f"the checkpoint's adapter does not fit this run's: {', '.join(differing[:5])} …"
+            )
+        shapes = [
+            name for name, tensor in trained.items() if full_shape(tensor) != state_dict[name].shape
+        ]
         if shapes:
-            raise CheckpointError(f"the checkpoint's adapter has other shapes than this run's: {', '.join(shapes[:5])} …")
+            raise CheckpointError(
+                "the checkpoint's adapter has other shapes than this run's:"
+                f" {', '.join(shapes[:5])} …"
+            )
         with torch.no_grad(), whole(trained.values(), changes=True):
             for name, tensor in trained.items():
                 tensor.copy_(state_dict[name])
@@ -341,11 +408,17 @@ class LoRAModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the counts of skipped steps, and the window's length."""
-        checkpoint["lorakit_counts"] = [self.num_bad_steps, self.num_bad_in_a_row, self.num_empty_windows]
+        checkpoint["lorakit_counts"] = [
+            self.num_bad_steps,
+            self.num_bad_in_a_row,
+            self.num_empty_windows,
+        ]
         checkpoint["lorakit_accumulate"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them up. Lightning counts micro-batches, of which another number of processes has another number in a window."""
+        """Take them up. Lightning counts micro-batches, of which another number of processes has
+        another number in a window.
+        """
         counts = checkpoint.get("lorakit_counts", [0, 0, 0])
         self.num_bad_steps, self.num_bad_in_a_row, self.num_empty_windows = counts
         now = self.trainer.accumulate_grad_batches

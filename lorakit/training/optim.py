@@ -11,10 +11,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from lorakit.errors import ConfigError
 from lorakit.lora.spec import LoRASpec
 
-# tinker-cookbook, hyperparam_utils.get_lr: full fine-tuning's 5e-5, ten times that for LoRA, times (2000 / hidden)^exponent.
+# tinker-cookbook, hyperparam_utils.get_lr: full fine-tuning's 5e-5, ten times that for LoRA, times
+# (2000 / hidden)^exponent.
 _BASE_LR, _LORA_FACTOR, _REFERENCE_HIDDEN = 5e-5, 10.0, 2000.0
 _EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
-# QLoRA (arXiv 2305.14314), table 9: 2e-4 for 7B and 13B, 1e-4 for 33B and 65B, which are wider than 13B's 5,120.
+# QLoRA (arXiv 2305.14314), table 9: 2e-4 for 7B and 13B, 1e-4 for 33B and 65B, which are wider than
+# 13B's 5,120.
 _QLORA_HIDDEN = 5120
 
 
@@ -27,7 +29,8 @@ def lr_source(model_config: Any) -> str:
 
 
 def auto_lr(model_config: Any, spec: LoRASpec) -> float:
-    """Return the learning rate that tinker-cookbook publishes for LoRA on this family and width, of other families QLoRA's.
+    """Return the learning rate that tinker-cookbook publishes for LoRA on this family and width, of
+    other families QLoRA's.
 
     Raises:
         ConfigError: the rule says nothing about rsLoRA, or a scale other than alpha 32.
@@ -44,26 +47,43 @@ def auto_lr(model_config: Any, spec: LoRASpec) -> float:
     return _BASE_LR * _LORA_FACTOR * (_REFERENCE_HIDDEN / text.hidden_size) ** _EXPONENTS[family]
 
 
-def constant(optimizer: torch.optim.Optimizer, *, total_steps: int, warmup_steps: float = 0) -> LambdaLR:
+def constant(
+    optimizer: torch.optim.Optimizer, *, total_steps: int, warmup_steps: float = 0
+) -> LambdaLR:
     """The learning rate rises over ``warmup_steps`` and stays."""
     warmup = resolve_warmup(warmup_steps, total_steps)
     return LambdaLR(optimizer, lambda step: _warm(step, warmup))
 
 
 def linear(
-    optimizer: torch.optim.Optimizer, *, total_steps: int, warmup_steps: float = 0, final_ratio: float = 0.0
+    optimizer: torch.optim.Optimizer,
+    *,
+    total_steps: int,
+    warmup_steps: float = 0,
+    final_ratio: float = 0.0,
 ) -> LambdaLR:
-    """The learning rate rises over ``warmup_steps``, then falls on a line to ``final_ratio`` of its peak."""
+    """The learning rate rises over ``warmup_steps``, then falls on a line to ``final_ratio`` of
+    its peak.
+    """
     warmup = resolve_warmup(warmup_steps, total_steps)
     return LambdaLR(
-        optimizer, lambda step: _warm(step, warmup) * (1 - (1 - final_ratio) * _progress(step, warmup, total_steps))
+        optimizer,
+        lambda step: (
+            _warm(step, warmup) * (1 - (1 - final_ratio) * _progress(step, warmup, total_steps))
+        ),
     )
 
 
 def cosine(
-    optimizer: torch.optim.Optimizer, *, total_steps: int, warmup_steps: float = 0, final_ratio: float = 0.0
+    optimizer: torch.optim.Optimizer,
+    *,
+    total_steps: int,
+    warmup_steps: float = 0,
+    final_ratio: float = 0.0,
 ) -> LambdaLR:
-    """The learning rate rises over ``warmup_steps``, then falls on half a cosine to ``final_ratio`` of its peak."""
+    """The learning rate rises over ``warmup_steps``, then falls on half a cosine to
+    ``final_ratio`` of its peak.
+    """
     warmup = resolve_warmup(warmup_steps, total_steps)
 
     def factor(step: int) -> float:

@@ -1,4 +1,6 @@
-"""Whether a device computes what the processor does: asked of those whose kernels are young, before a run is trusted to them."""
+"""Whether a device computes what the processor does: asked of those whose kernels are young,
+before a run is trusted to them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ TOLERANCE = 1e-3  # of the loss, and of the gradient's length; float32 on both s
 
 @functools.cache
 def find_parity_problem(device: str) -> str | None:
-    """Return how ``device`` differs from the CPU in loss and gradient of the bundled mixture of experts with LoRA, or None.
+    """Return how ``device`` differs from the CPU in loss and gradient of the bundled mixture of
+    experts with LoRA, or None.
 
     Rows are padded in one batch and packed in another, as training has them.
     """
@@ -28,19 +31,26 @@ def find_parity_problem(device: str) -> str | None:
         expected_loss, expected = loss_and_gradient("cpu", batch)
         try:
             loss, gradient = loss_and_gradient(device, batch)
-        except (RuntimeError, TypeError) as error:  # an operation that the device lacks, or a number format (TypeError)
+        except (
+            RuntimeError,
+            TypeError,
+        ) as error:  # an operation that the device lacks, or a number format (TypeError)
             return f"{device} cannot compute {name} rows: {' '.join(str(error).split())[:200]}"
         distance = float((gradient - expected).norm() / expected.norm())
-        if not (abs(loss - expected_loss) <= TOLERANCE * abs(expected_loss) and distance <= TOLERANCE):
+        if not (
+            abs(loss - expected_loss) <= TOLERANCE * abs(expected_loss) and distance <= TOLERANCE
+        ):
             return (
-                f"{device} computes another loss of {name} rows ({loss:.5f}, the CPU {expected_loss:.5f}), or another gradient "
-                f"(off by {distance:.1e})"
+                f"{device} computes another loss of {name} rows ({loss:.5f}, the CPU"
+                f" {expected_loss:.5f}), or another gradient (off by {distance:.1e})"
             )
     return None
 
 
 def loss_and_gradient(device: str, batch: Batch) -> tuple[float, torch.Tensor]:
-    """The loss of ``batch`` under the bundled model with a random adapter on ``device``, and the adapter's gradient as one vector."""
+    """The loss of ``batch`` under the bundled model with a random adapter on ``device``, and the
+    adapter's gradient as one vector.
+    """
     model = inject(load_model("tiny", dtype="float32"), LoRASpec(rank=4))
     generator = torch.Generator().manual_seed(0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -51,7 +61,9 @@ def loss_and_gradient(device: str, batch: Batch) -> tuple[float, torch.Tensor]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     output = compute_loss(model, batch.to(device), cross_entropy)
     gradients = torch.autograd.grad(output.loss_sum, trained)
-    return float(output.loss_sum), torch.cat([gradient.cpu().double().flatten() for gradient in gradients])
+    return float(output.loss_sum), torch.cat(
+        [gradient.cpu().double().flatten() for gradient in gradients]
+    )
 
 
 def _batches() -> dict[str, Batch]:
@@ -59,7 +71,8 @@ def _batches() -> dict[str, Batch]:
     lengths = (48, 20, 33, 9)
     datums = [
         make_datum(
-            torch.randint(3, 200, (length,), generator=generator).tolist(), [float(place % 3 > 0) for place in range(length)]
+            torch.randint(3, 200, (length,), generator=generator).tolist(),
+            [float(place % 3 > 0) for place in range(length)],
         )
         for length in lengths
     ]

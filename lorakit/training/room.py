@@ -1,4 +1,6 @@
-"""How much goes through the model at a time, and what to do when the memory is not enough for it."""
+"""How much goes through the model at a time, and what to do when the memory is not enough for
+it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ log = logging.getLogger("lorakit")
 
 
 class Room:
-    """How many positions of a micro-batch go through the model at a time: all, until there was no memory for them."""
+    """How many positions of a micro-batch go through the model at a time: all, until there was
+    no memory for them.
+    """
 
     def __init__(self) -> None:
         self.max_positions: int | None = None
@@ -35,15 +39,19 @@ class Room:
         free_memory()
         if len(halves) == 1:
             raise TrainingError(
-                f"out of memory with a single row of {positions:,} positions; set data.max_tokens or lora.rank lower, "
-                "trainer.activation_checkpointing=true or model.dtype=bfloat16 (`lorakit plan` says what each would take)"
+                f"out of memory with a single row of {positions:,} positions; set data.max_tokens"
+                " or lora.rank lower, trainer.activation_checkpointing=true or"
+                " model.dtype=bfloat16 (`lorakit plan` says what each would take)"
             )
         self.max_positions = max(half.input_ids.numel() for half in halves)
         log.warning(
-            "out of memory with %d positions at a time: now at most %d, and what was computed of this step is computed again. "
-            "The step and its gradient stay the same; data.tokens_per_batch=%d would spare the try",
-            positions, self.max_positions, self.max_positions,
-        )  # fmt: skip
+            "out of memory with %d positions at a time: now at most %d, and what was computed of"
+            " this step is computed again. The step and its gradient stay the same;"
+            " data.tokens_per_batch=%d would spare the try",
+            positions,
+            self.max_positions,
+            self.max_positions,
+        )
 
 
 def free_memory() -> None:

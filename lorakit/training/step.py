@@ -17,15 +17,20 @@ from lorakit.loss.preference import REFERENCE
 from lorakit.types import Batch, LossOutput
 
 
-def compute_loss(model: Any, batch: Batch, loss: Loss, *, all_positions: bool = False) -> LossOutput:
-    """Run ``model`` over ``batch`` and return the loss's sum with its graph, and the log-probabilities of the targets.
+def compute_loss(
+    model: Any, batch: Batch, loss: Loss, *, all_positions: bool = False
+) -> LossOutput:
+    """Run ``model`` over ``batch`` and return the loss's sum with its graph, and the
+    log-probabilities of the targets.
 
-    Positions of weight 0 never reach the unembedding, and their log-probability is NaN, unless ``all_positions``. The loss itself
-    is given 0 there.
+    Positions of weight 0 never reach the unembedding, and their log-probability is NaN, unless
+    ``all_positions``. The loss itself is given 0 there.
     """
     if inputs_of(loss).needs_reference:
         batch = batch.with_extra(REFERENCE, reference_logprobs(model, batch))
-    logprobs = target_logprobs(model, batch, all_positions=all_positions, is_weighted_sum=inputs_of(loss).is_weighted_sum)
+    logprobs = target_logprobs(
+        model, batch, all_positions=all_positions, is_weighted_sum=inputs_of(loss).is_weighted_sum
+    )
     output = loss(logprobs, batch)
     if all_positions:
         return output
@@ -34,20 +39,28 @@ def compute_loss(model: Any, batch: Batch, loss: Loss, *, all_positions: bool = 
 
 @torch.no_grad()
 def reference_logprobs(model: Any, batch: Batch) -> torch.Tensor:
-    """The log-probabilities of ``batch``'s targets under the base alone: no second model, the adapter is switched off."""
+    """The log-probabilities of ``batch``'s targets under the base alone: no second model, the
+    adapter is switched off.
+    """
     with adapters_off(model):
         return target_logprobs(model, batch)
 
 
 def sums_by_origin(output: LossOutput, batch: Batch, num_origins: int) -> torch.Tensor:
-    """Return ``-weight * logprob`` and ``|weight|``, summed for each source of data, (2, S) float32, of positions that are trained."""
+    """Return ``-weight * logprob`` and ``|weight|``, summed for each source of data, (2, S)
+    float32, of positions that are trained.
+    """
     weights = batch.weights
     losses = (-weights * output.logprobs).masked_fill(weights == 0, 0.0)
     per_position = torch.stack([losses, weights.abs()])
     if per_position.ndim > 3:
         per_position = per_position.sum(-1)
     sums = per_position.new_zeros(2, num_origins)
-    return sums.index_add_(1, batch.origin_ids.flatten(), per_position.flatten(1)) if batch.origins else sums
+    return (
+        sums.index_add_(1, batch.origin_ids.flatten(), per_position.flatten(1))
+        if batch.origins
+        else sums
+    )
 
 
 @dataclass(frozen=True)
@@ -61,15 +74,20 @@ class Share:
 def compute_losses(
     model: Any, joined: Batch, shares: Sequence[Share], head_adapters: Sequence[HeadAdapter] = ()
 ) -> list[LossOutput]:
-    """Run ``model`` once over ``joined``, the rows of all ``shares``, and return the output of each; logprobs of all positions.
+    """Run ``model`` once over ``joined``, the rows of all ``shares``, and return the output of
+    each; logprobs of all positions.
 
     Args:
-        head_adapters: on the unembedding, beside what the model itself has there; their gates have a row for each position.
+        head_adapters: on the unembedding, beside what the model itself has there; their gates have
+            a row for each position.
     """
     logprobs = target_logprobs(
-        model, joined, all_positions=True, is_weighted_sum=all(inputs_of(share.loss).is_weighted_sum for share in shares),
+        model,
+        joined,
+        all_positions=True,
+        is_weighted_sum=all(inputs_of(share.loss).is_weighted_sum for share in shares),
         head_adapters=head_adapters,
-    )  # fmt: skip
+    )
     outputs, first = [], 0
     for share in shares:
         shape = share.batch.targets.shape

@@ -1,4 +1,6 @@
-"""PEFT's adapter folder, read and written. `peft` itself loads what is written here, and the other way round."""
+"""PEFT's adapter folder, read and written. `peft` itself loads what is written here, and the
+other way round.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,15 @@ class AdapterFiles:
 
     @classmethod
     def open(cls, folder: str | Path) -> AdapterFiles:
-        """Read the config of the adapter in ``folder``. Raises AdapterError where there is none that can be used."""
+        """Read the config of the adapter in ``folder``. Raises AdapterError where there is none
+        that can be used.
+        """
         folder = Path(folder).expanduser()
         for name in (CONFIG_FILE, TENSOR_FILE):
             if not (folder / name).is_file():
-                raise AdapterError(f"{folder}: no {name} here, so this is not a PEFT adapter in safetensors format")
+                raise AdapterError(
+                    f"{folder}: no {name} here, so this is not a PEFT adapter in safetensors format"
+                )
         try:
             config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
@@ -41,7 +47,9 @@ class AdapterFiles:
         if not isinstance(config, dict):
             raise AdapterError(f"{folder / CONFIG_FILE}: not a JSON object")
         if config.get("peft_type") != "LORA":
-            raise AdapterError(f"{folder}: peft_type is {config.get('peft_type')!r}, but only LORA can be used")
+            raise AdapterError(
+                f"{folder}: peft_type is {config.get('peft_type')!r}, but only LORA can be used"
+            )
         return cls(folder, config)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -55,21 +63,31 @@ class AdapterFiles:
             with safe_open(self.folder / TENSOR_FILE, framework="pt") as file:
                 yield file
         except (SafetensorError, OSError) as error:
-            raise AdapterError(f"{self.folder / TENSOR_FILE}: torn or not a safetensors file: {error}") from error
+            raise AdapterError(
+                f"{self.folder / TENSOR_FILE}: torn or not a safetensors file: {error}"
+            ) from error
 
     def expert_matrices(self) -> list[str]:
-        """Of a shared-outer adapter, the names of its expert matrices (``…mlp.experts.gate_proj``); else nothing."""
+        """Of a shared-outer adapter, the names of its expert matrices
+        (``…mlp.experts.gate_proj``); else nothing.
+        """
         ending = ".lora_A.weight"
         with self._opened() as file:
             factors = [name for name in list(file.keys()) if name.endswith(ending)]
             stacked = [name for name in factors if len(file.get_slice(name).get_shape()) == 3]
-        return [_to_field_names(name).removeprefix("base_model.model.").removesuffix(ending) for name in stacked]
+        return [
+            _to_field_names(name).removeprefix("base_model.model.").removesuffix(ending)
+            for name in stacked
+        ]
 
     def find_init_problem(self) -> str | None:
         """Return why the adapter does not fit the original base, or None."""
         init = str(self.config.get("init_lora_weights")).lower()
         if init.startswith(BASE_CHANGING_INITS):
-            return f"it was made with init {init}, which fits only a base that was changed to match; convert it with peft first"
+            return (
+                f"it was made with init {init}, which fits only a base that was changed to match;"
+                " convert it with peft first"
+            )
         return None
 
     @property
@@ -79,7 +97,8 @@ class AdapterFiles:
 
 
 def save_adapter(model: Any, folder: Path, *, dtype: torch.dtype | None = None) -> int:
-    """Write the adapter of ``model`` to the existing ``folder`` and return the bytes of its tensors' file.
+    """Write the adapter of ``model`` to the existing ``folder`` and return the bytes of its
+    tensors' file.
 
     The same adapter gives the same bytes. ``dtype`` None keeps the adapter's own.
     """
@@ -92,23 +111,35 @@ def active_config(model: Any) -> Any:
 
 
 def write_adapter(
-    tensors: Mapping[str, torch.Tensor], peft_config: Any, folder: Path, *, dtype: torch.dtype | None = None
+    tensors: Mapping[str, torch.Tensor],
+    peft_config: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> int:
-    """Write ``tensors``, named as PEFT does in files, as ``save_adapter`` does; one process alone can do that."""
-    plain = {name: tensor.to("cpu", dtype or tensor.dtype).contiguous().clone() for name, tensor in tensors.items()}
+    """Write ``tensors``, named as PEFT does in files, as ``save_adapter`` does; one process
+    alone can do that.
+    """
+    plain = {
+        name: tensor.to("cpu", dtype or tensor.dtype).contiguous().clone()
+        for name, tensor in tensors.items()
+    }
     try:
         save_file(dict(sorted(plain.items())), folder / TENSOR_FILE, metadata={"format": "pt"})
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(f"{folder / TENSOR_FILE}: {error}") from error
     config = peft_config.to_dict() | {"inference_mode": True}
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
+    }
     text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     return (folder / TENSOR_FILE).stat().st_size
 
 
 def start_from(model: Any, spec: LoRASpec, *, base: str) -> None:
-    """Load ``spec.init_from`` into the adapter of ``model`` after checking base, rank, scale, targets and tensors.
+    """Load ``spec.init_from`` into the adapter of ``model`` after checking base, rank, scale,
+    targets and tensors.
 
     Raises:
         AdapterError: with every difference between the adapter and the plan.
@@ -118,17 +149,24 @@ def start_from(model: Any, spec: LoRASpec, *, base: str) -> None:
 
 
 def open_init(spec: LoRASpec, *, base: str) -> AdapterFiles:
-    """Return ``spec.init_from`` after checking base, rank and scale. Raises AdapterError with every difference."""
+    """Return ``spec.init_from`` after checking base, rank and scale. Raises AdapterError with
+    every difference.
+    """
     assert spec.init_from is not None
     adapter = AdapterFiles.open(spec.init_from)
     config, problems = adapter.config, []
     theirs = str(config.get("base_model_name_or_path") or "")
     if not spec.any_base and _last_part(theirs) != _last_part(base):
-        problems.append(f"it was trained on base {theirs!r}, this run has {base!r} (lora.any_base=true accepts that)")
+        problems.append(
+            f"it was trained on base {theirs!r}, this run has {base!r} (lora.any_base=true accepts"
+            " that)"
+        )
     if config.get("r") != spec.rank:
         problems.append(f"it has rank {config.get('r')}, this run lora.rank={spec.rank}")
     if config.get("lora_alpha") != spec.alpha:
-        problems.append(f"it has alpha {config.get('lora_alpha')}, this run lora.alpha={spec.alpha:g}")
+        problems.append(
+            f"it has alpha {config.get('lora_alpha')}, this run lora.alpha={spec.alpha:g}"
+        )
     if problem := adapter.find_init_problem():
         problems.append(problem)
     for key, ours in (("use_rslora", spec.rslora), ("use_dora", spec.dora)):
@@ -136,14 +174,22 @@ def open_init(spec: LoRASpec, *, base: str) -> AdapterFiles:
             problems.append(f"it has {key}={bool(config.get(key))}, this run {ours}")
     theirs = SHARED_OUTER if adapter.expert_matrices() else PER_EXPERT
     if theirs != spec.expert_layout and (theirs == SHARED_OUTER or config.get("target_parameters")):
-        problems.append(f"its experts have the layout {theirs}, this run lora.expert_layout={spec.expert_layout}")
+        problems.append(
+            f"its experts have the layout {theirs}, this run"
+            f" lora.expert_layout={spec.expert_layout}"
+        )
     if (ids := _row_ids(config)) != sorted(spec.token_ids):
-        problems.append(f"it has trained rows of the tokens {ids or 'none'}, this run of {sorted(spec.token_ids) or 'none'}")
+        problems.append(
+            f"it has trained rows of the tokens {ids or 'none'}, this run of"
+            f" {sorted(spec.token_ids) or 'none'}"
+        )
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
             problems.append(f"it has a {key}, which lora.init_from does not support")
     if problems:
-        raise AdapterError(report(f"lora.init_from={spec.init_from} does not fit this run:", problems))
+        raise AdapterError(
+            report(f"lora.init_from={spec.init_from} does not fit this run:", problems)
+        )
     return adapter
 
 
@@ -153,7 +199,8 @@ def _row_ids(config: dict[str, Any]) -> list[int]:
     return sorted(next(iter(found.values())) if isinstance(found, dict) else found)
 
 
-TINKER_LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # what tinker's archives call the experts' matrices
+# what tinker's archives call the experts' matrices
+TINKER_LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def _to_field_names(name: str) -> str:

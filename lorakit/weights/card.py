@@ -1,4 +1,6 @@
-"""The model card of an exported adapter or merged model: what it was made of, on what, and how well it did."""
+"""The model card of an exported adapter or merged model: what it was made of, on what, and how
+well it did.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,20 @@ from lorakit.data.sources import BUNDLED
 from lorakit.weights.run import History, Run
 
 _GROUPS = ("lora", "loss", "optim", "schedule", "trainer", "seed")
-_OF_DATA = ("train_on", "max_tokens", "on_long", "packing", "tokens_per_batch", "batch_size", "epochs", "stop", "append_eos")
+_OF_DATA = (
+    "train_on",
+    "max_tokens",
+    "on_long",
+    "packing",
+    "tokens_per_batch",
+    "batch_size",
+    "epochs",
+    "stop",
+    "append_eos",
+)
 _OF_NEW_TOKENS = (
-    "It has rows for new tokens: load the tokenizer from here, and where the base has fewer rows than it, call "
-    "`model.resize_token_embeddings(len(tokenizer))` on the base first."
+    "It has rows for new tokens: load the tokenizer from here, and where the base has fewer rows"
+    " than it, call `model.resize_token_embeddings(len(tokenizer))` on the base first."
 )
 _METRICS = {
     "train/loss": "training loss, last step",
@@ -25,11 +37,20 @@ _METRICS = {
 }
 
 
-def model_card(run: Run, *, base: str, form: str, takes_images: bool, step: int | None = None, max_rank: int = 0) -> str:
+def model_card(
+    run: Run,
+    *,
+    base: str,
+    form: str,
+    takes_images: bool,
+    step: int | None = None,
+    max_rank: int = 0,
+) -> str:
     """Return the card's text, as the hub reads it.
 
     Args:
-        base: what others call the base: its name on the hub, or of its folder; never a path of this machine.
+        base: what others call the base: its name on the hub, or of its folder; never a path of this
+            machine.
         form: ``peft``, ``vllm`` or ``merged``.
         step: of the run, at which the adapter was as it is; None is its end.
         max_rank: what vLLM must be told.
@@ -49,11 +70,19 @@ def model_card(run: Run, *, base: str, form: str, takes_images: bool, step: int 
         tags=["lora", "lorakit", *(["vllm"] if form == "vllm" else [])],
     )
     use = _use(form, base, takes_images, max_rank)
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join([*_body(run, config, base, form, names, step, use), ""])
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(
+        [*_body(run, config, base, form, names, step, use), ""]
+    )
 
 
 def _body(
-    run: Run, config: dict[str, Any], base: str, form: str, names: list[str], step: int | None, use: list[str]
+    run: Run,
+    config: dict[str, Any],
+    base: str,
+    form: str,
+    names: list[str],
+    step: int | None,
+    use: list[str],
 ) -> list[str]:
     revision = config["model"].get("revision")
     what = "The merged weights of" if form == "merged" else "A LoRA adapter for"
@@ -61,46 +90,89 @@ def _body(
     packages = run.info.get("packages", {})
     rows = [f"| {label} | {value:.4f} |" for label, value in _metrics(run, step).items()]
     return [
-        f"# {run.name}", "",
-        f"{what} `{base}`{at}, trained with lorakit {packages.get('lorakit', '')}.", "",
-        *use, "",
+        f"# {run.name}",
+        "",
+        f"{what} `{base}`{at}, trained with lorakit {packages.get('lorakit', '')}.",
+        "",
+        *use,
+        "",
         *([_OF_NEW_TOKENS, ""] if config["model"].get("add_tokens") and form != "merged" else []),
-        "## Data", "",
-        f"- rows: {', '.join(f'`{_as_others_see(name)}`' for name in names)} ({', '.join(run.info.get('formats') or ['?'])})",
-        f"- fingerprint of rows, order and of what is trained: `{run.info.get('data_fingerprint', '?')}`", "",
-        "## Figures", "",
-        f"{step or run.info.get('step') or 0} optimiser steps.", "",
+        "## Data",
+        "",
+        (
+            f"- rows: {', '.join(f'`{_as_others_see(name)}`' for name in names)}"
+            f" ({', '.join(run.info.get('formats') or ['?'])})"
+        ),
+        (
+            "- fingerprint of rows, order and of what is trained:"
+            f" `{run.info.get('data_fingerprint', '?')}`"
+        ),
+        "",
+        "## Figures",
+        "",
+        f"{step or run.info.get('step') or 0} optimiser steps.",
+        "",
         *(["| figure | value |", "| --- | ---: |", *rows, ""] if rows else []),
-        "## Settings", "",
-        "```yaml", yaml.safe_dump(_settings(config, run), sort_keys=False, allow_unicode=True).rstrip(), "```", "",
+        "## Settings",
+        "",
+        "```yaml",
+        yaml.safe_dump(_settings(config, run), sort_keys=False, allow_unicode=True).rstrip(),
+        "```",
+        "",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in packages.items()),
-    ]  # fmt: skip
+    ]
 
 
 def _use(form: str, base: str, takes_images: bool, max_rank: int) -> list[str]:
     base = base if "/" in base else "FOLDER_OF_THE_BASE"
     if form == "merged":
-        return ["```python", "from transformers import pipeline", "", 'generate = pipeline(model="THIS")', "```"]
+        return [
+            "```python",
+            "from transformers import pipeline",
+            "",
+            'generate = pipeline(model="THIS")',
+            "```",
+        ]
     if form == "vllm":
-        return ["```", f"vllm serve {base} --enable-lora --max-lora-rank {max_rank} --lora-modules NAME=THIS", "```"]
+        return [
+            "```",
+            f"vllm serve {base} --enable-lora --max-lora-rank {max_rank} --lora-modules NAME=THIS",
+            "```",
+        ]
     auto = "AutoModelForImageTextToText" if takes_images else "AutoModelForCausalLM"
     return [
-        "```python", "from peft import PeftModel", f"from transformers import {auto}", "",
-        f'model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "THIS")', "```",
-    ]  # fmt: skip
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {auto}",
+        "",
+        f'model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "THIS")',
+        "```",
+    ]
 
 
 def _metrics(run: Run, step: int | None) -> dict[str, float]:
     """The last figures up to ``step``."""
-    records = [record for record in History(run.folder).read() if step is None or record.get("step", 0) <= step]
+    records = [
+        record
+        for record in History(run.folder).read()
+        if step is None or record.get("step", 0) <= step
+    ]
     last = {name: value for record in records for name, value in record.items()}
-    return {label: last[name] for name, label in _METRICS.items() if isinstance(last.get(name), int | float)}
+    return {
+        label: last[name]
+        for name, label in _METRICS.items()
+        if isinstance(last.get(name), int | float)
+    }
 
 
 def _settings(config: dict[str, Any], run: Run) -> dict[str, Any]:
-    """What decides the result, without what concerns the machine alone; paths only by their last part."""
+    """What decides the result, without what concerns the machine alone; paths only by their last
+    part.
+    """
     kept = copy.deepcopy({name: config[name] for name in _GROUPS if name in config})
-    kept["data"] = {name: config["data"][name] for name in _OF_DATA if config["data"].get(name) is not None}
+    kept["data"] = {
+        name: config["data"][name] for name in _OF_DATA if config["data"].get(name) is not None
+    }
     if (added := config["model"].get("add_tokens")) is not None:
         kept["model"] = {"add_tokens": added}
     for name, value in run.info.get("resolved", {}).items():
@@ -114,7 +186,10 @@ def _settings(config: dict[str, Any], run: Run) -> dict[str, Any]:
 
 def _sources(config: dict[str, Any]) -> list[dict[str, Any]]:
     data = config["data"]
-    return [s if isinstance(s, dict) else {"path": s} for s in data.get("sources") or [{"path": data.get("path")}]]
+    return [
+        s if isinstance(s, dict) else {"path": s}
+        for s in data.get("sources") or [{"path": data.get("path")}]
+    ]
 
 
 def _is_of_hub(name: str) -> bool:

@@ -1,4 +1,6 @@
-"""Checkpoints of a run: a PEFT adapter folder beside Lightning's training state, whole or not there."""
+"""Checkpoints of a run: a PEFT adapter folder beside Lightning's training state, whole or not
+there.
+"""
 
 from __future__ import annotations
 
@@ -52,21 +54,34 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    root: Path, *, step: int, save_adapter: Callable[[Path], Any], save_state: Callable[[Path], Any], val_loss: float | None
+    root: Path,
+    *,
+    step: int,
+    save_adapter: Callable[[Path], Any],
+    save_state: Callable[[Path], Any],
+    val_loss: float | None,
 ) -> Checkpoint:
-    """Write ``root/step-<step>``: adapter, training state, and a manifest with the digests of both. Raises OSError."""
+    """Write ``root/step-<step>``: adapter, training state, and a manifest with the digests of
+    both. Raises OSError.
+    """
     folder = root / f"step-{step:06d}"
     with whole_folder(folder) as aside:
         save_adapter(aside)
         save_state(aside / STATE_FILE)
         digests = {path.name: _digest(path) for path in sorted(aside.iterdir())}
-        manifest = {"format_version": FORMAT_VERSION, "step": step, "val_loss": val_loss, "sha256": digests}
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "val_loss": val_loss,
+            "sha256": digests,
+        }
         (aside / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return Checkpoint(folder, step, val_loss, digests)
 
 
 def list_checkpoints(root: Path, say: Callable[[str], Any] = lambda text: None) -> list[Checkpoint]:
-    """Return the checkpoints in ``root``, oldest first; ``say`` hears of folders whose manifest cannot be read.
+    """Return the checkpoints in ``root``, oldest first; ``say`` hears of folders whose manifest
+    cannot be read.
 
     What was being written when a run died bears another name and is not among them.
     """
@@ -78,13 +93,17 @@ def list_checkpoints(root: Path, say: Callable[[str], Any] = lambda text: None) 
             say(f"checkpoint passed over: {folder / MANIFEST_FILE} cannot be read ({error})")
             continue
         if manifest.format_version > FORMAT_VERSION:
-            raise CheckpointError(f"{folder} was written by a newer lorakit (format {manifest.format_version})")
+            raise CheckpointError(
+                f"{folder} was written by a newer lorakit (format {manifest.format_version})"
+            )
         found.append(Checkpoint(folder, manifest.step, manifest.val_loss, manifest.sha256))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 def newest_whole(root: Path, say: Callable[[str], Any]) -> Checkpoint | None:
-    """Return the newest checkpoint whose files are as they were written; ``say`` hears of each that is passed over."""
+    """Return the newest checkpoint whose files are as they were written; ``say`` hears of each
+    that is passed over.
+    """
     for checkpoint in reversed(list_checkpoints(root, say)):
         damage = checkpoint.find_damage()
         if damage is None:
@@ -94,10 +113,14 @@ def newest_whole(root: Path, say: Callable[[str], Any]) -> Checkpoint | None:
 
 
 def prune(root: Path, *, keep_last: int, keep_best: int) -> None:
-    """Remove all but the newest ``keep_last`` and the ``keep_best`` with the lowest evaluation loss, and what was never finished."""
+    """Remove all but the newest ``keep_last`` and the ``keep_best`` with the lowest evaluation
+    loss, and what was never finished.
+    """
     checkpoints = list_checkpoints(root)
     scored = _by_loss(checkpoints)
-    kept = {c.folder for c in checkpoints[-max(keep_last, 1) :]} | {c.folder for c in scored[:keep_best]}
+    kept = {c.folder for c in checkpoints[-max(keep_last, 1) :]} | {
+        c.folder for c in scored[:keep_best]
+    }
     for checkpoint in checkpoints:
         if checkpoint.folder not in kept:
             _remove(checkpoint)
@@ -111,7 +134,9 @@ def best(root: Path) -> Checkpoint | None:
 
 
 def remove_behind(root: Path, step: int) -> None:
-    """Remove the checkpoints behind ``step``, from which a run goes on: they are damaged, or soon written anew."""
+    """Remove the checkpoints behind ``step``, from which a run goes on: they are damaged, or
+    soon written anew.
+    """
     for checkpoint in list_checkpoints(root):
         if checkpoint.step > step:
             _remove(checkpoint)

@@ -11,27 +11,40 @@ import torch
 from safetensors.torch import save_file
 
 from lorakit.errors import AdapterError, report
-from lorakit.lora.layouts import Factors, expand_shared_outer, from_file_tensors, to_each_expert, to_file_tensors
+from lorakit.lora.layouts import (
+    Factors,
+    expand_shared_outer,
+    from_file_tensors,
+    to_each_expert,
+    to_file_tensors,
+)
 from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER
 from lorakit.model.families import OF_IMAGES, ExpertStack, find_targets
 from lorakit.weights.adapter import CONFIG_FILE, TENSOR_FILE, TINKER_LEAVES, AdapterFiles
 
 PREFIX = "base_model.model."
-# Families whose experts vLLM takes stacked, as PEFT writes them (their classes say `is_3d_moe_weight`); of others it wants each expert.
+# Families whose experts vLLM takes stacked, as PEFT writes them (their classes say
+# `is_3d_moe_weight`); of others it wants each expert.
 _STACKED_IN_VLLM = ("gpt_oss", "qwen3_vl_moe", "qwen3_5_moe")
-# Families whose experts it takes one by one: what it calls the module that holds them, and their matrices.
+# Families whose experts it takes one by one: what it calls the module that holds them, and their
+# matrices.
 _AS_THE_MODEL = ("mlp", {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"})
 _NAMES_IN_VLLM = {
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"), _AS_THE_MODEL),
+    **dict.fromkeys(
+        ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"), _AS_THE_MODEL
+    ),
     "mixtral": ("block_sparse_moe", {name: theirs for theirs, name in TINKER_LEAVES.items()}),
 }
 
 
-def write_peft(adapter: AdapterFiles, model: Any, folder: Path, *, dtype: torch.dtype | None = None) -> int:
-    """Write ``adapter`` to the existing ``folder`` with one pair of factors per expert and return the bytes of the tensors.
+def write_peft(
+    adapter: AdapterFiles, model: Any, folder: Path, *, dtype: torch.dtype | None = None
+) -> int:
+    """Write ``adapter`` to the existing ``folder`` with one pair of factors per expert and return
+    the bytes of the tensors.
 
-    The function of the adapter does not change: see ``expand_shared_outer``. ``model`` is the base, which may lie on the meta
-    device; ``dtype`` None keeps the adapter's own.
+    The function of the adapter does not change: see ``expand_shared_outer``. ``model`` is the base,
+    which may lie on the meta device; ``dtype`` None keeps the adapter's own.
     """
     tensors, config = adapter.tensors(), dict(adapter.config)
     if matrices := adapter.expert_matrices():
@@ -43,14 +56,19 @@ def write_peft(adapter: AdapterFiles, model: Any, folder: Path, *, dtype: torch.
     return _write(tensors, config, folder, dtype)
 
 
-def write_vllm(adapter: AdapterFiles, model: Any, folder: Path, *, dtype: torch.dtype | None = None) -> int:
-    """Write ``adapter`` to the existing ``folder`` as vLLM reads it and return the bytes of the tensors.
+def write_vllm(
+    adapter: AdapterFiles, model: Any, folder: Path, *, dtype: torch.dtype | None = None
+) -> int:
+    """Write ``adapter`` to the existing ``folder`` as vLLM reads it and return the bytes of the
+    tensors.
 
-    Most families' experts get a pair of factors for each matrix of each expert, named as the hub's files name them
-    (``experts.0.gate_proj.lora_A.weight``); those that vLLM holds stacked, PEFT's layout. The function does not change.
+    Most families' experts get a pair of factors for each matrix of each expert, named as the hub's
+    files name them (``experts.0.gate_proj.lora_A.weight``); those that vLLM holds stacked, PEFT's
+    layout. The function does not change.
 
     Raises:
-        AdapterError: the adapter has what vLLM would not apply, or only some of the experts' matrices.
+        AdapterError: the adapter has what vLLM would not apply, or only some of the experts'
+            matrices.
     """
     refuse_what_vllm_drops(adapter, model)
     if is_stacked_in_vllm(model):
@@ -62,20 +80,27 @@ def write_vllm(adapter: AdapterFiles, model: Any, folder: Path, *, dtype: torch.
     for module, stack in expert_stacks(model):
         if not (factors := _take_factors(tensors, module, stack, layout)):
             continue
-        each = to_each_expert(factors, stack.num_experts, is_concatenated=stack.module.is_concatenated)
+        each = to_each_expert(
+            factors, stack.num_experts, is_concatenated=stack.module.is_concatenated
+        )
         if lost := set(names) - {matrix for _, matrix, _ in each}:
             raise AdapterError(
-                f"{module}: vLLM wants an adapter on each matrix of the experts, and {', '.join(sorted(lost))} "
-                "has none; take format=merged"
+                f"{module}: vLLM wants an adapter on each matrix of the experts, and"
+                f" {', '.join(sorted(lost))} has none; take format=merged"
             )
         if model.config.model_type not in _NAMES_IN_VLLM:
-            raise AdapterError(f"what vLLM calls the experts of {model.config.model_type} is not known; take format=merged")
+            raise AdapterError(
+                f"what vLLM calls the experts of {model.config.model_type} is not known; take"
+                " format=merged"
+            )
         leaves |= set(names.values())
         begin = f"{PREFIX}{module.removesuffix('.mlp.experts')}.{parent}.experts"
         for (expert, matrix, which), tensor in each.items():
             tensors[f"{begin}.{expert}.{names[matrix]}.{which}.weight"] = tensor
     if leaves:
-        named = {name for name in config["target_modules"] or () if not name.endswith("experts")} - set(TINKER_LEAVES)
+        named = {
+            name for name in config["target_modules"] or () if not name.endswith("experts")
+        } - set(TINKER_LEAVES)
         config |= {"target_modules": sorted(named | leaves), "target_parameters": None}
     return _write(tensors, config, folder, dtype)
 
@@ -87,11 +112,15 @@ def is_stacked_in_vllm(model: Any) -> bool:
 
 def largest_rank(config: dict[str, Any]) -> int:
     """The largest rank in an adapter's ``config``, which vLLM must be told."""
-    return max(int(config["r"]), *(int(rank) for rank in (config.get("rank_pattern") or {}).values()), 1)
+    return max(
+        int(config["r"]), *(int(rank) for rank in (config.get("rank_pattern") or {}).values()), 1
+    )
 
 
 def refuse_what_vllm_drops(adapter: AdapterFiles, model: Any) -> None:
-    """Raise AdapterError where vLLM would leave out, or refuse, a part of ``adapter`` (its LoRA documentation, and `PEFTHelper`)."""
+    """Raise AdapterError where vLLM would leave out, or refuse, a part of ``adapter`` (its LoRA
+    documentation, and `PEFTHelper`).
+    """
     config, problems = adapter.config, []
     families: dict[str, str] = {}
     for target in find_targets(model):
@@ -110,7 +139,9 @@ def refuse_what_vllm_drops(adapter: AdapterFiles, model: Any) -> None:
     if config.get("bias", "none") != "none":
         problems.append("trained biases, which vLLM does not read")
     if problems:
-        raise AdapterError(report(f"{adapter.folder} has", problems, remedy="format=merged leaves nothing out."))
+        raise AdapterError(
+            report(f"{adapter.folder} has", problems, remedy="format=merged leaves nothing out.")
+        )
 
 
 def expert_stacks(model: Any) -> Iterator[tuple[str, ExpertStack]]:
@@ -119,7 +150,9 @@ def expert_stacks(model: Any) -> Iterator[tuple[str, ExpertStack]]:
         yield module, ExpertStack(model.get_submodule(module))
 
 
-def _take_factors(tensors: dict[str, torch.Tensor], module: str, stack: ExpertStack, layout: str) -> Factors:
+def _take_factors(
+    tensors: dict[str, torch.Tensor], module: str, stack: ExpertStack, layout: str
+) -> Factors:
     """Remove from ``tensors`` what belongs to the experts ``module`` and return it as factors."""
     begin = f"{PREFIX}{module}."
     found = {name: tensors.pop(name) for name in list(tensors) if name.startswith(begin)}
@@ -136,20 +169,34 @@ def _take_factors(tensors: dict[str, torch.Tensor], module: str, stack: ExpertSt
 
 
 def _only_stack(tensors: dict[tuple[str, str], torch.Tensor], stack: ExpertStack) -> str:
-    """Which of the two stacks has the one pair of flat factors in ``tensors``, by the width of A's input."""
+    """Which of the two stacks has the one pair of flat factors in ``tensors``, by the width of
+    A's input.
+    """
     widths = {which: tensor.shape[-1] for (_, which), tensor in tensors.items()}
     return stack.first if widths.get("lora_A") == stack.in_features(stack.first) else stack.second
 
 
-def _write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path, dtype: torch.dtype | None) -> int:
-    flat = {name: tensor.to(dtype or tensor.dtype).contiguous().clone() for name, tensor in sorted(tensors.items())}
+def _write(
+    tensors: dict[str, torch.Tensor],
+    config: dict[str, Any],
+    folder: Path,
+    dtype: torch.dtype | None,
+) -> int:
+    flat = {
+        name: tensor.to(dtype or tensor.dtype).contiguous().clone()
+        for name, tensor in sorted(tensors.items())
+    }
     save_file(flat, folder / TENSOR_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     return (folder / TENSOR_FILE).stat().st_size
 
 
 def _expand(tensors: dict[str, torch.Tensor], matrices: list[str], model: Any) -> list[str]:
-    """Replace the shared-outer ``matrices`` in ``tensors`` by PEFT's flat pairs; return the names of the stacks."""
+    """Replace the shared-outer ``matrices`` in ``tensors`` by PEFT's flat pairs; return the
+    names of the stacks.
+    """
     stacks = []
     for module in sorted({name.rpartition(".")[0] for name in matrices}):
         stack = ExpertStack(model.get_submodule(module))
@@ -167,7 +214,9 @@ def _name_stacks(config: dict[str, Any], stacks: list[str], leaves: set[str]) ->
     doubled = [name for name in stacks if name.endswith("gate_up_proj")]
     growth = 2**0.5 if config.get("use_rslora") else 2  # keeps alpha / r, or alpha / sqrt(r)
     return {
-        "target_modules": sorted(set(config.get("target_modules") or ()) - leaves - set(TINKER_LEAVES)),
+        "target_modules": sorted(
+            set(config.get("target_modules") or ()) - leaves - set(TINKER_LEAVES)
+        ),
         "target_parameters": sorted(stacks),
         "rank_pattern": dict.fromkeys(doubled, 2 * config["r"]),
         "alpha_pattern": dict.fromkeys(doubled, growth * config["lora_alpha"]),

@@ -16,10 +16,12 @@ OLD = ".replaced-"  # prefix of what is being replaced
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write into; it takes the name ``folder`` when the block ends well, and is removed when it does not.
+    """Yield a folder to write into; it takes the name ``folder`` when the block ends well, and is
+    removed when it does not.
 
-    An existing ``folder`` is replaced. After a crash at any moment either the old or the new one is in force, or, between two
-    renames, both lie aside; the next call, and ``recover``, then give the old one its name back.
+    An existing ``folder`` is replaced. After a crash at any moment either the old or the new one is
+    in force, or, between two renames, both lie aside; the next call, and ``recover``, then give the
+    old one its name back.
     """
     recover(folder.parent)
     aside = folder.with_name(f"{ASIDE}{folder.name}")
@@ -47,7 +49,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def recover(parent: Path) -> None:
-    """Give replaced folders in ``parent`` their names back where a crash came before the new ones had them."""
+    """Give replaced folders in ``parent`` their names back where a crash came before the new
+    ones had them.
+    """
     for old in parent.glob(f"{OLD}*"):
         folder = old.with_name(old.name.removeprefix(OLD))
         if not folder.exists():
@@ -67,7 +71,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def lock_file(path: Path, *, wait: bool = False, shared: bool = False) -> IO[str] | None:
-    """Lock ``path`` until the returned file is closed or this process ends; None where another has it.
+    """Lock ``path`` until the returned file is closed or this process ends; None where another has
+    it.
 
     Args:
         wait: for the other, instead.
@@ -77,7 +82,9 @@ def lock_file(path: Path, *, wait: bool = False, shared: bool = False) -> IO[str
     try:
         import fcntl
 
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(
+            file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+        )
     except ImportError:  # not on this system
         pass
     except BlockingIOError:
@@ -87,7 +94,9 @@ def lock_file(path: Path, *, wait: bool = False, shared: bool = False) -> IO[str
 
 
 def find_write_problem(path: Path) -> str | None:
-    """Return why ``path`` cannot be made, as far as the nearest folder that is there tells, or None."""
+    """Return why ``path`` cannot be made, as far as the nearest folder that is there tells, or
+    None.
+    """
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir():
         return f"{parent} is not a folder"

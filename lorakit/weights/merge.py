@@ -1,4 +1,6 @@
-"""Merge an adapter into its base: plan, then apply; all or nothing; checked before and after rounding."""
+"""Merge an adapter into its base: plan, then apply; all or nothing; checked before and after
+rounding.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,15 @@ class MergedTensor:
     name: str
     shape: tuple[int, ...]
     relative_change: float  # L2 norm of the change over that of the matrix
-    largest_error: float  # of s B A against PEFT's own computation of it, relative to the largest entry
+    # of s B A against PEFT's own computation of it, relative to the largest entry
+    largest_error: float
 
 
 @dataclass
 class MergeReport:
-    """What a merge did. Logit differences are the largest over all positions of the probe; None where it was not run."""
+    """What a merge did. Logit differences are the largest over all positions of the probe; None
+    where it was not run.
+    """
 
     tensors: list[MergedTensor] = field(default_factory=list)
     dtype: str = ""
@@ -41,9 +46,11 @@ class MergeReport:
     largest_logit: float | None = None
     float32_difference: float | None = None  # merged against adapter form, both float32
     rounded_difference: float | None = None  # merged and rounded against adapter form
-    rounded_median_difference: float | None = None  # the same at the median position; one flipped expert makes a large maximum
+    # the same at the median position; one flipped expert makes a large maximum
+    rounded_median_difference: float | None = None
     base_rounding_difference: float | None = None  # rounding the base alone
-    reloaded_difference: float | None = None  # the files, read again by transformers, against what was written
+    # the files, read again by transformers, against what was written
+    reloaded_difference: float | None = None
     check: str = ""
 
 
@@ -51,7 +58,8 @@ class MergeReport:
 def merge_into(model: Any, report: MergeReport) -> Any:
     """Add the adapter of the PEFT ``model`` to its base in place and return the base, unwrapped.
 
-    Each tensor is computed in float32 and rounded once, to the base's dtype. Nothing is changed before every target is known.
+    Each tensor is computed in float32 and rounded once, to the base's dtype. Nothing is changed
+    before every target is known.
     """
     _refuse_what_no_matrix_holds(model)
     planned = list(_plan(model))
@@ -59,11 +67,17 @@ def merge_into(model: Any, report: MergeReport) -> Any:
         raise AdapterError("the adapter changes no tensor of this base")
     for name, owner, parameter_name, delta, reference in planned:
         weight = getattr(owner, parameter_name)
-        if name.endswith("lm_head.weight") or owner is model.get_base_model().get_output_embeddings():
+        if (
+            name.endswith("lm_head.weight")
+            or owner is model.get_base_model().get_output_embeddings()
+        ):
             weight = _untie(model, owner, report)
         change = delta()
         if change.shape != weight.shape:
-            raise AdapterError(f"{name}: the adapter's product has shape {tuple(change.shape)}, the base {tuple(weight.shape)}")
+            raise AdapterError(
+                f"{name}: the adapter's product has shape {tuple(change.shape)}, the base"
+                f" {tuple(weight.shape)}"
+            )
         merged = weight.float() + change
         report.tensors.append(_describe(name, weight, change, reference() if reference else None))
         weight.copy_(merged.to(weight.dtype))
@@ -75,11 +89,21 @@ def merge_into(model: Any, report: MergeReport) -> Any:
 
 
 def merge_adapter(
-    base_path: str, load: Any, adapter_folder: Path, out: Path, *, dtype: torch.dtype, tokenizer: Any, can_compare: bool,
-    stored: torch.dtype | None = None, revision: str | None = None,
-    pixel_bounds: tuple[int | None, int | None] = (None, None), trust_remote_code: bool = False, base_name: str | None = None,
+    base_path: str,
+    load: Any,
+    adapter_folder: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    can_compare: bool,
+    stored: torch.dtype | None = None,
+    revision: str | None = None,
+    pixel_bounds: tuple[int | None, int | None] = (None, None),
+    trust_remote_code: bool = False,
+    base_name: str | None = None,
     finish: Callable[[Path], None] | None = None,
-) -> MergeReport:  # fmt: skip
+) -> MergeReport:
     """Write base and adapter as one model to ``out``, which plain transformers loads.
 
     Args:
@@ -91,10 +115,12 @@ def merge_adapter(
         trust_remote_code: run code that comes with the model, when its files are read again.
         base_name: what the report calls the base; None is ``base_path``.
         finish: writes whatever else belongs to the folder.
-        can_compare: whether two forms in float32 fit into memory; else each tensor is checked by itself.
+        can_compare: whether two forms in float32 fit into memory; else each tensor is checked by
+            itself.
 
     Raises:
-        AdapterError: the float32 logits of merged and adapter form differ by more than 1e-4 of the largest logit.
+        AdapterError: the float32 logits of merged and adapter form differ by more than 1e-4 of the
+            largest logit.
         CheckpointError: ``out`` exists.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -105,7 +131,10 @@ def merge_adapter(
     probe, rounded_logits = make_probe(model), None
     if not can_compare:
         merged = _cast(merge_into(model, report), dtype)
-        report.check = "both forms do not fit into memory: each tensor was checked against W + s B A by PEFT's own code instead"
+        report.check = (
+            "both forms do not fit into memory: each tensor was checked against W + s B A by PEFT's"
+            " own code instead"
+        )
     else:
         adapter_logits, base_logits = _logits(model, probe), _base_logits(model, probe)
         merged = merge_into(model, report)
@@ -113,27 +142,38 @@ def merge_adapter(
         report.float32_difference = _difference(_logits(merged, probe), adapter_logits)
         if not report.float32_difference <= TOLERANCE * report.largest_logit:
             raise AdapterError(
-                f"merged and adapter form differ by {report.float32_difference:.2e} in float32, more than {TOLERANCE:g} of the "
-                f"largest logit ({report.largest_logit:.2f}); nothing was written"
+                f"merged and adapter form differ by {report.float32_difference:.2e} in float32,"
+                f" more than {TOLERANCE:g} of the largest logit ({report.largest_logit:.2f});"
+                " nothing was written"
             )
         round_parameters(merged, dtype)
         rounded_logits = _logits(merged, probe)
         per_position = (rounded_logits - adapter_logits).abs().amax(dim=-1)
-        report.rounded_difference, report.rounded_median_difference = float(per_position.max()), float(per_position.median())
-        report.base_rounding_difference = _difference(_logits(round_parameters(load("float32"), dtype), probe), base_logits)
+        report.rounded_difference, report.rounded_median_difference = (
+            float(per_position.max()),
+            float(per_position.median()),
+        )
+        report.base_rounding_difference = _difference(
+            _logits(round_parameters(load("float32"), dtype), probe), base_logits
+        )
         _cast(merged, dtype)  # exact: it was rounded already
         report.check = (
-            "logits of merged and adapter form compared in float32, and those of the files, read again, with what was written"
+            "logits of merged and adapter form compared in float32, and those of the files, read"
+            " again, with what was written"
         )
     bad = [tensor.name for tensor in report.tensors if not tensor.largest_error < 1e-4]
     if bad:
-        raise AdapterError(f"these tensors are not W + s B A: {', '.join(bad[:5])}; nothing was written")
+        raise AdapterError(
+            f"these tensors are not W + s B A: {', '.join(bad[:5])}; nothing was written"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(out) as aside, quiet_transformers():
         save_as_hub(merged, aside)
         tokenizer.save_pretrained(aside)
         if getattr(merged.config, "vision_config", None) is not None:
-            copy_processor(resolve_model_path(base_path, revision), aside, pixel_bounds=pixel_bounds)
+            copy_processor(
+                resolve_model_path(base_path, revision), aside, pixel_bounds=pixel_bounds
+            )
         if rounded_logits is not None:
             del merged
             reloaded = load_model(str(aside), trust_remote_code=trust_remote_code)
@@ -144,17 +184,22 @@ def merge_adapter(
     return report
 
 
-def _check_reloaded(reloaded: Any, probe: torch.Tensor, expected: torch.Tensor, report: MergeReport) -> None:
+def _check_reloaded(
+    reloaded: Any, probe: torch.Tensor, expected: torch.Tensor, report: MergeReport
+) -> None:
     """Raise AdapterError where transformers makes of the files other logits than were written."""
     report.reloaded_difference = _difference(_logits(reloaded, probe), expected)
     if not report.reloaded_difference <= TOLERANCE * float(expected.abs().max()):
         raise AdapterError(
-            f"the merged files, read again, give logits that differ by {report.reloaded_difference:.2e}; nothing was written"
+            "the merged files, read again, give logits that differ by"
+            f" {report.reloaded_difference:.2e}; nothing was written"
         )
 
 
 def attach(base: Any, adapter_folder: Path) -> Any:
-    """Return ``base`` with the adapter of ``adapter_folder``, in evaluation mode. Raises AdapterError where it does not fit."""
+    """Return ``base`` with the adapter of ``adapter_folder``, in evaluation mode. Raises
+    AdapterError where it does not fit.
+    """
     import peft
 
     from lorakit.lora.inject import as_expert_config
@@ -166,24 +211,30 @@ def attach(base: Any, adapter_folder: Path) -> Any:
         raise AdapterError(f"{adapter_folder}: {problem}")
     config: Any = peft.PeftConfig.from_pretrained(str(adapter_folder))
     config = as_expert_config(config, base, files.expert_matrices())
-    config.init_lora_weights = True  # the tensors follow; variants that decompose the base would do so for nothing
+    # the tensors follow; variants that decompose the base would do so for nothing
+    config.init_lora_weights = True
     try:
         model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise AdapterError(f"{adapter_folder} does not fit this base: {error}") from error
     for name, parameter in model.named_parameters():
-        if "lora_" in name or "trainable_tokens" in name:  # by name: an adapter for inference is frozen from the start
+        # by name: an adapter for inference is frozen from the start
+        if "lora_" in name or "trainable_tokens" in name:
             parameter.data = parameter.data.float()
     use_token_rows(model)
     load_adapter_state(model, files.tensors(), source=str(adapter_folder))
-    model.peft_config["default"].base_model_name_or_path = files.config.get("base_model_name_or_path")
+    model.peft_config["default"].base_model_name_or_path = files.config.get(
+        "base_model_name_or_path"
+    )
     return model.requires_grad_(False).eval()
 
 
 def make_probe(model: Any, num_rows: int = 2, length: int = 48) -> torch.Tensor:
     """Token ids to compare logits on, (2, 48), always the same."""
     vocab_size = model.config.get_text_config().vocab_size
-    return torch.randint(0, vocab_size, (num_rows, length), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, vocab_size, (num_rows, length), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def _cast(model: Any, dtype: torch.dtype) -> Any:
@@ -204,18 +255,25 @@ def _refuse_what_no_matrix_holds(model: Any) -> None:
     if getattr(config, "bias", "none") != "none":
         extras.append("bias")
     if extras:
-        raise AdapterError(f"the adapter has {', '.join(extras)}, which this merge would drop; merge it with peft's own code")
+        raise AdapterError(
+            f"the adapter has {', '.join(extras)}, which this merge would drop; merge it with"
+            " peft's own code"
+        )
 
 
 def round_parameters(model: Any, dtype: torch.dtype) -> Any:
-    """Round each parameter of a float32 model to what ``dtype`` can hold; it stays float32, and so do rotary tables."""
+    """Round each parameter of a float32 model to what ``dtype`` can hold; it stays float32, and
+    so do rotary tables.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
     return model
 
 
 def _plan(model: Any) -> Iterator[tuple[str, nn.Module, str, Any, Any]]:
-    """Yield (name, module that owns the weight, its name there, what makes s B A in float32, what makes it by PEFT's own code)."""
+    """Yield (name, module that owns the weight, its name there, what makes s B A in float32,
+    what makes it by PEFT's own code).
+    """
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
     from lorakit.lora.experts import ExpertLora
@@ -225,7 +283,9 @@ def _plan(model: Any) -> Iterator[tuple[str, nn.Module, str, Any, Any]]:
     adapter = model.active_adapter
     for name, rows in token_layers(base):
         yield f"{name}.weight", rows.base_layer, "weight", _row_delta(rows, adapter), None
-    layers: list[tuple[str, Any]] = [(name, layer) for name, layer in base.named_modules() if isinstance(layer, LoraLayer)]
+    layers: list[tuple[str, Any]] = [
+        (name, layer) for name, layer in base.named_modules() if isinstance(layer, LoraLayer)
+    ]
     for name, layer in layers:
         if adapter not in layer.lora_A:
             continue
@@ -233,25 +293,54 @@ def _plan(model: Any) -> Iterator[tuple[str, nn.Module, str, Any, Any]]:
         if isinstance(layer, ExpertLora):
             for parameter in layer.adapted_parameters(adapter):
                 delta = functools.partial(layer.delta_weight, adapter, parameter)
-                yield f"{clean}.{parameter}", layer.get_base_layer(), parameter, delta, _peft_delta(layer, adapter, parameter)
+                yield (
+                    f"{clean}.{parameter}",
+                    layer.get_base_layer(),
+                    parameter,
+                    delta,
+                    _peft_delta(layer, adapter, parameter),
+                )
             continue
         reference = functools.partial(layer.get_delta_weight, adapter)
         if getattr(layer, "use_dora", {}).get(adapter):
-            yield f"{clean}.weight", layer.get_base_layer(), "weight", _dora_delta(layer, clean), None
+            yield (
+                f"{clean}.weight",
+                layer.get_base_layer(),
+                "weight",
+                _dora_delta(layer, clean),
+                None,
+            )
         elif isinstance(layer, ParamWrapper):
             owner = layer.get_base_layer()
-            yield f"{clean}.{layer.parameter_name}", owner, layer.parameter_name, _param_delta(layer, adapter, owner), reference
+            yield (
+                f"{clean}.{layer.parameter_name}",
+                owner,
+                layer.parameter_name,
+                _param_delta(layer, adapter, owner),
+                reference,
+            )
         else:
-            yield f"{clean}.weight", layer.get_base_layer(), "weight", _linear_delta(layer, adapter), reference
+            yield (
+                f"{clean}.weight",
+                layer.get_base_layer(),
+                "weight",
+                _linear_delta(layer, adapter),
+                reference,
+            )
 
 
 def _peft_delta(layer: Any, adapter: str, parameter: str) -> Any:
-    """s B A of a stack from the flat form that PEFT reads, by PEFT's own formula (`ParamWrapper.get_delta_weight`)."""
+    """s B A of a stack from the flat form that PEFT reads, by PEFT's own formula
+    (`ParamWrapper.get_delta_weight`).
+    """
 
     def delta() -> torch.Tensor:
         a, b, scale = layer.peft_factors(adapter, parameter)
         num_experts = layer.stack.num_experts
-        b_ORE, a_ERI = b.reshape(b.shape[0], -1, num_experts), a.reshape(num_experts, -1, a.shape[1])
+        b_ORE, a_ERI = (
+            b.reshape(b.shape[0], -1, num_experts),
+            a.reshape(num_experts, -1, a.shape[1]),
+        )
         return layer.stack.as_EOI(torch.einsum("ore,eri->eoi", b_ORE, a_ERI) * scale)
 
     return delta
@@ -271,19 +360,26 @@ def _row_delta(layer: Any, adapter: str) -> Any:
 
 def _linear_delta(layer: Any, adapter: str) -> Any:
     def delta() -> torch.Tensor:
-        product = layer.scaling[adapter] * (layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float())
+        product = layer.scaling[adapter] * (
+            layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()
+        )
         return product.T if layer.fan_in_fan_out else product
 
     return delta
 
 
 def _dora_delta(layer: Any, name: str) -> Any:
-    """DoRA rescales rows of W + s B A, so the change is PEFT's own merge of a copy, less the weight."""
+    """DoRA rescales rows of W + s B A, so the change is PEFT's own merge of a copy, less the
+    weight.
+    """
 
     def delta() -> torch.Tensor:
         weight = layer.get_base_layer().weight
         if weight.dtype != torch.float32:
-            raise AdapterError(f"{name} is a DoRA layer, which is merged in float32 only; this base does not fit in it")
+            raise AdapterError(
+                f"{name} is a DoRA layer, which is merged in float32 only; this base does not fit"
+                " in it"
+            )
         before = weight.clone()
         layer.merge()
         merged = weight.clone()
@@ -301,7 +397,9 @@ def _param_delta(layer: Any, adapter: str, owner: nn.Module) -> Any:
         if weight.ndim == 2:
             return layer.scaling[adapter] * (b @ a)
         num_experts = weight.shape[0]
-        product = layer.scaling[adapter] * torch.bmm(split_b(b, num_experts), split_a(a, num_experts))
+        product = layer.scaling[adapter] * torch.bmm(
+            split_b(b, num_experts), split_a(a, num_experts)
+        )
         # By what the family says, never by shape: a square stack would be left the wrong way round.
         return product.transpose(1, 2) if getattr(owner, "is_transposed", False) else product
 
@@ -316,12 +414,15 @@ def _untie(model: Any, head: Any, report: MergeReport) -> torch.Tensor:
     return head.weight
 
 
-def _describe(name: str, weight: torch.Tensor, change: torch.Tensor, reference: torch.Tensor | None) -> MergedTensor:
+def _describe(
+    name: str, weight: torch.Tensor, change: torch.Tensor, reference: torch.Tensor | None
+) -> MergedTensor:
     error = 0.0
     if reference is not None:
         scale = reference.abs().max().clamp(min=1e-30)
         expected = reference.float().reshape(change.shape)
-        rounding = torch.finfo(reference.dtype).eps * expected.abs()  # PEFT rounds its product to the base's dtype
+        # PEFT rounds its product to the base's dtype
+        rounding = torch.finfo(reference.dtype).eps * expected.abs()
         error = float(((change - expected).abs() - rounding).max().clamp(min=0) / scale)
     norm = float(weight.float().norm())
     return MergedTensor(name, tuple(weight.shape), float(change.norm()) / max(norm, 1e-30), error)

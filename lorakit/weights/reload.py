@@ -1,4 +1,6 @@
-"""Whether what was exported is what was trained: read again by the program it is for, or, where that cannot run, held to its layout."""
+"""Whether what was exported is what was trained: read again by the program it is for, or, where
+that cannot run, held to its layout.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,19 @@ _EXPERT = re.compile(r"(?P<module>.+\.experts)\.\d+\.(?P<matrix>\w+)")
 
 
 @torch.no_grad()
-def reload_in_peft(base: Any, trained: Path, exported: Path, *, dtype: torch.dtype) -> tuple[float, float]:
-    """Return the largest difference between the logits of plain PEFT with the folder ``exported`` and lorakit's with ``trained``, and
-    the largest logit.
+def reload_in_peft(
+    base: Any, trained: Path, exported: Path, *, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Return the largest difference between the logits of plain PEFT with the folder ``exported``
+    and lorakit's with ``trained``, and the largest logit.
 
     Args:
         base: in float32; its own parameters are left as they were.
         dtype: to which the exported factors were rounded, as the trained ones then are.
 
     Raises:
-        AdapterError: they differ by more than 1e-4 of the largest logit, or PEFT refuses the folder.
+        AdapterError: they differ by more than 1e-4 of the largest logit, or PEFT refuses the
+            folder.
     """
     import peft
 
@@ -48,20 +53,23 @@ def reload_in_peft(base: Any, trained: Path, exported: Path, *, dtype: torch.dty
     difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
     if not difference <= TOLERANCE * largest:
         raise AdapterError(
-            f"what plain PEFT makes of the export differs by {difference:.2e} from what was trained, more than {TOLERANCE:g} of the "
-            f"largest logit ({largest:.2f}); nothing was written"
+            f"what plain PEFT makes of the export differs by {difference:.2e} from what was"
+            f" trained, more than {TOLERANCE:g} of the largest logit ({largest:.2f}); nothing was"
+            " written"
         )
     return difference, largest
 
 
 def check_layout(folder: Path, model: Any) -> int:
-    """Return the number of matrices that the adapter in ``folder`` adapts, each held to the shape of its matrix in ``model``.
+    """Return the number of matrices that the adapter in ``folder`` adapts, each held to the shape
+    of its matrix in ``model``.
 
     Args:
         model: the base, which may lie on the meta device.
 
     Raises:
-        AdapterError: a factor of no matrix, without its partner, in another shape, or of some experts only.
+        AdapterError: a factor of no matrix, without its partner, in another shape, or of some
+            experts only.
     """
     with safe_open(folder / TENSOR_FILE, "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
@@ -89,7 +97,9 @@ def check_layout(folder: Path, model: Any) -> int:
 
 
 def _matrices(model: Any) -> dict[str, tuple[int, int, int]]:
-    """(out, in, how many share the factors' rank) of each matrix by the names that a file may have for it."""
+    """(out, in, how many share the factors' rank) of each matrix by the names that a file may
+    have for it.
+    """
     found = {}
     for target in find_targets(model):
         module = model.get_submodule(target.module)
@@ -99,11 +109,18 @@ def _matrices(model: Any) -> dict[str, tuple[int, int, int]]:
         width, inner = stack.in_features(stack.first), stack.in_features(stack.second)
         found[f"{module}.base_layer"] = (stack.out_features(stack.first), width, stack.num_experts)
         found[module] = (stack.out_features(stack.second), inner, stack.num_experts)
-        names = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+        names = {
+            "gate_proj": (inner, width),
+            "up_proj": (inner, width),
+            "down_proj": (width, inner),
+        }
         other = f"{module.removesuffix('.mlp.experts')}.block_sparse_moe.experts"
         for expert in range(stack.num_experts):
             found |= {f"{module}.{expert}.{name}": (*size, 1) for name, size in names.items()}
-            found |= {f"{other}.{expert}.{theirs}": (*names[ours], 1) for theirs, ours in TINKER_LEAVES.items()}
+            found |= {
+                f"{other}.{expert}.{theirs}": (*names[ours], 1)
+                for theirs, ours in TINKER_LEAVES.items()
+            }
     return found
 
 
@@ -115,8 +132,11 @@ def _find_missing_experts(pairs: dict[str, dict[str, Shape]], model: Any) -> lis
             key = match["module"], match["matrix"]
             seen[key] = seen.get(key, 0) + 1
     num_experts = max((stack.num_experts for _, stack in expert_stacks(model)), default=0)
-    return [f"{module}: {count} of {num_experts} experts have an adapter on {matrix}" for (module, matrix), count in seen.items()
-            if count != num_experts]  # fmt: skip
+    return [
+        f"{module}: {count} of {num_experts} experts have an adapter on {matrix}"
+        for (module, matrix), count in seen.items()
+        if count != num_experts
+    ]
 
 
 def _logits(model: Any, probe: torch.Tensor) -> torch.Tensor:

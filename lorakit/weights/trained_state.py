@@ -1,4 +1,6 @@
-"""A saved state of the service: a PEFT adapter folder in float32, with the optimiser's tensors beside it where training can go on."""
+"""A saved state of the service: a PEFT adapter folder in float32, with the optimiser's tensors
+beside it where training can go on.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,17 @@ class SavedState:
 
 
 def save_trained_state(
-    folder: Path, layout: AdapterLayout, vector: torch.Tensor, optimizer_state: Mapping[str, torch.Tensor] | None,
+    folder: Path,
+    layout: AdapterLayout,
+    vector: torch.Tensor,
+    optimizer_state: Mapping[str, torch.Tensor] | None,
     facts: dict[str, Any],
-) -> int:  # fmt: skip
+) -> int:
     """Write the folder, whole or not at all, and return its bytes. Raises OSError.
 
     Args:
-        optimizer_state: vectors laid out as the adapter, and single numbers; None leaves the optimiser out.
+        optimizer_state: vectors laid out as the adapter, and single numbers; None leaves the
+            optimiser out.
     """
     with whole_folder(folder) as aside:
         write_adapter(layout.file_tensors(vector), layout.peft_config, aside)
@@ -48,7 +54,10 @@ def save_trained_state(
             for name, tensor in optimizer_state.items():
                 if tensor.shape == vector.shape:
                     found = layout.file_tensors(tensor)
-                    tensors |= {f"{name}/{part}": value.to("cpu").contiguous().clone() for part, value in found.items()}
+                    tensors |= {
+                        f"{name}/{part}": value.to("cpu").contiguous().clone()
+                        for part, value in found.items()
+                    }
                 else:
                     tensors[name] = tensor.to("cpu").clone()
             try:
@@ -60,7 +69,9 @@ def save_trained_state(
 
 
 def open_trained_state(folder: Path) -> SavedState:
-    """Read what lies in ``folder``, which may be any PEFT adapter. Raises AdapterError, CheckpointError."""
+    """Read what lies in ``folder``, which may be any PEFT adapter. Raises AdapterError,
+    CheckpointError.
+    """
     adapter, path = AdapterFiles.open(folder), folder / STATE_FILE
     try:
         facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -70,10 +81,15 @@ def open_trained_state(folder: Path) -> SavedState:
 
 
 def read_optimizer(state: SavedState, layout: AdapterLayout) -> dict[str, torch.Tensor]:
-    """Return the optimiser's state as it was saved. Raises CheckpointError where there is none, or it is torn."""
+    """Return the optimiser's state as it was saved. Raises CheckpointError where there is none,
+    or it is torn.
+    """
     path = state.adapter.folder / OPTIMIZER_FILE
     if not state.has_optimizer:
-        raise CheckpointError(f"{state.adapter.folder} has no optimiser state: load it without, or from what save_state wrote")
+        raise CheckpointError(
+            f"{state.adapter.folder} has no optimiser state: load it without, or from what"
+            " save_state wrote"
+        )
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -85,4 +101,7 @@ def read_optimizer(state: SavedState, layout: AdapterLayout) -> dict[str, torch.
             vectors.setdefault(kind, {})[part] = tensor
         else:
             found[kind] = tensor
-    return found | {kind: layout.from_file_tensors(parts, source=f"{path}: {kind}") for kind, parts in vectors.items()}
+    return found | {
+        kind: layout.from_file_tensors(parts, source=f"{path}: {kind}")
+        for kind, parts in vectors.items()
+    }

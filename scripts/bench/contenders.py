@@ -1,6 +1,8 @@
-"""What is compared: each builder makes its model once and returns a function that does one step's work and returns a number.
+"""What is compared: each builder makes its model once and returns a function that does one step's
+work and returns a number.
 
-All contenders of a row get the same weights, dtype, tokens and trainable parameters, made from the same seed.
+All contenders of a row get the same weights, dtype, tokens and trainable parameters, made from the
+same seed.
 """
 
 from __future__ import annotations
@@ -28,14 +30,21 @@ def expert_layer(
     top_k: int = 8,
     rank: int = 16,
 ) -> Run:
-    """One layer of experts, forward and backward, with gradients to tokens, router weights and adapter.
+    """One layer of experts, forward and backward, with gradients to tokens, router weights and
+    adapter.
 
-    ``who``: frozen (transformers, no adapter), peft (target_parameters), lorakit, lorakit_shared (shared_outer).
+    ``who``: frozen (transformers, no adapter), peft (target_parameters), lorakit, lorakit_shared
+    (shared_outer).
     """
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-    config = Qwen3MoeConfig(hidden_size=hidden, moe_intermediate_size=width, num_experts=experts, num_experts_per_tok=top_k)
+    config = Qwen3MoeConfig(
+        hidden_size=hidden,
+        moe_intermediate_size=width,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+    )
     config._experts_implementation = "grouped_mm"
     torch.manual_seed(SEED)
     model: Any = _Holder(Qwen3MoeExperts(config))
@@ -48,13 +57,17 @@ def expert_layer(
     gradient = torch.randn(tokens, hidden).to(getattr(torch, dtype))
     if who == "peft":
         names = ["experts.gate_up_proj", "experts.down_proj"]
-        model = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=[], target_parameters=names))
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=rank, target_modules=[], target_parameters=names)
+        )
     elif who.startswith("lorakit"):
         from lorakit.lora.experts import ExpertLoraConfig
 
         layout = "shared_outer" if who.endswith("shared") else "per_expert"
         names = ["experts.gate_up_proj", "experts.down_proj"]
-        settings = ExpertLoraConfig(r=rank, target_modules=["experts"], expert_parameters=names, expert_layout=layout)
+        settings = ExpertLoraConfig(
+            r=rank, target_modules=["experts"], expert_parameters=names, expert_layout=layout
+        )
         settings.register(model)
         model = peft.get_peft_model(model, settings)
 
@@ -78,11 +91,19 @@ class _Holder(nn.Module):
 
 
 def head(
-    *, who: str, tokens: int = 2048, vocab: int = 151_936, hidden: int = 1024, dtype: str = "float32", share: float = 1.0
+    *,
+    who: str,
+    tokens: int = 2048,
+    vocab: int = 151_936,
+    hidden: int = 1024,
+    dtype: str = "float32",
+    share: float = 1.0,
 ) -> Run:
-    """Loss and gradient of the hidden states under a frozen unembedding. ``share`` of the tokens is trained.
+    """Loss and gradient of the hidden states under a frozen unembedding. ``share`` of the tokens is
+    trained.
 
-    ``who``: full (all logits in float32, as transformers' own loss), trl (TRL's chunked loss), lorakit.
+    ``who``: full (all logits in float32, as transformers' own loss), trl (TRL's chunked loss),
+    lorakit.
     """
     torch.manual_seed(SEED)
     weight = (torch.randn(vocab, hidden) * 0.02).to(getattr(torch, dtype))
@@ -103,7 +124,9 @@ def head(
     def tiles() -> torch.Tensor:
         from trl.kernels import ChunkedLogProbFunction
 
-        logprobs = ChunkedLogProbFunction.apply(states[trained], weight, None, targets[trained], 1.0, 4096, None, 1.0, ())
+        logprobs = ChunkedLogProbFunction.apply(
+            states[trained], weight, None, targets[trained], 1.0, 4096, None, 1.0, ()
+        )
         return -logprobs[0].sum()
 
     if who == "trl":
@@ -120,18 +143,33 @@ def head(
 
 
 def whole_step(
-    *, who: str, model: str, share: float = 1.0, dtype: str = "float32", rows: int = 4, length: int = 512, rank: int = 16,
+    *,
+    who: str,
+    model: str,
+    share: float = 1.0,
+    dtype: str = "float32",
+    rows: int = 4,
+    length: int = 512,
+    rank: int = 16,
     **options: int,
-) -> Run:  # fmt: skip
-    """A training step on ``rows`` x ``length`` tokens: forward, loss, backward, AdamW, of an adapter on all matrices.
+) -> Run:
+    """A training step on ``rows`` x ``length`` tokens: forward, loss, backward, AdamW, of an
+    adapter on all matrices.
 
-    ``model``: moe (91 M parameters) or dense. ``who``: trl (TRL's SFTTrainer with PEFT), lorakit, frozen (the base alone), mask
-    (lorakit with transformers' mask over all pairs of positions). ``options``: ``document``, the length of what rows are packed from.
+    ``model``: moe (91 M parameters) or dense. ``who``: trl (TRL's SFTTrainer with PEFT), lorakit,
+    frozen (the base alone), mask (lorakit with transformers' mask over all pairs of positions).
+    ``options``: ``document``, the length of what rows are packed from.
     """
     import steps
 
     data = steps.make_rows(rows, length, share)
-    return steps.BUILDERS[who](steps.make_model(model, getattr(torch, dtype)), data, rank, **options)
+    return steps.BUILDERS[who](
+        steps.make_model(model, getattr(torch, dtype)), data, rank, **options
+    )
 
 
-BUILDERS: dict[str, Callable[..., Run]] = {"expert_layer": expert_layer, "head": head, "whole_step": whole_step}
+BUILDERS: dict[str, Callable[..., Run]] = {
+    "expert_layer": expert_layer,
+    "head": head,
+    "whole_step": whole_step,
+}

@@ -1,14 +1,17 @@
-"""Several processes beside as many runs of one on the same cores at the same time; and how long rows can be when they are shared.
+"""Several processes beside as many runs of one on the same cores at the same time; and how long
+rows can be when they are shared.
 
-    python scripts/bench/several.py [--ranks 1 2 4] [--strategies ddp zero1 zero2 zero3] [--out FILE]
-    python scripts/bench/several.py --sequence [--budget-mb 2500]
+    python scripts/bench/several.py [--ranks 1 2 4] [--strategies ddp zero1 zero2 zero3] [--out
+    FILE] python scripts/bench/several.py --sequence [--budget-mb 2500]
 
-Weak scaling: each process has so many rows, whatever their number, and one thread. N joined processes are compared with N that know
-nothing of one another and run at the same time, so that both have the same cores, caches and memory bus. What a process sends is
-what the system counts as written by it between two steps; time to the first step is what the run reports.
+Weak scaling: each process has so many rows, whatever their number, and one thread. N joined
+processes are compared with N that know nothing of one another and run at the same time, so that
+both have the same cores, caches and memory bus. What a process sends is what the system counts as
+written by it between two steps; time to the first step is what the run reports.
 
-Longest rows: the largest number of positions, in steps of 256, whose run stays within the budget of resident memory in each process
-(libraries, 0.4 GB of base and all), where one, two or four processes share each row.
+Longest rows: the largest number of positions, in steps of 256, whose run stays within the budget of
+resident memory in each process (libraries, 0.4 GB of base and all), where one, two or four
+processes share each row.
 """
 
 from __future__ import annotations
@@ -38,9 +41,16 @@ from lorakit.model.load import BUNDLED
 
 STEPS, ROWS, LENGTH = 9, 4, 256
 SKIPPED = 3  # steps that warm up
-EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}  # what is freed goes back at once
+# what is freed goes back at once
+EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 SETTINGS = (
-    *(f"data.batch_size={ROWS}", "data.max_tokens=257", "data.epochs=null", f"trainer.max_steps={STEPS}", "trainer.threads=1"),
+    *(
+        f"data.batch_size={ROWS}",
+        "data.max_tokens=257",
+        "data.epochs=null",
+        f"trainer.max_steps={STEPS}",
+        "trainer.threads=1",
+    ),
     *(
         "trainer.accelerator=cpu",
         "trainer.precision=32-true",
@@ -48,7 +58,13 @@ SETTINGS = (
         "logger=none",
         "checkpoint.every_steps=0",
     ),
-    *("lora.rank=16", "lora.alpha=16", "data.check_token_rows=50", "optim.lr=1e-4", "data.shuffle=false"),
+    *(
+        "lora.rank=16",
+        "lora.alpha=16",
+        "data.check_token_rows=50",
+        "optim.lr=1e-4",
+        "data.shuffle=false",
+    ),
 )
 
 
@@ -56,14 +72,27 @@ def start(folder: Path, name: str, *arguments: str, **variables: str) -> subproc
     """Start a run of the real program, with ``variables`` in its environment."""
     given = {text.partition("=")[0] for text in arguments}
     settings = [text for text in SETTINGS if text.partition("=")[0] not in given]
-    command = [sys.executable, "-m", "lorakit", "train", *settings, f"run={name}", "model.path=model", "data.path=rows.jsonl"]
+    command = [
+        sys.executable,
+        "-m",
+        "lorakit",
+        "train",
+        *settings,
+        f"run={name}",
+        "model.path=model",
+        "data.path=rows.jsonl",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
     log = (folder / f"{name}.log").open("wb")
-    return subprocess.Popen([*command, *arguments], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [*command, *arguments], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+    )
 
 
 def prepare(folder: Path, model_name: str, length: int, count: int) -> int:
-    """Write a model with random weights, and rows of tokens; returns the bytes of the base in float32."""
+    """Write a model with random weights, and rows of tokens; returns the bytes of the base in
+    float32.
+    """
     model = steps.make_model(model_name, torch.float32)
     model.save_pretrained(folder / "model")
     transformers.AutoTokenizer.from_pretrained(BUNDLED["tiny"]).save_pretrained(folder / "model")
@@ -81,7 +110,11 @@ def write_rows(folder: Path, length: int, count: int) -> None:
 
 def history_of(folder: Path, name: str) -> list[dict[str, Any]]:
     path = folder / "runs" / name / "history.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        if path.exists()
+        else []
+    )
 
 
 def measure_sent(folder: Path, name: str, process: subprocess.Popen[bytes]) -> float | None:
@@ -91,7 +124,11 @@ def measure_sent(folder: Path, name: str, process: subprocess.Popen[bytes]) -> f
     while process.poll() is None:
         done = len(history_of(folder, name))
         if done and worker is None:
-            workers = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "0"]
+            workers = [
+                p
+                for p in psutil.Process(process.pid).children(recursive=True)
+                if p.environ().get("RANK") == "0"
+            ]
             worker = max(workers, key=lambda p: p.memory_info().rss, default=None)
         if worker is not None and done >= SKIPPED and (not looks or looks[-1][0] != done):
             try:
@@ -111,7 +148,9 @@ def speed_of(folder: Path, name: str) -> float:
     return statistics.median(record["speed/tokens_per_second"] for record in records[SKIPPED:])
 
 
-def scale(folder: Path, ranks: list[int], strategies: list[str], rounds: int) -> list[dict[str, Any]]:
+def scale(
+    folder: Path, ranks: list[int], strategies: list[str], rounds: int
+) -> list[dict[str, Any]]:
     """Measure joined and separate runs in turn."""
     found = []
     for world in ranks:
@@ -120,7 +159,9 @@ def scale(folder: Path, ranks: list[int], strategies: list[str], rounds: int) ->
             for number in range(rounds):
                 names = [f"alone-{world}-{strategy}-{number}-{rank}" for rank in range(world)]
                 for process in [start(folder, name) for name in names]:
-                    assert process.wait() == 0, [(folder / f"{name}.log").read_text()[-1000:] for name in names]
+                    assert process.wait() == 0, [
+                        (folder / f"{name}.log").read_text()[-1000:] for name in names
+                    ]
                 separate = sum(speed_of(folder, name) for name in names)
                 name = f"joined-{world}-{strategy}-{number}"
                 joined = start(folder, name, f"trainer.devices={world}", f"strategy={strategy}")
@@ -129,21 +170,34 @@ def scale(folder: Path, ranks: list[int], strategies: list[str], rounds: int) ->
                 ratios.append(speed_of(folder, name) / separate)
                 together.append(speed_of(folder, name))
                 alone.append(separate)
-                first.append(json.loads((folder / "runs" / name / "run.json").read_text())["first_step_seconds"])
+                first.append(
+                    json.loads((folder / "runs" / name / "run.json").read_text())[
+                        "first_step_seconds"
+                    ]
+                )
                 shutil.rmtree(folder / "runs")
             counted = [value for value in sent if value is not None]
-            found.append({
-                "processes": world, "strategy": strategy, "efficiency": ratios, "joined_tokens_per_second": together,
-                "separate_tokens_per_second": alone, "first_step_seconds": first,
-                "sent_bytes_per_step": statistics.median(counted) if counted else None,
-            })  # fmt: skip
+            found.append(
+                {
+                    "processes": world,
+                    "strategy": strategy,
+                    "efficiency": ratios,
+                    "joined_tokens_per_second": together,
+                    "separate_tokens_per_second": alone,
+                    "first_step_seconds": first,
+                    "sent_bytes_per_step": statistics.median(counted) if counted else None,
+                }
+            )
             print(json.dumps(found[-1]), flush=True)
     return found
 
 
 def show_scaling(found: list[dict[str, Any]], base_bytes: int) -> None:
     table = Table(
-        title=f"weak scaling: {ROWS} rows of {LENGTH} tokens in each process, base {base_bytes / 1e6:.0f} MB, one thread each"
+        title=(
+            f"weak scaling: {ROWS} rows of {LENGTH} tokens in each process, base"
+            f" {base_bytes / 1e6:.0f} MB, one thread each"
+        )
     )
     for head in (
         "processes",
@@ -157,25 +211,47 @@ def show_scaling(found: list[dict[str, Any]], base_bytes: int) -> None:
         table.add_column(head, justify="right")
     for row in found:
         spread = max(row["efficiency"]) - min(row["efficiency"])
-        sent = "" if row["sent_bytes_per_step"] is None else f"{row['sent_bytes_per_step'] / 1e6:.1f} MB"
+        sent = (
+            ""
+            if row["sent_bytes_per_step"] is None
+            else f"{row['sent_bytes_per_step'] / 1e6:.1f} MB"
+        )
         table.add_row(
-            str(row["processes"]), row["strategy"], f"{statistics.median(row['joined_tokens_per_second']):,.0f}",
+            str(row["processes"]),
+            row["strategy"],
+            f"{statistics.median(row['joined_tokens_per_second']):,.0f}",
             f"{statistics.median(row['separate_tokens_per_second']):,.0f}",
-            f"{statistics.median(row['efficiency']):.2f} ({spread:.2f})", sent, f"{statistics.median(row['first_step_seconds']):.1f} s",
-        )  # fmt: skip
+            f"{statistics.median(row['efficiency']):.2f} ({spread:.2f})",
+            sent,
+            f"{statistics.median(row['first_step_seconds']):.1f} s",
+        )
     Console(width=140).print(table)
 
 
 def peak_of(folder: Path, length: int, parts: int) -> tuple[float, float]:
-    """Return (most resident MiB of a process, seconds of the run) for one step on a row of ``length`` positions."""
+    """Return (most resident MiB of a process, seconds of the run) for one step on a row of
+    ``length`` positions.
+    """
     write_rows(folder, length, 4)
-    sizes = (f"data.max_tokens={length + 1}", "data.batch_size=1", "trainer.max_steps=1", "plan.enforce=false")
-    shared = ("strategy=ddp", f"strategy.sequence_parallel={parts}") if parts > 1 else ("strategy=single",)
+    sizes = (
+        f"data.max_tokens={length + 1}",
+        "data.batch_size=1",
+        "trainer.max_steps=1",
+        "plan.enforce=false",
+    )
+    shared = (
+        ("strategy=ddp", f"strategy.sequence_parallel={parts}")
+        if parts > 1
+        else ("strategy=single",)
+    )
     process = start(folder, "long", *sizes, *shared, f"trainer.devices={parts}", **EXACT_MEMORY)
     begun, peaks = time.monotonic(), {0: 0.0}
     while process.poll() is None:
         with contextlib.suppress(psutil.Error, OSError):  # one that ends meanwhile
-            for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            for one in [
+                psutil.Process(process.pid),
+                *psutil.Process(process.pid).children(recursive=True),
+            ]:
                 status = Path(f"/proc/{one.pid}/status").read_text()
                 if "VmHWM:" in status:  # not where it has ended
                     peaks[one.pid] = int(status.partition("VmHWM:")[2].split()[0]) / 1024
@@ -193,7 +269,11 @@ def find_longest(folder: Path, budget_mb: float) -> list[dict[str, Any]]:
 
         def fits(blocks: int, parts: int = parts, peaks: dict[int, float] = peaks) -> bool:
             peaks[blocks * 256], seconds = peak_of(folder, blocks * 256, parts)
-            print(f"{parts} processes, {blocks * 256} positions: {peaks[blocks * 256]:.0f} MiB, {seconds:.0f} s", flush=True)
+            print(
+                f"{parts} processes, {blocks * 256} positions: {peaks[blocks * 256]:.0f} MiB,"
+                f" {seconds:.0f} s",
+                flush=True,
+            )
             return peaks[blocks * 256] <= budget_mb
 
         high = 2 * low
@@ -202,18 +282,29 @@ def find_longest(folder: Path, budget_mb: float) -> list[dict[str, Any]]:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
-        found.append({"processes": parts, "positions": low * 256, "megabytes": peaks.get(low * 256), "tried": peaks})
+        found.append(
+            {
+                "processes": parts,
+                "positions": low * 256,
+                "megabytes": peaks.get(low * 256),
+                "tried": peaks,
+            }
+        )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--strategies", nargs="+", default=["ddp", "zero1", "zero2", "zero3"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file of all figures")
     parser.add_argument("--sequence", action="store_true", help="measure the longest row instead")
-    parser.add_argument("--budget-mb", type=float, default=2500, help="resident memory of a process, in MiB")
+    parser.add_argument(
+        "--budget-mb", type=float, default=2500, help="resident memory of a process, in MiB"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,4 +1,6 @@
-"""Whole training steps: lorakit's, and TRL's SFTTrainer with PEFT, on the same model, rows and adapter."""
+"""Whole training steps: lorakit's, and TRL's SFTTrainer with PEFT, on the same model, rows and
+adapter.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,35 @@ import peft
 import torch
 import transformers
 
-_COMMON: dict[str, Any] = {"vocab_size": 32_000, "tie_word_embeddings": True, "max_position_embeddings": 2048}
+_COMMON: dict[str, Any] = {
+    "vocab_size": 32_000,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 2048,
+}
 _CONFIGS: dict[str, Callable[[], Any]] = {
     "moe": lambda: transformers.Qwen3MoeConfig(
-        hidden_size=384, moe_intermediate_size=256, intermediate_size=1024, num_hidden_layers=8, num_experts=32,
-        num_experts_per_tok=4, num_attention_heads=6, num_key_value_heads=2, head_dim=64, norm_topk_prob=True, **_COMMON,
+        hidden_size=384,
+        moe_intermediate_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_experts=32,
+        num_experts_per_tok=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        norm_topk_prob=True,
+        **_COMMON,
     ),
     "dense": lambda: transformers.Qwen3Config(
-        hidden_size=768, intermediate_size=2304, num_hidden_layers=10, num_attention_heads=12, num_key_value_heads=4,
-        head_dim=64, **_COMMON,
+        hidden_size=768,
+        intermediate_size=2304,
+        num_hidden_layers=10,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        head_dim=64,
+        **_COMMON,
     ),
-}  # fmt: skip
+}
 
 
 def make_model(name: str, dtype: torch.dtype) -> Any:
@@ -32,53 +52,88 @@ def make_model(name: str, dtype: torch.dtype) -> Any:
 
 
 def make_rows(rows: int, length: int, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and which of them are trained (the last ``share`` of each row), both (rows, length)."""
+    """Token ids and which of them are trained (the last ``share`` of each row), both (rows,
+    length).
+    """
     tokens = torch.randint(3, 32_000, (rows, length), generator=torch.Generator().manual_seed(1))
     trained = torch.arange(length).expand(rows, -1) >= length - round(share * length)
     return tokens, trained
 
 
 def build_lorakit(
-    model: Any, data: tuple[torch.Tensor, torch.Tensor], rank: int, document: int | None = None, *, by_document: bool = True
+    model: Any,
+    data: tuple[torch.Tensor, torch.Tensor],
+    rank: int,
+    document: int | None = None,
+    *,
+    by_document: bool = True,
 ) -> Callable[[], float]:
-    """lorakit: its injection, its loss, its clipping. Rows may be packed, of documents of ``document`` tokens."""
+    """lorakit: its injection, its loss, its clipping. Rows may be packed, of documents of
+    ``document`` tokens.
+    """
     from lorakit.data.collate import collate
     from lorakit.data.datum import make_datum
     from lorakit.lora.inject import inject
     from lorakit.lora.spec import LoRASpec
     from lorakit.model.attention import attend_by_document
 
-    wrapped = _same_start(inject(model.requires_grad_(False), LoRASpec(rank=rank, alpha=rank, experts="auto", mlp="auto")))
+    wrapped = _same_start(
+        inject(
+            model.requires_grad_(False), LoRASpec(rank=rank, alpha=rank, experts="auto", mlp="auto")
+        )
+    )
     wrapped.train()
     if by_document and (problem := attend_by_document(wrapped.get_base_model())):
         raise RuntimeError(problem)
     size = document or data[0].shape[1]
     rows = [
-        [make_datum(t.tolist(), w.float().tolist()) for t, w in zip(tokens.split(size), trained.split(size), strict=True)]
+        [
+            make_datum(t.tolist(), w.float().tolist())
+            for t, w in zip(tokens.split(size), trained.split(size), strict=True)
+        ]
         for tokens, trained in zip(*data, strict=True)
     ]
     batch = collate(rows, 0)
     return gpu.build_step(wrapped, batch)
 
 
-def build_trl(model: Any, data: tuple[torch.Tensor, torch.Tensor], rank: int) -> Callable[[], float]:
+def build_trl(
+    model: Any, data: tuple[torch.Tensor, torch.Tensor], rank: int
+) -> Callable[[], float]:
     """TRL's SFTTrainer: its collator, its ``training_step``, its optimiser."""
     import datasets
     import trl
 
     is_moe = hasattr(model.config, "num_experts")
-    modules = ["q_proj", "k_proj", "v_proj", "o_proj"] + ([] if is_moe else ["gate_proj", "up_proj", "down_proj"])
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj"] + (
+        [] if is_moe else ["gate_proj", "up_proj", "down_proj"]
+    )
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if is_moe else None
     config = peft.LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=modules, target_parameters=parameters, task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=rank,
+        target_modules=modules,
+        target_parameters=parameters,
+        task_type="CAUSAL_LM",
     )
     tokens, trained = data
     rows = {"input_ids": tokens.tolist(), "labels": torch.where(trained, tokens, -100).tolist()}
     arguments = trl.SFTConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(tokens), use_cpu=True, bf16=False, max_length=None,
-        learning_rate=gpu.LR, lr_scheduler_type="constant", report_to="none", gradient_checkpointing=False, router_aux_loss_coef=0.0,
-        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, completion_only_loss=True, max_grad_norm=1.0,
-    )  # fmt: skip
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=len(tokens),
+        use_cpu=True,
+        bf16=False,
+        max_length=None,
+        learning_rate=gpu.LR,
+        lr_scheduler_type="constant",
+        report_to="none",
+        gradient_checkpointing=False,
+        router_aux_loss_coef=0.0,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        completion_only_loss=True,
+        max_grad_norm=1.0,
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(_any_tokenizer())
     trainer = trl.SFTTrainer(
         model=model,
@@ -102,8 +157,11 @@ def build_trl(model: Any, data: tuple[torch.Tensor, torch.Tensor], rank: int) ->
     return run
 
 
-def build_frozen(model: Any, data: tuple[torch.Tensor, torch.Tensor], rank: int) -> Callable[[], float]:
-    """The base without an adapter: forward, transformers' own loss, and back to what the embeddings give.
+def build_frozen(
+    model: Any, data: tuple[torch.Tensor, torch.Tensor], rank: int
+) -> Callable[[], float]:
+    """The base without an adapter: forward, transformers' own loss, and back to what the embeddings
+    give.
 
     Nothing is trained, and all positions have logits, whatever share of them counts.
     """
@@ -128,14 +186,21 @@ def _any_tokenizer() -> str:
 
 
 def _same_start(wrapped: Any) -> Any:
-    """Give A a constant pattern and leave B at zero, so that every contender starts and goes on alike."""
+    """Give A a constant pattern and leave B at zero, so that every contender starts and goes on
+    alike.
+    """
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_A" in name and parameter.requires_grad:
-                parameter.copy_(torch.linspace(-0.05, 0.05, parameter.shape[-1]).expand_as(parameter))
+                parameter.copy_(
+                    torch.linspace(-0.05, 0.05, parameter.shape[-1]).expand_as(parameter)
+                )
     return wrapped
 
 
 BUILDERS = {
-    "lorakit": build_lorakit, "mask": functools.partial(build_lorakit, by_document=False), "trl": build_trl, "frozen": build_frozen,
-}  # fmt: skip
+    "lorakit": build_lorakit,
+    "mask": functools.partial(build_lorakit, by_document=False),
+    "trl": build_trl,
+    "frozen": build_frozen,
+}

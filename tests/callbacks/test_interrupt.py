@@ -10,7 +10,15 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from tiny_models import Loader, adamw, make_batches, make_datums, make_model, make_trainer, trainable
+from tiny_models import (
+    Loader,
+    adamw,
+    make_batches,
+    make_datums,
+    make_model,
+    make_trainer,
+    trainable,
+)
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.lora.inject import inject
@@ -21,7 +29,9 @@ from lorakit.weights.checkpoint import list_checkpoints
 
 @pytest.fixture(autouse=True)
 def python_handles_ctrl_c() -> Iterator[None]:
-    """A shell starts what it puts into the background with SIGINT ignored; here Python's own handler stands."""
+    """A shell starts what it puts into the background with SIGINT ignored; here Python's own
+    handler stands.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -33,16 +43,22 @@ class Press(L.Callback):
     def __init__(self, times: int, signum: int = signal.SIGINT) -> None:
         self.times, self.signum = times, signum
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == 2:
             for _ in range(self.times):
                 signal.raise_signal(self.signum)
 
 
-def fit(folder: Path, times: int, signum: int = signal.SIGINT) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+def fit(
+    folder: Path, times: int, signum: int = signal.SIGINT
+) -> tuple[Any, Any, dict[str, torch.Tensor]]:
     checkpoint = AdapterCheckpoint(folder / "checkpoints", every_steps=0)
     module = LoRAModule(lambda: inject(make_model("llama"), LoRASpec(rank=4)), optimizer=adamw())
-    trainer = make_trainer(folder, callbacks=[Press(times, signum), checkpoint], accumulate_grad_batches=2)
+    trainer = make_trainer(
+        folder, callbacks=[Press(times, signum), checkpoint], accumulate_grad_batches=2
+    )
     trainer.fit(module, Loader(make_batches(make_datums(8), 1, 2)))
     return trainer, checkpoint, trainable(module.model)
 
@@ -79,5 +95,9 @@ def test_a_fit_without_ctrl_c_saves_its_end_and_gives_the_handler_back(tmp_path:
     handler = signal.getsignal(signal.SIGINT)
     trainer, checkpoint, _ = fit(tmp_path, 0)
     assert checkpoint.interrupt is None
-    assert [entry.step for entry in list_checkpoints(tmp_path / "checkpoints")] == [trainer.global_step] == [4]
+    assert (
+        [entry.step for entry in list_checkpoints(tmp_path / "checkpoints")]
+        == [trainer.global_step]
+        == [4]
+    )
     assert signal.getsignal(signal.SIGINT) is handler

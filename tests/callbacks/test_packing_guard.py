@@ -1,4 +1,6 @@
-"""The guard measures leaks where there are some, sees none where there is none, and turns packing off."""
+"""The guard measures leaks where there are some, sees none where there is none, and turns
+packing off.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class CountsOn(torch.nn.Module):
 
 def guard(model: Any) -> Any:
     datamodule = SimpleNamespace(packing=True)
-    PackingGuard().on_fit_start(SimpleNamespace(datamodule=datamodule), SimpleNamespace(model=model))
+    PackingGuard().on_fit_start(
+        SimpleNamespace(datamodule=datamodule), SimpleNamespace(model=model)
+    )
     return datamodule
 
 
@@ -48,7 +52,9 @@ def test_the_bundled_model_does_not_leak(dtype: str) -> None:
     assert guard(model).packing is True
 
 
-def test_a_model_that_ignores_positions_leaks_wholly_and_packing_goes_off_with_a_word(caplog: Any) -> None:
+def test_a_model_that_ignores_positions_leaks_wholly_and_packing_goes_off_with_a_word(
+    caplog: Any,
+) -> None:
     model = CountsOn(make_model("qwen3"))
     assert measure_leak(model) == pytest.approx(1.0)
     with caplog.at_level(logging.WARNING, logger="lorakit"):

@@ -22,7 +22,9 @@ def fit(folder: Path, **options: Any) -> None:
     trainer.fit(module, Loader(make_batches(make_datums(6), 2, 1)))
 
 
-def test_a_line_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_line_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     fit(tmp_path)
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("step ")]

@@ -1,4 +1,6 @@
-"""Runs of the real program on the bundled model, in process (imports cost seconds) or as a process of its own."""
+"""Runs of the real program on the bundled model, in process (imports cost seconds) or as a
+process of its own.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def lorakit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Call a command in this process as the program does; returns (exit code, standard output, standard error)."""
+def lorakit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Call a command in this process as the program does; returns (exit code, standard output,
+    standard error).
+    """
     import importlib
 
     def call(command: str, *arguments: str) -> tuple[int, str, str]:

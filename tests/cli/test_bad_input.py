@@ -32,7 +32,10 @@ CASES = [
     (["trainer.accelerator=cuda"], "sees no GPU"),
     (["model.path=./nowhere", "data.path=pig_latin/train"], "no such folder"),
     (["data.path=nowhere.jsonl", "model.path=tiny"], "nowhere.jsonl: no such file"),
-    (["data.path=rows.jsonl", "data.max_tokens=8", "model.path=tiny"], "rows.jsonl:1: 12 tokens, but data.max_tokens=8"),
+    (
+        ["data.path=rows.jsonl", "data.max_tokens=8", "model.path=tiny"],
+        "rows.jsonl:1: 12 tokens, but data.max_tokens=8",
+    ),
     (["experiment=chat_sft"], "data.path=… (a file of rows"),
     (["resume=true"], "there is no unfinished run of experiment pig_latin"),
     (["run=a/b"], "holds no /"),
@@ -45,8 +48,14 @@ CASES = [
     ),
     (["optim.betas=[2,3]"], "optim: torch.optim.AdamW refuses its settings"),
     (["optim=sgd", "optim.lr=auto"], "optim.lr=auto is a rule for Adam and AdamW"),
-    (["data.path=rows.txt", "data.format=messages", "model.path=tiny"], "a .txt file holds plain text"),
-    (["data.path=chat.jsonl", "model.path=tiny"], "lorakit would not train on it; rename or remove it"),
+    (
+        ["data.path=rows.txt", "data.format=messages", "model.path=tiny"],
+        "a .txt file holds plain text",
+    ),
+    (
+        ["data.path=chat.jsonl", "model.path=tiny"],
+        "lorakit would not train on it; rename or remove it",
+    ),
     (["rows.jsonl"], "settings are written key=value; data.path=rows.jsonl?"),
     (["--lr=1e-3"], "settings are written without dashes; it is optim.lr here"),
     (["+foo=4"], "unknown key foo"),
@@ -57,34 +66,56 @@ CASES = [
     (["data.path=rows.jsnl", "model.path=tiny"], "did you mean rows.jsonl?"),
     (["data.path=semicolons.csv", "model.path=tiny"], "its cells are separated by ';'"),
     (["data.path=utf16.jsonl", "model.path=tiny"], "UTF-16; save it as UTF-8"),
-    (["data.path=role.jsonl", "model.path=tiny"], "(known: system, developer, user, assistant, tool)"),
-    (["data.path=tools.jsonl", "model.path=tiny"], "the row has `tools`, but the model's chat template leaves them out"),
+    (
+        ["data.path=role.jsonl", "model.path=tiny"],
+        "(known: system, developer, user, assistant, tool)",
+    ),
+    (
+        ["data.path=tools.jsonl", "model.path=tiny"],
+        "the row has `tools`, but the model's chat template leaves them out",
+    ),
     (["lora.init_from=nowhere"], "nowhere: no adapter_config.json here"),
     (["resume=maybe"], "choose true, false or auto"),
     (["data.pack_tokens=99"], "has no effect without data.packing=true"),
     (["lora.any_base=true"], "has no effect without lora.init_from"),
     (["lora.init=gaussian", "lora.init_from=x"], "has no effect beside lora.init_from"),
-    (["lora.targets=[q_proj]", "lora.experts=true"], "lora.experts=true has no effect beside lora.targets"),
+    (
+        ["lora.targets=[q_proj]", "lora.experts=true"],
+        "lora.experts=true has no effect beside lora.targets",
+    ),
     (["model.revision=main"], "model.revision=main has no effect"),
     (["data.split=test"], "data.split=test has no effect"),
     (["data.train_on=weights_given"], "carry no weights"),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "expected"), CASES, ids=[" ".join(overrides) for overrides, _ in CASES])
-def test_a_wrong_setting_is_one_clear_message(workplace: Path, lorakit: Call, overrides: list[str], expected: str) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "expected"), CASES, ids=[" ".join(overrides) for overrides, _ in CASES]
+)
+def test_a_wrong_setting_is_one_clear_message(
+    workplace: Path, lorakit: Call, overrides: list[str], expected: str
+) -> None:
     (workplace / "rows.jsonl").write_text('{"prompt": "abc", "completion": "defghijk"}\n')
     (workplace / "rows.txt").write_text("a line\n")
-    chat = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "thinking": "c"}]}\n'
+    chat = (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b",'
+        ' "thinking": "c"}]}\n'
+    )
     (workplace / "chat.jsonl").write_text(chat)
     (workplace / "role.jsonl").write_text('{"messages": [{"role": "usr", "content": "a"}]}\n')
-    (workplace / "tools.jsonl").write_text(chat.replace(', "thinking": "c"', "").replace("]}", '], "tools": [{"name": "f"}]}'))
+    (workplace / "tools.jsonl").write_text(
+        chat.replace(', "thinking": "c"', "").replace("]}", '], "tools": [{"name": "f"}]}')
+    )
     (workplace / "semicolons.csv").write_text("prompt;completion\na;b\n")
-    (workplace / "utf16.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-16")
+    (workplace / "utf16.jsonl").write_text(
+        '{"prompt": "a", "completion": "b"}\n', encoding="utf-16"
+    )
     code, _, err = lorakit("train", "data.check_token_rows=50", *overrides)
     assert code == 2, err
     assert expected in err
-    assert err.startswith("lorakit: ") and "Traceback" not in err and "Error executing job" not in err
+    assert (
+        err.startswith("lorakit: ") and "Traceback" not in err and "Error executing job" not in err
+    )
     assert not (workplace / "runs").exists()
 
 
@@ -94,7 +125,9 @@ def test_all_wrong_settings_are_told_at_once(workplace: Path, lorakit: Call) -> 
 
 
 def test_bad_rows_are_told_before_the_model_is_looked_for(workplace: Path, lorakit: Call) -> None:
-    (workplace / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 3}\nnot json\n')
+    (workplace / "rows.jsonl").write_text(
+        '{"prompt": "a", "completion": "b"}\n{"prompt": 3}\nnot json\n'
+    )
     code, _, err = lorakit("train", "data.path=rows.jsonl", "model.path=nobody/nothing")
     assert code == 2 and "rows.jsonl:2" in err and "rows.jsonl:3" in err and "nobody" not in err
 
@@ -111,7 +144,9 @@ def test_commands_without_a_run_say_so(workplace: Path, lorakit: Call, command: 
     assert code == 2 and "no finished run" in err
 
 
-def test_debug_shows_the_traceback(workplace: Path, lorakit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_shows_the_traceback(
+    workplace: Path, lorakit: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lorakit.errors import LorakitError
 
     monkeypatch.setenv("LORAKIT_DEBUG", "1")
@@ -134,14 +169,22 @@ def test_a_model_that_is_not_there_costs_no_minute_of_retries(
     monkeypatch.setattr("lorakit.hub.socket.getaddrinfo", no_network)
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    code, _, err = lorakit("train", "model.path=modelz", "data.path=pig_latin/train", "data.check_token_rows=50")
-    assert code == 2 and "model.path=modelz: no such folder (bundled models: tiny" in err and "hf download modelz" in err
+    code, _, err = lorakit(
+        "train", "model.path=modelz", "data.path=pig_latin/train", "data.check_token_rows=50"
+    )
+    assert (
+        code == 2
+        and "model.path=modelz: no such folder (bundled models: tiny" in err
+        and "hf download modelz" in err
+    )
     code, _, err = lorakit("train", "model.path=tiny", "data.path=nobody/rows")
     assert code == 2 and "nobody/rows: no such file or folder" in err and "cannot be reached" in err
     find_hub_problem.cache_clear()
 
 
-def test_text_that_is_not_utf8_is_named(workplace: Path, lorakit: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_is_not_utf8_is_named(
+    workplace: Path, lorakit: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, _, err = lorakit("sample", "--", "caf\udce9")
     assert code == 2 and "TEXT: not UTF-8 at character 3" in err
 
@@ -150,7 +193,13 @@ def test_what_has_no_effect_on_these_rows_is_said(workplace: Path, lorakit: Call
     rows = '{"instruction": "a", "imput": "b", "output": "c", "id": 1}\n' * 4
     (workplace / "rows.jsonl").write_text(rows + '{"instruction": 1}\n')
     code, out, err = lorakit(
-        *("train", "model.path=tiny", "data.path=rows.jsonl", "data.on_error=skip", "data.batch_size=2"),
+        *(
+            "train",
+            "model.path=tiny",
+            "data.path=rows.jsonl",
+            "data.on_error=skip",
+            "data.batch_size=2",
+        ),
         *("data.val_rows=3", "trainer.max_steps=9", "lora.rank=2"),
     )
     assert code == 0, err
@@ -162,9 +211,14 @@ def test_what_has_no_effect_on_these_rows_is_said(workplace: Path, lorakit: Call
 
 @pytest.mark.parametrize(
     "named",
-    [["data.path=rowz.jsonl", "data.val_path=./absent"], ["data.sources=[rowz.jsonl,{path: ./absent}]", "data.path=null"]],
+    [
+        ["data.path=rowz.jsonl", "data.val_path=./absent"],
+        ["data.sources=[rowz.jsonl,{path: ./absent}]", "data.path=null"],
+    ],
 )
-def test_rows_that_are_not_there_are_told_before_the_imports(workplace: Path, named: list[str]) -> None:
+def test_rows_that_are_not_there_are_told_before_the_imports(
+    workplace: Path, named: list[str]
+) -> None:
     arguments = ["model.path=tiny", *named, "eval.retain_path=rowz.txt"]
     code = f"""
 import sys
@@ -176,19 +230,41 @@ finally:
     print("torch" in sys.modules)"""
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
     assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
-    assert all(f"{name}: no such file" in done.stderr for name in ("rowz.jsonl", "./absent", "rowz.txt")), done.stderr
+    assert all(
+        f"{name}: no such file" in done.stderr for name in ("rowz.jsonl", "./absent", "rowz.txt")
+    ), done.stderr
 
 
-def test_a_sweep_says_which_job_failed_and_names_a_run_for_each(workplace: Path, lorakit: Call) -> None:
+def test_a_sweep_says_which_job_failed_and_names_a_run_for_each(
+    workplace: Path, lorakit: Call
+) -> None:
     code, out, err = lorakit(
-        *("train", "-m", "run=sweep", "optim.lr=1e-3,-1", "trainer.max_steps=1", "callbacks.samples=null"),
-        *("data.check_token_rows=50", "data.batch_size=2", "data.val_rows=2", "lora.rank=2", "data.window_rows=64"),
+        *(
+            "train",
+            "-m",
+            "run=sweep",
+            "optim.lr=1e-3,-1",
+            "trainer.max_steps=1",
+            "callbacks.samples=null",
+        ),
+        *(
+            "data.check_token_rows=50",
+            "data.batch_size=2",
+            "data.val_rows=2",
+            "lora.rank=2",
+            "data.window_rows=64",
+        ),
     )
     assert code == 2 and "run runs/sweep-0" in out
-    assert "1 of 2 jobs failed; the other 1 finished:\n  job 1 (optim.lr=-1): optim.lr=-1 must be a number" in err
+    assert (
+        "1 of 2 jobs failed; the other 1 finished:\n  job 1 (optim.lr=-1): optim.lr=-1 must be a"
+        " number" in err
+    )
 
 
-@pytest.mark.parametrize(("command", "flag"), [("merge", "--out"), ("export", "--out"), ("evaluate", "--json")])
+@pytest.mark.parametrize(
+    ("command", "flag"), [("merge", "--out"), ("export", "--out"), ("evaluate", "--json")]
+)
 def test_a_place_that_cannot_be_written_is_told_before_the_work(
     workplace: Path, lorakit: Call, command: str, flag: str
 ) -> None:
@@ -218,7 +294,9 @@ def test_a_folder_of_runs_that_is_not_there_is_said(workplace: Path, lorakit: Ca
         ("lora.targets=[--a=b, c]", "lora.targets=[--a=b, c] cannot be read"),
     ],
 )
-def test_what_other_trainers_call_it_is_understood(workplace: Path, lorakit: Call, setting: str, said: str) -> None:
+def test_what_other_trainers_call_it_is_understood(
+    workplace: Path, lorakit: Call, setting: str, said: str
+) -> None:
     code, _, err = lorakit("train", setting)
     assert code == 2 and said in err, err
 
@@ -228,12 +306,17 @@ def test_every_key_that_others_call_otherwise_is_one_of_ours(workplace: Path) ->
     from lorakit.cli.settings import read_choices
 
     choices = read_choices()
-    ours = {setting.key for choice in choices for setting in choice.settings} | {choice.group for choice in choices}
+    ours = {setting.key for choice in choices for setting in choice.settings} | {
+        choice.group for choice in choices
+    }
     assert not KNOWN_AS.keys() - ours
     assert (
-        explain_other_name("optim.weight_decay") is None and explain_other_name("eval.batch_size") is None
+        explain_other_name("optim.weight_decay") is None
+        and explain_other_name("eval.batch_size") is None
     )  # ours, or another
-    assert len({name for names in KNOWN_AS.values() for name in names}) == sum(map(len, KNOWN_AS.values()))
+    assert len({name for names in KNOWN_AS.values() for name in names}) == sum(
+        map(len, KNOWN_AS.values())
+    )
 
 
 def test_a_config_that_lies_in_the_wrong_folder_is_found(workplace: Path, lorakit: Call) -> None:
@@ -241,12 +324,23 @@ def test_a_config_that_lies_in_the_wrong_folder_is_found(workplace: Path, loraki
     (workplace / "mine/support.yaml").write_text("# @package _global_\ndefaults: [chat_sft]\n")
     (workplace / "mine/experiment/raw.yaml").write_text("lora: {rank: 4}\n")
     code, _, err = lorakit("train", "--config-dir", "mine", "experiment=support")
-    assert code == 2 and "mine/support.yaml is there: move it to mine/experiment/support.yaml" in err
-    code, _, err = lorakit("train", "--config-dir", "mine", "experiment=raw", "model.path=tiny", "data.path=pig_latin/heldout")
+    assert (
+        code == 2 and "mine/support.yaml is there: move it to mine/experiment/support.yaml" in err
+    )
+    code, _, err = lorakit(
+        "train",
+        "--config-dir",
+        "mine",
+        "experiment=raw",
+        "model.path=tiny",
+        "data.path=pig_latin/heldout",
+    )
     assert code == 2 and "the first line of an experiment's file is `# @package _global_`" in err
 
 
-def test_an_experiment_of_ones_own_is_as_the_readme_writes_it(workplace: Path, lorakit: Call) -> None:
+def test_an_experiment_of_ones_own_is_as_the_readme_writes_it(
+    workplace: Path, lorakit: Call
+) -> None:
     text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
     (written,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     (workplace / "mine/experiment").mkdir(parents=True)

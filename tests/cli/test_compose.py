@@ -25,7 +25,9 @@ AWKWARD = [
 
 
 @pytest.mark.parametrize("path", AWKWARD)
-@pytest.mark.parametrize("key", ["data.path", "model.path", "data.val_path", "lora.init_from", "paths.runs"])
+@pytest.mark.parametrize(
+    "key", ["data.path", "model.path", "data.val_path", "lora.init_from", "paths.runs"]
+)
 def test_values_of_path_keys_mean_themselves(key: str, path: str) -> None:
     assert _read_back(quote_path(f"{key}={path}")) == path
 
@@ -57,7 +59,9 @@ def test_the_demo_is_the_default_only_where_nothing_else_is_named() -> None:
 
 
 def test_flags_come_first_with_their_values() -> None:
-    assert prepare_arguments(["lora.rank=8", "--config-dir", "mine", "experiment=x", "--cfg", "job", "-m"]) == [
+    assert prepare_arguments(
+        ["lora.rank=8", "--config-dir", "mine", "experiment=x", "--cfg", "job", "-m"]
+    ) == [
         *("--config-dir", "mine", "--cfg", "job", "-m"),
         *("lora.rank=8", "experiment=x"),
     ]

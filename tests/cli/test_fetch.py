@@ -1,4 +1,6 @@
-"""`lorakit fetch` from a hub, then a run, its sampling and its merge with every socket forbidden."""
+"""`lorakit fetch` from a hub, then a run, its sampling and its merge with every socket
+forbidden.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +39,18 @@ RUN = (
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    """A hub with a model and a data set, a gated model, and another of which the weights are missing."""
+    """A hub with a model and a data set, a gated model, and another of which the weights are
+    missing.
+    """
     root = tmp_path / "hub"
     shutil.copytree(BUNDLED["tiny"], root / "models/me/tiny")
     (root / "models/me/tiny/pytorch_model.bin").write_bytes(b"not wanted")
     (root / "models/me/gated").mkdir()
     (root / "datasets/me/rows").mkdir(parents=True)
     rows = [{"prompt": f"{i}:", "completion": f" {i * i}"} for i in range(6)]
-    (root / "datasets/me/rows/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "datasets/me/rows/train.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     with Hub(root, gated=("me/gated",)).serving() as serving:
         yield serving
 
@@ -52,8 +58,20 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 def lorakit(
     folder: Path, *arguments: str, hub: Hub | None, offline: bool = False, sockets: bool = True
 ) -> tuple[int, str, str]:
-    environment = {**os.environ, "HF_HOME": str(folder / "cache"), "PYTHONPATH": str(REPOSITORY), "HF_HUB_DISABLE_XET": "1"}
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_TOKEN", "HF_ENDPOINT", "HF_DATASETS_CACHE", "HF_HUB_CACHE"):
+    environment = {
+        **os.environ,
+        "HF_HOME": str(folder / "cache"),
+        "PYTHONPATH": str(REPOSITORY),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    for name in (
+        "HF_HUB_OFFLINE",
+        "HF_DATASETS_OFFLINE",
+        "HF_TOKEN",
+        "HF_ENDPOINT",
+        "HF_DATASETS_CACHE",
+        "HF_HUB_CACHE",
+    ):
         environment.pop(name, None)
     environment |= {"HF_ENDPOINT": hub.address} if hub else {}
     environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
@@ -62,27 +80,50 @@ def lorakit(
         (folder / "site/sitecustomize.py").write_text(NO_SOCKETS)
         environment["PYTHONPATH"] = f"{folder / 'site'}:{REPOSITORY}"
     command = [sys.executable, "-m", "lorakit", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
-def test_what_was_fetched_trains_samples_and_merges_without_a_socket(tmp_path: Path, hub: Hub) -> None:
+def test_what_was_fetched_trains_samples_and_merges_without_a_socket(
+    tmp_path: Path, hub: Hub
+) -> None:
     code, out, err = lorakit(tmp_path, "fetch", *RUN, hub=hub)
     assert code == 0, err
-    assert "model me/tiny:" in out and f"snapshots/{COMMIT}" in out and "data me/rows: 6 rows" in out
+    assert (
+        "model me/tiny:" in out and f"snapshots/{COMMIT}" in out and "data me/rows: 6 rows" in out
+    )
     assert "without a network: HF_HUB_OFFLINE=1 lorakit train model.path=me/tiny" in out
     assert not any("pytorch_model.bin" in asked for asked in hub.asked if asked.startswith("GET"))
     before = len(hub.asked)
-    for arguments in (("train", *RUN), ("sample", "it", "--max-tokens", "3", "--", "2:"), ("merge", "it", "--out", "merged")):
+    for arguments in (
+        ("train", *RUN),
+        ("sample", "it", "--max-tokens", "3", "--", "2:"),
+        ("merge", "it", "--out", "merged"),
+    ):
         code, _, err = lorakit(tmp_path, *arguments, hub=hub, offline=True, sockets=False)
         assert code == 0, (arguments, err)
     assert len(hub.asked) == before and (tmp_path / "merged/model.safetensors").is_file()
 
 
-def test_a_folder_stays_where_it_is_and_rows_of_any_name_are_found_again(tmp_path: Path, hub: Hub) -> None:
+def test_a_folder_stays_where_it_is_and_rows_of_any_name_are_found_again(
+    tmp_path: Path, hub: Hub
+) -> None:
     shutil.copytree(hub.root / "models/me/tiny", tmp_path / "my/model")
     shutil.copytree(hub.root / "datasets/me/rows", hub.root / "datasets/Open-Me/SlimRows")
-    settings = ("model.path=my/model", "data.path=Open-Me/SlimRows", "eval.retain_path=me/rows", *RUN[2:])
+    settings = (
+        "model.path=my/model",
+        "data.path=Open-Me/SlimRows",
+        "eval.retain_path=me/rows",
+        *RUN[2:],
+    )
     code, out, err = lorakit(tmp_path, "fetch", *settings, hub=hub)
     assert code == 0, err
     assert "data Open-Me/SlimRows: 6 rows" in out and "unrelated me/rows: 6 rows" in out
@@ -91,15 +132,29 @@ def test_a_folder_stays_where_it_is_and_rows_of_any_name_are_found_again(tmp_pat
 
 
 def test_a_revision_is_the_one_that_is_fetched_and_trained_on(tmp_path: Path, hub: Hub) -> None:
-    settings = ("experiment=chat_sft", "model.path=me/tiny", "data.path=me/rows", "data.chat_template=chatml")
+    settings = (
+        "experiment=chat_sft",
+        "model.path=me/tiny",
+        "data.path=me/rows",
+        "data.chat_template=chatml",
+    )
     settings += ("trainer.max_steps=1", "callbacks.samples=null", "logger=csv")
     code, out, err = lorakit(tmp_path, "fetch", *settings, f"model.revision={COMMIT}", hub=hub)
     assert code == 0 and f"snapshots/{COMMIT}" in out, err
     asked = [line for line in hub.asked if "me/tiny" in line]
     assert any(COMMIT in line for line in asked) and not any("/main" in line for line in asked)
-    code, _, err = lorakit(tmp_path, "train", *settings, f"model.revision={COMMIT}", hub=hub, offline=True, sockets=False)
+    code, _, err = lorakit(
+        tmp_path,
+        "train",
+        *settings,
+        f"model.revision={COMMIT}",
+        hub=hub,
+        offline=True,
+        sockets=False,
+    )
     assert code == 0, err
-    code, _, err = lorakit(tmp_path, "train", *settings, hub=hub, offline=True, sockets=False)  # main was not fetched
+    # main was not fetched
+    code, _, err = lorakit(tmp_path, "train", *settings, hub=hub, offline=True, sockets=False)
     assert code == 2 and "`hf download me/tiny`" in err
 
 
@@ -111,10 +166,16 @@ def test_the_control_a_socket_is_noticed(tmp_path: Path, hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (("model.path=me/gated",), "me/gated is gated: accept its terms on its page of the hub, then `hf auth login`"),
+        (
+            ("model.path=me/gated",),
+            "me/gated is gated: accept its terms on its page of the hub, then `hf auth login`",
+        ),
         (
             ("model.path=me/absent",),
-            "me/absent: the hub has no such name, or shows it to others only: check it, or `hf auth login`",
+            (
+                "me/absent: the hub has no such name, or shows it to others only: check it, or `hf"
+                " auth login`"
+            ),
         ),
         (("model.path=me/tiny", "model.revision=v9"), "me/tiny has no such revision"),
         (("data.path=me/nothing",), "me/nothing: the hub has no such name"),
@@ -137,6 +198,12 @@ def test_a_name_that_was_not_fetched_says_how_to(tmp_path: Path, hub: Hub) -> No
     assert code == 2 and "not in the cache, and HF_HUB_OFFLINE=1 is set" in err
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     code, _, err = lorakit(
-        tmp_path, "train", "model.path=me/tiny", "data.path=rows.jsonl", hub=hub, offline=True, sockets=False
+        tmp_path,
+        "train",
+        "model.path=me/tiny",
+        "data.path=rows.jsonl",
+        hub=hub,
+        offline=True,
+        sockets=False,
     )
     assert code == 2 and "`hf download me/tiny`" in err

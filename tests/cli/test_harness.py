@@ -35,15 +35,27 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run called `it`, and a folder `tasks` with a task of eight rows: pig latin, or the same letters turned round."""
+    """A run called `it`, and a folder `tasks` with a task of eight rows: pig latin, or the same
+    letters turned round.
+    """
     folder = tmp_path_factory.mktemp("harness")
-    settings = (*SMALL, "lora.rank=16", "optim.lr=1e-2", "trainer.max_steps=12", "trainer.eval_every_steps=12")
+    settings = (
+        *SMALL,
+        "lora.rank=16",
+        "optim.lr=1e-2",
+        "trainer.max_steps=12",
+        "trainer.eval_every_steps=12",
+    )
     process = start("train", "run=it", *settings, cwd=folder)
     _, err = process.communicate()
     assert process.returncode == 0, err
     rows = []
     for word in WORDS:
-        right = word + "-way" if word[0] in "aeiou" else word.lstrip("bcdfghjklmnpqrstvwxyz") + "-" + word[0] + "ay"
+        right = (
+            word + "-way"
+            if word[0] in "aeiou"
+            else word.lstrip("bcdfghjklmnpqrstvwxyz") + "-" + word[0] + "ay"
+        )
         rows.append({"word": word, "choices": [right, right[::-1]]})
     (folder / "tasks").mkdir()
     file = folder / "tasks/rows.jsonl"
@@ -69,20 +81,28 @@ def accuracy(model: Any, rows: list[dict[str, Any]]) -> float:
             tokens = tokenizer(f"English: {row['word']}\nPig Latin: {choice}")["input_ids"]
             with torch.no_grad():
                 logprobs = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
-            scores.append(sum(float(logprobs[i - 1, tokens[i]]) for i in range(len(prompt), len(tokens))))
+            scores.append(
+                sum(float(logprobs[i - 1, tokens[i]]) for i in range(len(prompt), len(tokens)))
+            )
         right += scores[0] > scores[1]
     return right / len(rows)
 
 
-def test_a_task_has_the_figures_of_adapter_and_base(task: list[dict[str, Any]], folder: Path, lorakit: Call) -> None:
-    code, out, err = lorakit("evaluate", "it", "tasks=which_way", "--tasks-path", "tasks", "json=f.json")
+def test_a_task_has_the_figures_of_adapter_and_base(
+    task: list[dict[str, Any]], folder: Path, lorakit: Call
+) -> None:
+    code, out, err = lorakit(
+        "evaluate", "it", "tasks=which_way", "--tasks-path", "tasks", "json=f.json"
+    )
     assert code == 0, err
     figures = json.loads((folder / "f.json").read_text())
     assert json.loads(out[out.index("{") :]) == figures and "loss" not in figures
     base = load_model("tiny")
     expected = accuracy(base, task)
     assert figures["base"]["tasks"]["which_way"]["acc"] == expected
-    trained = accuracy(attach(base, next((folder / "runs/it/checkpoints").glob("step-000012"))), task)
+    trained = accuracy(
+        attach(base, next((folder / "runs/it/checkpoints").glob("step-000012"))), task
+    )
     assert figures["tasks"]["which_way"]["acc"] == trained and trained > expected
     code, out, err = lorakit(
         "evaluate",
@@ -97,16 +117,25 @@ def test_a_task_has_the_figures_of_adapter_and_base(task: list[dict[str, Any]], 
     )
     assert code == 0, err
     both = json.loads(out[out.index("{") :])
-    assert both["rows"] == 4 and both["loss"] > 0 and "which_way" in both["tasks"] and "base" not in both
+    assert (
+        both["rows"] == 4
+        and both["loss"] > 0
+        and "which_way" in both["tasks"]
+        and "base" not in both
+    )
 
 
 def test_what_cannot_be_asked_is_one_message(
     task: list[dict[str, Any]], folder: Path, lorakit: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, _, err = lorakit("evaluate", "it", "tasks=which_way,wich", "--tasks-path", "tasks")
-    assert code == 2 and "no task wich; " in err and "which_way," not in err.split("no task")[1], err
+    assert code == 2 and "no task wich; " in err and "which_way," not in err.split("no task")[1], (
+        err
+    )
     (folder / "lost").mkdir()
-    (folder / "lost/lost.yaml").write_text(TASK.format(file=folder / "gone.jsonl").replace("which_way", "lost"))
+    (folder / "lost/lost.yaml").write_text(
+        TASK.format(file=folder / "gone.jsonl").replace("which_way", "lost")
+    )
     code, _, err = lorakit("evaluate", "it", "tasks=lost", "--tasks-path", "lost")
     assert code == 2 and "gone.jsonl" in err and "Traceback" not in err, err
     code, _, err = lorakit("evaluate", "it", "--chat")

@@ -1,4 +1,6 @@
-"""The commands on rows with images: train, evaluate, sample, show, merge, one after the other as a user would."""
+"""The commands on rows with images: train, evaluate, sample, show, merge, one after the other as
+a user would.
+"""
 
 from __future__ import annotations
 
@@ -25,26 +27,51 @@ def scan(workplace: Path) -> tuple[str, str]:
     return "scan.png", row["messages"][1]["content"]
 
 
-def test_from_rows_with_images_to_a_merged_model(workplace: Path, lorakit: Call, scan: tuple[str, str]) -> None:
+def test_from_rows_with_images_to_a_merged_model(
+    workplace: Path, lorakit: Call, scan: tuple[str, str]
+) -> None:
     assert Image.open(scan[0]).size == (8, 8)
-    settings = ("experiment=vlm_digits", "run=digits", "trainer.max_steps=2", "trainer.eval_every_steps=2", "data.batch_size=8")
-    code, out, err = lorakit("train", *settings, "data.val_rows=8", "lora.rank=4", "data.min_pixels=1024")
+    settings = (
+        "experiment=vlm_digits",
+        "run=digits",
+        "trainer.max_steps=2",
+        "trainer.eval_every_steps=2",
+        "data.batch_size=8",
+    )
+    code, out, err = lorakit(
+        "train", *settings, "data.val_rows=8", "lora.rank=4", "data.min_pixels=1024"
+    )
     assert code == 0, err
-    assert "1,400 images of 22,400 tokens" in out and "8 images of 128 tokens" in out and "merger" in out and "vision" in out
+    assert (
+        "1,400 images of 22,400 tokens" in out
+        and "8 images of 128 tokens" in out
+        and "merger" in out
+        and "vision" in out
+    )
     assert (workplace / "runs/digits/adapter/adapter_model.safetensors").stat().st_size < 3e6
-    samples = [json.loads(line) for line in (workplace / "runs/digits/samples.jsonl").read_text().splitlines()]
+    samples = [
+        json.loads(line)
+        for line in (workplace / "runs/digits/samples.jsonl").read_text().splitlines()
+    ]
     assert len(samples) == 4 and all("<|image_pad|>" in sample["prompt"] for sample in samples)
     code, out, err = lorakit("evaluate", "digits", "--limit", "8", "--json", "figures.json")
     assert code == 0, err
     assert json.loads(Path("figures.json").read_text())["rows"] == 8
-    code, out, err = lorakit("sample", "digits", "--image", scan[0], "--max-tokens", "4", "--", "which digit?")
+    code, out, err = lorakit(
+        "sample", "digits", "--image", scan[0], "--max-tokens", "4", "--", "which digit?"
+    )
     assert code == 0 and out.strip(), err
     code, _, err = lorakit("sample", "digits", "--image", "none.png", "--", "which digit?")
     assert code == 2 and "none.png" in err
     code, out, err = lorakit("merge", "digits", "--out", "merged", "--dtype", "float32")
     assert code == 0, err
     AutoModelForImageTextToText.from_pretrained("merged")
-    assert json.loads((workplace / "merged/preprocessor_config.json").read_text())["size"]["shortest_edge"] == 1024
+    assert (
+        json.loads((workplace / "merged/preprocessor_config.json").read_text())["size"][
+            "shortest_edge"
+        ]
+        == 1024
+    )
 
 
 def test_a_conversation_that_begins_again_shows_its_image_again(
@@ -57,7 +84,9 @@ def test_a_conversation_that_begins_again_shows_its_image_again(
         "trainer.eval_every_steps=null",
         "data.batch_size=2",
     )
-    code, _, err = lorakit("train", *settings, "data.val_rows=2", "lora.rank=1", "callbacks.samples=null")
+    code, _, err = lorakit(
+        "train", *settings, "data.val_rows=2", "lora.rank=1", "callbacks.samples=null"
+    )
     assert code == 0, err
     typed = iter(["which digit?", "and now?", "/clear", "which digit?"])
 

@@ -12,16 +12,24 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parents[2] / "README.md"
-PAGE = README.read_text(encoding="utf-8").split("## Fine-tune Qwen3-VL-30B-A3B\n")[1].split("\n## ")[0]
+PAGE = (
+    README.read_text(encoding="utf-8").split("## Fine-tune Qwen3-VL-30B-A3B\n")[1].split("\n## ")[0]
+)
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
 def run(command: list[str], folder: Path, text: str | None = None) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        command, cwd=folder, input=text, env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
-        timeout=600, check=False,
-    )  # fmt: skip
+        command,
+        cwd=folder,
+        input=text,
+        env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 

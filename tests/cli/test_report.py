@@ -15,10 +15,17 @@ from lorakit.weights.run import History
 Call = Callable[..., tuple[int, str, str]]
 
 
-def test_runs_are_compared_by_name_with_all_their_figures_samples_and_settings(workplace: Path, lorakit: Call) -> None:
+def test_runs_are_compared_by_name_with_all_their_figures_samples_and_settings(
+    workplace: Path, lorakit: Call
+) -> None:
     (workplace / "unrelated.txt").write_text("some text <b>&amp;\nmore text\n")
-    for name, options in (("first", ()), ("second", ("optim.lr=1e-2", "eval.retain_path=unrelated.txt"))):
-        code, _, err = lorakit("train", f"run={name}", "trainer.max_steps=2", "logger=none", *SMALL, *options)
+    for name, options in (
+        ("first", ()),
+        ("second", ("optim.lr=1e-2", "eval.retain_path=unrelated.txt")),
+    ):
+        code, _, err = lorakit(
+            "train", f"run={name}", "trainer.max_steps=2", "logger=none", *SMALL, *options
+        )
         assert code == 0, err
     code, out, err = lorakit("report", "second", "first", "--out", "page")
     assert code == 0, err
@@ -27,7 +34,9 @@ def test_runs_are_compared_by_name_with_all_their_figures_samples_and_settings(w
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows] == ["second", "first"]  # as they were named
     page = (workplace / "page/report.html").read_text(encoding="utf-8")
-    assert "http://" not in re.sub(r'xmlns(:\w+)?="[^"]*"|<rdf:RDF.*?</rdf:RDF>|<!DOCTYPE[^>]*>', "", page, flags=re.DOTALL)
+    assert "http://" not in re.sub(
+        r'xmlns(:\w+)?="[^"]*"|<rdf:RDF.*?</rdf:RDF>|<!DOCTYPE[^>]*>', "", page, flags=re.DOTALL
+    )
     for figure in (
         "val/loss",
         "train/loss",
@@ -39,23 +48,41 @@ def test_runs_are_compared_by_name_with_all_their_figures_samples_and_settings(w
     ):
         assert f">{figure}<" in page, figure
     assert "Samples over time" in page and "Settings that differ" in page
-    written = [History(workplace / "runs" / name, "samples.jsonl").read() for name in ("second", "first")]
+    written = [
+        History(workplace / "runs" / name, "samples.jsonl").read() for name in ("second", "first")
+    ]
     assert len(written[0]) == len(written[1]) > 0
-    for ours, theirs in zip(*written, strict=True):  # in one line, in the order in which the runs were named
-        cells = "".join(f'<td class="text">{html.escape(record["sample"])}</td>' for record in (ours, theirs))
-        assert f"<tr><td>{ours['step']}</td>{cells}</tr>" in page and f"<pre>{html.escape(ours['prompt'])}</pre>" in page
+    # in one line, in the order in which the runs were named
+    for ours, theirs in zip(*written, strict=True):
+        cells = "".join(
+            f'<td class="text">{html.escape(record["sample"])}</td>' for record in (ours, theirs)
+        )
+        assert (
+            f"<tr><td>{ours['step']}</td>{cells}</tr>" in page
+            and f"<pre>{html.escape(ours['prompt'])}</pre>" in page
+        )
     assert "<td>optim.lr</td><td>0.01</td><td>0.005</td>" in page and "run=first" in page
 
 
-def test_one_run_is_the_last_one_and_a_name_that_is_none_is_told(workplace: Path, lorakit: Call) -> None:
+def test_one_run_is_the_last_one_and_a_name_that_is_none_is_told(
+    workplace: Path, lorakit: Call
+) -> None:
     code, _, err = lorakit("train", "run=only", "trainer.max_steps=1", "logger=none", *SMALL)
     assert code == 0, err
     code, out, err = lorakit("report")
-    assert code == 0 and out.startswith("only: val/loss") and (workplace / "runs/.report/report.html").is_file(), err
+    assert (
+        code == 0
+        and out.startswith("only: val/loss")
+        and (workplace / "runs/.report/report.html").is_file()
+    ), err
     assert "run only" in (workplace / "runs/.report/report.html").read_text(encoding="utf-8")
     code, _, err = lorakit("report", "onyl")
     assert code == 2 and "onyl" in err and "Traceback" not in err
     code, _, err = lorakit("report", "only", "sweep=x")
     assert code == 2 and "sweep=x: what is compared" in err
     code, _, err = lorakit("report", "only", "--metric", "val/lss")
-    assert code == 2 and "no figure" in err.replace("has a figure val/lss", "no figure") and "train/loss" in err
+    assert (
+        code == 2
+        and "no figure" in err.replace("has a figure val/lss", "no figure")
+        and "train/loss" in err
+    )

@@ -1,4 +1,6 @@
-"""Sweeps with the real program: every combination, trials by Optuna, a file for W&B's agent, and the report."""
+"""Sweeps with the real program: every combination, trials by Optuna, a file for W&B's agent, and
+the report.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,13 @@ from small import SMALL
 from lorakit.sweep.study import open_storage
 
 Call = Callable[..., tuple[int, str, str]]
-EXACT = (*SMALL, "trainer.precision=32-true", "trainer.max_steps=4", "callbacks.samples=null", "trainer.threads=1")
+EXACT = (
+    *SMALL,
+    "trainer.precision=32-true",
+    "trainer.max_steps=4",
+    "callbacks.samples=null",
+    "trainer.threads=1",
+)
 OPTUNA = (
     "train",
     "sweep=optuna",
@@ -32,8 +40,13 @@ OPTUNA = (
 
 
 def trials_of(root: Path, name: str, storage: str = "sqlite") -> list[tuple[Any, ...]]:
-    study = optuna.load_study(study_name=name, storage=open_storage(root / "runs" / ".sweep" / name, storage))
-    return [(trial.state.name, trial.value, trial.params, trial.intermediate_values) for trial in study.trials]
+    study = optuna.load_study(
+        study_name=name, storage=open_storage(root / "runs" / ".sweep" / name, storage)
+    )
+    return [
+        (trial.state.name, trial.value, trial.params, trial.intermediate_values)
+        for trial in study.trials
+    ]
 
 
 def test_trials_are_chosen_from_what_came_before_and_pruned(workplace: Path, lorakit: Call) -> None:
@@ -45,13 +58,19 @@ def test_trials_are_chosen_from_what_came_before_and_pruned(workplace: Path, lor
     for number, (state, value, params, reported) in enumerate(trials):
         run = json.loads((workplace / f"runs/hunt-{number}/run.json").read_text())
         config = yaml.safe_load((workplace / f"runs/hunt-{number}/config.yaml").read_text())
-        assert config["optim"]["lr"] == params["optim.lr"] and config["lora"]["dropout"] == float(params["lora.dropout"])
+        assert config["optim"]["lr"] == params["optim.lr"] and config["lora"]["dropout"] == float(
+            params["lora.dropout"]
+        )
         assert config["group"] == "hunt" and run["val_loss"] == value == reported[max(reported)]
-        assert run["pruned"] == (state == "PRUNED") and run["step"] == (2 if state == "PRUNED" else 4) == max(reported)
+        assert run["pruned"] == (state == "PRUNED") and run["step"] == (
+            2 if state == "PRUNED" else 4
+        ) == max(reported)
         if state == "PRUNED":  # the median of those before it was better
             earlier = sorted(others[2] for *_, others in trials[:number])
             assert reported[2] > earlier[(len(earlier) - 1) // 2]
-    best = min(range(5), key=lambda number: trials[number][1] if trials[number][0] == "COMPLETE" else 99)
+    best = min(
+        range(5), key=lambda number: trials[number][1] if trials[number][0] == "COMPLETE" else 99
+    )
     assert f"best: hunt-{best} with val/loss {trials[best][1]:.4f}" in out
     assert "lorakit report sweep=hunt" in out
 
@@ -64,8 +83,16 @@ def test_trials_are_chosen_from_what_came_before_and_pruned(workplace: Path, lor
 
 
 def test_a_sweep_that_is_killed_goes_on_to_the_same_trials(workplace: Path, lorakit: Call) -> None:
-    """One kill in a trial, one between two, behind which the run is finished and the study does not know."""
-    settings = (*OPTUNA, *EXACT, "sweep.trials=4", "sweep.pruner.n_startup_trials=1", "checkpoint.every_steps=1")
+    """One kill in a trial, one between two, behind which the run is finished and the study does
+    not know.
+    """
+    settings = (
+        *OPTUNA,
+        *EXACT,
+        "sweep.trials=4",
+        "sweep.pruner.n_startup_trials=1",
+        "checkpoint.every_steps=1",
+    )
     assert lorakit(*settings, "group=whole")[0] == 0
     first = start(*settings, "group=cut", cwd=workplace)
     _wait_for(workplace / "runs/cut-1/checkpoints/step-000001")
@@ -78,7 +105,9 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_trials(workplace: Path, lora
     assert trials_of(workplace, "cut") == trials_of(workplace, "whole")
 
 
-def test_what_ended_before_the_study_knew_is_not_trained_again(workplace: Path, lorakit: Call, monkeypatch: Any) -> None:
+def test_what_ended_before_the_study_knew_is_not_trained_again(
+    workplace: Path, lorakit: Call, monkeypatch: Any
+) -> None:
     from lorakit.sweep.study import Study
 
     def die(*_: Any) -> str:
@@ -96,17 +125,35 @@ def test_what_ended_before_the_study_knew_is_not_trained_again(workplace: Path, 
     assert [state for state, *_ in trials_of(workplace, "once")] == ["COMPLETE"]
 
 
-def test_a_trial_that_fails_does_not_end_the_sweep_but_three_alike_at_its_start_do(workplace: Path, lorakit: Call) -> None:
+def test_a_trial_that_fails_does_not_end_the_sweep_but_three_alike_at_its_start_do(
+    workplace: Path, lorakit: Call
+) -> None:
     quick = (*SMALL, "trainer.max_steps=1", "trainer.eval_every_steps=1", "callbacks.samples=null")
-    code, _, err = lorakit("train", "sweep=optuna", "optim.lr=-1,1e-3", "sweep.trials=4", "seed=1", "group=some", *quick)
+    code, _, err = lorakit(
+        "train",
+        "sweep=optuna",
+        "optim.lr=-1,1e-3",
+        "sweep.trials=4",
+        "seed=1",
+        "group=some",
+        *quick,
+    )
     states = [state for state, *_ in trials_of(workplace, "some")]
     assert code == 2 and len(states) == 4 and set(states) == {"COMPLETE", "FAIL"}, err
     failed = states.index("FAIL")
     assert f"job {failed} failed: optim.lr=-1 must be" in err and "of 4 jobs failed" in err
-    assert json.loads((workplace / f"runs/some-{failed}/run.json").read_text())["status"] == "failed"
+    assert (
+        json.loads((workplace / f"runs/some-{failed}/run.json").read_text())["status"] == "failed"
+    )
 
     code, out, err = lorakit(
-        "train", "sweep=optuna", "lora.dropout=0,0.1", "optim.lr=-1", "sweep.trials=9", "group=none", *quick
+        "train",
+        "sweep=optuna",
+        "lora.dropout=0,0.1",
+        "optim.lr=-1",
+        "sweep.trials=9",
+        "group=none",
+        *quick,
     )
     assert code == 2 and "the first 3 trials have failed alike" in err
     assert len(trials_of(workplace, "none")) == 3
@@ -114,12 +161,26 @@ def test_a_trial_that_fails_does_not_end_the_sweep_but_three_alike_at_its_start_
     assert code == 0 and "none-2 failed: optim.lr=-1 must be" in out
 
 
-def test_a_figure_that_no_run_has_ends_the_sweep_at_its_first_trial(workplace: Path, lorakit: Call) -> None:
+def test_a_figure_that_no_run_has_ends_the_sweep_at_its_first_trial(
+    workplace: Path, lorakit: Call
+) -> None:
     quick = (*SMALL, "trainer.max_steps=1", "callbacks.samples=null", "sweep.trials=4")
-    code, _, err = lorakit("train", "sweep=optuna", "lora.dropout=0,0.1", "sweep.metric=val/los", "group=a", *quick)
-    assert code == 2 and "sweep.metric=val/los: a-0 has no such figure; there are: " in err and "val/loss" in err
     code, _, err = lorakit(
-        "train", "sweep=optuna", "lora.dropout=0,0.1", "group=b", "data.val_path=null", *quick, "data.val_rows=null"
+        "train", "sweep=optuna", "lora.dropout=0,0.1", "sweep.metric=val/los", "group=a", *quick
+    )
+    assert (
+        code == 2
+        and "sweep.metric=val/los: a-0 has no such figure; there are: " in err
+        and "val/loss" in err
+    )
+    code, _, err = lorakit(
+        "train",
+        "sweep=optuna",
+        "lora.dropout=0,0.1",
+        "group=b",
+        "data.val_path=null",
+        *quick,
+        "data.val_rows=null",
     )
     assert code == 2 and "sweep.metric=val/loss needs rows to evaluate on" in err
 
@@ -129,9 +190,22 @@ def test_trials_are_never_runs_that_others_have_made(workplace: Path, lorakit: C
     assert lorakit("train", *quick, "run=mine-1")[0] == 0
     code, _, err = lorakit("train", "sweep=optuna", "lora.dropout=0,0.1", "group=mine", *quick)
     assert code == 2 and "runs/mine-1 is a run already, and not of this sweep" in err
-    assert lorakit("train", "sweep=optuna", "lora.dropout=0,0.1", "sweep.trials=1", "group=own", *quick)[0] == 0
+    assert (
+        lorakit(
+            "train", "sweep=optuna", "lora.dropout=0,0.1", "sweep.trials=1", "group=own", *quick
+        )[0]
+        == 0
+    )
     assert lorakit("train", *quick, "run=own-1")[0] == 0  # made behind the sweep's back
-    code, _, err = lorakit("train", "sweep=optuna", "lora.dropout=0,0.1", "sweep.trials=3", "group=own", "resume=true", *quick)
+    code, _, err = lorakit(
+        "train",
+        "sweep=optuna",
+        "lora.dropout=0,0.1",
+        "sweep.trials=3",
+        "group=own",
+        "resume=true",
+        *quick,
+    )
     states = [state for state, *_ in trials_of(workplace, "own")]
     assert code == 2 and states == ["COMPLETE", "FAIL", "COMPLETE"] and "own-1" in err
 
@@ -145,46 +219,79 @@ def test_a_sampler_that_has_tried_everything_ends_the_sweep(workplace: Path, lor
         "~sweep.sampler.n_startup_trials",
     )
     everything = ("sweep.sampler._target_=optuna.samplers.BruteForceSampler", "sweep.trials=9")
-    code, out, err = lorakit("train", "sweep=optuna", "lora.dropout=0,0.1", "group=all", *everything, *quick)
+    code, out, err = lorakit(
+        "train", "sweep=optuna", "lora.dropout=0,0.1", "group=all", *everything, *quick
+    )
     assert code == 0, err
     trials = trials_of(workplace, "all")
-    assert sorted(params["lora.dropout"] for *_, params, _ in trials) == ["0", "0.1"] and "best: all-" in out
+    assert (
+        sorted(params["lora.dropout"] for *_, params, _ in trials) == ["0", "0.1"]
+        and "best: all-" in out
+    )
 
 
-def test_failed_jobs_let_go_of_their_models_and_are_named(workplace: Path, lorakit: Call, monkeypatch: Any) -> None:
+def test_failed_jobs_let_go_of_their_models_and_are_named(
+    workplace: Path, lorakit: Call, monkeypatch: Any
+) -> None:
     (workplace / "mine.py").write_text(
-        "import gc, lightning as L\n"
-        "from lorakit.training.module import LoRAModule\n"
-        "class Greedy(L.Callback):\n"
-        "    def on_train_start(self, trainer, module):\n"
-        "        gc.collect()\n"
-        "        alive = [x for x in gc.get_objects() if isinstance(x, LoRAModule) and x.model is not None]\n"
-        "        print('alive', len(alive))\n"
-        "        raise MemoryError\n"
+        "import gc, lightning as L\nfrom lorakit.training.module import LoRAModule\nclass"
+        " Greedy(L.Callback):\n    def on_train_start(self, trainer, module):\n       "
+        " gc.collect()\n        alive = [x for x in gc.get_objects() if isinstance(x, LoRAModule)"
+        " and x.model is not None]\n        print('alive', len(alive))\n        raise MemoryError\n"
     )
     monkeypatch.syspath_prepend(workplace)
-    quick = (*SMALL, "trainer.max_steps=1", "callbacks.samples=null", "+callbacks.greedy._target_=mine.Greedy")
+    quick = (
+        *SMALL,
+        "trainer.max_steps=1",
+        "callbacks.samples=null",
+        "+callbacks.greedy._target_=mine.Greedy",
+    )
     code, out, err = lorakit("train", "-m", "lora.dropout=0,0.1,0.2", *quick, "group=big")
-    assert code == 2 and "3 of 3 jobs failed" in err and "job 1 (lora.dropout=0.1): the run is out of memory" in err
+    assert (
+        code == 2
+        and "3 of 3 jobs failed" in err
+        and "job 1 (lora.dropout=0.1): the run is out of memory" in err
+    )
     counts = [int(line.split()[1]) for line in out.splitlines() if line.startswith("alive")]
-    assert len(counts) == 3 and counts[2] <= counts[0] + 1  # of the last one Lightning may hold a reference still
+    # of the last one Lightning may hold a reference still
+    assert len(counts) == 3 and counts[2] <= counts[0] + 1
 
 
 def test_two_workers_share_a_journal(workplace: Path) -> None:
-    settings = (*OPTUNA, *EXACT, "sweep.trials=6", "sweep.storage=journal", "group=shared", "resume=auto")
+    settings = (
+        *OPTUNA,
+        *EXACT,
+        "sweep.trials=6",
+        "sweep.storage=journal",
+        "group=shared",
+        "resume=auto",
+    )
     workers = [start(*settings, cwd=workplace) for _ in range(2)]
     outputs = [worker.communicate(timeout=240) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
     trials = trials_of(workplace, "shared", "journal")
     assert [state for state, *_ in trials] == ["COMPLETE"] * 6  # each made once
-    done = [{line.split()[1] for line in out.splitlines() if line.startswith("trial ")} for out, _ in outputs]
-    assert done[0] | done[1] == {str(number) for number in range(6)} and not done[0] & done[1] and all(done)
+    done = [
+        {line.split()[1] for line in out.splitlines() if line.startswith("trial ")}
+        for out, _ in outputs
+    ]
+    assert (
+        done[0] | done[1] == {str(number) for number in range(6)}
+        and not done[0] & done[1]
+        and all(done)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["sqlite", "journal"])
 def test_a_storm_of_kills_changes_no_trial(workplace: Path, lorakit: Call, storage: str) -> None:
-    settings = (*OPTUNA, *EXACT, "sweep.trials=8", "sweep.pruner.n_startup_trials=2", f"sweep.storage={storage}")
+    settings = (
+        *OPTUNA,
+        *EXACT,
+        "sweep.trials=8",
+        "sweep.pruner.n_startup_trials=2",
+        f"sweep.storage={storage}",
+    )
     assert lorakit(*settings, "group=whole")[0] == 0
     generator, kills, begun = random.Random(storage), 0, time.monotonic()
     while True:
@@ -204,7 +311,14 @@ def test_a_storm_of_kills_changes_no_trial(workplace: Path, lorakit: Call, stora
 
 @pytest.mark.slow
 def test_trials_of_two_processes_are_pruned_together(workplace: Path) -> None:
-    settings = (*OPTUNA, *EXACT, "trainer.devices=2", "trainer.accelerator=cpu", "sweep.pruner.n_startup_trials=1", "group=two")
+    settings = (
+        *OPTUNA,
+        *EXACT,
+        "trainer.devices=2",
+        "trainer.accelerator=cpu",
+        "sweep.pruner.n_startup_trials=1",
+        "group=two",
+    )
     worker = start(*settings, "sweep.trials=5", cwd=workplace)
     out, err = worker.communicate(timeout=400)
     assert worker.returncode == 0, err
@@ -213,15 +327,26 @@ def test_trials_of_two_processes_are_pruned_together(workplace: Path) -> None:
 
 
 def test_a_job_of_two_processes_that_fails_does_not_end_the_sweep(workplace: Path) -> None:
-    quick = (*SMALL, "trainer.max_steps=1", "callbacks.samples=null", "trainer.devices=2", "trainer.accelerator=cpu")
+    quick = (
+        *SMALL,
+        "trainer.max_steps=1",
+        "callbacks.samples=null",
+        "trainer.devices=2",
+        "trainer.accelerator=cpu",
+    )
     worker = start("train", "-m", "group=pair", "data.max_tokens=8,256", *quick, cwd=workplace)
     _, err = worker.communicate(timeout=200)
     assert worker.returncode == 2 and "1 of 2 jobs failed; the other 1 finished" in err
-    states = [json.loads((workplace / f"runs/pair-{number}/run.json").read_text())["status"] for number in (0, 1)]
+    states = [
+        json.loads((workplace / f"runs/pair-{number}/run.json").read_text())["status"]
+        for number in (0, 1)
+    ]
     assert states == ["failed", "finished"]
 
 
-def test_every_combination_is_a_run_and_a_second_call_makes_only_what_is_missing(workplace: Path, lorakit: Call) -> None:
+def test_every_combination_is_a_run_and_a_second_call_makes_only_what_is_missing(
+    workplace: Path, lorakit: Call
+) -> None:
     quick = (*SMALL, "trainer.max_steps=2", "callbacks.samples=null", "group=grid")
     code, _, err = lorakit("train", "-m", "optim.lr=1e-3,-1", "lora.dropout=0,0.1", *quick)
     assert code == 2 and "2 of 4 jobs failed" in err
@@ -234,18 +359,31 @@ def test_every_combination_is_a_run_and_a_second_call_makes_only_what_is_missing
     assert (workplace / "runs/.sweep/grid/report.html").read_text().startswith("<!doctype html>")
 
     made = (workplace / "runs/grid-0/run.json").stat().st_mtime_ns
-    code, out, err = lorakit("train", "-m", "optim.lr=1e-3,2e-3", "lora.dropout=0,0.1", *quick, "resume=auto")
+    code, out, err = lorakit(
+        "train", "-m", "optim.lr=1e-3,2e-3", "lora.dropout=0,0.1", *quick, "resume=auto"
+    )
     assert code == 0, err
-    assert "grid-0 is finished" in out and (workplace / "runs/grid-0/run.json").stat().st_mtime_ns == made
+    assert (
+        "grid-0 is finished" in out
+        and (workplace / "runs/grid-0/run.json").stat().st_mtime_ns == made
+    )
     assert json.loads((workplace / "runs/grid-3/run.json").read_text())["status"] == "finished"
 
-    code, _, err = lorakit("train", "-m", "optim.lr=7e-3,1e-3", "lora.dropout=0,0.1", *quick, "resume=auto")  # in another order
-    assert code == 2 and "grid-0 is finished, with other settings:\n  optim.lr: 0.001 then, 0.007 now" in err
+    # in another order
+    code, _, err = lorakit(
+        "train", "-m", "optim.lr=7e-3,1e-3", "lora.dropout=0,0.1", *quick, "resume=auto"
+    )
+    assert (
+        code == 2
+        and "grid-0 is finished, with other settings:\n  optim.lr: 0.001 then, 0.007 now" in err
+    )
     code, _, err = lorakit("train", "-m", "optim.lr=1e-3,2e-3", *quick[:-1], "resume=auto")
     assert code == 2 and "add group=NAME" in err
 
 
-def test_wandbs_agent_runs_what_the_sweep_file_says(workplace: Path, lorakit: Call, monkeypatch: Any) -> None:
+def test_wandbs_agent_runs_what_the_sweep_file_says(
+    workplace: Path, lorakit: Call, monkeypatch: Any
+) -> None:
     """No server is at hand: the agent's own code is given the command that a server would send."""
     from wandb.wandb_agent import Agent
 
@@ -273,17 +411,23 @@ def test_wandbs_agent_runs_what_the_sweep_file_says(workplace: Path, lorakit: Ca
     file = workplace / "runs/.sweep/my sweep/wandb.yaml"
     assert "wandb sweep --project lorakit 'runs/.sweep/my sweep/wandb.yaml'" in out
     described = yaml.safe_load(file.read_text())
-    assert described["metric"] == {"name": "val/loss", "goal": "minimize"} and described["method"] == "bayes"
+    assert (
+        described["metric"] == {"name": "val/loss", "goal": "minimize"}
+        and described["method"] == "bayes"
+    )
     assert described["parameters"] == {
         "optim.lr": {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-2},
         "lora.rank": {"values": [2, 4]},
     }
     for name, value in (
-        ("WANDB_SWEEP_ID", "sweep1"), ("WANDB_MODE", "offline"), ("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}"),
-    ):  # fmt: skip
+        ("WANDB_SWEEP_ID", "sweep1"),
+        ("WANDB_MODE", "offline"),
+        ("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}"),
+    ):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
-    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):  # the agent sets them; taken back behind the test
+    # the agent sets them; taken back behind the test
+    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
         monkeypatch.setenv(name, "")
     agent: Any = Agent.__new__(Agent)  # without the server
     agent._sweep_command, agent._in_jupyter, agent._function = described["command"], False, None
@@ -293,9 +437,17 @@ def test_wandbs_agent_runs_what_the_sweep_file_says(workplace: Path, lorakit: Ca
     assert agent._run_processes["run123"].wait() == 0
     (run,) = (path.parent for path in workplace.glob("runs/*/run.json"))
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert (config["optim"]["lr"], config["lora"]["rank"], config["group"]) == (0.00123, 4, "my sweep")
-    assert config["data"]["path"] == str(workplace / "rows, and more.jsonl") and config["data"]["stop"] == "\n"
-    assert [path.name for path in run.glob("wandb/*run-*/*.wandb")] == ["run-run123.wandb"]  # the run that the server waits for
+    assert (config["optim"]["lr"], config["lora"]["rank"], config["group"]) == (
+        0.00123,
+        4,
+        "my sweep",
+    )
+    assert (
+        config["data"]["path"] == str(workplace / "rows, and more.jsonl")
+        and config["data"]["stop"] == "\n"
+    )
+    # the run that the server waits for
+    assert [path.name for path in run.glob("wandb/*run-*/*.wandb")] == ["run-run123.wandb"]
 
 
 @pytest.mark.parametrize(
@@ -303,21 +455,42 @@ def test_wandbs_agent_runs_what_the_sweep_file_says(workplace: Path, lorakit: Ca
     [
         (("sweep=optuna",), "there is nothing to choose"),
         (("sweep=optuna", "lora.rank=2,4", "sweep.direction=up"), "minimize or maximize"),
-        (("sweep=optuna", "lora.rank=2,4", "sweep.storage=mysql"), "sqlite for one worker, journal for several"),
+        (
+            ("sweep=optuna", "lora.rank=2,4", "sweep.storage=mysql"),
+            "sqlite for one worker, journal for several",
+        ),
         (("sweep=optuna", "lora.rank=2,4", "sweep.trials=0"), "must be at least 1"),
         (("sweep=optuna", "lora.rank=2,4", "sweep.trails=3"), "did you mean sweep.trials?"),
         (("sweep=optuna", "lora.rnk=2,4"), "did you mean lora.rank?"),
-        (("sweep=optuna", "lora.rank=2,4", "sweep.sampler.n_startup_trials=x"), "expected int, got str"),
-        (("sweep=optuna", "lora.rank=2,4", "+sweep.pruner.patience=3"), "unknown key sweep.pruner.patience"),
+        (
+            ("sweep=optuna", "lora.rank=2,4", "sweep.sampler.n_startup_trials=x"),
+            "expected int, got str",
+        ),
+        (
+            ("sweep=optuna", "lora.rank=2,4", "+sweep.pruner.patience=3"),
+            "unknown key sweep.pruner.patience",
+        ),
         (("sweep=optuna", "lora.rank=2,4", "launch=slurm"), "none can wait in a queue"),
         (("sweep=optuna", "lora.rank=2,4", "group=nosuch", "resume=true"), "there is no sweep in"),
-        (("sweep=wandb", "optim.lr=interval(1,2)", "sweep.method=grid"), "wants values, not a range, for optim.lr"),
+        (
+            ("sweep=wandb", "optim.lr=interval(1,2)", "sweep.method=grid"),
+            "wants values, not a range, for optim.lr",
+        ),
         (("sweep=wandb", "lora.rank=2,4", "sweep.method=best"), "bayes, random, grid"),
         (("lora.rank=2,4",), "several values make a sweep, so add -m"),
-        (("-m", "lora.rank=2,4", "--cfg", "job"), "leave out -m, and give one value to each setting"),
+        (
+            ("-m", "lora.rank=2,4", "--cfg", "job"),
+            "leave out -m, and give one value to each setting",
+        ),
         (("sweep=optuna", "lora.rank=2,4", "resume=ture"), "choose true, false or auto"),
         (
-            ("sweep=optuna", "lora.rank=4", "-m", "lora.dropout=0,0.1", "sweep.sampler._target_=optuna.samplers.GridSampler"),
+            (
+                "sweep=optuna",
+                "lora.rank=4",
+                "-m",
+                "lora.dropout=0,0.1",
+                "sweep.sampler._target_=optuna.samplers.GridSampler",
+            ),
             "sampler",
         ),
     ],

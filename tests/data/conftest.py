@@ -20,7 +20,9 @@ def _built(name: str) -> Any:
 
 @pytest.fixture(params=["tiny", "second"])
 def tokenizer(request: pytest.FixtureRequest) -> Any:
-    """The bundled byte-level tokenizer without BOS, then one with BOS, dummy prefix and a pad of its own."""
+    """The bundled byte-level tokenizer without BOS, then one with BOS, dummy prefix and a pad of
+    its own.
+    """
     return _built(request.param)
 
 

@@ -14,7 +14,11 @@ from lorakit.types import Datum, ModelInput
 
 
 def test_a_packed_batch_by_hand() -> None:
-    a, b, c = make_datum([1, 2, 3], [0, 0.5, 1]), make_datum([4, 5], [0, -1]), make_datum([6, 7], [0, 2])
+    a, b, c = (
+        make_datum([1, 2, 3], [0, 0.5, 1]),
+        make_datum([4, 5], [0, -1]),
+        make_datum([6, 7], [0, 2]),
+    )
     batch = collate([[a, b], [c]], pad_token_id=9)
     assert batch.input_ids.tolist() == [[1, 2, 4], [6, 9, 9]]
     assert batch.targets.tolist() == [[2, 3, 5], [7, 9, 9]]
@@ -23,23 +27,46 @@ def test_a_packed_batch_by_hand() -> None:
     assert batch.spans == ((0, 0, 2), (0, 2, 3), (1, 0, 1))
     assert (batch.num_tokens, batch.num_trained_tokens, batch.weight) == (4, 4, 4.5)
     assert abs(batch.padding_share - 2 / 6) < 1e-12
-    assert (batch.input_ids.dtype, batch.targets.dtype, batch.weights.dtype) == (torch.int64, torch.int64, torch.float32)
+    assert (batch.input_ids.dtype, batch.targets.dtype, batch.weights.dtype) == (
+        torch.int64,
+        torch.int64,
+        torch.float32,
+    )
 
 
 def test_parts_of_rows_by_hand() -> None:
-    a, b, c = make_datum([1, 2, 3], [0, 0.5, 1]), make_datum([4, 5], [0, -1]), make_datum([6, 7], [0, 2])
-    first, second = (take_part(collate([[a, b], [c]], pad_token_id=9), part, 2, 9) for part in (0, 1))
-    assert (first.input_ids.tolist(), second.input_ids.tolist()) == ([[1, 2], [6, 9]], [[4, 9], [9, 9]])
-    assert (first.weights.tolist(), second.weights.tolist()) == ([[0.5, 1], [2, 0]], [[-1, 0], [0, 0]])
+    a, b, c = (
+        make_datum([1, 2, 3], [0, 0.5, 1]),
+        make_datum([4, 5], [0, -1]),
+        make_datum([6, 7], [0, 2]),
+    )
+    first, second = (
+        take_part(collate([[a, b], [c]], pad_token_id=9), part, 2, 9) for part in (0, 1)
+    )
+    assert (first.input_ids.tolist(), second.input_ids.tolist()) == (
+        [[1, 2], [6, 9]],
+        [[4, 9], [9, 9]],
+    )
+    assert (first.weights.tolist(), second.weights.tolist()) == (
+        [[0.5, 1], [2, 0]],
+        [[-1, 0], [0, 0]],
+    )
     assert first.position_ids is not None and first.position_ids.tolist() == [[0, 1], [0, 0]]
     assert (first.part, second.part) == ((0, 2), (2, 4))
-    assert first.spans == second.spans == ((0, 0, 2), (0, 2, 3), (1, 0, 1))  # of whole rows: attention sees them
+    # of whole rows: attention sees them
+    assert first.spans == second.spans == ((0, 0, 2), (0, 2, 3), (1, 0, 1))
     assert (first.spans_here, second.spans_here) == ([(0, 0, 2), (1, 0, 1)], [(0, 0, 1)])
-    assert (first.num_tokens, second.num_tokens) == (3, 1) and (first.weight, second.weight) == (3.5, 1.0)
+    assert (first.num_tokens, second.num_tokens) == (3, 1) and (first.weight, second.weight) == (
+        3.5,
+        1.0,
+    )
 
 
-def test_parts_of_a_row_of_one_document_have_its_positions_and_an_idle_batch_has_one_position_in_each() -> None:
-    parts = [take_part(collate([[make_datum([1, 2, 3, 4, 5, 6], [1] * 6)]], 0), part, 4, 0) for part in range(4)]
+def test_parts_of_a_row_have_its_positions_and_an_idle_batch_has_one_position_in_each() -> None:
+    parts = [
+        take_part(collate([[make_datum([1, 2, 3, 4, 5, 6], [1] * 6)]], 0), part, 4, 0)
+        for part in range(4)
+    ]
     assert [part.position_ids.tolist() for part in parts if part.position_ids is not None] == [
         [[0, 1]],
         [[2, 3]],
@@ -56,12 +83,17 @@ def test_parts_of_a_row_of_one_document_have_its_positions_and_an_idle_batch_has
     st.integers(2, 5),
 )
 def test_all_parts_together_are_the_batch(lengths: list[list[int]], parts: int) -> None:
-    rows = [[make_datum(range(3, 3 + length), [0, *[0.5] * (length - 1)]) for length in row] for row in lengths]
+    rows = [
+        [make_datum(range(3, 3 + length), [0, *[0.5] * (length - 1)]) for length in row]
+        for row in lengths
+    ]
     whole = collate(rows, 0)
     cut = [take_part(whole, part, parts, 0) for part in range(parts)]
     width = whole.input_ids.shape[1]
     for name in ("input_ids", "targets", "weights"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in cut], dim=1)[:, :width], getattr(whole, name))
+        assert torch.equal(
+            torch.cat([getattr(part, name) for part in cut], dim=1)[:, :width], getattr(whole, name)
+        )
     assert sum(part.num_tokens for part in cut) == whole.num_tokens
     assert sum(part.num_trained_tokens for part in cut) == whole.num_trained_tokens
     assert sum(part.weight for part in cut) == whole.weight
@@ -69,7 +101,9 @@ def test_all_parts_together_are_the_batch(lengths: list[list[int]], parts: int) 
 
 
 def test_rows_of_one_document_need_no_positions() -> None:
-    batch = collate([[make_datum([1, 2, 3], [0, 0, 1])], [make_datum([4, 5], [0, 1])]], pad_token_id=0)
+    batch = collate(
+        [[make_datum([1, 2, 3], [0, 0, 1])], [make_datum([4, 5], [0, 1])]], pad_token_id=0
+    )
     assert batch.position_ids is None
     assert batch.spans == ((0, 0, 2), (1, 0, 1))
 
@@ -86,7 +120,9 @@ def test_further_loss_inputs_travel_along_padded_with_0() -> None:
 
 @st.composite
 def rows_of_datums(draw: st.DrawFn) -> list[list[Datum]]:
-    shape = draw(st.lists(st.lists(st.integers(2, 8), min_size=1, max_size=4), min_size=1, max_size=4))
+    shape = draw(
+        st.lists(st.lists(st.integers(2, 8), min_size=1, max_size=4), min_size=1, max_size=4)
+    )
     rng = random.Random(draw(st.integers(0, 99)))
 
     def make(n: int) -> Datum:
@@ -96,7 +132,9 @@ def rows_of_datums(draw: st.DrawFn) -> list[list[Datum]]:
 
 
 @given(rows_of_datums(), st.integers(0, 49))
-def test_every_datum_is_found_again_and_the_rest_is_padding_without_weight(rows: list[list[Datum]], pad: int) -> None:
+def test_every_datum_is_found_again_and_the_rest_is_padding_without_weight(
+    rows: list[list[Datum]], pad: int
+) -> None:
     batch = collate(rows, pad)
     datums = [datum for row in rows for datum in row]
     assert len(batch.spans) == len(datums)

@@ -45,17 +45,23 @@ def examples(draw: st.DrawFn) -> Rendered:
 
 
 @given(examples(), st.integers(1, 30), st.sampled_from(list(OnLong)))
-def test_an_example_that_fits_is_left_alone_under_every_policy(example: Rendered, slack: int, policy: OnLong) -> None:
+def test_an_example_that_fits_is_left_alone_under_every_policy(
+    example: Rendered, slack: int, policy: OnLong
+) -> None:
     cuts = Cuts()
     assert fit(example, len(example.tokens) + slack - 1, policy, cuts) is example
     assert cuts == Cuts()
 
 
 @given(examples(), st.data())
-def test_too_long_is_refused_or_dropped_and_the_drop_counted(example: Rendered, data: st.DataObject) -> None:
+def test_too_long_is_refused_or_dropped_and_the_drop_counted(
+    example: Rendered, data: st.DataObject
+) -> None:
     assume(len(example.tokens) > 1)
     max_tokens, cuts = data.draw(st.integers(1, len(example.tokens) - 1)), Cuts()
-    with pytest.raises(DataError, match=f"{len(example.tokens)} tokens, but data.max_tokens={max_tokens}"):
+    with pytest.raises(
+        DataError, match=f"{len(example.tokens)} tokens, but data.max_tokens={max_tokens}"
+    ):
         fit(example, max_tokens, OnLong.ERROR, cuts)
     assert cuts == Cuts()
     assert fit(example, max_tokens, OnLong.DROP, cuts) is None
@@ -73,12 +79,17 @@ def test_cutting_on_the_right_keeps_the_beginning(example: Rendered, data: st.Da
         return
     kept = fit(example, max_tokens, OnLong.TRUNCATE_RIGHT, cuts)
     assert kept is not None
-    assert (kept.tokens, kept.weights) == (example.tokens[:max_tokens], example.weights[:max_tokens])
+    assert (kept.tokens, kept.weights) == (
+        example.tokens[:max_tokens],
+        example.weights[:max_tokens],
+    )
     assert cuts == Cuts(num_truncated=1, num_tokens_cut=len(example.tokens) - max_tokens)
 
 
 @given(examples(), st.data())
-def test_cutting_the_prompt_takes_its_left_end_behind_the_special_tokens(example: Rendered, data: st.DataObject) -> None:
+def test_cutting_the_prompt_takes_its_left_end_behind_the_special_tokens(
+    example: Rendered, data: st.DataObject
+) -> None:
     assume(len(example.tokens) > 1)
     max_tokens, cuts = data.draw(st.integers(1, len(example.tokens) - 1)), Cuts()
     excess = len(example.tokens) - max_tokens
@@ -89,7 +100,8 @@ def test_cutting_the_prompt_takes_its_left_end_behind_the_special_tokens(example
             fit(example, max_tokens, OnLong.TRUNCATE_PROMPT, cuts)
         assert cuts == Cuts()
         return
-    assume(example.num_prefix or room > excess)  # one token must stay in front of the first trained one
+    # one token must stay in front of the first trained one
+    assume(example.num_prefix or room > excess)
     kept = fit(example, max_tokens, OnLong.TRUNCATE_PROMPT, cuts)
     assert kept is not None
     gone = range(100 + example.num_prefix, 100 + example.num_prefix + excess)
@@ -103,6 +115,11 @@ def test_cutting_the_prompt_takes_its_left_end_behind_the_special_tokens(example
 
 def test_the_prompt_is_cut_by_hand() -> None:
     cuts = Cuts()
-    kept = fit(Rendered([1, 5, 6, 7, 8, 2], [0, 0, 0, 0, 1, 1], num_prefix=1), 4, OnLong.TRUNCATE_PROMPT, cuts)
+    kept = fit(
+        Rendered([1, 5, 6, 7, 8, 2], [0, 0, 0, 0, 1, 1], num_prefix=1),
+        4,
+        OnLong.TRUNCATE_PROMPT,
+        cuts,
+    )
     assert kept == Rendered([1, 7, 8, 2], [0, 0, 1, 1], num_prefix=1)
     assert cuts == Cuts(num_truncated=1, num_tokens_cut=2)

@@ -1,4 +1,6 @@
-"""Rows to Datums and the figures of a data set: nothing disappears without being counted or named."""
+"""Rows to Datums and the figures of a data set: nothing disappears without being counted or
+named.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,20 @@ from lorakit.data.sources import open_source
 from lorakit.errors import DataError
 
 
-def make(path: Path, rows: list[Any], tokenizer: Any, max_tokens: int = 32, on_long: str = "error", **options: Any) -> Examples:
-    source = open_source(write_jsonl(path / "rows.jsonl", rows), on_error=options.get("on_error", "raise"))
-    renderer = Renderer(tokenizer, stop=options.get("stop"), append_eos=options.get("append_eos", "auto"))
+def make(
+    path: Path,
+    rows: list[Any],
+    tokenizer: Any,
+    max_tokens: int = 32,
+    on_long: str = "error",
+    **options: Any,
+) -> Examples:
+    source = open_source(
+        write_jsonl(path / "rows.jsonl", rows), on_error=options.get("on_error", "raise")
+    )
+    renderer = Renderer(
+        tokenizer, stop=options.get("stop"), append_eos=options.get("append_eos", "auto")
+    )
     return Examples(source, renderer, max_tokens, OnLong(on_long), options.get("on_error", "raise"))
 
 
@@ -30,16 +43,28 @@ def everything(examples: Examples) -> np.ndarray:
     return np.arange(len(examples.source))
 
 
-def test_rows_over_max_tokens_are_all_named_by_line_in_one_report(tmp_path: Path, tokenizer: Any) -> None:
-    examples = make(tmp_path, [tokens_row(4 if n % 2 else 9) for n in range(60)], tokenizer, max_tokens=8)
+def test_rows_over_max_tokens_are_all_named_by_line_in_one_report(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    examples = make(
+        tmp_path, [tokens_row(4 if n % 2 else 9) for n in range(60)], tokenizer, max_tokens=8
+    )
     with pytest.raises(DataError) as error:
         survey(examples, everything(examples), 1_000)
     message = str(error.value)
-    assert "30 of 60 rows" in message and "10 more" in message and message.count("9 tokens, but") == 20
-    assert "rows.jsonl:1: " in message and "rows.jsonl:39: " in message and "rows.jsonl:41: " not in message
+    assert (
+        "30 of 60 rows" in message and "10 more" in message and message.count("9 tokens, but") == 20
+    )
+    assert (
+        "rows.jsonl:1: " in message
+        and "rows.jsonl:39: " in message
+        and "rows.jsonl:41: " not in message
+    )
 
 
-def test_a_bad_row_that_streams_by_is_named_by_its_line_or_counted(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_bad_row_that_streams_by_is_named_by_its_line_or_counted(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     rows = [tokens_row(4), tokens_row(9)]
     examples = make(tmp_path, rows, tokenizer, max_tokens=8)
     assert len(examples.datums(0)) == 1
@@ -57,13 +82,22 @@ def test_max_tokens_counts_the_tokens_before_the_shift(tmp_path: Path, tokenizer
 
 def test_the_figures_of_a_data_set_by_hand(tmp_path: Path, tiny: Any) -> None:
     rows = [{"prompt": "ab", "completion": "c\n"}, {"prompt": "a", "completion": "xyz"}]
-    report = survey(examples := make(tmp_path, rows, tiny, append_eos=False, stop="\n"), everything(examples), 10)
+    report = survey(
+        examples := make(tmp_path, rows, tiny, append_eos=False, stop="\n"),
+        everything(examples),
+        10,
+    )
     lengths = [len(tiny(row["prompt"] + row["completion"])["input_ids"]) for row in rows]
     trained = [len(tiny(row["completion"])["input_ids"]) for row in rows]
     assert report.lengths.tolist() == lengths
     assert (report.num_tokens, report.num_trained_tokens) == (sum(lengths), sum(trained))
     assert report.trained_share == sum(trained) / sum(lengths)
-    assert (report.num_rows, report.num_examples, report.examples_per_row, report.num_without_stop) == (2, 2, 1.0, 1)
+    assert (
+        report.num_rows,
+        report.num_examples,
+        report.examples_per_row,
+        report.num_without_stop,
+    ) == (2, 2, 1.0, 1)
     assert sum(count for _, _, count in report.histogram()) == 2
     assert report.cuts == Cuts() and report.num_rows_skipped == 0
 
@@ -75,14 +109,23 @@ def test_eos_counts_as_a_stop_token(tmp_path: Path, tokenizer: Any) -> None:
         assert survey(examples, everything(examples), 10).num_without_stop == expected
 
 
-@pytest.mark.parametrize(("on_long", "expected", "lengths"), [
-    ("drop", Cuts(num_dropped=3), [4, 4]),
-    ("truncate_prompt", Cuts(num_truncated=3, num_tokens_cut=3 + 4 + 5), [4, 8, 8, 8, 4]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("on_long", "expected", "lengths"),
+    [
+        ("drop", Cuts(num_dropped=3), [4, 4]),
+        ("truncate_prompt", Cuts(num_truncated=3, num_tokens_cut=3 + 4 + 5), [4, 8, 8, 8, 4]),
+    ],
+)
 def test_what_is_cut_is_counted_once_however_often_the_rows_are_read(
     tmp_path: Path, tokenizer: Any, on_long: str, expected: Cuts, lengths: list[int]
 ) -> None:
-    examples = make(tmp_path, [tokens_row(n) for n in (4, 11, 12, 13, 4)], tokenizer, max_tokens=8, on_long=on_long)
+    examples = make(
+        tmp_path,
+        [tokens_row(n) for n in (4, 11, 12, 13, 4)],
+        tokenizer,
+        max_tokens=8,
+        on_long=on_long,
+    )
     for _ in range(2):
         report = survey(examples, everything(examples), 100)
         assert report.cuts == expected and report.lengths.tolist() == lengths
@@ -96,15 +139,24 @@ def test_skipped_rows_of_both_passes_are_counted(tmp_path: Path, tokenizer: Any)
     assert (report.num_rows, report.num_rows_skipped, report.num_examples) == (3, 2, 2)
 
 
-def test_a_row_may_give_several_examples(tmp_path: Path, tokenizer: Any, with_template: Any) -> None:
+def test_a_row_may_give_several_examples(
+    tmp_path: Path, tokenizer: Any, with_template: Any
+) -> None:
     thought = "<think>\nhm\n</think>\n\nyes"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": thought}] * 2
-    examples = make(tmp_path, [{"messages": turns}] * 3, with_template(tokenizer, THINKING_TEMPLATE), max_tokens=200)
+    examples = make(
+        tmp_path,
+        [{"messages": turns}] * 3,
+        with_template(tokenizer, THINKING_TEMPLATE),
+        max_tokens=200,
+    )
     assert len(examples.datums(0)) == 2
     assert survey(examples, everything(examples), 100).examples_per_row == 2.0
 
 
-def test_no_usable_row_is_an_error_even_when_rows_may_be_skipped(tmp_path: Path, tokenizer: Any) -> None:
+def test_no_usable_row_is_an_error_even_when_rows_may_be_skipped(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     for options in ({"on_long": "drop"}, {"on_error": "skip"}):
         examples = make(tmp_path, [tokens_row(9)] * 2, tokenizer, max_tokens=8, **options)
         with pytest.raises(DataError, match="none of the 2 rows"):
@@ -119,11 +171,21 @@ def test_only_the_rows_asked_for_are_looked_at(tmp_path: Path, tokenizer: Any) -
         survey(examples, np.array([5]), 5)
 
 
-def test_answers_that_say_nothing_are_counted_with_their_place(tmp_path: Path, tokenizer: Any) -> None:
+def test_answers_that_say_nothing_are_counted_with_their_place(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     said, eos = tokenizer.encode("yes", add_special_tokens=False), tokenizer.eos_token_id
     answers = [[*said, eos], [eos], [*said, eos, *said, eos], said]
-    rows = [{"tokens": [*said, *answer], "weights": [0] * len(said) + [1] * len(answer)} for answer in answers]
-    rows.append({"tokens": [*said, eos, *said, eos], "weights": [0] * len(said) + [1] + [0] * len(said) + [0.5]})
+    rows = [
+        {"tokens": [*said, *answer], "weights": [0] * len(said) + [1] * len(answer)}
+        for answer in answers
+    ]
+    rows.append(
+        {
+            "tokens": [*said, eos, *said, eos],
+            "weights": [0] * len(said) + [1] + [0] * len(said) + [0.5],
+        }
+    )
     examples = make(tmp_path, rows, tokenizer)
     report = survey(examples, everything(examples), 10)
     assert report.num_empty_answers == 3 and str(report.first_empty_answer).endswith(":2")

@@ -1,4 +1,6 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: positions, logits alone and packed, and adapters on the tower, as for the tiny model."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: positions, logits alone and packed, and adapters on the
+tower, as for the tiny model.
+"""
 
 from __future__ import annotations
 
@@ -23,33 +25,76 @@ from lorakit.training.step import compute_loss
 from lorakit.types import Datum, EncodedTextChunk, ImageChunk, ModelInput
 
 TEXT: dict[str, Any] = {
-    "vocab_size": 288, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 288,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 PATCHES = {"patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_vl": {
         "text_config": {**TEXT, "rope_parameters": ROPE},
-        "vision_config": {**PATCHES, "depth": 3, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2},
+        "vision_config": {
+            **PATCHES,
+            "depth": 3,
+            "embed_dim": 32,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+        },
     },
     "qwen2_5_vl": {
         "text_config": {**TEXT, "rope_parameters": ROPE},
-        "vision_config": {**PATCHES, "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
-                          "window_size": 16, "fullatt_block_indexes": [1]},
+        "vision_config": {
+            **PATCHES,
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
     },
     "qwen3_vl": {
-        "text_config": {**TEXT, "head_dim": 16, "rope_parameters": {**ROPE, "mrope_interleaved": True}},
-        "vision_config": {**PATCHES, "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
-                          "num_position_embeddings": 64, "deepstack_visual_indexes": [1]},
+        "text_config": {
+            **TEXT,
+            "head_dim": 16,
+            "rope_parameters": {**ROPE, "mrope_interleaved": True},
+        },
+        "vision_config": {
+            **PATCHES,
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [1],
+        },
     },
-}  # fmt: skip
+}
 
 
 @functools.cache
 def make(family: str) -> tuple[Any, ImageEncoder]:
-    named = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
-    ids = {f"{name}_token_id": make_tokenizer().convert_tokens_to_ids(f"<|{token}|>") for name, token in named.items()}
+    named = {
+        "image": "image_pad",
+        "video": "video_pad",
+        "vision_start": "vision_start",
+        "vision_end": "vision_end",
+    }
+    ids = {
+        f"{name}_token_id": make_tokenizer().convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in named.items()
+    }
     config = AutoConfig.for_model(family, **FAMILIES[family], **ids, tie_word_embeddings=False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -57,13 +102,18 @@ def make(family: str) -> tuple[Any, ImageEncoder]:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.15)
-    processor = Qwen2VLImageProcessorPil(**{**PATCHES, "merge_size": 2}, size={"shortest_edge": 64, "longest_edge": 4096})
+    processor = Qwen2VLImageProcessorPil(
+        **{**PATCHES, "merge_size": 2}, size={"shortest_edge": 64, "longest_edge": 4096}
+    )
     return model.requires_grad_(False).eval(), ImageEncoder(processor, config)
 
 
 def make_datums(encoder: ImageEncoder) -> list[Datum]:
     tokens, found = make_tokenizer(), []
-    start, end = (EncodedTextChunk((tokens.convert_tokens_to_ids(f"<|vision_{side}|>"),)) for side in ("start", "end"))
+    start, end = (
+        EncodedTextChunk((tokens.convert_tokens_to_ids(f"<|vision_{side}|>"),))
+        for side in ("start", "end")
+    )
     for number, sizes in enumerate([[(48, 32)], [(24, 40), (56, 16)], [], [(32, 32)]]):
         chunks: list[Any] = [EncodedTextChunk(tuple(range(40 + number, 46 + number)))]
         for place, size in enumerate(sizes):
@@ -71,7 +121,12 @@ def make_datums(encoder: ImageEncoder) -> list[Datum]:
             chunks += [start, ImageChunk(chunk.data, "png", encoder.count_tokens(chunk)), end]
         model_input = ModelInput((*chunks, EncodedTextChunk(tuple(range(60, 66)))))
         targets = list(range(70, 70 + model_input.length))
-        found.append(Datum(model_input, {"target_tokens": [t % 200 for t in targets], "weights": [1.0] * len(targets)}))
+        found.append(
+            Datum(
+                model_input,
+                {"target_tokens": [t % 200 for t in targets], "weights": [1.0] * len(targets)},
+            )
+        )
     return found
 
 
@@ -90,14 +145,20 @@ def test_rows_alone_padded_and_packed_have_the_logits_of_transformers(family: st
             inputs["image_grid_thw"] = torch.tensor([one.grid for one in encoded])
         with torch.no_grad():
             theirs = model(input_ids=tokens, **inputs).logits[0]
-        assert torch.allclose(in_padding, theirs, atol=1e-5) and torch.allclose(in_pack, theirs, atol=1e-5)
+        assert torch.allclose(in_padding, theirs, atol=1e-5) and torch.allclose(
+            in_pack, theirs, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_towers_take_adapters_and_run_for_rows_of_text(family: str) -> None:
     model, encoder = make(family)
     adapted = inject(copy.deepcopy(model), LoRASpec(rank=2, vision=True, merger=True)).train()
-    names = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad and "visual" in name}
+    names = {
+        name
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad and "visual" in name
+    }
     assert any(".blocks.2." in name for name in names) and any(".merger." in name for name in names)
     datums = make_datums(encoder)
     text = compute_loss(adapted, collate([[datums[2]]], 0, encoder), cross_entropy).loss_sum
@@ -108,8 +169,14 @@ def test_towers_take_adapters_and_run_for_rows_of_text(family: str) -> None:
         logits = model(input_ids=torch.tensor([encoder.tokens(datums[2].model_input)])).logits[0]
     by_hand = -logits.log_softmax(-1).gather(1, torch.tensor(datums[2].targets)[:, None]).sum()
     assert text.item() == pytest.approx(by_hand.item(), rel=1e-5)
-    compute_loss(adapted, collate([[datum] for datum in datums], 0, encoder), cross_entropy).loss_sum.backward()
-    assert all(parameter.grad.any() for name, parameter in adapted.named_parameters() if name in names and "lora_B" in name)
+    compute_loss(
+        adapted, collate([[datum] for datum in datums], 0, encoder), cross_entropy
+    ).loss_sum.backward()
+    assert all(
+        parameter.grad.any()
+        for name, parameter in adapted.named_parameters()
+        if name in names and "lora_B" in name
+    )
 
 
 @pytest.mark.parametrize("by_document", [False, True])
@@ -120,4 +187,6 @@ def test_a_process_without_a_row_runs_the_tower_too(by_document: bool) -> None:
     adapted = inject(model, LoRASpec(rank=2, vision=True)).train()
     loss = compute_loss(adapted, idle_batch(0), cross_entropy).loss_sum
     loss.backward()
-    assert loss.item() == 0 and all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+    assert loss.item() == 0 and all(
+        p.grad is not None for p in adapted.parameters() if p.requires_grad
+    )

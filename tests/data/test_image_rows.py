@@ -1,4 +1,6 @@
-"""Images in rows: found wherever they are, as many tokens as transformers' processor makes, never cut, never trained."""
+"""Images in rows: found wherever they are, as many tokens as transformers' processor makes,
+never cut, never trained.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vision import draw_image, logits_of, make_encoder, make_reference, make_tokenizer, make_vl_model, png
+from vision import (
+    draw_image,
+    logits_of,
+    make_encoder,
+    make_reference,
+    make_tokenizer,
+    make_vl_model,
+    png,
+)
 
 from lorakit.data.collate import collate
 from lorakit.data.datamodule import LoRADataModule
@@ -33,11 +43,19 @@ def row(*images: Any, answer: str = "two", question: str = QUESTION, **more: Any
 
 
 def asked(*parts: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": "two"}]}
+    return {
+        "messages": [
+            {"role": "user", "content": list(parts)},
+            {"role": "assistant", "content": "two"},
+        ]
+    }
 
 
 def llava(text: str, **more: Any) -> dict[str, Any]:
-    return {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "two"}], **more}
+    return {
+        "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "two"}],
+        **more,
+    }
 
 
 def module(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> LoRADataModule:
@@ -49,7 +67,9 @@ def module(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> LoRADat
 
 
 def datums(found: LoRADataModule) -> list[Datum]:
-    return [datum for index in range(len(found.source)) for datum in found.train_examples.datums(index)]
+    return [
+        datum for index in range(len(found.source)) for datum in found.train_examples.datums(index)
+    ]
 
 
 def test_tokens_patches_and_positions_are_those_of_transformers(tmp_path: Path) -> None:
@@ -73,7 +93,9 @@ def test_tokens_patches_and_positions_are_those_of_transformers(tmp_path: Path) 
         assert torch.equal(batch.images.patches_PD, expected["pixel_values"])
         assert torch.equal(batch.images.grids_N3, expected["image_grid_thw"])
         theirs, _ = model.model.get_rope_index(
-            expected["input_ids"], expected["mm_token_type_ids"], image_grid_thw=expected["image_grid_thw"]
+            expected["input_ids"],
+            expected["mm_token_type_ids"],
+            image_grid_thw=expected["image_grid_thw"],
         )
         assert torch.equal(batch.position_ids[1:], theirs[:, :, :length])
         assert batch.position_ids[0].tolist() == [list(range(length))]
@@ -86,20 +108,37 @@ def test_images_are_found_in_files_urls_base64_bytes_and_tables(tmp_path: Path) 
     content = png(image)
     encoded = base64.b64encode(content).decode()
     given = [
-        "deep/a b.png", str(tmp_path / "deep" / "a b.png"), f"file://{tmp_path}/deep/a%20b.png", f"data:image/png;base64,{encoded}",
-        encoded, {"path": "deep/a b.png"},
-    ]  # fmt: skip
+        "deep/a b.png",
+        str(tmp_path / "deep" / "a b.png"),
+        f"file://{tmp_path}/deep/a%20b.png",
+        f"data:image/png;base64,{encoded}",
+        encoded,
+        {"path": "deep/a b.png"},
+    ]
     rows = [row(one) for one in given]
     rows += [row(None, images=["deep/a b.png"]), row(None, images=[{"path": "deep/a b.png"}])]
     url = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
-    rows.append({"messages": [{"role": "user", "content": [url, {"type": "text", "text": QUESTION}]}, rows[0]["messages"][1]]})
+    rows.append(
+        {
+            "messages": [
+                {"role": "user", "content": [url, {"type": "text", "text": QUESTION}]},
+                rows[0]["messages"][1],
+            ]
+        }
+    )
     found = datums(module(tmp_path, rows))
     text = datasets.Value("string")
     message = {"role": text, "content": datasets.List({"type": text, "text": text})}
-    features = datasets.Features({"messages": datasets.List(message), "images": datasets.List(datasets.Image())})
+    features = datasets.Features(
+        {"messages": datasets.List(message), "images": datasets.List(datasets.Image())}
+    )
     plain = row(None)
     for message in plain["messages"]:
-        parts = message["content"] if isinstance(message["content"], list) else [{"type": "text", "text": message["content"]}]
+        parts = (
+            message["content"]
+            if isinstance(message["content"], list)
+            else [{"type": "text", "text": message["content"]}]
+        )
         message["content"] = [{"type": part["type"], "text": part.get("text")} for part in parts]
     tables = [{**plain, "images": [image]}, {**plain, "images": [{"bytes": content, "path": None}]}]
     datasets.Dataset.from_list(tables, features=features).to_parquet(tmp_path / "t.parquet")
@@ -110,7 +149,10 @@ def test_images_are_found_in_files_urls_base64_bytes_and_tables(tmp_path: Path) 
     batches = [collate([[datum]], 0, make_encoder()) for datum in found]
     assert len(batches) == len(given) + 3 + 2
     for batch in batches[1:]:
-        assert all(torch.equal(batch.tensors()[name], tensor) for name, tensor in batches[0].tensors().items())
+        assert all(
+            torch.equal(batch.tensors()[name], tensor)
+            for name, tensor in batches[0].tensors().items()
+        )
 
 
 def test_marks_in_conversations_stand_for_the_images_beside_them(tmp_path: Path) -> None:
@@ -119,10 +161,15 @@ def test_marks_in_conversations_stand_for_the_images_beside_them(tmp_path: Path)
 
     def read(found: LoRADataModule) -> list[tuple[list[int], list[bytes]]]:
         inputs = [datum.model_input for datum in datums(found)]
-        return [(make_encoder().tokens(one), [chunk.data for chunk in one.images]) for one in inputs]
+        return [
+            (make_encoder().tokens(one), [chunk.data for chunk in one.images]) for one in inputs
+        ]
 
     wanted = read(module(tmp_path, [row("a.png"), row("a.png", "b.png", question=" and?")]))
-    marked = [llava(f"<image>{QUESTION}", image="a.png"), llava("<image><image> and?", images=["a.png", "b.png"])]
+    marked = [
+        llava(f"<image>{QUESTION}", image="a.png"),
+        llava("<image><image> and?", images=["a.png", "b.png"]),
+    ]
     found = module(tmp_path, [*marked, llava("an <image> tag")])
     assert found.has_images and found.check_tokens().unused_columns == {}
     assert read(found)[:2] == wanted
@@ -133,7 +180,10 @@ def test_a_small_image_in_base64_is_not_taken_for_a_path(tmp_path: Path) -> None
     content = png(Image.new("L", (8, 8), 90))
     text = base64.b64encode(content).decode()
     assert len(text) < 255
-    found = module(tmp_path, [asked({"type": "image", key: text}, {"text": "?"}) for key in ("base64", "bytes")])
+    found = module(
+        tmp_path,
+        [asked({"type": "image", key: text}, {"text": "?"}) for key in ("base64", "bytes")],
+    )
     assert [datum.model_input.images[0].data for datum in datums(found)] == [content, content]
 
 
@@ -181,7 +231,10 @@ def test_images_and_their_brackets_are_never_trained(tmp_path: Path) -> None:
         found = module(tmp_path, [row("a.png")], train_on=train_on)
         (example,) = found.train_examples.rendered(0)
         (image,) = example.images
-        assert example.tokens[image.start : image.start + image.chunk.length] == [PAD] * image.chunk.length
+        assert (
+            example.tokens[image.start : image.start + image.chunk.length]
+            == [PAD] * image.chunk.length
+        )
         assert (image.first, image.end) == (image.start - 1, image.start + image.chunk.length + 1)
         assert not any(example.weights[image.first : image.end]) and any(example.weights)
 
@@ -194,23 +247,46 @@ PROBLEMS = [
     (row("data:image/png;base64,%%%"), r"rows.jsonl:2: .*base64 cannot be decoded"),
     (row(5), r"rows.jsonl:2: .*must be a path"),
     (row(None), r"rows.jsonl:2: 1 image parts name no image, but `images` holds 0"),
-    (row("a.png", images=["a.png"]), r"rows.jsonl:2: 0 image parts name no image, but `images` holds 1"),
-    (row("a.png", question="<|image_pad|>?"), r"rows.jsonl:2: message 0 has the text <\|image_pad\|>"),
+    (
+        row("a.png", images=["a.png"]),
+        r"rows.jsonl:2: 0 image parts name no image, but `images` holds 1",
+    ),
+    (
+        row("a.png", question="<|image_pad|>?"),
+        r"rows.jsonl:2: message 0 has the text <\|image_pad\|>",
+    ),
     (row("thin.png"), r"rows.jsonl:2: an image of 900 x 1 pixels"),
-    (row("deep.png"), r"rows.jsonl:2: image .*deep.png has numbers of more than 8 bits \(mode I;16\)"),
-    (row("float.tiff"), r"rows.jsonl:2: image .*float.tiff has numbers of more than 8 bits \(mode F\)"),
+    (
+        row("deep.png"),
+        r"rows.jsonl:2: image .*deep.png has numbers of more than 8 bits \(mode I;16\)",
+    ),
+    (
+        row("float.tiff"),
+        r"rows.jsonl:2: image .*float.tiff has numbers of more than 8 bits \(mode F\)",
+    ),
     (row("vast.png"), r"rows.jsonl:2: image .*vast.png has 20,000 x 5,000 pixels"),
     (row("drawing.eps"), r"rows.jsonl:2: image .*drawing.eps cannot be read: cannot identify"),
     (row("~nobody-here/a.png"), r"rows.jsonl:2: .*image ~nobody-here/a.png"),
     (row("file://[x/a.png"), r"rows.jsonl:2: .*Invalid IPv6"),
-    (asked({"type": "text", "text": "what?", "image": "a.png"}), r"content part 0 has text and an image; write two parts"),
-    (asked({"type": "image", "image": "a.png", "text": "what?"}), r"content part 0 has an image and `text`; write two parts"),
-    (asked({"image": "a.png", "max_pixels": 9}), r"content part 0 has `max_pixels` beside an image.*data.max_pixels"),
+    (
+        asked({"type": "text", "text": "what?", "image": "a.png"}),
+        r"content part 0 has text and an image; write two parts",
+    ),
+    (
+        asked({"type": "image", "image": "a.png", "text": "what?"}),
+        r"content part 0 has an image and `text`; write two parts",
+    ),
+    (
+        asked({"image": "a.png", "max_pixels": 9}),
+        r"content part 0 has `max_pixels` beside an image.*data.max_pixels",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("bad", "message"), PROBLEMS)
-def test_what_is_wrong_with_an_image_names_row_and_file(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
+def test_what_is_wrong_with_an_image_names_row_and_file(
+    tmp_path: Path, bad: dict[str, Any], message: str
+) -> None:
     draw_image(1).save(tmp_path / "a.png")
     draw_image(1, (900, 1)).save(tmp_path / "thin.png")
     (tmp_path / "text.png").write_text("not an image")
@@ -229,10 +305,22 @@ def test_what_is_wrong_with_an_image_names_row_and_file(tmp_path: Path, bad: dic
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"text": "so <|image_pad|> says"}, r"other.jsonl:1: the text has <\|image_pad\|>, which stands for an image"),
-        ({"tokens": [5, PAD, 6], "weights": [0, 0, 1]}, r"other.jsonl:1: the text has <\|image_pad\|>"),
-        ({"prompt": "<|image_pad|>", "completion": "x"}, r"other.jsonl:1: the text has <\|image_pad\|>"),
-        (llava("<image>\nwhat?", image=["a.png", "a.png"]), r"`conversations` have 1 <image>, but the row has 2 images"),
+        (
+            {"text": "so <|image_pad|> says"},
+            r"other.jsonl:1: the text has <\|image_pad\|>, which stands for an image",
+        ),
+        (
+            {"tokens": [5, PAD, 6], "weights": [0, 0, 1]},
+            r"other.jsonl:1: the text has <\|image_pad\|>",
+        ),
+        (
+            {"prompt": "<|image_pad|>", "completion": "x"},
+            r"other.jsonl:1: the text has <\|image_pad\|>",
+        ),
+        (
+            llava("<image>\nwhat?", image=["a.png", "a.png"]),
+            r"`conversations` have 1 <image>, but the row has 2 images",
+        ),
     ],
 )
 @pytest.mark.parametrize("has_images", [False, True])
@@ -244,11 +332,15 @@ def test_a_text_that_a_model_would_take_for_an_image_is_an_error(
     (tmp_path / "other.jsonl").write_text(json.dumps(other) + "\n")
     found = LoRADataModule(path=str(tmp_path / "*.jsonl"))
     with pytest.raises(DataError, match=message):
-        found.set_tokenizer(make_tokenizer(), make_encoder() if has_images else None, image_token_id=PAD)
+        found.set_tokenizer(
+            make_tokenizer(), make_encoder() if has_images else None, image_token_id=PAD
+        )
         found.check_tokens()
 
 
-def test_an_image_that_is_broken_behind_its_header_is_an_error_of_its_batch_or_skipped(tmp_path: Path) -> None:
+def test_an_image_that_is_broken_behind_its_header_is_an_error_of_its_batch_or_skipped(
+    tmp_path: Path,
+) -> None:
     draw_image(1).save(tmp_path / "a.png")
     torn = png(Image.effect_noise((64, 64), 80))
     (tmp_path / "torn.png").write_bytes(torn[: len(torn) // 2])  # its header is whole
@@ -308,7 +400,12 @@ def test_no_length_cuts_an_image_in_two(policy: OnLong, max_tokens: int) -> None
             assert not any(kept.weights[placed.first : placed.end])
         datum = make_datum(kept.tokens, kept.weights, kept.images)
         assert len(datum) == len(datum.targets)
-        text = [token for chunk in datum.model_input.chunks if isinstance(chunk, EncodedTextChunk) for token in chunk.tokens]
+        text = [
+            token
+            for chunk in datum.model_input.chunks
+            if isinstance(chunk, EncodedTextChunk)
+            for token in chunk.tokens
+        ]
         assert PAD not in text
     assert whole.tokens.count(PAD) == 8
 
@@ -329,11 +426,22 @@ def test_packed_rows_with_images_equal_rows_by_themselves_and_do_not_see_their_n
     from lorakit.model.attention import attend_by_document
 
     for number in range(6):
-        draw_image(number, ((24, 32), (48, 40), (32, 32))[number % 3]).save(tmp_path / f"{number}.png")
-    rows = [row("0.png"), row("1.png", "2.png", question="Which is larger?"), row(), row("4.png", answer="one")]
+        draw_image(number, ((24, 32), (48, 40), (32, 32))[number % 3]).save(
+            tmp_path / f"{number}.png"
+        )
+    rows = [
+        row("0.png"),
+        row("1.png", "2.png", question="Which is larger?"),
+        row(),
+        row("4.png", answer="one"),
+    ]
     found = datums(module(tmp_path, rows))
     (tmp_path / "other").mkdir()
-    other = datums(module(tmp_path / "other", [row(str(tmp_path / "3.png"), question="Other?", answer="four" * 5)]))
+    other = datums(
+        module(
+            tmp_path / "other", [row(str(tmp_path / "3.png"), question="Other?", answer="four" * 5)]
+        )
+    )
     model = make_vl_model()
     if by_document:
         assert attend_by_document(model) is None
@@ -344,21 +452,30 @@ def test_packed_rows_with_images_equal_rows_by_themselves_and_do_not_see_their_n
     neighbour = logits_of(model, make_encoder(), [[other[0], *found[1:]]])[1:]
     for one, same in zip(neighbour, together[1:], strict=True):
         assert torch.allclose(one, same, atol=1e-5)
-    # The control: positions that do not restart, which is what others do to packed rows, let documents see one another.
+    # The control: positions that do not restart, which is what others do to packed rows, let
+    # documents see one another.
     batch = collate([found], 0, make_encoder())
     assert batch.images is not None and batch.position_ids is not None
     with torch.no_grad():
         leaking = model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids[1:], pixel_values=batch.images.patches_PD,
-            image_grid_thw=batch.images.grids_N3, use_cache=False,
-        ).logits  # fmt: skip
-    assert float((leaking[0, batch.spans[1][1] : batch.spans[1][2]] - together[1]).abs().max()) > 0.1
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids[1:],
+            pixel_values=batch.images.patches_PD,
+            image_grid_thw=batch.images.grids_N3,
+            use_cache=False,
+        ).logits
+    assert (
+        float((leaking[0, batch.spans[1][1] : batch.spans[1][2]] - together[1]).abs().max()) > 0.1
+    )
 
 
 def test_chunks_say_how_many_positions_they_take() -> None:
     content = png(draw_image(1, (32, 32)))
     encoder = make_encoder()
-    right, wrong = (ModelInput((EncodedTextChunk((5,)), ImageChunk(content, expected_tokens=n))) for n in (16, 15))
+    right, wrong = (
+        ModelInput((EncodedTextChunk((5,)), ImageChunk(content, expected_tokens=n)))
+        for n in (16, 15)
+    )
     assert encoder.count_tokens(right.images[0]) == 16 and right.length == 17
     assert encoder.tokens(right) == [5] + [PAD] * 16
     with pytest.raises(DataError, match="expected_tokens=15, but it takes 16"):
@@ -368,6 +485,7 @@ def test_chunks_say_how_many_positions_they_take() -> None:
     with pytest.raises(DataError, match="without expected_tokens"):
         _ = ImageChunk(content).length
     assert np.array_equal(
-        encoder.encode([right.images[0]])[0].patches_PD, encoder.encode([ImageChunk(content)] * 2)[1].patches_PD
+        encoder.encode([right.images[0]])[0].patches_PD,
+        encoder.encode([ImageChunk(content)] * 2)[1].patches_PD,
     )
     assert io.BytesIO(right.images[0].data).read() == content

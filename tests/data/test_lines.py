@@ -1,4 +1,6 @@
-"""Files of one row per line: every row is read, and every fault named by its line, whatever the line ends and blanks."""
+"""Files of one row per line: every row is read, and every fault named by its line, whatever the
+line ends and blanks.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,16 @@ def test_a_malformed_line_is_named_by_file_and_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("last", ["", "end", "blank"])
-def test_line_numbers_count_blank_lines_whatever_ends_them(tmp_path: Path, end: str, bom: bytes, last: str) -> None:
-    rows = [json.dumps({"prompt": f"é{n}", "completion": "c"}, ensure_ascii=False) for n in range(3)]
-    text = end.join([rows[0], "", " \t", rows[1], "[oops", "", rows[2]]) + {"": "", "end": end, "blank": end + " " + end}[last]
+def test_line_numbers_count_blank_lines_whatever_ends_them(
+    tmp_path: Path, end: str, bom: bytes, last: str
+) -> None:
+    rows = [
+        json.dumps({"prompt": f"é{n}", "completion": "c"}, ensure_ascii=False) for n in range(3)
+    ]
+    text = (
+        end.join([rows[0], "", " \t", rows[1], "[oops", "", rows[2]])
+        + {"": "", "end": end, "blank": end + " " + end}[last]
+    )
     source = open_bytes(tmp_path, bom + text.encode(), on_error="skip")
     assert [source.row(i).prompt for i in range(len(source))] == ["é0", "é1", "é2"]
     assert [source.where(i).rsplit(":", 1)[1] for i in range(3)] == ["1", "4", "7"]
@@ -49,19 +58,37 @@ def test_all_problems_come_in_one_report_with_20_shown_and_the_total(tmp_path: P
     with pytest.raises(DataError) as error:
         open_bytes(tmp_path, "\n".join(["", GOOD, *lines]).encode())
     message = str(error.value)
-    shown = [line for line in message.splitlines() if "rows.jsonl:" in line and "wrong type" in line]
-    assert [int(line.split("rows.jsonl:")[1].split(":")[0]) for line in shown] == list(range(3, 43, 2))
-    assert "1,250 of 2,501 rows" in message and "1,230 more" in message and "on_error=skip" in message
+    shown = [
+        line for line in message.splitlines() if "rows.jsonl:" in line and "wrong type" in line
+    ]
+    assert [int(line.split("rows.jsonl:")[1].split(":")[0]) for line in shown] == list(
+        range(3, 43, 2)
+    )
+    assert (
+        "1,250 of 2,501 rows" in message and "1,230 more" in message and "on_error=skip" in message
+    )
 
 
 def test_problems_of_every_kind_are_told_apart(tmp_path: Path) -> None:
-    lines = [GOOD, '{"prompt": "p"}', '{"prompt": "p", "completion": 3}', '{"prompt": "p", "completion": ""}', "[]", "null"]
+    lines = [
+        GOOD,
+        '{"prompt": "p"}',
+        '{"prompt": "p", "completion": 3}',
+        '{"prompt": "p", "completion": ""}',
+        "[]",
+        "null",
+    ]
     with pytest.raises(DataError) as error:
         open_bytes(tmp_path, "\n".join(lines).encode())
     told = [line.split("rows.jsonl:")[1] for line in str(error.value).splitlines()[1:6]]
     assert [line[0] for line in told] == list("23456")
     assert "completion" in told[0] and "prompt, completion" in told[0]
-    assert "$.completion" in told[1] and "no trained token" in told[2] and "array" in told[3] and "null" in told[4]
+    assert (
+        "$.completion" in told[1]
+        and "no trained token" in told[2]
+        and "array" in told[3]
+        and "null" in told[4]
+    )
 
 
 def test_invalid_utf8_is_named_by_its_line(tmp_path: Path) -> None:
@@ -75,7 +102,10 @@ def test_invalid_utf8_is_named_by_its_line(tmp_path: Path) -> None:
 
 def test_nan_in_json_is_refused_and_a_lone_surrogate_too(tmp_path: Path) -> None:
     rows = [b'{"tokens": [1, 2], "weights": [0, 1]}', b'{"tokens": [1, 2], "weights": [0, NaN]}']
-    rows += [b'{"tokens": [1, 2], "weights": [0, 1e999]}', b'{"tokens": [1, 2.5], "weights": [0, 1]}']
+    rows += [
+        b'{"tokens": [1, 2], "weights": [0, 1e999]}',
+        b'{"tokens": [1, 2.5], "weights": [0, 1]}',
+    ]
     source = open_bytes(tmp_path, b"\n".join(rows), on_error="skip")
     assert (len(source), source.num_skipped) == (1, 3)
     with pytest.raises(DataError, match=r"rows\.jsonl:2"):
@@ -89,7 +119,9 @@ def test_skipped_rows_are_counted_and_the_others_keep_their_lines(tmp_path: Path
 
 def test_a_line_of_a_megabyte_is_read_whole(tmp_path: Path) -> None:
     long = "x" * (1 << 20) + "é"
-    source = open_source(write_jsonl(tmp_path / "long.jsonl", [{"text": "a"}, {"text": long}, {"text": "b"}]))
+    source = open_source(
+        write_jsonl(tmp_path / "long.jsonl", [{"text": "a"}, {"text": long}, {"text": "b"}])
+    )
     assert [source.row(i).text for i in range(3)] == ["a", long, "b"]
 
 

@@ -1,4 +1,6 @@
-"""Several sources of rows: how often each row is seen, what is logged of each, and columns by any name."""
+"""Several sources of rows: how often each row is seen, what is logged of each, and columns by
+any name.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,14 @@ def mixed(tmp_path: Path, tiny: Any) -> Any:
     """A DataModule over two sources of 6 and 10 rows, whose weights are given."""
 
     def make(first: float, second: float, **options: Any) -> LoRADataModule:
-        paths = [write_jsonl(tmp_path / f"{name}.jsonl", pairs(count, name)) for name, count in (("a", 6), ("b", 10))]
-        entries = [{"path": path, "weight": weight} for path, weight in zip(paths, (first, second), strict=True)]
+        paths = [
+            write_jsonl(tmp_path / f"{name}.jsonl", pairs(count, name))
+            for name, count in (("a", 6), ("b", 10))
+        ]
+        entries = [
+            {"path": path, "weight": weight}
+            for path, weight in zip(paths, (first, second), strict=True)
+        ]
         data = LoRADataModule(sources=entries, **{"batch_size": 4} | options)
         data.set_tokenizer(tiny)
         data.check_tokens()
@@ -43,29 +51,52 @@ def test_a_weight_is_how_often_each_row_is_seen(mixed: Any, first: float, second
     counts = Counter(index for epoch in range(10) for index in data.mixture.rows(epoch).tolist())
     assert {counts[index] for index in range(6)} == {round(first * 10)}
     assert {counts[index] for index in range(6, 16)} == {round(second * 10)}
-    assert all(abs(len(data.mixture.rows(epoch)) - data.mixture.num_rows) < 2 for epoch in range(10))
+    assert all(
+        abs(len(data.mixture.rows(epoch)) - data.mixture.num_rows) < 2 for epoch in range(10)
+    )
     assert data.mixture.num_rows == pytest.approx(first * 6 + second * 10)
 
 
 def test_a_share_of_few_rows_is_carried_over_to_the_next_epoch(tmp_path: Path, tiny: Any) -> None:
     one, three = (write_jsonl(tmp_path / f"{count}.jsonl", pairs(count, "x")) for count in (1, 3))
-    data = LoRADataModule(sources=[{"path": one, "weight": 0.25}, {"path": three, "weight": 0.5}], epochs=8)
+    data = LoRADataModule(
+        sources=[{"path": one, "weight": 0.25}, {"path": three, "weight": 0.5}], epochs=8
+    )
     data.check_rows()
     counts = Counter(index for epoch in range(8) for index in data.mixture.rows(epoch).tolist())
     assert counts == {0: 2, 1: 4, 2: 4, 3: 4}
-    with pytest.raises(ConfigError, match=r"1\.jsonl has weight 0\.25 and too few rows for it: none is seen in data\.epochs=1"):
+    with pytest.raises(
+        ConfigError,
+        match=r"1\.jsonl has weight 0\.25 and too few rows for it: none is seen in data\.epochs=1",
+    ):
         LoRADataModule(sources=[{"path": one, "weight": 0.25}, three]).check_rows()
 
 
 @pytest.mark.parametrize(
-    "options", [{"packing": True, "batch_size": 2}, {"batch_size": None, "tokens_per_batch": 256}, {"batch_size": 4}], ids=str
+    "options",
+    [
+        {"packing": True, "batch_size": 2},
+        {"batch_size": None, "tokens_per_batch": 256},
+        {"batch_size": 4},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("turned", [False, True])
-def test_the_number_of_steps_is_estimated_from_all_sources(tmp_path: Path, tiny: Any, options: Any, turned: bool) -> None:
+def test_the_number_of_steps_is_estimated_from_all_sources(
+    tmp_path: Path, tiny: Any, options: Any, turned: bool
+) -> None:
     short = write_jsonl(tmp_path / "short.jsonl", pairs(300, "s"))
-    long = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "p" * 60, "completion": "c" * 60} for _ in range(300)])
+    long = write_jsonl(
+        tmp_path / "long.jsonl", [{"prompt": "p" * 60, "completion": "c" * 60} for _ in range(300)]
+    )
     entries = [{"path": short, "weight": 1.0}, {"path": long, "weight": 0.5}]
-    data = LoRADataModule(sources=entries[::-1] if turned else entries, max_tokens=128, window_rows=128, epochs=2, **options)
+    data = LoRADataModule(
+        sources=entries[::-1] if turned else entries,
+        max_tokens=128,
+        window_rows=128,
+        epochs=2,
+        **options,
+    )
     data.set_tokenizer(tiny)
     data.check_tokens()
     made = len(list(data.train_dataloader()))
@@ -82,7 +113,9 @@ def test_held_out_rows_have_no_weights(mixed: Any, capsys: Any) -> None:
     assert capsys.readouterr().out.count("times an epoch") == 2  # of the training rows alone
 
 
-def test_the_stream_has_the_mixture_and_says_of_each_example_where_it_is_from(mixed: Any, tiny: Any) -> None:
+def test_the_stream_has_the_mixture_and_says_of_each_example_where_it_is_from(
+    mixed: Any, tiny: Any
+) -> None:
     data = mixed(2.0, 0.5, shuffle=True)
     batches = list(data.train_dataloader())
     assert data.estimate_num_batches() == len(batches) == 5  # 12 + 5 rows in batches of 4
@@ -109,10 +142,16 @@ def test_the_report_counts_each_source(mixed: Any, capsys: Any) -> None:
 
     data = mixed(2.0, 0.5)
     shares = data.report.shares
-    assert {name: (share.num_rows, share.num_trained_tokens) for name, share in shares.items()} == {"a": (6, 18), "b": (10, 30)}
+    assert {name: (share.num_rows, share.num_trained_tokens) for name, share in shares.items()} == {
+        "a": (6, 18),
+        "b": (10, 30),
+    }
     print_data_report(data, Console(soft_wrap=True))
     said = capsys.readouterr().out
-    assert "a: 6 rows, 2 times an epoch, 70.6% of the trained tokens" in said and "b: 10 rows, 0.5 times" in said
+    assert (
+        "a: 6 rows, 2 times an epoch, 70.6% of the trained tokens" in said
+        and "b: 10 rows, 0.5 times" in said
+    )
 
 
 def test_the_survey_looks_at_each_source(mixed: Any) -> None:
@@ -124,7 +163,9 @@ def test_a_fit_goes_on_in_the_middle_of_a_mixture(mixed: Any) -> None:
     data = mixed(1.5, 0.5, epochs=2)
     batches = list(data.train_dataloader())
     data.load_state_dict({"cursor": batches[2].cursor.to_dict()})
-    assert [b.input_ids.tolist() for b in data.train_dataloader()] == [b.input_ids.tolist() for b in batches[3:]]
+    assert [b.input_ids.tolist() for b in data.train_dataloader()] == [
+        b.input_ids.tolist() for b in batches[3:]
+    ]
 
 
 def test_weights_belong_to_the_fingerprint(mixed: Any) -> None:
@@ -132,7 +173,13 @@ def test_weights_belong_to_the_fingerprint(mixed: Any) -> None:
 
 
 def test_sources_have_names_all_different() -> None:
-    entries = [Mixed("x/train.jsonl"), Mixed("y/train.jsonl"), Mixed("z", name="mine"), Mixed("org/data"), Mixed("train-2")]
+    entries = [
+        Mixed("x/train.jsonl"),
+        Mixed("y/train.jsonl"),
+        Mixed("z", name="mine"),
+        Mixed("org/data"),
+        Mixed("train-2"),
+    ]
     assert name_sources(entries) == ["train", "train-2", "mine", "data", "train-2-2"]
 
 
@@ -141,7 +188,10 @@ def test_sources_have_names_all_different() -> None:
     [
         ([], "is empty"),
         ([{"weight": 2}], "write a path"),
-        ([{"path": "a", "wieght": 2}], r"unknown key data.sources\[0\].wieght; did you mean weight"),
+        (
+            [{"path": "a", "wieght": 2}],
+            r"unknown key data.sources\[0\].wieght; did you mean weight",
+        ),
         ([{"path": "a", "weight": "x"}], r"data.sources\[0\]: expected"),
         ([{"path": "a", "weight": 0}], "must be above 0"),
         ([{"path": "a", "weight": float("inf")}], "must be above 0"),
@@ -211,11 +261,17 @@ def test_messages_and_tools_have_other_names_too(tmp_path: Path) -> None:
         (["zzz"], "data.columns={text: zzz}"),
     ],
 )
-def test_a_file_that_is_not_recognised_says_what_to_type_and_that_works(tmp_path: Path, present: list[str], guess: str) -> None:
+def test_a_file_that_is_not_recognised_says_what_to_type_and_that_works(
+    tmp_path: Path, present: list[str], guess: str
+) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     is_chat = "messages:" in guess
-    said: Any = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] if is_chat else "x"
+    said: Any = (
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        if is_chat
+        else "x"
+    )
     path = write_jsonl(tmp_path / "a.jsonl", [dict.fromkeys(present, said)])
     with pytest.raises(DataError) as caught:
         open_source(path)
@@ -228,7 +284,9 @@ def test_a_file_that_is_not_recognised_says_what_to_type_and_that_works(tmp_path
 
 def test_columns_that_are_not_there_or_not_ours_are_errors(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}])
-    with pytest.raises(DataError, match=r"data.columns names qestion \(for prompt\), which is not there"):
+    with pytest.raises(
+        DataError, match=r"data.columns names qestion \(for prompt\), which is not there"
+    ):
         open_source(path, columns={"prompt": "qestion", "completion": "answer"})
     with pytest.raises(ConfigError, match="promt is none of ours; did you mean prompt"):
         open_source(path, columns={"promt": "question"})
@@ -242,7 +300,9 @@ def test_a_mapping_that_would_do_nothing_is_an_error(tmp_path: Path, suffix: str
     path = write(tmp_path / f"a{suffix}", rows)
     with pytest.raises(DataError, match="text, which rows of alpaca do not have"):
         open_source(path, columns={"text": "context"})
-    with pytest.raises(DataError, match="input is called contxt, and no such column is there; did you mean context"):
+    with pytest.raises(
+        DataError, match="input is called contxt, and no such column is there; did you mean context"
+    ):
         open_source(path, columns={"input": "contxt"})
     row: Any = open_source(path, columns={"input": "context"}).row(0)
     assert row.input == "c"
@@ -252,13 +312,18 @@ def test_a_column_may_bear_the_name_of_another_of_ours(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"input": "ask", "output": "say"}])
     row: Any = open_source(path, columns={"instruction": "input"}).row(0)
     assert (row.instruction, row.input, row.output) == ("ask", None, "say")
-    with pytest.raises(ConfigError, match="gives `completion` another meaning, and rows of prompt_completion need it"):
+    with pytest.raises(
+        ConfigError,
+        match="gives `completion` another meaning, and rows of prompt_completion need it",
+    ):
         open_source(path, format="prompt_completion", columns={"prompt": "completion"})
 
 
 def test_each_source_may_have_columns_of_its_own(tmp_path: Path) -> None:
     first = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}])
     second = write_jsonl(tmp_path / "b.jsonl", pairs(2, "b"))
-    data = LoRADataModule(sources=[{"path": first, "columns": {"prompt": "question", "completion": "answer"}}, second])
+    data = LoRADataModule(
+        sources=[{"path": first, "columns": {"prompt": "question", "completion": "answer"}}, second]
+    )
     data.check_rows()
     assert len(data.source) == 3 and np.array_equal(data.source.origins_of(np.arange(3)), [0, 1, 1])

@@ -45,7 +45,9 @@ def test_closing_ends_the_thread() -> None:
     before = {*threading.enumerate()}  # others of this process may end meanwhile
     stream = prefetch(iter(range(1_000_000)))
     assert next(stream) == 0
-    (thread,) = (one for one in threading.enumerate() if one not in before and one.name == "lorakit-prefetch")
+    (thread,) = (
+        one for one in threading.enumerate() if one not in before and one.name == "lorakit-prefetch"
+    )
     stream.close()
     thread.join(10)
     assert not thread.is_alive()
@@ -53,8 +55,14 @@ def test_closing_ends_the_thread() -> None:
 
 def test_a_program_ends_while_items_wait() -> None:
     code = (
-        "import itertools; from lorakit.data.prefetch import prefetch; stream = prefetch(itertools.count()); "
-        "print(next(stream)); raise KeyboardInterrupt"
+        "import itertools; from lorakit.data.prefetch import prefetch; stream ="
+        " prefetch(itertools.count()); print(next(stream)); raise KeyboardInterrupt"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout == "0\n" and done.returncode in (1, 130, -2) and "terminate called" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (
+        done.stdout == "0\n"
+        and done.returncode in (1, 130, -2)
+        and "terminate called" not in done.stderr
+    )

@@ -1,4 +1,6 @@
-"""Rows without turns: what is trained of them, where EOS goes, and that there is one BOS. All on two tokenizers."""
+"""Rows without turns: what is trained of them, where EOS goes, and that there is one BOS. All on
+two tokenizers.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,12 @@ def test_the_prompt_weighs_0_and_the_completion_1(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("completion", ["yes", " yes", "\nyes", "  yes ", "é", "\n"])
-def test_a_completion_is_spelt_as_written_without_a_dummy_space(tokenizer: Any, completion: str) -> None:
-    (example,) = Renderer(tokenizer, append_eos=False).render(PromptCompletion("answer:", completion))
+def test_a_completion_is_spelt_as_written_without_a_dummy_space(
+    tokenizer: Any, completion: str
+) -> None:
+    (example,) = Renderer(tokenizer, append_eos=False).render(
+        PromptCompletion("answer:", completion)
+    )
     assert trained_text(tokenizer, example) == completion
     assert text_of(tokenizer, example.tokens).endswith("answer:" + completion)
 
@@ -59,27 +65,46 @@ def test_eos_is_appended_once_and_trained_unless_a_stop_string_ends_the_row(
     assert example.weights[-1] == 1.0
 
 
-def test_eos_is_trained_even_where_it_is_the_pad_token_too(tokenizer: Any, with_template: Any) -> None:
+def test_eos_is_trained_even_where_it_is_the_pad_token_too(
+    tokenizer: Any, with_template: Any
+) -> None:
     same = with_template(tokenizer, None)
     same.pad_token = same.eos_token
     (example,) = Renderer(same).render(PromptCompletion("a", "b"))
     assert (example.tokens[-1], example.weights[-1]) == (same.eos_token_id, 1.0)
 
 
-def test_masking_goes_by_position_so_an_eos_inside_the_prompt_is_not_trained(tokenizer: Any) -> None:
+def test_masking_goes_by_position_so_an_eos_inside_the_prompt_is_not_trained(
+    tokenizer: Any,
+) -> None:
     eos = tokenizer.eos_token
-    (example,) = Renderer(tokenizer).render(PromptCompletion(f"hello{eos}hello", f" hello{eos}hello"))
+    (example,) = Renderer(tokenizer).render(
+        PromptCompletion(f"hello{eos}hello", f" hello{eos}hello")
+    )
     assert trained_text(tokenizer, example) == f" hello{eos}hello{eos}"
     assert example.tokens.count(tokenizer.eos_token_id) == 3
 
 
-@pytest.mark.parametrize("row", [PromptCompletion("<s> hello", "yes"), PromptCompletion("hello", "yes"), Text("<s>hello"),
-    Text("hello"), PromptCompletion("", "<s>hello"), PromptCompletion("", "hello")])  # fmt: skip
+@pytest.mark.parametrize(
+    "row",
+    [
+        PromptCompletion("<s> hello", "yes"),
+        PromptCompletion("hello", "yes"),
+        Text("<s>hello"),
+        Text("hello"),
+        PromptCompletion("", "<s>hello"),
+        PromptCompletion("", "hello"),
+    ],
+)
 def test_there_is_one_bos_and_it_is_never_trained(second: Any, row: Any) -> None:
     for policy in (TrainOnWhat.ALL_ASSISTANT_MESSAGES, TrainOnWhat.ALL_TOKENS):
         (example,) = Renderer(second, train_on=policy).render(row)
         assert example.tokens.count(second.bos_token_id) == 1
-        assert (example.tokens[0], example.weights[0], example.num_prefix) == (second.bos_token_id, 0.0, 1)
+        assert (example.tokens[0], example.weights[0], example.num_prefix) == (
+            second.bos_token_id,
+            0.0,
+            1,
+        )
 
 
 def test_every_token_of_a_text_row_is_trained(tokenizer: Any) -> None:
@@ -110,7 +135,9 @@ def test_a_token_outside_the_vocabulary_is_refused(tokenizer: Any) -> None:
         Renderer(tokenizer).render(Tokens([0, size], [0, 1]))
 
 
-def test_alpaca_without_a_chat_template_uses_stanfords_prompt(tokenizer: Any, with_template: Any) -> None:
+def test_alpaca_without_a_chat_template_uses_stanfords_prompt(
+    tokenizer: Any, with_template: Any
+) -> None:
     bare = with_template(tokenizer, None)
     for row in (Alpaca("Add.", "4", "2 {2}"), Alpaca("Add.", "4"), Alpaca("Add.", "4", "")):
         (example,) = Renderer(bare).render(row)

@@ -1,4 +1,6 @@
-"""Paths and names to rows: every suffix, folders, globs, bundled names, the hub without a network, odd file names."""
+"""Paths and names to rows: every suffix, folders, globs, bundled names, the hub without a
+network, odd file names.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ ROWS = [
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    """Write ``rows`` in the format of the suffix; ``.csv`` and ``.parquet`` by other means than lorakit's."""
+    """Write ``rows`` in the format of the suffix; ``.csv`` and ``.parquet`` by other means than
+    lorakit's.
+    """
     if path.suffix == ".csv":
         import csv
 
@@ -44,11 +48,16 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def read(source: Source) -> list[dict[str, str]]:
-    return [{"prompt": source.row(i).prompt, "completion": source.row(i).completion} for i in range(len(source))]
+    return [
+        {"prompt": source.row(i).prompt, "completion": source.row(i).completion}
+        for i in range(len(source))
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".csv", ".parquet"])
-def test_a_file_of_any_type_gives_its_rows_as_text_and_in_order(tmp_path: Path, suffix: str) -> None:
+def test_a_file_of_any_type_gives_its_rows_as_text_and_in_order(
+    tmp_path: Path, suffix: str
+) -> None:
     source = open_source(write(tmp_path / f"rows{suffix}", ROWS))
     assert read(source) == ROWS
     assert source.formats == ["prompt_completion"]
@@ -57,11 +66,18 @@ def test_a_file_of_any_type_gives_its_rows_as_text_and_in_order(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("suffix", [".json", ".parquet"])
-def test_nulls_that_a_table_adds_to_records_are_not_part_of_a_row(tmp_path: Path, suffix: str) -> None:
+def test_nulls_that_a_table_adds_to_records_are_not_part_of_a_row(
+    tmp_path: Path, suffix: str
+) -> None:
     call = [{"type": "function", "function": {"name": "f"}}]
     rows = [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": call}]},
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": -0.5}]},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", "weight": -0.5},
+            ]
+        },
     ]
     source = open_source(write(tmp_path / f"chat{suffix}", rows))
     first, second = source.row(0).messages, source.row(1).messages
@@ -76,7 +92,9 @@ def test_json_may_hold_lines_instead_of_an_array(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".json", ".parquet", ".csv"])
-def test_bad_rows_of_a_table_are_named_by_number_and_skipped_on_request(tmp_path: Path, suffix: str) -> None:
+def test_bad_rows_of_a_table_are_named_by_number_and_skipped_on_request(
+    tmp_path: Path, suffix: str
+) -> None:
     rows = [dict(ROWS[0]), {"prompt": "x", "completion": ""}, dict(ROWS[1])] * 15
     path = write(tmp_path / f"rows{suffix}", rows)
     with pytest.raises(DataError, match="15 of 45 rows") as error:
@@ -100,9 +118,16 @@ def test_a_malformed_json_array_is_one_clear_error(tmp_path: Path) -> None:
         open_source(str(tmp_path / "a.json"))
 
 
-@pytest.mark.parametrize(("name", "text"), [
-    ("a.csv", ""), ("b.csv", "prompt,completion\n"), ("a.json", ""), ("b.json", "[]"), ("a.parquet", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", ""),
+        ("b.csv", "prompt,completion\n"),
+        ("a.json", ""),
+        ("b.json", "[]"),
+        ("a.parquet", ""),
+    ],
+)
 def test_a_table_without_rows_is_an_error(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=name):
@@ -122,9 +147,9 @@ def test_a_folder_gives_all_its_files_in_order_and_names_each_row(tmp_path: Path
     (tmp_path / "notes.md").write_text("not data")
     source = open_source(str(tmp_path))
     assert read(source) == [*ROWS[1:], *ROWS[:1], *ROWS]
-    assert [Path(source.where(i).split(":")[0]).name for i in (0, 1, 2, 3, 5)] == ["a.jsonl"] * 2 + ["b.csv"] + [
-        "c.parquet"
-    ] * 2
+    assert [Path(source.where(i).split(":")[0]).name for i in (0, 1, 2, 3, 5)] == [
+        "a.jsonl"
+    ] * 2 + ["b.csv"] + ["c.parquet"] * 2
     with pytest.raises(IndexError):
         source.row(6)
 
@@ -161,18 +186,31 @@ def test_any_file_name_is_taken_verbatim(tmp_path: Path, name: str, suffix: str)
 
 def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "data1.jsonl", [{"text": "other"}])
-    assert open_source(write_jsonl(tmp_path / "data[1].jsonl", [{"text": "this"}])).row(0).text == "this"
+    assert (
+        open_source(write_jsonl(tmp_path / "data[1].jsonl", [{"text": "this"}])).row(0).text
+        == "this"
+    )
 
 
 def test_a_bundled_set_is_found_by_its_name() -> None:
-    assert (len(open_source("pig_latin/train")), len(open_source("pig_latin/heldout"))) == (8_000, 500)
+    assert (len(open_source("pig_latin/train")), len(open_source("pig_latin/heldout"))) == (
+        8_000,
+        500,
+    )
 
 
-@pytest.mark.parametrize(("path", "message"), [
-    ("rows.jsonl", "no such file.*did you mean row.jsonl"),
-    ("rows.xml", "unknown file type '.xml'"), ("./none/here", "no such file"), ("./none", "no such file"),
-])  # fmt: skip
-def test_a_path_that_cannot_be_read_says_why(tmp_path: Path, monkeypatch: Any, path: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("rows.jsonl", "no such file.*did you mean row.jsonl"),
+        ("rows.xml", "unknown file type '.xml'"),
+        ("./none/here", "no such file"),
+        ("./none", "no such file"),
+    ],
+)
+def test_a_path_that_cannot_be_read_says_why(
+    tmp_path: Path, monkeypatch: Any, path: str, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "row.jsonl", [{"text": "x"}])
     (tmp_path / "rows.xml").write_text("<x/>")
@@ -203,11 +241,17 @@ def test_a_hub_name_offline_is_one_clear_error_at_once(name: str, monkeypatch: A
 
 
 def test_the_fingerprint_follows_the_bytes_and_not_the_place(tmp_path: Path) -> None:
-    a, b = open_source(write(tmp_path / "a.jsonl", ROWS)), open_source(write(tmp_path / "b.jsonl", ROWS))
-    changed = open_source(write(tmp_path / "c.jsonl", [*ROWS[:2], {"prompt": "", "completion": "nulL"}]))
+    a, b = (
+        open_source(write(tmp_path / "a.jsonl", ROWS)),
+        open_source(write(tmp_path / "b.jsonl", ROWS)),
+    )
+    changed = open_source(
+        write(tmp_path / "c.jsonl", [*ROWS[:2], {"prompt": "", "completion": "nulL"}])
+    )
     assert a.fingerprint == b.fingerprint != changed.fingerprint
     assert (
-        open_source(write(tmp_path / "a.csv", ROWS)).fingerprint != open_source(write(tmp_path / "b.csv", ROWS[:2])).fingerprint
+        open_source(write(tmp_path / "a.csv", ROWS)).fingerprint
+        != open_source(write(tmp_path / "b.csv", ROWS[:2])).fingerprint
     )
 
 

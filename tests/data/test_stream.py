@@ -1,4 +1,6 @@
-"""The order of training: every row once per epoch, and going on from any step exactly as if nothing had happened."""
+"""The order of training: every row once per epoch, and going on from any step exactly as if
+nothing had happened.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ Make = Callable[..., BatchStream]
 
 @pytest.fixture
 def make(tmp_path: Path, tiny: Any) -> Make:
-    """Streams over rows whose first token is their number; weights differ, so that sums tell windows apart."""
+    """Streams over rows whose first token is their number; weights differ, so that sums tell
+    windows apart.
+    """
     rng = random.Random(0)
     rows = []
     for number in range(NUM_ROWS):
@@ -35,9 +39,18 @@ def make(tmp_path: Path, tiny: Any) -> Make:
         rows.append({"tokens": [number] * (length + 1), "weights": weights})
     source = open_source(write_jsonl(tmp_path / "rows.jsonl", rows))
 
-    def make(indices: np.ndarray | None = None, max_tokens: int = 64, **options: Any) -> BatchStream:
+    def make(
+        indices: np.ndarray | None = None, max_tokens: int = 64, **options: Any
+    ) -> BatchStream:
         examples = Examples(source, Renderer(tiny), max_tokens, OnLong.DROP)
-        given = {"pad_token_id": 258, "batch_size": 2, "row_tokens": None, "num_epochs": 2, "window_rows": WINDOW, "seed": 5}
+        given = {
+            "pad_token_id": 258,
+            "batch_size": 2,
+            "row_tokens": None,
+            "num_epochs": 2,
+            "window_rows": WINDOW,
+            "seed": 5,
+        }
         mixture = Mixture(np.arange(NUM_ROWS) if indices is None else indices, source, seed=5)
         return BatchStream(examples, mixture, **(given | options))
 
@@ -59,7 +72,9 @@ def of_epoch(batches: list[Batch], epoch: int) -> list[Batch]:
 
 
 WAYS = pytest.mark.parametrize(
-    "way", [{}, {"row_tokens": 24}, {"shuffle": False}, {"shuffle": False, "row_tokens": 24}], ids=str
+    "way",
+    [{}, {"row_tokens": 24}, {"shuffle": False}, {"shuffle": False, "row_tokens": 24}],
+    ids=str,
 )
 
 
@@ -77,9 +92,13 @@ def test_only_the_rows_asked_for_come(make: Make) -> None:
 
 
 @pytest.mark.parametrize("row_tokens", [None, 24])
-def test_the_same_seed_gives_the_same_order_and_other_seeds_and_epochs_another(make: Make, row_tokens: int | None) -> None:
+def test_the_same_seed_gives_the_same_order_and_other_seeds_and_epochs_another(
+    make: Make, row_tokens: int | None
+) -> None:
     batches = list(make(row_tokens=row_tokens))
-    assert [facts(batch) for batch in batches] == [facts(batch) for batch in make(row_tokens=row_tokens)]
+    assert [facts(batch) for batch in batches] == [
+        facts(batch) for batch in make(row_tokens=row_tokens)
+    ]
     assert rows_in(of_epoch(batches, 0)) != rows_in(of_epoch(batches, 1))
     assert rows_in(batches) != rows_in(list(make(row_tokens=row_tokens, seed=6)))
 
@@ -95,7 +114,9 @@ def test_without_shuffling_the_order_of_the_file_stays(make: Make) -> None:
 
 @WAYS
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_going_on_from_any_step_gives_exactly_the_remaining_batches(make: Make, way: dict[str, Any], accumulate: int) -> None:
+def test_going_on_from_any_step_gives_exactly_the_remaining_batches(
+    make: Make, way: dict[str, Any], accumulate: int
+) -> None:
     whole = list(make(accumulate=accumulate, **way))
     assert len({batch.cursor.window_start for batch in whole}) == 4  # windows of 7, 7, 7 and 2 rows
     crossing = False
@@ -126,7 +147,9 @@ def test_every_batch_carries_the_weight_of_its_whole_accumulation_window(
         group = batches[start : start + accumulate]
         expected = sum(float(np.abs(batch.weights.numpy()).sum()) for batch in group)
         assert expected > 0
-        assert [batch.window_weight for batch in group] == pytest.approx([expected] * len(group), rel=1e-6)
+        assert [batch.window_weight for batch in group] == pytest.approx(
+            [expected] * len(group), rel=1e-6
+        )
 
 
 def test_dropped_rows_leave_windows_resumable_and_are_the_only_ones_missing(make: Make) -> None:
@@ -158,11 +181,15 @@ def test_no_packed_row_is_longer_than_asked(make: Make) -> None:
 
 
 @pytest.mark.parametrize("row_tokens", [None, 24])
-def test_processes_that_share_rows_have_the_same_windows_cursors_and_weights(make: Make, row_tokens: int | None) -> None:
+def test_processes_that_share_rows_have_the_same_windows_cursors_and_weights(
+    make: Make, row_tokens: int | None
+) -> None:
     options = {"row_tokens": row_tokens, "accumulate": 2, "num_epochs": 1}
     for rank in (0, 1):
         whole = list(make(rank=rank, world_size=2, **options))
-        parts = [list(make(rank=rank, world_size=2, part=part, parts=2, **options)) for part in (0, 1)]
+        parts = [
+            list(make(rank=rank, world_size=2, part=part, parts=2, **options)) for part in (0, 1)
+        ]
         for batch, *cut in zip(whole, *parts, strict=True):
             assert {piece.window_weight for piece in cut} == {batch.window_weight}
             assert all(piece.cursor == batch.cursor and piece.spans == batch.spans for piece in cut)

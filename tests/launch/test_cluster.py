@@ -1,6 +1,7 @@
 """Two hosts with a network between them, and a real SLURM over both: scripts/cluster sets them up.
 
-Where that cannot be done, without root or SLURM, these tests fail and say what is missing; `pytest -m "not cluster"` leaves them out.
+Where that cannot be done, without root or SLURM, these tests fail and say what is missing; `pytest
+-m "not cluster"` leaves them out.
 """
 
 from __future__ import annotations
@@ -21,18 +22,34 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTS, SLURM = REPOSITORY / "scripts/cluster/hosts.sh", REPOSITORY / "scripts/cluster/slurm.sh"
 SMALL = (
     *("data.batch_size=4", "data.window_rows=64", "data.val_rows=4", "data.check_token_rows=100"),
-    *("lora.rank=4", "lora.alpha=4", "trainer.threads=1", "logger=none", "trainer.precision=32-true"),
+    *(
+        "lora.rank=4",
+        "lora.alpha=4",
+        "trainer.threads=1",
+        "logger=none",
+        "trainer.precision=32-true",
+    ),
 )
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
 def on(host: str, *command: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
     variables = {
-        **os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment,
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **environment,
+    }
     return subprocess.Popen(
-        [str(HOSTS), "run", host, *command], cwd=cwd, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [str(HOSTS), "run", host, *command],
+        cwd=cwd,
+        env=variables,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -40,9 +57,24 @@ def read(process: subprocess.Popen[str], timeout: float = 120) -> str:
     return process.communicate(timeout=timeout)[0]
 
 
-def train_on_both(cwd: Path, *arguments: str, second: tuple[str, ...] = ()) -> list[subprocess.Popen[str]]:
+def train_on_both(
+    cwd: Path, *arguments: str, second: tuple[str, ...] = ()
+) -> list[subprocess.Popen[str]]:
     """Type what `lorakit launch` prints, on each host."""
-    printed = read(on("n1", sys.executable, "-m", "lorakit", "launch", "nodes=2", "train", *SMALL, *arguments, cwd=cwd))
+    printed = read(
+        on(
+            "n1",
+            sys.executable,
+            "-m",
+            "lorakit",
+            "launch",
+            "nodes=2",
+            "train",
+            *SMALL,
+            *arguments,
+            cwd=cwd,
+        )
+    )
     lines = [line for line in printed.splitlines() if line.startswith("torchrun")]
     assert len(lines) == 2, printed
     ends = ("", " ".join(["", *second]))
@@ -72,7 +104,9 @@ def slurm(hosts: None, tmp_path: Path) -> Iterator[str]:
 
 
 def test_two_hosts_train_one_run(hosts: None, tmp_path: Path) -> None:
-    outputs = [read(process) for process in train_on_both(tmp_path, "run=it", "trainer.max_steps=4")]
+    outputs = [
+        read(process) for process in train_on_both(tmp_path, "run=it", "trainer.max_steps=4")
+    ]
     assert "4 steps, 32-true on cpu, 2 processes" in outputs[0], outputs
     run = open_run(tmp_path / "runs" / "it")
     assert run.is_finished and run.info["batches_per_step"] == 2
@@ -83,7 +117,9 @@ def test_hosts_that_differ_are_refused_before_the_first_step(hosts: None, tmp_pa
     processes = train_on_both(tmp_path, "run=it", "trainer.max_steps=4", second=("lora.alpha=7",))
     outputs = [read(process) for process in processes]
     assert "lora.alpha: 4 on rank 0 (host n1); 7 on rank 1 (host n2)" in outputs[0]
-    assert all(process.returncode for process in processes) and not (tmp_path / "runs" / "it").exists()
+    assert (
+        all(process.returncode for process in processes) and not (tmp_path / "runs" / "it").exists()
+    )
 
 
 def test_a_cut_network_ends_the_job_on_both_hosts(hosts: None, tmp_path: Path) -> None:
@@ -99,12 +135,16 @@ def test_a_cut_network_ends_the_job_on_both_hosts(hosts: None, tmp_path: Path) -
 
 def test_a_rank_that_is_killed_is_started_again_on_both_hosts(hosts: None, tmp_path: Path) -> None:
     settings = ("trainer.max_steps=20", "checkpoint.every_steps=4")
-    assert all("Error" not in read(process) for process in train_on_both(tmp_path, "run=whole", *settings))
+    assert all(
+        "Error" not in read(process) for process in train_on_both(tmp_path, "run=whole", *settings)
+    )
     processes = train_on_both(tmp_path, "run=it", *settings, "launch.max_restarts=1")
     wait_for_step(tmp_path / "runs" / "it", 6)
     everyone = psutil.Process(processes[1].pid).children(recursive=True)
     workers = [
-        child for child in everyone if child.environ().get("RANK") == "1" and child.parent().environ().get("RANK") is None
+        child
+        for child in everyone
+        if child.environ().get("RANK") == "1" and child.parent().environ().get("RANK") is None
     ]
     workers[0].kill()
     outputs = [read(process, timeout=180) for process in processes]
@@ -114,8 +154,16 @@ def test_a_rank_that_is_killed_is_started_again_on_both_hosts(hosts: None, tmp_p
     assert abs(ours[-1]["val/loss"] - theirs[-1]["val/loss"]) < 1e-5 and len(ours) == len(theirs)
 
 
-def test_slurm_trains_on_two_nodes_and_goes_on_when_it_queues_again(slurm: str, tmp_path: Path) -> None:
-    settings = ("environment={OMP_NUM_THREADS: 1}", "train", *SMALL, "trainer.max_steps=30", "checkpoint.every_steps=0")
+def test_slurm_trains_on_two_nodes_and_goes_on_when_it_queues_again(
+    slurm: str, tmp_path: Path
+) -> None:
+    settings = (
+        "environment={OMP_NUM_THREADS: 1}",
+        "train",
+        *SMALL,
+        "trainer.max_steps=30",
+        "checkpoint.every_steps=0",
+    )
     launch = (sys.executable, "-m", "lorakit", "launch", "slurm", "nodes=2")
     said = read(on("n1", *launch, *settings, "run=it", cwd=tmp_path, SLURM_CONF=slurm))
     assert "\njob 1: it, " in f"\n{said}", said
@@ -128,7 +176,15 @@ def test_slurm_trains_on_two_nodes_and_goes_on_when_it_queues_again(slurm: str, 
         time.sleep(1)
     output = (tmp_path / "runs/.slurm/it-1.out").read_text()
     assert "30 steps, 32-true on cpu, 2 processes" in output
-    assert "interrupted after" in output and "resuming from step" in output and "finished 30 steps" in output
-    assert "job 1 queues again" in output and "rank 1 (host n2) follows rank 0 on n1" in output and "Traceback" not in output
+    assert (
+        "interrupted after" in output
+        and "resuming from step" in output
+        and "finished 30 steps" in output
+    )
+    assert (
+        "job 1 queues again" in output
+        and "rank 1 (host n2) follows rank 0 on n1" in output
+        and "Traceback" not in output
+    )
     steps = [record["step"] for record in History(folder).read() if "train/loss" in record]
     assert steps == [*range(1, 31)]

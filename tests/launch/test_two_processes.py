@@ -1,4 +1,6 @@
-"""`lorakit train trainer.devices=2` as a user starts it: one voice, one run folder, and an end that says why."""
+"""`lorakit train trainer.devices=2` as a user starts it: one voice, one run folder, and an end
+that says why.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,34 @@ from lorakit.weights.run import History, open_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = (
-    *("data.batch_size=4", "data.window_rows=64", "data.val_rows=4", "data.check_token_rows=100", "data.max_tokens=128"),
-    *("trainer.eval_every_steps=3", "callbacks.samples.num_prompts=1", "callbacks.samples.max_tokens=4"),
+    *(
+        "data.batch_size=4",
+        "data.window_rows=64",
+        "data.val_rows=4",
+        "data.check_token_rows=100",
+        "data.max_tokens=128",
+    ),
+    *(
+        "trainer.eval_every_steps=3",
+        "callbacks.samples.num_prompts=1",
+        "callbacks.samples.max_tokens=4",
+    ),
     *("lora.rank=4", "lora.alpha=4", "trainer.threads=1", "logger=none"),
 )
 DEADLINE_S = 60  # within which a job ends when one of its processes has died
 
 
 def start(*arguments: str, cwd: Path, path: Path = REPOSITORY) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{path}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{path}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "lorakit", "train", *SMALL, *arguments]
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -60,12 +79,17 @@ def test_a_killed_rank_ends_the_job_and_another_number_of_processes_goes_on(tmp_
     assert "rank 1 was killed by SIGKILL" in errors and "resume=true" in errors
     assert "Traceback" not in errors
     assert output.count("trainable parameters") == 1  # the first process speaks for all
-    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    assert not any(
+        worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers
+    )
 
     # The same command, now in one process.
     history = History(tmp_path / "runs" / "it")
     done = max(record["step"] for record in history.read())
-    last = max(int(path.name.removeprefix("step-")) for path in (tmp_path / "runs" / "it" / "checkpoints").glob("step-*"))
+    last = max(
+        int(path.name.removeprefix("step-"))
+        for path in (tmp_path / "runs" / "it" / "checkpoints").glob("step-*")
+    )
     one = start(*settings[:3], "resume=true", "trainer.devices=1", "strategy=single", cwd=tmp_path)
     wait_for_step(history, done + 2, one)
     one.send_signal(signal.SIGTERM)
@@ -79,7 +103,12 @@ def test_a_killed_rank_ends_the_job_and_another_number_of_processes_goes_on(tmp_
 
 
 def test_two_processes_share_rows_and_one_goes_on(tmp_path: Path) -> None:
-    settings = ("trainer.max_steps=4", "trainer.precision=32-true", "checkpoint.every_steps=2", "data.packing=true")
+    settings = (
+        "trainer.max_steps=4",
+        "trainer.precision=32-true",
+        "checkpoint.every_steps=2",
+        "data.packing=true",
+    )
     for name, more in (
         ("shared", ("trainer.devices=2", "strategy=auto", "strategy.sequence_parallel=2")),
         ("one", ("trainer.devices=1",)),
@@ -95,17 +124,35 @@ def test_two_processes_share_rows_and_one_goes_on(tmp_path: Path) -> None:
             {name: their[name] for name in figures if name in their}, rel=1e-4
         )
     assert open_run(tmp_path / "runs" / "shared").info["batches_per_step"] == 1
-    assert (tmp_path / "runs/shared/samples.jsonl").read_text() == (tmp_path / "runs/one/samples.jsonl").read_text()
+    assert (tmp_path / "runs/shared/samples.jsonl").read_text() == (
+        tmp_path / "runs/one/samples.jsonl"
+    ).read_text()
 
-    process = start("run=no", *settings, "trainer.devices=2", "strategy=ddp", "strategy.sequence_parallel=3", cwd=tmp_path)
+    process = start(
+        "run=no",
+        *settings,
+        "trainer.devices=2",
+        "strategy=ddp",
+        "strategy.sequence_parallel=3",
+        cwd=tmp_path,
+    )
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2 and "so many processes share each row, and there are 2; choose 1, 2" in errors
+    assert (
+        process.returncode == 2
+        and "so many processes share each row, and there are 2; choose 1, 2" in errors
+    )
     assert not (tmp_path / "runs" / "no").exists()
 
 
 def test_a_bad_row_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": 3}) + "\n", encoding="utf-8")
-    process = start("data.path=bad.jsonl", "model.path=tiny", "data.val_rows=null", "trainer.devices=2", cwd=tmp_path)
+    process = start(
+        "data.path=bad.jsonl",
+        "model.path=tiny",
+        "data.val_rows=null",
+        "trainer.devices=2",
+        cwd=tmp_path,
+    )
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert errors.count("columns not recognised") == 1 and "Traceback" not in errors
@@ -114,7 +161,9 @@ def test_a_bad_row_is_one_message(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_stalled_rank_is_named_and_the_job_ends(tmp_path: Path) -> None:
-    process = start("run=it", "trainer.max_steps=400", "strategy=ddp", "trainer.devices=2", cwd=tmp_path)
+    process = start(
+        "run=it", "trainer.max_steps=400", "strategy=ddp", "trainer.devices=2", cwd=tmp_path
+    )
     wait_for_step(History(tmp_path / "runs" / "it"), 2, process)
     everyone = psutil.Process(process.pid).children(recursive=True)
     workers_of(process)[1].send_signal(signal.SIGSTOP)
@@ -122,12 +171,19 @@ def test_a_stalled_rank_is_named_and_the_job_ends(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 2 and time.monotonic() - stopped < DEADLINE_S
     assert "rank 1 (host" in errors and "is stalled" in errors and "Traceback" not in errors
-    assert not [child for child in everyone if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not [
+        child for child in everyone if child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+    ]
 
 
 @pytest.mark.slow
 def test_a_job_restarts_by_itself_and_ends_with_the_same_loss(tmp_path: Path) -> None:
-    settings = ("trainer.max_steps=14", "checkpoint.every_steps=4", "strategy=zero3", "trainer.devices=2")
+    settings = (
+        "trainer.max_steps=14",
+        "checkpoint.every_steps=4",
+        "strategy=zero3",
+        "trainer.devices=2",
+    )
     whole = start("run=whole", *settings, cwd=tmp_path)
     output, errors = whole.communicate(timeout=180)
     assert whole.returncode == 0, output + errors
@@ -140,7 +196,14 @@ def test_a_job_restarts_by_itself_and_ends_with_the_same_loss(tmp_path: Path) ->
     ours, theirs = (History(tmp_path / "runs" / name).read() for name in ("it", "whole"))
     assert [record["step"] for record in ours] == [record["step"] for record in theirs]
     assert abs(ours[-1]["val/loss"] - theirs[-1]["val/loss"]) < 1e-5
-    assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(ours, theirs, strict=True) if "train/loss" in a) < 1e-5
+    assert (
+        max(
+            abs(a["train/loss"] - b["train/loss"])
+            for a, b in zip(ours, theirs, strict=True)
+            if "train/loss" in a
+        )
+        < 1e-5
+    )
 
 
 @pytest.mark.slow
@@ -170,7 +233,12 @@ def test_a_step_that_hangs_has_a_limit_and_an_evaluation_has_none(tmp_path: Path
 @pytest.mark.slow
 def test_ctrl_c_ends_all_processes_at_the_same_step_with_a_checkpoint(tmp_path: Path) -> None:
     process = start(
-        "run=it", "trainer.max_steps=400", "checkpoint.every_steps=0", "strategy=ddp", "trainer.devices=2", cwd=tmp_path
+        "run=it",
+        "trainer.max_steps=400",
+        "checkpoint.every_steps=0",
+        "strategy=ddp",
+        "trainer.devices=2",
+        cwd=tmp_path,
     )
     wait_for_step(History(tmp_path / "runs" / "it"), 2, process)
     process.send_signal(signal.SIGINT)
@@ -194,7 +262,13 @@ def test_a_rank_that_is_out_of_memory_is_named_and_the_job_ends(tmp_path: Path) 
         "            with open('tight', 'w'): pass\n"
         "            import torch; self.more = [torch.zeros(2**22) for _ in range(40)]\n"
     )
-    settings = ("run=it", "trainer.max_steps=400", "strategy=ddp", "trainer.devices=2", "+callbacks.tight._target_=mine.Tight")
+    settings = (
+        "run=it",
+        "trainer.max_steps=400",
+        "strategy=ddp",
+        "trainer.devices=2",
+        "+callbacks.tight._target_=mine.Tight",
+    )
     process = start(*settings, cwd=tmp_path, path=tmp_path)
     end = time.monotonic() + 120
     while not (tmp_path / "tight").exists():
@@ -204,13 +278,21 @@ def test_a_rank_that_is_out_of_memory_is_named_and_the_job_ends(tmp_path: Path) 
     begun = time.monotonic()
     _, errors = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 2 and time.monotonic() - begun < DEADLINE_S
-    assert "rank 1 (host" in errors and "is out of memory" in errors and "data.batch_size" in errors, errors
-    assert not [child for child in everyone if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert (
+        "rank 1 (host" in errors and "is out of memory" in errors and "data.batch_size" in errors
+    ), errors
+    assert not [
+        child for child in everyone if child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+    ]
 
 
 @pytest.mark.slow
-def test_two_minutes_of_loading_writing_or_evaluating_in_one_process_are_waited_for(tmp_path: Path) -> None:
-    """Far longer than a step may take, and than the operations in which the other process waits would wait by themselves."""
+def test_two_minutes_of_loading_writing_or_evaluating_in_one_process_are_waited_for(
+    tmp_path: Path,
+) -> None:
+    """Far longer than a step may take, and than the operations in which the other process waits
+    would wait by themselves.
+    """
     (tmp_path / "mine.py").write_text(
         "import os, time, lightning as L\n"
         "class Sleep(L.Callback):\n"
@@ -221,10 +303,20 @@ def test_two_minutes_of_loading_writing_or_evaluating_in_one_process_are_waited_
         "    def on_validation_start(self, trainer, module):\n"
         "        time.sleep(120 if os.environ['RANK'] == '1' and trainer.global_step == 3 else 0)\n"
     )
-    settings = ("trainer.devices=2", "strategy=zero2", "launch.collective_timeout_seconds=20", "checkpoint.every_steps=1")
+    settings = (
+        "trainer.devices=2",
+        "strategy=zero2",
+        "launch.collective_timeout_seconds=20",
+        "checkpoint.every_steps=1",
+    )
     begun = time.monotonic()
     process = start(
-        "run=it", "trainer.max_steps=4", *settings, "+callbacks.sleep._target_=mine.Sleep", cwd=tmp_path, path=tmp_path
+        "run=it",
+        "trainer.max_steps=4",
+        *settings,
+        "+callbacks.sleep._target_=mine.Sleep",
+        cwd=tmp_path,
+        path=tmp_path,
     )
     output, errors = process.communicate(timeout=550)
     assert process.returncode == 0, output + errors
@@ -233,8 +325,15 @@ def test_two_minutes_of_loading_writing_or_evaluating_in_one_process_are_waited_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "zero3_offload"])
-def test_what_any_strategy_has_trained_is_evaluated_sampled_and_merged(tmp_path: Path, strategy: str) -> None:
-    settings = (f"strategy={strategy}", "trainer.devices=2", "trainer.max_steps=4", "trainer.precision=32-true")
+def test_what_any_strategy_has_trained_is_evaluated_sampled_and_merged(
+    tmp_path: Path, strategy: str
+) -> None:
+    settings = (
+        f"strategy={strategy}",
+        "trainer.devices=2",
+        "trainer.max_steps=4",
+        "trainer.precision=32-true",
+    )
     process = start("run=it", *settings, cwd=tmp_path)
     output, errors = process.communicate(timeout=180)
     assert process.returncode == 0, output + errors
@@ -248,7 +347,15 @@ def test_what_any_strategy_has_trained_is_evaluated_sampled_and_merged(tmp_path:
         ("sample", "it", "--max-tokens", "4", "--", "a"),
         ("merge", "it", "--out", "merged"),
     ):
-        done = subprocess.run([*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, *more],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["loss"] == pytest.approx(run.info["val_loss"], rel=0.02)  # the adapter is exported in bf16
+    # the adapter is exported in bf16
+    assert figures["loss"] == pytest.approx(run.info["val_loss"], rel=0.02)

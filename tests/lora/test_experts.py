@@ -55,7 +55,10 @@ def test_peft_rescales_experts_as_it_does_its_own_layers() -> None:
     before = logits(ours)
     for model in (ours, theirs):
         model.eval()
-    with peft.helpers.rescale_adapter_scale(ours, 0.3), peft.helpers.rescale_adapter_scale(theirs, 0.3):
+    with (
+        peft.helpers.rescale_adapter_scale(ours, 0.3),
+        peft.helpers.rescale_adapter_scale(theirs, 0.3),
+    ):
         assert close(logits(ours), logits(theirs)) and not close(logits(ours), before)
     assert close(logits(ours), before)
 
@@ -72,8 +75,15 @@ def test_peft_merges_and_unmerges() -> None:
 
 def test_adapters_on_one_base_differ_in_rank_targets_and_layout() -> None:
     """PEFT's own layers demand equal targets."""
-    specs = {"one": SPEC, "two": replace(SHARED, rank=5, alpha=3), "three": replace(SPEC, targets=["experts.down_proj"])}
-    alone = {name: logits(randomise(inject(make_model(), spec), seed=len(name))) for name, spec in specs.items()}
+    specs = {
+        "one": SPEC,
+        "two": replace(SHARED, rank=5, alpha=3),
+        "three": replace(SPEC, targets=["experts.down_proj"]),
+    }
+    alone = {
+        name: logits(randomise(inject(make_model(), spec), seed=len(name)))
+        for name, spec in specs.items()
+    }
     model = inject(make_model(), specs["one"], adapter_name="one")
     for name in ("two", "three"):
         model.add_adapter(name, to_peft_config(plan(make_model(), specs[name])))
@@ -83,14 +93,19 @@ def test_adapters_on_one_base_differ_in_rank_targets_and_layout() -> None:
     for name, spec in specs.items():
         model.set_adapter(name)
         assert close(logits(model), alone[name])
-        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == plan(make_model(), spec).num_params
+        assert (
+            sum(p.numel() for p in model.parameters() if p.requires_grad)
+            == plan(make_model(), spec).num_params
+        )
     model.base_model.set_adapter(["one", "two"])
     both = logits(model)
     assert not close(both, alone["one"]) and not close(both, alone["two"])
     assert close(logits(_sum_of(specs, ("one", "two"))), both)
     model.set_adapter("three")
     model.delete_adapter("two")
-    assert all("two" not in layer.scales for layer in layers(model)) and close(logits(model), alone["three"])
+    assert all("two" not in layer.scales for layer in layers(model)) and close(
+        logits(model), alone["three"]
+    )
 
 
 def _sum_of(specs: dict[str, LoRASpec], names: tuple[str, ...]) -> Any:
@@ -98,8 +113,12 @@ def _sum_of(specs: dict[str, LoRASpec], names: tuple[str, ...]) -> Any:
     merged = make_model()
     original = {name: p.clone() for name, p in merged.named_parameters()}
     for name in names:
-        changed = merge_into(randomise(inject(make_model(), specs[name]), seed=len(name)), MergeReport())
-        for (key, mine), theirs in zip(merged.named_parameters(), changed.parameters(), strict=True):
+        changed = merge_into(
+            randomise(inject(make_model(), specs[name]), seed=len(name)), MergeReport()
+        )
+        for (key, mine), theirs in zip(
+            merged.named_parameters(), changed.parameters(), strict=True
+        ):
             mine.data += theirs - original[key]
     return merged
 
@@ -108,15 +127,21 @@ def test_what_peft_saves_plain_peft_loads(tmp_path: Path) -> None:
     model = randomise(inject(make_model(), replace(SPEC, dropout=0.1)))
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(make_model(), tmp_path)
-    assert type(loaded.base_model.model.model.layers[0].mlp.experts).__name__ == "ParamWrapper"  # plain PEFT indeed
+    # plain PEFT indeed
+    assert type(loaded.base_model.model.model.layers[0].mlp.experts).__name__ == "ParamWrapper"
     assert close(logits(loaded), logits(model))
 
 
 def test_peft_loads_a_second_adapter_into_our_layers(tmp_path: Path) -> None:
-    first, second = randomise(inject(make_model(), SPEC), seed=1), randomise(inject(make_model(), SPEC), seed=2)
+    first, second = (
+        randomise(inject(make_model(), SPEC), seed=1),
+        randomise(inject(make_model(), SPEC), seed=2),
+    )
     second.save_pretrained(tmp_path)
     first.add_adapter("second", to_peft_config(plan(make_model(), SPEC)))
-    peft.set_peft_model_state_dict(first, load_file(tmp_path / "adapter_model.safetensors"), adapter_name="second")
+    peft.set_peft_model_state_dict(
+        first, load_file(tmp_path / "adapter_model.safetensors"), adapter_name="second"
+    )
     first.set_adapter("second")
     assert close(logits(first), logits(second))
 
@@ -127,11 +152,16 @@ def test_a_file_of_another_number_of_experts_is_told_by_name(tmp_path: Path) -> 
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     name = next(name for name in tensors if "experts.lora_A" in name)
     tensors[name] = tensors[name][:-1]
-    with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\.experts.* lora_A has 11 rows, which is no multiple of 4 experts"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"layers\.0\.mlp\.experts.* lora_A has 11 rows, which is no multiple of 4 experts",
+    ):
         peft.set_peft_model_state_dict(model, tensors)
 
 
-@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, targets=["experts.gate_up_proj"]), replace(SPEC, rslora=True)])
+@pytest.mark.parametrize(
+    "spec", [SPEC, replace(SPEC, targets=["experts.gate_up_proj"]), replace(SPEC, rslora=True)]
+)
 def test_gradients_are_those_of_plain_peft(spec: LoRASpec) -> None:
     ours = randomise(inject(make_model(), spec))
     theirs = randomise(peft.get_peft_model(make_model(), _plain_config(spec)))
@@ -151,19 +181,29 @@ def _plain_config(spec: LoRASpec) -> peft.LoraConfig:
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_a_shared_outer_adapter_is_saved_compact_and_expands_exactly(rslora: bool, tmp_path: Path) -> None:
+def test_a_shared_outer_adapter_is_saved_compact_and_expands_exactly(
+    rslora: bool, tmp_path: Path
+) -> None:
     model = randomise(inject(make_model(), replace(SHARED, rslora=rslora), base_name="some/base"))
     (tmp_path / "compact").mkdir()
     (tmp_path / "peft").mkdir()
     save_adapter(model, tmp_path / "compact")
     tensors = load_file(tmp_path / "compact/adapter_model.safetensors")
     prefix = "base_model.model.model.layers.1.mlp.experts."
-    shapes = {name.removeprefix(prefix): tuple(t.shape) for name, t in tensors.items() if name.startswith(prefix)}
-    assert shapes == {  # the contract of SGLang: one entry where the factor touches the hidden width
-        "gate_proj.lora_A.weight": (1, 3, 32), "gate_proj.lora_B.weight": (4, 24, 3),
-        "up_proj.lora_A.weight": (1, 3, 32), "up_proj.lora_B.weight": (4, 24, 3),
-        "down_proj.lora_A.weight": (4, 3, 24), "down_proj.lora_B.weight": (1, 32, 3),
-    }  # fmt: skip
+    shapes = {
+        name.removeprefix(prefix): tuple(t.shape)
+        for name, t in tensors.items()
+        if name.startswith(prefix)
+    }
+    # the contract of SGLang: one entry where the factor touches the hidden width
+    assert shapes == {
+        "gate_proj.lora_A.weight": (1, 3, 32),
+        "gate_proj.lora_B.weight": (4, 24, 3),
+        "up_proj.lora_A.weight": (1, 3, 32),
+        "up_proj.lora_B.weight": (4, 24, 3),
+        "down_proj.lora_A.weight": (4, 3, 24),
+        "down_proj.lora_B.weight": (1, 32, 3),
+    }
     assert sum(t.numel() for t in tensors.values()) == plan(make_model(), SHARED).num_params
     assert close(logits(attach(make_model(), tmp_path / "compact")), logits(model))
     write_peft(AdapterFiles.open(tmp_path / "compact"), make_model(), tmp_path / "peft")
@@ -171,16 +211,23 @@ def test_a_shared_outer_adapter_is_saved_compact_and_expands_exactly(rslora: boo
     assert sum(t.numel() for t in expanded.values()) == plan(make_model(), SHARED).num_peft_params
     loaded = peft.PeftModel.from_pretrained(make_model(), tmp_path / "peft")
     assert close(logits(loaded), logits(model)) and not close(logits(model), logits(make_model()))
-    assert close(logits(attach(make_model(), tmp_path / "peft")), logits(model))  # rank_pattern in our own layer too
+    # rank_pattern in our own layer too
+    assert close(logits(attach(make_model(), tmp_path / "peft")), logits(model))
 
 
 def test_files_with_the_names_of_tinkers_archives_are_read(tmp_path: Path) -> None:
     model = randomise(inject(make_model(), SHARED, base_name="some/base"))
     save_adapter(model, tmp_path)
-    file, names = tmp_path / "adapter_model.safetensors", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    file, names = (
+        tmp_path / "adapter_model.safetensors",
+        {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    )
     tensors = load_file(file)
     for ours, theirs in names.items():
-        tensors = {name.replace(f".experts.{ours}.", f".experts.{theirs}."): tensor for name, tensor in tensors.items()}
+        tensors = {
+            name.replace(f".experts.{ours}.", f".experts.{theirs}."): tensor
+            for name, tensor in tensors.items()
+        }
     save_file(tensors, file)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["target_modules"] = sorted({names.get(name, name) for name in config["target_modules"]})
@@ -192,7 +239,9 @@ def test_files_with_the_names_of_tinkers_archives_are_read(tmp_path: Path) -> No
 
 
 def test_a_file_of_sglangs_contract_written_by_hand_means_what_it_says(tmp_path: Path) -> None:
-    """gate, up and down with one entry where the factor touches the hidden width; the matrices are changed by hand beside it."""
+    """gate, up and down with one entry where the factor touches the hidden width; the matrices
+    are changed by hand beside it.
+    """
     generator, rank, scale = torch.Generator().manual_seed(0), 3, 8 / 3
     tensors, by_hand = {}, make_model()
     for number, layer in enumerate(by_hand.model.layers):
@@ -204,13 +253,22 @@ def test_a_file_of_sglangs_contract_written_by_hand_means_what_it_says(tmp_path:
 
         experts = layer.mlp.experts
         for name, rows in (("gate_proj", slice(0, 24)), ("up_proj", slice(24, 48))):
-            a, b = draw(f"{name}.lora_A.weight", 1, rank, 32), draw(f"{name}.lora_B.weight", 4, 24, rank)
+            a, b = (
+                draw(f"{name}.lora_A.weight", 1, rank, 32),
+                draw(f"{name}.lora_B.weight", 4, 24, rank),
+            )
             for expert in range(4):
                 experts.gate_up_proj.data[expert, rows] += scale * b[expert] @ a[0]
-        a, b = draw("down_proj.lora_A.weight", 4, rank, 24), draw("down_proj.lora_B.weight", 1, 32, rank)
+        a, b = (
+            draw("down_proj.lora_A.weight", 4, rank, 24),
+            draw("down_proj.lora_B.weight", 1, 32, rank),
+        )
         for expert in range(4):
             experts.down_proj.data[expert] += scale * b[0] @ a[expert]
-    save_adapter(inject(make_model(), replace(SHARED, targets=["experts"]), base_name="some/base"), tmp_path)  # for its config
+    # for its config
+    save_adapter(
+        inject(make_model(), replace(SHARED, targets=["experts"]), base_name="some/base"), tmp_path
+    )
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     assert close(logits(attach(make_model(), tmp_path)), logits(by_hand))
     assert not close(logits(by_hand), logits(make_model()))
@@ -223,7 +281,9 @@ def test_trained_tensors_and_optimiser_state_exist_once() -> None:
     optimizer = torch.optim.AdamW(parameters)
     model.train()(input_ids=INPUT_IDS, use_cache=False).logits.square().sum().backward()
     optimizer.step()
-    moments = sum(state["exp_avg"].numel() + state["exp_avg_sq"].numel() for state in optimizer.state.values())
+    moments = sum(
+        state["exp_avg"].numel() + state["exp_avg_sq"].numel() for state in optimizer.state.values()
+    )
     assert moments == 2 * plan(make_model(), SHARED).num_params
 
 
@@ -234,7 +294,9 @@ def test_activation_checkpointing_changes_nothing_dropout_included(spec: LoRASpe
         model = randomise(inject(make_model(), replace(spec, dropout=0.3))).train()
         if checkpointing:
             base = model.get_base_model()
-            getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": False})
+            getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)(
+                {"use_reentrant": False}
+            )
         torch.manual_seed(7)
         model(input_ids=INPUT_IDS, use_cache=False).logits.square().sum().backward()
         found.append(gradients(model))
@@ -244,8 +306,14 @@ def test_activation_checkpointing_changes_nothing_dropout_included(spec: LoRASpe
 def _alone(spec: LoRASpec, **changes: Any) -> tuple[ExpertLora, tuple[Any, ...]]:
     """The first layer of experts in float64, and what it is called with."""
     model = randomise(inject(make_model(), replace(spec, **changes))).double()
-    x = torch.randn(6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    return layers(model)[0], (x, torch.tensor([[0, 1], [2, 3]] * 3), torch.full((6, 2), 0.5, dtype=torch.float64))
+    x = torch.randn(
+        6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
+    return layers(model)[0], (
+        x,
+        torch.tensor([[0, 1], [2, 3]] * 3),
+        torch.full((6, 2), 0.5, dtype=torch.float64),
+    )
 
 
 @pytest.mark.parametrize("spec", [SPEC, SHARED])
@@ -265,7 +333,9 @@ def test_dropout_has_the_gradient_of_finite_differences(spec: LoRASpec) -> None:
 
 @pytest.mark.parametrize("spec", [SPEC, SHARED])
 def test_dropout_is_right_on_average(spec: LoRASpec) -> None:
-    """On the way out the output is linear in what is dropped, so that its mean is the output without dropout."""
+    """On the way out the output is linear in what is dropped, so that its mean is the output
+    without dropout.
+    """
     layer, inputs = _alone(spec, dropout=0.3, targets=["experts.down_proj"])
     with torch.no_grad():
         exact = layer.eval()(*inputs)
@@ -277,7 +347,10 @@ def test_dropout_is_right_on_average(spec: LoRASpec) -> None:
 
 def test_routers_that_score_all_experts_alike_choose_as_in_plain_peft() -> None:
     found = []
-    for wrap in (lambda model: inject(model, SPEC), lambda model: peft.get_peft_model(model, _plain_config(SPEC))):
+    for wrap in (
+        lambda model: inject(model, SPEC),
+        lambda model: peft.get_peft_model(model, _plain_config(SPEC)),
+    ):
         model = make_model()
         for layer in model.model.layers:
             torch.nn.init.zeros_(layer.mlp.gate.weight)
@@ -292,7 +365,9 @@ def test_routers_that_score_all_experts_alike_choose_as_in_plain_peft() -> None:
 def test_two_adapters_at_once_have_the_gradients_of_their_sum() -> None:
     _, inputs = _alone(SPEC)
     model = inject(make_model(), replace(SPEC, targets=["experts"]), adapter_name="one")
-    model.add_adapter("two", to_peft_config(plan(make_model(), replace(SHARED, rank=5, targets=["experts"]))))
+    model.add_adapter(
+        "two", to_peft_config(plan(make_model(), replace(SHARED, rank=5, targets=["experts"])))
+    )
     for name in ("one", "two"):
         model.set_adapter(name)
         randomise(model, seed=len(name))
@@ -309,7 +384,11 @@ def test_two_adapters_at_once_have_the_gradients_of_their_sum() -> None:
     difference = torch.autograd.gradcheck(
         lambda *factors: layer(*inputs), tuple(named.values()), eps=1e-6, atol=1e-6, fast_mode=True
     )
-    assert difference and not torch.allclose(both, found["one",]) and not torch.allclose(both, found["two",])
+    assert (
+        difference
+        and not torch.allclose(both, found["one",])
+        and not torch.allclose(both, found["two",])
+    )
 
 
 @pytest.mark.parametrize("spec", [SPEC, SHARED])
@@ -329,7 +408,11 @@ def gradients_of(model: Any) -> dict[str, torch.Tensor]:
 
 def test_a_checkpoint_of_a_run_holds_the_factors_by_their_own_names() -> None:
     names = {
-        name.rpartition("experts.")[2] for name, _ in inject(make_model(), SHARED).named_parameters() if "experts.lora" in name
+        name.rpartition("experts.")[2]
+        for name, _ in inject(make_model(), SHARED).named_parameters()
+        if "experts.lora" in name
     }
-    assert names == {f"lora_{w}.default.{m}" for w in "AB" for m in ("gate_proj", "up_proj", "down_proj")}
+    assert names == {
+        f"lora_{w}.default.{m}" for w in "AB" for m in ("gate_proj", "up_proj", "down_proj")
+    }
     assert len(trainable(inject(make_model(), SHARED))) == 2 * (6 + 8)

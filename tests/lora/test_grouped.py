@@ -1,4 +1,6 @@
-"""Runs of experts: every row once, padding bounded, and values by row and by choice the same ones."""
+"""Runs of experts: every row once, padding bounded, and values by row and by choice the same
+ones.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,16 @@ def test_experts_of_about_equal_load_go_together_up_to_the_largest_run() -> None
     assert plan_runs([60, 64, 62, 64], max_rows=130) == [Run(0, 2, 64), Run(2, 2, 64)]
     assert plan_runs([60, 64], max_rows=0) == [Run(0, 1, 60), Run(1, 1, 64)]
     assert plan_runs([4, 40, 5], max_rows=1024) == [Run(0, 1, 4), Run(1, 1, 40), Run(2, 1, 5)]
-    assert plan_runs([4, 40, 5], max_rows=1024, run_rows=50.0) == [Run(0, 3, 40)]  # small matrices: a run is dear
+    # small matrices: a run is dear
+    assert plan_runs([4, 40, 5], max_rows=1024, run_rows=50.0) == [Run(0, 3, 40)]
 
 
 def test_an_expert_that_gets_most_rows_goes_alone_and_one_that_gets_none_is_left_out() -> None:
-    assert plan_runs([0, 10, 900, 10, 10, 0], max_rows=1024) == [Run(1, 1, 10), Run(2, 1, 900), Run(3, 2, 10)]
+    assert plan_runs([0, 10, 900, 10, 10, 0], max_rows=1024) == [
+        Run(1, 1, 10),
+        Run(2, 1, 900),
+        Run(3, 2, 10),
+    ]
     assert plan_runs([0, 0], max_rows=9) == [] == plan_runs([], max_rows=9)
 
 
@@ -29,14 +36,21 @@ def test_an_expert_that_gets_most_rows_goes_alone_and_one_that_gets_none_is_left
 @settings(deadline=None)
 def test_runs_hold_every_row_and_little_else(counts: list[int], max_rows: int) -> None:
     runs = plan_runs(counts, max_rows=max_rows)
-    assert all(any(_holds(run, expert) for run in runs) for expert, count in enumerate(counts) if count)
-    assert all(one.first + one.num_experts <= other.first for one, other in itertools.pairwise(runs))
+    assert all(
+        any(_holds(run, expert) for run in runs) for expert, count in enumerate(counts) if count
+    )
+    assert all(
+        one.first + one.num_experts <= other.first for one, other in itertools.pairwise(runs)
+    )
     for run in runs:
         loads = counts[run.first : run.first + run.num_experts]
         assert run.rows_each == max(loads) > 0
         assert run.num_experts == 1 or run.num_experts * run.rows_each <= max_rows
         cost = sum(load + READ_ROWS for load in loads if load)
-        assert run.num_experts * (run.rows_each + READ_ROWS) <= MAX_PADDING * cost or run.num_experts == 1
+        assert (
+            run.num_experts * (run.rows_each + READ_ROWS) <= MAX_PADDING * cost
+            or run.num_experts == 1
+        )
 
 
 def test_values_by_choice_come_back_from_padded_rows() -> None:
@@ -50,14 +64,20 @@ def test_values_by_choice_come_back_from_padded_rows() -> None:
         assert bool(is_padding.any()) != grouped
         assert bool((taken[is_padding] == 0).all())
         assert torch.equal(rows.put_back(taken, values_TK), values_TK)
-        assert torch.equal(rows.sum_tokens(taken[:, None], torch.float32)[:, 0], values_TK.sum(dim=1))
+        assert torch.equal(
+            rows.sum_tokens(taken[:, None], torch.float32)[:, 0], values_TK.sum(dim=1)
+        )
         for block in rows.blocks():
             expected = torch.arange(9.0)[:, None] if grouped else None
-            assert expected is None or torch.equal(block.per_row(expected)[:, 0].long(), experts_TK.flatten().sort().values)
+            assert expected is None or torch.equal(
+                block.per_row(expected)[:, 0].long(), experts_TK.flatten().sort().values
+            )
     padded = SortedRows.sort(experts_TK, 9, grouped=False, max_rows=1024)
     for block in padded.blocks():
         numbers = block.per_row(torch.arange(9)[:, None])[:, 0]
-        for place, expert in zip(padded.order_S[block.rows].tolist(), numbers.tolist(), strict=True):
+        for place, expert in zip(
+            padded.order_S[block.rows].tolist(), numbers.tolist(), strict=True
+        ):
             assert place == 150 or int(experts_TK.flatten()[place]) == expert
 
 
@@ -67,18 +87,25 @@ def _holds(run: Run, expert: int) -> bool:
 
 def test_rows_by_owner_pay_where_they_are_even_and_not_where_most_would_be_padding() -> None:
     costs: dict[str, Any] = {"base_cost": 100.0, "factor_cost": 50.0}
-    even = torch.arange(4).repeat(16, 1)  # each token goes to all experts: every owner has as many rows
+    # each token goes to all experts: every owner has as many rows
+    even = torch.arange(4).repeat(16, 1)
     owners = Owners(torch.arange(16) % 4, 4)
     assert owners.pay(even, 4, **costs, pads=True)
     skewed = (torch.arange(16) % 4)[:, None]  # each owner has an expert of its own
-    assert not owners.pay(skewed, 4, **costs, pads=True) and owners.pay(skewed, 4, **costs, pads=False)
+    assert not owners.pay(skewed, 4, **costs, pads=True) and owners.pay(
+        skewed, 4, **costs, pads=False
+    )
 
 
 @given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 5), st.randoms(use_true_random=False))
-def test_rows_by_owner_hold_every_choice_with_its_pair(num_tokens: int, num_owners: int, num_experts: int, draw: Any) -> None:
+def test_rows_by_owner_hold_every_choice_with_its_pair(
+    num_tokens: int, num_owners: int, num_experts: int, draw: Any
+) -> None:
     top_k = draw.randint(1, num_experts)
     experts_TK = torch.tensor([draw.sample(range(num_experts), top_k) for _ in range(num_tokens)])
-    owners = Owners(torch.tensor([draw.randrange(num_owners) for _ in range(num_tokens)]), num_owners)
+    owners = Owners(
+        torch.tensor([draw.randrange(num_owners) for _ in range(num_tokens)]), num_owners
+    )
     rows = SortedRows.sort(experts_TK, num_experts, grouped=False, max_rows=8, owners=owners)
     seen = []
     for block in rows.blocks():
@@ -90,5 +117,7 @@ def test_rows_by_owner_hold_every_choice_with_its_pair(num_tokens: int, num_owne
             if place < num_tokens * top_k:
                 seen.append(place)
                 token = place // top_k
-                assert pair == int(experts_TK.flatten()[place]) * num_owners + int(owners.owners_T[token])
+                assert pair == int(experts_TK.flatten()[place]) * num_owners + int(
+                    owners.owners_T[token]
+                )
     assert sorted(seen) == list(range(num_tokens * top_k))

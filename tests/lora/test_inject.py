@@ -1,4 +1,6 @@
-"""After injection exactly the planned adapters are trainable, and the model computes what it did."""
+"""After injection exactly the planned adapters are trainable, and the model computes what it
+did.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,15 @@ def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3", "llama"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_only_lora_is_trainable_in_float32_and_the_logits_are_the_bases(family: str, dtype: str) -> None:
+def test_only_lora_is_trainable_in_float32_and_the_logits_are_the_bases(
+    family: str, dtype: str
+) -> None:
     base = make_model(family, dtype)
     before = logits(base)
     model = inject(base, LoRASpec(rank=4, unembedding=True))
-    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     assert own
     assert all("lora_A" in name or "lora_B" in name for name in own)
     assert {name for name, _ in model.named_parameters() if "lora_" in name} == own.keys()
@@ -42,10 +48,18 @@ def test_only_lora_is_trainable_in_float32_and_the_logits_are_the_bases(family: 
         sum(parameter.numel() for parameter in own.values())
         == plan(make_model(family), LoRASpec(rank=4, unembedding=True)).num_params
     )
-    assert max(parameter.abs().max().item() for name, parameter in own.items() if "lora_B" in name) == 0
-    assert min(parameter.abs().max().item() for name, parameter in own.items() if "lora_A" in name) > 0
-    assert largest_difference(logits(model), before) < (2e-6 if dtype == "float32" else 0.02)  # bf16 may round at each product
-    assert largest_difference(logits(randomise(model)), before) > (1e-3 if dtype == "float32" else 0.02)
+    assert (
+        max(parameter.abs().max().item() for name, parameter in own.items() if "lora_B" in name)
+        == 0
+    )
+    assert (
+        min(parameter.abs().max().item() for name, parameter in own.items() if "lora_A" in name) > 0
+    )
+    # bf16 may round at each product
+    assert largest_difference(logits(model), before) < (2e-6 if dtype == "float32" else 0.02)
+    assert largest_difference(logits(randomise(model)), before) > (
+        1e-3 if dtype == "float32" else 0.02
+    )
 
 
 def test_the_bundled_model_computes_what_it_did() -> None:
@@ -57,7 +71,9 @@ def test_the_bundled_model_computes_what_it_did() -> None:
 def test_lora_dtype_changes_the_adapter_alone() -> None:
     model = inject(make_model("llama"), LoRASpec(rank=4, dtype="bfloat16"))
     assert {parameter.dtype for parameter in trainable(model).values()} == {torch.bfloat16}
-    assert {p.dtype for name, p in model.named_parameters() if "lora_" not in name} == {torch.float32}
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" not in name} == {
+        torch.float32
+    }
 
 
 def test_the_global_random_state_is_untouched_and_the_seed_decides() -> None:
@@ -81,7 +97,10 @@ def test_state_and_logits_are_those_of_plain_peft(family: str) -> None:
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("targets", "wrapped"), [(["q_proj"], False), (["experts"], False), (["mlp.gate", "q_proj"], True)])
+@pytest.mark.parametrize(
+    ("targets", "wrapped"),
+    [(["q_proj"], False), (["experts"], False), (["mlp.gate", "q_proj"], True)],
+)
 def test_the_router_is_wrapped_only_when_named(targets: list[str], wrapped: bool) -> None:
     names = trainable(inject(make_model(), LoRASpec(rank=4, targets=targets)))
     assert any("mlp.gate." in name for name in names) is wrapped
@@ -117,14 +136,18 @@ def test_the_output_is_scaled_by_alpha_over_rank_or_its_root(change: dict, scale
     hidden, before = base.model(input_ids=INPUT_IDS).last_hidden_state, logits(base)
     model = randomise(inject(base, LoRASpec(rank=4, alpha=8, targets=["lm_head"], **change)))
     down, up = (tensor for _, tensor in sorted(trainable(model).items()))
-    torch.testing.assert_close(logits(model), before + scale * hidden @ down.T @ up.T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits(model), before + scale * hidden @ down.T @ up.T, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("change", [{"dora": True}, {"init": "gaussian"}])
 def test_variants_of_peft_start_at_the_base_too(change: dict) -> None:
     base = make_model("llama")
     before = logits(base)
-    torch.testing.assert_close(logits(inject(base, LoRASpec(rank=4, **change))), before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits(inject(base, LoRASpec(rank=4, **change))), before, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_the_config_names_the_base_it_was_given() -> None:
@@ -133,7 +156,9 @@ def test_the_config_names_the_base_it_was_given() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_the_adapter_is_drawn_on_the_cpu_in_float32_whatever_the_default_device_and_the_base(family: str) -> None:
+def test_the_adapter_is_drawn_on_the_cpu_in_float32_whatever_the_default_device_and_the_base(
+    family: str,
+) -> None:
     """Lightning makes the GPU the default device while a model is built; ZeRO-3 does not."""
     expected = inject(make_model(family), LoRASpec(rank=4)).state_dict()
     with torch.device("meta"):

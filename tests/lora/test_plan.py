@@ -13,7 +13,8 @@ from lorakit.lora.inject import plan
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.load import load_config, load_model, load_skeleton
 
-# One layer of the tiny models, rank 1: q 32+32, k 32+16, v 32+16, o 32+32; MLP 3 x (32+48); 4 experts: 32+48 and 24+32.
+# One layer of the tiny models, rank 1: q 32+32, k 32+16, v 32+16, o 32+32; MLP 3 x (32+48); 4
+# experts: 32+48 and 24+32.
 ATTENTION, MLP, EXPERTS, UNEMBEDDING = 64 + 48 + 48 + 64, 3 * 80, 4 * (80 + 56), 32 + 64
 
 
@@ -38,7 +39,11 @@ def test_families_are_switched_on_and_off(family: str, switches: dict, expected:
 
 def test_the_bundled_model_is_counted_by_hand_and_alike_on_the_meta_device() -> None:
     config = load_config("tiny")
-    hidden, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    hidden, heads, groups = (
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )
     width = config.head_dim
     attention = 2 * (hidden + heads * width) + 2 * (hidden + groups * width)
     experts = config.num_experts * (2 * hidden + 3 * config.moe_intermediate_size)
@@ -62,11 +67,23 @@ def test_the_table_shows_each_kind_of_matrix_with_its_count() -> None:
     out = io.StringIO()
     Console(file=out, width=160).print(plan(make_model("qwen3_moe"), LoRASpec(rank=2)).table())
     rows = [line for line in out.getvalue().splitlines() if "gate_up_proj" in line]
-    assert list(rows[0].replace("│", " ").split()) == ["experts", "gate_up_proj", "2", "4", "32", "48", "1,280"]
+    assert list(rows[0].replace("│", " ").split()) == [
+        "experts",
+        "gate_up_proj",
+        "2",
+        "4",
+        "32",
+        "48",
+        "1,280",
+    ]
 
 
-@pytest.mark.parametrize(("family", "missing"), [("qwen3_moe", "mlp"), ("qwen3", "experts"), ("llama", "experts")])
-def test_a_family_that_matches_nothing_is_an_error_that_says_what_there_is(family: str, missing: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "missing"), [("qwen3_moe", "mlp"), ("qwen3", "experts"), ("llama", "experts")]
+)
+def test_a_family_that_matches_nothing_is_an_error_that_says_what_there_is(
+    family: str, missing: str
+) -> None:
     with pytest.raises(ConfigError, match=rf"lora\.{missing}=true.*attention.*unembedding"):
         plan(make_model(family), LoRASpec(**{missing: True}))
 
@@ -77,9 +94,12 @@ def test_nothing_switched_on_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "near"), [("q_prj", "q_proj"), ("mlp.experts.gateup_proj", "gate_up_proj"), ("lmhead", "lm_head")]
+    ("pattern", "near"),
+    [("q_prj", "q_proj"), ("mlp.experts.gateup_proj", "gate_up_proj"), ("lmhead", "lm_head")],
 )
-def test_a_pattern_that_matches_nothing_is_an_error_with_near_names(pattern: str, near: str) -> None:
+def test_a_pattern_that_matches_nothing_is_an_error_with_near_names(
+    pattern: str, near: str
+) -> None:
     with pytest.raises(ConfigError, match=f"{pattern}.*matches nothing.*{near}"):
         plan(make_model("qwen3_moe"), LoRASpec(targets=["k_proj", pattern]))
 
@@ -93,20 +113,28 @@ def test_names_suffixes_and_patterns_choose_alone() -> None:
     assert names("q_proj") == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
     assert names("model.layers.1.self_attn.v_proj") == ["model.layers.1.self_attn.v_proj"]
     assert names("*.layers.0.*.k_proj", "lm_head") == ["model.layers.0.self_attn.k_proj", "lm_head"]
-    assert names("experts") == [f"model.layers.{i}.mlp.experts.{leaf}_proj" for i in (0, 1) for leaf in ("gate_up", "down")]
+    assert names("experts") == [
+        f"model.layers.{i}.mlp.experts.{leaf}_proj" for i in (0, 1) for leaf in ("gate_up", "down")
+    ]
 
 
-@pytest.mark.parametrize("switches", [{}, {"experts": True, "unembedding": True}, {"attention": False}])
+@pytest.mark.parametrize(
+    "switches", [{}, {"experts": True, "unembedding": True}, {"attention": False}]
+)
 def test_no_family_takes_the_router(switches: dict) -> None:
     planned = plan(make_model("qwen3_moe"), LoRASpec(**switches))
     assert "router" not in planned.by_family()
-    assert not any(".gate" in target.name and "gate_up" not in target.name for target in planned.targets)
+    assert not any(
+        ".gate" in target.name and "gate_up" not in target.name for target in planned.targets
+    )
 
 
 @pytest.mark.parametrize("name", ["mlp.gate", "gate", "mlp.gate.weight"])
 def test_a_router_that_is_named_is_planned(name: str) -> None:
     targets = plan(make_model("qwen3_moe"), LoRASpec(targets=[name])).targets
-    assert [(target.family, target.in_features, target.out_features) for target in targets] == [("router", 32, 4)] * 2
+    assert [(target.family, target.in_features, target.out_features) for target in targets] == [
+        ("router", 32, 4)
+    ] * 2
 
 
 @pytest.mark.parametrize("change", [{"dora": True}, {"init": "orthogonal"}])
@@ -118,6 +146,8 @@ def test_what_stacked_experts_have_not_is_refused(change: dict) -> None:
 
 def test_all_problems_of_a_spec_come_in_one_report() -> None:
     with pytest.raises(ConfigError) as caught:
-        LoRASpec(rank=0, alpha=-1, dropout=1.0, init="zero", dtype="int8", mlp="yes", targets="q_proj")
+        LoRASpec(
+            rank=0, alpha=-1, dropout=1.0, init="zero", dtype="int8", mlp="yes", targets="q_proj"
+        )
     for word in ("rank", "alpha", "dropout", "init", "dtype", "mlp", "targets"):
         assert f"lora.{word}=" in str(caught.value)

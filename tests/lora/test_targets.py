@@ -1,4 +1,6 @@
-"""Targets that look like others: routers behind wildcards, convolutions, shared experts that PEFT takes for stacked ones."""
+"""Targets that look like others: routers behind wildcards, convolutions, shared experts that
+PEFT takes for stacked ones.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,15 @@ from lorakit.lora.spec import LoRASpec
 
 @pytest.mark.parametrize("pattern", ["*", "*.layers.0.*", "*mlp*"])
 def test_a_wildcard_never_wraps_the_router(pattern: str) -> None:
-    assert not [target for target in plan(make_model(), LoRASpec(targets=[pattern])).targets if target.family == "router"]
+    assert not [
+        target
+        for target in plan(make_model(), LoRASpec(targets=[pattern])).targets
+        if target.family == "router"
+    ]
     for name in ("*.mlp.gate", "*.gate", "mlp.gate"):
-        assert {target.family for target in plan(make_model(), LoRASpec(targets=[name])).targets} == {"router"}
+        assert {
+            target.family for target in plan(make_model(), LoRASpec(targets=[name])).targets
+        } == {"router"}
 
 
 def test_a_convolution_is_no_expert() -> None:
@@ -31,4 +39,5 @@ def test_shared_experts_that_peft_would_misread_are_left_out_and_named() -> None
     for spec in (LoRASpec(mlp=True), LoRASpec(targets=["shared_expert.up_proj"])):
         with pytest.raises(ConfigError, match="not possible"):
             plan(make_model("qwen3_next"), spec)
-    assert plan(make_model("qwen3"), LoRASpec(mlp=True)).note == ""  # the same names in a dense model are themselves
+    # the same names in a dense model are themselves
+    assert plan(make_model("qwen3"), LoRASpec(mlp=True)).note == ""

@@ -1,4 +1,6 @@
-"""The head in blocks against all logits at once: values and gradients, with everything that an unembedding may have."""
+"""The head in blocks against all logits at once: values and gradients, with everything that an
+unembedding may have.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,16 @@ def make(
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     pairs = tuple(
-        HeadAdapter(randn(RANK, HIDDEN).requires_grad_(), randn(VOCAB, RANK).requires_grad_(), 0.5) for _ in range(adapters)
+        HeadAdapter(randn(RANK, HIDDEN).requires_grad_(), randn(VOCAB, RANK).requires_grad_(), 0.5)
+        for _ in range(adapters)
     )
     head = Head(randn(VOCAB, HIDDEN), randn(VOCAB) if bias else None, pairs, **options)
     return head, randn(TOKENS, HIDDEN).requires_grad_()
 
 
-def plain(hidden: torch.Tensor, head: Head, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def plain(
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
     """All logits, log_softmax, gather."""
     weight = head.weight_VH + sum(scale * b @ a for a, b, scale, *_ in head.adapters)
     logits = hidden @ weight.T + (0 if head.bias_V is None else head.bias_V)
@@ -50,7 +55,9 @@ def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def curved(logprobs: torch.Tensor) -> torch.Tensor:
     """A loss that is not linear in log-probabilities."""
-    return (logprobs.exp() * torch.linspace(-1, 2, logprobs.numel()).view_as(logprobs) + 0.1 * logprobs).sum()
+    return (
+        logprobs.exp() * torch.linspace(-1, 2, logprobs.numel()).view_as(logprobs) + 0.1 * logprobs
+    ).sum()
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -68,9 +75,13 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("num_targets", [1, 4])
 @pytest.mark.parametrize("block_bytes", [12, 4 * 7 * TOKENS, 4096 * 7, None])
 @pytest.mark.parametrize("case", CASES)
-def test_blocks_equal_all_logits_at_once(case: str, block_bytes: int | None, num_targets: int, temperature: float) -> None:
+def test_blocks_equal_all_logits_at_once(
+    case: str, block_bytes: int | None, num_targets: int, temperature: float
+) -> None:
     head, hidden = make(**CASES[case])
-    targets = torch.randint(VOCAB, (TOKENS, num_targets), generator=torch.Generator().manual_seed(1))
+    targets = torch.randint(
+        VOCAB, (TOKENS, num_targets), generator=torch.Generator().manual_seed(1)
+    )
     factors = [factor for adapter in head.adapters for factor in adapter[:2]]
     ours = head_logprobs(hidden, head, targets, temperature=temperature, block_bytes=block_bytes)
     theirs = plain(hidden, head, targets, temperature)
@@ -89,21 +100,30 @@ def test_a_weighted_sum_whose_weights_are_known_computes_its_logits_once(
     monkeypatch: pytest.MonkeyPatch, case: str, block_bytes: int | None, num_targets: int
 ) -> None:
     head, hidden = make(**CASES[case])
-    targets = torch.randint(VOCAB, (TOKENS, num_targets), generator=torch.Generator().manual_seed(1))
+    targets = torch.randint(
+        VOCAB, (TOKENS, num_targets), generator=torch.Generator().manual_seed(1)
+    )
     weights = torch.randn(TOKENS, num_targets, generator=torch.Generator().manual_seed(2))
     factors = [factor for adapter in head.adapters for factor in adapter[:2]]
     again: list[int] = []
     twice = lorakit.loss.head._add_all_gradients_
     monkeypatch.setattr(
-        lorakit.loss.head, "_add_all_gradients_", lambda *args, **options: again.append(1) or twice(*args, **options)
+        lorakit.loss.head,
+        "_add_all_gradients_",
+        lambda *args, **options: again.append(1) or twice(*args, **options),
     )
-    ours = head_logprobs(hidden, head, targets, temperature=0.7, block_bytes=block_bytes, weights_NK=weights)
+    ours = head_logprobs(
+        hidden, head, targets, temperature=0.7, block_bytes=block_bytes, weights_NK=weights
+    )
     theirs = plain(hidden, head, targets, 0.7)
     assert largest_difference(ours, theirs) < 1e-6
     found = torch.autograd.grad(-(weights * ours).sum() / 7, [hidden, *factors], retain_graph=True)
     assert not again or block_bytes == 12  # which does not hold the logits of one token
-    expected = torch.autograd.grad(-(weights * theirs).sum() / 7, [hidden, *factors], retain_graph=True)
-    other = torch.autograd.grad(curved(ours), [hidden, *factors])  # a loss that is not what was told
+    expected = torch.autograd.grad(
+        -(weights * theirs).sum() / 7, [hidden, *factors], retain_graph=True
+    )
+    # a loss that is not what was told
+    other = torch.autograd.grad(curved(ours), [hidden, *factors])
     assert again
     expected += torch.autograd.grad(curved(theirs), [hidden, *factors])
     for mine, reference in zip([*found, *other], expected, strict=True):
@@ -144,19 +164,28 @@ def test_large_logits_do_not_overflow() -> None:
 
 def test_without_gradients_nothing_is_kept_nor_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     head, hidden = make()
-    monkeypatch.setattr(lorakit.loss.head, "_add_product_", None)  # what would be pulled towards the vocabulary
+    # what would be pulled towards the vocabulary
+    monkeypatch.setattr(lorakit.loss.head, "_add_product_", None)
     with torch.no_grad():
-        assert not head_logprobs(hidden, head, torch.zeros(TOKENS, 1, dtype=torch.long)).requires_grad
+        assert not head_logprobs(
+            hidden, head, torch.zeros(TOKENS, 1, dtype=torch.long)
+        ).requires_grad
     with pytest.raises(TypeError):  # the control
         head_logprobs(hidden, head, torch.zeros(TOKENS, 1, dtype=torch.long))
 
 
-def test_a_frozen_unembedding_computes_its_logits_once_for_whatever_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frozen_unembedding_computes_its_logits_once_for_whatever_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     head, hidden = make()
     blocks: list[int] = []
     compute = lorakit.loss.head._Call._logits
-    monkeypatch.setattr(lorakit.loss.head._Call, "_logits", lambda *args: blocks.append(1) or compute(*args))
-    logprobs = head_logprobs(hidden, head, torch.zeros(TOKENS, 1, dtype=torch.long), block_bytes=4096 * 7)
+    monkeypatch.setattr(
+        lorakit.loss.head._Call, "_logits", lambda *args: blocks.append(1) or compute(*args)
+    )
+    logprobs = head_logprobs(
+        hidden, head, torch.zeros(TOKENS, 1, dtype=torch.long), block_bytes=4096 * 7
+    )
     assert len(blocks) == 4  # 23 tokens, 7 at a time, that meet all 61 of the vocabulary
     curved(logprobs).backward()
     assert len(blocks) == 4
@@ -166,11 +195,19 @@ def test_a_frozen_unembedding_computes_its_logits_once_for_whatever_loss(monkeyp
 @pytest.mark.parametrize("adapters", [0, 1])
 def test_tokens_times_vocabulary_is_never_held(adapters: int, weights: torch.Tensor | None) -> None:
     vocab, tokens, hidden_size = 4096, 64, 16
-    a, b = torch.randn(RANK, hidden_size, requires_grad=True), torch.randn(vocab, RANK, requires_grad=True)
+    a, b = (
+        torch.randn(RANK, hidden_size, requires_grad=True),
+        torch.randn(vocab, RANK, requires_grad=True),
+    )
     head = Head(torch.randn(vocab, hidden_size), None, (HeadAdapter(a, b, 0.5),) * adapters)
-    hidden, targets = torch.randn(tokens, hidden_size, requires_grad=True), torch.zeros(tokens, 1, dtype=torch.long)
+    hidden, targets = (
+        torch.randn(tokens, hidden_size, requires_grad=True),
+        torch.zeros(tokens, 1, dtype=torch.long),
+    )
     with LargestTensor() as ours:
-        curved(head_logprobs(hidden, head, targets, block_bytes=4 * 4096 * 4, weights_NK=weights)).backward()
+        curved(
+            head_logprobs(hidden, head, targets, block_bytes=4 * 4096 * 4, weights_NK=weights)
+        ).backward()
     with LargestTensor() as theirs:  # the control
         curved(plain(hidden, head, targets)).backward()
     assert ours.num_elements < 0.3 * tokens * vocab <= tokens * vocab <= theirs.num_elements
@@ -186,29 +223,41 @@ def test_dropout_falls_on_what_the_adapter_is_given() -> None:
     theirs = logits.log_softmax(dim=-1).gather(1, targets)
     ours = head_logprobs(hidden, dropped, targets)
     assert largest_difference(ours, theirs) < 1e-6
-    found, expected = (torch.autograd.grad(curved(logprobs), [hidden, a, b]) for logprobs in (ours, theirs))
+    found, expected = (
+        torch.autograd.grad(curved(logprobs), [hidden, a, b]) for logprobs in (ours, theirs)
+    )
     for mine, reference in zip(found, expected, strict=True):
         assert float((mine - reference).norm() / reference.norm()) < 2e-6
 
 
 @pytest.mark.parametrize("adapters", [0, 1])
 def test_in_bf16_a_token_that_the_model_is_sure_of_keeps_its_gradient(adapters: int) -> None:
-    """Its row of the unembedding less the mean of all rows would be the small difference of two that are nearly alike."""
+    """Its row of the unembedding less the mean of all rows would be the small difference of two
+    that are nearly alike.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 64, generator=generator).bfloat16()
     targets = torch.randint(512, (40, 1), generator=generator)
-    states = (0.3 * weight[targets[:, 0]].float() + 0.05 * torch.randn(40, 64, generator=generator)).bfloat16()
-    pairs = [torch.randn(RANK, 64, generator=generator) * 0.02, torch.randn(512, RANK, generator=generator) * 0.02]
+    states = (
+        0.3 * weight[targets[:, 0]].float() + 0.05 * torch.randn(40, 64, generator=generator)
+    ).bfloat16()
+    pairs = [
+        torch.randn(RANK, 64, generator=generator) * 0.02,
+        torch.randn(512, RANK, generator=generator) * 0.02,
+    ]
     found = []
     for dtype, compute in ((torch.float64, plain), (torch.bfloat16, head_logprobs)):
         factors = [factor.to(dtype).requires_grad_() for factor in pairs * adapters]
-        head = Head(weight.to(dtype), None, tuple(HeadAdapter(*factors, 1.0) for _ in range(adapters)))
+        head = Head(
+            weight.to(dtype), None, tuple(HeadAdapter(*factors, 1.0) for _ in range(adapters))
+        )
         hidden = states.to(dtype).requires_grad_()
         logprobs = compute(hidden, head, targets)
         found.append(torch.autograd.grad(-logprobs.sum(), [hidden, *factors]))
     assert float(logprobs.detach().exp().mean()) > 0.99
     for mine, reference in zip(found[1], found[0], strict=True):
-        assert float((mine.double() - reference).norm() / reference.norm()) < 0.05  # 0.8 by the difference
+        # 0.8 by the difference
+        assert float((mine.double() - reference).norm() / reference.norm()) < 0.05
 
 
 @pytest.mark.parametrize("change", ["bias of LoRA", "bias of the unembedding"])

@@ -1,4 +1,6 @@
-"""Documents packed into one row neither see nor change one another, and their loss is that of a row of their own."""
+"""Documents packed into one row neither see nor change one another, and their loss is that of a
+row of their own.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,17 @@ def document_losses(model: Any, rows: list[list[Datum]]) -> dict[int, torch.Tens
     batch = collate(rows, pad_token_id=0)
     terms = -target_logprobs(model, batch) * batch.weights
     datums = [datum for row in rows for datum in row]
-    return {id(datum): terms[row, start:end].sum() for datum, (row, start, end) in zip(datums, batch.spans, strict=True)}
+    return {
+        id(datum): terms[row, start:end].sum()
+        for datum, (row, start, end) in zip(datums, batch.spans, strict=True)
+    }
 
 
 @pytest.mark.parametrize("by_document", [False, True])
 @pytest.mark.parametrize("family", [*FAMILIES, "tiny"])
-def test_packed_and_padded_rows_give_the_same_loss_per_document_and_the_same_gradient(family: str, by_document: bool) -> None:
+def test_packed_and_padded_rows_give_the_same_loss_per_document_and_the_same_gradient(
+    family: str, by_document: bool
+) -> None:
     datums = make_datums(9)
     rows = pack_best_fit(datums, 40)
     assert max(len(row) for row in rows) >= 3
@@ -56,12 +63,19 @@ def test_packed_and_padded_rows_give_the_same_loss_per_document_and_the_same_gra
 
 
 def neighbour_logits(model: Any, first: list[int], restart: bool) -> torch.Tensor:
-    """Logits of the second of two documents in a row, by the positions that ``collate`` gives, or by ones that count on."""
+    """Logits of the second of two documents in a row, by the positions that ``collate`` gives,
+    or by ones that count on.
+    """
     second = [7, 9, 4, 30, 12, 9, 41, 8, 3, 15, 22]
-    batch = collate([[make_datum([*tokens, 5], [0.0] * len(tokens) + [1.0]) for tokens in (first, second)]], pad_token_id=0)
+    batch = collate(
+        [[make_datum([*tokens, 5], [0.0] * len(tokens) + [1.0]) for tokens in (first, second)]],
+        pad_token_id=0,
+    )
     positions = batch.position_ids if restart else torch.arange(batch.input_ids.shape[1])[None]
     with torch.no_grad():
-        return model(input_ids=batch.input_ids, position_ids=positions, use_cache=False).logits[0, len(first) :]
+        return model(input_ids=batch.input_ids, position_ids=positions, use_cache=False).logits[
+            0, len(first) :
+        ]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "tiny"])
@@ -70,10 +84,12 @@ def test_a_changed_neighbour_moves_no_logit_unless_positions_count_on(family: st
     one, other = [3, 8, 44, 16, 23, 42, 50, 6, 19], [33, 10, 11, 12, 61, 62, 4, 4, 27]
     logits = neighbour_logits(model, one, True)
     moved = (logits - neighbour_logits(model, other, True)).abs().max()
-    # The trained model's logits reach 17, where float32 itself steps by 2e-6; other row counts of experts move them by some of these,
-    # by how many depends on the machine's matrix products.
+    # The trained model's logits reach 17, where float32 itself steps by 2e-6; other row counts of
+    # experts move them by some of these, by how many depends on the machine's matrix products.
     assert float(moved) <= max(1e-5, 2e-6 * float(logits.abs().max()))
-    control = (neighbour_logits(model, one, False) - neighbour_logits(model, other, False)).abs().max()
+    control = (
+        (neighbour_logits(model, one, False) - neighbour_logits(model, other, False)).abs().max()
+    )
     assert float(control) > 0.1
 
 

@@ -1,4 +1,6 @@
-"""DPO over pairs equals its formula, computed here in float64 by hand, in value, metrics and gradient."""
+"""DPO over pairs equals its formula, computed here in float64 by hand, in value, metrics and
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +18,37 @@ from lorakit.types import Datum, ModelInput, TensorData
 LENGTHS = (4, 7, 1, 3, 6, 6)
 
 
-def make_pairs(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> tuple[list[Datum], list[np.ndarray], list[np.ndarray]]:
+def make_pairs(
+    lengths: Sequence[int] = LENGTHS, seed: int = 0
+) -> tuple[list[Datum], list[np.ndarray], list[np.ndarray]]:
     """Datums with a prompt of weight 0, the policy's log-probabilities, and the reference's."""
     rng = np.random.default_rng(seed)
     data = []
     for length in lengths:
         weights = rng.choice([1.0, 1.0, 0.5], length)
         weights[: length // 3] = 0.0
-        data.append(Datum(ModelInput.from_ints([3] * length), {"target_tokens": [4] * length, "weights": weights}))
-    ours, theirs = ([rng.uniform(-5.0, -0.1, length).astype(np.float32) for length in lengths] for _ in range(2))
+        data.append(
+            Datum(
+                ModelInput.from_ints([3] * length),
+                {"target_tokens": [4] * length, "weights": weights},
+            )
+        )
+    ours, theirs = (
+        [rng.uniform(-5.0, -0.1, length).astype(np.float32) for length in lengths] for _ in range(2)
+    )
     return data, ours, theirs
 
 
-def margins_of(data: Sequence[Datum], ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], beta: float) -> np.ndarray:
+def margins_of(
+    data: Sequence[Datum], ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], beta: float
+) -> np.ndarray:
     distances = [
-        float(np.sum(datum.weights.astype(np.float64) * (lp.astype(np.float64) - reference.astype(np.float64))))
+        float(
+            np.sum(
+                datum.weights.astype(np.float64)
+                * (lp.astype(np.float64) - reference.astype(np.float64))
+            )
+        )
         for datum, lp, reference in zip(data, ours, theirs, strict=True)
     ]
     return np.array([beta * (distances[i] - distances[i + 1]) for i in range(0, len(data), 2)])
@@ -43,7 +61,11 @@ def run(
     loss, metrics = dpo(theirs, **knobs)(data, leaves)
     assert loss.shape == ()
     loss.backward()
-    return float(loss.detach()), metrics, [leaf.grad.numpy() for leaf in leaves if leaf.grad is not None]
+    return (
+        float(loss.detach()),
+        metrics,
+        [leaf.grad.numpy() for leaf in leaves if leaf.grad is not None],
+    )
 
 
 @pytest.mark.parametrize("beta", [None, 0.02, 1.5])
@@ -58,10 +80,13 @@ def test_value_metrics_and_gradient_are_those_of_the_formula(beta: float | None)
         "accuracy:mean": pytest.approx(float(np.mean(margins > 0))),
         "margin:mean": pytest.approx(float(np.mean(margins)), rel=1e-5, abs=1e-6),
     }
-    slopes = -beta / (1 + np.exp(margins)) / len(margins)  # of the loss by each pair's difference of distances
+    # of the loss by each pair's difference of distances
+    slopes = -beta / (1 + np.exp(margins)) / len(margins)
     for number, (datum, gradient) in enumerate(zip(data, found, strict=True)):
         sign = -1.0 if number % 2 else 1.0
-        np.testing.assert_allclose(gradient, sign * slopes[number // 2] * datum.weights, rtol=1e-5, atol=1e-8)
+        np.testing.assert_allclose(
+            gradient, sign * slopes[number // 2] * datum.weights, rtol=1e-5, atol=1e-8
+        )
 
 
 def test_at_the_reference_itself_the_loss_is_log_2_and_no_pair_is_right() -> None:
@@ -80,7 +105,14 @@ def test_a_margin_that_is_very_negative_is_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [list, torch.from_numpy, TensorData, lambda a: TensorData(a.astype(np.float64)), np.ndarray.tolist]
+    "kind",
+    [
+        list,
+        torch.from_numpy,
+        TensorData,
+        lambda a: TensorData(a.astype(np.float64)),
+        np.ndarray.tolist,
+    ],
 )
 def test_the_reference_may_be_lists_arrays_and_tensors(kind: Callable[[np.ndarray], Any]) -> None:
     data, ours, theirs = make_pairs()
@@ -92,12 +124,19 @@ def test_the_reference_may_be_lists_arrays_and_tensors(kind: Callable[[np.ndarra
 def test_several_targets_per_position_are_summed_by_their_weights() -> None:
     rng = np.random.default_rng(0)
     data = [
-        Datum(ModelInput.from_ints([3] * 3), {"target_tokens": np.full((3, 2), 4), "weights": rng.uniform(0, 1, (3, 2))})
+        Datum(
+            ModelInput.from_ints([3] * 3),
+            {"target_tokens": np.full((3, 2), 4), "weights": rng.uniform(0, 1, (3, 2))},
+        )
         for _ in range(2)
     ]
-    ours, theirs = ([rng.uniform(-5.0, -0.1, (3, 2)).astype(np.float32) for _ in range(2)] for _ in range(2))
+    ours, theirs = (
+        [rng.uniform(-5.0, -0.1, (3, 2)).astype(np.float32) for _ in range(2)] for _ in range(2)
+    )
     value, _, _ = run(data, ours, theirs)
-    assert value == pytest.approx(float(np.log1p(np.exp(-margins_of(data, ours, theirs, 0.1)[0]))), rel=1e-5)
+    assert value == pytest.approx(
+        float(np.log1p(np.exp(-margins_of(data, ours, theirs, 0.1)[0]))), rel=1e-5
+    )
 
 
 def refused(data: Sequence[Datum], ours: Sequence[np.ndarray], theirs: Sequence[Any]) -> str:

@@ -51,7 +51,9 @@ class _SameDropout(torch.nn.Dropout):
         return x * (torch.arange(x.shape[-1]) % 3 > 0) * 1.5 if self.training else x
 
 
-def test_dropout_on_the_unembedding_holds_no_logits_either(caplog: pytest.LogCaptureFixture) -> None:
+def test_dropout_on_the_unembedding_holds_no_logits_either(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     batch = make_batches(make_datums(5), 5, 1)[0]
     found = []
     for compute in (target_logprobs, full_logprobs):
@@ -102,7 +104,9 @@ def test_the_last_position_alone_can_be_trained() -> None:
     weights = torch.zeros_like(batch.weights)
     weights[:, -1] = 1
     batch = replace(batch, weights=weights)
-    torch.testing.assert_close(target_logprobs(make(), batch), full_logprobs(make(), batch), atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        target_logprobs(make(), batch), full_logprobs(make(), batch), atol=2e-6, rtol=1e-6
+    )
 
 
 def test_cross_entropy_is_minus_the_weighted_sum_by_hand() -> None:
@@ -118,15 +122,26 @@ def test_cross_entropy_is_minus_the_weighted_sum_by_hand() -> None:
 
 def test_a_step_says_nothing_of_what_it_did_not_compute() -> None:
     batch, model = make_batches(make_datums(5), 5, 1)[0], make()
-    some, everything = (compute_loss(model, batch, cross_entropy, all_positions=flag) for flag in (False, True))
-    assert torch.equal(some.logprobs.isnan(), batch.weights == 0) and not everything.logprobs.isnan().any()
+    some, everything = (
+        compute_loss(model, batch, cross_entropy, all_positions=flag) for flag in (False, True)
+    )
+    assert (
+        torch.equal(some.logprobs.isnan(), batch.weights == 0)
+        and not everything.logprobs.isnan().any()
+    )
     torch.testing.assert_close(some.loss_sum, everything.loss_sum)
-    expected = model(input_ids=batch.input_ids).logits.log_softmax(dim=-1).gather(-1, batch.targets[..., None])[..., 0]
+    expected = (
+        model(input_ids=batch.input_ids)
+        .logits.log_softmax(dim=-1)
+        .gather(-1, batch.targets[..., None])[..., 0]
+    )
     torch.testing.assert_close(everything.logprobs, expected, atol=2e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_trained", [1, 4])
-def test_only_trained_positions_reach_the_unembedding(num_trained: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_trained_positions_reach_the_unembedding(
+    num_trained: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch, model = make_batches(make_datums(5), 5, 1)[0], make()
     weights = torch.zeros_like(batch.weights)
     weights[0, :num_trained] = 1
@@ -142,24 +157,33 @@ def test_only_trained_positions_reach_the_unembedding(num_trained: int, monkeypa
     assert seen == [num_trained]
 
 
-def test_an_unembedding_that_is_not_known_is_run_by_the_model_itself(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unembedding_that_is_not_known_is_run_by_the_model_itself(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     _warn_of_all_logits.cache_clear()
     batch, model = make_batches(make_datums(5), 5, 1)[0], make_model("llama")
     forward = model.forward
 
-    def scaled(*args: Any, **kwargs: Any) -> Any:  # as a family does whose config lorakit cannot read
+    # as a family does whose config lorakit cannot read
+    def scaled(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         output.logits = output.logits * 3.0
         return output
 
     model.forward = scaled
-    torch.testing.assert_close(target_logprobs(model, batch), full_logprobs(model, batch), atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        target_logprobs(model, batch), full_logprobs(model, batch), atol=2e-6, rtol=1e-6
+    )
     assert "not one that lorakit knows" in caplog.text
 
 
 def test_what_the_model_s_own_unembedding_is_given_to_compare_is_contiguous() -> None:
-    """Of a slice torch makes a product in batches, for which a CPU copies a 16-bit unembedding once for every row."""
+    """Of a slice torch makes a product in batches, for which a CPU copies a 16-bit unembedding
+    once for every row.
+    """
     model, given = make_model("llama"), []
-    model.get_output_embeddings().register_forward_hook(lambda module, args, output: given.append(args[0]))
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: given.append(args[0])
+    )
     target_logprobs(model, make_batches(make_datums(4), 4, 1)[0])
     assert given[0].shape[:2] == (4, 2) and given[0].is_contiguous()

@@ -1,4 +1,6 @@
-"""Families that people fine-tune: from a folder on disk through training to plain PEFT and to a merged model."""
+"""Families that people fine-tune: from a folder on disk through training to plain PEFT and to a
+merged model.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,15 @@ import peft
 import pytest
 import torch
 from model_folders import FAMILIES, difference, logits, write_base
-from tiny_models import gradients, make_batches, make_datums, make_trainer, randomise, relative_l2, sgd
+from tiny_models import (
+    gradients,
+    make_batches,
+    make_datums,
+    make_trainer,
+    randomise,
+    relative_l2,
+    sgd,
+)
 from transformers import AutoModelForCausalLM
 
 from lorakit.data.collate import collate
@@ -26,12 +36,17 @@ DATUMS = make_datums(4, vocab=288)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_trains_saves_reloads_in_plain_peft_and_merges_to_equal_logits(family: str, tmp_path: Path) -> None:
+def test_it_trains_saves_reloads_in_plain_peft_and_merges_to_equal_logits(
+    family: str, tmp_path: Path
+) -> None:
     base = write_base(tmp_path / "base", family)
     spec = LoRASpec(rank=4, alpha=8)
     model = inject(load_model(base, dtype="float32"), spec, base_name=base)
-    assert any(FAMILIES[family][2] in name for name, _ in model.named_parameters() if "lora_A" in name)
-    assert difference(logits(model), logits(AutoModelForCausalLM.from_pretrained(base))) < 1e-6  # B is 0
+    assert any(
+        FAMILIES[family][2] in name for name, _ in model.named_parameters() if "lora_A" in name
+    )
+    # B is 0
+    assert difference(logits(model), logits(AutoModelForCausalLM.from_pretrained(base))) < 1e-6
 
     module = LoRAModule(lambda: model, optimizer=sgd(0.05), clip_norm=1.0)
     trainer = make_trainer(tmp_path)
@@ -43,13 +58,23 @@ def test_it_trains_saves_reloads_in_plain_peft_and_merges_to_equal_logits(family
     adapted = logits(model)
     (tmp_path / "adapter").mkdir()
     save_adapter(model, tmp_path / "adapter")
-    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    plain = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"
+    )
     assert difference(logits(plain), adapted) < 1e-5
     merge_adapter(
-        base, lambda dtype: load_model(base, dtype=dtype), tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32,
-        tokenizer=load_tokenizer(base), can_compare=True,
-    )  # fmt: skip
-    assert difference(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), adapted) < 1e-4
+        base,
+        lambda dtype: load_model(base, dtype=dtype),
+        tmp_path / "adapter",
+        tmp_path / "merged",
+        dtype=torch.float32,
+        tokenizer=load_tokenizer(base),
+        can_compare=True,
+    )
+    assert (
+        difference(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), adapted)
+        < 1e-4
+    )
 
 
 class FiveSteps:
@@ -62,9 +87,13 @@ class FiveSteps:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_its_gradient_is_that_of_all_logits(family: str, tmp_path: Path) -> None:
-    """The loss head knows soft-capping, multipliers, biases and tied matrices, or lets the model make all logits itself."""
+    """The loss head knows soft-capping, multipliers, biases and tied matrices, or lets the model
+    make all logits itself.
+    """
     base = write_base(tmp_path / "base", family)
-    model = randomise(inject(load_model(base, dtype="float32"), LoRASpec(rank=4, alpha=8), base_name=base))
+    model = randomise(
+        inject(load_model(base, dtype="float32"), LoRASpec(rank=4, alpha=8), base_name=base)
+    )
     batch = collate([[datum] for datum in DATUMS], pad_token_id=0)
     compute_loss(model.eval(), batch, cross_entropy).loss_sum.backward()
     ours = gradients(model)

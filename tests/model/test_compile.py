@@ -23,12 +23,19 @@ from lorakit.types import SamplingParams
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_a_compiled_model_gives_the_same_losses_gradients_and_samples(family: str) -> None:
-    plain, compiled = (randomise(inject(make_model(family), LoRASpec(rank=4)), std=0.02).train() for _ in range(2))
+    plain, compiled = (
+        randomise(inject(make_model(family), LoRASpec(rank=4)), std=0.02).train() for _ in range(2)
+    )
     assert attend_by_document(compiled.get_base_model()) is None
-    # Without a C++ compiler the layers are traced and differentiated all the same, and only their code is not generated.
+    # Without a C++ compiler the layers are traced and differentiated all the same, and only their
+    # code is not generated.
     compile_layers(compiled, backend="inductor" if shutil.which("c++") else "aot_eager")
     datums = make_datums(6)
-    for rows in ([datums[:1], datums[1:2]], [datums[2:3], datums[3:4], datums[4:5]], [datums[4:6], datums[:1]]):
+    for rows in (
+        [datums[:1], datums[1:2]],
+        [datums[2:3], datums[3:4], datums[4:5]],
+        [datums[4:6], datums[:1]],
+    ):
         batch = collate(rows, pad_token_id=0)
         losses = []
         for model in (plain, compiled):

@@ -1,4 +1,6 @@
-"""New tokens: only their rows are trained, with plain PEFT's gradients; adapter and merged model carry them."""
+"""New tokens: only their rows are trained, with plain PEFT's gradients; adapter and merged model
+carry them.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,23 @@ from lorakit.weights.adapter import open_init, save_adapter
 from lorakit.weights.merge import attach, merge_adapter
 from lorakit.weights.reload import reload_in_peft
 
-SOME = ("llama", "gemma, tied", "phi 2, biases", "granite, multipliers", "gpt-2, Conv1D", "qwen 3 moe")
-FEW, MANY = ["<note>", "</note>"], [f"<{number}>" for number in range(20)]  # the bases have 12 rows to spare
+SOME = (
+    "llama",
+    "gemma, tied",
+    "phi 2, biases",
+    "granite, multipliers",
+    "gpt-2, Conv1D",
+    "qwen 3 moe",
+)
+# the bases have 12 rows to spare
+FEW, MANY = ["<note>", "</note>"], [f"<{number}>" for number in range(20)]
 PROBE = torch.tensor([[5, 6, 276, 9, 277, 7, 30, 276, 8], [277, 40, 276, 9, 277, 7, 30, 276, 8]])
 
 
 def start(folder: Path, family: str, tokens: list[str], **spec: Any) -> tuple[str, Any, LoRASpec]:
-    """A base as a folder, its model with rows for ``tokens`` and random adapters, and what was asked."""
+    """A base as a folder, its model with rows for ``tokens`` and random adapters, and what was
+    asked.
+    """
     base = write_base(folder / "base", family)
     model = load_model(base, add_tokens=tokens)
     if family.startswith("phi"):
@@ -49,27 +61,51 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY], ids=["spare rows", "more rows"])
-@pytest.mark.parametrize("family", [name for name in SOME if name != "phi 2, biases"])  # PEFT forgets the bias of such a head
-def test_plain_peft_and_the_merged_model_have_the_same_logits(family: str, tokens: list[str], tmp_path: Path) -> None:
+# PEFT forgets the bias of such a head
+@pytest.mark.parametrize("family", [name for name in SOME if name != "phi 2, biases"])
+def test_plain_peft_and_the_merged_model_have_the_same_logits(
+    family: str, tokens: list[str], tmp_path: Path
+) -> None:
     base, model, spec = start(tmp_path, family, tokens)
     expected = logits(model)
     (tmp_path / "adapter").mkdir()
     save_adapter(model, tmp_path / "adapter")
-    assert difference(logits(attach(load_model(base, add_tokens=tokens), tmp_path / "adapter")), expected) < 1e-6
+    assert (
+        difference(
+            logits(attach(load_model(base, add_tokens=tokens), tmp_path / "adapter")), expected
+        )
+        < 1e-6
+    )
     plain = AutoModelForCausalLM.from_pretrained(base)
     if tokens is MANY:
         plain.resize_token_embeddings(max(spec.token_ids) + 1, mean_resizing=False)
-    assert difference(logits(peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")), expected) < 1e-5
+    assert (
+        difference(logits(peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")), expected)
+        < 1e-5
+    )
     merge_adapter(
-        base, lambda dtype: load_model(base, dtype=dtype, add_tokens=tokens), tmp_path / "adapter", tmp_path / "merged",
-        dtype=torch.float32, tokenizer=load_tokenizer(base, add_tokens=tokens), can_compare=True,
-    )  # fmt: skip
-    assert difference(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected) < 1e-4
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("a" + tokens[1])["input_ids"][-1] == spec.token_ids[1]
+        base,
+        lambda dtype: load_model(base, dtype=dtype, add_tokens=tokens),
+        tmp_path / "adapter",
+        tmp_path / "merged",
+        dtype=torch.float32,
+        tokenizer=load_tokenizer(base, add_tokens=tokens),
+        can_compare=True,
+    )
+    assert (
+        difference(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
+        < 1e-4
+    )
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "merged")("a" + tokens[1])["input_ids"][-1]
+        == spec.token_ids[1]
+    )
 
 
 def test_what_plain_peft_forgets_is_found_where_an_adapter_is_exported(tmp_path: Path) -> None:
-    """PEFT's wrapper of an unembedding leaves out its bias: such an adapter is merged, or read by lorakit."""
+    """PEFT's wrapper of an unembedding leaves out its bias: such an adapter is merged, or read
+    by lorakit.
+    """
     base, model, _ = start(tmp_path, "phi 2, biases", FEW)
     base_model = load_model(base, add_tokens=FEW)
     torch.nn.init.ones_(base_model.get_output_embeddings().bias)
@@ -89,18 +125,25 @@ def test_gradients_are_those_of_all_logits_and_of_no_other_row(family: str, tmp_
     ]
     batch = collate([[one] for one in datums], pad_token_id=0)
     compute_loss(model.eval(), batch, cross_entropy).loss_sum.backward()
-    assert _CHECKED[model.get_output_embeddings()], "all logits were held"  # else the head in blocks knows of the rows
+    # else the head in blocks knows of the rows
+    assert _CHECKED[model.get_output_embeddings()], "all logits were held"
     ours = gradients(model)
     frozen = [
-        name for name, parameter in model.named_parameters() if not parameter.requires_grad and parameter.grad is not None
+        name
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad and parameter.grad is not None
     ]
-    assert not frozen and sum("trainable_tokens_delta" in name for name in ours) == len(plan_of(model, spec).row_modules)
+    assert not frozen and sum("trainable_tokens_delta" in name for name in ours) == len(
+        plan_of(model, spec).row_modules
+    )
 
     model.zero_grad()
     for module in model.modules():
         if type(module).__name__ == "TokenRows":
             rows = module.trainable_tokens_delta["default"]
-            weight = module.base_layer.weight.detach().index_copy(0, torch.tensor(spec.token_ids), rows)
+            weight = module.base_layer.weight.detach().index_copy(
+                0, torch.tensor(spec.token_ids), rows
+            )
             whole = copy.copy(module.base_layer)
             whole._parameters = {**module.base_layer._parameters}
             del whole._parameters["weight"]
@@ -117,9 +160,15 @@ def plan_of(model: Any, spec: LoRASpec) -> Any:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma, tied"])
-def test_rows_begin_as_the_mean_of_their_pieces_and_nothing_else_moves(family: str, tmp_path: Path) -> None:
+def test_rows_begin_as_the_mean_of_their_pieces_and_nothing_else_moves(
+    family: str, tmp_path: Path
+) -> None:
     base = write_base(tmp_path / "base", family)
-    pieces, before, after = pieces_of(base, MANY), load_model(base), load_model(base, add_tokens=MANY)
+    pieces, before, after = (
+        pieces_of(base, MANY),
+        load_model(base),
+        load_model(base, add_tokens=MANY),
+    )
     assert len(pieces[276]) > 1
     for get in ("get_input_embeddings", "get_output_embeddings"):
         old, new = getattr(before, get)().weight, getattr(after, get)().weight
@@ -150,11 +199,18 @@ def test_what_is_no_new_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not go with rows of the unembedding"):
         LoRASpec(unembedding=True, token_ids=(3,))
     base, model, spec = start(tmp_path, "llama", FEW)
-    with pytest.raises(ConfigError, match=r"lora\.targets: an adapter on the unembedding does not go"):
-        plan(load_model(base, add_tokens=FEW), LoRASpec(targets=["q_proj", "lm_head"], token_ids=spec.token_ids))
+    with pytest.raises(
+        ConfigError, match=r"lora\.targets: an adapter on the unembedding does not go"
+    ):
+        plan(
+            load_model(base, add_tokens=FEW),
+            LoRASpec(targets=["q_proj", "lm_head"], token_ids=spec.token_ids),
+        )
     (tmp_path / "adapter").mkdir()
     save_adapter(model, tmp_path / "adapter")
     other = LoRASpec(rank=4, alpha=8, init_from=str(tmp_path / "adapter"))
-    with pytest.raises(AdapterError, match=r"trained rows of the tokens \[276, 277\], this run of none"):
+    with pytest.raises(
+        AdapterError, match=r"trained rows of the tokens \[276, 277\], this run of none"
+    ):
         open_init(other, base=base)
     assert len(FAMILIES) >= 19 and spec.token_ids == (276, 277)

@@ -1,4 +1,6 @@
-"""The bundled vision-language model sees: its answers to questions held out depend on the picture."""
+"""The bundled vision-language model sees: its answers to questions held out depend on the
+picture.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from tiny_vl import make_config
 from vision import png
 
 from lorakit.data.images import ImageEncoder
-from lorakit.model.load import BUNDLED, load_config, load_image_processor, load_model, load_tokenizer
+from lorakit.model.load import (
+    BUNDLED,
+    load_config,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+)
 from lorakit.sampling.generate import generate
 from lorakit.types import ImageChunk, ModelInput, SamplingParams
 
@@ -27,8 +35,13 @@ def parts() -> tuple[Any, Any, ImageEncoder]:
 
 
 def prompt_of(question: Question, tokenizer: Any, encoder: ImageEncoder) -> ModelInput:
-    content = [*({"type": "image"} for _ in question.images), {"type": "text", "text": question.text}]
-    text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    content = [
+        *({"type": "image"} for _ in question.images),
+        {"type": "text", "text": question.text},
+    ]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
     chunks = [ImageChunk(png(image)) for image in question.images]
     counted = [ImageChunk(chunk.data, "png", encoder.count_tokens(chunk)) for chunk in chunks]
     return encoder.place(tokenizer.encode(text, add_special_tokens=False), counted)
@@ -37,11 +50,15 @@ def prompt_of(question: Question, tokenizer: Any, encoder: ImageEncoder) -> Mode
 def share_right(parts: tuple[Any, Any, ImageEncoder], questions: list[Question]) -> float:
     model, tokenizer, encoder = parts
     prompts = [prompt_of(question, tokenizer, encoder) for question in questions]
-    samples = generate(model, tokenizer, prompts, SamplingParams(max_tokens=12, temperature=0.0), encoder)
+    samples = generate(
+        model, tokenizer, prompts, SamplingParams(max_tokens=12, temperature=0.0), encoder
+    )
     return sum(s.text == q.answer for s, q in zip(samples, questions, strict=True)) / len(questions)
 
 
-def test_it_answers_held_out_questions_and_by_chance_where_it_sees_nothing(parts: tuple[Any, Any, ImageEncoder]) -> None:
+def test_it_answers_held_out_questions_and_by_chance_where_it_sees_nothing(
+    parts: tuple[Any, Any, ImageEncoder],
+) -> None:
     draw = random.Random(2026)  # no seed of pretraining
     questions = [draw_question(draw) for _ in range(NUM_QUESTIONS)]
     assert share_right(parts, questions) >= 0.9
@@ -57,10 +74,15 @@ def test_answers_are_equally_likely_so_that_whoever_does_not_look_guesses() -> N
         answers.setdefault(question.kind, Counter())[question.answer] += 1
     for kind, counted in answers.items():
         (_, most), *_ = counted.most_common(1)
-        assert most / counted.total() < {"color": 0.2, "shape": 0.2, "count": 0.29, "where": 0.29, "which": 0.54}[kind]
+        assert (
+            most / counted.total()
+            < {"color": 0.2, "shape": 0.2, "count": 0.29, "where": 0.29, "which": 0.54}[kind]
+        )
 
 
-def test_it_is_what_the_script_makes_with_widths_that_no_loader_can_mistake(parts: tuple[Any, Any, ImageEncoder]) -> None:
+def test_it_is_what_the_script_makes_with_widths_that_no_loader_can_mistake(
+    parts: tuple[Any, Any, ImageEncoder],
+) -> None:
     model, tokenizer, _ = parts
     config, made = model.config, make_config(tokenizer)
     assert (

@@ -1,7 +1,9 @@
-"""What a step really takes: ``python measure.py CASES.json`` trains random models for a few steps and prints the bytes, a line each.
+"""What a step really takes: ``python measure.py CASES.json`` trains random models for a few steps
+and prints the bytes, a line each.
 
-On a CPU a case has a process of its own, whose allocator is told to give back at once what is freed: else the resident set is what
-it once was. A GPU's allocator counts what is in use, for one case after the other.
+On a CPU a case has a process of its own, whose allocator is told to give back at once what is
+freed: else the resident set is what it once was. A GPU's allocator counts what is in use, for one
+case after the other.
 """
 
 from __future__ import annotations
@@ -104,21 +106,32 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         del output
         seconds.append(time.perf_counter() - began)
     return {
-        "planned": memory_of("single", 1, trace, Settings(accumulates=False, is_cuda=device != "cpu")).total,
-        "measured": memory.peak() - before, "loaded": loaded,
-        "trainable_planned": trace.num_params, "trainable": sum(parameter.numel() for parameter in trained),
-        "weights_planned": trace.weights, "weights": _bytes(model.parameters(), trained=False) + _bytes(model.buffers()),
+        "planned": memory_of(
+            "single", 1, trace, Settings(accumulates=False, is_cuda=device != "cpu")
+        ).total,
+        "measured": memory.peak() - before,
+        "loaded": loaded,
+        "trainable_planned": trace.num_params,
+        "trainable": sum(parameter.numel() for parameter in trained),
+        "weights_planned": trace.weights,
+        "weights": _bytes(model.parameters(), trained=False) + _bytes(model.buffers()),
         "optimizer_planned": trace.optimizer,
         "optimizer": sum(_bytes(state.values()) for state in optimizer.state.values()),
-        "seconds": min(seconds), "num_flops": trace.num_flops, "num_tokens": trace.num_tokens,
+        "seconds": min(seconds),
+        "num_flops": trace.num_flops,
+        "num_tokens": trace.num_tokens,
         "reserved": torch.cuda.max_memory_reserved() if device != "cpu" else None,
-    }  # fmt: skip
+    }
 
 
 def _batch(shape: StepShape, config: Any, num_documents: int) -> Batch:
     size, length = (shape.num_rows, shape.num_positions), shape.num_positions // num_documents
     tokens, images = torch.randint(0, config.get_text_config().vocab_size - 16, size), None
-    spans = tuple((row, start, start + length) for row in range(size[0]) for start in range(0, size[1], length))
+    spans = tuple(
+        (row, start, start + length)
+        for row in range(size[0])
+        for start in range(0, size[1], length)
+    )
     positions = (torch.arange(size[1]) % length).expand(size) if num_documents > 1 else None
     if shape.image_tokens:
         vision, merge = config.vision_config, config.vision_config.spatial_merge_size
@@ -132,7 +145,9 @@ def _batch(shape: StepShape, config: Any, num_documents: int) -> Batch:
 
 def _bytes(tensors: Any, *, trained: bool | None = None) -> int:
     storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if trained in (None, t.requires_grad)
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in tensors
+        if trained in (None, t.requires_grad)
     }
     return sum(storages.values())
 

@@ -1,4 +1,6 @@
-"""A step without values: the same tensors come and go, and the same products are computed, as in a step with values."""
+"""A step without values: the same tensors come and go, and the same products are computed, as in
+a step with values.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,14 @@ from lorakit.model.layers import enable_checkpointing
 from lorakit.planner.memory import STRATEGIES, Settings, memory_of, rough_bound
 from lorakit.planner.presets import preset_config
 from lorakit.planner.sight import RowSizes
-from lorakit.planner.trace import ACTIVATIONS, StepShape, StepTrace, _Ledger, trace_forward, trace_step
+from lorakit.planner.trace import (
+    ACTIVATIONS,
+    StepShape,
+    StepTrace,
+    _Ledger,
+    trace_forward,
+    trace_step,
+)
 from lorakit.training.step import compute_loss
 from lorakit.types import Batch, Images
 
@@ -35,27 +44,52 @@ def skeleton_of(model: Any) -> Any:
 
 
 def shape_of(rows: int = 2, positions: int = 48, **changes: Any) -> StepShape:
-    return StepShape(num_rows=rows, num_positions=positions, dtype="float32", precision="32-true", device="cpu", **changes)
+    return StepShape(
+        num_rows=rows,
+        num_positions=positions,
+        dtype="float32",
+        precision="32-true",
+        device="cpu",
+        **changes,
+    )
 
 
 def batch_of(rows: int, positions: int) -> Batch:
     tokens = torch.randint(3, 60, (rows, positions), generator=torch.Generator().manual_seed(0))
-    return Batch(tokens, tokens.roll(-1), torch.ones(rows, positions), None, tuple((row, 0, positions) for row in range(rows)))
+    return Batch(
+        tokens,
+        tokens.roll(-1),
+        torch.ones(rows, positions),
+        None,
+        tuple((row, 0, positions) for row in range(rows)),
+    )
 
 
 @pytest.fixture(autouse=True)
 def _only_padding_that_large_matrices_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of small ones are padded by what the router chose, to save calls; which no plan knows."""
+    """Rows of small ones are padded by what the router chose, to save calls; which no plan
+    knows.
+    """
     monkeypatch.setattr("lorakit.lora.expert_function.RUN_OPERATIONS", 0.0)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("is_tower_trained", [False, True])
-def test_the_traced_peak_has_images_and_the_tower_in_it(is_tower_trained: bool, checkpointing: bool) -> None:
+def test_the_traced_peak_has_images_and_the_tower_in_it(
+    is_tower_trained: bool, checkpointing: bool
+) -> None:
     base, spec = make_vl_model(), LoRASpec(rank=4, vision=is_tower_trained, merger=is_tower_trained)
-    seen = trace_step(skeleton_of(base), spec, shape_of(image_tokens=(24, 24, 24), checkpointing=checkpointing), adamw)
+    seen = trace_step(
+        skeleton_of(base),
+        spec,
+        shape_of(image_tokens=(24, 24, 24), checkpointing=checkpointing),
+        adamw,
+    )
     blind = trace_step(skeleton_of(base), spec, shape_of(checkpointing=checkpointing), adamw)
-    evaluations = [trace_forward(skeleton_of(base), spec, shape) for shape in (shape_of(), shape_of(image_tokens=(24, 24, 24)))]
+    evaluations = [
+        trace_forward(skeleton_of(base), spec, shape)
+        for shape in (shape_of(), shape_of(image_tokens=(24, 24, 24)))
+    ]
     assert evaluations[1] > evaluations[0]
     model = inject(base, spec).train()
     if checkpointing:
@@ -73,13 +107,17 @@ def test_the_traced_peak_has_images_and_the_tower_in_it(is_tower_trained: bool, 
         compute_loss(model, batch, LOSSES["cross_entropy"]).loss_sum.backward()
     held = seen.activations + seen.head + seen.gradients
     # Experts are shared out evenly in a plan; of one layer alone that makes more of a difference.
-    assert held == pytest.approx(ledger.peak - ledger.at_peak["held"], rel=0.15 if checkpointing else 0.05)
+    assert held == pytest.approx(
+        ledger.peak - ledger.at_peak["held"], rel=0.15 if checkpointing else 0.05
+    )
     assert seen.num_flops > 1.3 * blind.num_flops and seen.activations > blind.activations
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_traced_peak_is_that_of_real_tensors(family: str) -> None:
-    """Counted on tensors with values; where experts' rows are cut otherwise, padding may differ a little."""
+    """Counted on tensors with values; where experts' rows are cut otherwise, padding may differ
+    a little.
+    """
     base = make_model(family)
     traced = trace_step(skeleton_of(base), LoRASpec(rank=4), shape_of(), adamw)
     model = inject(base, LoRASpec(rank=4)).train()
@@ -106,7 +144,8 @@ def test_an_evaluation_takes_what_real_tensors_take(family: str) -> None:
     before = sum(ledger.live.values())
     with torch.no_grad(), ledger:
         compute_loss(model, batch_of(6, 48), LOSSES["cross_entropy"])
-    assert planned == pytest.approx(ledger.peak - before, rel=0.1)  # experts are shared out evenly; a window brings a mask
+    # experts are shared out evenly; a window brings a mask
+    assert planned == pytest.approx(ledger.peak - before, rel=0.1)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
@@ -116,7 +155,8 @@ def test_operations_are_those_that_torch_counts(family: str) -> None:
     traced = trace_step(skeleton_of(base), LoRASpec(rank=4), shape_of(attention="eager"), adamw)
     model = inject(base, LoRASpec(rank=4)).train()
     trust_head(model)
-    batch = replace(batch_of(2, 48), position_ids=torch.arange(48).expand(2, 48))  # else rotary tables are made for one row
+    # else rotary tables are made for one row
+    batch = replace(batch_of(2, 48), position_ids=torch.arange(48).expand(2, 48))
     with FlopCounterMode(display=False) as counter:
         compute_loss(model, batch, LOSSES["cross_entropy"]).loss_sum.backward()
     assert traced.num_flops == counter.get_total_flops()
@@ -124,7 +164,10 @@ def test_operations_are_those_that_torch_counts(family: str) -> None:
 
 def test_attention_counts_as_by_hand() -> None:
     base = make_model("llama")
-    flops = [trace_step(skeleton_of(base), LoRASpec(rank=4), shape_of(1, length), adamw).num_flops for length in (64, 128, 256)]
+    flops = [
+        trace_step(skeleton_of(base), LoRASpec(rank=4), shape_of(1, length), adamw).num_flops
+        for length in (64, 128, 256)
+    ]
     # What grows with the square: 2 layers, 4 heads of width 8; two products forward, five backward.
     square = 2 * 4 * 7 * 2 * 8
     second_difference = flops[2] - 2 * flops[1] - (flops[1] - 2 * flops[0]) * 2
@@ -146,7 +189,9 @@ def test_checkpointing_lowers_the_peak_and_adds_operations() -> None:
 def test_the_rough_bound_holds(family: str, positions: int) -> None:
     skeleton = skeleton_of(make_model(family))
     traced = trace_step(skeleton, LoRASpec(rank=8), shape_of(3, positions), adamw)
-    bound = rough_bound(skeleton, traced.num_params, num_tokens=3 * positions, num_positions=positions, bytes_each=4)
+    bound = rough_bound(
+        skeleton, traced.num_params, num_tokens=3 * positions, num_positions=positions, bytes_each=4
+    )
     assert bound > memory_of("single", 1, traced, Settings(accumulates=True, is_cuda=False)).total
 
 
@@ -188,7 +233,10 @@ def test_a_model_that_depends_on_values_is_said_so() -> None:
         ("qwen3_moe", {"experts": False}),
     ],
 )
-@pytest.mark.parametrize(("dtype", "precision"), [("float32", "32-true"), ("bfloat16", "bf16-mixed"), ("float16", "16-mixed")])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [("float32", "32-true"), ("bfloat16", "bf16-mixed"), ("float16", "16-mixed")],
+)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_kind_of_adapter_can_be_planned(
     family: str, changes: dict[str, Any], dtype: str, precision: str, device: str
@@ -215,7 +263,12 @@ def named() -> StepTrace:
     with torch.device("meta"):
         skeleton = model_class(config).from_config(config)
     shape = StepShape(
-        num_rows=1, num_positions=4096, dtype="bfloat16", precision="bf16-mixed", device="cuda", checkpointing=True
+        num_rows=1,
+        num_positions=4096,
+        dtype="bfloat16",
+        precision="bf16-mixed",
+        device="cuda",
+        checkpointing=True,
     )
     return trace_step(skeleton, LoRASpec(rank=8, expert_layout="shared_outer"), shape, adamw)
 
@@ -232,9 +285,9 @@ def test_the_named_model_fits_a_gpu_of_80_gb(named: StepTrace) -> None:
 def test_zero_shares_out_what_it_says(named: StepTrace) -> None:
     settings = Settings(accumulates=True, is_cuda=True)
     one, eight = (memory_of("zero2", count, named, settings) for count in (1, 8))
-    assert eight.optimizer == pytest.approx(one.optimizer / 8, abs=1) and eight.gradients == pytest.approx(
-        one.gradients / 8, abs=1
-    )
+    assert eight.optimizer == pytest.approx(
+        one.optimizer / 8, abs=1
+    ) and eight.gradients == pytest.approx(one.gradients / 8, abs=1)
     assert eight.weights == one.weights and eight.activations == one.activations
     assert memory_of("zero3", 8, named, settings).weights == pytest.approx(one.weights / 8, abs=1)
 

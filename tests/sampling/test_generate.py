@@ -1,4 +1,6 @@
-"""Samples are what a plain loop over the logits gives, end where they should, and leave no trace behind."""
+"""Samples are what a plain loop over the logits gives, end where they should, and leave no trace
+behind.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def argmax_loop(model: Any, prompt: list[int], count: int, end: set[int]) -> lis
     """Greedy decoding of one prompt without cache, padding or mask."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+        tokens.append(
+            int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
+        )
         if tokens[-1] in end:
             break
     return tokens[len(prompt) :]
@@ -64,7 +68,9 @@ def test_greedy_is_the_argmax_loop_for_random_models(family: str) -> None:
     model.generation_config.eos_token_id = None
     prompts = [[5, 9, 3], [7], [11, 12, 40, 41, 42, 8, 30, 31, 32]]
     samples = generate(model, NoEnd(), prompts, SamplingParams(max_tokens=8, temperature=0))
-    assert [list(sample.tokens) for sample in samples] == [argmax_loop(model, prompt, 8, set()) for prompt in prompts]
+    assert [list(sample.tokens) for sample in samples] == [
+        argmax_loop(model, prompt, 8, set()) for prompt in prompts
+    ]
     assert {sample.stop_reason for sample in samples} == {"length"}
 
 
@@ -90,13 +96,17 @@ def test_a_stop_string_ends_the_text_and_is_cut(length: int) -> None:
     prompts = [[5, 9, 3], [7, 8, 20, 21]]
     free = generate(model, NoEnd(), prompts, SamplingParams(max_tokens=10, temperature=0))
     stop = free[0].text[4 : 4 + length]
-    samples = generate(model, NoEnd(), prompts, SamplingParams(max_tokens=10, temperature=0, stop=[stop, "never"]))
+    samples = generate(
+        model, NoEnd(), prompts, SamplingParams(max_tokens=10, temperature=0, stop=[stop, "never"])
+    )
     for before, after in zip(free, samples, strict=True):
         place = before.text.find(stop)
         assert after.text == (before.text[:place] if place >= 0 else before.text)
         assert after.tokens == (before.tokens[: place + length] if place >= 0 else before.tokens)
         assert after.stop_reason == ("stop" if place >= 0 else "length")
-    alone = generate(model, NoEnd(), prompts[:1], SamplingParams(max_tokens=10, temperature=0, stop=stop))
+    alone = generate(
+        model, NoEnd(), prompts[:1], SamplingParams(max_tokens=10, temperature=0, stop=stop)
+    )
     assert written(alone) == written(samples[:1])
 
 
@@ -105,7 +115,9 @@ def test_the_same_seed_repeats_and_another_does_not(tiny: tuple[Any, Any]) -> No
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
 
     def sample(seed: int) -> list[Any]:
-        return generate(model, tokenizer, prompts, SamplingParams(max_tokens=12, temperature=1.5, seed=seed))
+        return generate(
+            model, tokenizer, prompts, SamplingParams(max_tokens=12, temperature=1.5, seed=seed)
+        )
 
     first = sample(1)
     torch.rand(3)
@@ -117,9 +129,13 @@ def test_top_k_of_one_is_greedy(tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
     greedy = generate(model, tokenizer, prompts, SamplingParams(max_tokens=8, temperature=0))
-    again = generate(model, tokenizer, prompts, SamplingParams(max_tokens=8, temperature=1.0, top_k=1, seed=0))
+    again = generate(
+        model, tokenizer, prompts, SamplingParams(max_tokens=8, temperature=1.0, top_k=1, seed=0)
+    )
     assert written(again) == written(greedy)
-    again = generate(model, tokenizer, prompts, SamplingParams(max_tokens=8, temperature=1.0, top_p=1e-6, seed=0))
+    again = generate(
+        model, tokenizer, prompts, SamplingParams(max_tokens=8, temperature=1.0, top_p=1e-6, seed=0)
+    )
     assert written(again) == written(greedy)
 
 
@@ -128,8 +144,12 @@ def test_sampling_follows_the_models_probabilities() -> None:
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         expected = (model(input_ids=torch.tensor([[5, 9, 3]])).logits[0, -1] / 2.0).softmax(-1)
-    samples = generate(model, NoEnd(), [[5, 9, 3]] * 2000, SamplingParams(max_tokens=1, temperature=2.0, seed=0))
-    counts = torch.bincount(torch.tensor([sample.tokens[0] for sample in samples]), minlength=64) / 2000
+    samples = generate(
+        model, NoEnd(), [[5, 9, 3]] * 2000, SamplingParams(max_tokens=1, temperature=2.0, seed=0)
+    )
+    counts = (
+        torch.bincount(torch.tensor([sample.tokens[0] for sample in samples]), minlength=64) / 2000
+    )
     assert float((counts - expected).abs().max()) < 0.04
     assert float((counts - expected).abs().sum()) < 0.25
 
@@ -149,7 +169,9 @@ def test_samples_come_in_the_order_of_the_prompts() -> None:
     prompts = [[3 + number % 60] * (1 + number % 5) for number in range(140)]  # more than one batch
     samples = generate(model, NoEnd(), prompts, SamplingParams(max_tokens=2, temperature=0))
     for number in (0, 1, 77, 139):
-        alone = generate(model, NoEnd(), [prompts[number]], SamplingParams(max_tokens=2, temperature=0))
+        alone = generate(
+            model, NoEnd(), [prompts[number]], SamplingParams(max_tokens=2, temperature=0)
+        )
         assert written(samples[number : number + 1]) == written(alone)
 
 
@@ -159,7 +181,9 @@ def test_no_seed_gives_new_samples_each_time() -> None:
     torch.manual_seed(4)
     samples = []
     for _ in range(3):
-        samples += generate(model, NoEnd(), [[5, 9, 3]], SamplingParams(max_tokens=16, temperature=1.0, seed=None))
+        samples += generate(
+            model, NoEnd(), [[5, 9, 3]], SamplingParams(max_tokens=16, temperature=1.0, seed=None)
+        )
         torch.manual_seed(4)  # nor does the global state decide
     assert len({tuple(sample.tokens) for sample in samples}) == 3
 
@@ -169,7 +193,9 @@ def test_an_empty_text_is_no_stop() -> None:
     model.generation_config.eos_token_id = None
 
     def sample(stop: Any) -> Any:
-        return generate(model, NoEnd(), [[5, 9, 3]], SamplingParams(max_tokens=10, temperature=0, stop=stop))[0]
+        return generate(
+            model, NoEnd(), [[5, 9, 3]], SamplingParams(max_tokens=10, temperature=0, stop=stop)
+        )[0]
 
     free = sample(None)
     assert (len(free.tokens), free.stop_reason) == (10, "length")

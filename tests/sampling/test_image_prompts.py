@@ -24,7 +24,9 @@ def prompt_of(*parts: str | Any) -> tuple[ModelInput, str, list[Any]]:
     text, images = "", []
     for part in parts:
         if isinstance(part, str):
-            chunks.append(EncodedTextChunk(tuple(make_tokenizer().encode(part, add_special_tokens=False))))
+            chunks.append(
+                EncodedTextChunk(tuple(make_tokenizer().encode(part, add_special_tokens=False)))
+            )
             text += part
         else:
             image = ImageChunk(png(part))
@@ -45,7 +47,9 @@ PROMPTS = [
 def by_transformers(model: Any, text: str, images: list[Any]) -> list[int]:
     inputs = make_reference()(text=[text], images=images or None, return_tensors="pt")
     model.model.rope_deltas = None
-    out = model.generate(**inputs, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    out = model.generate(
+        **inputs, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     return list(out[0, inputs["input_ids"].shape[1] :].tolist())
 
 
@@ -56,17 +60,31 @@ def test_greedy_samples_are_those_of_transformers_alone_and_together() -> None:
     together = generate(model, make_tokenizer(), inputs, OPEN, make_encoder())
     assert [sample.tokens for sample in together] == expected
     for model_input, tokens in zip(inputs, expected, strict=True):
-        assert generate(model, make_tokenizer(), [model_input], OPEN, make_encoder())[0].tokens == tokens
+        assert (
+            generate(model, make_tokenizer(), [model_input], OPEN, make_encoder())[0].tokens
+            == tokens
+        )
     assert len({tuple(tokens) for tokens in expected}) == 3
 
 
-def test_the_same_words_about_other_images_are_another_prompt_and_the_same_are_computed_once() -> None:
+def test_the_same_words_about_other_images_are_another_prompt_and_the_same_are_computed_once() -> (
+    None
+):
     model = make_vl_model()
     assert attend_by_document(model) is None
     sampler, answers = Sampler(model, make_tokenizer()), {}
     for number, seed in enumerate((1, 2, 1)):
-        tokens, shown = read_prompt(prompt_of(draw_image(seed, (32, 32)), "What?")[0], make_encoder())
-        sampler.add(Request(tokens, OPEN, shown=shown, done=lambda found, number=number: answers.__setitem__(number, found)))
+        tokens, shown = read_prompt(
+            prompt_of(draw_image(seed, (32, 32)), "What?")[0], make_encoder()
+        )
+        sampler.add(
+            Request(
+                tokens,
+                OPEN,
+                shown=shown,
+                done=lambda found, number=number: answers.__setitem__(number, found),
+            )
+        )
     sampler.step()
     assert sampler.num_forwards == 2
     while sampler.is_busy:
@@ -86,4 +104,6 @@ def test_what_cannot_be_shown_is_an_error() -> None:
     assert attend_by_document(model) is None
     tokens, shown = read_prompt(model_input, make_encoder())
     with pytest.raises(DataError, match="batch_invariant"):
-        Sampler(model, make_tokenizer(), batch_invariant=True).add(Request(tokens, OPEN, shown=shown))
+        Sampler(model, make_tokenizer(), batch_invariant=True).add(
+            Request(tokens, OPEN, shown=shown)
+        )

@@ -1,4 +1,6 @@
-"""Passes that are replayed give the same bits as passes that are run, whatever changes between them."""
+"""Passes that are replayed give the same bits as passes that are run, whatever changes between
+them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from lorakit.types import SampleResponse
 FAMILIES = ("llama", "qwen3", "qwen3_moe", "mistral")  # the last has a window
 
 
-def samplers(model: Any, bank: AdapterBank | None = None, **options: Any) -> tuple[Sampler, Sampler]:
+def samplers(
+    model: Any, bank: AdapterBank | None = None, **options: Any
+) -> tuple[Sampler, Sampler]:
     """One that replays, and one that does not."""
     plain = Sampler(model, Text(), bank=bank, **options)
     plain._replayer.records = False
@@ -42,7 +46,9 @@ def made(family: str) -> Any:
 
 def adapter_of(model: Any, rank: int, seed: int, **options: Any) -> Adapter:
     layout = plan_layout(model, LoRASpec(rank=rank, **options))
-    return Adapter(layout, torch.randn(layout.num_params, generator=torch.Generator().manual_seed(seed)) * 0.05)
+    return Adapter(
+        layout, torch.randn(layout.num_params, generator=torch.Generator().manual_seed(seed)) * 0.05
+    )
 
 
 def bits(answers: list[SampleResponse]) -> list[Any]:
@@ -51,7 +57,9 @@ def bits(answers: list[SampleResponse]) -> list[Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("has_adapters", [False, True])
-def test_replayed_passes_give_the_same_bits(family: str, has_adapters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replayed_passes_give_the_same_bits(
+    family: str, has_adapters: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache, "RUN_COST_BYTES", 4096)  # rows in several runs, too
     model = made(family)
     adapters: list[Any] = [None]
@@ -59,11 +67,19 @@ def test_replayed_passes_give_the_same_bits(family: str, has_adapters: bool, mon
         adapters += [adapter_of(model, 4, 1), adapter_of(model, 8, 2), adapter_of(model, 4, 3)]
     draw, prompts = random.Random(0), prompts_of(30, longest=40)
     asked = [
-        Request(p, replace(OPEN, max_tokens=draw.randint(1, 60), seed=n), adapter=draw.choice(adapters), num_samples=1 + n % 2)
+        Request(
+            p,
+            replace(OPEN, max_tokens=draw.randint(1, 60), seed=n),
+            adapter=draw.choice(adapters),
+            num_samples=1 + n % 2,
+        )
         for n, p in enumerate(prompts)
     ]
     replaying, plain = samplers(model, AdapterBank(model) if has_adapters else None, max_rows=12)
-    found = [bits(run(sampler, [replace(one) for one in asked], at_a_time=2)) for sampler in (replaying, plain)]
+    found = [
+        bits(run(sampler, [replace(one) for one in asked], at_a_time=2))
+        for sampler in (replaying, plain)
+    ]
     assert found[0] == found[1]
     assert replaying._replayer.num_replayed > 20 and plain._replayer.num_replayed == 0
 
@@ -71,13 +87,29 @@ def test_replayed_passes_give_the_same_bits(family: str, has_adapters: bool, mon
 @pytest.mark.parametrize("layout", ["per_expert", "shared_outer"])
 def test_another_adapter_of_the_same_shape_has_its_own_numbers_in_a_replay(layout: Any) -> None:
     model = made("qwen3_moe")
-    adapters = [adapter_of(model, 4, seed, unembedding=True, expert_layout=layout) for seed in range(3)]
+    adapters = [
+        adapter_of(model, 4, seed, unembedding=True, expert_layout=layout) for seed in range(3)
+    ]
     replaying, plain = samplers(model, AdapterBank(model))
     for adapter in adapters:
         found = []
         for sampler in (replaying, plain):
             before = sampler._replayer.num_replayed
-            found.append(bits(run(sampler, [Request([5, 6, 7], replace(OPEN, max_tokens=40), adapter=adapter, num_samples=3)])))
+            found.append(
+                bits(
+                    run(
+                        sampler,
+                        [
+                            Request(
+                                [5, 6, 7],
+                                replace(OPEN, max_tokens=40),
+                                adapter=adapter,
+                                num_samples=3,
+                            )
+                        ],
+                    )
+                )
+            )
         assert found[0] == found[1]
         assert replaying._replayer.num_replayed > before
     assert len(replaying._replayer._recordings) == 1
@@ -110,16 +142,23 @@ def test_what_python_decides_by_numbers_is_not_recorded() -> None:
     replaying, plain = samplers(model)
     asked = [Request([5, 6, 7], replace(OPEN, max_tokens=40), num_samples=2)]
     assert bits(run(replaying, list(asked))) == bits(run(plain, [replace(asked[0])]))
-    assert replaying._replayer.num_replayed == 0 and list(replaying._replayer._recordings.values()) == [None]
+    assert replaying._replayer.num_replayed == 0 and list(
+        replaying._replayer._recordings.values()
+    ) == [None]
 
 
 def test_what_torch_does_not_warn_of_is_found_by_comparing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay.torch.jit, "TracerWarning", KeyError)  # another thread has put the filters of warnings back
+    # another thread has put the filters of warnings back
+    monkeypatch.setattr(replay.torch.jit, "TracerWarning", KeyError)
     model, steps = made("llama"), iter(range(10_000))
-    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * (1 + 0.01 * (next(steps) % 2)))
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: output * (1 + 0.01 * (next(steps) % 2))
+    )
     replaying, _ = samplers(model)
     run(replaying, [Request([5, 6, 7], replace(OPEN, max_tokens=40), num_samples=2)])
-    assert replaying._replayer.num_replayed == 0 and list(replaying._replayer._recordings.values()) == [None]
+    assert replaying._replayer.num_replayed == 0 and list(
+        replaying._replayer._recordings.values()
+    ) == [None]
 
 
 def test_a_recording_holds_neither_adapters_nor_the_base() -> None:
@@ -128,7 +167,10 @@ def test_a_recording_holds_neither_adapters_nor_the_base() -> None:
     sampler = Sampler(model, Text(), bank=bank)
     run(sampler, [Request([5, 6, 7], replace(OPEN, max_tokens=60), adapter=adapter)])
     assert sampler._replayer.num_replayed > 0
-    of_adapter, of_base = weakref.ref(adapter), weakref.ref(model.model.layers[0].mlp.gate_proj.weight)
+    of_adapter, of_base = (
+        weakref.ref(adapter),
+        weakref.ref(model.model.layers[0].mlp.gate_proj.weight),
+    )
     del adapter
     gc.collect()
     assert of_adapter() is None
@@ -137,7 +179,9 @@ def test_a_recording_holds_neither_adapters_nor_the_base() -> None:
     assert of_base() is None
 
 
-def test_a_recording_that_differs_for_other_rows_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recording_that_differs_for_other_rows_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, record = made("llama"), replay._record
 
     def for_these_rows_alone(*args: Any) -> Any:
@@ -151,7 +195,11 @@ def test_a_recording_that_differs_for_other_rows_is_dropped(monkeypatch: pytest.
 
     monkeypatch.setattr(replay, "_record", for_these_rows_alone)
     replaying, plain = samplers(model)
-    asked = [Request([5, 6, 7 + n], replace(OPEN, max_tokens=30 + 20 * n, seed=n)) for n in range(3)]
+    asked = [
+        Request([5, 6, 7 + n], replace(OPEN, max_tokens=30 + 20 * n, seed=n)) for n in range(3)
+    ]
     found = [bits(run(sampler, [replace(one) for one in asked])) for sampler in (replaying, plain)]
     assert found[0] == found[1]
-    assert 0 < replaying._replayer.num_replayed < 12 and list(replaying._replayer._recordings.values()) == [None]
+    assert 0 < replaying._replayer.num_replayed < 12 and list(
+        replaying._replayer._recordings.values()
+    ) == [None]

@@ -13,4 +13,6 @@ def test_the_page_of_routes_is_made_from_the_code() -> None:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run python scripts/make_routes_page.py"
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), (
+        "run python scripts/make_routes_page.py"
+    )

@@ -21,11 +21,18 @@ PREFIX, SUFFIX = "English: ", "\nPig Latin:"
 
 
 def rows_of(name: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (EXAMPLES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (EXAMPLES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def words_in(rows: list[dict[str, str]]) -> set[str]:
-    return {word for row in rows for word in row["prompt"].removeprefix(PREFIX).removesuffix(SUFFIX).split()}
+    return {
+        word
+        for row in rows
+        for word in row["prompt"].removeprefix(PREFIX).removesuffix(SUFFIX).split()
+    }
 
 
 def random_renaming(rng: random.Random) -> dict[int, int]:
@@ -37,7 +44,8 @@ def random_renaming(rng: random.Random) -> dict[int, int]:
 
 def asked(task: string_tasks.Task, question: Question, renaming: dict[int, int]) -> tuple[str, str]:
     renamed = Question(
-        tuple(text.translate(renaming) for text in question.arguments), tuple(w.translate(renaming) for w in question.words)
+        tuple(text.translate(renaming) for text in question.arguments),
+        tuple(w.translate(renaming) for w in question.words),
     )
     return task.answer(renamed), task.answer(question).translate(renaming)
 
@@ -117,9 +125,26 @@ def test_held_out_words_are_seen_neither_in_pretraining_nor_in_the_demo() -> Non
     assert train <= seen
 
 
-@pytest.mark.parametrize("line", ["banana anana-bay", "split it-splay", "apple apple-way", "rhythm ythm-rhay", "hmm hmm-way",
-    "yes es-yay", "queen ueen-qay", "quantum uantum-qay", "my y-may", "string ing-stray", "a a-way", "y y-way",
-    "sky y-skay", "ypsilon ilon-ypsay", "oh oh-way"])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "banana anana-bay",
+        "split it-splay",
+        "apple apple-way",
+        "rhythm ythm-rhay",
+        "hmm hmm-way",
+        "yes es-yay",
+        "queen ueen-qay",
+        "quantum uantum-qay",
+        "my y-may",
+        "string ing-stray",
+        "a a-way",
+        "y y-way",
+        "sky y-skay",
+        "ypsilon ilon-ypsay",
+        "oh oh-way",
+    ],
+)
 def test_a_word_becomes_pig_latin_as_written_by_hand(line: str) -> None:
     word, expected = line.split()
     assert make_pig_latin.pig_latin_word(word) == expected

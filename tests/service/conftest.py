@@ -1,4 +1,6 @@
-"""A service in this process on the tiny model, and a server of the command line that the real SDK talks to."""
+"""A service in this process on the tiny model, and a server of the command line that the real
+SDK talks to.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A program for the public SDK that survives its server: it goes on from its last save_state. Started by test_killed.py."""
+"""A program for the public SDK that survives its server: it goes on from its last save_state.
+Started by test_killed.py.
+"""
 
 from __future__ import annotations
 

@@ -28,14 +28,34 @@ class Server:
     key: str
 
     @classmethod
-    def start(cls, folder: Path, *options: str, port: int | None = None, models: tuple[str, ...] = ("tiny",)) -> Server:
+    def start(
+        cls,
+        folder: Path,
+        *options: str,
+        port: int | None = None,
+        models: tuple[str, ...] = ("tiny",),
+    ) -> Server:
         port = port or free_port()
         named = [part for model in models for part in ("--model", model)]
         log = (folder / "serve.log").open("a")
         process = subprocess.Popen(
-            [sys.executable, "-m", "lorakit", "serve", *named, "--data", str(folder / "data"), "--port", str(port), *options],
-            stdout=log, stderr=log, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "lorakit",
+                "serve",
+                *named,
+                "--data",
+                str(folder / "data"),
+                "--port",
+                str(port),
+                *options,
+            ],
+            stdout=log,
+            stderr=log,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             with socket.socket() as probe:
@@ -63,6 +83,8 @@ class Server:
         """The variables that `lorakit tinker-env` prints."""
         printed = subprocess.run(
             [sys.executable, "-m", "lorakit", "tinker-env", "--data", str(self.folder / "data")],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         return dict(re.findall(r"export (\w+)=(\S+)", printed))

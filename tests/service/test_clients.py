@@ -50,7 +50,9 @@ def test_the_gradient_is_that_of_the_lightning_module_times_its_denominator(
     client: lorakit.TrainingClient, data: list[types.Datum], tmp_path: Path
 ) -> None:
     trainee = trainee_of(client)
-    trainee.vector.add_(torch.randn(trainee.vector.shape, generator=torch.Generator().manual_seed(0)), alpha=0.02)
+    trainee.vector.add_(
+        torch.randn(trainee.vector.shape, generator=torch.Generator().manual_seed(0)), alpha=0.02
+    )
     start = trainee.layout.file_tensors(trainee.vector.clone())
 
     def build() -> Any:
@@ -66,22 +68,33 @@ def test_the_gradient_is_that_of_the_lightning_module_times_its_denominator(
     ours, after = trainee.layout.file_tensors(trainee.gradient), adapter_state(module.model)
     moved = {name: (start[name] - after[name]) * batches[0].window_weight for name in after}
     distance = sum(float((ours[name] - moved[name]).square().sum()) for name in ours) ** 0.5
-    assert distance < 1e-6 * batches[0].window_weight * sum(float(t.square().sum()) for t in ours.values()) ** 0.5
+    assert (
+        distance
+        < 1e-6
+        * batches[0].window_weight
+        * sum(float(t.square().sum()) for t in ours.values()) ** 0.5
+    )
 
 
-def test_gradients_add_up_until_the_step_and_forward_adds_none(client: lorakit.TrainingClient, data: list[types.Datum]) -> None:
+def test_gradients_add_up_until_the_step_and_forward_adds_none(
+    client: lorakit.TrainingClient, data: list[types.Datum]
+) -> None:
     client.forward_backward(data, "cross_entropy").result()
     once = trainee_of(client).gradient.clone()
     client.forward(data, "cross_entropy").result()
     assert torch.equal(trainee_of(client).gradient, once)
     client.forward_backward(data[:1], "cross_entropy").result()
     client.forward_backward(data[1:], "cross_entropy").result()
-    assert torch.allclose(trainee_of(client).gradient, 2 * once, atol=1e-5 * float(once.abs().max()))
+    assert torch.allclose(
+        trainee_of(client).gradient, 2 * once, atol=1e-5 * float(once.abs().max())
+    )
     assert client.optim_step(types.AdamParams()).result().metrics["grad_norm"] > 0
     assert not trainee_of(client).gradient.any()
 
 
-def test_scored_and_sampled_logprobs_equal_those_of_training(client: lorakit.TrainingClient, data: list[types.Datum]) -> None:
+def test_scored_and_sampled_logprobs_equal_those_of_training(
+    client: lorakit.TrainingClient, data: list[types.Datum]
+) -> None:
     train(client, types, data, 3)
     computed = client.forward(data, "cross_entropy").result()
     sampling = client.save_weights_and_get_sampling_client()
@@ -91,8 +104,14 @@ def test_scored_and_sampled_logprobs_equal_those_of_training(client: lorakit.Tra
         assert scored[0] is None
         assert np.allclose(scored[1:], output["logprobs"], atol=1e-4)
     prompt = data[0].model_input
-    sample = sampling.sample(prompt, 1, types.SamplingParams(max_tokens=12, stop=[], seed=1)).result().sequences[0]
-    whole = sampling.compute_logprobs(types.ModelInput.from_ints([*prompt.to_ints(), *sample.tokens])).result()
+    sample = (
+        sampling.sample(prompt, 1, types.SamplingParams(max_tokens=12, stop=[], seed=1))
+        .result()
+        .sequences[0]
+    )
+    whole = sampling.compute_logprobs(
+        types.ModelInput.from_ints([*prompt.to_ints(), *sample.tokens])
+    ).result()
     assert np.allclose(whole[prompt.length :], sample.logprobs, atol=1e-4)
 
 
@@ -101,7 +120,10 @@ def test_an_error_arrives_in_its_future_and_leaves_the_gradient(
 ) -> None:
     client.forward_backward(data, "cross_entropy").result()
     before = trainee_of(client).gradient.clone()
-    nan = types.Datum(data[0].model_input, {"target_tokens": data[0].targets, "weights": [float("nan")] * len(data[0])})
+    nan = types.Datum(
+        data[0].model_input,
+        {"target_tokens": data[0].targets, "weights": [float("nan")] * len(data[0])},
+    )
     wrong = [
         client.forward_backward([data[0], nan], "cross_entropy"),
         client.forward_backward([], "cross_entropy"),
@@ -118,12 +140,17 @@ def test_an_error_arrives_in_its_future_and_leaves_the_gradient(
         messages.append(str(caught.value))
     assert "data[1].loss_fn_inputs['weights']" in messages[0] and "nan" in messages[0]
     assert "empty" in messages[1] and "cross_entropy, importance_sampling" in messages[2]
-    assert "data[0].loss_fn_inputs['advantages'] is missing" in messages[3] and "'weights'] is unknown" in messages[3]
+    assert (
+        "data[0].loss_fn_inputs['advantages'] is missing" in messages[3]
+        and "'weights'] is unknown" in messages[3]
+    )
     assert after.result(60).metrics["loss:sum"] > 0
     assert torch.equal(trainee_of(client).gradient, before)
 
 
-def test_a_gradient_that_is_not_finite_makes_no_step(client: lorakit.TrainingClient, data: list[types.Datum]) -> None:
+def test_a_gradient_that_is_not_finite_makes_no_step(
+    client: lorakit.TrainingClient, data: list[types.Datum]
+) -> None:
     trainee = trainee_of(client)
     before = trainee.vector.clone()
     trainee.gradient.fill_(float("inf"))
@@ -134,21 +161,34 @@ def test_a_gradient_that_is_not_finite_makes_no_step(client: lorakit.TrainingCli
     client.optim_step(types.AdamParams()).result(60)
 
 
-def test_adapters_of_several_clients_go_through_the_base_together(service: lorakit.ServiceClient) -> None:
+def test_adapters_of_several_clients_go_through_the_base_together(
+    service: lorakit.ServiceClient,
+) -> None:
     ranks = (4, 8, 3)
     clients = [service.create_lora_training_client("tiny", rank=rank, seed=rank) for rank in ranks]
     alone = [service.create_lora_training_client("tiny", rank=rank, seed=rank) for rank in ranks]
     data = make_data(types, clients[0].get_tokenizer())
     runner = clients[0]._model.engine.replica.runner
     for _ in range(2):
-        futures = [one.forward_backward(data[n : n + 1], "cross_entropy") for n, one in enumerate(clients)]
+        futures = [
+            one.forward_backward(data[n : n + 1], "cross_entropy") for n, one in enumerate(clients)
+        ]
         together = [future.result() for future in futures]
-        separate = [one.forward_backward(data[n : n + 1], "cross_entropy").result() for n, one in enumerate(alone)]
+        separate = [
+            one.forward_backward(data[n : n + 1], "cross_entropy").result()
+            for n, one in enumerate(alone)
+        ]
         for ours, theirs in zip(together, separate, strict=True):
-            assert np.allclose(ours.loss_fn_outputs[0]["logprobs"], theirs.loss_fn_outputs[0]["logprobs"], atol=1e-5)
+            assert np.allclose(
+                ours.loss_fn_outputs[0]["logprobs"],
+                theirs.loss_fn_outputs[0]["logprobs"],
+                atol=1e-5,
+            )
         for ours, theirs in zip(clients, alone, strict=True):
             scale = float(trainee_of(theirs).gradient.abs().max())
-            assert torch.allclose(trainee_of(ours).gradient, trainee_of(theirs).gradient, atol=1e-5 * scale)
+            assert torch.allclose(
+                trainee_of(ours).gradient, trainee_of(theirs).gradient, atol=1e-5 * scale
+            )
         for one in (*clients, *alone):
             one.optim_step(types.AdamParams(learning_rate=1e-3)).result()
     before = runner.num_passes
@@ -160,7 +200,8 @@ def test_adapters_of_several_clients_go_through_the_base_together(service: lorak
 
     clients[0]._model.engine.submit("nobody", "wait", block)
     blocked.wait(60)
-    futures = [one.forward_backward(data, "cross_entropy") for one in clients]  # all wait when the engine is free again
+    # all wait when the engine is free again
+    futures = [one.forward_backward(data, "cross_entropy") for one in clients]
     go.set()
     wait([future.future() for future in futures], 60)
     assert runner.num_passes == before + 1
@@ -177,10 +218,14 @@ def test_an_adapter_that_is_not_finite_spoils_no_other(service: lorakit.ServiceC
     good, bad = (future.result(60) for future in futures)
     assert good.metrics["loss:sum"] == pytest.approx(expected.metrics["loss:sum"], rel=1e-6)
     assert not np.isfinite(bad.metrics["loss:sum"])
-    assert torch.allclose(trainee_of(clients[0]).gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
+    assert torch.allclose(
+        trainee_of(clients[0]).gradient, gradient, atol=1e-5 * float(gradient.abs().max())
+    )
 
 
-def test_a_cancelled_sample_ends_and_the_engine_rests(service: lorakit.ServiceClient, client: lorakit.TrainingClient) -> None:
+def test_a_cancelled_sample_ends_and_the_engine_rests(
+    service: lorakit.ServiceClient, client: lorakit.TrainingClient
+) -> None:
     sampling, engine = client.save_weights_and_get_sampling_client(), client._model.engine
     params = types.SamplingParams(max_tokens=1000, temperature=2.0, stop=[])
     futures = [sampling.sample(types.ModelInput.from_ints([5, 6]), 4, params) for _ in range(3)]
@@ -192,9 +237,21 @@ def test_a_cancelled_sample_ends_and_the_engine_rests(service: lorakit.ServiceCl
         time.sleep(0.01)
     steps = engine.replica.sampler.num_forwards
     time.sleep(0.2)
-    assert not engine._sampling and not engine.replica._requests and engine.replica.sampler.num_forwards == steps
+    assert (
+        not engine._sampling
+        and not engine.replica._requests
+        and engine.replica.sampler.num_forwards == steps
+    )
     short = types.SamplingParams(max_tokens=2, stop=[])
-    assert len(sampling.sample(types.ModelInput.from_ints([5, 6]), 1, short).result(60).sequences[0].tokens) == 2
+    assert (
+        len(
+            sampling.sample(types.ModelInput.from_ints([5, 6]), 1, short)
+            .result(60)
+            .sequences[0]
+            .tokens
+        )
+        == 2
+    )
 
 
 def test_an_adapter_that_is_not_finite_is_not_sampled(client: lorakit.TrainingClient) -> None:
@@ -210,7 +267,11 @@ def test_memory_grows_by_an_adapter_and_its_optimiser_alone(
         gc.collect()
         for _ in range(2):  # snapshots that nobody holds go behind a call
             service._service.engine("tiny").submit("", "wait", lambda: None).result()
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if is_tensor(t)}
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in gc.get_objects()
+            if is_tensor(t)
+        }
         return sum(storages.values())
 
     def is_tensor(found: Any) -> bool:
@@ -231,7 +292,9 @@ def test_memory_grows_by_an_adapter_and_its_optimiser_alone(
     assert 0.99 * 16 * num_params < grown < 1.01 * 16 * num_params + 10_000
 
 
-def test_snapshots_that_nobody_holds_are_forgotten(client: lorakit.TrainingClient, data: list[types.Datum]) -> None:
+def test_snapshots_that_nobody_holds_are_forgotten(
+    client: lorakit.TrainingClient, data: list[types.Datum]
+) -> None:
     replica = client._model.engine.replica
     for _ in range(5):
         client.save_weights_and_get_sampling_client()
@@ -250,19 +313,32 @@ def test_a_state_of_another_scale_is_refused(tmp_path: Path) -> None:
             if alpha == 8.0:
                 with pytest.raises(CheckpointError, match="scale"):
                     client.load_state(paths[0]).result()
-                assert trainee_of(service.create_training_client_from_state(paths[0])).layout.spec.scale == 8.0
+                assert (
+                    trainee_of(
+                        service.create_training_client_from_state(paths[0])
+                    ).layout.spec.scale
+                    == 8.0
+                )
 
 
 def test_many_datums_are_cut_into_passes_without_a_change(tmp_path: Path) -> None:
     found = []
     for max_pass_tokens in (16_384, 100):
         with lorakit.ServiceClient(
-            folder=tmp_path / str(max_pass_tokens), accelerator="cpu", max_pass_tokens=max_pass_tokens
+            folder=tmp_path / str(max_pass_tokens),
+            accelerator="cpu",
+            max_pass_tokens=max_pass_tokens,
         ) as service:
             client = service.create_lora_training_client("tiny", rank=4, seed=1)
             data = make_data(types, client.get_tokenizer(), PAIRS * 3)
             output = client.forward_backward(data, "cross_entropy").result()
-            found.append((output, trainee_of(client).gradient.clone(), client._model.engine.replica.runner.num_passes))
+            found.append(
+                (
+                    output,
+                    trainee_of(client).gradient.clone(),
+                    client._model.engine.replica.runner.num_passes,
+                )
+            )
     (whole, gradient, one), (cut, cut_gradient, several) = found
     assert one == 1 and several > 3
     for ours, theirs in zip(cut.loss_fn_outputs, whole.loss_fn_outputs, strict=True):
@@ -271,7 +347,9 @@ def test_many_datums_are_cut_into_passes_without_a_change(tmp_path: Path) -> Non
     assert torch.allclose(cut_gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
 
 
-def test_a_saved_state_goes_on_to_the_same_bits(service: lorakit.ServiceClient, client: Any, data: list[types.Datum]) -> None:
+def test_a_saved_state_goes_on_to_the_same_bits(
+    service: lorakit.ServiceClient, client: Any, data: list[types.Datum]
+) -> None:
     train(client, types, data, 3)
     saved = client.save_state("three").result()
     assert saved.path == f"tinker://{client.model_id}/weights/three"
@@ -298,13 +376,19 @@ def test_what_is_saved_is_a_peft_folder_that_peft_loads(
     tokens = data[0].model_input.to_ints()
     with torch.no_grad():
         theirs = model(input_ids=torch.tensor([tokens])).logits.log_softmax(-1)[0, :-1]
-    ours = service.create_sampling_client(saved.path).compute_logprobs(data[0].model_input).result()[1:]
+    ours = (
+        service.create_sampling_client(saved.path)
+        .compute_logprobs(data[0].model_input)
+        .result()[1:]
+    )
     assert np.allclose(ours, theirs.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0], atol=1e-4)
     from_folder = service.create_training_client_from_state(str(folder), base_model="tiny")
     assert torch.equal(trainee_of(from_folder).vector, trainee_of(client).vector)
 
 
-def test_names_are_free_safe_and_not_written_over(service: lorakit.ServiceClient, client: Any) -> None:
+def test_names_are_free_safe_and_not_written_over(
+    service: lorakit.ServiceClient, client: Any
+) -> None:
     client.save_state("once").result()
     with pytest.raises(CheckpointError, match="exists"):
         client.save_state("once").result()
@@ -319,7 +403,9 @@ def test_names_are_free_safe_and_not_written_over(service: lorakit.ServiceClient
     with pytest.raises(ConfigError):
         service.create_lora_training_client("no/such/model/at/all")
     with pytest.raises(ConfigError, match="nothing would be trained"):
-        service.create_lora_training_client("tiny", train_attn=False, train_mlp=False, train_unembed=False)
+        service.create_lora_training_client(
+            "tiny", train_attn=False, train_mlp=False, train_unembed=False
+        )
 
 
 def test_runs_and_checkpoints_are_listed_with_what_they_cost_and_deleted(
@@ -328,7 +414,12 @@ def test_runs_and_checkpoints_are_listed_with_what_they_cost_and_deleted(
     train(client, types, data, 2)
     saved = client.save_state("kept").result()
     info, rest = client.get_info(), service.create_rest_client()
-    assert info.tokens == 2 * sum(map(len, data)) and info.seconds > 0 and info.num_steps == 2 and info.lora_rank == 8
+    assert (
+        info.tokens == 2 * sum(map(len, data))
+        and info.seconds > 0
+        and info.num_steps == 2
+        and info.lora_rank == 8
+    )
     (run,) = rest.list_training_runs().result()
     assert run.id == client.model_id and run.tokens == info.tokens
     (checkpoint,) = rest.list_checkpoints(run.id).result()
@@ -339,7 +430,9 @@ def test_runs_and_checkpoints_are_listed_with_what_they_cost_and_deleted(
         client.load_state(saved.path).result()
 
 
-def test_every_spelling_of_waiting_works(service: lorakit.ServiceClient, client: Any, data: list[types.Datum]) -> None:
+def test_every_spelling_of_waiting_works(
+    service: lorakit.ServiceClient, client: Any, data: list[types.Datum]
+) -> None:
     async def program() -> list[float]:
         first = await client.forward_backward(data, "cross_entropy")
         future = await client.forward_backward_async(data, "cross_entropy")
@@ -368,21 +461,29 @@ def test_every_spelling_of_waiting_works(service: lorakit.ServiceClient, client:
 
 def test_a_custom_loss_has_the_gradient_of_the_same_loss_built_in(tmp_path: Path) -> None:
     def negative_log_likelihood(data: Any, logprobs: Any) -> tuple[torch.Tensor, dict[str, float]]:
-        terms = [(lp * torch.as_tensor(d.weights)).sum() for d, lp in zip(data, logprobs, strict=True)]
+        terms = [
+            (lp * torch.as_tensor(d.weights)).sum() for d, lp in zip(data, logprobs, strict=True)
+        ]
         return -torch.stack(terms).sum(), {"terms": float(len(terms))}
 
     for max_pass_tokens in (16_384, 100):  # in one pass, and in two parts
         with lorakit.ServiceClient(
-            folder=tmp_path / str(max_pass_tokens), accelerator="cpu", max_pass_tokens=max_pass_tokens
+            folder=tmp_path / str(max_pass_tokens),
+            accelerator="cpu",
+            max_pass_tokens=max_pass_tokens,
         ) as service:
-            custom, plain = (service.create_lora_training_client("tiny", rank=4, seed=1) for _ in range(2))
+            custom, plain = (
+                service.create_lora_training_client("tiny", rank=4, seed=1) for _ in range(2)
+            )
             data = make_data(types, custom.get_tokenizer())
             ours = custom.forward_backward_custom(data, negative_log_likelihood).result()
             theirs = plain.forward_backward(data, "cross_entropy").result()
             assert ours.metrics["terms"] == 3.0
             assert ours.metrics["loss:sum"] == pytest.approx(theirs.metrics["loss:sum"], rel=1e-5)
             gradient = trainee_of(plain).gradient
-            assert torch.allclose(trainee_of(custom).gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
+            assert torch.allclose(
+                trainee_of(custom).gradient, gradient, atol=1e-5 * float(gradient.abs().max())
+            )
 
             def broken(data: Any, logprobs: Any) -> Any:
                 raise KeyError("mine")
@@ -391,14 +492,24 @@ def test_a_custom_loss_has_the_gradient_of_the_same_loss_built_in(tmp_path: Path
                 custom.forward_backward_custom(data, broken).result()
             with pytest.raises(DataError, match="scalar tensor"):
                 custom.forward_backward_custom(data, lambda data, logprobs: (1.0, {})).result()
-            assert torch.allclose(trainee_of(custom).gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
+            assert torch.allclose(
+                trainee_of(custom).gradient, gradient, atol=1e-5 * float(gradient.abs().max())
+            )
 
 
 @pytest.mark.parametrize("max_pass_tokens", [16_384, 100])
-def test_a_loss_of_whole_distributions_has_the_gradient_of_soft_targets(tmp_path: Path, max_pass_tokens: int) -> None:
-    """Minus half the log-probability of each token of the vocabulary's first hundred: soft targets can say that too."""
-    with lorakit.ServiceClient(folder=tmp_path, accelerator="cpu", max_pass_tokens=max_pass_tokens) as service:
-        custom, plain = (service.create_lora_training_client("tiny", rank=4, seed=1) for _ in range(2))
+def test_a_loss_of_whole_distributions_has_the_gradient_of_soft_targets(
+    tmp_path: Path, max_pass_tokens: int
+) -> None:
+    """Minus half the log-probability of each token of the vocabulary's first hundred: soft
+    targets can say that too.
+    """
+    with lorakit.ServiceClient(
+        folder=tmp_path, accelerator="cpu", max_pass_tokens=max_pass_tokens
+    ) as service:
+        custom, plain = (
+            service.create_lora_training_client("tiny", rank=4, seed=1) for _ in range(2)
+        )
         data = make_data(types, custom.get_tokenizer())
         seen: list[tuple[int, int, torch.Size]] = []
 
@@ -420,20 +531,29 @@ def test_a_loss_of_whole_distributions_has_the_gradient_of_soft_targets(tmp_path
         theirs = plain.forward_backward(soft, "cross_entropy").result()
         assert ours.metrics["loss:sum"] == pytest.approx(theirs.metrics["loss:sum"], rel=1e-5)
         gradient = trainee_of(plain).gradient
-        assert torch.allclose(trainee_of(custom).gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
-        assert sorted(seen) == [(n, 0, torch.Size([len(datum), 288])) for n, datum in enumerate(data)]
+        assert torch.allclose(
+            trainee_of(custom).gradient, gradient, atol=1e-5 * float(gradient.abs().max())
+        )
+        assert sorted(seen) == [
+            (n, 0, torch.Size([len(datum), 288])) for n, datum in enumerate(data)
+        ]
         expected = plain.forward(data, "cross_entropy").result()
         for output, other in zip(ours.loss_fn_outputs, expected.loss_fn_outputs, strict=True):
             assert np.allclose(output["logprobs"], other["logprobs"], atol=1e-5)
         with pytest.raises(DataError, match="scalar tensor"):
-            custom.forward_backward_custom(data, lambda n, first, lp: 1.0, loss_type_input="vocabulary").result()
+            custom.forward_backward_custom(
+                data, lambda n, first, lp: 1.0, loss_type_input="vocabulary"
+            ).result()
 
 
 def test_dpo_prefers_what_was_chosen(client: lorakit.TrainingClient) -> None:
     tokenizer = client.get_tokenizer()
     pairs = [("cat", "at-cay"), ("cat", "xt-cxy"), ("dog", "og-day"), ("dog", "xg-dxy")]
     data = make_data(types, tokenizer, pairs)
-    reference = [output["logprobs"] for output in client.forward(data, "cross_entropy").result().loss_fn_outputs]
+    reference = [
+        output["logprobs"]
+        for output in client.forward(data, "cross_entropy").result().loss_fn_outputs
+    ]
     accuracies = []
     for _ in range(8):
         computed = client.forward_backward_custom(data, dpo(reference, beta=0.5))
@@ -442,7 +562,9 @@ def test_dpo_prefers_what_was_chosen(client: lorakit.TrainingClient) -> None:
     assert accuracies[0] == 0.0 and accuracies[-1] == 1.0
 
 
-def test_soft_targets_and_single_ones_go_together(client: lorakit.TrainingClient, data: list[types.Datum]) -> None:
+def test_soft_targets_and_single_ones_go_together(
+    client: lorakit.TrainingClient, data: list[types.Datum]
+) -> None:
     first = data[0]
     soft = types.Datum(
         first.model_input,
@@ -458,21 +580,27 @@ def test_soft_targets_and_single_ones_go_together(client: lorakit.TrainingClient
     assert mixed.metrics["loss:sum"] == pytest.approx(hard.metrics["loss:sum"], rel=1e-5)
     assert mixed.loss_fn_outputs[0]["logprobs"].shape == (len(first), 2)
     assert mixed.loss_fn_outputs[1]["logprobs"].shape == (len(data[1]),)
-    assert torch.allclose(trainee_of(client).gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
+    assert torch.allclose(
+        trainee_of(client).gradient, gradient, atol=1e-5 * float(gradient.abs().max())
+    )
 
 
 def test_a_program_that_ends_with_work_in_flight_ends_well(tmp_path: Path) -> None:
     program = f"""
 import lorakit
 from lorakit import types
-training = lorakit.ServiceClient(folder={str(tmp_path)!r}, accelerator="cpu").create_lora_training_client("tiny", rank=4)
-datum = types.Datum(types.ModelInput.from_ints([5, 6, 7]), {{"target_tokens": [6, 7, 8], "weights": [1, 1, 1]}})
+service = lorakit.ServiceClient(folder={str(tmp_path)!r}, accelerator="cpu")
+training = service.create_lora_training_client("tiny", rank=4)
+inputs = {{"target_tokens": [6, 7, 8], "weights": [1, 1, 1]}}
+datum = types.Datum(types.ModelInput.from_ints([5, 6, 7]), inputs)
 sampling = training.save_weights_and_get_sampling_client()
 params = types.SamplingParams(max_tokens=50, stop=[])
 kept = [sampling.sample(types.ModelInput.from_ints([5, 6, n]), 16, params) for n in range(32)]
 kept += [training.forward_backward([datum] * 64, "cross_entropy") for _ in range(8)]
 """
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120
+    )
     assert ran.returncode == 0 and "terminate called" not in ran.stderr, ran.stderr[-500:]
 
 

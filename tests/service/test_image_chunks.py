@@ -44,16 +44,23 @@ def model_input(kinds: Any, seed: int, *, expected: int = 0, question: str = "Ho
     """Text, an image, text, of the classes of ``kinds``: lorakit's or the SDK's."""
     content = png(draw_image(seed, (32, 40)))
     count = make_encoder().count_tokens(types.ImageChunk(content))
-    before, after = (make_tokenizer().encode(text, add_special_tokens=False) for text in ("<|vision_start|>", question))
+    before, after = (
+        make_tokenizer().encode(text, add_special_tokens=False)
+        for text in ("<|vision_start|>", question)
+    )
     image = kinds.ImageChunk(data=content, format="png", expected_tokens=count + expected)
-    return kinds.ModelInput(chunks=[kinds.EncodedTextChunk(tokens=before), image, kinds.EncodedTextChunk(tokens=after)])
+    return kinds.ModelInput(
+        chunks=[kinds.EncodedTextChunk(tokens=before), image, kinds.EncodedTextChunk(tokens=after)]
+    )
 
 
 def datum(kinds: Any, seed: int, **options: Any) -> Any:
     given = model_input(kinds, seed, **options)
     targets = [(7 * place + seed) % 200 for place in range(given.length)]
     weights = [float(place > given.length - 5) for place in range(given.length)]
-    return kinds.Datum(model_input=given, loss_fn_inputs={"target_tokens": targets, "weights": weights})
+    return kinds.Datum(
+        model_input=given, loss_fn_inputs={"target_tokens": targets, "weights": weights}
+    )
 
 
 def text_datum(kinds: Any) -> Any:
@@ -61,16 +68,23 @@ def text_datum(kinds: Any) -> Any:
     return kinds.Datum(model_input=kinds.ModelInput.from_ints([5, 6, 7]), loss_fn_inputs=inputs)
 
 
-def reference(adapter: dict[str, torch.Tensor], data: list[types.Datum]) -> tuple[list[np.ndarray], float]:
+def reference(
+    adapter: dict[str, torch.Tensor], data: list[types.Datum]
+) -> tuple[list[np.ndarray], float]:
     """The log-probabilities and the gradient's norm of a step of the main job with this adapter."""
     model = inject(make_vl_model(), LoRASpec(rank=4, unembedding=True))
     load_adapter_state(model, adapter, source="the service's")
     output = compute_loss(
-        model, collate([[one] for one in data], 0, make_encoder()), LOSSES["cross_entropy"], all_positions=True
+        model,
+        collate([[one] for one in data], 0, make_encoder()),
+        LOSSES["cross_entropy"],
+        all_positions=True,
     )
     output.loss_sum.backward()
     gradient = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
-    return [output.logprobs[n, : len(one)].detach().numpy() for n, one in enumerate(data)], gradient**0.5
+    return [
+        output.logprobs[n, : len(one)].detach().numpy() for n, one in enumerate(data)
+    ], gradient**0.5
 
 
 def test_a_step_on_images_is_that_of_the_main_job_in_process_and_by_the_sdk(
@@ -82,10 +96,20 @@ def test_a_step_on_images_is_that_of_the_main_job_in_process_and_by_the_sdk(
         (trainee,) = client._model.engine.replica.trainees.values()
         logprobs, norm = reference(trainee.layout.file_tensors(trainee.vector), own)
         found = client.forward_backward(own, "cross_entropy").result()
-        assert client.optim_step(types.AdamParams(1e-3)).result().metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
-        sampled = client.save_weights_and_get_sampling_client().sample(
-            model_input(types, 1), 1, types.SamplingParams(max_tokens=8, temperature=0.0, stop=[])
-        ).result().sequences[0].tokens  # fmt: skip
+        assert client.optim_step(types.AdamParams(1e-3)).result().metrics[
+            "grad_norm"
+        ] == pytest.approx(norm, rel=1e-4)
+        sampled = (
+            client.save_weights_and_get_sampling_client()
+            .sample(
+                model_input(types, 1),
+                1,
+                types.SamplingParams(max_tokens=8, temperature=0.0, stop=[]),
+            )
+            .result()
+            .sequences[0]
+            .tokens
+        )
     for output, expected in zip(found.loss_fn_outputs, logprobs, strict=True):
         assert np.allclose(output["logprobs"], expected, atol=1e-5)
     for name, value in vl_server.environment().items():
@@ -102,36 +126,60 @@ def test_a_step_on_images_is_that_of_the_main_job_in_process_and_by_the_sdk(
         client.optim_step(tinker.types.AdamParams(learning_rate=1e-3)).result()
         sampler = client.save_weights_and_get_sampling_client()
         params = tinker.types.SamplingParams(max_tokens=8, temperature=0.0, stop=[])
-        assert sampler.sample(model_input(tinker.types, 1), 1, params).result().sequences[0].tokens == sampled
+        assert (
+            sampler.sample(model_input(tinker.types, 1), 1, params).result().sequences[0].tokens
+            == sampled
+        )
         with pytest.raises(
-            tinker.TinkerError, match=r"data\[1\].model_input: image chunks\[1\]: expected_tokens=21, but it takes 20"
+            tinker.TinkerError,
+            match=r"data\[1\].model_input: image chunks\[1\]: expected_tokens=21, but it takes 20",
         ):
-            client.forward_backward([data[0], datum(tinker.types, 1, expected=1)], "cross_entropy").result()
+            client.forward_backward(
+                [data[0], datum(tinker.types, 1, expected=1)], "cross_entropy"
+            ).result()
         with pytest.raises(tinker.TinkerError, match="expected_tokens=19"):
             sampler.sample(model_input(tinker.types, 1, expected=-1), 1, params).result()
         assert len(client.forward_backward(data, "cross_entropy").result().loss_fn_outputs) == 3
 
 
-def test_images_that_cannot_be_used_name_datum_and_chunk_and_spoil_nobody_else(folder: str, tmp_path: Any) -> None:
+def test_images_that_cannot_be_used_name_datum_and_chunk_and_spoil_nobody_else(
+    folder: str, tmp_path: Any
+) -> None:
     with lorakit.ServiceClient(folder=tmp_path, accelerator="cpu") as service:
         client = service.create_lora_training_client(folder, rank=2, seed=1)
-        broken = types.ModelInput((types.EncodedTextChunk((5,)), types.ImageChunk(b"no image", "png", 20)))
+        broken = types.ModelInput(
+            (types.EncodedTextChunk((5,)), types.ImageChunk(b"no image", "png", 20))
+        )
         given = {"target_tokens": [1] * 21, "weights": [1.0] * 21}
-        with pytest.raises(DataError, match=r"data\[1\].model_input: image chunks\[1\] cannot be read"):
-            client.forward_backward([datum(types, 1), types.Datum(broken, given)], "cross_entropy").result()
-        written = types.Datum(types.ModelInput.from_ints([5, PAD, 6]), {"target_tokens": [1] * 3, "weights": [1.0] * 3})
-        with pytest.raises(DataError, match=rf"data\[0\].model_input: chunks\[0\] has token {PAD}, which stands for an image"):
+        with pytest.raises(
+            DataError, match=r"data\[1\].model_input: image chunks\[1\] cannot be read"
+        ):
+            client.forward_backward(
+                [datum(types, 1), types.Datum(broken, given)], "cross_entropy"
+            ).result()
+        written = types.Datum(
+            types.ModelInput.from_ints([5, PAD, 6]),
+            {"target_tokens": [1] * 3, "weights": [1.0] * 3},
+        )
+        with pytest.raises(
+            DataError,
+            match=rf"data\[0\].model_input: chunks\[0\] has token {PAD}, which stands for an image",
+        ):
             client.forward_backward([written], "cross_entropy").result()
         text = service.create_lora_training_client("tiny", rank=2, seed=1)
         with pytest.raises(DataError, match=r"data\[0\].model_input: this model takes no images"):
             text.forward_backward([datum(types, 1)], "cross_entropy").result()
         params = types.SamplingParams(max_tokens=4)
         with pytest.raises(DataError, match="this model takes none"):
-            text.save_weights_and_get_sampling_client().sample(model_input(types, 1), 1, params).result()
+            text.save_weights_and_get_sampling_client().sample(
+                model_input(types, 1), 1, params
+            ).result()
         client.forward_backward([datum(types, 1)], "cross_entropy").result()
 
 
-def test_calls_of_several_adapters_with_and_without_images_share_a_pass(folder: str, tmp_path: Any) -> None:
+def test_calls_of_several_adapters_with_and_without_images_share_a_pass(
+    folder: str, tmp_path: Any
+) -> None:
     with lorakit.ServiceClient(folder=tmp_path, accelerator="cpu") as service:
         clients = [service.create_lora_training_client(folder, rank=2, seed=n) for n in range(3)]
         data = [
@@ -139,11 +187,17 @@ def test_calls_of_several_adapters_with_and_without_images_share_a_pass(folder: 
             [text_datum(types)],
             [datum(types, 2, question="And which is the larger one?"), datum(types, 3)],
         ]
-        alone = [client.forward_backward(own, "cross_entropy").result() for client, own in zip(clients, data, strict=True)]
+        alone = [
+            client.forward_backward(own, "cross_entropy").result()
+            for client, own in zip(clients, data, strict=True)
+        ]
         runner = clients[0]._model.engine.replica.runner
         before, most = runner.num_passes, 0
         for _ in range(3):
-            futures = [client.forward(own, "cross_entropy") for client, own in zip(clients, data, strict=True)]
+            futures = [
+                client.forward(own, "cross_entropy")
+                for client, own in zip(clients, data, strict=True)
+            ]
             together = [future.result() for future in futures]
         most = runner.num_passes - before
         assert most < 9
@@ -157,29 +211,47 @@ def test_a_tower_that_every_process_must_run_changes_nothing_for_text(
     folder: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with lorakit.ServiceClient(folder=tmp_path, accelerator="cpu") as service:
-        clients = [service.create_lora_training_client(folder, rank=rank, seed=rank) for rank in (2, 4)]
-        plain = [client.forward_backward([text_datum(types)] * 2, "cross_entropy").result() for client in clients]
+        clients = [
+            service.create_lora_training_client(folder, rank=rank, seed=rank) for rank in (2, 4)
+        ]
+        plain = [
+            client.forward_backward([text_datum(types)] * 2, "cross_entropy").result()
+            for client in clients
+        ]
         monkeypatch.setattr(vision_module, "is_partitioned", lambda parameter: True)
         for _ in range(3):
-            futures = [client.forward([text_datum(types)] * 2, "cross_entropy") for client in clients]
+            futures = [
+                client.forward([text_datum(types)] * 2, "cross_entropy") for client in clients
+            ]
             for one, future in zip(plain, futures, strict=True):
-                for output, expected in zip(future.result().loss_fn_outputs, one.loss_fn_outputs, strict=True):
+                for output, expected in zip(
+                    future.result().loss_fn_outputs, one.loss_fn_outputs, strict=True
+                ):
                     assert np.allclose(output["logprobs"], expected["logprobs"], atol=1e-5)
 
 
 def test_an_openai_client_asks_about_an_image(vl_server: Server, folder: str) -> None:
     content = png(draw_image(1, (32, 40)))
     url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-    parts: Any = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "How many?"}]
+    parts: Any = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": "How many?"},
+    ]
     messages: Any = [{"role": "user", "content": parts}]
-    with openai.OpenAI(base_url=f"{vl_server.url}/v1", api_key=vl_server.key, max_retries=0) as client:
+    with openai.OpenAI(
+        base_url=f"{vl_server.url}/v1", api_key=vl_server.key, max_retries=0
+    ) as client:
         asked: Any = {"model": "vl", "max_tokens": 12, "temperature": 0, "stop": []}
         answer = client.chat.completions.create(messages=messages, **asked)
         text = make_tokenizer().apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, parts[1]]}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": [{"type": "image"}, parts[1]]}],
+            tokenize=False,
+            add_generation_prompt=True,
         )
         encoder = make_encoder()
-        chunk = types.ImageChunk(content, expected_tokens=encoder.count_tokens(types.ImageChunk(content)))
+        chunk = types.ImageChunk(
+            content, expected_tokens=encoder.count_tokens(types.ImageChunk(content))
+        )
         prompt = encoder.place(make_tokenizer().encode(text, add_special_tokens=False), [chunk])
         params = types.SamplingParams(max_tokens=12, temperature=0.0)
         (expected,) = generate(make_vl_model(), make_tokenizer(), [prompt], params, encoder)
@@ -187,5 +259,8 @@ def test_an_openai_client_asks_about_an_image(vl_server: Server, folder: str) ->
         assert answer.usage is not None and answer.usage.prompt_tokens == prompt.length
         for bad in ("/etc/passwd", "http://example.com/a.png", "file:///etc/passwd"):
             messages[0]["content"][0] = {"type": "image_url", "image_url": {"url": bad}}
-            with pytest.raises(openai.BadRequestError, match=r"messages\[0\].content\[0\] is neither text nor an image_url"):
+            with pytest.raises(
+                openai.BadRequestError,
+                match=r"messages\[0\].content\[0\] is neither text nor an image_url",
+            ):
                 client.chat.completions.create(messages=messages, **asked)

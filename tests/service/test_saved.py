@@ -26,9 +26,18 @@ def layout() -> AdapterLayout:
 @pytest.fixture
 def saved(tmp_path: Path) -> Saved:
     store, time = Store(tmp_path), now()
-    store.add_run(Run(
-        id=RUN, session_id="run", owner=LOCAL_OWNER, base_model="tiny", lora={}, user_metadata={}, created=time, last_request=time
-    ))  # fmt: skip
+    store.add_run(
+        Run(
+            id=RUN,
+            session_id="run",
+            owner=LOCAL_OWNER,
+            base_model="tiny",
+            lora={},
+            user_metadata={},
+            created=time,
+            last_request=time,
+        )
+    )
     return Saved(store)
 
 
@@ -51,18 +60,25 @@ def test_what_is_read_is_not_written_over_meanwhile(saved: Saved, layout: Adapte
         assert state.facts == {"value": 2.0}
 
 
-def test_one_that_was_written_over_does_not_expire_as_the_one_before(saved: Saved, layout: AdapterLayout) -> None:
+def test_one_that_was_written_over_does_not_expire_as_the_one_before(
+    saved: Saved, layout: AdapterLayout
+) -> None:
     save(saved, layout, 1.0, ttl_seconds=0)
     save(saved, layout, 2.0)
     saved.delete_expired()
     assert saved.find(PATH, LOCAL_OWNER).expires is None
     saved.set_ttl(PATH, LOCAL_OWNER, 0)
     saved.delete_expired()
-    with pytest.raises(CheckpointError, match="there is no checkpoint"), saved.opened(PATH, LOCAL_OWNER):
+    with (
+        pytest.raises(CheckpointError, match="there is no checkpoint"),
+        saved.opened(PATH, LOCAL_OWNER),
+    ):
         pass
 
 
-def test_another_users_checkpoint_is_none(saved: Saved, layout: AdapterLayout, tmp_path: Path) -> None:
+def test_another_users_checkpoint_is_none(
+    saved: Saved, layout: AdapterLayout, tmp_path: Path
+) -> None:
     save(saved, layout, 1.0)
     with pytest.raises(CheckpointError, match="no run"):
         saved.base_of(PATH, "another")

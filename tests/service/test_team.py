@@ -1,4 +1,6 @@
-"""The same program on several processes: the same losses, and a clean end where one of them is gone."""
+"""The same program on several processes: the same losses, and a clean end where one of them is
+gone.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,16 @@ HERE = Path(__file__).parent
 def run_program(folder: Path, strategy: str, processes: int) -> dict[str, Any]:
     folder.mkdir()
     program = [str(HERE / "team_program.py"), str(folder), strategy]
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={free_port()}"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={processes}",
+        f"--master-port={free_port()}",
+    ]
     command = [sys.executable, *(launcher if processes > 1 else []), *program]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180, cwd=HERE)
+    ran = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=180, cwd=HERE
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return dict(json.loads((folder / "found.json").read_text()))
 
@@ -34,22 +43,35 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "strategy", ["zero2", "zero3", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("zero1", marks=pytest.mark.slow)]
+    "strategy",
+    [
+        "zero2",
+        "zero3",
+        pytest.param("ddp", marks=pytest.mark.slow),
+        pytest.param("zero1", marks=pytest.mark.slow),
+    ],
 )
-def test_two_processes_find_what_one_does(strategy: str, alone: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_find_what_one_does(
+    strategy: str, alone: dict[str, Any], tmp_path: Path
+) -> None:
     found = run_program(tmp_path / "run", strategy, 2)
     assert found.keys() == alone.keys()
     for name, value in alone.items():
         if name in ("sample", "error"):
             assert found[name] == value
         elif name == "logprobs":
-            assert all(np.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(found[name], value, strict=True))
+            assert all(
+                np.allclose(ours, theirs, atol=1e-5)
+                for ours, theirs in zip(found[name], value, strict=True)
+            )
         else:
             assert found[name] == pytest.approx(value, rel=1e-5, abs=2e-6), name
     assert found["resumed"] == found["after"]  # to the bit, in as many processes
 
 
-def test_a_server_of_two_processes_serves_and_ends_where_one_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_of_two_processes_serves_and_ends_where_one_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import tinker
     from programs import make_data, train
 
@@ -57,11 +79,30 @@ def test_a_server_of_two_processes_serves_and_ends_where_one_is_killed(tmp_path:
     log = (tmp_path / "serve.log").open("w")
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "-m", "lorakit"),
-            *("serve", "--model", "tiny", "--strategy", "zero3", "--data", str(tmp_path / "data"), "--port", str(port)),
+            *(
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc-per-node=2",
+                f"--master-port={free_port()}",
+                "-m",
+                "lorakit",
+            ),
+            *(
+                "serve",
+                "--model",
+                "tiny",
+                "--strategy",
+                "zero3",
+                "--data",
+                str(tmp_path / "data"),
+                "--port",
+                str(port),
+            ),
         ],
-        stdout=log, stderr=log,
-    )  # fmt: skip
+        stdout=log,
+        stderr=log,
+    )
     server = Server(tmp_path, port, process, "")  # type: ignore[arg-type]
     deadline = time.monotonic() + 120
     while "programs for the tinker SDK" not in server.log and time.monotonic() < deadline:
@@ -78,8 +119,14 @@ def test_a_server_of_two_processes_serves_and_ends_where_one_is_killed(tmp_path:
     sampler = client.save_weights_and_get_sampling_client().result()
     params = tinker.types.SamplingParams(max_tokens=3, stop=[])
     assert len(sampler.sample(data[0].model_input, 1, params).result(60).sequences[0].tokens) == 3
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
-    followers = [pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    followers = [
+        pid
+        for pid in children
+        if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    ]
     os.kill(int(followers[0]), signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(Exception):  # noqa: B017 - an error of the server's, or of a connection that is gone

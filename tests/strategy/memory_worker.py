@@ -1,7 +1,9 @@
-"""What each process of a strategy takes: ``memory_worker.py PLAN.json`` trains for some steps and writes ``rank_N.json``.
+"""What each process of a strategy takes: ``memory_worker.py PLAN.json`` trains for some steps and
+writes ``rank_N.json``.
 
-Bytes by phase (load, first step, steps), the largest seen: ``anonymous`` is this process's own, ``files`` what it has
-of files mapped into memory, which all processes of a machine share. A thread looks every 10 ms.
+Bytes by phase (load, first step, steps), the largest seen: ``anonymous`` is this process's own,
+``files`` what it has of files mapped into memory, which all processes of a machine share. A thread
+looks every 10 ms.
 """
 
 from __future__ import annotations
@@ -80,19 +82,44 @@ class Phases(Callback):
 
 def fit(plan: dict[str, Any], model: str, folder: Path, phases: Phases) -> None:
     name = plan["strategy"]
-    strategy: Any = "auto" if name == "single" else AdapterDDP() if name == "ddp" else ZeroStrategy(
-        stage=int(name[4]), bucket_elements=plan["bucket_elements"], live_elements=plan["live_elements"]
-    )  # fmt: skip
-    datamodule = LoRADataModule(path=plan["rows"], batch_size=plan["rows_each"], epochs=None, max_tokens=plan["positions"] + 1)
+    strategy: Any = (
+        "auto"
+        if name == "single"
+        else AdapterDDP()
+        if name == "ddp"
+        else ZeroStrategy(
+            stage=int(name[4]),
+            bucket_elements=plan["bucket_elements"],
+            live_elements=plan["live_elements"],
+        )
+    )
+    datamodule = LoRADataModule(
+        path=plan["rows"],
+        batch_size=plan["rows_each"],
+        epochs=None,
+        max_tokens=plan["positions"] + 1,
+    )
     datamodule.set_tokenizer(FakeTokenizer())
     module = LoRAModule(
-        lambda: inject(load_model(model), LoRASpec(rank=8)), optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
-    )  # fmt: skip
+        lambda: inject(load_model(model), LoRASpec(rank=8)),
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
+    )
     trainer = L.Trainer(
-        default_root_dir=folder, accelerator="cpu", devices=current_world().local_size, strategy=strategy, max_steps=3, max_epochs=1,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, num_sanity_val_steps=0, limit_val_batches=0, callbacks=[phases],
-    )  # fmt: skip
+        default_root_dir=folder,
+        accelerator="cpu",
+        devices=current_world().local_size,
+        strategy=strategy,
+        max_steps=3,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        callbacks=[phases],
+    )
     trainer.fit(module, datamodule=datamodule)
 
 

@@ -1,4 +1,6 @@
-"""A vision tower under every strategy: where only some processes have an image, nobody hangs and no loss changes."""
+"""A vision tower under every strategy: where only some processes have an image, nobody hangs and
+no loss changes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from test_strategies import launch
 from tiny_models import relative_l2
 from vision import draw_image, save_vl_model
 
-HAS_IMAGE = [True, False, False, True, False, False, True, True]  # of rows in their order, two at a time
+# of rows in their order, two at a time
+HAS_IMAGE = [True, False, False, True, False, False, True, True]
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +25,30 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "rows.jsonl").open("w") as file:
         for number, has_image in enumerate(HAS_IMAGE):
             draw_image(number, (24 + 8 * (number % 3), 32)).save(folder / f"{number}.png")
-            parts: list[dict[str, Any]] = [{"type": "image", "image": f"{number}.png"}] if has_image else []
-            user = {"role": "user", "content": [*parts, {"type": "text", "text": f"Which, {number}?"}]}
-            file.write(json.dumps({"messages": [user, {"role": "assistant", "content": "abc"[: 1 + number % 3]}]}) + "\n")
+            parts: list[dict[str, Any]] = (
+                [{"type": "image", "image": f"{number}.png"}] if has_image else []
+            )
+            user = {
+                "role": "user",
+                "content": [*parts, {"type": "text", "text": f"Which, {number}?"}],
+            }
+            file.write(
+                json.dumps(
+                    {"messages": [user, {"role": "assistant", "content": "abc"[: 1 + number % 3]}]}
+                )
+                + "\n"
+            )
     return folder
 
 
 def fits(world: int) -> dict[str, dict[str, Any]]:
-    same = {"steps": 4, "batch_size": 1, "accumulate": 2 // world, "shuffle": False, "max_tokens": 128}
+    same = {
+        "steps": 4,
+        "batch_size": 1,
+        "accumulate": 2 // world,
+        "shuffle": False,
+        "max_tokens": 128,
+    }
     return {
         "frozen": {"optimizer": "sgd", **same},
         "trained": {"optimizer": "sgd", "vision": True, **same},
@@ -39,11 +58,14 @@ def fits(world: int) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def single(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return launch(tmp_path_factory.mktemp("single") / "run", shared, "single", 1, fits(1), has_images=True)
+    return launch(
+        tmp_path_factory.mktemp("single") / "run", shared, "single", 1, fits(1), has_images=True
+    )
 
 
 @pytest.mark.parametrize(
-    "strategy", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero2"))]
+    "strategy",
+    ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero2"))],
 )
 def test_a_batch_without_an_image_neither_hangs_nor_changes_the_loss(
     strategy: str, shared: Path, single: Any, tmp_path: Path
@@ -53,7 +75,9 @@ def test_a_batch_without_an_image_neither_hangs_nor_changes_the_loss(
         for step, figures in single[name]["steps"].items():
             # AdamW makes whole steps of gradients that are all rounding.
             rel = 2e-5 if name != "adamw" else 1e-3
-            assert found[name]["steps"][step]["train/loss"] == pytest.approx(figures["train/loss"], rel=rel), (name, step)
+            assert found[name]["steps"][step]["train/loss"] == pytest.approx(
+                figures["train/loss"], rel=rel
+            ), (name, step)
         start, end, expected = found[name]["start"], found[name]["end"], single[name]["end"]
         assert start.keys() == expected.keys()
         assert relative_l2(end, expected) < (1e-5 if name != "adamw" else 0.02)

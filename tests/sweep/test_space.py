@@ -18,7 +18,11 @@ CASES = [
         Range(1e-5, 1e-2, is_log=True),
         {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-2},
     ),
-    ("k=int(interval(1,5))", Range(1, 5, is_whole=True), {"distribution": "int_uniform", "min": 1, "max": 5}),
+    (
+        "k=int(interval(1,5))",
+        Range(1, 5, is_whole=True),
+        {"distribution": "int_uniform", "min": 1, "max": 5},
+    ),
     (
         "k=tag(log,int(interval(1,64)))",
         Range(1, 64, is_whole=True, is_log=True),
@@ -31,7 +35,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("text", "space", "for_wandb"), CASES, ids=[case[0] for case in CASES])
-def test_a_range_is_what_hydra_means_by_it(text: str, space: Choice | Range, for_wandb: dict[str, object]) -> None:
+def test_a_range_is_what_hydra_means_by_it(
+    text: str, space: Choice | Range, for_wandb: dict[str, object]
+) -> None:
     found = to_space(OverridesParser.create().parse_override(text))
     assert found == space
     assert found.for_wandb() == for_wandb
@@ -67,7 +73,14 @@ def test_a_range_that_has_nothing_in_it_is_refused(text: str, said: str) -> None
 
 
 @pytest.mark.parametrize(
-    "typed", ["data.path=it's, a (file).jsonl", "group=my sweep", "lora.rank=8", "data.stop=[a,b]", "+vars.x={a: 1}"]
+    "typed",
+    [
+        "data.path=it's, a (file).jsonl",
+        "group=my sweep",
+        "lora.rank=8",
+        "data.stop=[a,b]",
+        "+vars.x={a: 1}",
+    ],
 )
 def test_what_was_quoted_for_hydra_is_given_back_as_it_was_typed(typed: str) -> None:
     parsed = OverridesParser.create().parse_override(quote_path(typed))

@@ -1,4 +1,6 @@
-"""What one optimiser step does, and which steps are skipped: clipping, empty windows, losses that are not finite."""
+"""What one optimiser step does, and which steps are skipped: clipping, empty windows, losses
+that are not finite.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class Record(L.Callback):
         self.states: list[Any] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        self.metrics.append(
+            {name: float(value) for name, value in trainer.callback_metrics.items()}
+        )
         self.adapters.append(trainable(pl_module.model))
         self.states.append(copy.deepcopy(trainer.optimizers[0].state_dict()["state"]))
 
@@ -62,13 +66,19 @@ def nan_in(*steps: int) -> Any:
 
     def loss(logprobs: torch.Tensor, batch: Batch) -> LossOutput:
         output = cross_entropy(logprobs, batch)
-        return replace(output, loss_sum=output.loss_sum * float("nan")) if next(calls) in steps else output
+        return (
+            replace(output, loss_sum=output.loss_sum * float("nan"))
+            if next(calls) in steps
+            else output
+        )
 
     return loss
 
 
 def same(ours: Any, theirs: Any) -> bool:
-    return all(torch.equal(ours[key][name], theirs[key][name]) for key in theirs for name in theirs[key])
+    return all(
+        torch.equal(ours[key][name], theirs[key][name]) for key in theirs for name in theirs[key]
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3"])
@@ -79,23 +89,36 @@ def test_the_frozen_base_keeps_its_bytes(family: str, dtype: str, tmp_path: Path
     before, adapter = {name: p.clone() for name, p in frozen.items()}, trainable(model)
     module = LoRAModule(lambda: model, optimizer=adamw())
     make_trainer(tmp_path).fit(module, Loader(BATCHES))
-    assert all(torch.equal(frozen[name].view(torch.uint8), before[name].view(torch.uint8)) for name in frozen)
+    assert all(
+        torch.equal(frozen[name].view(torch.uint8), before[name].view(torch.uint8))
+        for name in frozen
+    )
     assert relative_l2(trainable(model), adapter) > 0.01
 
 
-def test_a_step_with_a_nan_loss_changes_neither_adapter_nor_optimiser_and_is_counted(tmp_path: Path) -> None:
+def test_a_step_with_a_nan_loss_changes_neither_adapter_nor_optimiser_and_is_counted(
+    tmp_path: Path,
+) -> None:
     module, record = fit(tmp_path, BATCHES, loss=nan_in(1, 3))
     assert module.num_bad_steps == 2
     assert record.metrics[-1]["train/bad_steps"] == 2
     for bad in (1, 3):
-        assert all(torch.equal(record.adapters[bad][name], record.adapters[bad - 1][name]) for name in record.adapters[0])
+        assert all(
+            torch.equal(record.adapters[bad][name], record.adapters[bad - 1][name])
+            for name in record.adapters[0]
+        )
         assert same(record.states[bad], record.states[bad - 1])
     assert relative_l2(record.adapters[2], record.adapters[1]) > 1e-4
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(tmp_path: Path) -> None:
-    def loss(logprobs: torch.Tensor, batch: Batch) -> LossOutput:  # the root of zero has an infinite slope
-        return LossOutput(cross_entropy(logprobs, batch).loss_sum + (logprobs - logprobs.detach()).abs().sum().sqrt(), logprobs)
+    # the root of zero has an infinite slope
+    def loss(logprobs: torch.Tensor, batch: Batch) -> LossOutput:
+        return LossOutput(
+            cross_entropy(logprobs, batch).loss_sum
+            + (logprobs - logprobs.detach()).abs().sum().sqrt(),
+            logprobs,
+        )
 
     module, record = fit(tmp_path, BATCHES[:2], loss=loss)
     assert module.num_bad_steps == 2
@@ -123,7 +146,10 @@ def test_one_bad_micro_batch_spoils_its_window_only(tmp_path: Path) -> None:
         module, Loader(make_batches(make_datums(8), 1, 2))
     )
     assert module.num_bad_steps == 1
-    assert all(torch.equal(record.adapters[3][name], record.adapters[1][name]) for name in record.adapters[0])
+    assert all(
+        torch.equal(record.adapters[3][name], record.adapters[1][name])
+        for name in record.adapters[0]
+    )
     assert relative_l2(record.adapters[5], record.adapters[3]) > 1e-4
 
 
@@ -131,13 +157,18 @@ def test_a_window_of_zero_weight_is_skipped_and_counted(tmp_path: Path) -> None:
     module, record = fit(tmp_path, [BATCHES[0], EMPTY, BATCHES[1]])
     assert (module.num_empty_windows, module.num_bad_steps) == (1, 0)
     assert record.metrics[-1]["train/empty_windows"] == 1
-    assert all(torch.equal(record.adapters[1][name], record.adapters[0][name]) for name in record.adapters[0])
+    assert all(
+        torch.equal(record.adapters[1][name], record.adapters[0][name])
+        for name in record.adapters[0]
+    )
     assert same(record.states[1], record.states[0])
     assert relative_l2(record.adapters[2], record.adapters[1]) > 1e-4
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.01, 1e6])
-def test_the_norm_is_logged_before_clipping_and_the_step_is_clipped(clip_norm: float, tmp_path: Path) -> None:
+def test_the_norm_is_logged_before_clipping_and_the_step_is_clipped(
+    clip_norm: float, tmp_path: Path
+) -> None:
     before = trainable(randomise(inject(make_model("llama"), LoRASpec(rank=4))))
     lr = 2.0**14
     _, record = fit(tmp_path, BATCHES[:1], optimizer=sgd(lr), clip_norm=clip_norm)
@@ -157,7 +188,9 @@ def test_the_logged_loss_is_the_whole_windows(tmp_path: Path) -> None:
     make_trainer(tmp_path, callbacks=[record], accumulate_grad_batches=8).fit(
         module, Loader(make_batches(make_datums(8), 1, 8))
     )
-    assert record.metrics[-1]["train/loss"] == pytest.approx(whole.metrics[0]["train/loss"], rel=1e-6)
+    assert record.metrics[-1]["train/loss"] == pytest.approx(
+        whole.metrics[0]["train/loss"], rel=1e-6
+    )
     assert record.metrics[-1]["train/lr"] == pytest.approx(1e-2)
 
 
@@ -171,8 +204,14 @@ def test_under_bf16_mixed_adapter_gradient_and_optimiser_stay_float32(tmp_path: 
     make_trainer(tmp_path, callbacks=[record], precision="bf16-mixed").fit(module, Loader(BATCHES))
     assert dtypes == {torch.float32}
     assert {tensor.dtype for tensor in record.adapters[-1].values()} == {torch.float32}
-    assert {state[name].dtype for state in record.states[-1].values() for name in ("exp_avg", "exp_avg_sq")} == {torch.float32}
-    assert {p.dtype for name, p in model.named_parameters() if "lora_" not in name} == {torch.bfloat16}
+    assert {
+        state[name].dtype
+        for state in record.states[-1].values()
+        for name in ("exp_avg", "exp_avg_sq")
+    } == {torch.float32}
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" not in name} == {
+        torch.bfloat16
+    }
 
 
 def test_the_saved_batches_of_packed_rows_hold_their_positions(tmp_path: Path) -> None:
@@ -192,11 +231,14 @@ def test_a_window_without_its_weight_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_state_of_other_shapes_or_names_is_refused_and_changes_nothing() -> None:
-    module = LoRAModule(lambda: randomise(inject(make_model("llama"), LoRASpec(rank=4))), optimizer=adamw())
+    module = LoRAModule(
+        lambda: randomise(inject(make_model("llama"), LoRASpec(rank=4))), optimizer=adamw()
+    )
     module.configure_model()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     first, *_, last = before
-    for name, tensor in ((last, before[last][:1]), (first, before[first][:, :1])):  # both would be broadcast by copy_
+    # both would be broadcast by copy_
+    for name, tensor in ((last, before[last][:1]), (first, before[first][:, :1])):
         other = {**{name: torch.ones_like(tensor) for name, tensor in before.items()}, name: tensor}
         with pytest.raises(CheckpointError, match=f"other shapes.*{name}"):
             module.load_state_dict(other)

@@ -1,4 +1,6 @@
-"""Schedules by hand values, the published learning rate, and which number formats a run computes in."""
+"""Schedules by hand values, the published learning rate, and which number formats a run computes
+in.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,19 @@ def test_constant_rises_and_stays() -> None:
 
 
 def test_linear_falls_on_a_line_to_its_final_ratio() -> None:
-    assert rates(linear, 7, total_steps=6, warmup_steps=2) == pytest.approx([1.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.0])
-    assert rates(linear, 6, total_steps=4, final_ratio=0.5) == pytest.approx([2.0, 1.75, 1.5, 1.25, 1.0, 1.0])
+    assert rates(linear, 7, total_steps=6, warmup_steps=2) == pytest.approx(
+        [1.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.0]
+    )
+    assert rates(linear, 6, total_steps=4, final_ratio=0.5) == pytest.approx(
+        [2.0, 1.75, 1.5, 1.25, 1.0, 1.0]
+    )
 
 
 def test_cosine_falls_on_half_a_cosine() -> None:
     root = 2**0.5 / 2
-    assert rates(cosine, 6, total_steps=4) == pytest.approx([2.0, 1 + root, 1.0, 1 - root, 0.0, 0.0])
+    assert rates(cosine, 6, total_steps=4) == pytest.approx(
+        [2.0, 1 + root, 1.0, 1 - root, 0.0, 0.0]
+    )
     assert rates(cosine, 6, total_steps=5, warmup_steps=1, final_ratio=0.1)[1:] == pytest.approx(
         [2.0, 0.2 + 0.9 * (1 + root), 1.1, 0.2 + 0.9 * (1 - root), 0.2]
     )
@@ -59,14 +67,21 @@ def test_auto_lr_is_tinker_cookbooks_rule() -> None:
 
 
 def test_of_other_families_it_is_qloras_and_says_so() -> None:
-    assert auto_lr(config("gemma2", 3584), LoRASpec()) == 2e-4 and auto_lr(config("mistral", 6656), LoRASpec()) == 1e-4
+    assert (
+        auto_lr(config("gemma2", 3584), LoRASpec()) == 2e-4
+        and auto_lr(config("mistral", 6656), LoRASpec()) == 1e-4
+    )
     assert "no rule is published for gemma2" in lr_source(config("gemma2", 3584))
     assert "tinker-cookbook" in lr_source(config("qwen3", 1024))
 
 
 @pytest.mark.parametrize(
     ("model_type", "spec"),
-    [("qwen3", LoRASpec(rslora=True)), ("qwen3", LoRASpec(alpha=16)), ("gemma2", LoRASpec(alpha=16))],
+    [
+        ("qwen3", LoRASpec(rslora=True)),
+        ("qwen3", LoRASpec(alpha=16)),
+        ("gemma2", LoRASpec(alpha=16)),
+    ],
 )
 def test_auto_lr_refuses_rather_than_guesses(model_type: str, spec: LoRASpec) -> None:
     with pytest.raises(ConfigError, match=r"optim\.lr=auto.*set optim\.lr to a number"):
@@ -75,20 +90,43 @@ def test_auto_lr_refuses_rather_than_guesses(model_type: str, spec: LoRASpec) ->
 
 @pytest.mark.parametrize(
     ("accelerator", "native", "expected"),
-    [("cpu", True, "bf16-mixed"), ("cpu", False, "32-true"), ("cuda", True, "bf16-mixed"), ("cuda", False, "16-mixed"),
-     ("mps", True, "32-true")],
-)  # fmt: skip
-def test_auto_precision_is_bf16_where_it_is_native(accelerator: str, native: bool, expected: str, monkeypatch: Any) -> None:
+    [
+        ("cpu", True, "bf16-mixed"),
+        ("cpu", False, "32-true"),
+        ("cuda", True, "bf16-mixed"),
+        ("cuda", False, "16-mixed"),
+        ("mps", True, "32-true"),
+    ],
+)
+def test_auto_precision_is_bf16_where_it_is_native(
+    accelerator: str, native: bool, expected: str, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: native or including_emulation,
+    )
     assert precision.resolve_precision("auto", accelerator) == expected
 
 
-@pytest.mark.parametrize(("precision", "step"), [("32-true", "fused"), ("bf16-mixed", "fused"), ("16-mixed", "foreach")])
-def test_the_optimiser_steps_fused_except_where_gradients_are_scaled(precision: str, step: str) -> None:
-    optim = {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": "auto", "fused": True, "clip_norm": 1.0}
+@pytest.mark.parametrize(
+    ("precision", "step"), [("32-true", "fused"), ("bf16-mixed", "fused"), ("16-mixed", "foreach")]
+)
+def test_the_optimiser_steps_fused_except_where_gradients_are_scaled(
+    precision: str, step: str
+) -> None:
+    optim = {
+        "_target_": "torch.optim.AdamW",
+        "_partial_": True,
+        "lr": "auto",
+        "fused": True,
+        "clip_norm": 1.0,
+    }
     schedule = {"_target_": "lorakit.training.optim.constant", "_partial_": True}
-    make, _ = build_optimization({"optim": optim, "schedule": schedule}, lr=1e-3, total_steps=2, precision=precision)
+    make, _ = build_optimization(
+        {"optim": optim, "schedule": schedule}, lr=1e-3, total_steps=2, precision=precision
+    )
     made = make([torch.nn.Parameter(torch.zeros(1))]).defaults
     assert made["lr"] == 1e-3
     assert [name for name in ("fused", "foreach") if made[name]] == [step]

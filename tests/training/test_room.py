@@ -1,4 +1,6 @@
-"""Where the memory is not enough, a step is computed again from smaller batches: the same gradient, the same figures."""
+"""Where the memory is not enough, a step is computed again from smaller batches: the same
+gradient, the same figures.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ SPEC = LoRASpec(rank=4, alpha=8)
 
 
 class Small(torch.autograd.Function):
-    """Passes on what it is given, and has no memory for more than ``limit`` positions, forward or backward."""
+    """Passes on what it is given, and has no memory for more than ``limit`` positions, forward
+    or backward.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, limit: int, where: str) -> torch.Tensor:
@@ -52,16 +56,26 @@ class Small(torch.autograd.Function):
 
 
 def train(
-    folder: Path, batches: list[Batch], *, limit: int = 1 << 30, where: str = "forward", **options: Any
+    folder: Path,
+    batches: list[Batch],
+    *,
+    limit: int = 1 << 30,
+    where: str = "forward",
+    **options: Any,
 ) -> tuple[Any, Any]:
-    """Three optimiser steps on a model whose second layer has room for ``limit`` positions; returns (module, trainer)."""
+    """Three optimiser steps on a model whose second layer has room for ``limit`` positions;
+    returns (module, trainer).
+    """
     model = randomise(inject(make_model("qwen3_moe"), SPEC))
-    # In front of the second layer's adapters, so that the first ones to get a gradient have theirs when the memory ends.
+    # In front of the second layer's adapters, so that the first ones to get a gradient have theirs
+    # when the memory ends.
     layer = model.get_base_model().model.layers[0]
     layer.register_forward_hook(lambda module, args, output: Small.apply(output, limit, where))
     module = LoRAModule(lambda: model, optimizer=sgd(0.1), clip_norm=0.5)
     trainer = make_trainer(folder, **options)
-    trainer.fit(module, Loader(batches), Loader(batches[:2]) if "limit_val_batches" in options else None)
+    trainer.fit(
+        module, Loader(batches), Loader(batches[:2]) if "limit_val_batches" in options else None
+    )
     return module, trainer
 
 
@@ -75,12 +89,18 @@ def test_a_step_without_memory_is_the_same_step(
     settings = {"accumulate_grad_batches": 3}
     module, trainer = train(tmp_path, batches, **settings)
     small, short = train(tmp_path, batches, limit=30, where=where, **settings)
-    assert module.room.max_positions is None and small.room.max_positions is not None and small.room.max_positions <= 60
+    assert (
+        module.room.max_positions is None
+        and small.room.max_positions is not None
+        and small.room.max_positions <= 60
+    )
     assert any("now at most" in record.message for record in caplog.records)
     assert trainer.global_step == short.global_step == 1 and small.num_bad_steps == 0
     assert relative_l2(trainable(small.model), trainable(module.model)) < 1e-6
     for name in ("train/loss", "train/grad_norm"):
-        assert float(short.callback_metrics[name]) == pytest.approx(float(trainer.callback_metrics[name]), rel=1e-5)
+        assert float(short.callback_metrics[name]) == pytest.approx(
+            float(trainer.callback_metrics[name]), rel=1e-5
+        )
 
 
 def test_evaluation_makes_room_as_well(tmp_path: Path) -> None:
@@ -88,7 +108,9 @@ def test_evaluation_makes_room_as_well(tmp_path: Path) -> None:
     settings = {"limit_val_batches": 2, "val_check_interval": 1}
     _, trainer = train(tmp_path, batches, **settings)
     _, short = train(tmp_path, batches, limit=30, **settings)
-    assert float(short.callback_metrics["val/loss"]) == pytest.approx(float(trainer.callback_metrics["val/loss"]), rel=1e-5)
+    assert float(short.callback_metrics["val/loss"]) == pytest.approx(
+        float(trainer.callback_metrics["val/loss"]), rel=1e-5
+    )
 
 
 def test_a_single_row_that_is_too_much_is_one_message(tmp_path: Path) -> None:
@@ -104,7 +126,9 @@ class Longest(Loader):
         return make_batches(datums, 4, 1)[0]
 
 
-def test_the_longest_row_is_tried_first_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_row_is_tried_first_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(memory_probe, "refuses_memory", lambda device: True)
     batches = make_batches(make_datums(12), 4, 3)
     plain, _ = train(tmp_path, batches, accumulate_grad_batches=3)
@@ -144,9 +168,13 @@ def test_pairs_stay_together(packs: bool) -> None:
     datums = make_datums(12)
     batch = collate([datums] if packs else [[datum] for datum in datums], 0, are_pairs=True)
     parts = parts_of(batch, 1)
-    assert [part.num_pairs for part in parts] == [1] * 6 and all(len(part.spans) == 2 for part in parts)
+    assert [part.num_pairs for part in parts] == [1] * 6 and all(
+        len(part.spans) == 2 for part in parts
+    )
     for number, part in enumerate(parts):
-        for (row, start, end), datum in zip(part.spans, datums[2 * number : 2 * number + 2], strict=True):
+        for (row, start, end), datum in zip(
+            part.spans, datums[2 * number : 2 * number + 2], strict=True
+        ):
             assert part.input_ids[row, start:end].tolist() == datum.model_input.to_ints()
             assert part.weights[row, start:end].tolist() == datum.weights.tolist()
     assert len(halve(parts[0])) == 1
@@ -182,7 +210,9 @@ print(module.room.max_positions, relative_l2(trainable(module.model), before))
 
 
 def test_memory_that_the_system_refuses_is_made_room_for(tmp_path: Path) -> None:
-    """256 positions of 4 MB, three times over, would take 3 GB: the C library is allowed half of that."""
+    """256 positions of 4 MB, three times over, would take 3 GB: the C library is allowed half of
+    that.
+    """
     program = NO_MEMORY.format(tests=str(Path(__file__).resolve().parents[1]), folder=str(tmp_path))
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)

@@ -1,4 +1,6 @@
-"""Folders and files are whole or not there; damage is found; the last and the best checkpoints stay."""
+"""Folders and files are whole or not there; damage is found; the last and the best checkpoints
+stay.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def model() -> Any:
     return inject(make_model("llama"), LoRASpec(rank=2))
 
 
-def save(root: Path, model: Any, step: int, val_loss: float | None = None, state: bytes = b"state") -> Any:
+def save(
+    root: Path, model: Any, step: int, val_loss: float | None = None, state: bytes = b"state"
+) -> Any:
     return save_checkpoint(
         root,
         step=step,
@@ -41,12 +45,20 @@ def test_a_checkpoint_is_listed_as_it_was_saved(model: Any, tmp_path: Path) -> N
     saved = [save(tmp_path, model, 20, 0.5), save(tmp_path, model, 3)]
     assert list_checkpoints(tmp_path) == [saved[1], saved[0]]
     assert saved[0].find_damage() is None
-    assert set(saved[0].digests) == {"adapter_config.json", "adapter_model.safetensors", "training_state.ckpt"}
+    assert set(saved[0].digests) == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training_state.ckpt",
+    }
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "training_state.ckpt"])
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "training_state.ckpt"]
+)
 @pytest.mark.parametrize("damage", ["one byte changed", "cut short", "removed"])
-def test_damage_to_any_file_is_found_and_the_one_before_is_in_force(name: str, damage: str, model: Any, tmp_path: Path) -> None:
+def test_damage_to_any_file_is_found_and_the_one_before_is_in_force(
+    name: str, damage: str, model: Any, tmp_path: Path
+) -> None:
     save(tmp_path, model, 1)
     path = save(tmp_path, model, 2).folder / name
     content = bytearray(path.read_bytes())
@@ -78,13 +90,21 @@ def test_a_folder_torn_by_an_exception_leaves_the_old_one(model: Any, tmp_path: 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, step=5, save_adapter=functools.partial(save_adapter, model), save_state=torn, val_loss=None)
+        save_checkpoint(
+            tmp_path,
+            step=5,
+            save_adapter=functools.partial(save_adapter, model),
+            save_state=torn,
+            val_loss=None,
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
     assert list_checkpoints(tmp_path)[0].find_damage() is None
     assert list_checkpoints(tmp_path)[0].state_file.read_bytes() == b"old"
 
 
-def test_a_folder_that_was_being_written_is_no_checkpoint_and_is_cleared_away(model: Any, tmp_path: Path) -> None:
+def test_a_folder_that_was_being_written_is_no_checkpoint_and_is_cleared_away(
+    model: Any, tmp_path: Path
+) -> None:
     save(tmp_path, model, 5)
     save(tmp_path, model, 6).folder.rename(tmp_path / ".writing-step-000006")
     assert steps(tmp_path) == [5]
@@ -132,7 +152,9 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
 
 def test_everything_is_synced_before_it_takes_its_name(monkeypatch: Any, tmp_path: Path) -> None:
     synced: list[str] = []
-    monkeypatch.setattr(files, "_sync", lambda path: synced.append(path.name) or (tmp_path / "done").exists())
+    monkeypatch.setattr(
+        files, "_sync", lambda path: synced.append(path.name) or (tmp_path / "done").exists()
+    )
     with files.whole_folder(tmp_path / "done") as aside:
         (aside / "inner").mkdir()
         (aside / "inner" / "file").write_text("x")

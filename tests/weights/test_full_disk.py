@@ -1,4 +1,6 @@
-"""A checkpoint that cannot be written ends no training: it is said, and the last good one stays in force."""
+"""A checkpoint that cannot be written ends no training: it is said, and the last good one stays
+in force.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,15 @@ def fit(folder: Path, before_step: Any) -> tuple[Any, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(module, Loader(BATCHES))
-    return trainer, [str(warning.message) for warning in caught if "could not be written" in str(warning.message)]
+    return trainer, [
+        str(warning.message) for warning in caught if "could not be written" in str(warning.message)
+    ]
 
 
 @pytest.mark.parametrize("place", ["write_adapter", "fsync"])
-def test_training_goes_on_and_the_last_good_checkpoint_is_in_force(place: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_training_goes_on_and_the_last_good_checkpoint_is_in_force(
+    place: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     save, sync, full = callback_module.write_adapter, os.fsync, [False]
 
     def guarded(real: Any) -> Any:
@@ -89,7 +95,9 @@ def test_room_that_comes_back_is_used(tmp_path: Path, monkeypatch: Any) -> None:
 
 @pytest.mark.parametrize("torn", ["adapter_model.safetensors", "training_state.ckpt"])
 def test_training_goes_on_where_the_kernel_refuses_the_bytes(torn: str, tmp_path: Path) -> None:
-    """Real failures: safetensors reports them by an error of its own, torch.save by a RuntimeError."""
+    """Real failures: safetensors reports them by an error of its own, torch.save by a
+    RuntimeError.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     class Disk(AdapterCheckpoint):
@@ -109,7 +117,9 @@ def test_training_goes_on_where_the_kernel_refuses_the_bytes(torn: str, tmp_path
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(module, Loader(BATCHES))
-    said = [str(warning.message) for warning in caught if "could not be written" in str(warning.message)]
+    said = [
+        str(warning.message) for warning in caught if "could not be written" in str(warning.message)
+    ]
     assert trainer.global_step == 6
     assert len(said) >= 4
     assert "step 3" in said[0] and "step 2 stays in force" in said[0]

@@ -15,7 +15,14 @@ from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.weights import adapter as adapter_module
 from lorakit.weights.adapter import CONFIG_FILE, save_adapter, start_from
-from lorakit.weights.checkpoint import best, list_checkpoints, newest_whole, prune, remove_behind, save_checkpoint
+from lorakit.weights.checkpoint import (
+    best,
+    list_checkpoints,
+    newest_whole,
+    prune,
+    remove_behind,
+    save_checkpoint,
+)
 from lorakit.weights.files import recover, whole_folder
 
 
@@ -58,7 +65,9 @@ def test_damaged_checkpoints_never_push_out_good_ones(tmp_path: Path, model: obj
 
 
 @pytest.mark.parametrize("text", ["null", "[]", "{", "", "{}", None])
-def test_a_manifest_that_cannot_be_read_is_passed_over_and_said(tmp_path: Path, model: object, text: str | None) -> None:
+def test_a_manifest_that_cannot_be_read_is_passed_over_and_said(
+    tmp_path: Path, model: object, text: str | None
+) -> None:
     _save(tmp_path, model, {1: None, 2: None})
     manifest = tmp_path / "step-000002/checkpoint.json"
     manifest.unlink()
@@ -76,7 +85,9 @@ def test_checkpoints_are_sorted_by_number(tmp_path: Path, model: object) -> None
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [999_999, 1_000_000]
 
 
-def test_a_replaced_folder_survives_a_failing_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replaced_folder_survives_a_failing_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "adapter"
     with whole_folder(folder) as aside:
         (aside / "file").write_text("old")
@@ -97,7 +108,9 @@ def test_a_replaced_folder_survives_a_failing_rename(tmp_path: Path, monkeypatch
     assert (folder / "file").read_text() == "old"
 
 
-def test_safetensors_full_disk_is_an_os_error(tmp_path: Path, model: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_safetensors_full_disk_is_an_os_error(
+    tmp_path: Path, model: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: object, **options: object) -> None:
         raise SafetensorError("No space left on device")
 
@@ -107,7 +120,9 @@ def test_safetensors_full_disk_is_an_os_error(tmp_path: Path, model: object, mon
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq"])
-def test_adapters_that_fit_only_a_changed_base_are_refused(tmp_path: Path, model: object, init: str) -> None:
+def test_adapters_that_fit_only_a_changed_base_are_refused(
+    tmp_path: Path, model: object, init: str
+) -> None:
     save_adapter(model, tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     (tmp_path / CONFIG_FILE).write_text(json.dumps({**config, "init_lora_weights": init}))

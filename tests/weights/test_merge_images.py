@@ -1,4 +1,6 @@
-"""A vision-language model in the hub's layout, trained, merged, and read by plain transformers and plain PEFT."""
+"""A vision-language model in the hub's layout, trained, merged, and read by plain transformers
+and plain PEFT.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,22 @@ from vision import draw_image, make_encoder, make_reference, make_tokenizer, sav
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
-from lorakit.model.load import check_experts_as_on_the_hub, load_config, load_image_processor, load_model
+from lorakit.model.load import (
+    check_experts_as_on_the_hub,
+    load_config,
+    load_image_processor,
+    load_model,
+)
 from lorakit.weights.adapter import save_adapter
 from lorakit.weights.hub_layout import copy_processor
 from lorakit.weights.merge import merge_adapter
 
 
 def shapes(folder: str | Path) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in load_file(Path(folder) / "model.safetensors").items()}
+    return {
+        name: list(tensor.shape)
+        for name, tensor in load_file(Path(folder) / "model.safetensors").items()
+    }
 
 
 @torch.no_grad()
@@ -39,7 +49,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_vl_model(tmp_path_factory.mktemp("base"))
 
 
-def test_from_the_hubs_layout_through_training_and_merging_back_to_it(base: str, tmp_path: Path) -> None:
+def test_from_the_hubs_layout_through_training_and_merging_back_to_it(
+    base: str, tmp_path: Path
+) -> None:
     assert shapes(base)["model.language_model.layers.0.mlp.experts.gate_up_proj"] == [12, 128, 192]
     spec = LoRASpec(rank=4, vision=True, merger=True, unembedding=True)
     model = randomise(inject(load_model(base), spec, base_name=base))
@@ -54,15 +66,28 @@ def test_from_the_hubs_layout_through_training_and_merging_back_to_it(base: str,
     assert torch.allclose(logits(plain.eval()), expected, atol=2e-4)
 
     report = merge_adapter(
-        base, lambda dtype: load_model(base, dtype=dtype), tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32,
-        tokenizer=make_tokenizer(), can_compare=True,
-    )  # fmt: skip
-    assert {name.split(".")[1] for name in (tensor.name for tensor in report.tensors) if "visual" in name}
+        base,
+        lambda dtype: load_model(base, dtype=dtype),
+        tmp_path / "adapter",
+        tmp_path / "merged",
+        dtype=torch.float32,
+        tokenizer=make_tokenizer(),
+        can_compare=True,
+    )
+    assert {
+        name.split(".")[1]
+        for name in (tensor.name for tensor in report.tensors)
+        if "visual" in name
+    }
     assert shapes(tmp_path / "merged") == shapes(base)
-    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    merged = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32
+    ).eval()
     assert torch.allclose(logits(merged), expected, atol=2e-4)
     processor = load_image_processor(str(tmp_path / "merged"))
-    assert json.loads(processor.to_json_string()) == json.loads(make_encoder().processor.to_json_string())
+    assert json.loads(processor.to_json_string()) == json.loads(
+        make_encoder().processor.to_json_string()
+    )
 
 
 def test_experts_that_zero_3_would_turn_round_are_refused(base: str, tmp_path: Path) -> None:
@@ -79,7 +104,9 @@ def test_a_merged_model_scales_images_as_the_run_did(base: str, tmp_path: Path, 
     source.mkdir()
     settings = json.loads((Path(base) / "preprocessor_config.json").read_text())
     nested = (
-        {"image_processor": settings, "processor_class": "Qwen3VLProcessor"} if name == "processor_config.json" else settings
+        {"image_processor": settings, "processor_class": "Qwen3VLProcessor"}
+        if name == "processor_config.json"
+        else settings
     )
     (source / name).write_text(json.dumps(nested))
     (tmp_path / "as_it_is").mkdir()

@@ -32,7 +32,9 @@ NOT_OFFERED = {
     "retrieve_futures": "results are fetched one by one, by retrieve_future",
     "join_sampling_session": "sampling clients can be copied without it",
     "copy_weights": "there are no projects to copy between",
-    "training_runs/{id}/checkpoints/{kind}/{name}/publish": "files of one user are not shown to others",
+    "training_runs/{id}/checkpoints/{kind}/{name}/publish": (
+        "files of one user are not shown to others"
+    ),
 }
 
 
@@ -51,7 +53,9 @@ def create_app(state: ServerState) -> FastAPI:
     app.state.lorakit = state
     app.add_middleware(Gate, state=state)
     for pattern, reason in NOT_OFFERED.items():
-        app.add_api_route(f"/api/v1/{pattern}", _refuse(pattern, reason), methods=METHODS, include_in_schema=False)
+        app.add_api_route(
+            f"/api/v1/{pattern}", _refuse(pattern, reason), methods=METHODS, include_in_schema=False
+        )
     for module in (connection, training, sampling, catalogue, openai):
         app.include_router(module.router)
     app.add_exception_handler(RequestValidationError, _on_bad_body)
@@ -59,30 +63,44 @@ def create_app(state: ServerState) -> FastAPI:
     app.add_exception_handler(StarletteHTTPException, _on_error)
 
     app.add_api_route(
-        "/api/v1/{path:path}", _refuse("this", "there is no such route"), methods=METHODS, include_in_schema=False
+        "/api/v1/{path:path}",
+        _refuse("this", "there is no such route"),
+        methods=METHODS,
+        include_in_schema=False,
     )
     return app
 
 
-OPEN = ("/api/v1/healthz", "/api/v1/files/", "/api/v1/archives/", "/docs", "/openapi.json")  # healthz, and what is signed
+# healthz, and what is signed
+OPEN = ("/api/v1/healthz", "/api/v1/files/", "/api/v1/archives/", "/docs", "/openapi.json")
 
 
 class Gate:
-    """Lets nobody in without a key, before a body is read; nor with a body over the limit, where no route takes it with a promise."""
+    """Lets nobody in without a key, before a body is read; nor with a body over the limit, where
+    no route takes it with a promise.
+    """
 
     def __init__(self, app: Any, state: ServerState) -> None:
         self.app, self.state = app, state
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and not scope["path"].startswith(OPEN):
-            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-            key = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+            headers = {
+                name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+            }
+            key = headers.get("x-api-key") or headers.get("authorization", "").removeprefix(
+                "Bearer "
+            )
             user = scope[USER] = self.state.keys.user_of(key)
             problem = None if user else (401, NO_KEY)
-            if problem is None and scope["path"].startswith("/v1/"):  # Tinker's routes count for themselves
+            # Tinker's routes count for themselves
+            if problem is None and scope["path"].startswith("/v1/"):
                 length = headers.get("content-length", "0" if scope["method"] == "GET" else "")
                 if not length.isdigit() or int(length) > self.state.max_body_bytes:
-                    problem = (413, f"say content-length, of at most {self.state.max_body_bytes:,} bytes")
+                    problem = (
+                        413,
+                        f"say content-length, of at most {self.state.max_body_bytes:,} bytes",
+                    )
             if problem is not None:
                 answer = _say(Request(scope), HTTPException(*problem))
                 await answer(scope, receive, send)
@@ -104,7 +122,14 @@ async def _on_bad_body(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    return _say(request, error if isinstance(error, StarletteHTTPException) else HTTPException(status_of(error), str(error)))
+    return _say(
+        request,
+        (
+            error
+            if isinstance(error, StarletteHTTPException)
+            else HTTPException(status_of(error), str(error))
+        ),
+    )
 
 
 def _say(request: Request, error: StarletteHTTPException) -> JSONResponse:

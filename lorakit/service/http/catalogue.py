@@ -41,7 +41,10 @@ class Ttl(BaseModel):
 
 @router.get("/training_runs")
 async def list_training_runs(
-    state: State, user: User, limit: int = Query(20, ge=1, le=1000), offset: int = Query(0, ge=0, lt=2**31)
+    state: State,
+    user: User,
+    limit: int = Query(20, ge=1, le=1000),
+    offset: int = Query(0, ge=0, lt=2**31),
 ) -> dict[str, Any]:
     """The user's runs, those that were asked something last first."""
     runs, total = state.store.runs(user, limit=limit, offset=offset)
@@ -66,17 +69,25 @@ async def list_checkpoints(run_id: str, state: State, user: User) -> dict[str, A
 
 @router.get("/checkpoints")
 async def list_user_checkpoints(
-    state: State, user: User, limit: int = Query(100, ge=1, le=1000), offset: int = Query(0, ge=0, lt=2**31)
+    state: State,
+    user: User,
+    limit: int = Query(100, ge=1, le=1000),
+    offset: int = Query(0, ge=0, lt=2**31),
 ) -> dict[str, Any]:
     """The checkpoints of all runs, last first."""
     runs, _ = state.store.runs(user, limit=1_000_000)
     saved = state.store.checkpoints([run.id for run in runs])
     cursor = {"offset": offset, "limit": limit, "total_count": len(saved)}
-    return {"checkpoints": [_checkpoint(one) for one in saved[offset : offset + limit]], "cursor": cursor}
+    return {
+        "checkpoints": [_checkpoint(one) for one in saved[offset : offset + limit]],
+        "cursor": cursor,
+    }
 
 
 @router.delete("/training_runs/{run_id}/checkpoints/{kind}/{name}", status_code=204)
-async def delete_checkpoint(run_id: str, kind: str, name: str, state: State, user: User) -> Response:
+async def delete_checkpoint(
+    run_id: str, kind: str, name: str, state: State, user: User
+) -> Response:
     """Remove a checkpoint and its files."""
     _find(state, run_id, kind, name, user)
     await asyncio.to_thread(
@@ -86,11 +97,15 @@ async def delete_checkpoint(run_id: str, kind: str, name: str, state: State, use
 
 
 @router.put("/training_runs/{run_id}/checkpoints/{kind}/{name}/ttl")
-async def set_checkpoint_ttl(run_id: str, kind: str, name: str, body: Ttl, state: State, user: User) -> dict[str, Any]:
+async def set_checkpoint_ttl(
+    run_id: str, kind: str, name: str, body: Ttl, state: State, user: User
+) -> dict[str, Any]:
     """Let a checkpoint be removed after so many seconds, or, without a number, never."""
     _find(state, run_id, kind, name, user)
     path = f"tinker://{run_id}/{kind}/{name}"
-    return _checkpoint(await asyncio.to_thread(state.service.saved.set_ttl, path, user, body.ttl_seconds))
+    return _checkpoint(
+        await asyncio.to_thread(state.service.saved.set_ttl, path, user, body.ttl_seconds)
+    )
 
 
 @router.post("/weights_info")
@@ -104,9 +119,12 @@ async def weights_info(body: WeightsInfo, state: State, user: User) -> dict[str,
     _find(state, run_id, kind, name, user)
     flags = {name: run.lora.get(name) for name in ("train_unembed", "train_mlp", "train_attn")}
     return {
-        "base_model": run.base_model, "is_lora": True, "lora_rank": run.lora.get("rank"), "optimizer_config": {"type": "adamw"},
+        "base_model": run.base_model,
+        "is_lora": True,
+        "lora_rank": run.lora.get("rank"),
+        "optimizer_config": {"type": "adamw"},
         **flags,
-    }  # fmt: skip
+    }
 
 
 @router.get("/training_runs/{run_id}/checkpoints/{kind}/{name}/external_weights_urls")
@@ -118,17 +136,28 @@ async def external_weights_urls(
     urls = {}
     for file in await asyncio.to_thread(_files, state, run_id, kind, name):
         url = request.url_for("download", run_id=run_id, kind=kind, name=name, file=file)
-        urls[file] = str(url.include_query_params(expires=expires, signature=_sign(saved, file, expires)))
-    return {"urls": urls, "expires": datetime.datetime.fromtimestamp(expires, datetime.UTC).isoformat()}
+        urls[file] = str(
+            url.include_query_params(expires=expires, signature=_sign(saved, file, expires))
+        )
+    return {
+        "urls": urls,
+        "expires": datetime.datetime.fromtimestamp(expires, datetime.UTC).isoformat(),
+    }
 
 
 @router.get("/training_runs/{run_id}/checkpoints/{kind}/{name}/archive")
-async def archive(run_id: str, kind: str, name: str, request: Request, state: State, user: User) -> RedirectResponse:
-    """A checkpoint's folder as one file, as older SDKs fetch it: leads to an address that needs no key."""
+async def archive(
+    run_id: str, kind: str, name: str, request: Request, state: State, user: User
+) -> RedirectResponse:
+    """A checkpoint's folder as one file, as older SDKs fetch it: leads to an address that needs
+    no key.
+    """
     saved, expires = _find(state, run_id, kind, name, user), int(time.time()) + _URL_SECONDS
     url = request.url_for("download_archive", run_id=run_id, kind=kind, name=name)
     signature = _sign(saved, "archive", expires)
-    return RedirectResponse(str(url.include_query_params(expires=expires, signature=signature)), status_code=302)
+    return RedirectResponse(
+        str(url.include_query_params(expires=expires, signature=signature)), status_code=302
+    )
 
 
 @router.get("/archives/{run_id}/{kind}/{name}", name="download_archive")
@@ -183,7 +212,13 @@ def _files(state: ServerState, run_id: str, kind: str, name: str) -> list[str]:
 
 @router.get("/files/{run_id}/{kind}/{name}/{file}", name="download")
 async def download(
-    run_id: str, kind: str, name: str, file: str, state: State, expires: int = 0, signature: str = ""
+    run_id: str,
+    kind: str,
+    name: str,
+    file: str,
+    state: State,
+    expires: int = 0,
+    signature: str = "",
 ) -> StreamingResponse:
     """One file of a checkpoint, by a URL that ``external_weights_urls`` has signed."""
     _check_signature(state, signature, run_id, kind, name, file, expires)
@@ -200,10 +235,15 @@ def _open(state: ServerState, run_id: str, kind: str, name: str, file: str) -> I
 
 @router.get("/sessions")
 async def list_sessions(
-    state: State, user: User, limit: int = Query(20, ge=1, le=1000), offset: int = Query(0, ge=0, lt=2**31)
+    state: State,
+    user: User,
+    limit: int = Query(20, ge=1, le=1000),
+    offset: int = Query(0, ge=0, lt=2**31),
 ) -> dict[str, Any]:
     """The user's sessions, last first."""
-    rows = sorted(state.store.select(ClientSession, owner=user), key=lambda row: row.created, reverse=True)
+    rows = sorted(
+        state.store.select(ClientSession, owner=user), key=lambda row: row.created, reverse=True
+    )
     return {"sessions": [row.id for row in rows[offset : offset + limit]]}
 
 
@@ -215,9 +255,12 @@ async def get_session(session_id: str, state: State, user: User) -> dict[str, An
         raise HTTPException(404, f"there is no session {session_id}")
     return {
         "training_run_ids": [run.id for run in state.store.select(Run, session_id=session_id)],
-        "sampler_ids": [sampler.id for sampler in state.store.select(SamplerRow, session_id=session_id)],
-        "user_metadata": _texts(row.user_metadata), "display_name": row.display_name,
-    }  # fmt: skip
+        "sampler_ids": [
+            sampler.id for sampler in state.store.select(SamplerRow, session_id=session_id)
+        ],
+        "user_metadata": _texts(row.user_metadata),
+        "display_name": row.display_name,
+    }
 
 
 # ---- pieces
@@ -247,21 +290,34 @@ def _run(state: ServerState, run: Run, saved: list[Checkpoint]) -> dict[str, Any
     model = state.service.trained.get(run.id)
     usage = state.service.usage(model) if model else None
     return {
-        "training_run_id": run.id, "base_model": run.base_model, "model_owner": run.owner, "is_lora": True, "corrupted": False,
-        "lora_rank": run.lora.get("rank"), "last_request_time": _time(run.last_request),
+        "training_run_id": run.id,
+        "base_model": run.base_model,
+        "model_owner": run.owner,
+        "is_lora": True,
+        "corrupted": False,
+        "lora_rank": run.lora.get("rank"),
+        "last_request_time": _time(run.last_request),
         "last_checkpoint": next((_checkpoint(one) for one in own if one.kind == "weights"), None),
-        "last_sampler_checkpoint": next((_checkpoint(one) for one in own if one.kind == "sampler_weights"), None),
+        "last_sampler_checkpoint": next(
+            (_checkpoint(one) for one in own if one.kind == "sampler_weights"), None
+        ),
         "user_metadata": _texts(run.user_metadata),
-        "tokens": usage.tokens if usage else run.tokens, "seconds": usage.seconds if usage else run.seconds,
-    }  # fmt: skip
+        "tokens": usage.tokens if usage else run.tokens,
+        "seconds": usage.seconds if usage else run.seconds,
+    }
 
 
 def _checkpoint(saved: Checkpoint) -> dict[str, Any]:
     return {
-        "checkpoint_id": f"{saved.kind}/{saved.name}", "checkpoint_type": _TYPES[saved.kind], "time": _time(saved.created),
-        "tinker_path": saved.path, "size_bytes": saved.size_bytes, "public": False, "user_metadata": _texts(saved.user_metadata),
+        "checkpoint_id": f"{saved.kind}/{saved.name}",
+        "checkpoint_type": _TYPES[saved.kind],
+        "time": _time(saved.created),
+        "tinker_path": saved.path,
+        "size_bytes": saved.size_bytes,
+        "public": False,
+        "user_metadata": _texts(saved.user_metadata),
         "expires_at": None if saved.expires is None else _time(saved.expires),
-    }  # fmt: skip
+    }
 
 
 def _time(time: datetime.datetime) -> str:
@@ -272,14 +328,22 @@ def _texts(metadata: dict[str, Any]) -> dict[str, str]:
     return {str(name): str(value) for name, value in metadata.items()}
 
 
-def _check_signature(state: ServerState, signature: str, run_id: str, kind: str, name: str, file: str, expires: int) -> None:
+def _check_signature(
+    state: ServerState, signature: str, run_id: str, kind: str, name: str, file: str, expires: int
+) -> None:
     saved = state.store.find_checkpoint(run_id, kind, name)
     expected = _sign(saved, file, expires) if saved is not None else ""
-    if not expected or not hmac.compare_digest(signature.encode(), expected.encode()) or time.time() > expires:
+    if (
+        not expected
+        or not hmac.compare_digest(signature.encode(), expected.encode())
+        or time.time() > expires
+    ):
         raise HTTPException(404, "this address is not valid (any more)")
 
 
 def _sign(saved: Checkpoint, file: str, expires: int) -> str:
-    """A signature of a file of this save: files of two saves under one name are not handed out as one."""
+    """A signature of a file of this save: files of two saves under one name are not handed out
+    as one.
+    """
     text = "\n".join((saved.path, saved.created.isoformat(), file, str(expires)))
     return hmac.new(_URL_SECRET, text.encode(), hashlib.sha256).hexdigest()

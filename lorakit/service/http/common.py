@@ -25,19 +25,24 @@ MAX_HELD = 1024  # calls of a model that came before those before them
 NO_KEY = "this key is not known here; `lorakit serve` names the file of its key"
 
 
-def refuse_huge(weights: Weights, num_of_prompt: int, num_samples: int, max_tokens: int | None, num_best: int) -> None:
+def refuse_huge(
+    weights: Weights, num_of_prompt: int, num_samples: int, max_tokens: int | None, num_best: int
+) -> None:
     """Raise DataError where an answer would have more numbers than are sent."""
     limit = weights.engine.base.max_tokens
     longest = min(n for n in (max_tokens, limit, 1 << 20) if n is not None)
     count = num_of_prompt + num_samples * longest * (1 + num_best)
     if count > MAX_ANSWER_NUMBERS:
         raise DataError(
-            f"the answer may have {count:,} log-probabilities; {MAX_ANSWER_NUMBERS:,} are sent at most: set max_tokens"
+            f"the answer may have {count:,} log-probabilities; {MAX_ANSWER_NUMBERS:,} are sent at"
+            " most: set max_tokens"
         )
 
 
 def status_of(error: BaseException) -> int:
-    """The status of an error that a route answers at once: a client's own, or a server's, after which it may try again."""
+    """The status of an error that a route answers at once: a client's own, or a server's, after
+    which it may try again.
+    """
     return 400 if isinstance(error, LorakitError) and not isinstance(error, TrainingError) else 503
 
 
@@ -69,7 +74,9 @@ User = Annotated[str, Depends(user_of)]
 
 
 async def read_body(request: Request, limit: int, keep: int = 4096) -> bytes:
-    """Return the body. Raises TooLarge, when all of it was received: a client that is still sending would see a broken pipe."""
+    """Return the body. Raises TooLarge, when all of it was received: a client that is still
+    sending would see a broken pipe.
+    """
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
@@ -116,7 +123,10 @@ def _ids_in_head(head: bytes) -> dict[str, Any] | None:
     seq_id = re.search(rb'"seq_id"\s*:\s*(\d+)', head)
     if not model_id or not seq_id:
         return None
-    return {"model_id": model_id.group(1).decode("utf-8", "replace"), "seq_id": int(seq_id.group(1))}
+    return {
+        "model_id": model_id.group(1).decode("utf-8", "replace"),
+        "seq_id": int(seq_id.group(1)),
+    }
 
 
 def parsed(kind: type[Body], body: dict[str, Any]) -> Body | str:
@@ -128,40 +138,66 @@ def parsed(kind: type[Body], body: dict[str, Any]) -> Body | str:
 
 
 def accept(
-    state: ServerState, user: str, model_id: str, seq_id: int, start: Callable[[Model], Future[Any]] | str, encode: Encode
+    state: ServerState,
+    user: str,
+    model_id: str,
+    seq_id: int,
+    start: Callable[[Model], Future[Any]] | str,
+    encode: Encode,
 ) -> JSONResponse:
-    """Answer a call of a model at once with its request_id, and start it when those before it were started.
+    """Answer a call of a model at once with its request_id, and start it when those before it were
+    started.
 
     Args:
-        start: makes the call's future; or what is wrong with the call, which then fails when its turn comes.
+        start: makes the call's future; or what is wrong with the call, which then fails when its
+            turn comes.
     """
     if state.is_others(model_id, user):
         raise HTTPException(404, f"there is no model {model_id}")
     order = state.order.get(model_id)
-    if order is not None and len(order.held) >= MAX_HELD and seq_id > order.next_seq_id and seq_id not in order.held:
-        raise HTTPException(429, f"{MAX_HELD:,} calls wait for call {order.next_seq_id} of {model_id}; send that one first")
+    if (
+        order is not None
+        and len(order.held) >= MAX_HELD
+        and seq_id > order.next_seq_id
+        and seq_id not in order.held
+    ):
+        raise HTTPException(
+            429,
+            f"{MAX_HELD:,} calls wait for call {order.next_seq_id} of {model_id}; send that one"
+            " first",
+        )
     promise, is_new = state.promises.open(f"{model_id}:{seq_id}", user)
     if is_new:
         model = state.service.trained.get(model_id)
         if model is None:
             state.promises.fail(
-                promise, f"there is no model {model_id} (any more): its session ended, or the server was started anew; go on from "
-                "its last save_state with create_training_client_from_state_with_optimizer",
-            )  # fmt: skip
+                promise,
+                f"there is no model {model_id} (any more): its session ended, or the server was"
+                " started anew; go on from its last save_state with"
+                " create_training_client_from_state_with_optimizer",
+            )
         else:
             if (session := state.session(model_id.partition(":")[0], user)) is not None:
                 session.model_ids.add(model_id)
             give_out = _starter(state, promise, model, start, encode)
             order = state.order.setdefault(model_id, InOrder())
             if seq_id < order.next_seq_id:
-                state.promises.fail(promise, f"call {seq_id} was done before, and its result is not known any more", "server")
+                state.promises.fail(
+                    promise,
+                    f"call {seq_id} was done before, and its result is not known any more",
+                    "server",
+                )
             else:
                 order.put(seq_id, give_out)
     return JSONResponse({"request_id": promise.request_id, "model_id": model_id})
 
 
 def _starter(
-    state: ServerState, promise: Promise, model: Model, start: Callable[[Model], Future[Any]] | str, encode: Encode
+    state: ServerState,
+    promise: Promise,
+    model: Model,
+    start: Callable[[Model], Future[Any]] | str,
+    encode: Encode,
 ) -> Callable[[], None]:
     def give_out() -> None:
         if isinstance(start, str):

@@ -41,7 +41,12 @@ async def healthz(state: State) -> dict[str, Any]:
     """Whether the server is there and its engines run, and how much waits. Needs no key."""
     problems = state.service.problems()
     status = {"status": "failed", "problems": problems} if problems else {"status": "ok"}
-    return {**status, "version": __version__, "open_requests": state.num_waiting, "max_waiting": state.max_waiting}
+    return {
+        **status,
+        "version": __version__,
+        "open_requests": state.num_waiting,
+        "max_waiting": state.max_waiting,
+    }
 
 
 @router.get("/get_server_capabilities")
@@ -65,7 +70,9 @@ async def client_dynamic_config(user: User) -> dict[str, Any]:
 @router.post("/create_session")
 async def create_session(body: CreateSession, state: State, user: User) -> dict[str, Any]:
     """Open a session; it ends without heartbeats, and its adapters are freed."""
-    session = state.open_session(user, display_name=body.display_name, user_metadata=body.user_metadata or {})
+    session = state.open_session(
+        user, display_name=body.display_name, user_metadata=body.user_metadata or {}
+    )
     return {"session_id": session.id}
 
 
@@ -92,16 +99,24 @@ async def telemetry(user: User) -> dict[str, Any]:
 
 
 @router.post("/retrieve_future")
-async def retrieve_future(body: RetrieveFuture, request: Request, state: State, user: User) -> Response:
-    """Return what a request came to. 408 where it takes longer: ask again. 410 where it is not known (any more)."""
+async def retrieve_future(
+    body: RetrieveFuture, request: Request, state: State, user: User
+) -> Response:
+    """Return what a request came to. 408 where it takes longer: ask again. 410 where it is not
+    known (any more).
+    """
     promise = state.promises.find(body.request_id, user)
     if promise is None:
-        raise HTTPException(410, f"request {body.request_id} is not known; the server may have been started anew")
+        raise HTTPException(
+            410, f"request {body.request_id} is not known; the server may have been started anew"
+        )
     answer = await state.promises.wait(promise, state.poll_seconds)
     if answer is None:
         waiting = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}
         return JSONResponse(waiting, status_code=408)
-    media_type, payload = answer.body(accepts_protobuf="application/x-protobuf" in request.headers.get("accept", ""))
+    media_type, payload = answer.body(
+        accepts_protobuf="application/x-protobuf" in request.headers.get("accept", "")
+    )
     return Response(payload, media_type=media_type)
 
 
@@ -110,5 +125,9 @@ async def cancel_future(body: CancelFuture, state: State, user: User) -> dict[st
     """Give up samples, and other requests that have not begun."""
     wanted = [*body.request_ids, *([body.request_id] if body.request_id else [])]
     promises = [state.promises.find(request_id, user) for request_id in wanted]
-    cancelled = [p.request_id for p in promises if p is not None and p.future is not None and p.future.cancel()]
+    cancelled = [
+        p.request_id
+        for p in promises
+        if p is not None and p.future is not None and p.future.cancel()
+    ]
     return {"cancelled": cancelled}

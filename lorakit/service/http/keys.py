@@ -21,7 +21,9 @@ class Keys:
         self._known: list[ApiKey] = []
 
     def make(self, user: str) -> str:
-        """Return a new key of ``user``, which is nowhere else. Raises ConfigError where the user has one."""
+        """Return a new key of ``user``, which is nowhere else. Raises ConfigError where the user
+        has one.
+        """
         if not user or user == LOCAL_OWNER:
             raise ConfigError(f"{user!r} cannot be a user's name")
         if self._store.get(ApiKey, user) is not None:

@@ -1,4 +1,6 @@
-"""OpenAI's completions over any base or adapter: ``model`` is a served name, or the ``tinker://`` path of a checkpoint."""
+"""OpenAI's completions over any base or adapter: ``model`` is a served name, or the
+``tinker://`` path of a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ MAX_KNOWN = 32  # adapters that are held for it
 
 
 class _Token(NamedTuple):
-    """One token of a stream with its log-probabilities, and where in the text of all tokens it begins."""
+    """One token of a stream with its log-probabilities, and where in the text of all tokens it
+    begins.
+    """
 
     sample: Sample
     offset: int
@@ -52,7 +56,9 @@ class _Choice:
 
     def name(self, row: Row, tokenizer: Any) -> _Token:
         """The last token of ``row``, and where it begins."""
-        token = _Token(Sample(row.tokens[-1:], "", "", row.logprobs[-1:], row.best[-1:]), self.offset)
+        token = _Token(
+            Sample(row.tokens[-1:], "", "", row.logprobs[-1:], row.best[-1:]), self.offset
+        )
         self.offset += len(tokenizer.decode(row.tokens[-1:]))
         return token
 
@@ -78,7 +84,10 @@ class _Job:
 @router.get("/models")
 async def list_models(state: State, user: User) -> dict[str, Any]:
     """The served names."""
-    data = [{"id": name, "object": "model", "created": 0, "owned_by": "lorakit"} for name in state.service.models]
+    data = [
+        {"id": name, "object": "model", "created": 0, "owned_by": "lorakit"}
+        for name in state.service.models
+    ]
     return {"object": "list", "data": data}
 
 
@@ -91,7 +100,9 @@ async def get_model(model: str, state: State, user: User) -> dict[str, Any]:
 
 
 @router.post("/completions", response_model=None)
-async def completions(body: Completion, request: Request, state: State, user: User) -> JSONResponse | StreamingResponse:
+async def completions(
+    body: Completion, request: Request, state: State, user: User
+) -> JSONResponse | StreamingResponse:
     """Go on from text or tokens."""
     body.check()
     if body.stream and body.echo:
@@ -101,24 +112,38 @@ async def completions(body: Completion, request: Request, state: State, user: Us
     given: Any = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     if given and isinstance(given[0], int):
         given = [given]
-    prompts = [ModelInput.from_ints(encoder.encode_prompt(one) if isinstance(one, str) else one) for one in given]
-    asked = {"num_best": body.logprobs or 0, "scores_prompt": body.echo and body.logprobs is not None}
+    prompts = [
+        ModelInput.from_ints(encoder.encode_prompt(one) if isinstance(one, str) else one)
+        for one in given
+    ]
+    asked = {
+        "num_best": body.logprobs or 0,
+        "scores_prompt": body.echo and body.logprobs is not None,
+    }
     params = body.params(16 if body.max_tokens is None else body.max_tokens)
     job = _Job(weights, prompts, params, body.n, asked, body.logprobs is not None)
 
     def whole(choice: _Choice, response: SampleResponse) -> dict[str, Any]:
         assert choice.sample is not None
         echoed = job.tokenizer.decode(choice.prompt.to_ints()) if body.echo else ""
-        logprobs = None if body.logprobs is None else _completion_logprobs(job, choice, body, response)
+        logprobs = (
+            None if body.logprobs is None else _completion_logprobs(job, choice, body, response)
+        )
         return {
-            "index": choice.index, "text": echoed + choice.sample.text, "logprobs": logprobs,
+            "index": choice.index,
+            "text": echoed + choice.sample.text,
+            "logprobs": logprobs,
             "finish_reason": choice.sample.stop_reason,
-        }  # fmt: skip
+        }
 
-    def piece(choice: _Choice, text: str, reason: str | None, token: _Token | None) -> dict[str, Any]:
+    def piece(
+        choice: _Choice, text: str, reason: str | None, token: _Token | None
+    ) -> dict[str, Any]:
         logprobs = None
         if body.logprobs is not None and token is not None:
-            logprobs = _named_logprobs(job, token.sample, has_best=bool(body.logprobs), offset=token.offset)
+            logprobs = _named_logprobs(
+                job, token.sample, has_best=bool(body.logprobs), offset=token.offset
+            )
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     return await _answer(state, request, body, job, "text_completion", "cmpl", whole, piece)
@@ -134,56 +159,85 @@ async def chat_completions(
     tokenizer = weights.engine.base.tokenizer
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(f"{body.model} has no chat template; use /v1/completions")
-    prompt = await asyncio.to_thread(read_messages, body.messages, Encoder(tokenizer), weights.engine.base.images)
-    max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    prompt = await asyncio.to_thread(
+        read_messages, body.messages, Encoder(tokenizer), weights.engine.base.images
+    )
+    max_tokens = (
+        body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    )
     asked = {"num_best": max(1, body.top_logprobs) if body.logprobs else 0}
     job = _Job(weights, [prompt], body.params(max_tokens), body.n, asked, body.logprobs)
 
     def whole(choice: _Choice, response: SampleResponse) -> dict[str, Any]:
         assert choice.sample is not None
         return {
-            "index": choice.index, "message": {"role": "assistant", "content": choice.sample.text},
-            "logprobs": {"content": _chat_logprobs(job, choice.sample, body.top_logprobs)} if body.logprobs else None,
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.sample.text},
+            "logprobs": {"content": _chat_logprobs(job, choice.sample, body.top_logprobs)}
+            if body.logprobs
+            else None,
             "finish_reason": choice.sample.stop_reason,
-        }  # fmt: skip
+        }
 
-    def piece(choice: _Choice, text: str, reason: str | None, token: _Token | None) -> dict[str, Any]:
+    def piece(
+        choice: _Choice, text: str, reason: str | None, token: _Token | None
+    ) -> dict[str, Any]:
         delta = {} if reason else {"role": "assistant", "content": text}
         logprobs = None
         if body.logprobs and token is not None:
             logprobs = {"content": _chat_logprobs(job, token.sample, body.top_logprobs)}
-        return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {
+            "index": choice.index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": reason,
+        }
 
     return await _answer(state, request, body, job, "chat.completion", "chatcmpl", whole, piece)
 
 
 # ---- pieces
 
-_Piece = Callable[[_Choice, str, str | None, _Token | None], dict[str, Any]]  # of a stream: text, why it ends, the token itself
+# of a stream: text, why it ends, the token itself
+_Piece = Callable[[_Choice, str, str | None, _Token | None], dict[str, Any]]
 
 
 async def _weights(state: ServerState, user: str, model: str) -> Weights:
     """What ``model`` names; read once for each user."""
     is_path = model.startswith("tinker://")
-    made = state.service.saved.find(model, user).created if is_path else ""  # one that was written over is another
+    # one that was written over is another
+    made = state.service.saved.find(model, user).created if is_path else ""
     name = f"openai:{user}:{model}:{made}"
-    if name not in state.samplers or (state.samplers[name][1].done() and state.samplers[name][1].exception()):
+    if name not in state.samplers or (
+        state.samplers[name][1].done() and state.samplers[name][1].exception()
+    ):
         if model not in state.service.models and not is_path:
-            raise HTTPException(404, f"there is no model {model!r}; there are: {', '.join(state.service.models)}")
+            raise HTTPException(
+                404, f"there is no model {model!r}; there are: {', '.join(state.service.models)}"
+            )
         options = {"path": model} if is_path else {"base_model": model}
         known = [key for key in state.samplers if key.startswith("openai:")]
         for old in known[: max(0, len(known) + 1 - MAX_KNOWN)]:
             del state.samplers[old]
-        state.samplers[name] = (user, as_future(lambda: state.service.weights(owner=user, **options)))
+        state.samplers[name] = (
+            user,
+            as_future(lambda: state.service.weights(owner=user, **options)),
+        )
     weights = await asyncio.wrap_future(state.samplers[name][1])
     assert isinstance(weights, Weights)
     return weights
 
 
 async def _answer(
-    state: ServerState, request: Request, body: Asked, job: _Job, kind: str, prefix: str,
-    whole: Callable[[_Choice, SampleResponse], dict[str, Any]], piece: _Piece,
-) -> JSONResponse | StreamingResponse:  # fmt: skip
+    state: ServerState,
+    request: Request,
+    body: Asked,
+    job: _Job,
+    kind: str,
+    prefix: str,
+    whole: Callable[[_Choice, SampleResponse], dict[str, Any]],
+    piece: _Piece,
+) -> JSONResponse | StreamingResponse:
     state.refuse_too_many(len(job.prompts))
     num_prompt, num_best = sum(prompt.length for prompt in job.prompts), int(job.asked["num_best"])
     refuse_huge(job.weights, num_prompt, len(job.prompts) * job.n, job.params.max_tokens, num_best)
@@ -192,7 +246,8 @@ async def _answer(
         include_usage = bool((body.stream_options or {}).get("include_usage"))
         name = kind if kind == "text_completion" else f"{kind}.chunk"
         return StreamingResponse(
-            _events(state, job, {**head, "object": name}, piece, include_usage=include_usage), media_type="text/event-stream"
+            _events(state, job, {**head, "object": name}, piece, include_usage=include_usage),
+            media_type="text/event-stream",
         )
     futures = _start(state, job, None)
     responses = await _all(request, [future for _, future in futures])
@@ -202,15 +257,21 @@ async def _answer(
             choice.sample = sample
             choices.append(whole(choice, response))
     generated = sum(len(sample.tokens) for response in responses for sample in response.sequences)
-    return JSONResponse({**head, "object": kind, "choices": choices, "usage": _usage(job, generated)})
+    return JSONResponse(
+        {**head, "object": kind, "choices": choices, "usage": _usage(job, generated)}
+    )
 
 
 async def _all(request: Request, futures: list[Future[Any]]) -> list[SampleResponse]:
-    """Wait for all, or for the first error; whoever goes away ends the generation, as an error does."""
+    """Wait for all, or for the first error; whoever goes away ends the generation, as an error
+    does.
+    """
     waiting = {asyncio.ensure_future(asyncio.wrap_future(future)) for future in futures}
     try:
         while waiting:
-            done, waiting = await asyncio.wait(waiting, timeout=POLL_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
+            done, waiting = await asyncio.wait(
+                waiting, timeout=POLL_SECONDS, return_when=asyncio.FIRST_EXCEPTION
+            )
             for error in [one.exception() for one in done]:
                 if error is not None:
                     raise error
@@ -227,17 +288,24 @@ async def _all(request: Request, futures: list[Future[Any]]) -> list[SampleRespo
 def _start(
     state: ServerState, job: _Job, each: Callable[[_Choice, Row], None] | None
 ) -> list[tuple[list[_Choice], Future[Any]]]:
-    """Ask for each prompt's completions; ``each`` is told of every token, in the engine's thread."""
+    """Ask for each prompt's completions; ``each`` is told of every token, in the engine's
+    thread.
+    """
     stop, found = stop_strings(job.params), []
     for number, prompt in enumerate(job.prompts):
-        choices = [_Choice(number * job.n + i, prompt, TextStream(job.tokenizer, stop)) for i in range(job.n)]
+        choices = [
+            _Choice(number * job.n + i, prompt, TextStream(job.tokenizer, stop))
+            for i in range(job.n)
+        ]
 
         def tell(row: Row, choices: list[_Choice] = choices) -> None:
             assert each is not None
             each(choices[row.number], row)
 
         each_token = tell if each else None
-        future = state.service.sample(job.weights, prompt, job.params, job.n, each=each_token, **job.asked)
+        future = state.service.sample(
+            job.weights, prompt, job.params, job.n, each=each_token, **job.asked
+        )
         state.completions.add(future)
         future.add_done_callback(state.completions.discard)
         found.append((choices, future))
@@ -248,21 +316,32 @@ async def _events(
     state: ServerState, job: _Job, head: dict[str, Any], piece: _Piece, *, include_usage: bool
 ) -> AsyncIterator[str]:
     """Server-sent events, a piece of text each; whoever goes away ends the generation."""
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any, str | None, _Token | None]]()
+    loop, queue = (
+        asyncio.get_running_loop(),
+        asyncio.Queue[tuple[str, Any, str | None, _Token | None]](),
+    )
     num_generated = 0
 
     def on_token(choice: _Choice, row: Row) -> None:
-        tokens = row.tokens[:-1] if row.stop_reason == "stop" and row.tokens[-1] in row.running.ending.tokens else row.tokens
+        tokens = (
+            row.tokens[:-1]
+            if row.stop_reason == "stop" and row.tokens[-1] in row.running.ending.tokens
+            else row.tokens
+        )
         text = choice.stream.add(tokens)
         if row.stop_reason:  # what was held back, up to the stop string
-            text = row.running.ending.text(row.tokens, is_stopped=row.stop_reason == "stop")[len(choice.text) :]
+            text = row.running.ending.text(row.tokens, is_stopped=row.stop_reason == "stop")[
+                len(choice.text) :
+            ]
         choice.text += text
         token = choice.name(row, job.tokenizer) if job.says_logprobs else None
         loop.call_soon_threadsafe(queue.put_nowait, (text, choice, row.stop_reason or None, token))
 
     def on_done(future: Future[Any]) -> None:
         if future.cancelled():
-            loop.call_soon_threadsafe(queue.put_nowait, ("", DataError("it was cancelled"), None, None))
+            loop.call_soon_threadsafe(
+                queue.put_nowait, ("", DataError("it was cancelled"), None, None)
+            )
         elif (error := future.exception()) is not None:
             loop.call_soon_threadsafe(queue.put_nowait, ("", error, None, None))
 
@@ -301,18 +380,33 @@ def _event(body: dict[str, Any]) -> str:
 
 def _usage(job: _Job, generated: int) -> dict[str, int]:
     prompt = sum(prompt.length for prompt in job.prompts)
-    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+    }
 
 
-def _completion_logprobs(job: _Job, choice: _Choice, body: Completion, response: SampleResponse) -> dict[str, Any]:
+def _completion_logprobs(
+    job: _Job, choice: _Choice, body: Completion, response: SampleResponse
+) -> dict[str, Any]:
     assert choice.sample is not None
     echoed = choice.prompt.to_ints() if body.echo else []
-    before = zip(echoed, response.prompt_logprobs or [None] * len(echoed), strict=True) if body.echo else ()
+    before = (
+        zip(echoed, response.prompt_logprobs or [None] * len(echoed), strict=True)
+        if body.echo
+        else ()
+    )
     return _named_logprobs(job, choice.sample, list(before), has_best=bool(body.logprobs))
 
 
 def _named_logprobs(
-    job: _Job, sample: Sample, before: Sequence[tuple[int, float | None]] = (), *, has_best: bool, offset: int = 0
+    job: _Job,
+    sample: Sample,
+    before: Sequence[tuple[int, float | None]] = (),
+    *,
+    has_best: bool,
+    offset: int = 0,
 ) -> dict[str, Any]:
     """Tokens as text, with their log-probabilities, and where in the text they begin."""
     tokens = [*(token for token, _ in before), *sample.tokens]
@@ -323,7 +417,10 @@ def _named_logprobs(
     offsets = [offset]
     for text in texts[:-1]:
         offsets.append(offsets[-1] + len(text))
-    named = [None if row is None else {job.tokenizer.decode([token]): value for token, value in row} for row in best]
+    named = [
+        None if row is None else {job.tokenizer.decode([token]): value for token, value in row}
+        for row in best
+    ]
     return {
         "tokens": texts,
         "token_logprobs": logprobs,
@@ -339,13 +436,16 @@ def _chat_logprobs(job: _Job, sample: Sample, num_best: int) -> list[dict[str, A
 
     rows = zip(sample.tokens, sample.logprobs or (), sample.topk_logprobs or (), strict=True)
     return [
-        {**named(token, logprob), "top_logprobs": [named(*one) for one in best[:num_best]]} for token, logprob, best in rows
+        {**named(token, logprob), "top_logprobs": [named(*one) for one in best[:num_best]]}
+        for token, logprob, best in rows
     ]
 
 
 def error_response(error: StarletteHTTPException) -> JSONResponse:
     """An error in OpenAI's shape."""
-    return JSONResponse({"error": _error_body(str(error.detail), error.status_code)}, status_code=error.status_code)
+    return JSONResponse(
+        {"error": _error_body(str(error.detail), error.status_code)}, status_code=error.status_code
+    )
 
 
 def _error_body(message: str, status: int) -> dict[str, Any]:

@@ -28,8 +28,14 @@ class Asked(BaseModel, extra="allow"):
 
     def check(self) -> None:
         """Raise DataError for what would be ignored."""
-        asked = {name: value for name, value in (self.model_extra or {}).items() if name not in _IGNORED and value}
-        unknown = [name for name, value in asked.items() if not (name == "best_of" and value == self.n)]
+        asked = {
+            name: value
+            for name, value in (self.model_extra or {}).items()
+            if name not in _IGNORED and value
+        }
+        unknown = [
+            name for name, value in asked.items() if not (name == "best_of" and value == self.n)
+        ]
         if unknown:
             raise DataError(f"not offered here: {', '.join(sorted(unknown))}")
 
@@ -57,8 +63,11 @@ class ChatCompletion(Asked):
     top_logprobs: int = Field(default=0, ge=0)
 
 
-def read_messages(messages: list[dict[str, Any]], encoder: Encoder, images: ImageEncoder | None) -> ModelInput:
-    """A conversation up to where the assistant answers, by the chat template, with the images that it names in data: URLs.
+def read_messages(
+    messages: list[dict[str, Any]], encoder: Encoder, images: ImageEncoder | None
+) -> ModelInput:
+    """A conversation up to where the assistant answers, by the chat template, with the images that
+    it names in data: URLs.
 
     Raises:
         DataError: a part is neither text nor such an image; a template might print it.
@@ -68,9 +77,17 @@ def read_messages(messages: list[dict[str, Any]], encoder: Encoder, images: Imag
     for number, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, list):
-            parts = [_read_part(f"messages[{number}].content[{place}]", part, images) for place, part in enumerate(content)]
+            parts = [
+                _read_part(f"messages[{number}].content[{place}]", part, images)
+                for place, part in enumerate(content)
+            ]
             shown += [part for part in parts if isinstance(part, ImageChunk)]
-            content = [{"type": "image"} if isinstance(part, ImageChunk) else {"type": "text", "text": part} for part in parts]
+            content = [
+                {"type": "image"}
+                if isinstance(part, ImageChunk)
+                else {"type": "text", "text": part}
+                for part in parts
+            ]
             if all(isinstance(part, str) for part in parts):  # as every template reads it
                 content = "".join(part["text"] for part in content)
         if not isinstance(content, (str, list)) or not isinstance(message.get("role"), str):
@@ -87,7 +104,8 @@ def _read_part(name: str, part: Any, images: ImageEncoder | None) -> str | Image
             raise DataError(f"{name} has text and an image_url; send two parts")
         return str(part["text"])
     url = url.get("url") if isinstance(url, dict) else url
-    if not isinstance(url, str) or not url.startswith("data:"):  # a path would be one of this machine
+    # a path would be one of this machine
+    if not isinstance(url, str) or not url.startswith("data:"):
         raise DataError(f"{name} is neither text nor an image_url that begins with data:")
     if images is None:
         raise DataError(f"{name} is an image, and this model takes none")

@@ -1,4 +1,6 @@
-"""Results by request: finished ones are in the database before anyone is told, so that a killed server still has them."""
+"""Results by request: finished ones are in the database before anyone is told, so that a killed
+server still has them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ from lorakit.service.store import Store, now
 
 log = logging.getLogger("lorakit")
 KEPT_HOURS = 24.0
-_AS_JSON = {"ForwardBackwardOutput": wire.forward_backward_as_json, "SampleResponse": wire.sample_response_as_json}
+_AS_JSON = {
+    "ForwardBackwardOutput": wire.forward_backward_as_json,
+    "SampleResponse": wire.sample_response_as_json,
+}
 Encode = Callable[[Any], tuple[str, bytes]]  # what a call gave -> kind and payload
 
 
@@ -31,7 +36,9 @@ class Answer:
 
     kind: str
     payload: bytes
-    is_final: bool = True  # else the server has ended before: a new one does not know the request, and the SDK sends it again
+    # else the server has ended before: a new one does not know the request, and the SDK sends it
+    # again
+    is_final: bool = True
 
     def body(self, *, accepts_protobuf: bool) -> tuple[str, bytes]:
         """Return media type and bytes."""
@@ -55,7 +62,9 @@ class Promise:
 
 
 class Promises:
-    """All of a server's promises. Methods are called in the event loop, but for ``settle``'s work, which has a thread."""
+    """All of a server's promises. Methods are called in the event loop, but for ``settle``'s
+    work, which has a thread.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -78,7 +87,9 @@ class Promises:
         self._writer.join(10)
 
     def open(self, request_id: str, owner: str) -> tuple[Promise, bool]:
-        """Return the promise of a request, and whether it is new: a request that comes again has the same."""
+        """Return the promise of a request, and whether it is new: a request that comes again has
+        the same.
+        """
         if (owner, request_id) in self._promises:
             return self._promises[owner, request_id], False
         found = self.store.result(request_id, owner)
@@ -101,10 +112,16 @@ class Promises:
         self.settle(promise, failed, encode_json)
 
     def find(self, request_id: str, owner: str) -> Promise | None:
-        """Return the promise of a request of ``owner``, or None where it is not known (any more)."""
+        """Return the promise of a request of ``owner``, or None where it is not known (any
+        more).
+        """
         if (promise := self._promises.get((owner, request_id))) is None:
             found = self.store.result(request_id, owner)
-            promise = None if found is None else Promise(request_id, owner, Answer(found.kind, found.payload))
+            promise = (
+                None
+                if found is None
+                else Promise(request_id, owner, Answer(found.kind, found.payload))
+            )
         return promise
 
     async def wait(self, promise: Promise, seconds: float) -> Answer | None:
@@ -122,10 +139,18 @@ class Promises:
 
     def forget(self) -> None:
         """Drop from memory what was finished, and from the database what is older than a day."""
-        for name in [name for name, p in self._promises.items() if p.answer is not None and p.is_written and not p.waiters]:
+        for name in [
+            name
+            for name, p in self._promises.items()
+            if p.answer is not None and p.is_written and not p.waiters
+        ]:
             del self._promises[name]
         self.store.drop_results_before(now() - datetime.timedelta(hours=KEPT_HOURS))
-        unwritten = [(p, p.answer) for p in self._promises.values() if p.answer is not None and not p.is_written]
+        unwritten = [
+            (p, p.answer)
+            for p in self._promises.values()
+            if p.answer is not None and not p.is_written
+        ]
         self.store.add_results(_rows(unwritten))  # raises while the disk is still full
         for promise, _ in unwritten:
             promise.is_written = True
@@ -174,12 +199,15 @@ def _rows(answers: list[tuple[Promise, Answer]]) -> list[dict[str, Any]]:
     finished = now()
     return [
         {
-            "request_id": promise.request_id, "owner": promise.owner, "kind": answer.kind, "payload": answer.payload,
+            "request_id": promise.request_id,
+            "owner": promise.owner,
+            "kind": answer.kind,
+            "payload": answer.payload,
             "finished": finished,
         }
         for promise, answer in answers
         if answer.is_final
-    ]  # fmt: skip
+    ]
 
 
 def _answer(encode: Encode, future: Future[Any]) -> Answer:

@@ -48,7 +48,9 @@ class Sample(BaseModel):
 
 @router.post("/create_sampling_session")
 async def create_sampling_session(request: Request, state: State, user: User) -> JSONResponse:
-    """Name what will be sampled from. A checkpoint that cannot be read is an error of the samples."""
+    """Name what will be sampled from. A checkpoint that cannot be read is an error of the
+    samples.
+    """
     body = parsed(CreateSamplingSession, await read_json(request, state.max_body_bytes))
     if isinstance(body, str):
         raise HTTPException(400, body)
@@ -61,10 +63,13 @@ async def create_sampling_session(request: Request, state: State, user: User) ->
         except LorakitError as error:
             raise HTTPException(404, str(error)) from error
         reading: Future[Any] = state.pool.submit(
-            as_future, lambda: state.service.weights(base_model=base_model, path=body.model_path, owner=user)
+            as_future,
+            lambda: state.service.weights(base_model=base_model, path=body.model_path, owner=user),
         )
         future = chained(reading, lambda found: found)
-        state.add_sampler(session, sampler_id, future, base_model=base_model, model_path=body.model_path)
+        state.add_sampler(
+            session, sampler_id, future, base_model=base_model, model_path=body.model_path
+        )
     return JSONResponse({"sampling_session_id": sampler_id})
 
 
@@ -94,11 +99,16 @@ async def asample(request: Request, state: State, user: User) -> JSONResponse:
         if isinstance(body, str):
             state.promises.fail(promise, body)
         else:
-            state.promises.settle(promise, as_future(lambda: _sample(state, user, body)), encode_sample)
+            state.promises.settle(
+                promise, as_future(lambda: _sample(state, user, body)), encode_sample
+            )
     num_samples = given.get("num_samples", 1)
     count = num_samples if isinstance(num_samples, int) and 0 < num_samples <= 100_000 else 1
     return JSONResponse(
-        {"request_id": request_id, "sample_sequence_ids": [f"{request_id}:{number}" for number in range(count)]}
+        {
+            "request_id": request_id,
+            "sample_sequence_ids": [f"{request_id}:{number}" for number in range(count)],
+        }
     )
 
 
@@ -107,27 +117,38 @@ def _sample(state: ServerState, user: str, body: Sample) -> Future[Any]:
         weights = state.weights(body.sampling_session_id, user)
         state.session(body.sampling_session_id.partition(":")[0], user)  # it is alive
     else:
-        weights = state.service.weights(base_model=body.base_model, path=body.model_path, owner=user)
+        weights = state.service.weights(
+            base_model=body.base_model, path=body.model_path, owner=user
+        )
     try:
         prompt = wire.model_input_from_json(body.prompt)
         params = wire.sampling_params_from_json(body.sampling_params)
         targets = (
-            None if body.target_prompt_logprobs is None else TensorData(wire.tensor_from_json(body.target_prompt_logprobs))
+            None
+            if body.target_prompt_logprobs is None
+            else TensorData(wire.tensor_from_json(body.target_prompt_logprobs))
         )
     except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"the request cannot be read: {error}") from error
     if body.record_stability_info:
         raise DataError("record_stability_info is not offered: its loss is not public")
     asked: dict[str, Any] = {
-        "num_best": body.topk_sample_logprobs, "scores_prompt": bool(body.prompt_logprobs),
-        "num_best_of_prompt": body.topk_prompt_logprobs, "prompt_targets": targets, "num_alternatives": body.prompt_alt_tokens_k,
+        "num_best": body.topk_sample_logprobs,
+        "scores_prompt": bool(body.prompt_logprobs),
+        "num_best_of_prompt": body.topk_prompt_logprobs,
+        "prompt_targets": targets,
+        "num_alternatives": body.prompt_alt_tokens_k,
         "last_n": body.prompt_logprobs_last_n,
-    }  # fmt: skip
-    num_of_text = len(prompt.text_tokens()) + sum(image.expected_tokens or 0 for image in prompt.images)
+    }
+    num_of_text = len(prompt.text_tokens()) + sum(
+        image.expected_tokens or 0 for image in prompt.images
+    )
     num_of_prompt = num_of_text * (1 + body.topk_prompt_logprobs + body.prompt_alt_tokens_k)
 
     def start(loaded: Weights) -> Future[Any]:
-        refuse_huge(loaded, num_of_prompt, body.num_samples, params.max_tokens, body.topk_sample_logprobs)
+        refuse_huge(
+            loaded, num_of_prompt, body.num_samples, params.max_tokens, body.topk_sample_logprobs
+        )
         return state.service.sample(loaded, prompt, params, body.num_samples, **asked)
 
     return chained(weights, start)

@@ -1,7 +1,8 @@
-"""The protobuf messages of Tinker's protocol, described here so that no compiler and no SDK is needed.
+"""The protobuf messages of Tinker's protocol, described here so that no compiler and no SDK is
+needed.
 
-Field numbers are the protocol (`tinker_public.proto` of the public SDK); they live in a pool of their own, so that the SDK can be in
-the same process.
+Field numbers are the protocol (`tinker_public.proto` of the public SDK); they live in a pool of
+their own, so that the SDK can be in the same process.
 """
 
 from __future__ import annotations
@@ -22,18 +23,24 @@ _MESSAGES: dict[str, str] = {
     "Datum": "model_input 1 Chunk*, loss_fn_inputs 2 string>Tensor",
     "LossConfigValue": "number 1 double|, text 2 string|",
     "ForwardBackwardRequest": (
-        "model_id 1 string, seq_id 2 int32, data 3 Datum*, loss_fn 4 string, loss_fn_config 5 string>double, "
-        "forward_only 6 bool, loss_fn_config_v2 7 string>LossConfigValue"
+        "model_id 1 string, seq_id 2 int32, data 3 Datum*, loss_fn 4 string, loss_fn_config 5"
+        " string>double, forward_only 6 bool, loss_fn_config_v2 7 string>LossConfigValue"
     ),
     "BatchedTensor": "data 1 bytes, offsets 2 bytes, dtype 3 int32, trailing_shape 4 int64*",
     "ArrayRecord": "type_tag 1 string, fields 2 string>BatchedTensor, num_datums 3 int64",
-    "ForwardBackwardOutput": "loss_fn_output_type 1 string, loss_fn_outputs 2 ArrayRecord*, metrics 3 string>double",
+    "ForwardBackwardOutput": (
+        "loss_fn_output_type 1 string, loss_fn_outputs 2 ArrayRecord*, metrics 3 string>double"
+    ),
     "TopkLogprobs": "token_ids 1 bytes, logprobs 2 bytes, k 3 uint32, length 4 uint32",
-    "SampledSequence": "stop_reason 1 int32, tokens 2 bytes, logprobs 3 bytes?, topk_sampled_logprobs 4 TopkLogprobs?",
+    "SampledSequence": (
+        "stop_reason 1 int32, tokens 2 bytes, logprobs 3 bytes?, topk_sampled_logprobs 4"
+        " TopkLogprobs?"
+    ),
     "PromptAltTokens": "tokens 1 Tensor, logprobs 2 Tensor",
     "SampleResponse": (
-        "sequences 1 SampledSequence*, prompt_logprobs 2 bytes?, topk_prompt_logprobs 3 TopkLogprobs?, "
-        "prompt_cache_hit_tokens 4 int32, target_prompt_logprobs 5 Tensor?, prompt_alt_tokens 6 PromptAltTokens?"
+        "sequences 1 SampledSequence*, prompt_logprobs 2 bytes?, topk_prompt_logprobs 3"
+        " TopkLogprobs?, prompt_cache_hit_tokens 4 int32, target_prompt_logprobs 5 Tensor?,"
+        " prompt_alt_tokens 6 PromptAltTokens?"
     ),
 }
 FLOAT32, INT64, INT32, BFLOAT16 = 1, 2, 3, 4  # values of dtype
@@ -41,7 +48,8 @@ STOP, LENGTH = 0, 1  # values of stop_reason
 
 _Field = descriptor_pb2.FieldDescriptorProto
 _SCALARS = {
-    name: getattr(_Field, f"TYPE_{name.upper()}") for name in ("double", "int64", "int32", "uint32", "bool", "string", "bytes")
+    name: getattr(_Field, f"TYPE_{name.upper()}")
+    for name in ("double", "int64", "int32", "uint32", "bool", "string", "bytes")
 }
 
 
@@ -78,7 +86,9 @@ def _describe(name: str, fields: str) -> descriptor_pb2.DescriptorProto:
 
 
 def _build() -> dict[str, Any]:
-    file = descriptor_pb2.FileDescriptorProto(name="lorakit_wire.proto", package=_PACKAGE, syntax="proto3")
+    file = descriptor_pb2.FileDescriptorProto(
+        name="lorakit_wire.proto", package=_PACKAGE, syntax="proto3"
+    )
     file.message_type.extend(_describe(name, fields) for name, fields in _MESSAGES.items())
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)

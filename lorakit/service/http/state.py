@@ -22,13 +22,16 @@ from lorakit.service.http.promises import Promises
 from lorakit.service.store import ClientSession, Run, SamplerRow, now
 
 log = logging.getLogger("lorakit")
-MAX_SNAPSHOTS = 16  # of a session, in memory only: an adapter each; those that were sampled last stay
+# of a session, in memory only: an adapter each; those that were sampled last stay
+MAX_SNAPSHOTS = 16
 MAX_READ = 16  # of a session, read from checkpoints: one that had to go is read again
 
 
 @dataclass
 class InOrder:
-    """One model's calls, which may come in any order and twice, given out by their seq_id, from 1."""
+    """One model's calls, which may come in any order and twice, given out by their seq_id, from
+    1.
+    """
 
     next_seq_id: int = 1
     held: dict[int, Callable[[], None]] = field(default_factory=dict)
@@ -51,7 +54,8 @@ class Session:
     last_seen: float = field(default_factory=time.monotonic)
     model_ids: set[str] = field(default_factory=set)
     sampler_ids: set[str] = field(default_factory=set)
-    # Samplers with an adapter in memory, each whether it is there only; those that were asked last are last.
+    # Samplers with an adapter in memory, each whether it is there only; those that were asked last
+    # are last.
     holding: dict[str, bool] = field(default_factory=dict)
 
 
@@ -59,9 +63,14 @@ class ServerState:
     """Everything that routes need."""
 
     def __init__(
-        self, service: Service, *, session_timeout_seconds: float = 600.0, max_waiting: int = 16_384,
-        max_body_bytes: int = 256 << 20, poll_seconds: float = 30.0,
-    ) -> None:  # fmt: skip
+        self,
+        service: Service,
+        *,
+        session_timeout_seconds: float = 600.0,
+        max_waiting: int = 16_384,
+        max_body_bytes: int = 256 << 20,
+        poll_seconds: float = 30.0,
+    ) -> None:
         self.service, self.store = service, service.store
         self.promises = Promises(service.store)
         self.completions: set[Future[Any]] = set()  # that OpenAI clients wait for
@@ -69,7 +78,8 @@ class ServerState:
         self.max_body_bytes, self.poll_seconds = max_body_bytes, poll_seconds
         self.sessions: dict[str, Session] = {}
         self.order: dict[str, InOrder] = {}
-        self.samplers: dict[str, tuple[str, Future[Any]]] = {}  # id -> owner, and the future of its Weights
+        # id -> owner, and the future of its Weights
+        self.samplers: dict[str, tuple[str, Future[Any]]] = {}
         self.pool = ThreadPoolExecutor(8, thread_name_prefix="lorakit-http")
         self.keys = Keys(service.store)
         self._sweeper: asyncio.Task[None] | None = None
@@ -96,20 +106,33 @@ class ServerState:
     def refuse_too_many(self, num_more: int = 1) -> None:
         """Raise 429 where so many more were too many."""
         if self.num_waiting + num_more > self.max_waiting:
-            raise HTTPException(429, f"{self.max_waiting:,} requests wait already; send it again later")
+            raise HTTPException(
+                429, f"{self.max_waiting:,} requests wait already; send it again later"
+            )
 
     # ---- sessions
 
-    def open_session(self, owner: str, *, display_name: str | None, user_metadata: dict[str, Any]) -> Session:
+    def open_session(
+        self, owner: str, *, display_name: str | None, user_metadata: dict[str, Any]
+    ) -> Session:
         session = Session(secrets.token_hex(8), owner)
         self.sessions[session.id] = session
-        self.store.add(ClientSession(
-            id=session.id, owner=owner, created=now(), ended=None, display_name=display_name, user_metadata=user_metadata
-        ))  # fmt: skip
+        self.store.add(
+            ClientSession(
+                id=session.id,
+                owner=owner,
+                created=now(),
+                ended=None,
+                display_name=display_name,
+                user_metadata=user_metadata,
+            )
+        )
         return session
 
     def session(self, session_id: str, owner: str) -> Session | None:
-        """Return a session of ``owner`` that goes on, be it from before a restart; None where there is none."""
+        """Return a session of ``owner`` that goes on, be it from before a restart; None where
+        there is none.
+        """
         if (session := self.sessions.get(session_id)) is not None:
             if session.owner != owner:
                 return None
@@ -122,7 +145,9 @@ class ServerState:
         return session
 
     def end_session(self, session: Session) -> None:
-        """Free what the session trains and samples. Where that cannot be written, nothing has changed."""
+        """Free what the session trains and samples. Where that cannot be written, nothing has
+        changed.
+        """
         row = self.store.get(ClientSession, session.id)
         if row is not None:  # before held calls are given out: they would find it to go on
             row.ended = now()
@@ -140,7 +165,9 @@ class ServerState:
             await asyncio.sleep(min(5.0, self.session_timeout_seconds / 4))
             limit = time.monotonic() - self.session_timeout_seconds
             old = [session for session in self.sessions.values() if session.last_seen < limit]
-            ending: list[Callable[[], None]] = [functools.partial(self.end_session, session) for session in old]
+            ending: list[Callable[[], None]] = [
+                functools.partial(self.end_session, session) for session in old
+            ]
             for clean in (*ending, self.promises.forget):
                 with self._later():
                     clean()
@@ -167,7 +194,9 @@ class ServerState:
         return run is not None and run.owner != owner
 
     def drop_model(self, model_id: str) -> None:
-        """Free a model behind what it was asked; what waits for calls that never came is told that it is gone."""
+        """Free a model behind what it was asked; what waits for calls that never came is told
+        that it is gone.
+        """
         self.service.drop_model(model_id)
         if (order := self.order.pop(model_id, None)) is not None:
             for give_out in order.held.values():
@@ -180,7 +209,9 @@ class ServerState:
                 self._loop.call_soon_threadsafe(self.drop_model, model_id)
 
     def weights(self, sampler_id: str, owner: str) -> Future[Any]:
-        """Return the future of a sampler's Weights. Raises CheckpointError where there is no such sampler."""
+        """Return the future of a sampler's Weights. Raises CheckpointError where there is no
+        such sampler.
+        """
         if (found := self.samplers.get(sampler_id)) is not None and found[0] == owner:
             session = self.sessions.get(sampler_id.partition(":")[0])
             if session is not None and sampler_id in session.holding:
@@ -190,27 +221,46 @@ class ServerState:
         if row is None or row.owner != owner:
             raise CheckpointError(f"there is no sampler {sampler_id}")
         if (session := self.session(row.session_id, owner)) is None:
-            raise CheckpointError(f"the session of {sampler_id} has ended; make a new sampling client")
+            raise CheckpointError(
+                f"the session of {sampler_id} has ended; make a new sampling client"
+            )
         if row.model_path == EPHEMERAL:
             raise CheckpointError(
-                f"the weights of {sampler_id} were in memory only, and are gone: {MAX_SNAPSHOTS} newer ones came, or the server was "
-                "started anew; save_weights_for_sampler keeps them on disk"
+                f"the weights of {sampler_id} were in memory only, and are gone: {MAX_SNAPSHOTS}"
+                " newer ones came, or the server was started anew; save_weights_for_sampler keeps"
+                " them on disk"
             )
         future = self.service.weights(base_model=row.base_model, path=row.model_path, owner=owner)
         self._hold(session, sampler_id, future, row.model_path)
         return future
 
     def add_sampler(
-        self, session: Session, sampler_id: str, future: Future[Any], *, base_model: str, model_path: str | None
+        self,
+        session: Session,
+        sampler_id: str,
+        future: Future[Any],
+        *,
+        base_model: str,
+        model_path: str | None,
     ) -> None:
         """Remember a sampler, whose Weights ``future`` gives."""
         self._hold(session, sampler_id, future, model_path)
-        self.store.add(SamplerRow(
-            id=sampler_id, session_id=session.id, owner=session.owner, base_model=base_model, model_path=model_path
-        ))  # fmt: skip
+        self.store.add(
+            SamplerRow(
+                id=sampler_id,
+                session_id=session.id,
+                owner=session.owner,
+                base_model=base_model,
+                model_path=model_path,
+            )
+        )
 
-    def _hold(self, session: Session, sampler_id: str, future: Future[Any], model_path: str | None) -> None:
-        """Keep a sampler's Weights, and let go those of its kind that were not asked for longest, where they are too many."""
+    def _hold(
+        self, session: Session, sampler_id: str, future: Future[Any], model_path: str | None
+    ) -> None:
+        """Keep a sampler's Weights, and let go those of its kind that were not asked for
+        longest, where they are too many.
+        """
         session.sampler_ids.add(sampler_id)
         self.samplers[sampler_id] = (session.owner, future)
         if model_path is None:  # the base itself
@@ -226,12 +276,14 @@ EPHEMERAL = "memory"  # in the place of a sampler's path
 
 
 def chained(first: Future[Any], then: Callable[[Any], Future[Any]]) -> Future[Any]:
-    """Return the future of what ``then`` returns for the result of ``first``, errors of either included.
+    """Return the future of what ``then`` returns for the result of ``first``, errors of either
+    included.
 
     Cancelling it cancels what ``then`` returned, not ``first``, which others may wait for.
     """
     found: Future[Any] = Future()
-    # Emptied in time, so that there is no circle of futures: what they hold, adapters among it, would stay until garbage is collected.
+    # Emptied in time, so that there is no circle of futures: what they hold, adapters among it,
+    # would stay until garbage is collected.
     waiting: list[Future[Any]] = []
 
     def on_second(done: Future[Any]) -> None:
@@ -247,7 +299,9 @@ def chained(first: Future[Any], then: Callable[[Any], Future[Any]]) -> Future[An
         try:
             second = then(done.result())
             waiting.append(second)
-            found.add_done_callback(lambda done: [one.cancel() for one in waiting] if done.cancelled() else None)
+            found.add_done_callback(
+                lambda done: [one.cancel() for one in waiting] if done.cancelled() else None
+            )
             second.add_done_callback(on_second)
         except BaseException as error:
             if found.set_running_or_notify_cancel():
@@ -258,7 +312,9 @@ def chained(first: Future[Any], then: Callable[[Any], Future[Any]]) -> Future[An
 
 
 def as_future(start: Callable[[], Future[Any]]) -> Future[Any]:
-    """Return ``start()``, or a future of what it raises: a promise that was made must be settled."""
+    """Return ``start()``, or a future of what it raises: a promise that was made must be
+    settled.
+    """
     try:
         return start()
     except Exception as error:

@@ -61,7 +61,10 @@ class OptimStep(ModelCall):
             return given
         if (kind := named.get("type", "adamw")) != "adamw":
             raise ValueError(f"optimizer_params {kind!r} are not offered; adamw is")
-        return {**given, "adam_params": {name: value for name, value in named.items() if name != "type"}}
+        return {
+            **given,
+            "adam_params": {name: value for name, value in named.items() if name != "type"},
+        }
 
 
 class SaveWeights(ModelCall):
@@ -76,9 +79,14 @@ class SaveWeights(ModelCall):
     def refuse_what_is_not_offered(self) -> None:
         """Raise DataError for what would be ignored."""
         if self.age_encryption_recipients:
-            raise DataError("age_encryption_recipients are not offered: files are written as they are")
+            raise DataError(
+                "age_encryption_recipients are not offered: files are written as they are"
+            )
         if self.kind != "snapshot":
-            raise DataError(f"kind={self.kind!r} is not offered; snapshot is: make a new sampling client for new weights")
+            raise DataError(
+                f"kind={self.kind!r} is not offered; snapshot is: make a new sampling client for"
+                " new weights"
+            )
 
 
 class LoadWeights(BaseModel):
@@ -109,11 +117,20 @@ async def create_model(request: Request, state: State, user: User) -> JSONRespon
         _refuse_optimizer(body.optimizer_config)
         lora = body.lora_config
         return state.service.create_model(
-            model_id, body.base_model, rank=lora.rank, seed=lora.seed, train_attn=lora.train_attn, train_mlp=lora.train_mlp,
-            train_unembed=lora.train_unembed, owner=user, user_metadata=body.user_metadata,
-        )  # fmt: skip
+            model_id,
+            body.base_model,
+            rank=lora.rank,
+            seed=lora.seed,
+            train_attn=lora.train_attn,
+            train_mlp=lora.train_mlp,
+            train_unembed=lora.train_unembed,
+            owner=user,
+            user_metadata=body.user_metadata,
+        )
 
-    return _make_model(state, user, body.session_id, body.model_seq_id, start, {"type": "create_model"})
+    return _make_model(
+        state, user, body.session_id, body.model_seq_id, start, {"type": "create_model"}
+    )
 
 
 def _make_model(
@@ -128,14 +145,18 @@ def _make_model(
     model_id = f"{session_id}:train:{model_seq_id}"
     promise, is_new = state.promises.open(f"{model_id}:create", user)
     if is_new and session is None:
-        state.promises.fail(promise, f"there is no session {session_id} (any more); make a new ServiceClient")
+        state.promises.fail(
+            promise, f"there is no session {session_id} (any more); make a new ServiceClient"
+        )
     elif is_new and session is not None:
         session.model_ids.add(model_id)
         # A base may have to be read first, which takes a while.
         reading: Future[Any] = state.pool.submit(as_future, lambda: start(model_id))
         made = chained(reading, lambda future: future)
         made.add_done_callback(lambda done: state.drop_if_ended(session, model_id))
-        state.promises.settle(promise, made, lambda model: encode_json({"model_id": model.id, **answer}))
+        state.promises.settle(
+            promise, made, lambda model: encode_json({"model_id": model.id, **answer})
+        )
     return JSONResponse({"request_id": promise.request_id})
 
 
@@ -147,7 +168,9 @@ async def unload_model(body: GetInfo, state: State, user: User) -> dict[str, Any
         raise HTTPException(404, f"there is no model {body.model_id}")
     promise, _ = state.promises.open(f"{body.model_id}:unload", user)
     state.drop_model(body.model_id)
-    state.promises.settle(promise, _done({"model_id": body.model_id, "type": "unload_model"}), encode_json)
+    state.promises.settle(
+        promise, _done({"model_id": body.model_id, "type": "unload_model"}), encode_json
+    )
     return {"request_id": promise.request_id, "model_id": body.model_id}
 
 
@@ -158,17 +181,28 @@ async def get_info(body: GetInfo, state: State, user: User) -> dict[str, Any]:
     if model is None or model.owner != user:
         raise HTTPException(404, f"there is no model {body.model_id}")
     base, usage = model.engine.base, state.service.usage(model)
-    data = {"arch": base.model.config.model_type, "model_name": model.base_model, "tokenizer_id": model.base_model}
+    data = {
+        "arch": base.model.config.model_type,
+        "model_name": model.base_model,
+        "tokenizer_id": model.base_model,
+    }
     return {
-        "type": "get_info", "model_data": data, "model_id": model.id, "model_name": model.base_model, "is_lora": True,
-        "lora_rank": model.lora.get("rank"), "optimizer_config": {"type": "adamw"},
+        "type": "get_info",
+        "model_data": data,
+        "model_id": model.id,
+        "model_name": model.base_model,
+        "is_lora": True,
+        "lora_rank": model.lora.get("rank"),
+        "optimizer_config": {"type": "adamw"},
         "usage": {"tokens": usage.tokens, "seconds": usage.seconds, "calls": usage.calls},
-    }  # fmt: skip
+    }
 
 
 @router.post("/forward_backward")
 async def forward_backward(request: Request, state: State, user: User) -> JSONResponse:
-    """Add a loss's gradient; with ``forward_only`` only compute it. Protobuf, or the JSON of older SDKs."""
+    """Add a loss's gradient; with ``forward_only`` only compute it. Protobuf, or the JSON of
+    older SDKs.
+    """
     return await _forward_backward(request, state, user, forward_only=False)
 
 
@@ -178,7 +212,9 @@ async def forward(request: Request, state: State, user: User) -> JSONResponse:
     return await _forward_backward(request, state, user, forward_only=True)
 
 
-async def _forward_backward(request: Request, state: ServerState, user: str, *, forward_only: bool) -> JSONResponse:
+async def _forward_backward(
+    request: Request, state: ServerState, user: str, *, forward_only: bool
+) -> JSONResponse:
     if "json" in request.headers.get("content-type", "json"):
         body = await read_json(request, state.max_body_bytes)
         _require_ids(body)
@@ -190,7 +226,9 @@ async def _forward_backward(request: Request, state: ServerState, user: str, *, 
             call = wire.read_forward_backward(await read_body(request, state.max_body_bytes))
         except TooLarge as error:
             if (ids := wire.peek_ids(error.head)) is None:
-                raise HTTPException(400, "the body is too large, and does not begin with model_id and seq_id") from error
+                raise HTTPException(
+                    400, "the body is too large, and does not begin with model_id and seq_id"
+                ) from error
             return accept(state, user, *ids, _over(state), encode_json)
         except DataError as error:
             raise HTTPException(400, str(error)) from error
@@ -198,7 +236,11 @@ async def _forward_backward(request: Request, state: ServerState, user: str, *, 
 
     def start(model: Model) -> Future[Any]:
         return state.service.forward_backward(
-            model, call.data(), call.loss_fn, call.loss_fn_config, needs_gradient=not (call.forward_only or forward_only)
+            model,
+            call.data(),
+            call.loss_fn,
+            call.loss_fn_config,
+            needs_gradient=not (call.forward_only or forward_only),
         )
 
     return accept(state, user, call.model_id, call.seq_id, start, encode_forward_backward)
@@ -211,7 +253,9 @@ async def optim_step(request: Request, state: State, user: User) -> JSONResponse
     def start(body: OptimStep, model: Model) -> Future[Any]:
         return state.service.optim_step(model, body.adam_params or AdamParams())
 
-    return await _model_call(request, state, user, OptimStep, start, lambda metrics: encode_json({"metrics": metrics}))
+    return await _model_call(
+        request, state, user, OptimStep, start, lambda metrics: encode_json({"metrics": metrics})
+    )
 
 
 @router.post("/save_weights")
@@ -231,7 +275,9 @@ async def save_weights_for_sampler(request: Request, state: State, user: User) -
     """Save weights to sample from, by name; or hold them in memory for a sampling session."""
     body = await read_json(request, state.max_body_bytes)
     if body.get("path") is not None:
-        return await _save(request, state, user, "sampler_weights", "save_weights_for_sampler", body)
+        return await _save(
+            request, state, user, "sampler_weights", "save_weights_for_sampler", body
+        )
 
     def start(call: SaveWeights, model: Model) -> Future[Any]:
         call.refuse_what_is_not_offered()
@@ -240,24 +286,39 @@ async def save_weights_for_sampler(request: Request, state: State, user: User) -
             raise DataError("give a path, or a sampling_session_seq_id of a session that goes on")
         sampler_id = f"{session.id}:sample:{call.sampling_session_seq_id}"
         future = state.service.snapshot(model)
-        state.add_sampler(session, sampler_id, future, base_model=model.base_model, model_path=EPHEMERAL)
+        state.add_sampler(
+            session, sampler_id, future, base_model=model.base_model, model_path=EPHEMERAL
+        )
         return chained(future, lambda weights: _done(sampler_id))
 
     answer = {"type": "save_weights_for_sampler"}
     return await _model_call(
-        request, state, user, SaveWeights, start, lambda sampler: encode_json({"sampling_session_id": sampler, **answer}), body
+        request,
+        state,
+        user,
+        SaveWeights,
+        start,
+        lambda sampler: encode_json({"sampling_session_id": sampler, **answer}),
+        body,
     )
 
 
 async def _save(
-    request: Request, state: ServerState, user: str, kind: str, answer: str, body: dict[str, Any] | None = None
+    request: Request,
+    state: ServerState,
+    user: str,
+    kind: str,
+    answer: str,
+    body: dict[str, Any] | None = None,
 ) -> JSONResponse:
     def start(call: SaveWeights, model: Model) -> Future[Any]:
         call.refuse_what_is_not_offered()
         if call.path is None:
             raise DataError("path is missing: the checkpoint's name")
         check_name(call.path)
-        return state.service.save(model, SaveAs(kind, call.path, call.overwrite, call.ttl_seconds, call.user_metadata))
+        return state.service.save(
+            model, SaveAs(kind, call.path, call.overwrite, call.ttl_seconds, call.user_metadata)
+        )
 
     def encode(saved: Any) -> tuple[str, bytes]:
         return encode_json({"path": saved.path, "size_bytes": saved.size_bytes, "type": answer})
@@ -267,7 +328,9 @@ async def _save(
 
 @router.post("/load_weights")
 async def load_weights(request: Request, state: State, user: User) -> JSONResponse:
-    """Make a model that starts from a checkpoint (``session_id``), or let one go on from it (``model_id``)."""
+    """Make a model that starts from a checkpoint (``session_id``), or let one go on from it
+    (``model_id``).
+    """
     given = await read_json(request, state.max_body_bytes)
     body = parsed(LoadWeights, given)
     if isinstance(body, str) and not ("model_id" in given and "seq_id" in given):
@@ -279,19 +342,38 @@ async def load_weights(request: Request, state: State, user: User) -> JSONRespon
             return state.service.load_state(model, call.path, with_optimizer=call.optimizer)
 
         return await _model_call(
-            request, state, user, LoadWeights, start, lambda path: encode_json({"path": path, "type": "load_weights"}), given
+            request,
+            state,
+            user,
+            LoadWeights,
+            start,
+            lambda path: encode_json({"path": path, "type": "load_weights"}),
+            given,
         )
     if body.session_id is None or body.model_seq_id is None:
-        raise HTTPException(400, "load_weights wants session_id and model_seq_id, or model_id and seq_id")
+        raise HTTPException(
+            400, "load_weights wants session_id and model_seq_id, or model_id and seq_id"
+        )
 
     def make(model_id: str) -> Future[Any]:
         _refuse_optimizer(body.optimizer_config)
         return state.service.create_model_from(
-            model_id, body.path, base_model=body.base_model, with_optimizer=body.optimizer, owner=user,
+            model_id,
+            body.path,
+            base_model=body.base_model,
+            with_optimizer=body.optimizer,
+            owner=user,
             user_metadata=body.user_metadata,
-        )  # fmt: skip
+        )
 
-    return _make_model(state, user, body.session_id, body.model_seq_id, make, {"path": body.path, "type": "load_weights"})
+    return _make_model(
+        state,
+        user,
+        body.session_id,
+        body.model_seq_id,
+        make,
+        {"path": body.path, "type": "load_weights"},
+    )
 
 
 # ---- pieces
@@ -304,9 +386,14 @@ def _refuse_optimizer(config: dict[str, Any] | None) -> None:
 
 
 async def _model_call(
-    request: Request, state: ServerState, user: str, kind: Any, start: Callable[[Any, Model], Future[Any]], encode: Any,
+    request: Request,
+    state: ServerState,
+    user: str,
+    kind: Any,
+    start: Callable[[Any, Model], Future[Any]],
+    encode: Any,
     body: dict[str, Any] | None = None,
-) -> JSONResponse:  # fmt: skip
+) -> JSONResponse:
     """A JSON call that names a model and its place in the model's order."""
     given = await read_json(request, state.max_body_bytes) if body is None else body
     _require_ids(given)
@@ -317,7 +404,13 @@ async def _model_call(
 
 def _require_ids(body: dict[str, Any]) -> None:
     model_id, seq_id = body.get("model_id"), body.get("seq_id")
-    if not isinstance(model_id, str) or not model_id or not isinstance(seq_id, int) or isinstance(seq_id, bool) or seq_id < 1:
+    if (
+        not isinstance(model_id, str)
+        or not model_id
+        or not isinstance(seq_id, int)
+        or isinstance(seq_id, bool)
+        or seq_id < 1
+    ):
         raise HTTPException(400, "the body names no model_id and seq_id (from 1)")
 
 

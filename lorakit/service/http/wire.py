@@ -1,4 +1,6 @@
-"""lorakit's types from and to what travels over HTTP: protobuf as the SDK speaks it now, JSON as older ones did."""
+"""lorakit's types from and to what travels over HTTP: protobuf as the SDK speaks it now, JSON as
+older ones did.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,21 @@ from lorakit.types import (
     TensorData,
 )
 
-_DTYPES = {schema.FLOAT32: np.float32, schema.INT64: np.int64, schema.INT32: np.int32, schema.BFLOAT16: np.uint16}
+_DTYPES = {
+    schema.FLOAT32: np.float32,
+    schema.INT64: np.int64,
+    schema.INT32: np.int32,
+    schema.BFLOAT16: np.uint16,
+}
 _MISSING_LOGPROB = -99999.0  # with token 0: a candidate that is not there
 MAX_DENSE_ELEMENTS = 1 << 25  # of a sparse tensor that is written out
 
 
 @dataclass(frozen=True)
 class ForwardBackwardCall:
-    """What a client asks. ``data`` is made of the message when it is wanted, so that its errors belong to the call."""
+    """What a client asks. ``data`` is made of the message when it is wanted, so that its errors
+    belong to the call.
+    """
 
     model_id: str
     seq_id: int
@@ -47,7 +56,9 @@ class ForwardBackwardCall:
         found = []
         for number, message in enumerate(self._data):
             try:
-                found.append(_datum_from_json(message) if isinstance(message, Mapping) else _datum(message))
+                found.append(
+                    _datum_from_json(message) if isinstance(message, Mapping) else _datum(message)
+                )
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 raise DataError(f"data[{number}]: {error}") from error
         return found
@@ -63,11 +74,22 @@ def read_forward_backward(body: bytes) -> ForwardBackwardCall:
     config: dict[str, Any] = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
         config[name] = value.text if value.WhichOneof("kind") == "text" else value.number
-    return ForwardBackwardCall(message.model_id, message.seq_id, message.loss_fn, config, message.forward_only, message.data)
+    return ForwardBackwardCall(
+        message.model_id,
+        message.seq_id,
+        message.loss_fn,
+        config,
+        message.forward_only,
+        message.data,
+    )
 
 
-def read_forward_backward_json(body: Mapping[str, Any], *, forward_only: bool) -> ForwardBackwardCall:
-    """The form of older SDKs: ``forward_backward_input`` (or ``forward_input``) with data, loss_fn and loss_fn_config."""
+def read_forward_backward_json(
+    body: Mapping[str, Any], *, forward_only: bool
+) -> ForwardBackwardCall:
+    """The form of older SDKs: ``forward_backward_input`` (or ``forward_input``) with data,
+    loss_fn and loss_fn_config.
+    """
     given = body.get("forward_backward_input") or body.get("forward_input") or {}
     problem = "" if isinstance(given, Mapping) else "forward_backward_input is not an object"
     given = given if isinstance(given, Mapping) else {}
@@ -75,14 +97,22 @@ def read_forward_backward_json(body: Mapping[str, Any], *, forward_only: bool) -
     if not isinstance(config, Mapping) or not isinstance(data, list):
         problem, config, data = "loss_fn_config is an object, and data a list", {}, []
     return ForwardBackwardCall(
-        str(body.get("model_id")), int(body.get("seq_id") or 0), str(given.get("loss_fn", "")), dict(config),
-        forward_only or bool(body.get("forward_only")), data, problem,
-    )  # fmt: skip
+        str(body.get("model_id")),
+        int(body.get("seq_id") or 0),
+        str(given.get("loss_fn", "")),
+        dict(config),
+        forward_only or bool(body.get("forward_only")),
+        data,
+        problem,
+    )
 
 
 def peek_ids(head: bytes) -> tuple[str, int] | None:
-    """Return model_id and seq_id from the first bytes of a ForwardBackwardRequest that is too large to be read; None without them."""
-    # Field 1, a string, and field 2, a varint, come first: SDKs write fields in the order of their numbers.
+    """Return model_id and seq_id from the first bytes of a ForwardBackwardRequest that is too
+    large to be read; None without them.
+    """
+    # Field 1, a string, and field 2, a varint, come first: SDKs write fields in the order of their
+    # numbers.
     if len(head) < 2 or head[0] != 0x0A:
         return None
     length, place = _varint(head, 1)
@@ -109,7 +139,9 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
 
 def _image(number: int, data: bytes, format: str, expected_tokens: int | None) -> ImageChunk:
     if expected_tokens is not None and expected_tokens < 1:
-        raise DataError(f"model_input.chunks[{number}]: expected_tokens={expected_tokens} must be at least 1")
+        raise DataError(
+            f"model_input.chunks[{number}]: expected_tokens={expected_tokens} must be at least 1"
+        )
     return ImageChunk(data, format or "png", expected_tokens, name=f"chunks[{number}]")
 
 
@@ -118,13 +150,20 @@ def _datum(message: Any) -> Datum:
     for number, chunk in enumerate(message.model_input):
         kind = chunk.WhichOneof("kind")
         if kind == "encoded_text":
-            chunks.append(EncodedTextChunk(tuple(np.frombuffer(chunk.encoded_text.tokens, np.int32).tolist())))
+            chunks.append(
+                EncodedTextChunk(tuple(np.frombuffer(chunk.encoded_text.tokens, np.int32).tolist()))
+            )
         elif kind == "image":
             count = chunk.image.expected_tokens if chunk.image.HasField("expected_tokens") else None
             chunks.append(_image(number, chunk.image.data, chunk.image.format, count))
         else:
-            raise DataError(f"model_input.chunks[{number}] is {kind or 'empty'}; there are text and image")
-    return Datum(ModelInput(tuple(chunks)), {name: _tensor(tensor) for name, tensor in message.loss_fn_inputs.items()})
+            raise DataError(
+                f"model_input.chunks[{number}] is {kind or 'empty'}; there are text and image"
+            )
+    return Datum(
+        ModelInput(tuple(chunks)),
+        {name: _tensor(tensor) for name, tensor in message.loss_fn_inputs.items()},
+    )
 
 
 def _tensor(message: Any) -> np.ndarray:
@@ -144,12 +183,18 @@ def _widen(array: np.ndarray, dtype: int) -> np.ndarray:
     return (array.astype(np.uint32) << 16).view(np.float32) if dtype == schema.BFLOAT16 else array
 
 
-def _dense(values: np.ndarray, crow: np.ndarray, col: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+def _dense(
+    values: np.ndarray, crow: np.ndarray, col: np.ndarray, shape: Sequence[int]
+) -> np.ndarray:
     """A matrix in compressed rows, written out; zeros where nothing is listed."""
     if len(shape) != 2 or min(shape) < 0 or shape[0] * shape[1] > MAX_DENSE_ELEMENTS:
         raise DataError(f"a sparse tensor of shape {tuple(shape)} cannot be used")
     counts = np.diff(crow)
-    if len(crow) != shape[0] + 1 or (len(crow) and (crow[0] != 0 or crow[-1] != len(values))) or (counts < 0).any():
+    if (
+        len(crow) != shape[0] + 1
+        or (len(crow) and (crow[0] != 0 or crow[-1] != len(values)))
+        or (counts < 0).any()
+    ):
         raise DataError("sparse_crow_indices do not belong to the shape")
     if len(col) != len(values) or (len(col) and (col.min() < 0 or col.max() >= shape[1])):
         raise DataError("sparse_col_indices do not belong to the shape")
@@ -159,7 +204,9 @@ def _dense(values: np.ndarray, crow: np.ndarray, col: np.ndarray, shape: Sequenc
 
 
 def _datum_from_json(message: Mapping[str, Any]) -> Datum:
-    inputs = {name: tensor_from_json(tensor) for name, tensor in message.get("loss_fn_inputs", {}).items()}
+    inputs = {
+        name: tensor_from_json(tensor) for name, tensor in message.get("loss_fn_inputs", {}).items()
+    }
     return Datum(model_input_from_json(message.get("model_input", {})), inputs)
 
 
@@ -172,7 +219,9 @@ def model_input_from_json(message: Mapping[str, Any]) -> ModelInput:
             chunks.append(EncodedTextChunk(tuple(chunk["tokens"])))
         elif kind == "image":
             data = base64.b64decode(chunk["data"], validate=True)
-            chunks.append(_image(number, data, chunk.get("format", "png"), chunk.get("expected_tokens")))
+            chunks.append(
+                _image(number, data, chunk.get("format", "png"), chunk.get("expected_tokens"))
+            )
         else:
             raise DataError(f"chunks[{number}] is {kind}; there are encoded_text and image")
     return ModelInput(tuple(chunks))
@@ -184,7 +233,10 @@ def tensor_from_json(message: Mapping[str, Any]) -> np.ndarray:
     values = np.asarray(message["data"], dtype)
     shape = message.get("shape")
     if message.get("sparse_crow_indices") is not None:
-        crow, col = (np.asarray(message[name], np.int64) for name in ("sparse_crow_indices", "sparse_col_indices"))
+        crow, col = (
+            np.asarray(message[name], np.int64)
+            for name in ("sparse_crow_indices", "sparse_col_indices")
+        )
         return _dense(values, crow, col, shape or ())
     return values.reshape(tuple(shape)) if shape is not None else values
 
@@ -193,33 +245,44 @@ def sampling_params_from_json(message: Mapping[str, Any]) -> SamplingParams:
     """``max_tokens`` absent generates as far as the model goes."""
     top_k = message.get("top_k", -1)
     return SamplingParams(
-        max_tokens=message.get("max_tokens"), temperature=float(message.get("temperature", 1.0)),
-        top_p=float(message.get("top_p", 1.0)), top_k=int(-1 if top_k is None else top_k), seed=message.get("seed"),
+        max_tokens=message.get("max_tokens"),
+        temperature=float(message.get("temperature", 1.0)),
+        top_p=float(message.get("top_p", 1.0)),
+        top_k=int(-1 if top_k is None else top_k),
+        seed=message.get("seed"),
         stop=message.get("stop"),
-    )  # fmt: skip
+    )
 
 
 # ---- results
 
 
 def write_forward_backward(output: ForwardBackwardOutput) -> bytes:
-    """As protobuf. Datums whose arrays differ in trailing shape go into records of their own, in order."""
+    """As protobuf. Datums whose arrays differ in trailing shape go into records of their own, in
+    order.
+    """
     message = schema.ForwardBackwardOutput(loss_fn_output_type=output.loss_fn_output_type)
     for name, value in output.metrics.items():
         message.metrics[name] = value
     for group in _by_trailing_shape(output.loss_fn_outputs):
-        record = message.loss_fn_outputs.add(type_tag=output.loss_fn_output_type, num_datums=len(group))
+        record = message.loss_fn_outputs.add(
+            type_tag=output.loss_fn_output_type, num_datums=len(group)
+        )
         for name in group[0]:
             arrays = [np.ascontiguousarray(datum[name]) for datum in group]
             field = record.fields[name]
             field.data = b"".join(array.tobytes() for array in arrays)
-            field.offsets = np.cumsum([0, *(array.nbytes for array in arrays)], dtype=np.int64).tobytes()
+            field.offsets = np.cumsum(
+                [0, *(array.nbytes for array in arrays)], dtype=np.int64
+            ).tobytes()
             field.dtype = schema.INT64 if arrays[0].dtype == np.int64 else schema.FLOAT32
             field.trailing_shape.extend(arrays[0].shape[1:])
     return message.SerializeToString()
 
 
-def _by_trailing_shape(outputs: Sequence[dict[str, TensorData]]) -> list[list[dict[str, TensorData]]]:
+def _by_trailing_shape(
+    outputs: Sequence[dict[str, TensorData]],
+) -> list[list[dict[str, TensorData]]]:
     groups: list[list[dict[str, TensorData]]] = []
     last = None
     for datum in outputs:
@@ -235,14 +298,17 @@ def write_sample_response(response: SampleResponse) -> bytes:
     """As protobuf."""
     message = schema.SampleResponse()
     for sample in response.sequences:
-        sequence = message.sequences.add(stop_reason=schema.STOP if sample.stop_reason == "stop" else schema.LENGTH)
+        sequence = message.sequences.add(
+            stop_reason=schema.STOP if sample.stop_reason == "stop" else schema.LENGTH
+        )
         sequence.tokens = np.asarray(sample.tokens, np.int32).tobytes()
         if sample.logprobs is not None:
             sequence.logprobs = np.asarray(sample.logprobs, np.float32).tobytes()
         if sample.topk_logprobs is not None:
             _write_topk(sequence.topk_sampled_logprobs, sample.topk_logprobs)
     if response.prompt_logprobs is not None:
-        message.prompt_logprobs = np.array(response.prompt_logprobs, np.float32).tobytes()  # None becomes NaN
+        # None becomes NaN
+        message.prompt_logprobs = np.array(response.prompt_logprobs, np.float32).tobytes()
     if response.topk_prompt_logprobs is not None:
         _write_topk(message.topk_prompt_logprobs, response.topk_prompt_logprobs)
     if response.target_prompt_logprobs is not None:
@@ -254,7 +320,10 @@ def write_sample_response(response: SampleResponse) -> bytes:
 
 
 def _write_tensor(message: Any, array: np.ndarray) -> None:
-    message.dense, message.dtype = array.tobytes(), schema.INT64 if array.dtype == np.int64 else schema.FLOAT32
+    message.dense, message.dtype = (
+        array.tobytes(),
+        schema.INT64 if array.dtype == np.int64 else schema.FLOAT32,
+    )
     message.shape.extend(array.shape)
 
 
@@ -265,7 +334,12 @@ def _write_topk(message: Any, rows: Sequence[list[tuple[int, float]] | None]) ->
     for number, row in enumerate(rows):
         for place, (token, logprob) in enumerate(row or ()):
             tokens[number, place], logprobs[number, place] = token, logprob
-    message.token_ids, message.logprobs, message.k, message.length = tokens.tobytes(), logprobs.tobytes(), width, len(rows)
+    message.token_ids, message.logprobs, message.k, message.length = (
+        tokens.tobytes(),
+        logprobs.tobytes(),
+        width,
+        len(rows),
+    )
 
 
 def forward_backward_as_json(payload: bytes) -> dict[str, Any]:
@@ -274,10 +348,14 @@ def forward_backward_as_json(payload: bytes) -> dict[str, Any]:
     outputs = []
     for record in message.loss_fn_outputs:
         for number in range(record.num_datums):
-            outputs.append({name: _nth_as_json(field, number) for name, field in record.fields.items()})
+            outputs.append(
+                {name: _nth_as_json(field, number) for name, field in record.fields.items()}
+            )
     return {
-        "loss_fn_output_type": message.loss_fn_output_type, "loss_fn_outputs": outputs, "metrics": dict(message.metrics),
-    }  # fmt: skip
+        "loss_fn_output_type": message.loss_fn_output_type,
+        "loss_fn_outputs": outputs,
+        "metrics": dict(message.metrics),
+    }
 
 
 def _nth_as_json(field: Any, number: int) -> dict[str, Any]:
@@ -298,17 +376,29 @@ def sample_response_as_json(payload: bytes) -> dict[str, Any]:
             {
                 "stop_reason": "stop" if sequence.stop_reason == schema.STOP else "length",
                 "tokens": np.frombuffer(sequence.tokens, np.int32).tolist(),
-                "logprobs": np.frombuffer(sequence.logprobs, np.float32).tolist() if sequence.HasField("logprobs") else None,
-                "topk_logprobs": _topk_as_json(sequence.topk_sampled_logprobs) if has_best else None,
+                "logprobs": np.frombuffer(sequence.logprobs, np.float32).tolist()
+                if sequence.HasField("logprobs")
+                else None,
+                "topk_logprobs": _topk_as_json(sequence.topk_sampled_logprobs)
+                if has_best
+                else None,
             }
         )
-    prompt = np.frombuffer(message.prompt_logprobs, np.float32) if message.HasField("prompt_logprobs") else None
+    prompt = (
+        np.frombuffer(message.prompt_logprobs, np.float32)
+        if message.HasField("prompt_logprobs")
+        else None
+    )
     return {
         "type": "sample",
         "sequences": sequences,
-        "prompt_logprobs": None if prompt is None else [None if np.isnan(value) else float(value) for value in prompt],
+        "prompt_logprobs": None
+        if prompt is None
+        else [None if np.isnan(value) else float(value) for value in prompt],
         "topk_prompt_logprobs": (
-            _topk_as_json(message.topk_prompt_logprobs) if message.HasField("topk_prompt_logprobs") else None
+            _topk_as_json(message.topk_prompt_logprobs)
+            if message.HasField("topk_prompt_logprobs")
+            else None
         ),
     }
 
@@ -317,5 +407,8 @@ def _topk_as_json(message: Any) -> list[list[tuple[int, float]] | None]:
     shape = (message.length, message.k)
     tokens = np.frombuffer(message.token_ids, np.int32).reshape(shape).tolist()
     logprobs = np.frombuffer(message.logprobs, np.float32).reshape(shape).tolist()
-    rows = [[(t, p) for t, p in zip(*row, strict=True) if p > _MISSING_LOGPROB] for row in zip(tokens, logprobs, strict=True)]
+    rows = [
+        [(t, p) for t, p in zip(*row, strict=True) if p > _MISSING_LOGPROB]
+        for row in zip(tokens, logprobs, strict=True)
+    ]
     return [row or None for row in rows]

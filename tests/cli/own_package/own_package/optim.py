@@ -24,5 +24,7 @@ class Sign(torch.optim.Optimizer):
                     parameter.sub_(group["lr"] * parameter.grad.sign())
 
 
-def halving(optimizer: torch.optim.Optimizer, *, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+def halving(
+    optimizer: torch.optim.Optimizer, *, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)

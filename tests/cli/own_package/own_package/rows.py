@@ -16,7 +16,10 @@ class Style:
         self.ending = ending
 
     def __call__(self, record: dict[str, Any]) -> dict[str, str]:
-        return {"prompt": record["frage"], "completion": record["antwort"].removesuffix(".") + self.ending}
+        return {
+            "prompt": record["frage"],
+            "completion": record["antwort"].removesuffix(".") + self.ending,
+        }
 
 
 def broken(record: dict[str, Any]) -> dict[str, str]:
