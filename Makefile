@@ -14,7 +14,7 @@ demo-images: $(STAMP)
 	$(BIN)/lorakit demo digits
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 # Every shell block of README and docs/, in a fresh folder, on tiny models.
 test-docs: $(STAMP)

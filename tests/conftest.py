@@ -6,11 +6,15 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import hypothesis
+import pytest
+from preloaded import ADDRESS
 
 # before any test loads torch: it says how OpenMP's threads wait for one another
 importlib.import_module("lorakit")
@@ -28,3 +32,23 @@ hypothesis.settings.register_profile(
     "lorakit", deadline=None, max_examples=40, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("lorakit")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the process that forks programs, once for all workers; see ``preloaded.py``."""
+    if ADDRESS in os.environ or Path("/proc/driver/nvidia/version").exists():
+        return  # a worker of xdist, which finds it; or a GPU, whose programs start as usual
+    folder = tempfile.mkdtemp(prefix="lorakit-preloaded-")
+    os.environ[ADDRESS] = f"{folder}/socket"
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("preloaded.py")), os.environ[ADDRESS]],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+
+    def end() -> None:
+        server.kill()
+        server.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    config.add_cleanup(end)

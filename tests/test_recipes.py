@@ -10,13 +10,13 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 
 from lorakit import ServiceClient
@@ -152,9 +152,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(FOLDER.parent)}
-    command, data = [sys.executable, "-m", "lorakit"], ["--data", str(folder / "data")]
+    command, data = ["-m", "lorakit"], ["--data", str(folder / "data")]
     with (folder / "log").open("w") as log:
-        server = subprocess.Popen(
+        server = preloaded.start(
             [*command, "serve", *data, "--port", str(port)], stdout=log, stderr=log, env=variables
         )
     try:
@@ -164,13 +164,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
                 folder / "log"
             ).read_text()
             time.sleep(0.05)
-        printed = subprocess.run(
-            [*command, "tinker-env", *data],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=variables,
-        ).stdout
+        printed = preloaded.run([*command, "tinker-env", *data], check=True, env=variables).stdout
         yield {**variables, **dict(re.findall(r"export (\w+)=(\S+)", printed))}
     finally:
         server.terminate()
@@ -183,10 +177,8 @@ def run_both(
     """Return what a recipe prints with ``--server`` and in this process, which runs it at the
     same time.
     """
-    command = [sys.executable, str(FOLDER / f"{name}.py"), "--server", *options]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as program:
+    command = [str(FOLDER / f"{name}.py"), "--server", *options]
+    with preloaded.start(command, env=environment) as program:
         load(name).main(options)
         served, errors = program.communicate(timeout=300)
     # The SDK's process aborts at its exit now and then, all work done: what it printed is compared.
@@ -205,11 +197,9 @@ def test_sft_loop_is_the_same_on_a_server(
     served, local = run_both("sft_loop", ["--steps", "3", "--save-every", "2"], environment, capsys)
     assert len(numbers("loss", served)) == 5
     assert numbers("loss", served) == pytest.approx(numbers("loss", local), abs=2e-3)
-    command = [sys.executable, str(FOLDER / "sft_loop.py"), "--server", "--steps", "3", "--resume"]
+    command = [str(FOLDER / "sft_loop.py"), "--server", "--steps", "3", "--resume"]
     path = re.findall(r"saved (\S+)", served)[0]
-    resumed = subprocess.run(
-        [*command, path], capture_output=True, text=True, env=environment, timeout=300, check=True
-    ).stdout
+    resumed = preloaded.run([*command, path], env=environment, timeout=300, check=True).stdout
     # the step after the saved one, and what is held out
     assert numbers("loss", resumed)[1:] == numbers("loss", served)[3:]
 
@@ -281,8 +271,6 @@ def test_distill_lowers_the_divergence_tenfold() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--server"]], ids=["in_process", "server"])
 def test_the_first_program_of_all_runs(options: list[str], environment: dict[str, str]) -> None:
-    command = [sys.executable, str(FOLDER / "pig_latin.py"), *options]
-    printed = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=300, check=True
-    ).stdout
+    command = [str(FOLDER / "pig_latin.py"), *options]
+    printed = preloaded.run(command, env=environment, timeout=300, check=True).stdout
     assert printed.splitlines()[-8:].count(" ubber-ray uck-day") == 4

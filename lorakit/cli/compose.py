@@ -120,12 +120,11 @@ def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: 
     Raises:
         ConfigError: what Hydra refuses, with the nearest right key where one is misspelt.
     """
-    import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
-    sys.argv = [sys.argv[0], *prepare_arguments(arguments)]
+    prepared = prepare_arguments(arguments)
     jobs: list[_Job] = []
     is_sweep = bool({"-m", "--multirun"} & set(arguments))
 
@@ -139,9 +138,10 @@ def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: 
             return None
 
     try:
-        result = hydra.main(
-            version_base="1.3", config_path=str(conf_dir()), config_name=config_name
-        )(guarded)()
+        if (run := _compose_single(prepared, config_name)) is not None:
+            result = run(guarded)
+        else:
+            result = _hydra_main(prepared, config_name)(guarded)()
     except HydraException as error:
         raise ConfigError(explain_override(str(error), config_name, arguments)) from error
     except ValueError as error:
@@ -160,6 +160,50 @@ def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: 
         raise ConfigError(_first_lines(str(error))) from error
     _raise_failures(jobs)
     return result
+
+
+def _compose_single(
+    prepared: list[str], config_name: str
+) -> Callable[[Callable[[Any], Any]], Any] | None:
+    """Return what runs a task as Hydra's only job, its config composed; None for anything else.
+
+    ``hydra.main`` composes once to learn whether this is a sweep, and again to run.
+    """
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    config_dir = _value_of_flag(prepared, "--config-dir", "-cd")
+    overrides = prepared[(0 if config_dir is None else 2 - ("=" in prepared[0])) :]
+    if any(text.startswith(("-", "hydra.mode=")) for text in overrides):
+        return None  # a sweep, or something to show
+    if config_dir is not None:
+        if not os.path.isdir(config_dir):
+            raise ConfigError(f"--config-dir {config_dir}: no such folder")
+        overrides = [_searchpath(config_dir), *overrides]
+    GlobalHydra.instance().clear()  # of an earlier call in this process
+    initialize_config_dir(str(conf_dir()), job_name="lorakit", version_base="1.3")
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    config = hydra.compose_config(config_name, overrides, run_mode=RunMode.RUN)
+    if config.hydra.mode is RunMode.MULTIRUN:  # as a config of the user's says
+        return None
+    hydra.compose_config = lambda *_, **__: config  # type: ignore[method-assign]
+    return lambda task: hydra.run(config_name, task, overrides).return_value
+
+
+def _searchpath(config_dir: str) -> str:
+    return f"hydra.searchpath=[{_quoted(f'file://{os.path.abspath(config_dir)}')}]"
+
+
+def _hydra_main(prepared: list[str], config_name: str) -> Callable[..., Any]:
+    """Hydra's decorator, with the arguments in ``sys.argv``, where it looks for them."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    sys.argv = [sys.argv[0], *prepared]
+    return hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
 
 
 class _Job:

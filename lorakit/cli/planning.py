@@ -33,14 +33,13 @@ from lorakit.planner.memory import (
     rough_bound,
 )
 from lorakit.planner.sight import RowSizes
-from lorakit.planner.trace import StepShape, StepTrace, trace_forward, trace_step
+from lorakit.planner.trace import StepShape, StepTrace, keeps_scores, trace_forward, trace_step
 from lorakit.sampling.generate import MAX_BATCH
 from lorakit.strategy.world import World, current_world, gather
 from lorakit.training.precision import base_dtype
 
 log = logging.getLogger("lorakit")
 Config = dict[str, Any]
-SMALL_SHARE = 0.5  # a run that surely stays below this share of the memory there is needs no plan
 
 
 # What was traced of a model without weights: who chooses settings, and then plans the run, asks
@@ -136,9 +135,7 @@ class StepPlan:
         return one.num_kept * cache_bytes(self.skeleton.config, self.shape.dtype)
 
     def is_small_for(self, num_bytes: int) -> bool:
-        """Whether the step surely fits into ``num_bytes``, and so easily that nobody need know
-        how much it takes.
-        """
+        """Whether the step surely fits into ``num_bytes``, by a bound that costs no trace."""
         shapes = [self.shape, *(one.shape for one in self.passes)]
         kept = max((self._kept_bytes(one) for one in self.passes), default=0)
         # of a position
@@ -158,8 +155,10 @@ class StepPlan:
                 max((shape.num_positions, *(patches * size for size in shape.image_tokens)))
                 for shape in shapes
             ),
+            checkpointing=self.shape.checkpointing,
+            keeps_scores=keeps_scores(self.skeleton, self.shape),
         )
-        return bound + kept < SMALL_SHARE * num_bytes
+        return bound + kept < WARN_SHARE * num_bytes
 
     def first_that_fits(
         self, num_processes: int, num_bytes: int, *, offloads: bool = True

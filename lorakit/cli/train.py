@@ -114,6 +114,7 @@ def train(config: DictConfig, *, command: str = "") -> None:
     # whose nodes may have other files
     if not is_sweep and hydra.runtime.choices.get("launch") != "slurm":
         _check_paths(plain)
+    announce(plain)
     from lorakit.cli.jobs import mark_failed, was_finished
     from lorakit.cli.schema import check_settings
 
@@ -144,6 +145,21 @@ def train(config: DictConfig, *, command: str = "") -> None:
         failed = LorakitError("its processes failed, and said why")
         mark_failed(job, failed)
         raise failed from ended
+
+
+def announce(plain: dict[str, Any]) -> None:
+    """Say what is about to be trained, and where, before the imports that take seconds."""
+    if "RANK" in os.environ:  # of several processes, the one that started them has said it
+        return
+    from lorakit.training.gpus import guess_device
+
+    data, sources = plain["data"], plain["data"].get("sources")
+    rows = f"{len(sources)} sources" if isinstance(sources, list) else data.get("path")
+    is_job = "partition" in plain["launch"]
+    device = (
+        "in a job of SLURM" if is_job else f"on {guess_device(plain['trainer']['accelerator'])}"
+    )
+    print(f"model {plain['model']['path']}, data {rows or data['_target_']}, {device}", flush=True)
 
 
 def _check_paths(plain: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,23 +106,44 @@ def _left_in_cgroup() -> int:
 
 
 def rough_bound(
-    skeleton: Any, num_params: int, *, num_tokens: int, num_positions: int, bytes_each: int
+    skeleton: Any,
+    num_params: int,
+    *,
+    num_tokens: int,
+    num_positions: int,
+    bytes_each: int,
+    checkpointing: bool = False,
+    keeps_scores: bool = False,
 ) -> int:
     """Return a number of bytes that a step surely stays below, of a model on the meta device. It
-    takes no time, and is far off.
+    takes no time, and is a few times too large.
 
-    Of every matrix it counts what goes in and comes out eight times over, in float32; of attention
-    all pairs of positions.
+    Of every matrix it counts what goes in and comes out twice over, in float32, of the vocabulary
+    four times; of a checkpointed model that of one layer, and what goes into the others.
+
+    Args:
+        num_tokens: of a micro-batch.
+        num_positions: of its longest row.
+        keeps_scores: attention keeps the scores of all pairs, of every layer.
     """
     config = skeleton.config.get_text_config()
     top_k = max(1, int(getattr(config, "num_experts_per_tok", None) or 1))
-    width = num_base = 0
-    for parameter in skeleton.parameters():
+    vocabulary = int(getattr(config, "vocab_size", None) or 0)
+    num_base, words = 0, 0
+    widths: dict[str, int] = {}  # of the matrices of each layer
+    for name, parameter in skeleton.named_parameters():
         num_base += parameter.numel()
-        width += sum(parameter.shape[-2:]) * (top_k if parameter.dim() == 3 else 1)
-    pairs = (
-        int(getattr(config, "num_hidden_layers", 1))
-        * int(getattr(config, "num_attention_heads", 1))
-        * num_positions
-    )
-    return num_base * bytes_each + 20 * num_params + num_tokens * 4 * (8 * width + 4 * pairs)
+        width = sum(parameter.shape[-2:]) * (top_k if parameter.dim() == 3 else 1)
+        if parameter.dim() == 2 and vocabulary in parameter.shape:
+            words += width
+            continue
+        layer = re.match(r"(.*?\.\d+)\.", name)
+        widths[layer[1] if layer else name] = widths.get(layer[1] if layer else name, 0) + width
+    num_layers = max(1, len(widths))
+    held, layers_with_scores = sum(widths.values()), num_layers if keeps_scores else 1
+    if checkpointing:
+        held = max(widths.values(), default=0) + num_layers * int(config.hidden_size)
+        layers_with_scores = 1
+    pairs = layers_with_scores * int(getattr(config, "num_attention_heads", 1)) * num_positions
+    elements = num_tokens * (2 * held + 4 * words + (8 if keeps_scores else 2) * pairs)
+    return num_base * bytes_each + 20 * num_params + 4 * elements

@@ -176,15 +176,26 @@ def _with_causal_attention(model: Any, attention: str) -> Any:
 
 
 def _attention_kernel(model: Any, shape: StepShape) -> contextlib.AbstractContextManager[Any]:
+    if _has_no_kernel(model, shape):
+        return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    return contextlib.nullcontext()
+
+
+def _has_no_kernel(model: Any, shape: StepShape) -> bool:
     """On a GPU in float32 no kernel of torch serves fewer heads of keys than of queries; all
     scores are held then.
     """
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1)
     has_groups = (getattr(config, "num_key_value_heads", None) or heads) < heads
-    if shape.device == "cuda" and shape.precision == "32-true" and has_groups and shape.parts == 1:
-        return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    return contextlib.nullcontext()
+    is_float32_on_gpu = shape.device == "cuda" and shape.precision == "32-true"
+    return is_float32_on_gpu and has_groups and shape.parts == 1
+
+
+def keeps_scores(model: Any, shape: StepShape) -> bool:
+    """Whether attention keeps the scores of all pairs of positions until the backward pass."""
+    is_eager = "eager" in (shape.attention, model.config._attn_implementation)
+    return is_eager or _has_no_kernel(model, shape)
 
 
 def _mask_where_needed(**kwargs: Any) -> torch.Tensor | None:

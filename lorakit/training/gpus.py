@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import re
 import shutil
@@ -10,8 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
+_NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 _AMD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 
 
@@ -23,6 +23,40 @@ def find_gpus() -> tuple[str, ...]:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return ()
     return (*_ask_nvidia("--list-gpus"), *_find_amd())
+
+
+def guess_device(accelerator: str) -> str:
+    """What a run will most likely compute on, in words; torch is not imported for it.
+
+    ``resolve_accelerator`` has the last word, once torch is there.
+    """
+    if accelerator == "cpu":
+        return "the CPU"
+    if (is_cpu_build := _is_cpu_build()) or not (names := _names_of_gpus()):
+        return "the CPU" if is_cpu_build and accelerator == "auto" else "this machine"
+    kinds = ", ".join(dict.fromkeys(names))
+    return f"a GPU ({kinds})" if len(names) == 1 else f"{len(names)} GPUs ({kinds})"
+
+
+def _names_of_gpus() -> list[str]:
+    """Names of the GPUs that this process may use, from the drivers; nvidia-smi takes longer."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip()
+    if chosen in ("", "-1"):
+        return []
+    texts = [path.read_text(errors="replace") for path in _NVIDIA_GPUS.glob("*/information")]
+    names = [found[1] for text in texts if (found := re.search(r"^Model:\s*(.+)$", text, re.M))]
+    return (names if chosen == "all" else names[: len(chosen.split(","))]) + list(_find_amd())
+
+
+def _is_cpu_build() -> bool:
+    """Whether the torch that is installed knows no GPU of NVIDIA or AMD."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    return bool(
+        re.search(r"^cuda\b.*= None$", text, re.M) and re.search(r"^hip\b.*= None$", text, re.M)
+    )
 
 
 def find_driver() -> str | None:
@@ -40,6 +74,8 @@ class GpuProblem(NamedTuple):
 @functools.cache
 def find_gpu_problem() -> GpuProblem | None:
     """What keeps torch from using a GPU that is there, or None where it can, or there is none."""
+    import torch
+
     if torch.cuda.is_available() or not (gpus := find_gpus()):
         return None
     has_amd = bool(_find_amd())

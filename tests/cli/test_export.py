@@ -7,12 +7,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import peft
+import preloaded
 import pytest
 import torch
 import yaml
@@ -39,8 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("wide", ("lora.unembedding=true", "lora.targets=[q_proj,lm_head,*mlp.gate]")),
     ):
         chosen = settings if name == "it" else settings[1:]
-        command = [
-            sys.executable,
+        program = [
             "-m",
             "lorakit",
             "train",
@@ -52,9 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *chosen,
         ]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
+        done = preloaded.run(program, cwd=folder, env=environment)
         assert done.returncode == 0, done.stderr
     return folder / "runs"
 
@@ -278,16 +274,8 @@ def export(
     for name in ("HF_HUB_OFFLINE", "HF_TOKEN"):
         environment.pop(name, None)
     environment |= {"HF_ENDPOINT": hub.address, **({"HF_TOKEN": token} if token else {})}
-    command = [sys.executable, "-m", "lorakit", "export", "it", "--runs", str(runs), *arguments]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    program = ["-m", "lorakit", "export", "it", "--runs", str(runs), *arguments]
+    done = preloaded.run(program, cwd=folder, env=environment, timeout=240)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import preloaded
 import pytest
 from hub_stand_in import COMMIT, Hub
 from program import REPOSITORY
@@ -79,16 +78,8 @@ def lorakit(
         (folder / "site").mkdir(exist_ok=True)
         (folder / "site/sitecustomize.py").write_text(NO_SOCKETS)
         environment["PYTHONPATH"] = f"{folder / 'site'}:{REPOSITORY}"
-    command = [sys.executable, "-m", "lorakit", *arguments]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    program = ["-m", "lorakit", *arguments]
+    done = preloaded.run(program, cwd=folder, env=environment, timeout=240)
     return done.returncode, done.stdout, done.stderr
 
 

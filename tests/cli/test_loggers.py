@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import re
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import preloaded
 import psutil
 import pytest
 import yaml
@@ -152,7 +152,7 @@ def test_a_killed_run_that_goes_on_is_one_run_of_wandb_and_no_step_is_there_twic
     assert dict(logged) == pytest.approx(ours)
 
 
-def _wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+def _wait_for_step(folder: Path, step: int, process: preloaded.Process) -> None:
     end = time.monotonic() + 120
     while max((record["step"] for record in History(folder).read()), default=0) < step:
         assert process.poll() is None and time.monotonic() < end, process.communicate()[1][-6000:]

@@ -7,12 +7,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 from program import REPOSITORY, start
 from small import SMALL
@@ -256,7 +256,7 @@ def _history(run: Path) -> list[dict[str, Any]]:
 
 
 def _wait_for(
-    condition: Callable[[], bool], process: subprocess.Popen[str], poll: float = 0.01
+    condition: Callable[[], bool], process: preloaded.Process, poll: float = 0.01
 ) -> bool:
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
@@ -267,7 +267,7 @@ def _wait_for(
 
 
 def _kill_when(
-    process: subprocess.Popen[str],
+    process: preloaded.Process,
     condition: Callable[[], bool],
     *,
     delay: float = 0,

@@ -7,11 +7,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import preloaded
 import psutil
 import pytest
 
@@ -36,29 +35,28 @@ SMALL = (
 DEADLINE_S = 60  # within which a job ends when one of its processes has died
 
 
-def start(*arguments: str, cwd: Path, path: Path = REPOSITORY) -> subprocess.Popen[str]:
+def start(*arguments: str, cwd: Path, path: Path = REPOSITORY) -> preloaded.Process:
     environment = {
         **os.environ,
         "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{path}",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "lorakit", "train", *SMALL, *arguments]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    program = ["-m", "lorakit", "train", *SMALL, *arguments]
+    return preloaded.start(program, cwd=cwd, env=environment)
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def workers_of(process: preloaded.Process) -> list[psutil.Process]:
     """The processes that train, by rank."""
     everyone = psutil.Process(process.pid).children(recursive=True)
-    found = [child for child in everyone if "lorakit.cli.worker" in child.cmdline()]
+    programs = {"lorakit.cli.worker", str(Path(preloaded.__file__))}
+    found = [child for child in everyone if programs & set(child.cmdline())]
     watchers = {child.pid for worker in found for child in worker.children()}
     found = [child for child in found if child.pid not in watchers]
-    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+    return sorted(found, key=lambda child: child.pid)  # the first is started first
 
 
-def wait_for_step(history: History, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(history: History, step: int, process: preloaded.Process) -> None:
     end = time.monotonic() + 120
     while not any(record["step"] >= step for record in history.read()):
         assert process.poll() is None, process.communicate()
@@ -339,7 +337,6 @@ def test_what_any_strategy_has_trained_is_evaluated_sampled_and_merged(
     assert process.returncode == 0, output + errors
     run = open_run(tmp_path / "runs" / "it")
     assert (run.folder / "samples.jsonl").read_text().count("\n") >= 1 and run.info["val_loss"] > 0
-    command = [sys.executable, "-m", "lorakit"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     data = ("--data", "pig_latin/heldout", "--limit", "4", "--json", "figures.json")
     for more in (
@@ -347,14 +344,7 @@ def test_what_any_strategy_has_trained_is_evaluated_sampled_and_merged(
         ("sample", "it", "--max-tokens", "4", "--", "a"),
         ("merge", "it", "--out", "merged"),
     ):
-        done = subprocess.run(
-            [*command, *more],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = preloaded.run(["-m", "lorakit", *more], cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     # the adapter is exported in bf16

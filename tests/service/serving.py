@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import preloaded
 
 
 def free_port() -> int:
@@ -24,7 +24,7 @@ class Server:
 
     folder: Path
     port: int
-    process: subprocess.Popen[str]
+    process: preloaded.Process
     key: str
 
     @classmethod
@@ -38,22 +38,11 @@ class Server:
         port = port or free_port()
         named = [part for model in models for part in ("--model", model)]
         log = (folder / "serve.log").open("a")
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "lorakit",
-                "serve",
-                *named,
-                "--data",
-                str(folder / "data"),
-                "--port",
-                str(port),
-                *options,
-            ],
+        data = ("--data", str(folder / "data"), "--port", str(port))
+        process = preloaded.start(
+            ["-m", "lorakit", "serve", *named, *data, *options],
             stdout=log,
             stderr=log,
-            text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
         deadline = time.monotonic() + 120
@@ -81,10 +70,6 @@ class Server:
 
     def environment(self) -> dict[str, str]:
         """The variables that `lorakit tinker-env` prints."""
-        printed = subprocess.run(
-            [sys.executable, "-m", "lorakit", "tinker-env", "--data", str(self.folder / "data")],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        data = ["--data", str(self.folder / "data")]
+        printed = preloaded.run(["-m", "lorakit", "tinker-env", *data], check=True).stdout
         return dict(re.findall(r"export (\w+)=(\S+)", printed))

@@ -7,14 +7,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import httpx
 import peft
+import preloaded
 import pytest
 from programs import make_data, train
 from serving import Server
@@ -82,17 +81,9 @@ def test_the_tinker_command_lists_and_downloads(
     path = client.save_state("mine").result().path
 
     def tinker(*arguments: str) -> Any:
-        command = [sys.executable, "-W", "ignore", "-m", "tinker.cli", "-f", "json", *arguments]
+        program = ["-m", "tinker.cli", "-f", "json", *arguments]
         environment = {**os.environ, **server.environment()}
-        ran = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=tmp_path,
-            env=environment,
-            timeout=120,
-        )
+        ran = preloaded.run(program, cwd=tmp_path, env=environment, timeout=120)
         # Its own threads now and then abort the interpreter when all is said and done, beside a
         # busy machine.
         assert ran.returncode in (0, -signal.SIGABRT), ran.stderr + ran.stdout
@@ -112,17 +103,9 @@ def test_users_see_load_and_delete_their_own_alone(
 ) -> None:
     path = client.save_state("secret").result().path
     run_id = client.model_id
-    command = [
-        sys.executable,
-        "-m",
-        "lorakit",
-        "serve",
-        "--data",
-        str(server.folder / "data"),
-        "--new-user",
-        "somebody else",
-    ]
-    other = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    data = ["--data", str(server.folder / "data")]
+    program = ["-m", "lorakit", "serve", *data, "--new-user", "somebody else"]
+    other = preloaded.run(program, check=True).stdout.split()[-1]
     with httpx.Client(
         base_url=f"{server.url}/api/v1", headers={"X-API-Key": other}, timeout=60
     ) as http:

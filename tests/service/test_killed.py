@@ -7,12 +7,11 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import httpx
+import preloaded
 import pytest
 from serving import Server, free_port
 
@@ -33,11 +32,8 @@ def test_a_program_of_the_sdk_reaches_its_last_step_through_kills(
     losses = {}
     for name in ("whole", "killed"):
         log = (tmp_path / f"{name}.log").open("w")
-        program = subprocess.Popen(
+        program = preloaded.start(
             [
-                sys.executable,
-                "-W",
-                "ignore",
                 str(PROGRAM),
                 str(steps),
                 str(tmp_path / f"{name}.txt"),

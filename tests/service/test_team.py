@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import preloaded
 import pytest
 from serving import Server, free_port
 
@@ -23,16 +24,10 @@ HERE = Path(__file__).parent
 def run_program(folder: Path, strategy: str, processes: int) -> dict[str, Any]:
     folder.mkdir()
     program = [str(HERE / "team_program.py"), str(folder), strategy]
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={processes}",
-        f"--master-port={free_port()}",
-    ]
-    command = [sys.executable, *(launcher if processes > 1 else []), *program]
-    ran = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=180, cwd=HERE
-    )
+    if processes > 1:
+        ran = preloaded.run_ranks(program, processes, timeout=180, cwd=HERE)
+    else:
+        ran = preloaded.run(program, timeout=180, cwd=HERE)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return dict(json.loads((folder / "found.json").read_text()))
 

@@ -8,11 +8,11 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 import torch
 from tiny_models import make_model, relative_l2
@@ -105,7 +105,6 @@ def launch(
         **more,
     }
     (folder / "plan.json").write_text(json.dumps(plan))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     empty = folder / "bin"
     empty.mkdir()
     environment = {
@@ -114,15 +113,11 @@ def launch(
         "PATH": str(empty),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    command = [
-        sys.executable,
-        *(torchrun if world > 1 else []),
-        str(WORKER),
-        str(folder / "plan.json"),
-    ]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
+    program = [str(WORKER), str(folder / "plan.json")]
+    if world > 1:
+        done = preloaded.run_ranks(program, world, env=environment, timeout=240)
+    else:
+        done = preloaded.run(program, env=environment, timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in wanted}
 

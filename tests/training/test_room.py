@@ -4,11 +4,10 @@ gradient, the same figures.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 import torch
 from tiny_models import (
@@ -214,8 +213,7 @@ def test_memory_that_the_system_refuses_is_made_room_for(tmp_path: Path) -> None
     that.
     """
     program = NO_MEMORY.format(tests=str(Path(__file__).resolve().parents[1]), folder=str(tmp_path))
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = preloaded.run(["-c", program], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     positions, distance = done.stdout.split()[-2:]
     assert int(positions) <= 128 and float(distance) < 1e-6
