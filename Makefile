@@ -35,7 +35,7 @@ test-oldest: .venv-oldest/.installed
 .venv-oldest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv torch==2.10.0 setuptools wheel
-	VIRTUAL_ENV=.venv-oldest .venv-oldest/bin/uv pip install --quiet --resolution lowest-direct -e .
+	VIRTUAL_ENV=.venv-oldest .venv-oldest/bin/uv pip install --quiet --resolution lowest-direct -e ".[all]"
 	VIRTUAL_ENV=.venv-oldest .venv-oldest/bin/uv pip install --quiet pytest hypothesis build hatchling
 	touch .venv-oldest/.installed
 
