@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "lorakit"
 LAYERS = [
     {"errors"},
+    {"extras"},
     {"hub", "own_code"},
     {"model_input"},
     {"types"},

@@ -9,13 +9,14 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lorakit.extras import find_problem, is_installed, require
 from lorakit.weights.files import write_whole
 from lorakit.weights.run import History
 
 
 class RunHistory(L.Callback):
-    """Appends each step's metrics to ``history.jsonl`` and draws ``loss.png`` from it at the
-    end.
+    """Appends each step's metrics to ``history.jsonl`` and draws ``loss.png`` from it at the end,
+    where matplotlib is installed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -41,7 +42,7 @@ class RunHistory(L.Callback):
             self._append(trainer, {}, prefix_in="val/")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and is_installed("matplotlib"):
             draw_losses(self.history.read(), self.folder / "loss.png")
 
     def _append(
@@ -79,8 +80,16 @@ def _is_absent(name: str, value: float) -> bool:
     return name.count("/") == 2 and math.isnan(value)
 
 
+def describe_curve(folder: Path) -> str:
+    """Where the loss curve of the run in ``folder`` is, or what to install for the next run's."""
+    return find_problem("matplotlib", "loss.png") or f"loss curve {folder / 'loss.png'}"
+
+
 def draw_losses(records: list[dict[str, Any]], path: Path) -> None:
-    """Draw training and evaluation loss over the steps into ``path``, a PNG."""
+    """Draw training and evaluation loss over the steps into ``path``, a PNG. Raises ConfigError
+    where matplotlib is missing.
+    """
+    require("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.compose import run_hydra
 from lorakit.cli.guard import run_command
+from lorakit.extras import find_problem, require
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -99,6 +100,8 @@ def demo(config: DictConfig, chosen: Demo, command: str) -> None:
     after = ask()
     if chosen.experiment == "pig_latin":
         _print_answers(console, before, after)
+    elif problem := find_problem("matplotlib", "answers.png"):
+        console.print(problem, markup=False)
     else:
         draw_answers(outcome.run.folder / "answers.png", datums, after)
         console.print(f"scans, answers and mistakes: {outcome.run.folder / 'answers.png'}")
@@ -113,10 +116,11 @@ def demo(config: DictConfig, chosen: Demo, command: str) -> None:
         f" after {outcome.run.info['step']} steps ({outcome.seconds:.0f} s of training,"
         f" {time.perf_counter() - started:.0f} s in all)"
     )
+    picture = outcome.run.folder / "loss.png"
+    curve = f", loss curve {picture}" if picture.is_file() else ""
     console.print(
         f"trainable share {outcome.plan.trainable_share:.1%}, {outcome.tokens_per_second:,.0f}"
-        f" tokens/s, adapter {outcome.adapter_bytes / 1e6:.2f} MB, loss curve"
-        f" {outcome.run.folder / 'loss.png'}"
+        f" tokens/s, adapter {outcome.adapter_bytes / 1e6:.2f} MB{curve}"
     )
     console.print(f"try it: lorakit sample {outcome.run.name} {chosen.try_it}", markup=False)
 
@@ -153,10 +157,11 @@ def draw_answers(
     num_rows: int = 8,
 ) -> None:
     """Write a picture of scans with the answers below them: all mistakes first, as far as there
-    is room, then what is right.
+    is room, then what is right. Raises ConfigError where matplotlib is missing.
     """
     import io
 
+    require("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL import Image

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lorakit.cli.guard import run_command
+from lorakit.extras import PACKAGES, distribution_of, is_installed, packages_of
 
 GOOD, NOTE, BAD = "ok", "note", "bad"
 _LOW_DISK_GB = 20  # a checkpoint of a large adapter and a merged small model
 _LOW_MEMORY_GB = 4
-_PACKAGES = ("lightning", "transformers", "peft", "hydra-core", "datasets")
+_PACKAGES = ("lightning", "transformers", "peft", "hydra-core")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ def examine(runs: Path) -> Iterator[Finding]:
     """Yield the findings; what cannot be found out is one of them."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("python", _python),
+        ("extras", _extras),
         ("torch", _torch),
         ("number formats", _formats),
         ("deepspeed", _deepspeed),
@@ -101,6 +103,21 @@ def _python() -> Iterator[Finding]:
         f" {platform.machine()}",
     )
     yield Finding("packages", GOOD, packages)
+
+
+def _extras() -> Iterator[Finding]:
+    names = dict.fromkeys(package.extra for package in PACKAGES.values())
+    missing = {
+        name: ", ".join(map(distribution_of, lacking))
+        for name in names
+        if (lacking := [one for one in packages_of(name) if not is_installed(one)])
+    }
+    if missing:
+        said = ", ".join(f"{name} ({lacking})" for name, lacking in missing.items())
+        remedy = f"pip install 'lorakit[{','.join(missing)}]'"
+        yield Finding("extras", NOTE, f"not installed: {said}", remedy)
+    else:
+        yield Finding("extras", GOOD, f"installed: {', '.join(names)}")
 
 
 def _torch() -> Iterator[Finding]:

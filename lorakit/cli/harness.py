@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import ConfigError
+from lorakit.extras import require
 from lorakit.hub import explain_hub_error, find_hub_problem
 
 
@@ -52,8 +53,7 @@ def run_harness(
     Raises:
         ConfigError: a task's data cannot be had.
     """
-    import datasets
-
+    datasets = require("datasets", f"tasks={','.join(tasks)}")
     with _quiet():
         import lm_eval
         from lm_eval.models.huggingface import HFLM

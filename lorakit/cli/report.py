@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.cli.guard import run_command
 from lorakit.errors import ConfigError
+from lorakit.extras import find_problem
 
 if TYPE_CHECKING:
     from lorakit.sweep.comparison import Comparison
@@ -68,6 +69,8 @@ def main(arguments: list[str]) -> None:
     ):
         write_whole(out / file, functools.partial(Path.write_text, data=text, encoding="utf-8"))
         print(f"written {out / file}")
+    if problem := find_problem("matplotlib"):
+        print(f"report.html has no plots: {problem}")
 
 
 def _choose(root: Path, options: argparse.Namespace) -> tuple[Comparison, bool]:

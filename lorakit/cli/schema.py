@@ -14,6 +14,7 @@ import msgspec
 
 from lorakit.cli.auto import without_auto
 from lorakit.errors import ConfigError
+from lorakit.extras import find_problem
 from lorakit.loss.inputs import inputs_of
 from lorakit.own_code import import_by_name
 
@@ -147,6 +148,10 @@ def check_settings(config: dict[str, Any]) -> None:
         for name, entry in (config[group] or {}).items():
             if entry is not None:
                 problems += find_argument_problems(entry, f"{group}.{name}")
+                if entry["_target_"].endswith("TensorBoardLogger") and (
+                    missing := find_problem("tensorboard", f"{group}.{name}")
+                ):
+                    problems.append(missing)
     problems += _find_loss_problems(config["loss"])
     if problems:
         raise ConfigError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from lorakit.cli.guard import run_command
 from lorakit.errors import ConfigError, LorakitError, TrainingError
+from lorakit.extras import check_extra
 
 KEY_FILE, ADDRESS_FILE = "api-key", "server.json"
 FIRST_USER = "owner"
@@ -20,6 +21,7 @@ SDK_RANGE = "0.13 to 0.38"
 def main(arguments: list[str]) -> None:
     """Read the models, make a key at the first start, and serve until interrupted."""
     options = parse(arguments)
+    check_extra("serve", "lorakit serve")
     models = dict(named_model(text) for text in options.model or ["tiny"])
     folder = Path(options.data).expanduser()
     from lorakit.strategy.world import current_world

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from lorakit.cli.compose import as_typed, quote_path
 from lorakit.cli.schema import OptunaSettings, WandbSettings, check_group, import_target
 from lorakit.errors import ConfigError, LorakitError, report
+from lorakit.extras import require
 from lorakit.sweep.space import Choice, Range, Space, check_range
 from lorakit.sweep.study import Study, Trial, last_value, open_study, seed_of
 from lorakit.weights.run import History, flatten
@@ -113,6 +114,7 @@ class OptunaSweeper(_Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run trials until there are enough. Raises LorakitError."""
+        require("optuna")
         plain, space, others = self.prepare(arguments)
         fixed = [str(override.input_line) for override in others]
         _refuse_elsewhere(plain)

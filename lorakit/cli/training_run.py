@@ -24,6 +24,7 @@ import yaml
 from rich.console import Console
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lorakit.callbacks.history import describe_curve
 from lorakit.callbacks.retain import Retain
 from lorakit.callbacks.samples import Samples
 from lorakit.callbacks.throughput import Throughput
@@ -446,7 +447,7 @@ def _print_end(
         f"adapter {run.adapter}: {outcome.adapter_bytes / 1e6:.2f} MB in bf16"
         f" ({fp32_bytes / 1e6:.2f} MB in checkpoints)"
     )
-    console.print(f"loss curve {run.folder / 'loss.png'}")
+    console.print(describe_curve(run.folder), markup=False)
     name = shlex.quote(run.name)
     if outcome.interrupt:
         if requeues:

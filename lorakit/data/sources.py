@@ -28,8 +28,10 @@ from lorakit.data.own_format import Format, OwnFormat, find_format
 from lorakit.data.rows import CHAT_PAIRS, Preference, Row
 from lorakit.data.tables import Table, load_hub_table, load_table
 from lorakit.errors import ConfigError, DataError, report
+from lorakit.extras import find_problem
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
+TABLES = (".csv", ".parquet")  # that the package `datasets` reads
 BUNDLED = Path(__file__).parent.parent / "examples"
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+|[\w-]+")
 _SHOW_PROGRESS_BYTES = 20 << 20
@@ -250,6 +252,8 @@ def open_source(
     chosen = find_format(format)
     renamed = check_columns(columns or {})
     files = find_files(path)
+    if problem := _find_reader_problem(path, files):
+        raise ConfigError(problem)
     parts: list[LineFile | Table]
     if files is not None and split != "train":
         raise ConfigError(
@@ -309,15 +313,27 @@ def find_files(path: str) -> list[Path] | None:
 
 
 def check_paths(paths: Iterable[str]) -> None:
-    """Look for ``paths`` and open none of them. Raises DataError, with all that are not there."""
+    """Look for ``paths`` and open none of them. Raises DataError, with all that are not there or
+    cannot be read for want of a package.
+    """
     problems = []
     for path in paths:
         try:
-            find_files(path)
+            problem = _find_reader_problem(path, find_files(path))
         except DataError as error:
-            problems.append(str(error))
+            problem = str(error)
+        problems += [problem] if problem else []
     if problems:
         raise DataError("\n".join(problems))
+
+
+def _find_reader_problem(path: str, files: list[Path] | None) -> str | None:
+    """What to install before ``files`` can be read, or None where nothing is missing."""
+    if files is None:
+        problem = find_problem("datasets", "a data set of the hub")
+        return problem and f"{path}: no such file or folder here, and {problem}"
+    tables = [file for file in files if file.suffix in TABLES]
+    return find_problem("datasets", str(tables[0])) if tables else None
 
 
 def _suggest_file(path: Path) -> str:

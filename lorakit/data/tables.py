@@ -26,6 +26,7 @@ from lorakit.data.lines import Progress, explain
 from lorakit.data.own_format import OwnFormat, format_of
 from lorakit.data.rows import FORMATS, Row, find_problem, has_images
 from lorakit.errors import DataError, report
+from lorakit.extras import require
 from lorakit.hub import explain_hub_error, find_hub_problem, stay_offline
 
 _CHECK_ROWS = 1_000
@@ -131,7 +132,7 @@ def load_table(
     progress: Progress | None = None,
 ) -> Table:
     """Read a ``.json``, ``.csv`` or ``.parquet`` file. CSV cells are text, never guessed to be
-    numbers or nulls.
+    numbers or nulls. Raises DataError, and ConfigError where the package `datasets` is missing.
     """
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
@@ -149,10 +150,9 @@ def load_hub_table(
     name: str, split: str, *, format: str | OwnFormat | None = None, columns: Columns = ()
 ) -> Table:
     """Read a data set of the hub by its name, for instance ``HuggingFaceH4/no_robots``. Raises
-    DataError.
+    DataError, and ConfigError where the package `datasets` is missing.
     """
-    import datasets
-
+    datasets = require("datasets", name)
     _quiet()
     if problem := find_hub_problem():
         # so that what is cached is read at once, and what is not is an error at once
@@ -193,8 +193,7 @@ def _load_json(path: Path, digest: str, options: dict[str, Any]) -> Table:
 
 
 def _load_csv(path: Path, digest: str, options: dict[str, Any]) -> Table:
-    import datasets
-
+    datasets = require("datasets", str(path))
     _quiet()
     try:
         bad_rows, header = _check_csv(path)
@@ -255,8 +254,7 @@ def _csv_records(path: str, digest: str) -> Iterator[dict[str, str]]:
 
 
 def _load_parquet(path: Path, digest: str, options: dict[str, Any]) -> Table:
-    import datasets
-
+    datasets = require("datasets", str(path))
     _quiet()
     try:
         records = datasets.Dataset.from_parquet(glob.escape(str(path)), cache_dir=_cache(digest))

@@ -1,0 +1,3 @@
+from lorakit.extras import require
+
+require("sqlalchemy")  # every part of the service comes to the database: one message for all

@@ -7,6 +7,7 @@ from __future__ import annotations
 import html
 from typing import Any
 
+from lorakit.extras import find_problem
 from lorakit.sweep.comparison import Comparison, as_number, shown
 from lorakit.sweep.plots import colors_of, describe, draw_curves, draw_figures, draw_settings
 from lorakit.weights.run import History
@@ -58,7 +59,7 @@ document.querySelectorAll('th').forEach((head, column) => head.addEventListener(
 
 def as_page(comparison: Comparison, *, is_sweep: bool = True) -> str:
     """The page, as HTML that needs no other file. Runs that are no sweep have all their figures,
-    settings and samples on it.
+    settings and samples on it. Where matplotlib is missing, it says so in the place of plots.
     """
     kind = "sweep" if is_sweep else "run" if len(comparison.rows) == 1 else "runs"
     title, metric = html.escape(f"{kind} {comparison.name}"), html.escape(comparison.metric)
@@ -70,23 +71,33 @@ def as_page(comparison: Comparison, *, is_sweep: bool = True) -> str:
         said += (
             f" with {html.escape(describe(comparison, best))}</p>" if comparison.keys else "</p>"
         )
-    by_setting = draw_settings(comparison) if is_sweep else ""
-    figures = "" if is_sweep else draw_figures(comparison)
+    no_plots = find_problem("matplotlib")
     more = "" if is_sweep else _samples(comparison) + _settings(comparison)
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         f"<title>{title}</title><style>{_STYLE}</style>"
         f'<h1>{title}</h1><p class="soft">{len(states)} run{"s" * (len(states) > 1)}: {counts};'
         f" {metric}, "
-        f"{'more' if comparison.is_maximized else 'less'} is better</p>{said}{_table(comparison)}"
-        f"<h2>Learning curves</h2>{draw_curves(comparison)}"
-        f"{f'<h2>{metric} by setting</h2>{by_setting}' if by_setting else ''}"
-        f"{f'<h2>Other figures</h2>{figures}' if figures else ''}{more}"
+        f"{'more' if comparison.is_maximized else 'less'} is better</p>{said}"
+        f"{_table(comparison, colors=[] if no_plots else colors_of(comparison))}"
+        f"{f'<p>{html.escape(no_plots)}</p>' if no_plots else _plots(comparison, is_sweep)}{more}"
         f"<script>{_SCRIPT}</script></html>\n"
     )
 
 
-def _table(comparison: Comparison) -> str:
+def _plots(comparison: Comparison, is_sweep: bool) -> str:
+    by_setting = draw_settings(comparison) if is_sweep else ""
+    figures = "" if is_sweep else draw_figures(comparison)
+    title = f"{html.escape(comparison.metric)} by setting"
+    return (
+        f"<h2>Learning curves</h2>{draw_curves(comparison)}"
+        f"{f'<h2>{title}</h2>{by_setting}' if by_setting else ''}"
+        f"{f'<h2>Other figures</h2>{figures}' if figures else ''}"
+    )
+
+
+def _table(comparison: Comparison, colors: list[str]) -> str:
+    """The runs, each with the colour of its curves where there are ``colors``."""
     heads = [
         "run",
         "state",
@@ -98,7 +109,7 @@ def _table(comparison: Comparison) -> str:
         "steps",
         "tokens/s",
     ]
-    colors, lines = colors_of(comparison), []
+    lines = []
     for number, row in enumerate(comparison.rows):
         best, speed = comparison.best_point(row), row.tokens_per_second
         values = [
@@ -108,11 +119,9 @@ def _table(comparison: Comparison) -> str:
             best and best[0],
             row.run.last_step[0],
         ]
+        dot = f'<span class="dot" style="background:{colors[number]}"></span>' if colors else ""
         cells = [
-            (
-                '<td><span class="dot"'
-                f' style="background:{colors[number]}"></span>{html.escape(row.run.name)}</td>'
-            ),
+            f"<td>{dot}{html.escape(row.run.name)}</td>",
             f"<td>{html.escape(row.run.state)}</td>",
             *(_cell(row.settings.get(key)) for key in comparison.keys),
             *(_cell(value) for value in [*values, speed and round(speed)]),

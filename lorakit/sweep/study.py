@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 import yaml
 
 from lorakit.errors import CheckpointError, report
+from lorakit.extras import require
 from lorakit.weights.files import lock_file
 from lorakit.weights.run import RUN_FILE, History, Run, is_held, open_run
 
@@ -32,7 +33,7 @@ def open_storage(folder: Path, kind: str) -> optuna.storages.BaseStorage:
     """The study's file in ``folder``: ``sqlite`` for one worker, Optuna's ``journal`` for
     several.
     """
-    import optuna
+    optuna = require("optuna")
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -206,8 +207,7 @@ def open_study(
         CheckpointError: it is there and shall not, or is not there and shall, or was begun with
             other settings.
     """
-    import optuna
-
+    optuna = require("optuna")
     files = [file for file in (SQLITE_FILE, JOURNAL_FILE) if (folder / file).exists()]
     if files and resume is False:
         raise CheckpointError(

@@ -51,6 +51,7 @@ def test_the_doctor_reports_each_thing_that_a_run_would_use(
     expected = {
         "lorakit",
         "packages",
+        "extras",
         "torch",
         "precision",
         "deepspeed",

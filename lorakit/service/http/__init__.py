@@ -1,0 +1,3 @@
+from lorakit.extras import check_extra
+
+check_extra("serve", "lorakit serve")
