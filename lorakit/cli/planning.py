@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import logging
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
 
 import yaml
 from rich.console import Console
@@ -42,9 +43,10 @@ log = logging.getLogger("lorakit")
 Config = dict[str, Any]
 
 
-# What was traced of a model without weights: who chooses settings, and then plans the run, asks
+# What was traced of a model without weights: whoever chooses settings, and then plans the run, asks
 # twice.
-_TRACES: weakref.WeakKeyDictionary[Any, dict[str, StepTrace]] = weakref.WeakKeyDictionary()
+_TRACES: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+Traced = TypeVar("Traced")
 
 
 class StepPlan:
@@ -77,17 +79,23 @@ class StepPlan:
     @property
     def trace(self) -> StepTrace:
         """Raises ConfigError for a model whose step depends on values."""
-        known, key = (
-            _TRACES.setdefault(self.skeleton, {}),
-            repr((self.planned.spec, self.shape, self.config["optim"])),
-        )
-        if key not in known:
+
+        def trace() -> StepTrace:
             optimizer, _ = assemble.build_optimization(
                 self.config, lr=1e-3, total_steps=1, precision=self.shape.precision
             )
+            return trace_step(self.skeleton, self.planned.spec, self.shape, optimizer)
+
+        return self._once((self.shape, self.config["optim"]), trace)
+
+    def _once(self, key: tuple[Any, ...], trace: Callable[[], Traced]) -> Traced:
+        """What ``trace`` returns, of this model and these adapters, the first time it is asked."""
+        known = _TRACES.setdefault(self.skeleton, {})
+        if (text := repr((self.planned.spec, *key))) not in known:
             with _at_work():
-                known[key] = trace_step(self.skeleton, self.planned.spec, self.shape, optimizer)
-        return known[key]
+                known[text] = trace()
+        found: Traced = known[text]
+        return found
 
     @property
     def base_bytes(self) -> int:
@@ -118,11 +126,11 @@ class StepPlan:
         """
         if self._evaluation_bytes is None:
             spec = self.planned.spec
-            with _at_work():
-                found = [
-                    self._kept_bytes(one) + trace_forward(self.skeleton, spec, one.shape)
-                    for one in self.passes
-                ]
+            found = [
+                self._kept_bytes(one)
+                + self._once((one.shape,), partial(trace_forward, self.skeleton, spec, one.shape))
+                for one in self.passes
+            ]
             self._evaluation_bytes = max(found, default=0)
         return self._evaluation_bytes
 

@@ -51,6 +51,11 @@ FREE_KEYS = (
 )
 
 
+# Keys that 0.1.0 did not have, each with the value that means what earlier versions did. A run that
+# was made before a key existed continues under that value alone.
+ADDED_KEYS: dict[str, Any] = {}
+
+
 def find_run_to_resume(config: dict[str, Any], root: Path, experiment: str) -> Run | None:
     """Return the run that goes on, or None for a new one; called before anything is read, too.
 
@@ -242,6 +247,7 @@ def find_changes(run: Run, config: dict[str, Any]) -> list[str]:
         flatten(yaml.safe_load(run.config_text())),
         flatten(fill_run_folder(_with_absolute_paths(config), run.folder)),
     )
+    then = {**{key: value for key, value in ADDED_KEYS.items() if key in now}, **then}
     return [
         f"{key}: {then.get(key, 'not set')!r} then, {now.get(key, 'not set')!r} now"
         for key in sorted(then.keys() | now.keys())
