@@ -42,7 +42,7 @@ def test_the_table_is_that_of_pyproject() -> None:
 def test_a_missing_package_is_one_message_and_a_broken_one_keeps_its_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("optuna", "matplotlib"):
+    for name in ("optuna", "matplotlib", "datasets"):
         for loaded in [one for one in sys.modules if one.partition(".")[0] == name]:
             monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.syspath_prepend(tmp_path)

@@ -75,17 +75,18 @@ def main(arguments: list[str]) -> None:
 
 def demo(config: DictConfig, chosen: Demo, command: str) -> None:
     """Hydra's task: train, then compare base and adapter on all held-out rows."""
+    from lorakit.cli.train import announce, leave_if_interrupted, to_plain
+
+    plain = to_plain(config)
+    announce(plain)
     from rich.console import Console
 
-    from lorakit.cli.train import leave_if_interrupted, to_plain
     from lorakit.cli.training_run import train_run
     from lorakit.weights.files import write_json
 
     console = Console(soft_wrap=True)
     started = time.perf_counter()
-    outcome = train_run(
-        to_plain(config), experiment=chosen.experiment, command=command, console=console
-    )
+    outcome = train_run(plain, experiment=chosen.experiment, command=command, console=console)
     leave_if_interrupted(outcome.interrupt)
     model, datamodule = outcome.module.model, outcome.datamodule
     datums = [

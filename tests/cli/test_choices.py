@@ -63,12 +63,6 @@ def report_of(num_rows: int, length: int) -> DataReport:
     ("name", "gigabytes", "report", "expected"),
     [
         (
-            "0.6B",
-            24,
-            report_of(20_000, 800),
-            {"lora.rank": 16, "trainer.activation_checkpointing": False},
-        ),
-        (
             "small",
             24,
             report_of(300, 200),
@@ -77,6 +71,12 @@ def report_of(num_rows: int, length: int) -> DataReport:
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                (
+                    "0.6B",
+                    24,
+                    report_of(20_000, 800),
+                    {"lora.rank": 16, "trainer.activation_checkpointing": False},
+                ),
                 (
                     "4B",
                     24,
@@ -94,7 +94,7 @@ def report_of(num_rows: int, length: int) -> DataReport:
             )
         ),
     ],
-    ids=["0.6B", "few rows", "4B on 24 GB", "8B on 80 GB", "32B on 96 GB", "30B-A3B on 80 GB"],
+    ids=["few rows", "0.6B", "4B on 24 GB", "8B on 80 GB", "32B on 96 GB", "30B-A3B on 80 GB"],
 )
 def test_the_choice_fits_and_is_the_fastest_that_does(
     name: str, gigabytes: int, report: DataReport, expected: dict[str, Any]

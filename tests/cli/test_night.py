@@ -80,9 +80,10 @@ def test_tokens_in_a_night_follow_from_the_rates_that_are_named(entry: Entry) ->
     assert entry.tokens == pytest.approx(NIGHT_SECONDS * rate / entry.operations, rel=0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "entry",
-    [pytest.param(one, marks=() if one.model == "0.6B" else pytest.mark.slow) for one in TABLE],
+    TABLE,
     ids=lambda entry: f"{entry.model} in {entry.memory} GB",
 )
 def test_memory_and_operations_are_what_the_planner_says(entry: Entry) -> None:

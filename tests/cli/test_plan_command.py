@@ -22,6 +22,7 @@ from lorakit.errors import ConfigError
 from lorakit.lora.inject import plan
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.load import load_skeleton
+from lorakit.planner import presets
 from lorakit.planner.sight import RowSizes
 from lorakit.strategy.deepspeed import ZeroStrategy
 from lorakit.strategy.world import World
@@ -29,9 +30,24 @@ from lorakit.strategy.world import World
 Call = Callable[..., tuple[int, str, str]]
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "num_parameters", "trainable", "gigabytes"),
+    [
+        (2, "1,868,573,184", "13,385,728", 2),
+        pytest.param(48, "30,532,122,624", "321,257,472", 48, marks=pytest.mark.slow),
+    ],
+)
 def test_the_plan_needs_no_rows_and_no_weights(
-    lorakit: Call, monkeypatch: pytest.MonkeyPatch
+    lorakit: Call,
+    monkeypatch: pytest.MonkeyPatch,
+    num_layers: int,
+    num_parameters: str,
+    trainable: str,
+    gigabytes: int,
 ) -> None:
+    config = presets.preset_config("Qwen/Qwen3-30B-A3B")
+    config.num_hidden_layers = num_layers
+    monkeypatch.setattr(presets, "preset_config", lambda _: config)
     terminal = io.StringIO()
     monkeypatch.setattr(
         planning, "Console", lambda **_: Console(file=terminal, force_terminal=True)
@@ -41,13 +57,13 @@ def test_the_plan_needs_no_rows_and_no_weights(
         "model.path=Qwen/Qwen3-30B-A3B-Instruct-2507",
         "plan.gpus=[1,2]",
         "plan.tokens=1e6",
-        "plan.memory_gb=48",
+        f"plan.memory_gb={gigabytes}",
         "data.batch_size=1",
         "data.max_tokens=256",
         "lora.rank=8",
     )
     assert code == 0, err
-    assert "30,532,122,624 parameters" in out and "321,257,472 trainable" in out
+    assert f"{num_parameters} parameters" in out and f"{trainable} trainable" in out
     for word in ("zero3_offload", "too much", "activations", "GFLOP per token", "minutes"):
         assert word in out, word
     assert "planning memory: going through a step" in terminal.getvalue()

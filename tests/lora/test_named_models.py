@@ -147,6 +147,7 @@ def test_images_of_the_named_model_have_their_own_switches_and_ranks_that_keep_t
     assert not fits(5, **without)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gpus", "gigabytes", "strategy", "most"),
     [(1, 80, "single", 70), (8, 80, "zero1", 70), (2, 48, "zero3", 40.5), (8, 24, "zero3", 16)],
