@@ -33,7 +33,7 @@ Call = Callable[..., tuple[int, str, str]]
 @pytest.mark.parametrize(
     ("num_layers", "num_parameters", "trainable", "gigabytes"),
     [
-        (2, "1,868,573,184", "13,385,728", 2),
+        (4, "3,114,814,464", "26,771,456", 6.2),
         pytest.param(48, "30,532,122,624", "321,257,472", 48, marks=pytest.mark.slow),
     ],
 )
@@ -43,7 +43,7 @@ def test_the_plan_needs_no_rows_and_no_weights(
     num_layers: int,
     num_parameters: str,
     trainable: str,
-    gigabytes: int,
+    gigabytes: float,
 ) -> None:
     config = presets.preset_config("Qwen/Qwen3-30B-A3B")
     config.num_hidden_layers = num_layers
