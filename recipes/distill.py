@@ -214,31 +214,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--server", action="store_true", help="run by the public SDK against a server"
-    )
-    parser.add_argument("--model", default="tiny", help="base model (default: %(default)s)")
-    parser.add_argument(
-        "--rank", type=int, default=32, help="of both adapters (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--teacher-steps", type=int, default=20, help="of fine-tuning (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--teacher-learning-rate", type=float, default=3e-3, help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=30, help="of distillation (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="prompts per step (default: %(default)s)"
-    )
-    parser.add_argument("--samples", type=int, default=4, help="per prompt (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="default: %(default)s")
-    parser.add_argument("--eval-every", type=int, default=10, help="steps (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of adapters, words and samples (default: %(default)s)"
-    )
+    add = parser.add_argument
+    add("--server", action="store_true", help="run by the public SDK against a server")
+    add("--model", default="tiny", help="base model [%(default)s]")
+    add("--rank", type=int, default=32, help="of both adapters [%(default)s]")
+    add("--teacher-steps", type=int, default=20, help="of fine-tuning [%(default)s]")
+    add("--teacher-learning-rate", type=float, default=3e-3, help="default: %(default)s")
+    add("--steps", type=int, default=30, help="of distillation [%(default)s]")
+    add("--batch-size", type=int, default=32, help="prompts per step [%(default)s]")
+    add("--samples", type=int, default=4, help="per prompt [%(default)s]")
+    add("--learning-rate", type=float, default=5e-4, help="default: %(default)s")
+    add("--eval-every", type=int, default=10, help="steps [%(default)s]")
+    add("--seed", type=int, default=0, help="of adapters, words and samples [%(default)s]")
     return parser.parse_args(arguments)
 
 

@@ -179,31 +179,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--server", action="store_true", help="run by the public SDK against a server"
-    )
-    parser.add_argument("--model", default="tiny", help="base model (default: %(default)s)")
-    parser.add_argument(
-        "--rank", type=int, default=32, help="of the adapter (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=80, help="default: %(default)s")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="pairs per step (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--beta",
-        type=float,
-        default=0.1,
-        help="how strongly the reference holds (default: %(default)s)",
-    )
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: %(default)s")
-    parser.add_argument("--eval-every", type=int, default=10, help="steps (default: %(default)s)")
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="of adapter, held-out words and batches (default: %(default)s)",
-    )
+    add = parser.add_argument
+    add("--server", action="store_true", help="run by the public SDK against a server")
+    add("--model", default="tiny", help="base model [%(default)s]")
+    add("--rank", type=int, default=32, help="of the adapter [%(default)s]")
+    add("--steps", type=int, default=80, help="default: %(default)s")
+    add("--batch-size", type=int, default=32, help="pairs per step [%(default)s]")
+    add("--beta", type=float, default=0.1, help="how strongly the reference holds [%(default)s]")
+    add("--learning-rate", type=float, default=1e-3, help="default: %(default)s")
+    add("--eval-every", type=int, default=10, help="steps [%(default)s]")
+    add("--seed", type=int, default=0, help="of adapter, held-out words and batches [%(default)s]")
     return parser.parse_args(arguments)
 
 

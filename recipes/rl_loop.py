@@ -210,25 +210,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--server", action="store_true", help="run by the public SDK against a server"
-    )
-    parser.add_argument("--model", default="tiny", help="base model (default: %(default)s)")
-    parser.add_argument(
-        "--rank", type=int, default=32, help="of the adapter (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=50, help="default: %(default)s")
-    parser.add_argument("--prompts", type=int, default=32, help="per step (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=16, help="per prompt (default: %(default)s)")
-    parser.add_argument(
-        "--loss", default="importance_sampling", help="or ppo, cispo (default: %(default)s)"
-    )
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="default: %(default)s")
-    parser.add_argument("--eval-every", type=int, default=5, help="steps (default: %(default)s)")
-    parser.add_argument("--plot", type=Path, help="PNG to draw the rewards to")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of adapter, prompts and samples (default: %(default)s)"
-    )
+    add = parser.add_argument
+    add("--server", action="store_true", help="run by the public SDK against a server")
+    add("--model", default="tiny", help="base model [%(default)s]")
+    add("--rank", type=int, default=32, help="of the adapter [%(default)s]")
+    add("--steps", type=int, default=50, help="default: %(default)s")
+    add("--prompts", type=int, default=32, help="per step [%(default)s]")
+    add("--samples", type=int, default=16, help="per prompt [%(default)s]")
+    add("--loss", default="importance_sampling", help="or ppo, cispo [%(default)s]")
+    add("--learning-rate", type=float, default=5e-4, help="default: %(default)s")
+    add("--eval-every", type=int, default=5, help="steps [%(default)s]")
+    add("--plot", type=Path, help="PNG to draw the rewards to")
+    add("--seed", type=int, default=0, help="of adapter, prompts and samples [%(default)s]")
     return parser.parse_args(arguments)
 
 

@@ -195,45 +195,29 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "rows",
         type=Path,
         nargs="?",
         help="JSON lines of prompt and completion (default: pig latin)",
     )
-    parser.add_argument(
-        "--server", action="store_true", help="run by the public SDK against a server"
-    )
-    parser.add_argument("--model", default="tiny", help="base model (default: %(default)s)")
-    parser.add_argument(
-        "--rank", type=int, default=32, help="of the adapter (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=60,
-        help="of the whole run, resumed or not (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="rows per step (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--learning-rate", type=float, default=5e-3, help="the highest (default: %(default)s)"
-    )
-    parser.add_argument(
+    add("--server", action="store_true", help="run by the public SDK against a server")
+    add("--model", default="tiny", help="base model [%(default)s]")
+    add("--rank", type=int, default=32, help="of the adapter [%(default)s]")
+    add("--steps", type=int, default=60, help="of the whole run, resumed or not [%(default)s]")
+    add("--batch-size", type=int, default=32, help="rows per step [%(default)s]")
+    add("--learning-rate", type=float, default=5e-3, help="the highest [%(default)s]")
+    add(
         "--held-out",
         type=float,
         default=0.1,
-        help="share of rows that are not trained on (default: %(default)s)",
+        help="share of rows that are not trained on [%(default)s]",
     )
-    parser.add_argument("--eval-every", type=int, default=10, help="steps (default: %(default)s)")
-    parser.add_argument("--save-every", type=int, default=20, help="steps (default: %(default)s)")
-    parser.add_argument(
-        "--resume", metavar="PATH", help="a tinker:// path that an earlier run printed"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of adapter, split and order (default: %(default)s)"
-    )
+    add("--eval-every", type=int, default=10, help="steps [%(default)s]")
+    add("--save-every", type=int, default=20, help="steps [%(default)s]")
+    add("--resume", metavar="PATH", help="a tinker:// path that an earlier run printed")
+    add("--seed", type=int, default=0, help="of adapter, split and order [%(default)s]")
     return parser.parse_args(arguments)
 
 

@@ -41,7 +41,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_is_short(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) < 200
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 235  # of at most 100 columns
 
 
 # ---- in this process
