@@ -81,7 +81,7 @@ def test_the_pages_have_commands_and_what_is_quoted_is_compared() -> None:
         if _is_output(block)
     }
     assert {line.split(":")[0] for line in quoted} == {
-        "data",
+        "model tiny, data pig_latin/train, on the CPU",
         "held out, exactly right",
         "lorakit",
     }, "compare the new one, too"
@@ -257,7 +257,7 @@ def form_of(text: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("which", "begins"), [("", "data:"), ("digits", "held out, exactly right")]
+    ("which", "begins"), [("", "model tiny"), ("digits", "held out, exactly right")]
 )
 def test_the_demos_say_what_is_quoted(which: str, begins: str, place: Path, tmp_path: Path) -> None:
     (block,) = (

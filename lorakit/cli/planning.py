@@ -24,6 +24,7 @@ from lorakit.lora.inject import plan as plan_lora
 from lorakit.loss.inputs import inputs_of
 from lorakit.model.vision import find_tower
 from lorakit.planner.memory import (
+    ONEDNN_BYTES,
     REFUSE_SHARE,
     STRATEGIES,
     WARN_SHARE,
@@ -104,20 +105,21 @@ class StepPlan:
 
     def memory(self, strategy: str, num_processes: int) -> Memory:
         """What each process holds under ``strategy``, one of ``STRATEGIES``."""
-        keeps = (
-            self.accelerator == "cpu"
-            and self.shape.dtype != "float32"
-            and any(t.outer for t in self.planned.targets)
-        )
         settings = Settings(
             accumulates=self.config["trainer"]["accumulate_grad_batches"] > 1,
             is_cuda=self.accelerator == "cuda",
-            keeps_products=keeps,
+            keeps_products=self._keeps_products,
             **_zero_settings(strategy, self.config["strategy"]),
         )
         memory = memory_of(strategy, num_processes, self.trace, settings)
         most = max(memory.activations, self.evaluation_bytes - memory.head)
         return dataclasses.replace(memory, activations=most)
+
+    @property
+    def _keeps_products(self) -> bool:
+        """Whether a CPU's library keeps something for each shape of a product of experts."""
+        is_16_bit_on_cpu = self.accelerator == "cpu" and self.shape.dtype != "float32"
+        return is_16_bit_on_cpu and any(target.outer for target in self.planned.targets)
 
     @property
     def evaluation_bytes(self) -> int:
@@ -146,6 +148,7 @@ class StepPlan:
         """Whether the step surely fits into ``num_bytes``, by a bound that costs no trace."""
         shapes = [self.shape, *(one.shape for one in self.passes)]
         kept = max((self._kept_bytes(one) for one in self.passes), default=0)
+        kept += ONEDNN_BYTES if self._keeps_products else 0
         # of a position
         patches = (
             getattr(getattr(self.skeleton.config, "vision_config", None), "spatial_merge_size", 1)

@@ -179,6 +179,6 @@ def test_a_small_model_is_not_traced_and_a_plan_is_made_once(
     passes = count_calls(monkeypatch, planning, "trace_forward")
     code, out, err = lorakit("train", *QUICK)
     assert code == 0 and not steps and not passes and "memory:" not in out, err
-    code, out, err = lorakit("train", *QUICK, "plan.memory_gb=0.25", "data.val_batch_size=64")
+    code, out, err = lorakit("train", *QUICK, "plan.memory_gb=0.12", "trainer.precision=32-true")
     assert code == 0 and "memory:" in out, err
     assert len(steps) == 1 and len(passes) <= 1
