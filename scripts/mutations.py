@@ -388,8 +388,8 @@ MUTATIONS = (
     # planner
     Mutation(
         "planner/memory.py",
-        "(8 * width + 4 * pairs)",
-        "(4 * pairs)",
+        "(2 * held + 4 * words",
+        "(0",
         ("tests/planner/test_trace.py::test_the_rough_bound_holds",),
     ),
     Mutation(

@@ -38,6 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Start the process that forks programs, once for all workers; see ``preloaded.py``."""
     if ADDRESS in os.environ or Path("/proc/driver/nvidia/version").exists():
         return  # a worker of xdist, which finds it; or a GPU, whose programs start as usual
+    if (config.getoption("numprocesses", None) or 1) > 1:
+        # two threads in each of several workers wait for one another more than they compute
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     folder = tempfile.mkdtemp(prefix="lorakit-preloaded-")
     os.environ[ADDRESS] = f"{folder}/socket"
     server = subprocess.Popen(

@@ -45,6 +45,22 @@ def trainee_of(client: lorakit.TrainingClient) -> Any:
     return client._model.made()
 
 
+def test_a_sampling_client_keeps_the_weights_it_was_made_with(
+    client: lorakit.TrainingClient, data: list[types.Datum]
+) -> None:
+    prompt = data[0].model_input
+
+    def scores(sampling: lorakit.SamplingClient) -> list[float]:
+        return sampling.compute_logprobs(prompt).result()[1:]
+
+    early = client.save_weights_and_get_sampling_client()
+    before = scores(early)
+    client.forward_backward(data, "cross_entropy").result()
+    client.optim_step(types.AdamParams(learning_rate=0.05)).result()
+    assert scores(early) == before
+    assert scores(client.save_weights_and_get_sampling_client()) != before  # the control
+
+
 def test_the_gradient_is_that_of_the_lightning_module_times_its_denominator(
     client: lorakit.TrainingClient, data: list[types.Datum], tmp_path: Path
 ) -> None:
