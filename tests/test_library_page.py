@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 
 from lorakit.weights.run import History
@@ -29,12 +29,8 @@ def test_the_program_of_the_page_has_the_losses_of_the_demo(
     (tmp_path / "program.py").write_text(program.replace("=100", f"={steps}"), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     path = [str(PAGE.parents[1]), *sys.path]
-    subprocess.run(
-        [sys.executable, "program.py"],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "PYTHONPATH": ":".join(path)},
-    )
+    environment = {**os.environ, "PYTHONPATH": ":".join(path)}
+    preloaded.run(["program.py"], check=True, env=environment)
     with (tmp_path / "log" / "metrics.csv").open() as file:
         ours = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
     GlobalHydra.instance().clear()

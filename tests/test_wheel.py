@@ -48,6 +48,7 @@ def test_the_wheel_brings_config_model_and_data(wheel: Path) -> None:
     assert wheel.stat().st_size < 10_000_000
 
 
+@pytest.mark.slow
 def test_train_works_from_the_wheel_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     site, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()

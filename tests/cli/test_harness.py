@@ -88,6 +88,7 @@ def accuracy(model: Any, rows: list[dict[str, Any]]) -> float:
     return right / len(rows)
 
 
+@pytest.mark.slow
 def test_a_task_has_the_figures_of_adapter_and_base(
     task: list[dict[str, Any]], folder: Path, lorakit: Call
 ) -> None:

@@ -328,6 +328,7 @@ def test_an_interrupted_job_queues_again_unless_it_made_no_step(
             ).stdout
 
 
+@pytest.mark.slow
 def test_the_script_runs_torchrun_and_ends_as_its_process_without_a_traceback(
     workplace: Path, lorakit: Call
 ) -> None:

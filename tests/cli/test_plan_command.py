@@ -96,7 +96,8 @@ def test_a_user_may_insist(lorakit: Call, tmp_path: Path, caplog: pytest.LogCapt
             *SMALL,
             f"paths.runs={tmp_path}",
             "trainer.max_steps=1",
-            "plan.memory_gb=0.01",
+            "plan.memory_gb=0.05",
+            "trainer.precision=32-true",
             "plan.enforce=false",
         )
     assert code == 0, err

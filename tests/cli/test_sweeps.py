@@ -326,6 +326,7 @@ def test_trials_of_two_processes_are_pruned_together(workplace: Path) -> None:
     assert "pruned after 2 steps" in out
 
 
+@pytest.mark.slow
 def test_a_job_of_two_processes_that_fails_does_not_end_the_sweep(workplace: Path) -> None:
     quick = (
         *SMALL,
@@ -381,6 +382,7 @@ def test_every_combination_is_a_run_and_a_second_call_makes_only_what_is_missing
     assert code == 2 and "add group=NAME" in err
 
 
+@pytest.mark.slow
 def test_wandbs_agent_runs_what_the_sweep_file_says(
     workplace: Path, lorakit: Call, monkeypatch: Any
 ) -> None:

@@ -137,10 +137,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 # model, rows, positions, precision, checkpointing, expert layout
 CASES = [
-    pytest.param("llama", 2, 256, "32-true", False, "per_expert", id="llama"),
     *[
         pytest.param(*case, marks=SLOW, id="-".join(map(str, case)))
         for case in [
+            ("llama", 2, 256, "32-true", False, "per_expert"),
             ("qwen3_moe", 1, 512, "32-true", True, "shared_outer"),
             ("llama", 4, 512, "32-true", False, "per_expert"),
             ("llama", 1, 1777, "32-true", True, "per_expert"),

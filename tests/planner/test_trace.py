@@ -189,7 +189,7 @@ def test_checkpointing_lowers_the_peak_and_adds_operations() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("positions", [16, 200])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
 def test_the_rough_bound_holds(
     family: str, positions: int, checkpointing: bool, device: str
 ) -> None:
@@ -209,7 +209,7 @@ def test_the_rough_bound_holds(
     assert bound > memory_of("single", 1, traced, Settings(accumulates=True, is_cuda=is_cuda)).total
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_of_135_million_parameters_on_24_gb_needs_no_trace(checkpointing: bool) -> None:
     """The shapes of SmolLM2-135M, two rows of 1,024 tokens, which take a tenth of the memory."""
     config = LlamaConfig(
