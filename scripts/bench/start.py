@@ -2,8 +2,9 @@
 [--model FOLDER …] [--beside NAME=CHECKOUT …] [--rounds 5]``.
 
 Each round starts every contender's program in a process of its own, in turn: the bundled model, and
-each ``--model``, a folder in the hub's layout with a chat template. ``--beside`` names another
-checkout of lorakit, which runs in the same environment. Run it on an idle machine.
+each ``--model``, a folder in the hub's layout with a chat template, under experiment=chat_sft with
+one micro-batch in a step. ``--beside`` names another checkout of lorakit, which runs in the same
+environment. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ SETTINGS = (
     "trainer.accelerator=cpu",
 )
 
+ONE = ("trainer.accumulate_grad_batches=1",)
+
 
 def measure(checkout: Path, model: str, rows: str) -> dict[str, float]:
     """Seconds of each of ``FIGURES``, of one start of each program."""
@@ -42,7 +45,9 @@ def measure(checkout: Path, model: str, rows: str) -> dict[str, float]:
             [*program, "--help"], cwd=folder, env=environment, check=True, capture_output=True
         )
         found = {"help": time.perf_counter() - began}
-        command = [*program, "train", f"model.path={model}", f"data.path={rows}", *SETTINGS]
+        preset = () if model == "tiny" else ("experiment=chat_sft", *ONE)
+        named = (f"model.path={model}", f"data.path={rows}")
+        command = [*program, "train", *preset, *named, *SETTINGS]
         began = time.perf_counter()
         with subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -58,13 +63,13 @@ def measure(checkout: Path, model: str, rows: str) -> dict[str, float]:
     return found
 
 
-def write_chats(path: Path, count: int = 64) -> None:
-    """Rows of chat for a model that is not the bundled one."""
+def write_chats(path: Path, count: int = 2000) -> None:
+    """Rows of chat for a model that is not the bundled one, of some 300 tokens."""
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
             messages = [
-                {"role": "user", "content": f"What is {number} times {number + 1}?"},
-                {"role": "assistant", "content": f"It is {number * (number + 1)}."},
+                {"role": "user", "content": f"Count from {number} to {number + 60}."},
+                {"role": "assistant", "content": " ".join(map(str, range(number, number + 61)))},
             ]
             file.write(json.dumps({"messages": messages}) + "\n")
 
