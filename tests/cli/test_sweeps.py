@@ -82,6 +82,7 @@ def test_trials_are_chosen_from_what_came_before_and_pruned(workplace: Path, lor
     assert code == 0 and f"best: hunt-{best}" in out and len(trials_of(workplace, "hunt")) == 5
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_goes_on_to_the_same_trials(workplace: Path, lorakit: Call) -> None:
     """One kill in a trial, one between two, behind which the run is finished and the study does
     not know.
@@ -230,6 +231,7 @@ def test_a_sampler_that_has_tried_everything_ends_the_sweep(workplace: Path, lor
     )
 
 
+@pytest.mark.slow
 def test_failed_jobs_let_go_of_their_models_and_are_named(
     workplace: Path, lorakit: Call, monkeypatch: Any
 ) -> None:

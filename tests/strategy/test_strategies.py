@@ -293,7 +293,8 @@ def test_one_process_goes_on_from_what_several_have_left(
 
 
 SHARED_ROWS = [
-    pytest.param("zero2", 2, 2, id="zero2-2-of-2"),
+    # the fast tests have test_two_processes.py, which shares rows through the command line
+    pytest.param("zero2", 2, 2, id="zero2-2-of-2", marks=SLOW),
     *[
         pytest.param(name, 2, 2, id=f"{name}-2-of-2", marks=SLOW)
         for name in ("ddp", "zero1", "zero3", "zero3_offload")

@@ -208,6 +208,7 @@ print(module.room.max_positions, relative_l2(trainable(module.model), before))
 """
 
 
+@pytest.mark.slow
 def test_memory_that_the_system_refuses_is_made_room_for(tmp_path: Path) -> None:
     """256 positions of 4 MB, three times over, would take 3 GB: the C library is allowed half of
     that.
