@@ -66,6 +66,22 @@ class Mutation:
 
 
 MUTATIONS = (
+    # the top level
+    Mutation(
+        "model_input.py",
+        "num_positions -= chunk.length",
+        "num_positions -= 1",
+        ("tests/test_model_input.py::test_the_first_positions_count_those_of_an_image",),
+    ),
+    Mutation(
+        "types.py",
+        "self.weights.abs().amax(dim=-1)",
+        "self.weights.amax(dim=-1)",
+        (
+            "tests/test_model_input.py::"
+            "test_a_position_is_trained_where_any_of_its_targets_has_a_weight_of_either_sign",
+        ),
+    ),
     # callbacks
     Mutation(
         "callbacks/adapter_checkpoint.py",
@@ -151,6 +167,27 @@ MUTATIONS = (
         "min(gather(",
         "max(gather(",
         ("tests/cli/test_plan_command.py::test_all_processes_plan_for_the_least_memory",),
+    ),
+    Mutation(
+        "cli/compose.py",
+        "composer.compose_config = lambda *_, **__: config",
+        "pass",
+        ("tests/cli/test_start.py::test_the_config_is_composed_once",),
+    ),
+    Mutation(
+        "cli/compose.py",
+        "(mode|searchpath)",
+        "(mode)",
+        ("tests/cli/test_start.py::test_a_folder_of_configs_is_found_by_any_form_of_its_flag",),
+    ),
+    Mutation(
+        "cli/resume.py",
+        "if key in now}, **then}",
+        "if key in now and False}, **then}",
+        (
+            "tests/cli/test_older_runs.py::test_a_key_that_came_later_continues_"
+            "under_the_value_that_means_the_old_behaviour",
+        ),
     ),
     # data
     Mutation(
@@ -246,6 +283,12 @@ MUTATIONS = (
         "--node-rank={node_rank}",
         "--node-rank=0",
         ("tests/cli/test_launch.py::test_each_machine_has_a_line_that_differs_in_its_number_only",),
+    ),
+    Mutation(
+        "launch/slurm.py",
+        "|TOKEN|",
+        "|",
+        ("tests/cli/test_launch.py::test_a_job_that_could_not_do_what_it_should_is_refused",),
     ),
     # lora
     Mutation(

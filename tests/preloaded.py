@@ -37,6 +37,15 @@ FIXED = {  # read at import, the same for all
 }
 # Read by libraries when they are imported: a program that changes one of these starts as usual.
 READ_AT_IMPORT = ("GOMP_", "MALLOC_", "TRANSFORMERS_", "MKL_", "LD_", "PYTHON")
+PRELOADED = (  # after these, programs import little of their own
+    "deepspeed",
+    "hydra",
+    "torch._dynamo",
+    "lorakit.cli.training_run",
+    "lorakit.service.clients",
+    "lorakit.service.http.app",
+    "lorakit.strategy.deepspeed",
+)
 SEEN_ALL_THE_SAME = ("PYTHONPATH", "PYTHONUNBUFFERED")
 
 
@@ -319,22 +328,16 @@ def _preload() -> None:
     from lorakit.cli.quiet import quiet_libraries
 
     quiet_libraries()
-    import deepspeed  # noqa: F401
-    import hydra  # noqa: F401
-    import torch._dynamo  # noqa: F401
+    for name in PRELOADED:
+        importlib.import_module(name)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("tinker")  # which the oldest versions' environment does not have
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-    import lorakit.cli.training_run
-    import lorakit.service.clients
-    import lorakit.service.http.app
-    import lorakit.strategy.deepspeed  # noqa: F401
-
-    SubprocessHandler._popen = _fork_rank  # type: ignore[method-assign]
-    with contextlib.suppress(ImportError):
-        import tinker  # noqa: F401
-
+    SubprocessHandler._popen = _fork_rank
     for name in [name for name in sys.modules if name.startswith("lorakit.cli.")]:
-        if hasattr(sys.modules[name], "run_command"):  # a command, which runs as ``__main__``
+        # a command runs as ``__main__``, of which Python warns where it is imported already
+        if hasattr(sys.modules[name], "run_command") and name != "lorakit.cli.guard":
             del sys.modules[name]
 
 
@@ -374,8 +377,8 @@ def _become(request: dict[str, Any], streams: array.array[int] | list[int]) -> N
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         atexit._clear()  # what the process before has to clear away is not this one's
-        weakref.finalize._registry.clear()  # type: ignore[attr-defined]
-        weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+        weakref.finalize._registry.clear()
+        weakref.finalize._registered_with_atexit = False
         for target, number in enumerate(streams):
             os.dup2(number, target)
         for number in streams:
@@ -450,7 +453,8 @@ def _run(program: list[str]) -> int:
     except BaseException:
         traceback.print_exc()
         code = 1
-    threading._shutdown()  # type: ignore[attr-defined]  # threads that are no daemons end first
+    # As the interpreter ends: executors are told to, and threads that are no daemons are joined.
+    threading._shutdown()
     atexit._run_exitfuncs()
     return code
 

@@ -138,10 +138,7 @@ def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: 
             return None
 
     try:
-        if (run := _compose_single(prepared, config_name)) is not None:
-            result = run(guarded)
-        else:
-            result = _hydra_main(prepared, config_name)(guarded)()
+        result = _run(guarded, prepared, config_name)
     except HydraException as error:
         raise ConfigError(explain_override(str(error), config_name, arguments)) from error
     except ValueError as error:
@@ -162,48 +159,43 @@ def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: 
     return result
 
 
-def _compose_single(
-    prepared: list[str], config_name: str
-) -> Callable[[Callable[[Any], Any]], Any] | None:
-    """Return what runs a task as Hydra's only job, its config composed; None for anything else.
+def _run(task: Callable[[Any], Any], prepared: list[str], config_name: str) -> Any:
+    """Let Hydra call ``task``; a single run's config is composed once.
 
-    ``hydra.main`` composes once to learn whether this is a sweep, and again to run.
+    ``hydra.main`` composes a first time to learn whether this is a sweep, and again to run.
     """
+    import hydra
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
+    GlobalHydra.instance().clear()  # of an earlier call in this process
+    if (overrides := _overrides_of_single_run(prepared)) is not None:
+        with initialize_config_dir(str(conf_dir()), job_name="lorakit", version_base="1.3"):
+            composer: Any = GlobalHydra.instance().hydra
+            config = composer.compose_config(config_name, overrides, run_mode=RunMode.RUN)
+            if config.hydra.mode is not RunMode.MULTIRUN:  # as a config of the user's may say
+                composer.compose_config = lambda *_, **__: config  # ``run`` would compose again
+                return composer.run(config_name, task, overrides).return_value
+    sys.argv = [sys.argv[0], *prepared]  # where ``hydra.main`` looks for them
+    path = str(conf_dir())
+    return hydra.main(version_base="1.3", config_path=path, config_name=config_name)(task)()
+
+
+def _overrides_of_single_run(prepared: list[str]) -> list[str] | None:
+    """The overrides of what is no sweep, ``--config-dir`` among them; None where Hydra's own
+    command line has to read ``prepared``.
+    """
     config_dir = _value_of_flag(prepared, "--config-dir", "-cd")
     overrides = prepared[(0 if config_dir is None else 2 - ("=" in prepared[0])) :]
-    if any(text.startswith(("-", "hydra.mode=")) for text in overrides):
-        return None  # a sweep, or something to show
-    if config_dir is not None:
-        if not os.path.isdir(config_dir):
-            raise ConfigError(f"--config-dir {config_dir}: no such folder")
-        overrides = [_searchpath(config_dir), *overrides]
-    GlobalHydra.instance().clear()  # of an earlier call in this process
-    initialize_config_dir(str(conf_dir()), job_name="lorakit", version_base="1.3")
-    hydra = GlobalHydra.instance().hydra
-    assert hydra is not None
-    config = hydra.compose_config(config_name, overrides, run_mode=RunMode.RUN)
-    if config.hydra.mode is RunMode.MULTIRUN:  # as a config of the user's says
+    if any(re.match(r"-|[+~]*hydra\.(mode|searchpath)\b", text) for text in overrides):
         return None
-    hydra.compose_config = lambda *_, **__: config  # type: ignore[method-assign]
-    return lambda task: hydra.run(config_name, task, overrides).return_value
-
-
-def _searchpath(config_dir: str) -> str:
-    return f"hydra.searchpath=[{_quoted(f'file://{os.path.abspath(config_dir)}')}]"
-
-
-def _hydra_main(prepared: list[str], config_name: str) -> Callable[..., Any]:
-    """Hydra's decorator, with the arguments in ``sys.argv``, where it looks for them."""
-    import hydra
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
-    sys.argv = [sys.argv[0], *prepared]
-    return hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
+    if config_dir is None:
+        return overrides
+    if not os.path.isdir(config_dir):
+        raise ConfigError(f"--config-dir {config_dir}: no such folder")
+    folder = _quoted(f"file://{os.path.abspath(config_dir)}")
+    return [f"hydra.searchpath=[{folder}]", *overrides]
 
 
 class _Job:

@@ -156,9 +156,8 @@ def announce(plain: dict[str, Any]) -> None:
     data, sources = plain["data"], plain["data"].get("sources")
     rows = f"{len(sources)} sources" if isinstance(sources, list) else data.get("path")
     is_job = "partition" in plain["launch"]
-    device = (
-        "in a job of SLURM" if is_job else f"on {guess_device(plain['trainer']['accelerator'])}"
-    )
+    accelerator, devices = plain["trainer"]["accelerator"], plain["trainer"]["devices"]
+    device = "in a job of SLURM" if is_job else f"on {guess_device(accelerator, devices)}"
     print(f"model {plain['model']['path']}, data {rows or data['_target_']}, {device}", flush=True)
 
 

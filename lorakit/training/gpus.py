@@ -25,15 +25,19 @@ def find_gpus() -> tuple[str, ...]:
     return (*_ask_nvidia("--list-gpus"), *_find_amd())
 
 
-def guess_device(accelerator: str) -> str:
+def guess_device(accelerator: str, devices: int | str = "auto") -> str:
     """What a run will most likely compute on, in words; torch is not imported for it.
 
     ``resolve_accelerator`` has the last word, once torch is there.
+
+    Args:
+        devices: how many GPUs the run is to take; what is no number is all of them.
     """
     if accelerator == "cpu":
         return "the CPU"
     if (is_cpu_build := _is_cpu_build()) or not (names := _names_of_gpus()):
         return "the CPU" if is_cpu_build and accelerator == "auto" else "this machine"
+    names = names[: int(devices)] if str(devices).isdigit() else names
     kinds = ", ".join(dict.fromkeys(names))
     return f"a GPU ({kinds})" if len(names) == 1 else f"{len(names)} GPUs ({kinds})"
 

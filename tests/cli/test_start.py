@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -97,6 +98,8 @@ def test_the_device_is_guessed_from_the_drivers(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert gpus.guess_device(accelerator) == device
+    one = device.replace("2 GPUs", "a GPU")
+    assert gpus.guess_device(accelerator, 1) == one == gpus.guess_device(accelerator, "1")
 
 
 def test_a_build_of_torch_without_gpus_is_known_by_its_file() -> None:
@@ -156,6 +159,14 @@ def test_a_folder_of_configs_is_found_by_any_form_of_its_flag(
     )
     code, _, err = lorakit("train", *flag, "experiment=x")
     assert code == 2 and "lora.rank=0 must be at least 1" in err
+    # a search path of one's own holds beside the folder
+    shutil.copytree(workplace / "mine", workplace / "more")
+    (workplace / "more/experiment/x.yaml").rename(workplace / "more/experiment/y.yaml")
+    for name in ("x", "y"):
+        code, _, err = lorakit(
+            "train", *flag, f"experiment={name}", "hydra.searchpath=[file://more]"
+        )
+        assert code == 2 and "lora.rank=0 must be at least 1" in err
     code, _, err = lorakit("train", "--config-dir", "absent", "experiment=x")
     assert code == 2 and "absent" in err
 
