@@ -22,7 +22,7 @@ _HOMES = {
     "LoRADataModule": "lorakit.data.datamodule",
     "LoRAModule": "lorakit.training.module",
     "LoRASpec": "lorakit.lora.spec",
-    "TrainOnWhat": "lorakit.data.render",
+    "TrainOnWhat": "lorakit.data.render.renderer",
     "LorakitError": "lorakit.errors",
     "RestClient": "lorakit.service.clients",
     "SamplingClient": "lorakit.service.clients",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorakit.cli.settings import as_page, read_choices
+from lorakit.config.documentation import as_page, read_choices
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 

@@ -133,37 +133,37 @@ MUTATIONS = (
     ),
     # cli
     Mutation(
-        "cli/compose.py",
+        "cli/overrides.py",
         '.replace("${", "\\\\${")',
         "",
         ("tests/cli/test_compose.py::test_values_of_path_keys_mean_themselves",),
     ),
     Mutation(
-        "cli/preflight.py",
+        "pipeline/processes.py",
         "if len(holders) > 1:",
         "if len(holders) > 3:",
         ("tests/cli/test_launch.py::test_what_differs_is_named_with_its_ranks",),
     ),
     Mutation(
-        "cli/resume.py",
+        "pipeline/resume.py",
         "not key.startswith(FREE_KEYS)",
         "key.startswith(FREE_KEYS)",
         ("tests/cli/test_resume.py::test_another_config_is_refused_and_the_keys_are_named",),
     ),
     Mutation(
-        "cli/resume.py",
+        "pipeline/resume.py",
         'run.info.get("data_fingerprint") != data_fingerprint',
         "False",
         ("tests/cli/test_resume.py::test_another_config_is_refused_and_the_keys_are_named",),
     ),
     Mutation(
-        "cli/schema.py",
+        "config/schema.py",
         "_AT_LEAST_ONE if flat[key] < 1",
         "_AT_LEAST_ONE if flat[key] < 0",
         ("tests/cli/test_retain.py::test_rows_that_cannot_be_used_stop_a_run_before_it_begins",),
     ),
     Mutation(
-        "cli/planning.py",
+        "planner/step_plan.py",
         "min(gather(",
         "max(gather(",
         ("tests/cli/test_plan_command.py::test_all_processes_plan_for_the_least_memory",),
@@ -181,7 +181,7 @@ MUTATIONS = (
         ("tests/cli/test_start.py::test_a_folder_of_configs_is_found_by_any_form_of_its_flag",),
     ),
     Mutation(
-        "cli/resume.py",
+        "pipeline/resume.py",
         "if key in now}, **then}",
         "if key in now and False}, **then}",
         (
@@ -189,7 +189,41 @@ MUTATIONS = (
             "under_the_value_that_means_the_old_behaviour",
         ),
     ),
+    # config, evaluation
+    Mutation(
+        "config/instantiate.py",
+        "elif name in hints and (problem := find_type_problem(value, hints[name])):",
+        "elif False:",
+        ("tests/cli/test_bad_input.py::test_a_wrong_setting_is_one_clear_message",),
+    ),
+    Mutation(
+        "evaluation/held_out.py",
+        '"loss": loss_sum / weight',
+        '"loss": loss_sum',
+        ("tests/cli/test_retain.py::test_the_loss_on_unrelated_text_is_told_before_and_after",),
+    ),
+    Mutation(
+        "evaluation/held_out.py",
+        "weight += batch.weight\n",
+        "weight += batch.weights.numel()\n",
+        ("tests/cli/test_retain.py::test_the_loss_on_unrelated_text_is_told_before_and_after",),
+    ),
     # data
+    Mutation(
+        "data/read/lines.py",
+        "self.problems.append((number, problem))",
+        "self.problems.append((number + 1, problem))",
+        ("tests/data/read/test_lines.py::test_a_malformed_line_is_named_by_file_and_line",),
+    ),
+    Mutation(
+        "data/read/sources.py",
+        "*(part.digest for part in self.parts), *mixed",
+        "*mixed",
+        (
+            "tests/data/read/test_sources.py::"
+            "test_the_fingerprint_follows_the_bytes_and_not_the_place",
+        ),
+    ),
     Mutation(
         "data/datum.py",
         "list(weights[1:])",
@@ -203,58 +237,60 @@ MUTATIONS = (
         ("tests/data/test_datum.py::test_the_prompt_is_cut_by_hand",),
     ),
     Mutation(
-        "data/render.py",
+        "data/render/renderer.py",
         "1.0 if trains_all and i >= prefix else 0.0",
         "1.0 if i >= prefix else 0.0",
-        ("tests/data/test_render_plain.py::test_the_prompt_weighs_0_and_the_completion_1",),
+        ("tests/data/render/test_render_plain.py::test_the_prompt_weighs_0_and_the_completion_1",),
     ),
     Mutation(
-        "data/render.py",
+        "data/render/renderer.py",
         "weights[end:] = [0.0]",
         "weights[end - 1 :] = [0.0]",
         (
-            "tests/data/test_render_chat.py::"
+            "tests/data/render/test_render_chat.py::"
             "test_a_policy_trains_these_messages_each_with_its_end_of_turn",
         ),
     ),
     Mutation(
-        "data/collate.py",
+        "data/batch/collate.py",
         "positions[number, start:end] = _count_up(",
         "positions[number, start:end] = start + _count_up(",
-        ("tests/data/test_collate.py::test_a_packed_batch_by_hand",),
+        ("tests/data/batch/test_collate.py::test_a_packed_batch_by_hand",),
     ),
     Mutation(
-        "data/stream.py",
+        "data/batch/stream.py",
         "for rows, _ in window)",
         "for rows, _ in window[:1])",
         (
-            "tests/data/test_stream.py::"
+            "tests/data/batch/test_stream.py::"
             "test_every_batch_carries_the_weight_of_its_whole_accumulation_window",
         ),
     ),
     Mutation(
-        "data/stream.py",
+        "data/batch/stream.py",
         "start=skip + 1",
         "start=1",
         (
-            "tests/data/test_stream.py::"
+            "tests/data/batch/test_stream.py::"
             "test_going_on_from_any_step_gives_exactly_the_remaining_batches",
         ),
     ),
     Mutation(
-        "data/packing.py",
+        "data/batch/packing.py",
         "insort(rooms, (room - length, number))",
         "insort(rooms, (room, number))",
-        ("tests/data/test_packing.py::test_rows_of_ten_by_hand",),
+        ("tests/data/batch/test_packing.py::test_rows_of_ten_by_hand",),
     ),
     Mutation(
-        "data/mixture.py",
+        "data/batch/mixture.py",
         "for number in (epoch, epoch + 1)",
         "for number in (0, 1)",
-        ("tests/data/test_mixture.py::test_a_share_of_few_rows_is_carried_over_to_the_next_epoch",),
+        (
+            "tests/data/batch/test_mixture.py::test_a_share_of_few_rows_is_carried_over_to_the_next_epoch",
+        ),
     ),
     Mutation(
-        "data/halve.py",
+        "data/batch/split.py",
         "start - begin, stop - begin",
         "start, stop",
         ("tests/training/test_room.py::test_pairs_stay_together",),
@@ -609,16 +645,20 @@ MUTATIONS = (
         ("tests/sweep/test_space.py::test_a_range_that_has_nothing_in_it_is_refused",),
     ),
     Mutation(
-        "sweep/comparison.py",
+        "reports/comparison.py",
         "-row.last if is_maximized else row.last",
         "row.last",
-        ("tests/sweep/test_comparison.py::test_more_can_be_better_and_any_figure_can_be_compared",),
+        (
+            "tests/reports/test_comparison.py::test_more_can_be_better_and_any_figure_can_be_compared",
+        ),
     ),
     Mutation(
-        "sweep/comparison.py",
+        "reports/comparison.py",
         "sign = -1 if self.is_maximized else 1",
         "sign = -1",
-        ("tests/sweep/test_comparison.py::test_the_best_comes_first_and_what_has_no_figure_last",),
+        (
+            "tests/reports/test_comparison.py::test_the_best_comes_first_and_what_has_no_figure_last",
+        ),
     ),
     # training
     Mutation(
@@ -656,19 +696,19 @@ MUTATIONS = (
     ),
     # weights
     Mutation(
-        "weights/checkpoint.py",
+        "runs/checkpoint.py",
         "if _digest(path) != digest:",
         "if not _digest(path):",
         (
-            "tests/weights/test_checkpoint_folders.py::"
+            "tests/runs/test_checkpoint_folders.py::"
             "test_damage_to_any_file_is_found_and_the_one_before_is_in_force",
         ),
     ),
     Mutation(
-        "weights/checkpoint.py",
+        "runs/checkpoint.py",
         "scored[:keep_best]",
         "scored[-keep_best:]",
-        ("tests/weights/test_checkpoint_folders.py::test_prune_keeps_the_last_and_the_best",),
+        ("tests/runs/test_checkpoint_folders.py::test_prune_keeps_the_last_and_the_best",),
     ),
     Mutation(
         "weights/merge.py",
@@ -695,13 +735,13 @@ MUTATIONS = (
         ),
     ),
     Mutation(
-        "weights/files.py",
+        "runs/files.py",
         "fcntl.LOCK_SH if shared else fcntl.LOCK_EX",
         "fcntl.LOCK_SH",
         ("tests/cli/test_resume.py::test_two_processes_never_train_one_run",),
     ),
     Mutation(
-        "weights/files.py",
+        "runs/files.py",
         "if old.exists():",
         "if not old.exists():",
         ("tests/weights/test_mended.py::test_a_replaced_folder_survives_a_failing_rename",),
@@ -712,7 +752,7 @@ MUTATIONS = (
         "problems[:MAX_SHOWN]",
         "problems[: MAX_SHOWN - 1]",
         (
-            "tests/data/test_lines.py::"
+            "tests/data/read/test_lines.py::"
             "test_all_problems_come_in_one_report_with_20_shown_and_the_total",
         ),
     ),
@@ -726,14 +766,14 @@ MUTATIONS = (
         "types.py",
         "self.weights.abs().sum()",
         "self.weights.sum()",
-        ("tests/data/test_collate.py::test_a_packed_batch_by_hand",),
+        ("tests/data/batch/test_collate.py::test_a_packed_batch_by_hand",),
     ),
     Mutation(
         "types.py",
         "min(end, last) - first, 0)",
         "min(end, last) - first - 1, 0)",
         (
-            "tests/data/test_mixture.py::"
+            "tests/data/batch/test_mixture.py::"
             "test_the_stream_has_the_mixture_and_says_of_each_example_where_it_is_from",
         ),
     ),

@@ -41,7 +41,7 @@ PRELOADED = (  # after these, programs import little of their own
     "deepspeed",
     "hydra",
     "torch._dynamo",
-    "lorakit.cli.training_run",
+    "lorakit.pipeline.fit",
     "lorakit.service.clients",
     "lorakit.service.http.app",
     "lorakit.strategy.deepspeed",
@@ -325,7 +325,7 @@ def serve(address: str) -> None:
 def _preload() -> None:
     """Import what programs import. Nothing is computed: threads do not outlive a fork."""
     sys.path.insert(0, str(REPOSITORY))
-    from lorakit.cli.quiet import quiet_libraries
+    from lorakit.cli.guard import quiet_libraries
 
     quiet_libraries()
     for name in PRELOADED:
@@ -416,10 +416,10 @@ def _read_hub_variables_again() -> None:
 def _set_threads(count: int) -> None:
     import torch
 
-    import lorakit.cli.training_run
+    import lorakit.pipeline.fit
 
     torch.set_num_threads(count)
-    lorakit.cli.training_run.DEFAULT_THREADS = count
+    lorakit.pipeline.fit.DEFAULT_THREADS = count
 
 
 def _run(program: list[str]) -> int:

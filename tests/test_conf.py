@@ -14,10 +14,11 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from lorakit.cli import train
-from lorakit.cli.conf import conf_dir
-from lorakit.cli.schema import check_settings, find_argument_problems, import_target
-from lorakit.cli.settings import as_page, read_choices
 from lorakit.cli.sweeper import register
+from lorakit.config.documentation import as_page, read_choices
+from lorakit.config.instantiate import find_argument_problems, import_target, instantiate
+from lorakit.config.paths import conf_dir
+from lorakit.config.schema import check_settings
 
 CONF = conf_dir()
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -170,14 +171,12 @@ def test_every_experiment_composes_and_passes_the_check(experiment: str) -> None
 def test_every_optimiser_and_schedule_can_be_made(name: str) -> None:
     import torch
 
-    from lorakit.cli.assemble import build
-
     settings = _compose("experiment=pig_latin", f"optim={name}", "optim.lr=0.1")["optim"]
-    optimizer = build(
+    optimizer = instantiate(
         {key: value for key, value in settings.items() if key != "clip_norm"}, "optim"
     )([torch.nn.Parameter(torch.ones(2))])
     for schedule in ("constant", "linear", "cosine"):
-        built = build(
+        built = instantiate(
             _compose("experiment=pig_latin", f"schedule={schedule}")["schedule"], "schedule"
         )(optimizer, total_steps=10)
         assert built.get_last_lr()[0] > 0

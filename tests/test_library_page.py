@@ -11,7 +11,7 @@ from pathlib import Path
 import preloaded
 import pytest
 
-from lorakit.weights.run import History
+from lorakit.runs.folder import History
 
 PAGE = Path(__file__).parents[1] / "docs" / "library.md"
 

@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakit.data.collate import collate
+from lorakit.data.batch.collate import collate
 from lorakit.data.datum import make_datum
 from lorakit.types import Batch, Cursor, Datum
 

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import Qwen3VLMoeForConditionalGeneration
 from transformers.models.qwen3_vl import Qwen3VLProcessor
 
-from lorakit.data.collate import collate
+from lorakit.data.batch.collate import collate
 from lorakit.data.images import ImageEncoder
 from lorakit.model.attention import packed_documents
 from lorakit.types import Datum

@@ -16,9 +16,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lorakit.lora.state import adapter_state
+from lorakit.runs.checkpoint import list_checkpoints, prune, save_checkpoint
 from lorakit.strategy.world import gather
 from lorakit.weights.adapter import active_config, write_adapter
-from lorakit.weights.checkpoint import list_checkpoints, prune, save_checkpoint
 
 
 class AdapterCheckpoint(L.Callback):

@@ -10,8 +10,8 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lorakit.extras import find_problem, is_installed, require
-from lorakit.weights.files import write_whole
-from lorakit.weights.run import History
+from lorakit.runs.files import write_whole
+from lorakit.runs.folder import History
 
 
 class RunHistory(L.Callback):

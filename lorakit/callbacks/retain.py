@@ -8,13 +8,12 @@ import itertools
 from typing import Any
 
 import lightning as L
-import torch
 
 from lorakit.callbacks.history import append_or_warn
 from lorakit.data.datamodule import LoRADataModule
+from lorakit.evaluation.held_out import mean_loss
 from lorakit.lora.state import adapters_off
-from lorakit.loss.logprobs import target_logprobs
-from lorakit.weights.run import History
+from lorakit.runs.folder import History
 
 
 class Retain(L.Callback):
@@ -55,18 +54,8 @@ class Retain(L.Callback):
                 History(trainer.default_root_dir), {"step": trainer.global_step, **figures}
             )
 
-    @torch.no_grad()
     def _measure(self, trainer: L.Trainer, pl_module: Any) -> float:
-        """-sum(weight * logprob) / sum(|weight|). Every process takes all rows: under ZeRO-3
-        they gather the base together.
-        """
-        model, loss_sum, weight = pl_module.model, 0.0, 0.0
-        was_training = model.training
-        model.eval()
+        """Every process takes all rows: under ZeRO-3 they gather the base together."""
+        rows = itertools.islice(self.datamodule.train_dataloader(), self.num_rows)
         with trainer.precision_plugin.val_step_context():
-            for batch in itertools.islice(self.datamodule.train_dataloader(), self.num_rows):
-                batch = batch.to(pl_module.device)
-                loss_sum -= float((batch.weights * target_logprobs(model, batch)).sum())
-                weight += batch.weight
-        model.train(was_training)
-        return loss_sum / weight
+            return mean_loss(pl_module.model, rows, pl_module.device)

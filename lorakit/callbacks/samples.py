@@ -10,11 +10,11 @@ from typing import Any
 
 import lightning as L
 
-from lorakit.data.encode import Encoder
-from lorakit.data.rows import are_chats
+from lorakit.data.read.rows import are_chats
+from lorakit.data.render.tokenizer import Encoder
+from lorakit.runs.folder import History
 from lorakit.sampling.generate import generate
 from lorakit.types import ModelInput, SamplingParams
-from lorakit.weights.run import History
 
 
 class Samples(L.Callback):

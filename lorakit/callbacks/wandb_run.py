@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lorakit.errors import CheckpointError, ConfigError
-from lorakit.weights.run import History, open_run
+from lorakit.runs.folder import History, open_run
 
 STEP = "trainer/global_step"  # what Lightning calls the step
 

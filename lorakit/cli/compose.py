@@ -4,26 +4,23 @@ keys explained.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.conf import conf_dir
 from lorakit.cli.guard import explain
-from lorakit.cli.known_as import explain_other_name
+from lorakit.cli.hydra_errors import explain_override, first_lines
+from lorakit.cli.overrides import OVERRIDE, quote, quote_path, value_of_flag
+from lorakit.config.aliases import explain_other_name
+from lorakit.config.paths import conf_dir
 from lorakit.errors import ConfigError, LorakitError
 
 if TYPE_CHECKING:
-    from hydra.core.override_parser.types import Override
+    pass
 
-_OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+)?(?P<key>[\w.@/]+)=(?P<value>.*)$", re.DOTALL)
-_PATH_KEYS = re.compile(
-    r"(?:.*\.)?(?:path|\w+_path)|lora\.init_from|data\.chat_template|paths\.\w+|run|group"
-)
 _STANDALONE = ("experiment", "data.path", "data.sources", "model.path")
 _FLAGS_WITH_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
@@ -66,7 +63,7 @@ def prepare_arguments(arguments: list[str]) -> list[str]:
 
 def is_demo(arguments: Sequence[str]) -> bool:
     """Whether ``arguments`` name neither model nor rows nor an experiment."""
-    keys = {match["key"] for argument in arguments if (match := _OVERRIDE.match(argument))}
+    keys = {match["key"] for argument in arguments if (match := OVERRIDE.match(argument))}
     return not keys & set(_STANDALONE)
 
 
@@ -87,30 +84,6 @@ def _check_argument(argument: str) -> None:
             f"{argument}: settings are written key=value"
             + (f"; data.path={argument}?" if is_data else "")
         )
-
-
-def quote_path(override: str) -> str:
-    """Return ``override`` with the value of a path key quoted for Hydra's grammar: it means
-    itself, whatever it holds.
-    """
-    if override in ("logger=null", "callbacks=null"):
-        return override.replace("null", "none")  # Hydra knows no empty group, but these have one
-    match = _OVERRIDE.match(override)
-    if match and match["key"] == "data.stop":
-        # as a shell user writes a line's end
-        value = match["value"].replace("\\n", "\n").replace("\\t", "\t")
-        is_list = value.startswith("[") or value == "null"
-        return f"{match['prefix'] or ''}data.stop={value if is_list else _quoted(value)}"
-    if not match or not _PATH_KEYS.fullmatch(match["key"]) or match["value"] in ("", "null"):
-        return override
-    return f"{match['prefix'] or ''}{match['key']}={_quoted(match['value'])}"
-
-
-def as_typed(override: Override) -> str:
-    """The override as a user types it: what ``quote_path`` has quoted, without its quotes."""
-    key, value = override.get_key_element(), override.value()
-    is_verbatim = _PATH_KEYS.fullmatch(key.lstrip("+")) or key == "data.stop"
-    return f"{key}={value}" if is_verbatim and isinstance(value, str) else str(override.input_line)
 
 
 def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: str) -> Any:
@@ -154,7 +127,7 @@ def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: 
             " (conf/GROUP/NAME.yaml)"
         ) from error
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_lines(str(error))) from error
+        raise ConfigError(first_lines(str(error))) from error
     _raise_failures(jobs)
     return result
 
@@ -186,7 +159,7 @@ def _overrides_of_single_run(prepared: list[str]) -> list[str] | None:
     """The overrides of what is no sweep, ``--config-dir`` among them; None where Hydra's own
     command line has to read ``prepared``.
     """
-    config_dir = _value_of_flag(prepared, "--config-dir", "-cd")
+    config_dir = value_of_flag(prepared, "--config-dir", "-cd")
     overrides = prepared[(0 if config_dir is None else 2 - ("=" in prepared[0])) :]
     if any(re.match(r"-|[+~]*hydra\.(mode|searchpath)\b", text) for text in overrides):
         return None
@@ -194,7 +167,7 @@ def _overrides_of_single_run(prepared: list[str]) -> list[str] | None:
         return overrides
     if not os.path.isdir(config_dir):
         raise ConfigError(f"--config-dir {config_dir}: no such folder")
-    folder = _quoted(f"file://{os.path.abspath(config_dir)}")
+    folder = quote(f"file://{os.path.abspath(config_dir)}")
     return [f"hydra.searchpath=[{folder}]", *overrides]
 
 
@@ -253,154 +226,3 @@ def _raise_failures(jobs: list[_Job]) -> None:
             f" failed{f'; the other {rest} finished' if rest else ''}:"
         )
         raise LorakitError("\n".join([title, *lines]))
-
-
-def explain_override(message: str, config_name: str, arguments: Sequence[str] = ()) -> str:
-    """Return Hydra's ``message`` in a line or two, and the nearest right key in the groups that
-    ``arguments`` name.
-    """
-    if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", message):
-        key, _, values = ambiguous[1].partition("=")
-        return (
-            f"{ambiguous[1]}: several values make a sweep, so add -m; "
-            f"as a list they are {key}=[{values}], as a text '{key}=\"{values}\"'"
-        )
-    match = re.search(r"Could not override '([^']+)'", message) or re.search(
-        r"Could not delete from config. '([^']+)'", message
-    )
-    if match:
-        named = [text for text in arguments if (conf_dir() / text.partition("=")[0]).is_dir()]
-        own = _value_of_flag(arguments, "--config-dir", "-cd")
-        if other := explain_other_name(match[1]):
-            return f"unknown key {match[1]!r}{other}"
-        known = [*all_keys(config_name, named, own), *all_keys(config_name)]
-        return f"unknown key {match[1]!r}{suggest(match[1], known)}"
-    if "Could not find" in message or "In '" in message:
-        return _explain_group(message, _value_of_flag(arguments, "--config-dir", "-cd"))
-    if (
-        "LexerNoViableAlt" in message
-        or "mismatched input" in message
-        or "no viable alternative" in message
-    ):
-        return (
-            f"{_unreadable(arguments)}{_first_lines(message)}\nQuote values with commas, spaces or"
-            ' brackets: \'key="a, b"\'; within a list each for itself: \'key=["a, b", "--c"]\''
-        )
-    return _first_lines(message)
-
-
-def _unreadable(arguments: Sequence[str]) -> str:
-    """Which of ``arguments`` Hydra's grammar cannot read, in front of what it says of it."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    for argument in (quote_path(text) for text in arguments if not text.startswith("-")):
-        try:
-            parser.parse_override(argument)
-        except HydraException:
-            return f"{argument} cannot be read: "
-    return ""
-
-
-def _quoted(value: str) -> str:
-    """Quote ``value`` so that Hydra's grammar gives it back as it is.
-
-    In Hydra's quotes a backslash escapes only a quote (or the backslashes before one); ``${`` would
-    begin an interpolation.
-    """
-    value = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", value)
-    value = re.sub(r"(\\+)$", lambda match: match[1] * 2, value)
-    return "'" + value.replace("${", "\\${") + "'"
-
-
-def suggest(key: str, known: list[str]) -> str:
-    """Return ``; did you mean …?`` for the nearest of ``known``, or nothing where none is near."""
-    if key in known:
-        return ": it lies below a key that is null here, or belongs to another choice of its group"
-    group, _, leaf = key.rpartition(".")
-    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
-    same_depth = {name: name for name in known if name.count(".") == key.count(".")}
-    anywhere = {name.rpartition(".")[2]: name for name in known}
-    for names, wanted, cutoff in (
-        (beside, leaf, 0.6),
-        (same_depth, key, 0.8),
-        (anywhere, leaf, 0.8),
-    ):
-        if near := difflib.get_close_matches(wanted, names, n=1, cutoff=cutoff):
-            return f"; did you mean {names[near[0]]}?"
-    return (
-        f"; there are: {', '.join(beside)}"
-        if beside and group
-        else "; `lorakit train --cfg job` prints all keys"
-    )
-
-
-def _value_of_flag(arguments: Sequence[str], *names: str) -> str | None:
-    """What stands behind a flag, or behind its =."""
-    for place, argument in enumerate(arguments):
-        flag, _, value = argument.partition("=")
-        if flag in names:
-            return value or next(iter(arguments[place + 1 :]), None)
-    return None
-
-
-def all_keys(
-    config_name: str, groups: Sequence[str] = (), config_dir: str | None = None
-) -> Iterator[str]:
-    """Yield every key of the config in dots; ``groups`` choose some of its files, in a folder of
-    the user's too.
-    """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        path = [f"hydra.searchpath=['file://{os.path.abspath(config_dir)}']"] if config_dir else []
-        config = compose(config_name, overrides=[*path, "experiment=pig_latin", *groups])
-    yield from _flatten(config, "")
-
-
-def _flatten(config: Any, prefix: str) -> Iterator[str]:
-    from omegaconf import DictConfig
-
-    for key in config:
-        yield f"{prefix}{key}"
-        node = config._get_node(key)
-        if isinstance(node, DictConfig) and not node._is_none():
-            yield from _flatten(node, f"{prefix}{key}.")
-
-
-def _explain_group(message: str, config_dir: str | None = None) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    found = next((line for line in lines if "Could not find" in line), lines[0])
-    options = [line for line in lines if re.fullmatch(r"[\w/-]+", line)]
-    wanted = re.search(r"Could not find '([^']+)'", found) or re.search(r"'([^']+)'", found)
-    name = wanted[1].rsplit("/", 1)[-1] if wanted else ""
-    if (
-        config_dir
-        and wanted
-        and (path := os.path.join(config_dir, f"{name}.yaml"))
-        and os.path.exists(path)
-    ):
-        group = wanted[1].rsplit("/", 1)[0]
-        return (
-            f"{found}; {path} is there: move it to {os.path.join(config_dir, group, name)}.yaml,"
-            " into a folder with its group's name"
-        )
-    near = difflib.get_close_matches(name, options, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    there = f" (there are: {', '.join(options)})" if options else ""
-    return f"{found}{hint}{there}"
-
-
-def _first_lines(message: str) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    kept = [
-        line
-        for line in lines
-        if not line.startswith(
-            ("See https", "Set the environment", "object_type=", "reference_type=")
-        )
-    ]
-    return "\n".join(kept[:3])

@@ -81,8 +81,8 @@ def demo(config: DictConfig, chosen: Demo, command: str) -> None:
     announce(plain)
     from rich.console import Console
 
-    from lorakit.cli.training_run import train_run
-    from lorakit.weights.files import write_json
+    from lorakit.pipeline.fit import train_run
+    from lorakit.runs.files import write_json
 
     console = Console(soft_wrap=True)
     started = time.perf_counter()

@@ -330,7 +330,7 @@ def _memory() -> Iterator[Finding]:
 def _disk(runs: Path) -> Iterator[Finding]:
     from huggingface_hub import constants
 
-    from lorakit.weights.files import find_write_problem
+    from lorakit.runs.files import find_write_problem
 
     for name, folder in (("runs", runs), ("hub cache", Path(constants.HF_HUB_CACHE))):
         if problem := find_write_problem(folder / "a file"):

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.guard import run_command
-from lorakit.cli.trained import Trained, add_run_arguments, open_trained, output_path, parse
+from lorakit.cli.run_arguments import add_run_arguments, open_trained, output_path, parse
 from lorakit.errors import ConfigError
+from lorakit.evaluation.held_out import score_pairs, score_rows
+from lorakit.pipeline.trained import Trained
 
 if TYPE_CHECKING:
     from lorakit.data.datamodule import LoRADataModule
@@ -64,7 +66,7 @@ def main(arguments: list[str]) -> None:
     if not options.tasks and (options.tasks_path or options.chat or options.batch_size):
         parser.error("--tasks-path, --chat and --batch-size have no effect without tasks=…")
     if options.tasks:
-        from lorakit.cli.harness import check_harness
+        from lorakit.evaluation.harness import check_harness
 
         check_harness(options.tasks, options.tasks_path)
     if options.json and options.json.is_dir():
@@ -78,7 +80,7 @@ def main(arguments: list[str]) -> None:
         else json.dumps(figures, indent=2, ensure_ascii=False)
     )
     if options.json:
-        from lorakit.weights.files import write_json
+        from lorakit.runs.files import write_json
 
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, figures)
@@ -136,8 +138,9 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of ``trained`` on the rows that ``options`` name, and those of its base
     beside them.
     """
-    from lorakit.cli.assemble import build_loss, load_images
+    from lorakit.config.instantiate import build_loss
     from lorakit.lora.state import adapters_off
+    from lorakit.pipeline.build import load_images
 
     if options.tasks and options.data is None:
         return evaluate_tasks(trained, options)
@@ -158,12 +161,20 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
             )
         figures |= score_pairs(model, datamodule, build_loss(trained.config["loss"]))
         return add_tasks(figures, model, tokenizer, options) if options.tasks else figures
-    found, answers = score(model, tokenizer, datamodule, options, is_base=options.base)
+    score = functools.partial(
+        score_rows,
+        model,
+        tokenizer,
+        datamodule,
+        max_tokens=None if options.no_samples else options.max_tokens,
+        say=_say,
+    )
+    found, answers = score(whose="the base" if options.base else "the adapter")
     figures |= found
     others: list[Any] = []
     if not (options.base or options.no_base):
         with adapters_off(model):
-            figures["base"], others = score(model, tokenizer, datamodule, options, is_base=True)
+            figures["base"], others = score(whose="the base")
     if options.answers:
         write_answers(options.answers, answers, others)
     return add_tasks(figures, model, tokenizer, options) if options.tasks else figures
@@ -189,7 +200,7 @@ def add_tasks(
     figures: dict[str, Any], model: Any, tokenizer: Any, options: argparse.Namespace
 ) -> dict[str, Any]:
     """``figures`` with those of the harness's tasks, and the base's beside them."""
-    from lorakit.cli.harness import run_harness
+    from lorakit.evaluation.harness import run_harness
     from lorakit.lora.state import adapters_off
 
     settings = {"limit": options.limit, "batch_size": options.batch_size or 8, "chat": options.chat}
@@ -205,7 +216,7 @@ def add_tasks(
 
 def open_rows(trained: Trained, options: argparse.Namespace) -> LoRADataModule:
     """The rows that ``options`` name, or those that the run held out."""
-    from lorakit.cli.assemble import build_datamodule
+    from lorakit.pipeline.build import build_datamodule
 
     settings = dict(trained.config["data"])
     if options.data is not None:
@@ -225,46 +236,6 @@ def open_rows(trained: Trained, options: argparse.Namespace) -> LoRADataModule:
     return build_datamodule({"data": {**settings, "chat_template": trained.chat_template}})
 
 
-def score(
-    model: Any,
-    tokenizer: Any,
-    datamodule: LoRADataModule,
-    options: argparse.Namespace,
-    *,
-    is_base: bool,
-) -> tuple[dict[str, float], list[Answer]]:
-    """Return loss, perplexity and exact match of ``model`` on the evaluation rows, and its
-    answers.
-    """
-    from lorakit.sampling.score import answer_all, perplexity, score_loss
-    from lorakit.types import SamplingParams
-
-    datums = [
-        datum
-        for index in datamodule.val_indices
-        for datum in datamodule.val_examples.datums(int(index))
-    ]
-    if not datums:
-        raise ConfigError("no row to evaluate on is left; see data.on_long and data.on_error")
-    whose = f"{len(datums):,} examples, {'the base' if is_base else 'the adapter'}"
-    _say(f"loss of {whose}")
-    loss_sum, weight = score_loss(
-        model, datums, pad_token_id=datamodule.pad_token_id, images=datamodule.images
-    )
-    figures = {"loss": loss_sum / weight, "perplexity": perplexity(loss_sum / weight)}
-    if options.no_samples:
-        return figures, []
-    _say(
-        f"answers to {whose}, of at most {options.max_tokens} tokens (--no-samples: the loss alone)"
-    )
-    params = SamplingParams(max_tokens=options.max_tokens, temperature=0.0, stop=datamodule.stop)
-    answers = answer_all(model, tokenizer, datums, params, images=datamodule.images)
-    return (
-        figures | {"exact_match": sum(answer.is_exact for answer in answers) / len(answers)},
-        answers,
-    )
-
-
 def write_answers(path: Path, answers: list[Answer], others: list[Answer]) -> None:
     """Write a line of JSON for each answer, with the base's beside it."""
     lines = []
@@ -275,26 +246,6 @@ def write_answers(path: Path, answers: list[Answer], others: list[Answer]) -> No
     path.write_text(
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
     )
-
-
-def score_pairs(model: Any, datamodule: Any, loss: Any) -> dict[str, float]:
-    """Return the mean of ``loss``, which is one of pairs, and of its metrics, over the
-    evaluation rows.
-    """
-    import torch
-
-    from lorakit.training.step import compute_loss
-
-    sums: dict[str, float] = {"loss": 0.0}
-    num_pairs = 0
-    model.eval()
-    for batch in datamodule.val_dataloader():
-        with torch.no_grad():
-            output = compute_loss(model, batch.to(model.device), loss)
-        num_pairs += batch.num_pairs
-        for name, value in {"loss": output.loss_sum, **output.metrics}.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    return {"pairs": num_pairs, **{name: value / num_pairs for name, value in sums.items()}}
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.cli.guard import run_command
-from lorakit.cli.trained import Trained, add_run_arguments, open_trained, output_path, parse
+from lorakit.cli.run_arguments import add_run_arguments, open_trained, output_path, parse
 from lorakit.errors import CheckpointError, ConfigError
+from lorakit.pipeline.trained import Trained
 
 FORMATS = {
     "peft": "PEFT's own layout, in bf16: read again by plain PEFT",
@@ -105,9 +106,9 @@ def write_adapter(trained: Trained, out: Path, form: str, name: str) -> None:
     """
     import torch
 
+    from lorakit.runs.files import whole_folder
     from lorakit.weights.adapter import AdapterFiles
     from lorakit.weights.export import largest_rank, write_peft, write_vllm
-    from lorakit.weights.files import whole_folder
 
     adapter = AdapterFiles.open(trained.adapter)
     adapter.config["base_model_name_or_path"] = name

@@ -95,7 +95,7 @@ def _fetch_model(settings: dict[str, Any]) -> None:
 
 
 def _fetch_rows(plain: dict[str, Any]) -> None:
-    from lorakit.cli.assemble import build_datamodule, build_retain_rows
+    from lorakit.pipeline.build import build_datamodule, build_retain_rows
 
     datamodule = build_datamodule(plain)
     datamodule.check_rows()

@@ -12,8 +12,8 @@ import yaml
 
 from lorakit.cli import train
 from lorakit.cli.compose import run_hydra
-from lorakit.cli.conf import conf_dir
 from lorakit.cli.guard import run_command
+from lorakit.config.paths import conf_dir
 from lorakit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,10 +83,10 @@ def print_lines(config: DictConfig, *, arguments: list[str], settings: list[str]
     """Hydra's task: print the command of each machine."""
     from hydra.core.hydra_config import HydraConfig
 
-    from lorakit.cli.processes import num_devices
-    from lorakit.cli.schema import check_settings
+    from lorakit.config.schema import check_settings
     from lorakit.launch.torchrun import SHUTDOWN_SECONDS, SHUTDOWN_TIMEOUT, Launch, torchrun_lines
-    from lorakit.weights.run import free_name
+    from lorakit.pipeline.processes import num_devices
+    from lorakit.runs.folder import free_name
 
     plain = train.to_plain(config)
     check_settings(plain)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorakit.cli.guard import run_command
-from lorakit.cli.trained import Trained, add_run_arguments, open_trained, output_path, parse
+from lorakit.cli.run_arguments import add_run_arguments, open_trained, output_path, parse
 from lorakit.errors import ConfigError
+from lorakit.pipeline.trained import Trained
 
 
 def main(arguments: list[str]) -> None:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.compose import run_hydra
 from lorakit.cli.guard import run_command
+from lorakit.pipeline.build import build_step_plan
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
-    from lorakit.cli.planning import StepPlan
     from lorakit.data.examples import DataReport
     from lorakit.planner.sight import RowSizes
+    from lorakit.planner.step_plan import StepPlan
 HELP = """\
 usage: lorakit plan [key=value …]
 
@@ -44,12 +45,11 @@ def plan_run(config: DictConfig) -> None:
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from lorakit.cli.assemble import build_spec
-    from lorakit.cli.choices import Known, choose
-    from lorakit.cli.planning import StepPlan
-    from lorakit.cli.schema import check_settings
     from lorakit.cli.train import to_plain
+    from lorakit.config.schema import check_settings
     from lorakit.lora.inject import plan
+    from lorakit.pipeline.autoconfig import Known, choose
+    from lorakit.pipeline.build import build_spec
     from lorakit.strategy.world import World
     from lorakit.training.precision import resolve_precision
 
@@ -71,7 +71,7 @@ def plan_run(config: DictConfig) -> None:
     known = Known(skeleton, *reports, accelerator, precision, there, World(), 1)
     plain, _ = choose(plain, known, lambda text: console.print(text, highlight=False))
     planned = plan(skeleton, build_spec(plain))
-    step = StepPlan(
+    step = build_step_plan(
         plain,
         skeleton,
         planned,
@@ -122,15 +122,15 @@ def _look_at_data(
     """Return how large rows are, those for training and those for evaluation, the tokens of all
     epochs where anybody knows, and the reports that say so.
     """
-    from lorakit.cli import assemble
-    from lorakit.cli.planning import row_sizes, row_sizes_without_data
-    from lorakit.cli.reports import print_data_report
+    from lorakit.pipeline import build
+    from lorakit.pipeline.printing import print_data_report
+    from lorakit.planner.step_plan import row_sizes, row_sizes_without_data
 
     tokens = round(plain["plan"]["tokens"]) if plain["plan"]["tokens"] else None
     if plain["data"]["path"] == NO_DATA:
         sizes = row_sizes_without_data(plain, skeleton)
         return sizes, sizes, tokens, (None, None)
-    datamodule, _ = assemble.load_data(plain)
+    datamodule, _ = build.load_data(plain)
     print_data_report(datamodule, console)
     report = datamodule.report
     assert report is not None
@@ -178,7 +178,7 @@ def _print_memory(step: StepPlan, console: Console) -> None:
     """
     from rich.table import Table
 
-    from lorakit.cli.planning import counts_to_plan, suggest
+    from lorakit.planner.fitting import counts_to_plan, suggest
     from lorakit.planner.memory import REFUSE_SHARE, STRATEGIES, WARN_SHARE
 
     counts, total_there = counts_to_plan(step.config), _bytes_there(step.config, step.accelerator)
@@ -265,7 +265,7 @@ def _gb(num_bytes: int) -> str:
 def _bytes_there(config: dict[str, Any], accelerator: str) -> int:
     import torch
 
-    from lorakit.cli.planning import agree_on_memory
+    from lorakit.planner.step_plan import agree_on_memory
     from lorakit.strategy.world import World
 
     is_elsewhere = accelerator == "cuda" and not torch.cuda.is_available()
@@ -277,8 +277,8 @@ def _bytes_there(config: dict[str, Any], accelerator: str) -> int:
 def _print_costs(step: StepPlan, num_tokens: int | None, console: Console) -> None:
     from rich.table import Table
 
-    from lorakit.cli.planning import counts_to_plan
     from lorakit.planner.cost import Prices
+    from lorakit.planner.fitting import counts_to_plan
 
     settings = step.config["plan"]
     prices = Prices(

@@ -15,7 +15,7 @@ from lorakit.errors import ConfigError
 from lorakit.extras import find_problem
 
 if TYPE_CHECKING:
-    from lorakit.sweep.comparison import Comparison
+    from lorakit.reports.comparison import Comparison
 
 
 def main(arguments: list[str]) -> None:
@@ -47,8 +47,8 @@ def main(arguments: list[str]) -> None:
     )
     options = parser.parse_args(arguments)
 
-    from lorakit.sweep.page import as_page
-    from lorakit.weights.files import find_write_problem, write_whole
+    from lorakit.reports.runs_page import as_page
+    from lorakit.runs.files import find_write_problem, write_whole
 
     root = Path(options.runs or "runs").expanduser()
     if not root.is_dir():
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
 
 def _choose(root: Path, options: argparse.Namespace) -> tuple[Comparison, bool]:
     """The runs that are asked for, and whether they are those of a sweep."""
-    from lorakit.sweep.comparison import compare, compare_runs, sweeps_in
+    from lorakit.reports.comparison import compare, compare_runs, sweeps_in
 
     names, wanted = (
         list(options.names),
@@ -101,7 +101,7 @@ def _print(comparison: Comparison, is_sweep: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from lorakit.sweep.comparison import shown, sparkline
+    from lorakit.reports.comparison import shown, sparkline
 
     is_terminal = sys.stdout.isatty()
     console = Console(width=None if is_terminal else 1000)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lorakit.cli.guard import run_command
 from lorakit.errors import ConfigError
-from lorakit.weights.run import Run, list_runs
+from lorakit.runs.folder import Run, list_runs
 
 
 def main(arguments: list[str]) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.guard import run_command
-from lorakit.cli.trained import add_run_arguments, open_trained
-from lorakit.cli.trained import parse as parse_options
+from lorakit.cli.run_arguments import add_run_arguments, open_trained
+from lorakit.cli.run_arguments import parse as parse_options
 from lorakit.data.images import StoredImage
-from lorakit.data.rows import are_chats
+from lorakit.data.read.rows import are_chats
 from lorakit.errors import CheckpointError, ConfigError
 from lorakit.types import ImageChunk
 
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
     stop = options.stop if options.stop is not None else trained.config["data"].get("stop")
     images = None
     if options.image:
-        from lorakit.cli.assemble import load_images
+        from lorakit.pipeline.build import load_images
 
         images = load_images(trained.model_settings).within(*trained.pixel_bounds)
     if is_chat and prompts is not None:
@@ -190,7 +190,7 @@ class Speaker:
         is_chat: bool,
         images: ImageEncoder | None = None,
     ) -> None:
-        from lorakit.data.encode import Encoder
+        from lorakit.data.render.tokenizer import Encoder
         from lorakit.types import SamplingParams
 
         self.model, self.tokenizer, self.is_chat = model, tokenizer, is_chat

@@ -24,8 +24,8 @@ def main(arguments: list[str]) -> None:
     check_extra("serve", "lorakit serve")
     models = dict(named_model(text) for text in options.model or ["tiny"])
     folder = Path(options.data).expanduser()
+    from lorakit.runs.files import find_write_problem, lock_file, write_json
     from lorakit.strategy.world import current_world
-    from lorakit.weights.files import find_write_problem, lock_file, write_json
 
     if problem := find_write_problem(folder / "a file"):
         raise ConfigError(f"--data {folder} cannot be used: {problem}")

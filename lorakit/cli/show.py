@@ -5,9 +5,8 @@ of the data set.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit.cli.compose import run_hydra
 from lorakit.cli.guard import run_command
@@ -15,10 +14,7 @@ from lorakit.errors import ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-    from rich.text import Text
 
-    from lorakit.data.datamodule import LoRADataModule
-    from lorakit.data.render import Rendered
 
 HELP = """\
 usage: lorakit show [-n N] [--html FILE] [key=value …]
@@ -30,14 +26,6 @@ usage: lorakit show [-n N] [--html FILE] [key=value …]
 Green tokens are trained (weight 1), grey ones are read only (weight 0), yellow have another
 positive weight, red a negative one. Where the output has no colour, trained text stands in ⟦ ⟧,
 with the weight in front where that is not 1."""
-
-
-# Unicode has a picture of each control character; a line's end is shown and kept.
-_VISIBLE = {code: chr(0x2400 + code) for code in range(0x20)} | {
-    0x7F: "␡",
-    ord("\n"): "↵\n",
-    ord("\t"): "→\t",
-}
 
 
 def main(arguments: list[str]) -> None:
@@ -54,17 +42,18 @@ def show(config: DictConfig, count: int, page: Path | None) -> None:
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from lorakit.cli import assemble
-    from lorakit.cli.reports import print_data_report
-    from lorakit.cli.schema import check_settings
     from lorakit.cli.train import to_plain
+    from lorakit.config.schema import check_settings
+    from lorakit.data.display import colour, first_examples
+    from lorakit.pipeline import build
+    from lorakit.pipeline.printing import print_data_report
 
     console = Console(soft_wrap=True)
     if is_unnamed := OmegaConf.is_missing(config.model, "path"):
         OmegaConf.update(config, "model.path", "tiny")
     plain = to_plain(config)
     check_settings(plain)
-    datamodule = assemble.build_datamodule(plain)
+    datamodule = build.build_datamodule(plain)
     datamodule.check_rows()
     if is_unnamed:
         plain["model"]["path"] = "tiny-vl" if datamodule.has_images else "tiny"
@@ -72,10 +61,10 @@ def show(config: DictConfig, count: int, page: Path | None) -> None:
             "model.path is not set: shown with the tokenizer of a bundled model,"
             f" {plain['model']['path']}"
         )
-    tokenizer = assemble.make_tokens(datamodule, plain["model"])
+    tokenizer = build.make_tokens(datamodule, plain["model"])
     if page:
-        from lorakit.cli.show_page import as_page
-        from lorakit.weights.files import find_write_problem, write_whole
+        from lorakit.reports.examples_page import as_page
+        from lorakit.runs.files import find_write_problem, write_whole
 
         if problem := find_write_problem(page):
             raise ConfigError(f"--html {page}: {problem}")
@@ -98,76 +87,6 @@ def show(config: DictConfig, count: int, page: Path | None) -> None:
                 )
     console.rule(style="dim")
     print_data_report(datamodule, console, histogram=True)
-
-
-def first_examples(
-    datamodule: LoRADataModule, num_rows: int
-) -> Iterator[tuple[str, Rendered | str]]:
-    """Yield where each example of the first rows stands, of each source in turn, and the
-    example, or why there is none.
-    """
-    from lorakit.errors import DataError
-
-    examples, indices = datamodule.train_examples, datamodule.train_indices
-    origins = examples.source.origins_of(indices)
-    firsts = [
-        indices[origins == number][:num_rows]
-        for number in range(max(len(datamodule.source_names), 1))
-    ]
-    for index in (int(index) for rows in firsts for index in rows):
-        where = examples.source.where(index)
-        try:
-            found = examples.rendered(index)
-            if examples.images is not None:
-                examples.images.encode(
-                    [image.chunk for example in found for image in example.images]
-                )
-            yield from ((where, example) for example in found)
-        except DataError as error:
-            if examples.on_error == "raise":
-                raise
-            yield where, str(error)
-
-
-def colour(tokenizer: Any, example: Rendered, *, has_colour: bool = True) -> Text:
-    """Return the text of ``example``, each run of equal weight in its colour or in brackets;
-    what cannot be seen is marked.
-    """
-    from rich.text import Text
-
-    text = Text()
-    tokens, weights = example.tokens, example.weights
-    starts = {image.start: image.chunk.length for image in example.images}
-    start = 0
-    while start < len(tokens):
-        end = start + 1
-        if length := starts.get(start):
-            end, piece = start + length, f"{decode(tokenizer, tokens[start:end])} x {length}"
-        else:
-            while end < len(tokens) and weights[end] == weights[start] and end not in starts:
-                end += 1
-            piece = decode(tokenizer, tokens[start:end])
-        if weights[start] and not has_colour:
-            piece = f"⟦{piece}⟧" if weights[start] == 1 else f"⟦{weights[start]:g}: {piece}⟧"
-        text.append(piece, style=_style(weights[start]))
-        start = end
-    return text
-
-
-def decode(tokenizer: Any, tokens: list[int]) -> str:
-    """The text of ``tokens``, with a picture for each character that cannot be seen."""
-    text: str = tokenizer.decode(
-        tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    return text.translate(_VISIBLE)
-
-
-def _style(weight: float) -> str:
-    if weight == 0:
-        return "bright_black"
-    if weight < 0:
-        return "red"
-    return "green" if weight == 1 else "yellow"
 
 
 def _take_options(arguments: list[str]) -> tuple[int, Path | None, list[str]]:

@@ -19,13 +19,14 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from lorakit.cli.compose import as_typed, quote_path
-from lorakit.cli.schema import OptunaSettings, WandbSettings, check_group, import_target
+from lorakit.cli.overrides import as_typed, quote_path
+from lorakit.config.instantiate import import_target
+from lorakit.config.schema import OptunaSettings, WandbSettings, check_group
 from lorakit.errors import ConfigError, LorakitError, report
 from lorakit.extras import require
+from lorakit.runs.folder import History, flatten
 from lorakit.sweep.space import Choice, Range, Space, check_range
 from lorakit.sweep.study import Study, Trial, last_value, open_study, seed_of
-from lorakit.weights.run import History, flatten
 
 PACKAGE = (
     # the name under which Hydra knows this module: it takes no sweeper from outside of
@@ -225,8 +226,8 @@ def _refuse_elsewhere(plain: dict[str, Any]) -> None:
 
 
 def _open(plain: dict[str, Any], space: Space, folder: Path) -> Study:
-    from lorakit.cli.assemble import build
-    from lorakit.cli.resume import FREE_KEYS
+    from lorakit.config.instantiate import instantiate
+    from lorakit.pipeline.resume import FREE_KEYS
 
     if plain["resume"] not in (True, False, "auto"):
         raise ConfigError(f"resume={plain['resume']} is unknown; choose true, false or auto")
@@ -237,7 +238,7 @@ def _open(plain: dict[str, Any], space: Space, folder: Path) -> Study:
         )
     for name in ("sampler", "pruner"):
         if settings[name] is not None:
-            build(settings[name], f"sweep.{name}")  # refused before anything is written
+            instantiate(settings[name], f"sweep.{name}")  # refused before anything is written
     seeded = (
         "seed"
         in inspect.signature(
@@ -247,7 +248,7 @@ def _open(plain: dict[str, Any], space: Space, folder: Path) -> Study:
 
     def build_sampler(number: int) -> Any:
         seed = {"seed": seed_of(plain["seed"], number)} if seeded else {}
-        return build(settings["sampler"] | seed, "sweep.sampler")
+        return instantiate(settings["sampler"] | seed, "sweep.sampler")
 
     _try_sampler(build_sampler, space)
     swept = tuple(f"{key}." for key in space)

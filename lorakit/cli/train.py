@@ -40,7 +40,7 @@ them makes no sweep."""
 def main(arguments: list[str]) -> None:
     """Train as ``arguments`` say."""
     if {"-h", "--help"} & set(arguments):
-        from lorakit.cli.settings import as_help, read_choices
+        from lorakit.config.documentation import as_help, read_choices
 
         print(f"{HELP}\n\n{as_help(read_choices())}")
         return
@@ -115,8 +115,8 @@ def train(config: DictConfig, *, command: str = "") -> None:
     if not is_sweep and hydra.runtime.choices.get("launch") != "slurm":
         _check_paths(plain)
     announce(plain)
-    from lorakit.cli.jobs import mark_failed, was_finished
-    from lorakit.cli.schema import check_settings
+    from lorakit.config.schema import check_settings
+    from lorakit.pipeline.jobs import mark_failed, was_finished
 
     if is_sweep:
         plain["run"] = f"{plain['run'] or plain['group']}-{hydra.job.num}"  # a folder for each job
@@ -165,7 +165,7 @@ def _check_paths(plain: dict[str, Any]) -> None:
     """Tell of misspelt rows within a second, not behind the imports. What is wrong with the
     settings themselves is told later.
     """
-    from lorakit.data.sources import check_paths, read_mixed
+    from lorakit.data.read.sources import check_paths, read_mixed
 
     data, sources = plain["data"], plain["data"].get("sources")
     is_ours = data["_target_"] == "lorakit.data.datamodule.LoRADataModule"
@@ -181,16 +181,16 @@ def _check_paths(plain: dict[str, Any]) -> None:
 
 def _start(plain: dict[str, Any], job: dict[str, Any]) -> None:
     """Train here, in several processes, or in a job of SLURM."""
-    from lorakit.cli.jobs import is_for_slurm, submit_job
-    from lorakit.cli.processes import needs_launch, num_devices
-    from lorakit.cli.training_run import train_run
+    from lorakit.pipeline.fit import train_run
+    from lorakit.pipeline.jobs import is_for_slurm, submit_job
+    from lorakit.pipeline.processes import needs_launch, num_devices
 
     if is_for_slurm(plain):
         submit_job(plain, job)
         return
     if needs_launch(plain):
         from lorakit.launch.torchrun import run_here
-        from lorakit.weights.run import free_name
+        from lorakit.runs.folder import free_name
 
         if plain["launch"]["max_restarts"] and not (plain["run"] or plain["resume"]):
             # for who is started again
@@ -224,7 +224,7 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
     """
     from omegaconf import OmegaConf
 
-    from lorakit.weights.run import RUN_FOLDER
+    from lorakit.runs.folder import RUN_FOLDER
 
     # a copy without Hydra's struct flag
     free: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=False))

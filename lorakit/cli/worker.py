@@ -13,7 +13,7 @@ from lorakit.cli.train import leave_if_interrupted
 
 def main(arguments: list[str]) -> None:
     """Train as the job file ``arguments[0]`` says."""
-    from lorakit.cli.training_run import train_run
+    from lorakit.pipeline.fit import train_run
 
     job = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     outcome = train_run(

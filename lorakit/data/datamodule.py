@@ -13,20 +13,20 @@ import lightning as L
 import numpy as np
 import torch
 
-from lorakit.data.collate import collate
+from lorakit.data.batch.collate import collate
+from lorakit.data.batch.estimate import Forecast
+from lorakit.data.batch.mixture import Mixture
+from lorakit.data.batch.packing import fill_with_longest
+from lorakit.data.batch.stream import BatchStream
 from lorakit.data.datum import OnLong
 from lorakit.data.examples import DataReport, Examples, survey
-from lorakit.data.forecast import Forecast
 from lorakit.data.images import ImageEncoder
-from lorakit.data.mixture import Mixture
-from lorakit.data.own_format import name_of_format
-from lorakit.data.packing import fill_with_longest
-from lorakit.data.render import Renderer, TrainOnWhat
-from lorakit.data.rows import are_pairs
+from lorakit.data.read.custom_format import name_of_format
+from lorakit.data.read.rows import are_pairs
+from lorakit.data.read.sources import Source, open_source, open_sources, read_mixed
+from lorakit.data.render.renderer import Renderer, TrainOnWhat
+from lorakit.data.render.templates import read_template, use_template
 from lorakit.data.settings import check_counts, check_settings, one_of
-from lorakit.data.sources import Source, open_source, open_sources, read_mixed
-from lorakit.data.stream import BatchStream
-from lorakit.data.templates import read_template, use_template
 from lorakit.errors import ConfigError
 from lorakit.types import Batch, Cursor, ModelInput
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from lorakit.data.render import PlacedImage, Rendered
+from lorakit.data.render.renderer import PlacedImage, Rendered
 from lorakit.errors import DataError
 from lorakit.types import Chunk, Datum, EncodedTextChunk, ModelInput
 

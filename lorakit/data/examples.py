@@ -11,9 +11,9 @@ import numpy as np
 
 from lorakit.data.datum import Cuts, OnLong, fit, make_datum
 from lorakit.data.images import ImageEncoder, images_of
-from lorakit.data.render import Rendered, Renderer
-from lorakit.data.rows import Chat, Conversations, Preference, Row, to_chat
-from lorakit.data.sources import Source
+from lorakit.data.read.rows import Chat, Conversations, Preference, Row, to_chat
+from lorakit.data.read.sources import Source
+from lorakit.data.render.renderer import Rendered, Renderer
 from lorakit.errors import DataError, report
 from lorakit.types import Datum, ImageChunk
 

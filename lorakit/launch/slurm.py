@@ -14,7 +14,7 @@ from typing import Any
 
 from lorakit.errors import ConfigError, LorakitError
 from lorakit.launch.torchrun import SHUTDOWN_TIMEOUT, Launch, torchrun_arguments
-from lorakit.weights.files import write_whole
+from lorakit.runs.files import write_whole
 
 FOLDER = ".slurm"  # below paths.runs: scripts, what they run, what the jobs print
 # so much earlier than asked for may SLURM send a signal (sbatch's manual, --signal)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.data.encode import Encoder
+from lorakit.data.render.tokenizer import Encoder
 from lorakit.types import SamplingParams
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorakit.data.collate import stack_images
+from lorakit.data.batch.collate import stack_images
 from lorakit.data.images import ImageEncoder
 from lorakit.errors import DataError, report
 from lorakit.lora.bank import Adapter

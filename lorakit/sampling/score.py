@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from lorakit.data.collate import collate
-from lorakit.data.encode import Encoder
+from lorakit.data.batch.collate import collate
 from lorakit.data.images import ImageEncoder
+from lorakit.data.render.tokenizer import Encoder
 from lorakit.loss.logprobs import target_logprobs
 from lorakit.sampling.ending import stop_strings
 from lorakit.sampling.generate import generate

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from lorakit.data.collate import collate, idle_batch, join
-from lorakit.data.packing import assign_batches
+from lorakit.data.batch.collate import collate, idle_batch, join
+from lorakit.data.batch.packing import assign_batches
 from lorakit.lora.bank import Mix
 from lorakit.loss import LOSSES, Loss
 from lorakit.loss.head import as_head_adapters

@@ -18,8 +18,8 @@ import torch
 
 from lorakit.errors import CheckpointError
 from lorakit.lora.flat import AdapterLayout
+from lorakit.runs.files import recover
 from lorakit.service.store import Checkpoint, Store, now, parse_path
-from lorakit.weights.files import recover
 from lorakit.weights.trained_state import SavedState, open_trained_state, save_trained_state
 
 LOCAL_OWNER = "local"  # may name folders, too

@@ -19,8 +19,8 @@ import yaml
 
 from lorakit.errors import CheckpointError, report
 from lorakit.extras import require
-from lorakit.weights.files import lock_file
-from lorakit.weights.run import RUN_FILE, History, Run, is_held, open_run
+from lorakit.runs.files import lock_file
+from lorakit.runs.folder import RUN_FILE, History, Run, is_held, open_run
 
 if TYPE_CHECKING:
     import optuna

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from lorakit.errors import ConfigError
+from lorakit.runs.files import write_whole
 from lorakit.sweep.space import Choice, Range, Space
-from lorakit.weights.files import write_whole
 
 METHODS = ("bayes", "random", "grid")
 

@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-from lorakit.data.collate import collate
+from lorakit.data.batch.collate import collate
 from lorakit.data.datum import make_datum
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec

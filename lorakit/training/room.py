@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from lorakit.data.halve import halve, parts_of
+from lorakit.data.batch.split import halve, parts_of
 from lorakit.errors import TrainingError
 from lorakit.types import Batch
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from lorakit.data.sources import BUNDLED
-from lorakit.weights.run import History, Run
+from lorakit.data.read.sources import BUNDLED
+from lorakit.runs.folder import History, Run
 
 _GROUPS = ("lora", "loss", "optim", "schedule", "trainer", "seed")
 _OF_DATA = (

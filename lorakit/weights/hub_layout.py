@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from lorakit.weights.files import write_json
+from lorakit.runs.files import write_json
 
 # model type -> endings of names
 _TURNED = {"qwen3_vl_moe": (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")}

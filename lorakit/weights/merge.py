@@ -16,8 +16,8 @@ from torch import nn
 from lorakit.errors import AdapterError, CheckpointError
 from lorakit.lora.layouts import split_a, split_b
 from lorakit.model.load import load_model, quiet_transformers, resolve_model_path
+from lorakit.runs.files import whole_folder, write_json
 from lorakit.weights.adapter import AdapterFiles
-from lorakit.weights.files import whole_folder, write_json
 from lorakit.weights.hub_layout import copy_processor, save_as_hub
 
 TOLERANCE = 1e-4  # of the largest logit, between merged and adapter form in float32

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.errors import CheckpointError
 from lorakit.lora.flat import AdapterLayout
+from lorakit.runs.files import whole_folder, write_json
 from lorakit.weights.adapter import AdapterFiles, write_adapter
-from lorakit.weights.files import whole_folder, write_json
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "lorakit_state.json"
 

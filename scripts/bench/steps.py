@@ -71,7 +71,7 @@ def build_lorakit(
     """lorakit: its injection, its loss, its clipping. Rows may be packed, of documents of
     ``document`` tokens.
     """
-    from lorakit.data.collate import collate
+    from lorakit.data.batch.collate import collate
     from lorakit.data.datum import make_datum
     from lorakit.lora.inject import inject
     from lorakit.lora.spec import LoRASpec

@@ -22,7 +22,7 @@ from lorakit.callbacks.expert_load import ExpertLoad
 from lorakit.callbacks.history import RunHistory, draw_losses
 from lorakit.callbacks.samples import Samples
 from lorakit.callbacks.throughput import Throughput
-from lorakit.data.stream import BatchStream
+from lorakit.data.batch.stream import BatchStream
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.families import router_modules
@@ -178,7 +178,7 @@ def test_throughput_leaves_out_other_callbacks_and_evaluation_and_counts_the_wai
             clock[0] += 10  # the step had to wait for it
             yield group
 
-    monkeypatch.setattr("lorakit.data.stream.prefetch", prefetch)
+    monkeypatch.setattr("lorakit.data.batch.stream.prefetch", prefetch)
     examples: Any = SimpleNamespace(datums=lambda index: [DATUMS[index]])
     mixture: Any = SimpleNamespace(rows=lambda epoch: np.arange(8))
     stream = BatchStream(

@@ -23,8 +23,8 @@ from tiny_models import (
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
+from lorakit.runs.checkpoint import list_checkpoints
 from lorakit.training.module import LoRAModule
-from lorakit.weights.checkpoint import list_checkpoints
 
 
 @pytest.fixture(autouse=True)

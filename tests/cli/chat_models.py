@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from program import REPOSITORY
 
-from lorakit.cli.schema import check_settings
+from lorakit.config.schema import check_settings
 from lorakit.model.load import skeleton_of
 from lorakit.planner.presets import preset_config
 

@@ -305,8 +305,8 @@ def test_what_other_trainers_call_it_is_understood(
 
 
 def test_every_key_that_others_call_otherwise_is_one_of_ours(workplace: Path) -> None:
-    from lorakit.cli.known_as import KNOWN_AS, explain_other_name
-    from lorakit.cli.settings import read_choices
+    from lorakit.config.aliases import KNOWN_AS, explain_other_name
+    from lorakit.config.documentation import read_choices
 
     choices = read_choices()
     ours = {setting.key for choice in choices for setting in choice.settings} | {

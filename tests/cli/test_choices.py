@@ -17,10 +17,10 @@ import yaml
 from chat_models import config_of, shapes
 
 from lorakit.callbacks import memory_probe
-from lorakit.cli.choices import FILE_BYTES, RANKS, Known, choose
-from lorakit.cli.planning import StepPlan
 from lorakit.data.examples import Cuts, DataReport
 from lorakit.lora.inject import plan
+from lorakit.pipeline.autoconfig import FILE_BYTES, RANKS, Known, choose
+from lorakit.pipeline.build import build_step_plan
 from lorakit.strategy.world import World
 from lorakit.training.precision import resolve_precision, why_precision
 
@@ -104,12 +104,12 @@ def test_the_choice_fits_and_is_the_fastest_that_does(
     config, chosen = choose(config_of(), known, said.append)
     assert set(KEYS) <= set(chosen) and expected.items() <= chosen.items(), chosen
     assert all("auto: " in line and line.endswith(")") for line in said) and len(said) == 4
-    from lorakit.cli.assemble import build_spec
+    from lorakit.pipeline.build import build_spec
 
     planned = plan(skeleton, build_spec(config))
     assert planned.num_params * 2 <= FILE_BYTES and planned.spec.rank in RANKS
     taken = (
-        StepPlan(config, skeleton, planned, accelerator="cuda", precision="bf16-mixed")
+        build_step_plan(config, skeleton, planned, accelerator="cuda", precision="bf16-mixed")
         .memory("single", 1)
         .total
     )
@@ -118,7 +118,9 @@ def test_the_choice_fits_and_is_the_fastest_that_does(
     if chosen["trainer.activation_checkpointing"]:
         trainer = {**config["trainer"], "activation_checkpointing": False}
         keeps = {**config, "trainer": trainer, "data": {**config["data"], "tokens_per_batch": 4096}}
-        plan_kept = StepPlan(keeps, skeleton, planned, accelerator="cuda", precision="bf16-mixed")
+        plan_kept = build_step_plan(
+            keeps, skeleton, planned, accelerator="cuda", precision="bf16-mixed"
+        )
         assert plan_kept.memory("single", 1).total > 0.9 * gigabytes * 1e9
 
 

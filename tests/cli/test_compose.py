@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from lorakit.cli.compose import prepare_arguments, quote_path
+from lorakit.cli.compose import prepare_arguments
+from lorakit.cli.overrides import quote_path
 
 AWKWARD = [
     "it's, a (file) = x.jsonl",

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from program import start
 
+from lorakit.runs.folder import History
 from lorakit.training.module import LoRAModule
-from lorakit.weights.run import History
 
 Call = Callable[..., tuple[int, str, str]]
 SETTINGS = (

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from lorakit.data.sources import BUNDLED
+from lorakit.data.read.sources import BUNDLED
 
 Call = Callable[..., tuple[int, str, str]]
 

@@ -13,9 +13,9 @@ import pytest
 from program import REPOSITORY
 from small import SMALL
 
-from lorakit.cli import preflight
 from lorakit.errors import ConfigError
 from lorakit.launch.slurm import SlurmJob, script_text, seconds_of
+from lorakit.pipeline import processes
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -164,16 +164,16 @@ def test_what_differs_is_named_with_its_ranks(monkeypatch: pytest.MonkeyPatch) -
         ("rank 1 (host b)", {"x": "1", "y": "3"}),
         ("rank 2 (host b)", {"x": "1"}),
     ]
-    monkeypatch.setattr(preflight, "is_shared", lambda: True)
-    monkeypatch.setattr(preflight, "gather", lambda value: everyone)
+    monkeypatch.setattr(processes, "is_shared", lambda: True)
+    monkeypatch.setattr(processes, "gather", lambda value: everyone)
     with pytest.raises(ConfigError) as raised:
-        preflight.agree(lambda: everyone[0][1])
+        processes.agree(lambda: everyone[0][1])
     assert "y: 2 on rank 0 (host a); 3 on rank 1 (host b); not there on rank 2 (host b)" in str(
         raised.value
     )
     assert "x:" not in str(raised.value)
     everyone[1:] = [everyone[0]]
-    preflight.agree(lambda: everyone[0][1])
+    processes.agree(lambda: everyone[0][1])
 
 
 def test_a_line_of_setup_that_fails_ends_the_job(tmp_path: Path) -> None:

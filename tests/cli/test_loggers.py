@@ -18,7 +18,7 @@ from small import SMALL
 
 from lorakit.callbacks.wandb_run import read_history, read_records, resolve_mode, resolve_project
 from lorakit.errors import ConfigError
-from lorakit.weights.run import History
+from lorakit.runs.folder import History
 
 Call = Callable[..., tuple[int, str, str]]
 

@@ -13,7 +13,7 @@ import pytest
 from program import start
 from small import SMALL
 
-from lorakit.weights.run import History
+from lorakit.runs.folder import History
 
 Call = Callable[..., tuple[int, str, str]]
 SETTINGS = (

@@ -11,9 +11,8 @@ import pytest
 from chat_models import config_of, shapes
 from program import REPOSITORY
 
-from lorakit.cli.assemble import build_spec
-from lorakit.cli.planning import StepPlan
 from lorakit.lora.inject import plan
+from lorakit.pipeline.build import build_spec, build_step_plan
 
 NIGHT_SECONDS = 8 * 3600
 
@@ -98,7 +97,7 @@ def test_memory_and_operations_are_what_the_planner_says(entry: Entry) -> None:
     )
     skeleton = shapes(entry.model)
     accelerator = "cuda" if entry.has_gpu else "cpu"
-    step = StepPlan(
+    step = build_step_plan(
         config,
         skeleton,
         plan(skeleton, build_spec(config)),

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lorakit.cli import resume
-from lorakit.weights.run import History, flatten, open_run
+from lorakit.pipeline import resume
+from lorakit.runs.folder import History, flatten, open_run
 
 Call = Callable[..., tuple[int, str, str]]
 FOLDER = Path(__file__).parent / "version_0_1_0"

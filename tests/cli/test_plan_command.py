@@ -15,15 +15,18 @@ from rich.console import Console
 from small import SMALL
 from transformers import AutoConfig
 
-from lorakit.cli import allocator, planning, processes
-from lorakit.cli.planning import StepPlan, name_of, step_shape, suggest
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import plan
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.load import load_skeleton
-from lorakit.planner import presets
+from lorakit.pipeline import allocator, strategy_choice
+from lorakit.pipeline.build import build_step_plan
+from lorakit.planner import fitting, presets
+from lorakit.planner import step_plan as planning
+from lorakit.planner.fitting import suggest
 from lorakit.planner.sight import RowSizes
+from lorakit.planner.step_plan import StepPlan, name_of, step_shape
 from lorakit.strategy.deepspeed import ZeroStrategy
 from lorakit.strategy.world import World
 
@@ -110,7 +113,7 @@ def config_of(**changes: Any) -> dict[str, Any]:
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    from lorakit.cli.conf import conf_dir
+    from lorakit.config.paths import conf_dir
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -131,7 +134,7 @@ def step_plan(num_longest: int | None = None, accelerator: str = "cpu", **change
     planned = plan(skeleton, LoRASpec(rank=8))
     config = config_of(**changes)
     config["lora"]["rank"] = 8
-    return StepPlan(
+    return build_step_plan(
         config,
         skeleton,
         planned,
@@ -246,7 +249,7 @@ def test_changes_are_suggested_until_it_fits() -> None:
 def test_what_is_suggested_is_accepted_and_makes_the_batch_smaller(changes: dict[str, Any]) -> None:
     found = step_plan(**changes)
     sizes = [found.shape.num_rows * found.shape.num_positions]
-    for made, changed in planning._changed_plans(found, 1):
+    for made, changed in fitting._changed_plans(found, 1):
         data = {key: value for key, value in changed.config["data"].items() if key != "_target_"}
         # refuses what cannot be
         LoRADataModule(**{**data, "path": "pig_latin/train", "val_path": None, "val_rows": None})
@@ -299,7 +302,7 @@ def test_auto_goes_by_the_size_of_the_base_where_no_plan_can_be_made(
     found, two = step_plan(), World(0, 2, 0, 2)
     chosen = {}
     for name, there in (("roomy", found.base_bytes * 10), ("tight", found.base_bytes)):
-        chosen[name], reason = processes._choose(
+        chosen[name], reason = strategy_choice._choose(
             found, there=there, precision="32-true", accelerator="cpu", world=two
         )
         assert "by the size of the base alone: no plan can be made" in reason

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from small import SMALL
 
-from lorakit.weights.run import History
+from lorakit.runs.folder import History
 
 Call = Callable[..., tuple[int, str, str]]
 

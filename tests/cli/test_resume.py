@@ -17,9 +17,9 @@ import pytest
 from program import REPOSITORY, start
 from small import SMALL
 
-from lorakit.cli.resume import _find_unfinished, command_to_go_on
 from lorakit.errors import CheckpointError
-from lorakit.weights.run import Run, create_run, hold, list_runs, open_run
+from lorakit.pipeline.resume import _find_unfinished, command_to_go_on
+from lorakit.runs.folder import Run, create_run, hold, list_runs, open_run
 
 Call = Callable[..., tuple[int, str, str]]
 SETTINGS = (

@@ -14,7 +14,7 @@ from program import start
 from small import SMALL
 
 from lorakit.model.load import load_model, load_tokenizer
-from lorakit.weights.run import History
+from lorakit.runs.folder import History
 
 Call = Callable[..., tuple[int, str, str]]
 TEXTS = [f"Unrelated text, number {i}: {'words ' * (i % 4)}end." for i in range(12)]

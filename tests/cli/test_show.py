@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from vision import draw_image, png, save_vl_model
 
-from lorakit.cli.show import colour
-from lorakit.data.render import Rendered
+from lorakit.data.display import colour
+from lorakit.data.render.renderer import Rendered
 from lorakit.model.load import load_tokenizer
 
 Call = Callable[..., tuple[int, str, str]]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from small import SMALL
 
-from lorakit.cli import planning
+from lorakit.planner import step_plan as planning
 from lorakit.training import gpus
 
 Call = Callable[..., tuple[int, str, str]]

@@ -16,8 +16,8 @@ import yaml
 from small import SMALL
 
 from lorakit.cli.evaluate import as_table
-from lorakit.cli.reports import quote_prompt
-from lorakit.cli.trained import add_run_arguments, parse
+from lorakit.cli.run_arguments import add_run_arguments, parse
+from lorakit.pipeline.printing import quote_prompt
 
 Call = Callable[..., tuple[int, str, str]]
 

@@ -19,7 +19,7 @@ from program import start
 from small import SMALL
 
 from lorakit.model.load import BUNDLED
-from lorakit.weights.run import History, open_run
+from lorakit.runs.folder import History, open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.gpu]
 STEPS = ("trainer.max_steps=6", "logger=none", "checkpoint.every_steps=2", "data.shuffle=false")

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lorakit.data.datum import Cuts, OnLong, fit, make_datum
-from lorakit.data.render import Rendered
+from lorakit.data.render.renderer import Rendered
 from lorakit.errors import DataError
 from lorakit.types import Datum, ModelInput
 

@@ -13,8 +13,8 @@ from data_toys import THINKING_TEMPLATE, write_jsonl
 
 from lorakit.data.datum import Cuts, OnLong
 from lorakit.data.examples import Examples, survey
-from lorakit.data.render import Renderer
-from lorakit.data.sources import open_source
+from lorakit.data.read.sources import open_source
+from lorakit.data.render.renderer import Renderer
 from lorakit.errors import DataError
 
 

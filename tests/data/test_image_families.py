@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from vision import draw_image, logits_of, make_tokenizer, png
 
-from lorakit.data.collate import collate, idle_batch
+from lorakit.data.batch.collate import collate, idle_batch
 from lorakit.data.images import ImageEncoder
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec

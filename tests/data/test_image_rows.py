@@ -25,10 +25,10 @@ from vision import (
     png,
 )
 
-from lorakit.data.collate import collate
+from lorakit.data.batch.collate import collate
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.data.datum import Cuts, OnLong, fit, make_datum
-from lorakit.data.render import Rendered, Renderer
+from lorakit.data.render.renderer import Rendered, Renderer
 from lorakit.errors import ConfigError, DataError
 from lorakit.types import Datum, EncodedTextChunk, ImageChunk, ModelInput
 
@@ -413,7 +413,7 @@ def test_no_length_cuts_an_image_in_two(policy: OnLong, max_tokens: int) -> None
 def test_an_image_at_the_end_is_not_cut_by_the_shift() -> None:
     image = ImageChunk(b"", expected_tokens=3)
     tokens, weights = [5, 6, 1, PAD, PAD, PAD], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    from lorakit.data.render import PlacedImage
+    from lorakit.data.render.renderer import PlacedImage
 
     datum = make_datum(tokens, weights, [PlacedImage(image, 3, 2, 6)])
     assert datum.model_input.to_ints() == [5] and datum.targets.tolist() == [6]

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lorakit.weights.run import History, open_run
+from lorakit.runs.folder import History, open_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTS, SLURM = REPOSITORY / "scripts/cluster/hosts.sh", REPOSITORY / "scripts/cluster/slurm.sh"

@@ -14,7 +14,7 @@ import preloaded
 import psutil
 import pytest
 
-from lorakit.weights.run import History, open_run
+from lorakit.runs.folder import History, open_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = (

@@ -11,7 +11,7 @@ import torch
 import transformers
 from tiny_models import make_datums, make_model
 
-from lorakit.data.collate import collate, join
+from lorakit.data.batch.collate import collate, join
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.lora.bank import Adapter, AdapterBank, Mix
 from lorakit.lora.expert_function import ExpertCall

@@ -15,14 +15,14 @@ import torch
 import transformers
 import yaml
 
-from lorakit.cli.assemble import build_spec
-from lorakit.cli.conf import conf_dir
-from lorakit.cli.planning import StepPlan, row_sizes_without_data
 from lorakit.cli.train import to_plain
+from lorakit.config.paths import conf_dir
 from lorakit.lora.inject import plan, to_peft_config
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.load import model_class, skeleton_of
+from lorakit.pipeline.build import build_spec, build_step_plan
 from lorakit.planner.presets import preset_config
+from lorakit.planner.step_plan import StepPlan, row_sizes_without_data
 
 TEXT: dict[str, Any] = {
     "vocab_size": 151936,
@@ -173,6 +173,6 @@ def _step_plan() -> StepPlan:
     skeleton = skeleton_of(preset_config(config["model"]["path"]))
     planned = plan(skeleton, build_spec(config))
     rows = row_sizes_without_data(config, skeleton)
-    return StepPlan(
+    return build_step_plan(
         config, skeleton, planned, accelerator="cuda", precision="bf16-mixed", rows=rows
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorakit.data.collate import collate
+from lorakit.data.batch.collate import collate
 from lorakit.errors import DataError
 from lorakit.loss import LOSSES
 from lorakit.loss.inputs import check_knobs, knobs_of, prepare

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_models import VOCAB, gradients, make_model, randomise, relative_l2
 
-from lorakit.data.collate import collate
+from lorakit.data.batch.collate import collate
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss import LOSSES

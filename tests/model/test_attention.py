@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_models import gradients, make_datums, make_model, randomise, relative_l2, tiny_config
 
-from lorakit.data.collate import collate
-from lorakit.data.packing import pack_best_fit
+from lorakit.data.batch.collate import collate
+from lorakit.data.batch.packing import pack_best_fit
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.logprobs import target_logprobs

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from tiny_models import gradients, make_datums, make_model, randomise, relative_l2
 
-from lorakit.data.collate import collate
+from lorakit.data.batch.collate import collate
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec

@@ -15,7 +15,7 @@ from model_folders import FAMILIES, difference, write_base
 from tiny_models import gradients, randomise, relative_l2, trainable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorakit.data.collate import collate
+from lorakit.data.batch.collate import collate
 from lorakit.data.datum import make_datum
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.lora.inject import inject, plan

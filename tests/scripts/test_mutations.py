@@ -77,12 +77,12 @@ sys.path.insert(0, "scripts")
 import mutations
 from mutations import Mutation
 test = "test_all_problems_come_in_one_report_with_20_shown_and_the_total"
-tests = (f"tests/data/test_lines.py::{test}",)
+tests = (f"tests/data/read/test_lines.py::{test}",)
 mutations.MUTATIONS = (
     Mutation("errors.py", "MAX_SHOWN = 20", "MAX_SHOWN = 10", tests),
     Mutation("errors.py", "MAX_SHOWN = 20", "MAX_SHOWN = 10 + 10", tests),
     Mutation("errors.py", "MAX_SHOWN = 20", "MAX_SHOWED = 20", tests),
-    Mutation("data/lines.py", "from __future__", "from __past__", tests),
+    Mutation("data/read/lines.py", "from __future__", "from __past__", tests),
 )
 mutations.main()
 """

@@ -15,7 +15,7 @@ from vision import draw_image, make_encoder, make_tokenizer, make_vl_model, png,
 
 import lorakit
 from lorakit import types
-from lorakit.data.collate import collate
+from lorakit.data.batch.collate import collate
 from lorakit.errors import DataError
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec

@@ -31,6 +31,7 @@ from lorakit.lora.state import adapter_state
 from lorakit.loss.cross_entropy import cross_entropy
 from lorakit.model.layers import enable_checkpointing
 from lorakit.model.load import load_model
+from lorakit.runs.checkpoint import STATE_FILE, list_checkpoints
 from lorakit.sampling.generate import generate
 from lorakit.strategy.ddp import AdapterDDP
 from lorakit.strategy.deepspeed import ZeroStrategy
@@ -38,7 +39,6 @@ from lorakit.strategy.world import current_world
 from lorakit.training.module import LoRAModule
 from lorakit.training.optim import cosine
 from lorakit.types import Batch, LossOutput, SamplingParams
-from lorakit.weights.checkpoint import STATE_FILE, list_checkpoints
 
 torch.set_num_threads(1)
 

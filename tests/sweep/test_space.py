@@ -6,7 +6,7 @@ import optuna
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from lorakit.cli.compose import as_typed, quote_path
+from lorakit.cli.overrides import as_typed, quote_path
 from lorakit.cli.sweeper import to_space
 from lorakit.errors import ConfigError
 from lorakit.sweep.space import Choice, Range

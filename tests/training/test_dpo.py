@@ -13,7 +13,7 @@ import torch
 from tiny_models import make_trainer, relative_l2, sgd, trainable
 
 from lorakit.data.datamodule import LoRADataModule
-from lorakit.data.rows import are_chats
+from lorakit.data.read.rows import are_chats
 from lorakit.errors import ConfigError, DataError
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec

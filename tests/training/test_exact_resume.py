@@ -20,9 +20,9 @@ from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
+from lorakit.runs.checkpoint import STATE_FILE, list_checkpoints
 from lorakit.training.module import LoRAModule
 from lorakit.training.optim import cosine
-from lorakit.weights.checkpoint import STATE_FILE, list_checkpoints
 
 SPEC = LoRASpec(rank=4, experts=False, dropout=0.2)
 # rows of one: 18 micro-batches of 2 over both epochs, 9 optimiser steps

@@ -22,7 +22,7 @@ from tiny_models import (
     trainable,
 )
 
-from lorakit.data.collate import collate
+from lorakit.data.batch.collate import collate
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.cross_entropy import cross_entropy

@@ -25,9 +25,9 @@ from tiny_models import (
 )
 from vision import draw_image, make_encoder, make_reference, make_tokenizer, make_vl_model
 
-from lorakit.data.collate import collate
+from lorakit.data.batch.collate import collate
+from lorakit.data.batch.split import parts_of
 from lorakit.data.datamodule import LoRADataModule
-from lorakit.data.halve import parts_of
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.cross_entropy import cross_entropy

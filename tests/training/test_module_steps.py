@@ -25,7 +25,7 @@ from tiny_models import (
     trainable,
 )
 
-from lorakit.data.collate import collate
+from lorakit.data.batch.collate import collate
 from lorakit.errors import CheckpointError, TrainingError
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.cli.assemble import build_optimization
+from lorakit.config.instantiate import build_optimization
 from lorakit.errors import ConfigError
 from lorakit.lora.spec import LoRASpec
 from lorakit.training import precision

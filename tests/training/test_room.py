@@ -24,8 +24,8 @@ from tiny_models import (
 
 from lorakit.callbacks import memory_probe
 from lorakit.callbacks.memory_probe import MemoryProbe
-from lorakit.data.collate import collate
-from lorakit.data.halve import halve, parts_of
+from lorakit.data.batch.collate import collate
+from lorakit.data.batch.split import halve, parts_of
 from lorakit.errors import TrainingError
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec

@@ -18,8 +18,8 @@ from lorakit.callbacks import adapter_checkpoint as callback_module
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
+from lorakit.runs.checkpoint import list_checkpoints, newest_whole
 from lorakit.training.module import LoRAModule
-from lorakit.weights.checkpoint import list_checkpoints, newest_whole
 
 BATCHES = make_batches(make_datums(6), 1, 1)
 

@@ -13,9 +13,7 @@ from tiny_models import make_model
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
-from lorakit.weights import adapter as adapter_module
-from lorakit.weights.adapter import CONFIG_FILE, save_adapter, start_from
-from lorakit.weights.checkpoint import (
+from lorakit.runs.checkpoint import (
     best,
     list_checkpoints,
     newest_whole,
@@ -23,7 +21,9 @@ from lorakit.weights.checkpoint import (
     remove_behind,
     save_checkpoint,
 )
-from lorakit.weights.files import recover, whole_folder
+from lorakit.runs.files import recover, whole_folder
+from lorakit.weights import adapter as adapter_module
+from lorakit.weights.adapter import CONFIG_FILE, save_adapter, start_from
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from lorakit.data.encode import Encoder
+from lorakit.data.render.tokenizer import Encoder
 from lorakit.errors import DataError
 from lorakit.sampling.ending import stop_strings
 from lorakit.sampling.request import Row

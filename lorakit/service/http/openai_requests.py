@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from lorakit.data.encode import Encoder
 from lorakit.data.images import ImageEncoder, locate
+from lorakit.data.render.tokenizer import Encoder
 from lorakit.errors import DataError
 from lorakit.types import ImageChunk, ModelInput, SamplingParams
 

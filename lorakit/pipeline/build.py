@@ -1,0 +1,430 @@
+"""A resolved config, as plain values, to the objects of a run."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+import logging
+import math
+import os
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+
+from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lorakit.callbacks.history import RunHistory
+from lorakit.callbacks.last_evaluation import LastEvaluation
+from lorakit.callbacks.memory_probe import MemoryProbe
+from lorakit.callbacks.packing_guard import PackingGuard
+from lorakit.callbacks.progress import StepProgress
+from lorakit.callbacks.retain import Retain
+from lorakit.callbacks.sequence_parallel import SequenceParallel
+from lorakit.config.auto import without_auto
+from lorakit.config.instantiate import (
+    Config,
+    build_loss,
+    build_optimization,
+    import_target,
+    instantiate,
+)
+from lorakit.data.datamodule import LoRADataModule
+from lorakit.data.images import ImageEncoder
+from lorakit.errors import ConfigError
+from lorakit.lora.inject import LoRAPlan, inject
+from lorakit.lora.spec import LoRASpec
+from lorakit.lora.state import adapter_state
+from lorakit.loss.inputs import inputs_of
+from lorakit.model.layers import compile_layers, enable_checkpointing
+from lorakit.model.load import (
+    base_name,
+    load_config,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+    pieces_of,
+)
+from lorakit.pipeline.processes import agree, fingerprint, num_streams
+from lorakit.planner.sight import RowSizes
+from lorakit.planner.step_plan import StepPlan
+from lorakit.strategy.watch import PhaseCallback
+from lorakit.strategy.world import World
+from lorakit.training.module import LoRAModule
+from lorakit.training.precision import base_dtype, resolve_accelerator, resolve_precision
+from lorakit.weights.adapter import start_from
+
+log = logging.getLogger("lorakit")
+
+
+def build_datamodule(config: Config) -> LoRADataModule:
+    """The DataModule, nothing read yet."""
+    return instantiate(without_auto(config)["data"], "data")
+
+
+def load_data(config: Config) -> tuple[LoRADataModule, Any]:
+    """The DataModule with rows and tokens checked, and the tokenizer. Raises LorakitError with
+    all problems of a step.
+    """
+    datamodule = build_datamodule(config)
+    datamodule.check_rows()
+    return datamodule, make_tokens(datamodule, config["model"])
+
+
+def make_tokens(datamodule: LoRADataModule, settings: Config) -> Any:
+    """Give ``datamodule`` the tokenizer of the model that ``settings`` name, and return it.
+    Raises LorakitError.
+    """
+    tokenizer = load_tokenizer(settings["path"], **model_options(settings))
+    model_config = load_config(
+        settings["path"],
+        revision=settings["revision"],
+        trust_remote_code=settings["trust_remote_code"],
+    )
+    images, token_id = (
+        load_images(settings) if datamodule.has_images else None,
+        getattr(model_config, "image_token_id", None),
+    )
+    added = settings.get("add_tokens") or ()
+    datamodule.set_tokenizer(
+        tokenizer,
+        images,
+        image_token_id=token_id,
+        new_tokens=tokenizer.convert_tokens_to_ids(list(added)),
+    )
+    datamodule.check_tokens()
+    return tokenizer
+
+
+def check_new_tokens(datamodule: LoRADataModule, tokenizer: Any) -> None:
+    """Raise ConfigError where no row has a token that was added; where not all rows were looked
+    at, warn.
+    """
+    report = datamodule.report
+    assert report is not None
+    if lost := [
+        tokenizer.convert_ids_to_tokens(token)
+        for token, count in report.num_new_tokens.items()
+        if not count
+    ]:
+        said = (
+            f"model.add_tokens: {', '.join(map(repr, lost))} in none of the"
+            f" {report.num_rows_surveyed:,} rows looked at"
+        )
+        if report.num_rows_surveyed >= report.num_rows:
+            raise ConfigError(
+                f"{said}, so there is nothing to train; check the spelling, or leave it out"
+            )
+        log.warning("%s", said)
+
+
+def model_options(settings: Config) -> Config:
+    """What, beside its path, decides which model and tokenizer ``settings`` name."""
+    return {name: settings.get(name) for name in ("revision", "trust_remote_code", "add_tokens")}
+
+
+def load_images(settings: Config) -> ImageEncoder:
+    """What encodes images for the model that ``settings`` name. Raises ConfigError where it
+    takes none.
+    """
+    options = {name: settings[name] for name in ("revision", "trust_remote_code")}
+    if (processor := load_image_processor(settings["path"], **options)) is None:
+        raise ConfigError(f"model.path={settings['path']} is a model of text, but rows have images")
+    return ImageEncoder(processor, load_config(settings["path"], **options))
+
+
+def build_spec(config: Config) -> LoRASpec:
+    """The LoRASpec, with the rows of new tokens."""
+    settings, spec = config["model"], instantiate(without_auto(config)["lora"], "lora")
+    if not settings.get("add_tokens"):
+        return spec
+    options = {name: settings[name] for name in ("revision", "trust_remote_code")}
+    return dataclasses.replace(
+        spec, token_ids=tuple(pieces_of(settings["path"], settings["add_tokens"], **options))
+    )
+
+
+def resolve_total_steps(
+    config: Config, datamodule: LoRADataModule, world: World
+) -> tuple[int, bool]:
+    """Return (optimiser steps of the run, whether that is an estimate)."""
+    max_steps, accumulate = (
+        config["trainer"]["max_steps"],
+        config["trainer"]["accumulate_grad_batches"],
+    )
+    batches = datamodule.estimate_num_batches()
+    if batches is None:
+        if max_steps < 0:
+            raise ConfigError(
+                "data.epochs=null goes on for ever; set trainer.max_steps, or data.epochs to a"
+                " number"
+            )
+        return max_steps, False
+    steps = math.ceil(batches / (accumulate * num_streams(config, world)))
+    return (max_steps, False) if 0 <= max_steps <= steps else (steps, True)
+
+
+def build_step_plan(
+    config: Config,
+    skeleton: Any,
+    planned: LoRAPlan,
+    *,
+    accelerator: str,
+    precision: str,
+    rows: RowSizes | None = None,
+    val_rows: RowSizes | None = None,
+) -> StepPlan:
+    """The plan of a step's memory, with the optimiser of ``config``."""
+    optimizer, _ = build_optimization(config, lr=1e-3, total_steps=1, precision=precision)
+    return StepPlan(
+        config,
+        skeleton,
+        planned,
+        accelerator=accelerator,
+        precision=precision,
+        optimizer=optimizer,
+        rows=rows,
+        val_rows=val_rows,
+    )
+
+
+def build_module(
+    config: Config,
+    spec: LoRASpec,
+    *,
+    lr: float,
+    total_steps: int,
+    tokenizer: Any,
+    device: str,
+    precision: str,
+) -> LoRAModule:
+    """The LoRAModule; its model is loaded when Lightning calls ``configure_model``."""
+    optimizer, schedule = build_optimization(
+        config, lr=lr, total_steps=total_steps, precision=precision
+    )
+    return LoRAModule(
+        functools.partial(build_model, config, spec, device=device, precision=precision),
+        optimizer=optimizer,
+        schedule=schedule,
+        total_steps=total_steps,
+        loss=build_loss(config["loss"]),
+        clip_norm=config["optim"]["clip_norm"],
+        max_bad_steps=config["trainer"]["max_bad_steps"],
+        tokenizer=tokenizer,
+    )
+
+
+def check_pairs(config: Config, datamodule: LoRADataModule) -> None:
+    """Raise ConfigError where rows and loss do not go together."""
+    target, is_of_pairs = (
+        config["loss"]["_target_"],
+        inputs_of(import_target(config["loss"]["_target_"], "loss")).is_of_pairs,
+    )
+    if is_of_pairs and not datamodule.are_pairs:
+        formats = ", ".join(datamodule.source.formats)
+        raise ConfigError(
+            f"{target} is a loss of pairs, but these are rows of {formats}: give rows of chosen and"
+            " rejected"
+        )
+    if datamodule.are_pairs and not is_of_pairs:
+        raise ConfigError("rows of chosen and rejected need a loss of pairs: set loss=dpo")
+    if is_of_pairs and config["strategy"].get("sequence_parallel", 1) > 1:
+        raise ConfigError(
+            "pairs cannot be shared by several processes; set strategy.sequence_parallel=1"
+        )
+
+
+def build_model(config: Config, spec: LoRASpec, *, device: str, precision: str) -> Any:
+    """Load the base, inject LoRA, start from another adapter where asked."""
+    settings = config["model"]
+    base = load_model(
+        settings["path"],
+        dtype=base_dtype(settings["dtype"], precision),
+        attention=settings["attention"],
+        device=device if device != "cpu" else None,
+        **model_options(settings),
+    )
+    model = inject(base, spec, base_name=base_name(settings["path"]))
+    if config["trainer"]["activation_checkpointing"]:
+        enable_checkpointing(model)
+    if config["trainer"]["compile"]:
+        compile_layers(model)
+    if spec.init_from:
+        start_from(model, spec, base=base_name(settings["path"]))
+    agree(lambda: {"the adapter at the start": fingerprint(adapter_state(model))})
+    return model
+
+
+def build_trainer(
+    config: Config,
+    folder: Path,
+    *,
+    precision: str,
+    accelerator: str,
+    total_steps: int,
+    has_val: bool,
+    world: World,
+    retain: Retain | None = None,
+    tries_longest: bool = False,
+) -> L.Trainer:
+    """Lightning's Trainer, with the callbacks and loggers of the config and those that every run
+    has.
+    """
+    settings, checkpoint = config["trainer"], config["checkpoint"]
+    accumulate = settings["accumulate_grad_batches"]
+    eval_every = settings["eval_every_steps"] or max(1, math.ceil(total_steps / 10))
+    # first: a step is over before other callbacks write or sleep behind it
+    callbacks: list[L.Callback] = [PhaseCallback()]
+    callbacks += [
+        instantiate(entry, f"callbacks.{name}")
+        for name, entry in (config["callbacks"] or {}).items()
+        if entry is not None
+    ]
+    callbacks += [
+        PackingGuard(),
+        *([MemoryProbe()] if tries_longest else []),
+        SequenceParallel(),
+        LastEvaluation(),
+        RunHistory(folder),
+        *([retain] if retain else []),
+        AdapterCheckpoint(folder / "checkpoints", **checkpoint),
+    ]
+    callbacks += [StepProgress(total_steps)]
+    strategy = build_strategy(config["strategy"], precision=precision)
+    # ZeRO brings its own. The type is Any: Lightning lists literals, and resolve_precision gives
+    # one of them.
+    accepted: Any = None if getattr(strategy, "_precision_plugin", None) is not None else precision
+    return L.Trainer(
+        default_root_dir=folder,
+        accelerator=accelerator,
+        devices=world.local_size,
+        num_nodes=world.num_nodes,
+        strategy=strategy,
+        precision=accepted,
+        # the user's limit itself: an estimate only shapes schedule and bar
+        max_steps=settings["max_steps"],
+        max_epochs=1,  # the stream holds all epochs
+        accumulate_grad_batches=accumulate,
+        check_val_every_n_epoch=None,
+        val_check_interval=eval_every * accumulate,
+        limit_val_batches=None if has_val else 0,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=settings["log_every_n_steps"],
+        deterministic=settings["deterministic"],
+        use_distributed_sampler=False,
+        logger=build_loggers(config["logger"] or {}),
+        callbacks=callbacks,
+        # Said, not left to detection: in a job of SLURM Lightning would take over the signals, and
+        # requeue by itself.
+        plugins=[TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()],
+    )
+
+
+def build_retain_rows(config: Config) -> LoRADataModule | None:
+    """The rows of unrelated text, where the config names some; nothing read yet."""
+    settings, data = config["eval"], config["data"]
+    if not settings["retain_path"]:
+        return None
+    return LoRADataModule(
+        path=settings["retain_path"],
+        train_on=data["train_on"],
+        chat_template=data["chat_template"],
+        stop=data["stop"],
+        append_eos=data["append_eos"],
+        max_tokens=data["max_tokens"],
+        on_long="truncate_right",
+        batch_size=1,
+        shuffle=False,
+        min_pixels=data["min_pixels"],
+        max_pixels=data["max_pixels"],
+        check_token_rows=settings["retain_rows"],
+        window_rows=settings["retain_rows"],
+    )
+
+
+def build_retain(config: Config) -> Retain | None:
+    """What measures the loss on unrelated text, where the config names some; its rows checked.
+    Raises LorakitError.
+    """
+    if (datamodule := build_retain_rows(config)) is None:
+        return None
+    datamodule.check_rows()
+    if datamodule.are_pairs:
+        raise ConfigError(
+            f"eval.retain_path={datamodule.path}: pairs have no loss of their own; give rows of"
+            " text"
+        )
+    make_tokens(datamodule, config["model"])
+    return Retain(datamodule, config["eval"]["retain_rows"])
+
+
+def build_loggers(configs: Config) -> list[Any]:
+    """The loggers."""
+    loggers = []
+    for name, entry in configs.items():
+        if entry is None:
+            continue
+        if entry["_target_"].endswith(("WandbRun", "WandbLogger")):
+            os.environ.setdefault("WANDB_SILENT", "true")
+        loggers.append(instantiate(entry, f"logger.{name}"))
+        # wandb warns of it, and Lightning always passes it
+        getattr(loggers[-1], "_wandb_init", {}).pop("anonymous", None)
+    return loggers
+
+
+def finish_loggers(loggers: list[Any]) -> list[str]:
+    """End what stays open behind a run (W&B keeps one run per process until it is told); return
+    what to tell the user.
+    """
+    if not any(
+        kind.__name__ == "WandbLogger" for logger in loggers for kind in type(logger).__mro__
+    ):
+        return []
+    import wandb
+
+    notes = []
+    if wandb.run is not None and wandb.run.offline:
+        folders = sorted(
+            Path(wandb.run.settings.sync_dir).parent.glob("*run-*"),
+            key=lambda path: path.name.split("run-")[-1],
+        )
+        notes = [
+            f"the W&B run is offline; upload it with: wandb sync {shlex.join(map(str, folders))}"
+        ]
+    wandb.finish()
+    return notes
+
+
+def check_disk(folder: Path, planned: LoRAPlan, *, keep_last: int, keep_best: int) -> None:
+    """Refuse a run whose checkpoints will not fit: each holds adapter and two moments in
+    float32, one more while it is written.
+    """
+    needed = planned.num_params * 4 * 3 * (keep_last + keep_best + 1) + planned.num_params * 2
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ConfigError(
+            f"{existing}: {free / 1e9:.2f} GB free, but checkpoints need {needed / 1e9:.2f} GB; "
+            "free some, set paths.runs to another disk, or lower checkpoint.keep_last"
+        )
+
+
+def resolve_devices(config: Config) -> tuple[str, str]:
+    """Return (accelerator, precision) as Lightning names them."""
+    accelerator = resolve_accelerator(config["trainer"]["accelerator"])
+    return accelerator, resolve_precision(config["trainer"]["precision"], accelerator)
+
+
+def build_strategy(settings: Config, *, precision: str) -> Any:
+    """The strategy; it is given ``precision`` where it has to know it."""
+    target = import_target(settings["_target_"], "strategy")
+    arguments = {key: value for key, value in copy.deepcopy(settings).items() if key != "_target_"}
+    if "precision" in inspect.signature(target).parameters:
+        arguments["precision"] = precision
+    return target(**arguments)

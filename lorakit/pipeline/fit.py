@@ -1,0 +1,474 @@
+"""One run from a plain config: data, tokenizer, plan, disk, folder, weights, fit, adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import os
+import shlex
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+import psutil
+import torch
+import yaml
+from rich.console import Console
+
+from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lorakit.callbacks.history import describe_curve
+from lorakit.callbacks.retain import Retain
+from lorakit.callbacks.samples import Samples
+from lorakit.callbacks.throughput import Throughput
+from lorakit.config.schema import check_settings
+from lorakit.data.datamodule import LoRADataModule
+from lorakit.errors import CheckpointError, ConfigError, LorakitError
+from lorakit.lora.inject import LoRAPlan
+from lorakit.lora.state import adapter_state
+from lorakit.pipeline import build
+from lorakit.pipeline.prepare import Prepared, prepare
+from lorakit.pipeline.printing import prompt_to_try, quote_prompt
+from lorakit.pipeline.processes import (
+    agree,
+    check_world,
+    describe_base,
+    describe_config,
+    describe_program,
+    num_streams,
+    resume_if_restarted,
+    silence,
+)
+from lorakit.pipeline.resume import choose_run, command_to_go_on, fill_run_folder
+from lorakit.planner.step_plan import agree_on_memory
+from lorakit.runs.checkpoint import STATE_FILE, newest_whole, remove_behind
+from lorakit.runs.files import whole_folder
+from lorakit.runs.folder import History, Run, hold
+from lorakit.strategy.watch import FINISHED, PHASES
+from lorakit.strategy.world import World, current_world, gather, join, share, together
+from lorakit.sweep.pruning import Pruning
+from lorakit.training.module import LoRAModule
+from lorakit.weights.adapter import active_config, write_adapter
+
+LONG_SECONDS = 60.0  # a wait that one may want to have shorter
+DEFAULT_THREADS = torch.get_num_threads()
+Found = TypeVar("Found", bound=L.Callback)
+_RUNS = itertools.count()  # of this process
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves behind."""
+
+    run: Run
+    module: LoRAModule
+    datamodule: LoRADataModule
+    plan: LoRAPlan
+    seconds: float
+    first_step_seconds: float | None
+    tokens_per_second: float
+    adapter_bytes: int
+    interrupt: int | None  # the signal that ended it before its last step
+
+
+def train_run(
+    config: dict[str, Any],
+    *,
+    experiment: str,
+    command: str = "",
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+) -> Outcome:
+    """Train as the resolved ``config`` says and return what came of it. Raises LorakitError."""
+    # with the process, or with the job of a sweep
+    began = time.time() if next(_RUNS) else psutil.Process().create_time()
+    check_settings(config)
+    world, config = check_world(config), resume_if_restarted(config)
+    accelerator, precision = build.resolve_devices(config)
+    if world.size > 1:
+        join(
+            world,
+            device=accelerator,
+            timeout_seconds=config["launch"]["collective_timeout_seconds"],
+            watched=True,
+        )
+        silence(world)
+        agree(lambda: describe_program() | describe_config(config))
+    console = (
+        (console or Console(soft_wrap=True)) if world.is_first else Console(file=io.StringIO())
+    )
+    # of this job, not of the sweep's last one
+    torch.set_num_threads(config["trainer"]["threads"] or DEFAULT_THREADS)
+    there = agree_on_memory(config["plan"]["memory_gb"], accelerator, world)
+    prepared = together(
+        lambda: prepare(config, world, there, accelerator, precision, experiment, console)
+    )
+    agree(
+        lambda: (
+            {"the rows": prepared.datamodule.fingerprint, "total steps": str(prepared.total_steps)}
+            | {"the strategy": str(prepared.config["strategy"])}
+            | {f"{key}=auto": str(value) for key, value in prepared.resolved.items()}
+            | describe_base(prepared.config["model"])
+        )
+    )
+    run, resumes = together(
+        lambda: _open_run(config, prepared, experiment, command, list(overrides))
+    )
+    if resumes:
+        run = run.update(command=command or run.info.get("command"))  # the way it goes on now
+        prepared = _with_window_of(run, prepared, world, console)
+    lock = hold(run) if world.is_first else contextlib.nullcontext()
+    run = run.update(formats=prepared.datamodule.source.formats)
+    if run.writes and prepared.datamodule.chat_template:  # the file may change, or go
+        run.chat_template.write_text(prepared.tokenizer.chat_template, encoding="utf-8")
+    console.print(
+        f"run {run.folder}:"
+        f" {prepared.total_steps:,}{' steps (about)' if prepared.is_estimate else ' steps'},"
+        f" {precision} on {accelerator}{_where(world)}"
+    )
+    config = _with_run_folder(prepared.config, run)
+    module = build.build_module(
+        config,
+        prepared.spec,
+        lr=prepared.lr,
+        total_steps=prepared.total_steps,
+        tokenizer=prepared.tokenizer,
+        device=accelerator,
+        precision=precision,
+    )
+    trainer = build.build_trainer(
+        config,
+        run.folder,
+        precision=precision,
+        accelerator=accelerator,
+        total_steps=prepared.total_steps,
+        has_val=len(prepared.datamodule.val_indices) > 0,
+        world=world,
+        retain=prepared.retain,
+        tries_longest="data.tokens_per_batch" in prepared.resolved,
+    )
+    for logger in trainer.loggers:
+        logger.log_hyperparams(config)
+    if throughput := _find_callback(trainer, Throughput):
+        throughput.began = began
+    L.seed_everything((config["seed"] + world.rank) % 2**32, verbose=False)
+    with lock:
+        return _fit(run, trainer, module, prepared, resumes=resumes, console=console)
+
+
+def _where(world: World) -> str:
+    """How many processes there are, and on which machines where these are several; the others
+    say whom they follow.
+    """
+    hosts = list(dict.fromkeys(gather(socket.gethostname())))
+    if len(hosts) > 1 and world.local_rank == 0 and not world.is_first:
+        print(
+            f"lorakit: {world.describe()} follows rank 0 on {hosts[0]}, which tells what is done",
+            file=sys.stderr,
+            flush=True,
+        )
+    job = f", job {number}" if (number := os.environ.get("SLURM_JOB_ID")) else ""
+    processes = f", {world.size} processes" if world.size > 1 else ""
+    return f"{processes} on {', '.join(hosts)}{job}" if len(hosts) > 1 else f"{processes}{job}"
+
+
+def _open_run(
+    config: dict[str, Any], prepared: Prepared, experiment: str, command: str, overrides: list[str]
+) -> tuple[Run, bool]:
+    """The run, which the first process chooses for all, and whether it continues. Raises
+    LorakitError.
+    """
+    world, found, problem = current_world(), None, None
+    if world.is_first:
+        try:
+            found = choose_run(
+                config,
+                Path(config["paths"]["runs"]).expanduser(),
+                experiment=experiment,
+                data_fingerprint=prepared.datamodule.fingerprint,
+                command=command,
+                overrides=overrides,
+                resolved=prepared.resolved,
+                batches_per_step=prepared.config["trainer"]["accumulate_grad_batches"]
+                * num_streams(prepared.config, world),
+            )
+        except (LorakitError, OSError) as error:
+            problem = error
+    found, problem = share((found, problem))
+    if problem is not None:
+        raise problem
+    assert found is not None
+    run, resumes = found
+    return Run(run.folder, run.info, writes=world.is_first), resumes
+
+
+def _with_window_of(run: Run, prepared: Prepared, world: World, console: Console) -> Prepared:
+    """Give each process its share of the micro-batches that the run has in a step, however many
+    processes it began with.
+
+    Raises:
+        ConfigError: they cannot be shared out evenly, or another number is asked for.
+    """
+    config, streams = prepared.config, num_streams(prepared.config, world)
+    accumulate = config["trainer"]["accumulate_grad_batches"]
+    key = "trainer.accumulate_grad_batches"
+    then = (
+        run.info.get("resolved", {}).get(key)
+        or yaml.safe_load(run.config_text())["trainer"]["accumulate_grad_batches"]
+    )
+    wanted = run.info.get("batches_per_step", then)
+    if accumulate not in (then, wanted / streams):
+        raise ConfigError(
+            f"{run.folder} cannot be continued with trainer.accumulate_grad_batches={accumulate} in"
+            f" {world.size} processes: it has {wanted} micro-batches in a step; leave the setting"
+            f" at {then}, and each process gets its share"
+        )
+    if wanted % streams:
+        parts = world.size // streams
+        fitting = [str(size * parts) for size in range(1, wanted + 1) if wanted % size == 0]
+        raise ConfigError(
+            f"{run.folder} has {wanted} micro-batches in a step, which {world.size} processes"
+            f" cannot share evenly; go on with {', '.join(fitting)}"
+        )
+    if wanted == accumulate * streams:
+        return prepared
+    console.print(
+        f"trainer.accumulate_grad_batches={wanted // streams}: the run has {wanted} micro-batches"
+        " in a step"
+    )
+    trainer = {**config["trainer"], "accumulate_grad_batches": wanted // streams}
+    config = {**config, "trainer": trainer}
+    total_steps, is_estimate = build.resolve_total_steps(config, prepared.datamodule, world)
+    return dataclasses.replace(
+        prepared, config=config, total_steps=total_steps, is_estimate=is_estimate
+    )
+
+
+def _fit(
+    run: Run,
+    trainer: L.Trainer,
+    module: LoRAModule,
+    prepared: Prepared,
+    *,
+    resumes: bool,
+    console: Console,
+) -> Outcome:
+    datamodule, total_steps = prepared.datamodule, prepared.total_steps
+    state, began_at = share(_clear_for(run, resumes, console) if run.writes else (None, 0))
+    figures: dict[str, Any] = dict.fromkeys(
+        ("step", "loss", "val_loss", "adapter_bytes", "tokens_per_second", "steps_since_start")
+    )
+    run = run.update(status="running", total_steps=total_steps, **figures)
+    try:
+        trainer.fit(
+            module, datamodule=datamodule, ckpt_path=state, weights_only=True if state else None
+        )
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # a full disk may be what ended the run
+            run.update(status="failed", error=f"{type(error).__name__}: {error}"[:500])
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            raise CheckpointError(
+                f"{where}{error.strerror or error}; the last good checkpoint in {run.checkpoints}"
+                f" stays in force: mend the cause and go on with: {command_to_go_on(run)}"
+            ) from error
+        raise
+    finally:
+        notes = build.finish_loggers(trainer.loggers)
+    # A run that goes on behind its last step has computed nothing: its figures are those that it
+    # has written down.
+    metrics = {
+        name: value for record in History(run.folder).read() for name, value in record.items()
+    }
+    metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+    interrupt = _checkpoints_of(trainer).interrupt
+    tensors, adapter_bytes = adapter_state(module.model), 0
+    if run.writes:
+        with whole_folder(run.adapter) as aside:
+            adapter_bytes = write_adapter(
+                tensors, active_config(module.model), aside, dtype=torch.bfloat16
+            )
+            if prepared.config["model"]["add_tokens"]:
+                prepared.tokenizer.save_pretrained(aside)
+    throughput, pruning = _find_callback(trainer, Throughput), _find_callback(trainer, Pruning)
+    run = run.update(
+        status="interrupted" if interrupt else "finished",
+        pruned=bool(pruning and pruning.is_pruned),
+        step=trainer.global_step,
+        steps_since_start=trainer.global_step - began_at,
+        loss=metrics.get("train/loss"),
+        val_loss=metrics.get("val/loss"),
+        adapter_bytes=adapter_bytes,
+        first_step_seconds=throughput and throughput.first_step_seconds,
+        tokens_per_second=throughput and throughput.tokens_per_second,
+        bad_steps=module.num_bad_steps,
+        empty_windows=module.num_empty_windows,
+        cuts=vars(datamodule.train_examples.cuts),
+        skipped_rows=datamodule.train_examples.num_skipped + datamodule.source.num_skipped,
+    )
+    outcome = Outcome(
+        run,
+        module,
+        datamodule,
+        prepared.plan,
+        throughput.seconds if throughput else 0.0,
+        throughput.first_step_seconds if throughput else None,
+        throughput.tokens_per_second if throughput else 0.0,
+        adapter_bytes,
+        interrupt,
+    )
+    _print_end(
+        outcome,
+        trainer,
+        metrics,
+        began_at,
+        console,
+        requeues=bool(prepared.config["launch"].get("requeue")),
+    )
+    for note in notes:
+        console.print(note, markup=False)
+    PHASES.enter(FINISHED)
+    return outcome
+
+
+def _clear_for(run: Run, resumes: bool, console: Console) -> tuple[Path | None, int]:
+    """Return the training state to go on from, or None, and its step; remove what an
+    interruption has left behind it.
+    """
+    checkpoint = (
+        newest_whole(run.checkpoints, lambda text: console.print(text)) if resumes else None
+    )
+    if resumes:
+        console.print(
+            f"resuming from step {checkpoint.step}"
+            if checkpoint
+            else "no checkpoint yet: starting from step 0"
+        )
+        remove_behind(run.checkpoints, checkpoint.step if checkpoint else 0)
+    # of an interruption; what a killed run has is its checkpoints
+    shutil.rmtree(run.adapter, ignore_errors=True)
+    return (checkpoint.folder / STATE_FILE, checkpoint.step) if checkpoint else (None, 0)
+
+
+def _print_time(throughput: Throughput | None, console: Console, *, samples: bool) -> None:
+    """Say what else took time, and what would make it less where evaluations took a third of a
+    run that was waited for.
+    """
+    if throughput is None or not throughput.num_evaluations:
+        return
+    total, evaluations = time.time() - throughput.began, throughput.evaluation_seconds
+    count = (
+        f"{throughput.num_evaluations} evaluation{'s' if throughput.num_evaluations > 1 else ''}"
+    )
+    with_samples = " with samples" if samples else ""
+    console.print(
+        f"in all {total:.1f} s, of which {evaluations:.1f} s for {count}{with_samples}",
+        highlight=False,
+    )
+    if evaluations > total / 3 and total > LONG_SECONDS:
+        keys = ["trainer.eval_every_steps=… (default: a tenth of the run)", "data.val_rows=…"]
+        keys += ["callbacks.samples.max_tokens=…", "callbacks.samples=null"] if samples else []
+        console.print(
+            f"fewer or shorter evaluations: {', '.join(keys)}", highlight=False, markup=False
+        )
+
+
+def _checkpoints_of(trainer: L.Trainer) -> AdapterCheckpoint:
+    found = _find_callback(trainer, AdapterCheckpoint)
+    assert found is not None  # build_trainer gives every run one
+    return found
+
+
+def _find_callback(trainer: Any, kind: type[Found]) -> Found | None:
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
+
+
+def _print_end(
+    outcome: Outcome,
+    trainer: L.Trainer,
+    metrics: dict[str, float],
+    began_at: int,
+    console: Console,
+    *,
+    requeues: bool,
+) -> None:
+    run, module = outcome.run, outcome.module
+    figures = [f"loss {metrics['train/loss']:.4f}"] if "train/loss" in metrics else []
+    figures += [f"held out {metrics['val/loss']:.4f}"] if "val/loss" in metrics else []
+    figures += [f"{outcome.tokens_per_second:,.0f} tokens/s"] if outcome.tokens_per_second else []
+    state = (
+        "interrupted after"
+        if outcome.interrupt
+        else "pruned after"
+        if run.info["pruned"]
+        else "finished"
+    )
+    first = (
+        f", the first {outcome.first_step_seconds:.1f} s after the start"
+        if outcome.first_step_seconds
+        else ""
+    )
+    made = trainer.global_step - began_at
+    here = "" if made == trainer.global_step else f", {made:,} of them now,"
+    console.print(
+        f"{state} {trainer.global_step:,} steps{here} in {outcome.seconds:.1f} s{first}:"
+        f" {', '.join(figures)}"
+    )
+    _print_time(
+        _find_callback(trainer, Throughput),
+        console,
+        samples=_find_callback(trainer, Samples) is not None,
+    )
+    if module.num_bad_steps or module.num_empty_windows:
+        console.print(
+            f"skipped: {module.num_bad_steps} steps not finite, {module.num_empty_windows} windows"
+            " without a weight"
+        )
+    cuts = vars(outcome.datamodule.train_examples.cuts)
+    if any(cuts.values()):
+        console.print(
+            f"cut while training, over all epochs: {cuts['num_dropped']:,} examples dropped,"
+            f" {cuts['num_truncated']:,} truncated by {cuts['num_tokens_cut']:,} tokens"
+        )
+    if retain := _find_callback(trainer, Retain):
+        console.print(
+            f"unrelated text {retain.datamodule.path}: loss {retain.base_loss:.4f} before,"
+            f" {retain.loss:.4f} after ({retain.loss - retain.base_loss:+.4f})",
+            highlight=False,
+        )
+    if skipped := outcome.datamodule.train_examples.num_skipped:
+        console.print(f"rows skipped while training, over all epochs: {skipped:,}")
+    fp32_bytes = outcome.plan.num_params * 4
+    console.print(
+        f"adapter {run.adapter}: {outcome.adapter_bytes / 1e6:.2f} MB in bf16"
+        f" ({fp32_bytes / 1e6:.2f} MB in checkpoints)"
+    )
+    console.print(describe_curve(run.folder), markup=False)
+    name = shlex.quote(run.name)
+    if outcome.interrupt:
+        if requeues:
+            console.print("a job that SLURM has told to stop queues again by itself; of another:")
+        console.print(f"continue with: {command_to_go_on(run)}", markup=False)
+    else:
+        prompt = quote_prompt(prompt_to_try(outcome.datamodule) or "your prompt")
+        console.print(
+            f"next: lorakit sample {name} -- {prompt}    or: lorakit merge {name}",
+            markup=False,
+            highlight=False,
+        )
+
+
+def _with_run_folder(config: dict[str, Any], run: Run) -> dict[str, Any]:
+    """The config with ``${paths.run}`` filled in, and the run's name where a logger has none."""
+    filled = fill_run_folder(config, run.folder)
+    for entry in filled["logger"].values():
+        if entry and "name" in entry and entry["name"] is None:
+            entry["name"] = run.name
+    return filled

@@ -1,0 +1,195 @@
+"""How many processes a run has, and which strategy joins them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import lorakit
+from lorakit.errors import ConfigError, report
+from lorakit.model.load import load_config, needed_files
+from lorakit.runs.folder import flatten, installed_packages
+from lorakit.strategy.watch import take_fault
+from lorakit.strategy.world import World, current_world, gather, is_shared
+from lorakit.training.precision import resolve_accelerator
+
+if TYPE_CHECKING:
+    pass
+
+log = logging.getLogger("lorakit")
+Config = dict[str, Any]
+
+
+def num_devices(config: Config, *, elsewhere: bool = False) -> int:
+    """Processes on a machine: ``trainer.devices``, of which auto is all GPUs here, and one on a
+    CPU.
+
+    Raises:
+        ConfigError: it is no such number, or more than this machine has, unless the run is made
+            ``elsewhere``.
+    """
+    wanted, accelerator = (
+        config["trainer"]["devices"],
+        resolve_accelerator(config["trainer"]["accelerator"]),
+    )
+    there = torch.cuda.device_count() if accelerator == "cuda" else 1
+    if wanted == "auto":
+        return there
+    if not str(wanted).isdigit() or int(wanted) < 1:
+        raise ConfigError(
+            f"trainer.devices={wanted}: a number of processes on this machine, or auto for all its"
+            " GPUs"
+        )
+    if accelerator != "cpu" and int(wanted) > there and not elsewhere:
+        raise ConfigError(
+            f"trainer.devices={wanted}, but there are {there} GPUs here; lower it, or set"
+            " trainer.accelerator=cpu"
+        )
+    return int(wanted)
+
+
+def needs_launch(config: Config) -> bool:
+    """Whether this process has to start others: several are asked for, and nobody has started them.
+
+    Raises:
+        ConfigError: they are asked for on several machines, or srun has started them.
+    """
+    if "RANK" in os.environ:
+        return False
+    if config["launch"]["nodes"] > 1:
+        raise ConfigError(
+            f"launch.nodes={config['launch']['nodes']}: `lorakit launch"
+            f" nodes={config['launch']['nodes']} train …` prints what to type on each machine;"
+            " `lorakit launch slurm …` makes a job of SLURM"
+        )
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise ConfigError(
+            f"srun has started {os.environ['SLURM_STEP_NUM_TASKS']} processes that do not know of"
+            " one another, and each would train alone; start one task per node with torchrun in"
+            " it, as `lorakit launch slurm … train …` does"
+        )
+    return num_devices(config) > 1
+
+
+def check_world(config: Config) -> World:
+    """Return this process's world. Raises ConfigError where ``trainer.devices`` contradicts it."""
+    world, wanted = current_world(), config["trainer"]["devices"]
+    if world.size > 1 and wanted != "auto" and str(wanted) not in ("1", str(world.local_size)):
+        raise ConfigError(
+            f"trainer.devices={wanted}, but torchrun has started {world.local_size} processes here;"
+            " leave it out"
+        )
+    return world
+
+
+def resume_if_restarted(config: Config) -> Config:
+    """What torchrun starts again goes on from the last checkpoint, where there is one."""
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not count:
+        return config
+    if current_world().is_first:
+        most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "?")
+        log.warning("restart %d of %s: %s", count, most, take_fault() or "a process has died")
+    return {**config, "resume": "auto"}
+
+
+def num_streams(config: Config, world: World) -> int:
+    """Processes, or groups of processes that share their rows, of which each has micro-batches
+    of its own.
+    """
+    return world.size // config["strategy"].get("sequence_parallel", 1)
+
+
+def silence(world: World) -> None:
+    """Let the first process speak for all."""
+    if not world.is_first:
+        logging.getLogger("lorakit").setLevel(logging.ERROR)
+
+
+def agree(find_facts: Callable[[], Mapping[str, str]]) -> None:
+    """Compare what ``find_facts`` returns over all processes, which call this together; one alone
+    has nothing to compare.
+
+    Raises:
+        ConfigError: they differ; the message, the same in all, names each that does, with its
+            values and who has them.
+    """
+    if not is_shared():
+        return
+    everyone = gather((current_world().describe(), dict(find_facts())))
+    problems = []
+    for name in sorted({name for _, theirs in everyone for name in theirs}):
+        holders: dict[str, list[str]] = {}
+        for who, theirs in everyone:
+            holders.setdefault(theirs.get(name, "not there"), []).append(who)
+        if len(holders) > 1:
+            problems.append(
+                f"{name}: "
+                + "; ".join(f"{value} on {_some(whose)}" for value, whose in holders.items())
+            )
+    if problems:
+        error = ConfigError(
+            report(
+                "the processes of this run differ:",
+                problems,
+                remedy="Make them equal on all machines.",
+            )
+        )
+        error.is_of_all = True
+        raise error
+
+
+def describe_program() -> dict[str, str]:
+    """lorakit's own code, and the packages it runs on."""
+    code = hashlib.sha256()
+    folder = Path(lorakit.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        code.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    packages = {f"package {name}": version for name, version in installed_packages().items()}
+    return {
+        "lorakit's code": code.hexdigest()[:12],
+        "python": platform.python_version(),
+        **packages,
+    }
+
+
+def describe_config(config: dict[str, Any]) -> dict[str, str]:
+    """Every setting of the run."""
+    return {key: str(value) for key, value in flatten(config).items()}
+
+
+def describe_base(settings: dict[str, Any]) -> dict[str, str]:
+    """The base: its config, its commit where it is of the hub, the sizes of its files where it
+    is a folder.
+    """
+    config = load_config(
+        settings["path"],
+        revision=settings["revision"],
+        trust_remote_code=settings["trust_remote_code"],
+    )
+    files = sorted(needed_files(settings["path"], settings["revision"]).items())
+    described = hashlib.sha256(repr((config.to_json_string(), files)).encode()).hexdigest()[:12]
+    commit = getattr(config, "_commit_hash", None)
+    return {"the base's config and sizes of files": described} | (
+        {"the base's commit": commit} if commit else {}
+    )
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A short hash of names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,135 @@
+"""Which strategy joins a run's processes, and what does not go together with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import yaml
+
+from lorakit.config.instantiate import Config
+from lorakit.config.paths import conf_dir
+from lorakit.errors import ConfigError
+from lorakit.model.families import row_sharing_problem
+from lorakit.planner.step_plan import StepPlan
+from lorakit.strategy.sequence import check_parts
+from lorakit.strategy.world import World
+
+# of a process's memory that a whole base may take where no plan can be made: activations need the
+# rest
+BASE_SHARE = 0.7
+
+
+def choose_strategy(
+    plan: StepPlan,
+    *,
+    there: int,
+    precision: str,
+    accelerator: str,
+    world: World,
+    say: Callable[[str], Any],
+) -> Config:
+    """Return the strategy's settings; ``auto`` is made a choice for processes of ``there`` bytes,
+    which is said with its reason.
+
+    Raises:
+        ConfigError: strategy, adapter and optimiser do not go together.
+    """
+    settings, planned = plan.config["strategy"], plan.planned
+    parts = settings.get("sequence_parallel", 1)
+    check_parts(parts, world.size)
+    if parts > 1:
+        _check_row_sharing(plan.config, plan.skeleton, parts)
+    if settings["_target_"] == "auto":
+        name, reason = _choose(
+            plan, there=there, precision=precision, accelerator=accelerator, world=world
+        )
+        settings = yaml.safe_load(
+            (conf_dir() / "strategy" / f"{name}.yaml").read_text(encoding="utf-8")
+        ) | ({} if name == "single" else {"sequence_parallel": parts})
+        if world.size > 1:
+            say(f"strategy=auto: {name} ({reason})")
+    if settings.get("stage") == 3 and planned.target_parameters:
+        raise ConfigError(
+            f"ZeRO-3 does not work with an adapter on {planned.target_parameters[0]}, which PEFT's"
+            " own layer folds into the base at every step; set strategy=zero2, or leave it out of"
+            " lora.targets"
+        )
+    return settings
+
+
+def _check_row_sharing(config: Config, skeleton: Any, parts: int) -> None:
+    attention = config["model"]["attention"]
+    attention = skeleton.config._attn_implementation if attention == "auto" else attention
+    problem = f"it needs model.attention=sdpa, not {attention}" if attention != "sdpa" else None
+    if problem := problem or row_sharing_problem(
+        skeleton.config, parts, config["data"]["max_tokens"]
+    ):
+        raise ConfigError(
+            f"strategy.sequence_parallel={parts} does not work for this model: {problem}; set it"
+            " to 1"
+        )
+
+
+def refuse_unless_elementwise(make: Callable[..., torch.optim.Optimizer], settings: Config) -> None:
+    """ZeRO gives an optimiser flat parts of tensors: one that looks at whole matrices would compute
+    something else, silently.
+
+    Raises:
+        ConfigError: two steps on a matrix differ from the same steps on its halves, flattened.
+    """
+    if "stage" not in settings:
+        return
+    generator = torch.Generator().manual_seed(0)
+    values, gradients = (torch.randn(2, 6, 4, generator=generator) for _ in range(2))
+    whole = torch.nn.Parameter(values[0].clone())
+    halves = [torch.nn.Parameter(half.clone()) for half in values[0].flatten().split(12)]
+    on_whole, on_halves = make([whole]), make(halves)
+    for gradient in gradients:
+        whole.grad = gradient.clone()
+        for half, part in zip(halves, gradient.flatten().split(12), strict=True):
+            half.grad = part.clone()
+        on_whole.step()
+        on_halves.step()
+    if not torch.allclose(whole.flatten(), torch.cat([*halves]), atol=1e-6):
+        raise ConfigError(
+            f"{type(on_whole).__name__} looks at whole matrices, and ZeRO has flat parts of them:"
+            " it would compute something else. Set strategy=ddp, or optim=adamw"
+        )
+
+
+def _choose(
+    plan: StepPlan, *, there: int, precision: str, accelerator: str, world: World
+) -> tuple[str, str]:
+    if world.size == 1:
+        return "single", "one process"
+    if precision == "16-mixed":
+        return "ddp", "16-mixed"
+    if plan.is_small_for(there):
+        if accelerator != "cuda":
+            return "ddp", "it is small, and processes without GPUs share the machine's memory"
+        return (
+            "zero1",
+            "it is small: the base stays whole in each process, and only the adapter travels",
+        )
+    try:
+        found = plan.first_that_fits(world.size, there)
+    except ConfigError as error:
+        name = (
+            "zero3"
+            if plan.base_bytes > BASE_SHARE * there
+            else "zero1"
+            if accelerator == "cuda"
+            else "ddp"
+        )
+        return name, f"by the size of the base alone: {error}"
+    if found is None:
+        return "zero3", f"nothing fits into the {there / 1e9:.1f} GB of a process; this needs least"
+    sizes = (
+        f"{plan.memory(found, world.size).total / 1e9:.1f} GB of {there / 1e9:.1f} in each process"
+    )
+    if not found.startswith("zero3"):
+        return found, f"{sizes}: the base stays whole in each, and only the adapter travels"
+    whole = plan.memory("zero2", world.size).total
+    return found, f"{sizes}; with the whole base in each it would be {whole / 1e9:.1f}"

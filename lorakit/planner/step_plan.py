@@ -1,0 +1,354 @@
+"""From a run's config to a plan of its memory; what a run does with it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from rich.console import Console
+
+from lorakit.config.instantiate import import_target
+from lorakit.config.paths import conf_dir
+from lorakit.data.datamodule import DEFAULT_BATCH_SIZE
+from lorakit.data.examples import DataReport
+from lorakit.lora.inject import LoRAPlan
+from lorakit.loss.inputs import inputs_of
+from lorakit.model.vision import find_tower
+from lorakit.planner.memory import (
+    ONEDNN_BYTES,
+    STRATEGIES,
+    WARN_SHARE,
+    Memory,
+    Settings,
+    memory_of,
+    memory_there,
+    rough_bound,
+)
+from lorakit.planner.sight import RowSizes
+from lorakit.planner.trace import StepShape, StepTrace, keeps_scores, trace_forward, trace_step
+from lorakit.sampling.generate import MAX_BATCH
+from lorakit.strategy.world import World, current_world, gather
+from lorakit.training.precision import base_dtype
+
+log = logging.getLogger("lorakit")
+Config = dict[str, Any]
+
+
+# What was traced of a model without weights: whoever chooses settings, and then plans the run, asks
+# twice.
+_TRACES: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+Traced = TypeVar("Traced")
+
+
+class StepPlan:
+    """The memory of a run's step under any strategy. The step is traced at the first question,
+    which takes some seconds.
+
+    Args:
+        optimizer: makes the optimiser of the adapter; its learning rate does not matter here.
+        rows, val_rows: how large the examples are that are trained, or evaluated.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        skeleton: Any,
+        planned: LoRAPlan,
+        *,
+        accelerator: str,
+        precision: str,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        rows: RowSizes | None = None,
+        val_rows: RowSizes | None = None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.config, self.skeleton, self.planned = config, skeleton, planned
+        self.rows, self.val_rows = rows or RowSizes(), val_rows or RowSizes()
+        self.accelerator = "cpu" if accelerator == "cpu" else "cuda"
+        self.shape = step_shape(
+            config, accelerator=self.accelerator, precision=precision, rows=self.rows
+        )
+        self._evaluation_bytes: int | None = None
+
+    @property
+    def trace(self) -> StepTrace:
+        """Raises ConfigError for a model whose step depends on values."""
+
+        def trace() -> StepTrace:
+            return trace_step(self.skeleton, self.planned.spec, self.shape, self.optimizer)
+
+        return self._once((self.shape, self.optimizer), trace)
+
+    def _once(self, key: tuple[Any, ...], trace: Callable[[], Traced]) -> Traced:
+        """What ``trace`` returns, of this model and these adapters, the first time it is asked."""
+        known = _TRACES.setdefault(self.skeleton, {})
+        if (text := repr((self.planned.spec, *key))) not in known:
+            with _at_work():
+                known[text] = trace()
+        found: Traced = known[text]
+        return found
+
+    @property
+    def base_bytes(self) -> int:
+        """What the frozen base takes."""
+        return self.planned.num_base_params * (4 if self.shape.dtype == "float32" else 2)
+
+    def memory(self, strategy: str, num_processes: int) -> Memory:
+        """What each process holds under ``strategy``, one of ``STRATEGIES``."""
+        settings = Settings(
+            accumulates=self.config["trainer"]["accumulate_grad_batches"] > 1,
+            is_cuda=self.accelerator == "cuda",
+            keeps_products=self._keeps_products,
+            **_zero_settings(strategy, self.config["strategy"]),
+        )
+        memory = memory_of(strategy, num_processes, self.trace, settings)
+        most = max(memory.activations, self.evaluation_bytes - memory.head)
+        return dataclasses.replace(memory, activations=most)
+
+    @property
+    def _keeps_products(self) -> bool:
+        """Whether a CPU's library keeps something for each shape of a product of experts."""
+        is_16_bit_on_cpu = self.accelerator == "cpu" and self.shape.dtype != "float32"
+        return is_16_bit_on_cpu and any(target.outer for target in self.planned.targets)
+
+    @property
+    def evaluation_bytes(self) -> int:
+        """What evaluating, or sampling, holds at its peak, where it has more positions at a time
+        than a step; else 0.
+        """
+        if self._evaluation_bytes is None:
+            spec = self.planned.spec
+            found = [
+                self._kept_bytes(one)
+                + self._once((one.shape,), partial(trace_forward, self.skeleton, spec, one.shape))
+                for one in self.passes
+            ]
+            self._evaluation_bytes = max(found, default=0)
+        return self._evaluation_bytes
+
+    @property
+    def passes(self) -> list[Pass]:
+        """The run's evaluation and sampling, where they have more positions than a step."""
+        return passes_without_gradients(self.config, self.shape, self.val_rows)
+
+    def _kept_bytes(self, one: Pass) -> int:
+        return one.num_kept * cache_bytes(self.skeleton.config, self.shape.dtype)
+
+    def is_small_for(self, num_bytes: int) -> bool:
+        """Whether the step surely fits into ``num_bytes``, by a bound that costs no trace."""
+        shapes = [self.shape, *(one.shape for one in self.passes)]
+        kept = max((self._kept_bytes(one) for one in self.passes), default=0)
+        kept += ONEDNN_BYTES if self._keeps_products else 0
+        # of a position
+        patches = (
+            getattr(getattr(self.skeleton.config, "vision_config", None), "spatial_merge_size", 1)
+            ** 2
+        )
+        bound = rough_bound(
+            self.skeleton,
+            self.planned.num_params,
+            bytes_each=4 if self.shape.dtype == "float32" else 2,
+            num_tokens=max(
+                shape.num_rows * shape.num_positions + patches * sum(shape.image_tokens)
+                for shape in shapes
+            ),
+            num_positions=max(
+                max((shape.num_positions, *(patches * size for size in shape.image_tokens)))
+                for shape in shapes
+            ),
+            checkpointing=self.shape.checkpointing,
+            keeps_scores=keeps_scores(self.skeleton, self.shape),
+        )
+        return bound + kept < WARN_SHARE * num_bytes
+
+    def first_that_fits(
+        self, num_processes: int, num_bytes: int, *, offloads: bool = True
+    ) -> str | None:
+        """The strategy that costs least time among those that fit into ``num_bytes``, or None."""
+        first = (
+            ("single",)
+            if num_processes == 1
+            else STRATEGIES[2:-1]
+            if self.accelerator == "cuda"
+            else STRATEGIES[1:-1]
+        )
+        last = (STRATEGIES[-1],) if offloads and self.accelerator == "cuda" else ()
+        fits = (
+            name
+            for name in (*first, *last)
+            if self.memory(name, num_processes).total <= WARN_SHARE * num_bytes
+        )
+        return next(fits, None)
+
+
+def _at_work() -> contextlib.AbstractContextManager[Any]:
+    """A sign of life on a terminal: tracing a model of 30 billion parameters takes some twenty
+    seconds.
+    """
+    if not current_world().is_first:
+        return contextlib.nullcontext()
+    return Console(stderr=True).status("planning memory: going through a step without weights …")
+
+
+def step_shape(
+    config: Config, *, accelerator: str, precision: str, rows: RowSizes | None = None
+) -> StepShape:
+    """The largest micro-batch that a run of ``config`` will see."""
+    data, trainer, rows = config["data"], config["trainer"], rows or RowSizes()
+    num_positions = data["pack_tokens"] or data["max_tokens"] * (2 if is_of_pairs(config) else 1)
+    if not data["packing"]:
+        num_positions = min(data["max_tokens"], rows.longest or 1 << 62)
+    num_rows = rows_each(config) * (data["batch_size"] or DEFAULT_BATCH_SIZE)
+    if not data["packing"]:
+        num_rows = min(num_rows, rows.count or num_rows)
+    if data["tokens_per_batch"]:
+        num_rows = max(1, data["tokens_per_batch"] // num_positions)
+    parts = config["strategy"].get("sequence_parallel", 1)
+    return StepShape(
+        num_rows=num_rows,
+        num_positions=-(-num_positions // parts),
+        parts=parts,
+        dtype=base_dtype(config["model"]["dtype"], precision),
+        precision=precision,
+        device=accelerator,
+        checkpointing=trainer["activation_checkpointing"],
+        attention=config["model"]["attention"],
+        image_tokens=rows.images_in(num_rows, num_positions) if parts == 1 else (),
+    )
+
+
+def rows_each(config: Config) -> int:
+    """Rows of a batch for each row of the data: two where it is a pair and nothing is packed."""
+    return 2 if is_of_pairs(config) and not config["data"]["packing"] else 1
+
+
+def is_of_pairs(config: Config) -> bool:
+    """Whether the run's loss is one of pairs."""
+    return inputs_of(import_target(config["loss"]["_target_"], "loss")).is_of_pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A pass without gradients: its shape, and the tokens whose keys and values are kept beside
+    it.
+    """
+
+    shape: StepShape
+    num_kept: int = 0
+
+
+def passes_without_gradients(config: Config, training: StepShape, rows: RowSizes) -> list[Pass]:
+    """Return the evaluation and the sampling of a run of ``config``, those of them that have more
+    positions than a step.
+
+    Args:
+        rows: how large the rows are that are evaluated.
+    """
+    data, samples = config["data"], (config.get("callbacks") or {}).get("samples") or {}
+    if not (data["val_path"] or data["val_fraction"]):
+        return []
+    num_positions, most = (
+        min(data["max_tokens"], rows.longest or 1 << 62),
+        data["val_rows"] or 1 << 62,
+    )
+    num_rows = rows_each(config) * min(data["val_batch_size"] or 0, most)
+    asked = len(samples.get("prompts") or ()) or min(samples.get("num_prompts", 0), most)
+    num_prompts = min(asked, MAX_BATCH)
+    kept = num_prompts * (num_positions + samples.get("max_tokens", 0))
+    shared = _without_gradients(
+        training, rows, num_rows, -(-num_positions // training.parts), training.parts
+    )
+    # each process samples whole rows
+    sampled = _without_gradients(training, rows, num_prompts, num_positions, parts=1)
+    in_step = training.num_rows * training.num_positions
+    found = ((Pass(shared), num_rows * shared.num_positions), (Pass(sampled, kept), kept))
+    return [one for one, num_positions in found if num_positions > in_step]
+
+
+def _without_gradients(
+    training: StepShape, rows: RowSizes, num_rows: int, num_positions: int, parts: int
+) -> StepShape:
+    return dataclasses.replace(
+        training,
+        checkpointing=False,
+        num_rows=num_rows,
+        num_positions=num_positions,
+        parts=parts,
+        image_tokens=rows.images_in(num_rows, num_positions) if training.parts == 1 else (),
+    )
+
+
+def row_sizes(report: DataReport | None) -> RowSizes:
+    """What ``report`` says of its rows."""
+    if report is None:
+        return RowSizes()
+    count = report.num_examples if report.num_rows_surveyed >= report.num_rows else None
+    return RowSizes(report.longest, report.largest_image, report.image_share, count)
+
+
+def row_sizes_without_data(config: Config, skeleton: Any) -> RowSizes:
+    """Of rows that nobody has named yet: full of images of ``data.max_pixels``, where that is
+    set and the model takes images.
+    """
+    most, vision = config["data"]["max_pixels"], getattr(skeleton.config, "vision_config", None)
+    if not most or vision is None or find_tower(skeleton) is None:
+        return RowSizes()
+    return RowSizes(
+        largest_image=max(1, most // (vision.patch_size * vision.spatial_merge_size) ** 2)
+    )
+
+
+def cache_bytes(model_config: Any, dtype: str) -> int:
+    """Bytes of keys and values that sampling keeps for a token, where every layer attends to all
+    tokens.
+    """
+    config = model_config.get_text_config()
+    all_heads = getattr(config, "num_attention_heads", None) or 0
+    if not all_heads:
+        return 0
+    heads = getattr(config, "num_key_value_heads", None) or all_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // all_heads
+    return 2 * config.num_hidden_layers * heads * width * (4 if dtype == "float32" else 2)
+
+
+def agree_on_memory(gigabytes: float | None, accelerator: str, world: World) -> int:
+    """Return the bytes that every process of the run has: ``plan.memory_gb``, or the least of
+    what each finds. All call together.
+    """
+    if gigabytes:
+        return round(gigabytes * 1e9)
+    return min(gather(memory_there(accelerator, world.local_size)))
+
+
+def name_of(strategy: Config) -> str:
+    """The name of the file in conf/strategy that ``strategy`` is, as far as memory is concerned."""
+    if "stage" in strategy:
+        offloads = strategy["stage"] == 3 and strategy.get("offload")
+        return f"zero{strategy['stage']}{'_offload' if offloads else ''}"
+    return "single" if strategy["_target_"].endswith("single") else "ddp"
+
+
+def describe(memory: Memory) -> str:
+    """The parts of ``memory``, largest first."""
+    parts = sorted(vars(memory).items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts if size >= 5e7)
+
+
+def _zero_settings(strategy: str, chosen: Config) -> Config:
+    """The sizes that the config sets for ``strategy``, of another one what its file says."""
+    if not strategy.startswith("zero"):
+        return {}
+    found = yaml.safe_load(
+        (conf_dir() / "strategy" / f"{strategy}.yaml").read_text(encoding="utf-8")
+    )
+    stage = {"stage", "offload"}
+    if {k: chosen.get(k) for k in stage} == {k: found.get(k) for k in stage}:
+        found = {**found, **chosen}
+    return {key: found[key] for key in ("bucket_elements", "live_elements") if key in found}
