@@ -32,7 +32,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # what tests need of a tree that is no checkout
-NEEDED = ("lorakit", "conf", "tests", "scripts", "recipes", "docs", "README.md", "pyproject.toml")
+NEEDED = (
+    *("lorakit", "hydra_plugins", "conf", "tests", "scripts", "recipes", "docs"),
+    *("README.md", "pyproject.toml"),
+)
 THIRD_PARTY = (
     *("pytest", "hypothesis", "torch", "lightning", "transformers", "peft", "datasets", "trl"),
     *("hydra", "optuna", "fastapi.testclient", "sqlalchemy.orm", "matplotlib.figure"),

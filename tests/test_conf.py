@@ -14,7 +14,6 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from lorakit.cli import train
-from lorakit.cli.sweeper import register
 from lorakit.config.documentation import as_page, read_choices
 from lorakit.config.instantiate import find_argument_problems, import_target, instantiate
 from lorakit.config.paths import conf_dir
@@ -46,7 +45,6 @@ def _targets(node: Any, key: str = "") -> list[tuple[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONF)))
 def test_every_target_takes_what_its_file_says(path: Path) -> None:
-    register()
     for key, node in _targets(yaml.safe_load(path.read_text(encoding="utf-8"))):
         settings = {name: value for name, value in node.items() if name not in NOT_ARGUMENTS}
         plain = {

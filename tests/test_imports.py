@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +88,23 @@ def test_helpers_of_tests_and_scripts_have_names_of_their_own() -> None:
         if path.name != "conftest.py"
     ]
     assert sorted(names) == sorted({*names})
+
+
+def test_hydras_plugin_costs_other_programs_of_the_environment_nothing() -> None:
+    """Hydra imports it in all of them, so it may import nothing that Hydra has not."""
+    code = """
+import sys
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+plugins = Plugins.instance()
+names = {f'{kind.__module__}.{kind.__name__}' for kind in plugins.discover(Sweeper)}
+assert {'hydra_plugins.lorakit.OptunaSweeper', 'hydra_plugins.lorakit.WandbSweeper'} <= names
+assert not {'lorakit', 'torch', 'optuna'} & {name.partition('.')[0] for name in sys.modules}
+seconds = plugins.get_stats().modules_import_time['hydra_plugins.lorakit']
+assert seconds <= 0.02, seconds
+"""
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )
+    assert result.returncode == 0, result.stderr

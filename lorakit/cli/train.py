@@ -56,12 +56,9 @@ def main(arguments: list[str]) -> None:
     only_shows = {"--cfg", "-c", "--info", "-i"} & {text.split("=")[0] for text in arguments}
     if _value_of("sweep", arguments) not in ("", "grid") and not only_shows:
         arguments = [*arguments, "-m"]
-    if is_sweep := bool({"-m", "--multirun"} & set(arguments)):
-        from lorakit.cli.sweeper import register
-
-        register()
-        if not _value_of("group", arguments):
-            arguments = [*arguments, f"group={_name_of_sweep(arguments)}"]
+    is_sweep = bool({"-m", "--multirun"} & set(arguments))
+    if is_sweep and not _value_of("group", arguments):
+        arguments = [*arguments, f"group={_name_of_sweep(arguments)}"]
     try:
         run_hydra(functools.partial(train, command=command), arguments, config_name="train")
     finally:
