@@ -300,7 +300,7 @@ def test_a_storm_of_kills_changes_no_trial(workplace: Path, lorakit: Call, stora
         assert time.monotonic() - begun < 500
         worker = start(*settings, "group=cut", "resume=auto", cwd=workplace)
         try:
-            worker.communicate(timeout=generator.uniform(4, 12) if kills < 8 else 200)
+            worker.communicate(timeout=generator.uniform(1, 4) if kills < 8 else 200)
         except BaseException:
             worker.send_signal(signal.SIGKILL)
             worker.communicate()
