@@ -9,7 +9,8 @@ from pathlib import Path
 
 from fastapi.routing import APIRoute
 
-from lorakit.service.http import catalogue, connection, openai, sampling, training
+from lorakit.service.http import connection, openai, sampling, training
+from lorakit.service.http import listing as catalogue
 from lorakit.service.http.app import NOT_OFFERED
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "routes.md"

@@ -167,8 +167,8 @@ MUTATIONS = (
     ),
     Mutation(
         "planner/step_plan.py",
-        "min(gather(",
-        "max(gather(",
+        "min(all_gather_object(",
+        "max(all_gather_object(",
         ("tests/cli/test_plan_command.py::test_all_processes_plan_for_the_least_memory",),
     ),
     Mutation(
@@ -296,7 +296,7 @@ MUTATIONS = (
         "data/batch/split.py",
         "start - begin, stop - begin",
         "start, stop",
-        ("tests/training/test_room.py::test_pairs_stay_together",),
+        ("tests/training/test_oom.py::test_pairs_stay_together",),
     ),
     # launch
     Mutation(
@@ -359,8 +359,8 @@ MUTATIONS = (
     ),
     Mutation(
         "lora/bank.py",
-        "(self.owners_T[:, None] == owners_R)",
-        "(self.owners_T[:, None] >= owners_R)",
+        "(self.adapter_ids_T[:, None] == adapter_ids_R)",
+        "(self.adapter_ids_T[:, None] >= adapter_ids_R)",
         ("tests/lora/test_bank.py::test_a_mix_of_ranks_equals_peft_on_each_adapter_alone",),
     ),
     Mutation(
@@ -481,32 +481,34 @@ MUTATIONS = (
         ("tests/planner/test_trace.py::test_attention_counts_as_by_hand",),
     ),
     Mutation(
-        "planner/sight.py",
+        "planner/fake_images.py",
         "*((rest,) if rest else ())",
         "*()",
         ("tests/planner/test_trace.py::test_a_row_is_as_full_of_images_as_the_rows_were",),
     ),
     # sampling
     Mutation(
-        "sampling/pick.py",
+        "sampling/token_sampler.py",
         "p.temperature if p.temperature > 0 else 1.0",
         "1.0",
-        ("tests/sampling/test_pick.py::test_tokens_come_in_proportion_to_their_probability",),
+        (
+            "tests/sampling/test_token_sampler.py::test_tokens_come_in_proportion_to_their_probability",
+        ),
     ),
     Mutation(
-        "sampling/pick.py",
+        "sampling/token_sampler.py",
         "before >= self.top_p *",
         "before >= 1.0 *",
-        ("tests/sampling/test_pick.py::test_what_is_cut_off_is_never_picked",),
+        ("tests/sampling/test_token_sampler.py::test_what_is_cut_off_is_never_picked",),
     ),
     Mutation(
-        "sampling/ending.py",
+        "sampling/stop_condition.py",
         "return text if cut < 0 else text[:cut]",
         "return text",
         ("tests/sampling/test_generate.py::test_a_stop_string_ends_the_text_and_is_cut",),
     ),
     Mutation(
-        "sampling/ending.py",
+        "sampling/stop_condition.py",
         "if tokens[-1] in self.tokens:",
         "if tokens[0] in self.tokens:",
         ("tests/sampling/test_generate.py::test_eos_ends_a_row_and_is_its_last_token",),
@@ -522,13 +524,13 @@ MUTATIONS = (
     ),
     # service
     Mutation(
-        "service/trainee.py",
+        "service/training_state.py",
         "if not bool(torch.isfinite(norm)):",
         "if bool(torch.isnan(norm)):",
         ("tests/service/test_clients.py::test_a_gradient_that_is_not_finite_makes_no_step",),
     ),
     Mutation(
-        "service/trainee.py",
+        "service/training_state.py",
         "torch._foreach_add_(",
         "torch._foreach_copy_(",
         (
@@ -537,29 +539,29 @@ MUTATIONS = (
         ),
     ),
     Mutation(
-        "service/passes.py",
-        "{id(work.trainee) for work in works}) > 1",
-        "{id(work.trainee) for work in works}) > 9",
+        "service/model_runner.py",
+        "{id(work.training_state) for work in works}) > 1",
+        "{id(work.training_state) for work in works}) > 9",
         ("tests/service/test_clients.py::test_an_adapter_that_is_not_finite_spoils_no_other",),
     ),
     Mutation(
-        "service/store.py",
+        "service/database.py",
         "if run is None or run.owner != owner:",
         "if run is None:",
-        ("tests/service/test_saved.py::test_another_users_checkpoint_is_none",),
+        ("tests/service/test_checkpoints.py::test_another_users_checkpoint_is_none",),
     ),
     Mutation(
-        "service/saved.py",
+        "service/checkpoints.py",
         "yield folder",
         "self._locks[run_id].release(); yield folder; self._locks[run_id].acquire()",
-        ("tests/service/test_saved.py::test_what_is_read_is_not_written_over_meanwhile",),
+        ("tests/service/test_checkpoints.py::test_what_is_read_is_not_written_over_meanwhile",),
     ),
     Mutation(
-        "service/saved.py",
+        "service/checkpoints.py",
         "if checkpoint.run_id == run_id:",
         "if checkpoint.run_id != run_id:",
         (
-            "tests/service/test_saved.py::"
+            "tests/service/test_checkpoints.py::"
             "test_one_that_was_written_over_does_not_expire_as_the_one_before",
         ),
     ),
@@ -586,13 +588,13 @@ MUTATIONS = (
         ),
     ),
     Mutation(
-        "service/http/promises.py",
-        "promise.is_written = False",
-        "promise.is_written = True",
+        "service/http/pending.py",
+        "request.is_written = False",
+        "request.is_written = True",
         ("tests/service/test_state.py::test_answers_that_a_full_disk_refused_are_written_later",),
     ),
     Mutation(
-        "service/http/common.py",
+        "service/http/dependencies.py",
         "len(order.held) >= MAX_HELD",
         "len(order.held) >= 2 * MAX_HELD",
         ("tests/service/test_state.py::test_not_more_than_so_many_calls_wait_for_one",),
@@ -763,7 +765,7 @@ MUTATIONS = (
         "errors.py",
         "isinstance(error, RuntimeError) and any(",
         "isinstance(error, RuntimeError) or any(",
-        ("tests/training/test_room.py::test_another_error_is_not_hidden",),
+        ("tests/training/test_oom.py::test_another_error_is_not_hidden",),
     ),
     Mutation(
         "types.py",

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lorakit.lora.state import adapter_state
 from lorakit.runs.checkpoint import list_checkpoints, prune, save_checkpoint
-from lorakit.strategy.world import gather
+from lorakit.strategy.world import all_gather_object
 from lorakit.weights.adapter import active_config, write_adapter
 
 
@@ -111,7 +111,7 @@ class AdapterCheckpoint(L.Callback):
         """Keep the random state of every process."""
         own, packed = _get_random_state(), io.BytesIO()
         torch.save(own, packed)  # pickle itself fails on numpy's unsigned integers as tensors
-        everyone = gather(packed.getvalue())
+        everyone = all_gather_object(packed.getvalue())
         checkpoint["lorakit_random"] = [
             torch.load(io.BytesIO(state), weights_only=True) for state in everyone
         ]

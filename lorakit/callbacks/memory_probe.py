@@ -13,7 +13,7 @@ import torch
 
 from lorakit.callbacks.throughput import memory_gigabytes
 from lorakit.errors import is_out_of_memory
-from lorakit.training.room import free_memory
+from lorakit.training.oom import free_memory
 from lorakit.types import Batch
 
 log = logging.getLogger("lorakit")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
-    from lorakit.data.examples import DataReport
-    from lorakit.planner.sight import RowSizes
+    from lorakit.data.examples import DatasetReport
+    from lorakit.planner.fake_images import SampleShapes
     from lorakit.planner.step_plan import StepPlan
 HELP = """\
 usage: lorakit plan [key=value …]
@@ -48,7 +48,7 @@ def plan_run(config: DictConfig) -> None:
     from lorakit.cli.train import to_plain
     from lorakit.config.schema import check_settings
     from lorakit.lora.inject import plan
-    from lorakit.pipeline.autoconfig import Known, choose
+    from lorakit.pipeline.autoconfig import RunFacts, choose
     from lorakit.pipeline.build import build_spec
     from lorakit.strategy.world import World
     from lorakit.training.precision import resolve_precision
@@ -68,7 +68,7 @@ def plan_run(config: DictConfig) -> None:
     rows, val_rows, num_tokens, reports = _look_at_data(plain, skeleton, console)
     there = _bytes_there(plain, accelerator)
     # chosen for one device, kept for several
-    known = Known(skeleton, *reports, accelerator, precision, there, World(), 1)
+    known = RunFacts(skeleton, *reports, accelerator, precision, there, World(), 1)
     plain, _ = choose(plain, known, lambda text: console.print(text, highlight=False))
     planned = plan(skeleton, build_spec(plain))
     step = build_step_plan(
@@ -118,7 +118,9 @@ def _skeleton(settings: dict[str, Any]) -> Any:
 
 def _look_at_data(
     plain: dict[str, Any], skeleton: Any, console: Console
-) -> tuple[RowSizes, RowSizes, int | None, tuple[DataReport | None, DataReport | None]]:
+) -> tuple[
+    SampleShapes, SampleShapes, int | None, tuple[DatasetReport | None, DatasetReport | None]
+]:
     """Return how large rows are, those for training and those for evaluation, the tokens of all
     epochs where anybody knows, and the reports that say so.
     """
@@ -134,7 +136,7 @@ def _look_at_data(
     print_data_report(datamodule, console)
     report = datamodule.report
     assert report is not None
-    seen = report.num_tokens * report.num_rows / max(1, report.num_rows_surveyed)
+    seen = report.num_tokens * report.num_rows / max(1, report.num_rows_profiled)
     tokens = tokens or (round(seen * plain["data"]["epochs"]) if plain["data"]["epochs"] else None)
     return (
         row_sizes(report),

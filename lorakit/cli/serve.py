@@ -31,15 +31,15 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"--data {folder} cannot be used: {problem}")
     folder.mkdir(parents=True, exist_ok=True)
     if options.new_user:
-        from lorakit.service.http.keys import Keys
-        from lorakit.service.store import Store
+        from lorakit.service.database import Database
+        from lorakit.service.http.keys import ApiKeyStore
 
         print(
             f"the key of {options.new_user}, shown this once:"
-            f" {Keys(Store(folder)).make(options.new_user)}"
+            f" {ApiKeyStore(Database(folder)).make(options.new_user)}"
         )
         return
-    if not current_world().is_first:
+    if not current_world().is_rank_zero:
         build_state(options, models, folder)  # follows the first process, and ends with it
     if (lock := lock_file(folder / ".lock")) is None:
         raise ConfigError(
@@ -154,7 +154,7 @@ def build_state(options: argparse.Namespace, models: dict[str, str], folder: Pat
         precision=options.precision,
         strategy=options.strategy,
     )
-    replica_options = {
+    worker_options = {
         "max_pass_tokens": options.max_pass_tokens,
         "batch_invariant": options.batch_invariant,
     }
@@ -165,7 +165,7 @@ def build_state(options: argparse.Namespace, models: dict[str, str], folder: Pat
         any_model=False,
         load=load,
         lora=lora,
-        replica_options=replica_options,
+        worker_options=worker_options,
     )
     console = Console(stderr=True)
     for name in models:
@@ -216,12 +216,12 @@ def serve(state: Any, host: str, port: int) -> None:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=3,
     )
-    server, team = uvicorn.Server(config), state.service.team
+    server, executor = uvicorn.Server(config), state.service.executor
     # another process is gone
-    team.on_problem.append(lambda error: setattr(server, "should_exit", True))
+    executor.on_problem.append(lambda error: setattr(server, "should_exit", True))
     server.run()
-    if team.problem is not None:
-        raise TrainingError(f"the server has ended: {team.problem}")
+    if executor.problem is not None:
+        raise TrainingError(f"the server has ended: {executor.problem}")
 
 
 if __name__ == "__main__":

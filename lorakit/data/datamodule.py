@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from lorakit.data.batch.collate import collate
-from lorakit.data.batch.estimate import Forecast
+from lorakit.data.batch.estimate import BatchEstimate
 from lorakit.data.batch.mixture import Mixture
 from lorakit.data.batch.packing import fill_with_longest
 from lorakit.data.batch.stream import BatchStream
 from lorakit.data.datum import OnLong
-from lorakit.data.examples import DataReport, Examples, survey
+from lorakit.data.examples import DatasetReport, Examples, profile
 from lorakit.data.images import ImageEncoder
 from lorakit.data.read.custom_format import name_of_format
 from lorakit.data.read.rows import are_pairs
@@ -167,8 +167,8 @@ class LoRADataModule(L.LightningDataModule):
         self.images: ImageEncoder | None = None
         self.image_token_id: int | None = None
         self.new_tokens: Sequence[int] = ()
-        self.report: DataReport | None = None
-        self.val_report: DataReport | None = None
+        self.report: DatasetReport | None = None
+        self.val_report: DatasetReport | None = None
         self._cursor: Cursor | None = None
 
     # ---- in the order in which they are called
@@ -241,14 +241,14 @@ class LoRADataModule(L.LightningDataModule):
         """Whether any row has an image, so that ``set_tokenizer`` must be given what encodes it."""
         return self.source.has_images or self.val_source.has_images
 
-    def check_tokens(self) -> DataReport:
+    def check_tokens(self) -> DatasetReport:
         """Render the rows and return their figures. Raises DataError with all problems."""
         self.check_rows()
-        self.report = survey(
+        self.report = profile(
             self.train_examples, self.train_indices, self.check_token_rows, self.new_tokens
         )
         if len(self.val_indices):
-            self.val_report = survey(self.val_examples, self.val_indices, self.check_token_rows)
+            self.val_report = profile(self.val_examples, self.val_indices, self.check_token_rows)
         return self.report
 
     def setup(self, stage: str | None = None) -> None:
@@ -459,20 +459,20 @@ class LoRADataModule(L.LightningDataModule):
 
     def estimate_num_batches(self) -> int | None:
         """Micro-batches of all epochs, from the rows surveyed; None where epochs do not end, see
-        ``Forecast``.
+        ``BatchEstimate``.
         """
         if self.epochs is None or self.report is None:
             return None
-        return self._forecast.num_batches(self.epochs)
+        return self._estimate.num_batches(self.epochs)
 
     def estimate_padding(self) -> float:
         """Share of the positions of training batches that hold only padding."""
-        return self._forecast.padding_share()
+        return self._estimate.padding_share()
 
     @property
-    def _forecast(self) -> Forecast:
+    def _estimate(self) -> BatchEstimate:
         assert self.report is not None
-        return Forecast(
+        return BatchEstimate(
             self.report,
             self.mixture,
             batch_size=self.batch_size,

@@ -21,14 +21,14 @@ class OnLong(StrEnum):
 
 
 @dataclass
-class Cuts:
-    """What ``fit`` took away so far."""
+class TruncationStats:
+    """What ``truncate`` took away so far."""
 
     num_dropped: int = 0
     num_truncated: int = 0
     num_tokens_cut: int = 0
 
-    def add(self, other: Cuts) -> None:
+    def add(self, other: TruncationStats) -> None:
         """Count what ``other`` counted as well."""
         self.num_dropped += other.num_dropped
         self.num_truncated += other.num_truncated
@@ -75,7 +75,9 @@ def _text(tokens: Sequence[int]) -> list[EncodedTextChunk]:
     return [EncodedTextChunk(tuple(tokens))] if len(tokens) else []
 
 
-def fit(example: Rendered, max_tokens: int, policy: OnLong, cuts: Cuts) -> Rendered | None:
+def truncate(
+    example: Rendered, max_tokens: int, policy: OnLong, cuts: TruncationStats
+) -> Rendered | None:
     """Return ``example`` within ``max_tokens`` tokens, or None where it is dropped; ``cuts`` counts
     what was taken.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lorakit.data.datum import Cuts, OnLong, fit, make_datum
+from lorakit.data.datum import OnLong, TruncationStats, make_datum, truncate
 from lorakit.data.images import ImageEncoder, images_of
 from lorakit.data.read.rows import Chat, Conversations, Preference, Row, to_chat
 from lorakit.data.read.sources import Source
@@ -32,7 +32,7 @@ class Examples:
     on_long: OnLong = OnLong.ERROR
     on_error: str = "raise"
     images: ImageEncoder | None = None
-    cuts: Cuts = field(default_factory=Cuts)
+    cuts: TruncationStats = field(default_factory=TruncationStats)
     num_skipped: int = 0
     num_image_bytes: int = 0  # of all images that were looked at
 
@@ -41,9 +41,11 @@ class Examples:
         file and line.
         """
         try:
-            row, cuts = _as_chat(self.source.row(index)), Cuts()
+            row, cuts = _as_chat(self.source.row(index)), TruncationStats()
             examples = self.renderer.render(row, self._images(index, row))
-            fitted = [fit(example, self.max_tokens, self.on_long, cuts) for example in examples]
+            fitted = [
+                truncate(example, self.max_tokens, self.on_long, cuts) for example in examples
+            ]
         except DataError as error:
             raise DataError(f"{self.source.where(index)}: {error}") from error
         self.cuts.add(cuts)
@@ -115,25 +117,25 @@ class SourceShare:
 
     weight: float  # how often its rows are seen in an epoch
     num_rows: int  # all of them
-    num_rows_surveyed: int = 0
+    num_rows_profiled: int = 0
     num_trained_tokens: int = 0
 
     @property
     def trained_per_epoch(self) -> float:
         """Trained tokens that an epoch has of it."""
         return (
-            self.num_trained_tokens / max(self.num_rows_surveyed, 1) * self.num_rows * self.weight
+            self.num_trained_tokens / max(self.num_rows_profiled, 1) * self.num_rows * self.weight
         )
 
 
 @dataclass(frozen=True)
-class DataReport:
+class DatasetReport:
     """The figures of a data set, from the rows that were looked at (all of them in a set that is
     not large).
     """
 
     num_rows: int
-    num_rows_surveyed: int
+    num_rows_profiled: int
     num_rows_skipped: int
     first_skipped: str | None  # where, and why
     num_examples: int
@@ -145,7 +147,7 @@ class DataReport:
     num_image_bytes: int
     largest_image: int  # tokens
     image_share: float  # of an example's tokens, the most of any
-    cuts: Cuts
+    cuts: TruncationStats
     formats: list[str]
     unused_columns: dict[str, str]  # with the format of their rows
     fingerprint: str
@@ -169,7 +171,7 @@ class DataReport:
         rows were looked at.
         """
         return (
-            max(1, int(self.lengths.max()) - 1) if self.num_rows_surveyed >= self.num_rows else None
+            max(1, int(self.lengths.max()) - 1) if self.num_rows_profiled >= self.num_rows else None
         )
 
     @property
@@ -182,7 +184,7 @@ class DataReport:
         """More than 1 where the chat template makes one example per assistant turn, less where
         rows are dropped.
         """
-        return self.num_examples / max(self.num_rows_surveyed, 1)
+        return self.num_examples / max(self.num_rows_profiled, 1)
 
     def histogram(self, num_bins: int = 8) -> list[tuple[int, int, int]]:
         """Return (from, to, examples) over the lengths, bins of equal width."""
@@ -192,12 +194,12 @@ class DataReport:
         return [(int(edges[i]), int(edges[i + 1]), int(count)) for i, count in enumerate(counts)]
 
 
-def survey(
+def profile(
     examples: Examples,
     indices: Sequence[int] | np.ndarray,
     max_rows: int,
     new_tokens: Sequence[int] = (),
-) -> DataReport:
+) -> DatasetReport:
     """Render the first ``max_rows`` of ``indices`` and return their figures; the rest is checked as
     it streams.
 
@@ -232,7 +234,7 @@ def survey(
     image_share = 0.0
     for index, origin in zip(chosen, source.origins_of(chosen), strict=True):
         share = shares[source.names[origin]] if shares else SourceShare(1.0, 0)
-        share.num_rows_surveyed += 1
+        share.num_rows_profiled += 1
         try:
             rendered = counted.rendered(int(index))
         except DataError as error:
@@ -271,9 +273,9 @@ def survey(
             f"none of the {len(chosen):,} rows looked at gives an example; see data.on_long and"
             " data.train_on"
         )
-    return DataReport(
+    return DatasetReport(
         num_rows=len(indices),
-        num_rows_surveyed=len(chosen),
+        num_rows_profiled=len(chosen),
         num_rows_skipped=examples.source.num_skipped + len(problems),
         first_skipped=next(iter(problems), examples.source.first_skipped),
         num_examples=len(lengths),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError
-from lorakit.strategy.watch import FAULT_FILE, take_fault
+from lorakit.strategy.heartbeat import FAULT_FILE, take_fault
 
 SHUTDOWN_TIMEOUT = (
     # environment: so long does torchrun wait for processes that it has told to stop

@@ -26,8 +26,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorakit.lora.expert_function import Part, run_experts
-from lorakit.lora.flat import AdapterLayout, Key
-from lorakit.lora.grouped import Owners, can_group, few_tokens, is_plain_product
+from lorakit.lora.flat_parameters import FlatParameters, Key
+from lorakit.lora.grouped import AdapterIds, can_group, few_tokens, is_plain_product
 from lorakit.model.families import OF_IMAGES, ExpertStack, find_targets
 
 
@@ -37,7 +37,7 @@ class Adapter:
     """
 
     def __init__(
-        self, layout: AdapterLayout, vector: torch.Tensor, *, trains: bool = False
+        self, layout: FlatParameters, vector: torch.Tensor, *, trains: bool = False
     ) -> None:
         self.layout, self.vector = layout, vector
         self.factors = layout.views(vector)
@@ -58,14 +58,14 @@ class Adapter:
 _Pairs = dict[tuple[Key, torch.dtype], tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]] | None]
 
 
-class Mix:
+class AdapterBatch:
     """Adapters side by side, and which token of a pass has which. None stands for the base alone.
 
     Args:
-        owners_T: for each token of a pass, flattened, the number of its adapter; None where there
-            is one adapter.
-        like: a Mix that went through the same model; what passes ask for is then laid side by side
-            at once.
+        adapter_ids_T: for each token of a pass, flattened, the number of its adapter; None where
+            there is one adapter.
+        like: a batch that went through the same model; what passes ask for is then laid side by
+            side at once.
         is_sorted: give linear layers each adapter's tokens by themselves, which pays where tokens
             are many.
     """
@@ -73,17 +73,19 @@ class Mix:
     def __init__(
         self,
         adapters: Sequence[Adapter | None],
-        owners_T: torch.Tensor | None,
+        adapter_ids_T: torch.Tensor | None,
         *,
-        like: Mix | None = None,
+        like: AdapterBatch | None = None,
         is_sorted: bool = False,
     ) -> None:
-        assert owners_T is not None or len(adapters) == 1
-        self.is_sorted = is_sorted and owners_T is not None
+        assert adapter_ids_T is not None or len(adapters) == 1
+        self.is_sorted = is_sorted and adapter_ids_T is not None
         self._stacks: dict[tuple[Key, torch.dtype], Stacked | None] = {}
-        self.adapters, self.owners_T = tuple(adapters), owners_T
-        self.owners = (
-            Owners(owners_T, len(self.adapters)) if owners_T is not None and is_sorted else None
+        self.adapters, self.adapter_ids_T = tuple(adapters), adapter_ids_T
+        self.adapter_ids = (
+            AdapterIds(adapter_ids_T, len(self.adapters))
+            if adapter_ids_T is not None and is_sorted
+            else None
         )
         self._pairs: _Pairs = {}
         for key, dtype in like._pairs if like is not None else ():
@@ -91,11 +93,11 @@ class Mix:
         self._places: dict[tuple[Any, ...], tuple[torch.Tensor | None, torch.Tensor]] = {}
         self._gates: dict[tuple[Any, ...], torch.Tensor] = {}
 
-    def with_owners(self, owners_T: torch.Tensor | None) -> Mix:
+    def with_adapter_ids(self, adapter_ids_T: torch.Tensor | None) -> AdapterBatch:
         """Return the same adapters for other tokens; what was laid side by side is not laid
         again.
         """
-        other = Mix(self.adapters, owners_T)
+        other = AdapterBatch(self.adapters, adapter_ids_T)
         other._pairs = self._pairs
         return other
 
@@ -110,7 +112,7 @@ class Mix:
         if (found := self._pairs[key, dtype]) is None:
             return None
         a, b, columns = found
-        return a, b, self._gate(columns) if self.owners_T is not None else columns[0][2]
+        return a, b, self._gate(columns) if self.adapter_ids_T is not None else columns[0][2]
 
     def stacked(self, key: Key, dtype: torch.dtype) -> Stacked | None:
         """Return the factors of ``key`` one adapter over the other, with the tokens of each;
@@ -121,16 +123,16 @@ class Mix:
         return self._stacks[key, dtype]
 
     def _stack(self, key: Key, dtype: torch.dtype) -> Stacked | None:
-        assert self.owners_T is not None
+        assert self.adapter_ids_T is not None
         if not (present := self._having(key)):
             return None
         a, b = _one_over_the_other([adapter for _, adapter in present], key, dim=0)
         numbers = tuple(n for n, _ in present)
         if numbers not in self._places:
-            self._places[numbers] = _places(self.owners_T, numbers)
+            self._places[numbers] = _places(self.adapter_ids_T, numbers)
         return Stacked(a.to(dtype), b.to(dtype), *self._places[numbers])
 
-    def owned(self, key: Key) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def by_adapter(self, key: Key) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return A (E * n, r, in) and B (E * n, out, r) of ``key``, a stack of experts: for each
         pair of expert and adapter, n in all.
 
@@ -141,7 +143,7 @@ class Mix:
         a, b = _one_over_the_other(self.adapters, key, dim=1)
         return a.flatten(0, 1), b.flatten(0, 1)
 
-    # ---- for recorded passes (`sampling/replay.py`)
+    # ---- for recorded passes (`sampling/traced_step.py`)
 
     def structure(self) -> Hashable | None:
         """What of the adapters a recording holds for good, or None before the first pass: their
@@ -149,7 +151,7 @@ class Mix:
         """
         if not self._pairs:
             return None
-        scale = None if self.owners_T is not None else 0
+        scale = None if self.adapter_ids_T is not None else 0
         return tuple(
             (key, dtype, found and (scale is None or found[2][0][2]))
             for (key, dtype), found in self._pairs.items()
@@ -158,12 +160,12 @@ class Mix:
     def tensors(self) -> list[torch.Tensor]:
         """What a pass reads: the factors, and the gates of the columns that they have."""
         pairs = [found for found in self._pairs.values() if found is not None]
-        if self.owners_T is None:
+        if self.adapter_ids_T is None:
             return [factor for a, b, _ in pairs for factor in (a, b)]
         return [tensor for a, b, columns in pairs for tensor in (a, b, self._gate(columns))]
 
     @contextlib.contextmanager
-    def lent(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    def static_inputs(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
         """Within it these stand in the place of ``tensors()``."""
         rest, before = iter(tensors), (self._pairs, self._gates)
         pairs: _Pairs = {}
@@ -172,9 +174,11 @@ class Mix:
             if found is None:
                 pairs[name] = None
                 continue
-            columns = found[2] if self.owners_T is None else (*found[2], place)  # each its own gate
+            columns = (
+                found[2] if self.adapter_ids_T is None else (*found[2], place)
+            )  # each its own gate
             pairs[name] = next(rest), next(rest), columns
-            if self.owners_T is not None:
+            if self.adapter_ids_T is not None:
                 gates[columns] = next(rest)
         self._pairs, self._gates = pairs, gates
         try:
@@ -212,11 +216,11 @@ class Mix:
     def _gate(self, columns: tuple[Any, ...]) -> torch.Tensor:
         """1 where a token meets its own adapter's columns, else 0, (T, R)."""
         if columns not in self._gates:
-            assert self.owners_T is not None
-            owners_R = torch.tensor(
-                [n for n, rank, _ in columns for _ in range(rank)], device=self.owners_T.device
+            assert self.adapter_ids_T is not None
+            adapter_ids_R = torch.tensor(
+                [n for n, rank, _ in columns for _ in range(rank)], device=self.adapter_ids_T.device
             )
-            self._gates[columns] = (self.owners_T[:, None] == owners_R).float()
+            self._gates[columns] = (self.adapter_ids_T[:, None] == adapter_ids_R).float()
         return self._gates[columns]
 
 
@@ -275,24 +279,24 @@ class Stacked(NamedTuple):
 
 
 def _places(
-    owners_T: torch.Tensor, adapters: Sequence[int]
+    adapter_ids_T: torch.Tensor, adapters: Sequence[int]
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The tokens of each of ``adapters``, filled up with its last one, and their gate."""
-    tokens = [(owners_T == number).nonzero()[:, 0] for number in adapters]
-    place_M = torch.arange(max(map(len, tokens)), device=owners_T.device)
+    tokens = [(adapter_ids_T == number).nonzero()[:, 0] for number in adapters]
+    place_M = torch.arange(max(map(len, tokens)), device=adapter_ids_T.device)
     places_nM = torch.stack([own[place_M.clamp(max=len(own) - 1)] for own in tokens])
     gate_nM = torch.stack([(place_M < len(own)).float() for own in tokens])
-    all_T = torch.arange(len(owners_T), device=owners_T.device)
-    is_plain = places_nM.numel() == len(owners_T) and torch.equal(places_nM.flatten(), all_T)
+    all_T = torch.arange(len(adapter_ids_T), device=adapter_ids_T.device)
+    is_plain = places_nM.numel() == len(adapter_ids_T) and torch.equal(places_nM.flatten(), all_T)
     return None if is_plain else places_nM, gate_nM[:, :, None]
 
 
 class AdapterBank:
-    """Gives ``model`` the hooks by which a ``Mix`` takes part in its passes."""
+    """Gives ``model`` the hooks by which a ``AdapterBatch`` takes part in its passes."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._mix: Mix | None = None
+        self._adapter_batch: AdapterBatch | None = None
         head = model.get_output_embeddings()
         self.head_name = next(
             (name for name, module in model.named_modules() if module is head), None
@@ -314,35 +318,35 @@ class AdapterBank:
                 )
 
     @contextlib.contextmanager
-    def active(self, mix: Mix) -> Iterator[None]:
-        """Within it passes of the model, forward and backward, have the adapters of ``mix``."""
-        before, self._mix = self._mix, mix
+    def active(self, adapter_batch: AdapterBatch) -> Iterator[None]:
+        """Give passes of the model, forward and backward, the adapters of ``adapter_batch``."""
+        before, self._adapter_batch = self._adapter_batch, adapter_batch
         try:
             yield
         finally:
-            self._mix = before
+            self._adapter_batch = before
 
     def on_head(
-        self, mix: Mix, dtype: torch.dtype
+        self, adapter_batch: AdapterBatch, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, float | torch.Tensor] | None:
-        """Return what the adapters of ``mix`` have on the unembedding: A, B and gate or scale,
-        as ``Mix.pair``.
+        """Return what the adapters of ``adapter_batch`` have on the unembedding: A, B and gate or
+        scale, as ``AdapterBatch.pair``.
         """
-        return mix.pair(Key(self.head_name), dtype) if self.head_name else None
+        return adapter_batch.pair(Key(self.head_name), dtype) if self.head_name else None
 
     def _add_to_linear(
         self, key: Key, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
     ) -> torch.Tensor:
-        if self._mix is None:
+        if self._adapter_batch is None:
             return output
-        if self._mix.is_sorted:
-            if (stacked := self._mix.stacked(key, output.dtype)) is None:
+        if self._adapter_batch.is_sorted:
+            if (stacked := self._adapter_batch.stacked(key, output.dtype)) is None:
                 return output
             with torch.autocast(output.device.type, enabled=False):
                 return stacked.add_to(
                     output.flatten(0, -2), args[0].flatten(0, -2).to(output.dtype)
                 ).view(output.shape)
-        if (found := self._mix.pair(key, output.dtype)) is None:
+        if (found := self._adapter_batch.pair(key, output.dtype)) is None:
             return output
         a, b, gate = found
         x_TI = args[0].flatten(0, -2).to(output.dtype)
@@ -366,25 +370,29 @@ class AdapterBank:
         first: list[Part] = []
         second: list[Part] = []
         factors: list[torch.Tensor] = []
-        owners = None if self._mix is None else _owners_of_rows(self._mix, name, stack, top_k_index)
+        adapter_ids = (
+            None
+            if self._adapter_batch is None
+            else _adapter_ids_of_rows(self._adapter_batch, name, stack, top_k_index)
+        )
         for key, is_second in _expert_keys(name, stack):
-            if self._mix is None:
+            if self._adapter_batch is None:
                 break
             parts, index, columns = (
                 (second if is_second else first),
                 len(factors) // 2,
                 stack.columns(key.matrix),
             )
-            if owners is not None and not key.is_shared:
-                if (owned := self._mix.owned(key)) is not None:
-                    parts.append(Part(index, columns, 1.0, is_owned=True))
-                    factors += owned
-            elif (found := self._mix.pair(key, torch.float32)) is not None:
+            if adapter_ids is not None and not key.is_shared:
+                if (by_adapter := self._adapter_batch.by_adapter(key)) is not None:
+                    parts.append(Part(index, columns, 1.0, is_by_adapter=True))
+                    factors += by_adapter
+            elif (found := self._adapter_batch.pair(key, torch.float32)) is not None:
                 a, b, gate = found
                 scale, gate_TR = (gate, None) if isinstance(gate, float) else (1.0, gate)
                 parts.append(Part(index, columns, scale, key.is_shared, gate_TR=gate_TR))
                 factors += [a, b]
-        if self._mix is None or (not factors and not _beats_plain(stack, top_k_index)):
+        if self._adapter_batch is None or (not factors and not _beats_plain(stack, top_k_index)):
             return plain(hidden_states, top_k_index, top_k_weights)
         return run_experts(
             stack.module,
@@ -395,23 +403,23 @@ class AdapterBank:
             first,
             second,
             factors,
-            owners=owners,
+            adapter_ids=adapter_ids,
         )
 
 
-def _owners_of_rows(
-    mix: Mix, name: str, stack: ExpertStack, experts_TK: torch.Tensor
-) -> Owners | None:
-    """The owners of tokens where sorting rows by them pays, else None: then gates tell adapters
+def _adapter_ids_of_rows(
+    adapter_batch: AdapterBatch, name: str, stack: ExpertStack, experts_TK: torch.Tensor
+) -> AdapterIds | None:
+    """The adapters of tokens where sorting rows by them pays, else None: then gates tell adapters
     apart.
     """
     # rows to fill up: padding may overflow in it
-    if mix.owners is None or stack.weight(stack.first).dtype == torch.float16:
+    if adapter_batch.adapter_ids is None or stack.weight(stack.first).dtype == torch.float16:
         return None
     keys = [key for key, _ in _expert_keys(name, stack) if not key.is_shared]
     ranks = [
         x.layout.slots[key].rank
-        for x in mix.adapters
+        for x in adapter_batch.adapters
         if x is not None
         for key in keys
         if key in x.factors
@@ -424,14 +432,14 @@ def _owners_of_rows(
         stack.in_features(one) + stack.out_features(one) for one in (stack.first, stack.second)
     )
     pads = experts_TK.device.type == "cpu" or not can_group(experts_TK.numel(), *stack.weights())
-    pays = mix.owners.pay(
+    pays = adapter_batch.adapter_ids.pay(
         experts_TK,
         stack.num_experts,
         base_cost=base_cost,
         factor_cost=max(ranks) * widths,
         pads=pads,
     )
-    return mix.owners if pays else None
+    return adapter_batch.adapter_ids if pays else None
 
 
 def _beats_plain(stack: ExpertStack, experts_TK: torch.Tensor) -> bool:

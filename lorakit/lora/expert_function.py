@@ -34,9 +34,9 @@ from torch.autograd.function import once_differentiable
 from lorakit.lora.grouped import (
     MAX_RUN_BYTES,
     RUN_OPERATIONS,
+    AdapterIds,
     AdjacentExperts,
     AllExperts,
-    Owners,
     SortedRows,
     can_group,
     emulates_products,
@@ -63,8 +63,8 @@ class Part:
     seed: int = 0  # of the dropout of this call
     # what each token's rows of rank width are multiplied by
     gate_TR: torch.Tensor | None = field(default=None, compare=False)
-    # A (E * owners, r, in) and B (E * owners, out, r): one entry for each pair of expert and owner
-    is_owned: bool = False
+    # A (E * adapters, r, in) and B (E * adapters, out, r): an entry for each expert and adapter
+    is_by_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ExpertCall:
     second: tuple[Part, ...]  # factors on the way out
     keeps: bool = True  # whether a backward may follow
     products: str = "auto"  # or: loop, grouped, padded
-    owners: Owners | None = None  # of tokens, where parts are owned
+    adapter_ids: AdapterIds | None = None  # of tokens, where parts are by adapter
 
     @property
     def prefers_groups(self) -> bool:
@@ -104,7 +104,7 @@ def run_experts(
     factors: Sequence[torch.Tensor],
     *,
     products: str = "auto",
-    owners: Owners | None = None,
+    adapter_ids: AdapterIds | None = None,
 ) -> torch.Tensor:
     """Return what ``layer``, which holds ``stack``, makes of tokens, with the parts of adapters;
     with graph where gradients are on.
@@ -126,7 +126,7 @@ def run_experts(
         tuple(second),
         keeps,
         products,
-        owners,
+        adapter_ids,
     )
     if keeps:
         out: torch.Tensor = ExpertFunction.apply(x_TH, weights_TK, call, *factors)
@@ -234,7 +234,7 @@ class _Layer:
                 grouped=self.grouped,
                 max_rows=max_rows,
                 run_rows=run_rows,
-                owners=call.owners,
+                adapter_ids=call.adapter_ids,
             )
         self.originals = factors
         self._masks: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
@@ -272,7 +272,7 @@ class _Layer:
                 h.add_(block.per_row(self.b1_EN))
             for part in self.call.first:
                 a, b = self._pair(part)
-                own = block.owned if part.is_owned else block
+                own = block.by_adapter if part.is_by_adapter else block
                 if part.is_shared:
                     u = narrow[part.index][block.tokens]
                 else:
@@ -289,7 +289,7 @@ class _Layer:
                 y.add_(block.per_row(self.b2_EH))
             for part in self.call.second:
                 a, b = self._pair(part)
-                own = block.owned if part.is_owned else block
+                own = block.by_adapter if part.is_by_adapter else block
                 v = own.times(self._drop_rows(act, part, rows), a.mT, out=narrow[part.index][rows])
                 self._gate_(v, part, block.tokens)
                 if not part.is_shared:
@@ -385,7 +385,7 @@ class _Layer:
     ) -> None:
         """Add the part's way back to ``grad_act`` and the sums of its factors' gradients."""
         a, b = self._pair(part)
-        block = block.owned if part.is_owned else block
+        block = block.by_adapter if part.is_by_adapter else block
         sum_a, sum_b = sums[2 * part.index], sums[2 * part.index + 1]
         q = (
             shared[part.index][block.tokens]
@@ -415,7 +415,7 @@ class _Layer:
     ) -> None:
         """Add the part's way back to ``grad_rows`` and the sums of its factors' gradients."""
         a, b = self._pair(part)
-        block = block.owned if part.is_owned else block
+        block = block.by_adapter if part.is_by_adapter else block
         sum_a, sum_b = sums[2 * part.index], sums[2 * part.index + 1]
         grad_part = grad_h[:, part.columns]
         p = block.times(grad_part, b)

@@ -1,9 +1,9 @@
 """Products over rows that are sorted by expert: of a few adjacent experts at a time, or of all
 experts in one grouped product.
 
-Where tokens belong to several owners, each with factors of its own, an expert's rows are sorted by
-owner, and each owner has as many: products with the expert's matrix see all of them, products with
-factors see them by pair of expert and owner (``owned``).
+Where tokens belong to several adapters, each with factors of its own, an expert's rows are sorted
+by adapter, and each adapter has as many: products with the expert's matrix see all of them,
+products with factors see them by pair of expert and adapter (``by_adapter``).
 
 Shapes: S rows (token, expert pairs, and padding), T tokens, E experts, K and N inner and outer
 widths; g experts of m rows each.
@@ -72,10 +72,10 @@ def plan_runs(num_per_expert: list[int], *, max_rows: int, run_rows: float = 0.0
 
 
 @dataclass(frozen=True)
-class Owners:
+class AdapterIds:
     """Whose factors each token has, of ``num``."""
 
-    owners_T: torch.Tensor
+    adapter_ids_T: torch.Tensor
     num: int
 
     def pay(
@@ -87,13 +87,13 @@ class Owners:
         factor_cost: float,
         pads: bool,
     ) -> bool:
-        """Whether rows by owner cost less than factors of all owners for each row, of which a gate
-        lets one through.
+        """Whether rows by adapter cost less than factors of all adapters for each row, of
+        which a gate lets one through.
 
         Args:
             base_cost: of a row's products with its expert's matrices.
-            factor_cost: of its products with one owner's factors, in the same unit.
-            pads: whether every owner of an expert must have as many rows.
+            factor_cost: of its products with one adapter's factors, in the same unit.
+            pads: whether every adapter of an expert must have as many rows.
         """
         if not pads or not has_values(experts_TK):
             return True
@@ -106,11 +106,11 @@ class Owners:
         )
 
 
-def _pairs(experts_TK: torch.Tensor, owners: Owners | None) -> torch.Tensor:
-    """expert * owners + owner for each choice, flat."""
-    if owners is None:
+def _pairs(experts_TK: torch.Tensor, adapter_ids: AdapterIds | None) -> torch.Tensor:
+    """expert * adapters + adapter for each choice, flat."""
+    if adapter_ids is None:
         return experts_TK.reshape(-1)
-    return (experts_TK * owners.num + owners.owners_T[:, None]).reshape(-1)
+    return (experts_TK * adapter_ids.num + adapter_ids.adapter_ids_T[:, None]).reshape(-1)
 
 
 def _count(pairs_S: torch.Tensor, num_pairs: int) -> torch.Tensor:
@@ -126,12 +126,12 @@ class SortedRows:
 
     # where each sorted row stood: token * top_k + choice; T * top_k for padding
     order_S: torch.Tensor
-    pairs_S: torch.Tensor  # expert * owners + owner of each row, without padding
+    pairs_S: torch.Tensor  # expert * adapters + adapter of each row, without padding
     num_per_pair: torch.Tensor
     num_tokens: int
     top_k: int
     runs: list[Run] | None  # None: all experts in one grouped product, without padding
-    num_owners: int = 1
+    num_adapters: int = 1
 
     @classmethod
     def sort(
@@ -142,39 +142,39 @@ class SortedRows:
         grouped: bool,
         max_rows: int = 0,
         run_rows: float = 0.0,
-        owners: Owners | None = None,
+        adapter_ids: AdapterIds | None = None,
     ) -> SortedRows:
         """Sort the router's choices, (T, top_k): for one grouped product, or in runs of at most
         ``max_rows`` rows or one expert.
         """
         num_tokens, top_k = experts_TK.shape
-        num_owners = owners.num if owners else 1
-        pairs_S, order_S = _pairs(experts_TK, owners).sort(stable=True)
-        counts = _count(pairs_S, num_experts * num_owners)
+        num_adapters = adapter_ids.num if adapter_ids else 1
+        pairs_S, order_S = _pairs(experts_TK, adapter_ids).sort(stable=True)
+        counts = _count(pairs_S, num_experts * num_adapters)
         if grouped:
-            return cls(order_S, pairs_S, counts, num_tokens, top_k, None, num_owners)
-        most_E = counts.view(num_experts, num_owners).amax(1) * num_owners
+            return cls(order_S, pairs_S, counts, num_tokens, top_k, None, num_adapters)
+        most_E = counts.view(num_experts, num_adapters).amax(1) * num_adapters
         runs = plan_runs(
             _read_counts(most_E, experts_TK.numel()), max_rows=max_rows, run_rows=run_rows
         )
-        starts = torch.zeros((num_experts, num_owners), dtype=torch.long)  # of each pair's rows
+        starts = torch.zeros((num_experts, num_adapters), dtype=torch.long)  # of each pair's rows
         end = 0
         for run in runs:
-            num_pairs, each = run.num_experts * num_owners, run.rows_each // num_owners
+            num_pairs, each = run.num_experts * num_adapters, run.rows_each // num_adapters
             starts[run.first : run.first + run.num_experts] = (
                 end + each * torch.arange(num_pairs)
-            ).view(-1, num_owners)
+            ).view(-1, num_adapters)
             end += num_pairs * each
         shift = starts.flatten().to(counts.device) - (counts.cumsum(0) - counts)
         place_S = torch.arange(len(order_S), device=order_S.device) + shift[pairs_S]
         padded_S = order_S.new_full((end,), num_tokens * top_k)
         padded_S[place_S] = order_S
-        return cls(padded_S, pairs_S, counts, num_tokens, top_k, runs, num_owners)
+        return cls(padded_S, pairs_S, counts, num_tokens, top_k, runs, num_adapters)
 
     @classmethod
     def pad(cls, experts_TK: torch.Tensor, num_experts: int) -> SortedRows:
         """Give every expert as many rows as the busiest has: one run, by fewer calls than a sort
-        and a plan, and none to be recorded wrongly (`sampling/replay.py`).
+        and a plan, and none to be recorded wrongly (`sampling/traced_step.py`).
         """
         num_tokens, top_k = experts_TK.shape
         experts_S = experts_TK.reshape(-1)
@@ -259,19 +259,19 @@ class AdjacentExperts:
     """
 
     def __init__(
-        self, sorted_rows: SortedRows, run: Run, rows: slice, *, num_owners: int = 1
+        self, sorted_rows: SortedRows, run: Run, rows: slice, *, num_adapters: int = 1
     ) -> None:
-        first, num = run.first * num_owners, run.num_experts * num_owners
-        self.experts, self._shape = slice(first, first + num), (num, run.rows_each // num_owners)
+        first, num = run.first * num_adapters, run.num_experts * num_adapters
+        self.experts, self._shape = slice(first, first + num), (num, run.rows_each // num_adapters)
         self.rows = rows
         self.tokens = sorted_rows.tokens_S[self.rows]
         self._made_of = sorted_rows, run
 
     @functools.cached_property
-    def owned(self) -> AdjacentExperts:
-        """The same rows by pair of expert and owner."""
+    def by_adapter(self) -> AdjacentExperts:
+        """The same rows by pair of expert and adapter."""
         sorted_rows, run = self._made_of
-        return AdjacentExperts(sorted_rows, run, self.rows, num_owners=sorted_rows.num_owners)
+        return AdjacentExperts(sorted_rows, run, self.rows, num_adapters=sorted_rows.num_adapters)
 
     def times(
         self, x_SK: torch.Tensor, w_EKN: torch.Tensor, out: torch.Tensor | None = None
@@ -323,18 +323,18 @@ class AdjacentExperts:
 class AllExperts:
     """All rows at once, by grouped products (`torch.nn.functional.grouped_mm`)."""
 
-    def __init__(self, sorted_rows: SortedRows, *, num_owners: int = 1) -> None:
+    def __init__(self, sorted_rows: SortedRows, *, num_adapters: int = 1) -> None:
         self.rows, self.tokens = slice(None), sorted_rows.tokens_S
-        self._sorted, self._num_owners = sorted_rows, num_owners
+        self._sorted, self._num_adapters = sorted_rows, num_adapters
         self._counts_E = sorted_rows.num_per_pair.view(
-            -1, sorted_rows.num_owners // num_owners
+            -1, sorted_rows.num_adapters // num_adapters
         ).sum(1)
         self._ends_E = self._counts_E.cumsum(0, dtype=torch.int32)
 
     @functools.cached_property
-    def owned(self) -> AllExperts:
-        """The same rows by pair of expert and owner."""
-        return AllExperts(self._sorted, num_owners=self._sorted.num_owners)
+    def by_adapter(self) -> AllExperts:
+        """The same rows by pair of expert and adapter."""
+        return AllExperts(self._sorted, num_adapters=self._sorted.num_adapters)
 
     def times(
         self, x_SK: torch.Tensor, w_EKN: torch.Tensor, out: torch.Tensor | None = None
@@ -358,7 +358,7 @@ class AllExperts:
         sum_TN.add_(self._sorted.sum_tokens(y_SN, sum_TN.dtype))
 
     def per_row(self, values_EN: torch.Tensor) -> torch.Tensor:
-        return values_EN[self._sorted.pairs_S // (self._sorted.num_owners // self._num_owners)]
+        return values_EN[self._sorted.pairs_S // (self._sorted.num_adapters // self._num_adapters)]
 
 
 def _read_counts(num_per_expert_E: torch.Tensor, num_rows: int) -> list[int]:
@@ -393,8 +393,8 @@ class FewTokens:
     the busiest has.
 
     On a CPU that is one product instead of one for each expert. It pays where most experts have a
-    token, or the whole stack is small. A recorded pass (`sampling/replay.py`) holds these decisions
-    for good, so they depend on the number of tokens alone.
+    token, or the whole stack is small. A recorded pass (`sampling/traced_step.py`) holds these
+    decisions for good, so they depend on the number of tokens alone.
     """
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorakit.config.auto import STAND_INS, auto_keys, with_values
 from lorakit.data.datamodule import DEFAULT_BATCH_SIZE
-from lorakit.data.examples import DataReport
+from lorakit.data.examples import DatasetReport
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import LoRAPlan
 from lorakit.lora.inject import plan as plan_lora
@@ -40,12 +40,12 @@ LEAST_STEPS = 100  # of a run of few rows, for which a step has fewer positions
 
 
 @dataclass(frozen=True)
-class Known:
+class RunFacts:
     """What choices are made from."""
 
     skeleton: Any
-    report: DataReport | None  # of the training rows; None where nobody has named any
-    val_report: DataReport | None
+    report: DatasetReport | None  # of the training rows; None where nobody has named any
+    val_report: DatasetReport | None
     accelerator: str
     precision: str
     there: int  # bytes that each process has
@@ -54,7 +54,7 @@ class Known:
 
 
 def choose(
-    config: Config, known: Known, say: Callable[[str], Any], earlier: Config | None = None
+    config: Config, known: RunFacts, say: Callable[[str], Any], earlier: Config | None = None
 ) -> tuple[Config, Config]:
     """Return ``config`` with a value for each ``auto``, and these values by their keys.
 
@@ -111,7 +111,7 @@ def _shown(value: Any) -> str:
     )
 
 
-def _plan(config: Config, known: Known, **changes: Any) -> LoRAPlan:
+def _plan(config: Config, known: RunFacts, **changes: Any) -> LoRAPlan:
     return plan_lora(known.skeleton, dataclasses.replace(build.build_spec(config), **changes))
 
 
@@ -124,7 +124,7 @@ def _as_in(folder: str) -> tuple[Config, str]:
     }, "as lora.init_from has them"
 
 
-def _choose_layout(config: Config, known: Known) -> tuple[Config, str]:
+def _choose_layout(config: Config, known: RunFacts) -> tuple[Config, str]:
     if any(target.outer for target in _plan(config, known).targets):
         return {
             "lora.expert_layout": SHARED_OUTER
@@ -132,7 +132,7 @@ def _choose_layout(config: Config, known: Known) -> tuple[Config, str]:
     return {"lora.expert_layout": PER_EXPERT}, "no experts to share a factor"
 
 
-def _choose_rank(config: Config, known: Known) -> tuple[Config, str]:
+def _choose_rank(config: Config, known: RunFacts) -> tuple[Config, str]:
     plans = {rank: _plan(config, known, rank=rank) for rank in RANKS}
     fitting = [rank for rank in RANKS if plans[rank].num_params * 2 <= FILE_BYTES] or [1]
     if known.report is None:
@@ -145,7 +145,7 @@ def _choose_rank(config: Config, known: Known) -> tuple[Config, str]:
             ),
         )
     report = known.report
-    tokens = report.num_trained_tokens * report.num_rows / max(1, report.num_rows_surveyed)
+    tokens = report.num_trained_tokens * report.num_rows / max(1, report.num_rows_profiled)
     needed = tokens / TOKENS_PER_PARAMETER
     enough = [rank for rank in fitting if plans[rank].num_params >= needed and rank >= LEAST_RANK]
     rank = min(enough, default=max(fitting))
@@ -166,7 +166,7 @@ def _choose_rank(config: Config, known: Known) -> tuple[Config, str]:
     )
 
 
-def _choose_batch(config: Config, known: Known, wanted: list[str]) -> tuple[Config, str]:
+def _choose_batch(config: Config, known: RunFacts, wanted: list[str]) -> tuple[Config, str]:
     """Positions at a time, and whether activations are kept: the fastest that fits, by the same
     plan as the run's own.
     """
@@ -198,7 +198,7 @@ def _choose_batch(config: Config, known: Known, wanted: list[str]) -> tuple[Conf
     )
 
 
-def _why_size(config: Config, known: Known, chosen: Config) -> str:
+def _why_size(config: Config, known: RunFacts, chosen: Config) -> str:
     """Why a micro-batch is not larger than it was ``chosen``."""
     if chosen["data.tokens_per_batch"] < _sizes(config, known)[0]["data.tokens_per_batch"]:
         return "the largest that fits"
@@ -208,12 +208,12 @@ def _why_size(config: Config, known: Known, chosen: Config) -> str:
     return f"of more than {_best_size(known):,} no product is faster"
 
 
-def _best_size(known: Known) -> int:
+def _best_size(known: RunFacts) -> int:
     """Positions of a micro-batch from which on the device's products are no faster."""
     return MICRO_BATCH["cpu" if known.accelerator == "cpu" else "cuda"]
 
 
-def row_positions(config: Config, report: DataReport | None) -> int:
+def row_positions(config: Config, report: DatasetReport | None) -> int:
     """Positions of the longest row, packed or not; of a pair both answers."""
     data, each = config["data"], 2 if is_of_pairs(config) else 1
     if data["packing"]:
@@ -222,7 +222,7 @@ def row_positions(config: Config, report: DataReport | None) -> int:
     return each * min(data["max_tokens"], longest or 1 << 62)
 
 
-def _candidates(config: Config, known: Known, wanted: list[str]) -> Iterator[Config]:
+def _candidates(config: Config, known: RunFacts, wanted: list[str]) -> Iterator[Config]:
     """What can be chosen, the fastest first."""
     checkpointing = "trainer.activation_checkpointing"
     sizes = _sizes(config, known) if "data.tokens_per_batch" in wanted else [{}]
@@ -237,7 +237,7 @@ def _candidates(config: Config, known: Known, wanted: list[str]) -> Iterator[Con
         yield from ({**size, checkpointing: True} for size in sizes)
 
 
-def _sizes(config: Config, known: Known) -> list[Config]:
+def _sizes(config: Config, known: RunFacts) -> list[Config]:
     """Sizes of a micro-batch, the largest first: halves of the device's best, or of what few
     rows have for a step.
     """
@@ -255,17 +255,17 @@ def _sizes(config: Config, known: Known) -> list[Config]:
     return [{tokens: row * (rows >> shift)} for shift in range(rows.bit_length())]
 
 
-def _positions_seen(config: Config, known: Known) -> int | None:
+def _positions_seen(config: Config, known: RunFacts) -> int | None:
     """Tokens of all epochs; None where nobody knows. A limit by ``trainer.max_steps`` makes no
     step smaller.
     """
     report, epochs = known.report, config["data"]["epochs"]
     if report is None or epochs is None:
         return None
-    return round(report.num_tokens * report.num_rows / max(1, report.num_rows_surveyed) * epochs)
+    return round(report.num_tokens * report.num_rows / max(1, report.num_rows_profiled) * epochs)
 
 
-def _bytes_of(config: Config, known: Known) -> int | None:
+def _bytes_of(config: Config, known: RunFacts) -> int | None:
     """What the plan says that the run takes in each process: 0 where that is surely little, None
     where it is too much.
 
@@ -292,7 +292,7 @@ def _bytes_of(config: Config, known: Known) -> int | None:
     return total if total is not None and total <= WARN_SHARE * known.there else None
 
 
-def _choose_accumulation(config: Config, known: Known) -> tuple[Config, str]:
+def _choose_accumulation(config: Config, known: RunFacts) -> tuple[Config, str]:
     data = config["data"]
     positions = data["tokens_per_batch"] or (
         data["batch_size"] or DEFAULT_BATCH_SIZE

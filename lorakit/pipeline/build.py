@@ -49,10 +49,10 @@ from lorakit.model.load import (
     load_tokenizer,
     pieces_of,
 )
-from lorakit.pipeline.processes import agree, fingerprint, num_streams
-from lorakit.planner.sight import RowSizes
+from lorakit.pipeline.processes import check_equal_on_all_ranks, fingerprint, num_streams
+from lorakit.planner.fake_images import SampleShapes
 from lorakit.planner.step_plan import StepPlan
-from lorakit.strategy.watch import PhaseCallback
+from lorakit.strategy.heartbeat import PhaseCallback
 from lorakit.strategy.world import World
 from lorakit.training.module import LoRAModule
 from lorakit.training.precision import base_dtype, resolve_accelerator, resolve_precision
@@ -113,9 +113,9 @@ def check_new_tokens(datamodule: LoRADataModule, tokenizer: Any) -> None:
     ]:
         said = (
             f"model.add_tokens: {', '.join(map(repr, lost))} in none of the"
-            f" {report.num_rows_surveyed:,} rows looked at"
+            f" {report.num_rows_profiled:,} rows looked at"
         )
-        if report.num_rows_surveyed >= report.num_rows:
+        if report.num_rows_profiled >= report.num_rows:
             raise ConfigError(
                 f"{said}, so there is nothing to train; check the spelling, or leave it out"
             )
@@ -175,8 +175,8 @@ def build_step_plan(
     *,
     accelerator: str,
     precision: str,
-    rows: RowSizes | None = None,
-    val_rows: RowSizes | None = None,
+    rows: SampleShapes | None = None,
+    val_rows: SampleShapes | None = None,
 ) -> StepPlan:
     """The plan of a step's memory, with the optimiser of ``config``."""
     optimizer, _ = build_optimization(config, lr=1e-3, total_steps=1, precision=precision)
@@ -255,7 +255,9 @@ def build_model(config: Config, spec: LoRASpec, *, device: str, precision: str) 
         compile_layers(model)
     if spec.init_from:
         start_from(model, spec, base=base_name(settings["path"]))
-    agree(lambda: {"the adapter at the start": fingerprint(adapter_state(model))})
+    check_equal_on_all_ranks(
+        lambda: {"the adapter at the start": fingerprint(adapter_state(model))}
+    )
     return model
 
 

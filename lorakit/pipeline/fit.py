@@ -34,10 +34,10 @@ from lorakit.errors import CheckpointError, ConfigError, LorakitError
 from lorakit.lora.inject import LoRAPlan
 from lorakit.lora.state import adapter_state
 from lorakit.pipeline import build
-from lorakit.pipeline.prepare import Prepared, prepare
+from lorakit.pipeline.prepare import PreparedRun, prepare
 from lorakit.pipeline.printing import prompt_to_try, quote_prompt
 from lorakit.pipeline.processes import (
-    agree,
+    check_equal_on_all_ranks,
     check_world,
     describe_base,
     describe_config,
@@ -51,8 +51,15 @@ from lorakit.planner.step_plan import agree_on_memory
 from lorakit.runs.checkpoint import STATE_FILE, newest_whole, remove_behind
 from lorakit.runs.files import whole_folder
 from lorakit.runs.folder import History, Run, hold
-from lorakit.strategy.watch import FINISHED, PHASES
-from lorakit.strategy.world import World, current_world, gather, join, share, together
+from lorakit.strategy.heartbeat import FINISHED, PHASES
+from lorakit.strategy.world import (
+    World,
+    all_gather_object,
+    broadcast_object,
+    current_world,
+    join,
+    raise_on_any_rank,
+)
 from lorakit.sweep.pruning import Pruning
 from lorakit.training.module import LoRAModule
 from lorakit.weights.adapter import active_config, write_adapter
@@ -64,7 +71,7 @@ _RUNS = itertools.count()  # of this process
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """What a run leaves behind."""
 
     run: Run
@@ -85,7 +92,7 @@ def train_run(
     command: str = "",
     overrides: Sequence[str] = (),
     console: Console | None = None,
-) -> Outcome:
+) -> RunResult:
     """Train as the resolved ``config`` says and return what came of it. Raises LorakitError."""
     # with the process, or with the job of a sweep
     began = time.time() if next(_RUNS) else psutil.Process().create_time()
@@ -100,17 +107,17 @@ def train_run(
             watched=True,
         )
         silence(world)
-        agree(lambda: describe_program() | describe_config(config))
+        check_equal_on_all_ranks(lambda: describe_program() | describe_config(config))
     console = (
-        (console or Console(soft_wrap=True)) if world.is_first else Console(file=io.StringIO())
+        (console or Console(soft_wrap=True)) if world.is_rank_zero else Console(file=io.StringIO())
     )
     # of this job, not of the sweep's last one
     torch.set_num_threads(config["trainer"]["threads"] or DEFAULT_THREADS)
     there = agree_on_memory(config["plan"]["memory_gb"], accelerator, world)
-    prepared = together(
+    prepared = raise_on_any_rank(
         lambda: prepare(config, world, there, accelerator, precision, experiment, console)
     )
-    agree(
+    check_equal_on_all_ranks(
         lambda: (
             {"the rows": prepared.datamodule.fingerprint, "total steps": str(prepared.total_steps)}
             | {"the strategy": str(prepared.config["strategy"])}
@@ -118,13 +125,13 @@ def train_run(
             | describe_base(prepared.config["model"])
         )
     )
-    run, resumes = together(
+    run, resumes = raise_on_any_rank(
         lambda: _open_run(config, prepared, experiment, command, list(overrides))
     )
     if resumes:
         run = run.update(command=command or run.info.get("command"))  # the way it goes on now
         prepared = _with_window_of(run, prepared, world, console)
-    lock = hold(run) if world.is_first else contextlib.nullcontext()
+    lock = hold(run) if world.is_rank_zero else contextlib.nullcontext()
     run = run.update(formats=prepared.datamodule.source.formats)
     if run.writes and prepared.datamodule.chat_template:  # the file may change, or go
         run.chat_template.write_text(prepared.tokenizer.chat_template, encoding="utf-8")
@@ -167,8 +174,8 @@ def _where(world: World) -> str:
     """How many processes there are, and on which machines where these are several; the others
     say whom they follow.
     """
-    hosts = list(dict.fromkeys(gather(socket.gethostname())))
-    if len(hosts) > 1 and world.local_rank == 0 and not world.is_first:
+    hosts = list(dict.fromkeys(all_gather_object(socket.gethostname())))
+    if len(hosts) > 1 and world.local_rank == 0 and not world.is_rank_zero:
         print(
             f"lorakit: {world.describe()} follows rank 0 on {hosts[0]}, which tells what is done",
             file=sys.stderr,
@@ -180,13 +187,17 @@ def _where(world: World) -> str:
 
 
 def _open_run(
-    config: dict[str, Any], prepared: Prepared, experiment: str, command: str, overrides: list[str]
+    config: dict[str, Any],
+    prepared: PreparedRun,
+    experiment: str,
+    command: str,
+    overrides: list[str],
 ) -> tuple[Run, bool]:
     """The run, which the first process chooses for all, and whether it continues. Raises
     LorakitError.
     """
     world, found, problem = current_world(), None, None
-    if world.is_first:
+    if world.is_rank_zero:
         try:
             found = choose_run(
                 config,
@@ -201,15 +212,15 @@ def _open_run(
             )
         except (LorakitError, OSError) as error:
             problem = error
-    found, problem = share((found, problem))
+    found, problem = broadcast_object((found, problem))
     if problem is not None:
         raise problem
     assert found is not None
     run, resumes = found
-    return Run(run.folder, run.info, writes=world.is_first), resumes
+    return Run(run.folder, run.info, writes=world.is_rank_zero), resumes
 
 
-def _with_window_of(run: Run, prepared: Prepared, world: World, console: Console) -> Prepared:
+def _with_window_of(run: Run, prepared: PreparedRun, world: World, console: Console) -> PreparedRun:
     """Give each process its share of the micro-batches that the run has in a step, however many
     processes it began with.
 
@@ -255,13 +266,15 @@ def _fit(
     run: Run,
     trainer: L.Trainer,
     module: LoRAModule,
-    prepared: Prepared,
+    prepared: PreparedRun,
     *,
     resumes: bool,
     console: Console,
-) -> Outcome:
+) -> RunResult:
     datamodule, total_steps = prepared.datamodule, prepared.total_steps
-    state, began_at = share(_clear_for(run, resumes, console) if run.writes else (None, 0))
+    state, began_at = broadcast_object(
+        _clear_for(run, resumes, console) if run.writes else (None, 0)
+    )
     figures: dict[str, Any] = dict.fromkeys(
         ("step", "loss", "val_loss", "adapter_bytes", "tokens_per_second", "steps_since_start")
     )
@@ -313,7 +326,7 @@ def _fit(
         cuts=vars(datamodule.train_examples.cuts),
         skipped_rows=datamodule.train_examples.num_skipped + datamodule.source.num_skipped,
     )
-    outcome = Outcome(
+    outcome = RunResult(
         run,
         module,
         datamodule,
@@ -391,7 +404,7 @@ def _find_callback(trainer: Any, kind: type[Found]) -> Found | None:
 
 
 def _print_end(
-    outcome: Outcome,
+    outcome: RunResult,
     trainer: L.Trainer,
     metrics: dict[str, float],
     began_at: int,

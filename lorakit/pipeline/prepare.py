@@ -20,7 +20,7 @@ from lorakit.model.families import packing_is_doubtful
 from lorakit.model.load import base_name, load_config, load_skeleton
 from lorakit.pipeline import build
 from lorakit.pipeline.allocator import tune_allocator
-from lorakit.pipeline.autoconfig import Known, choose
+from lorakit.pipeline.autoconfig import RunFacts, choose
 from lorakit.pipeline.printing import print_data_report, warn_of_idle_settings
 from lorakit.pipeline.processes import num_streams
 from lorakit.pipeline.resume import find_run_to_resume
@@ -37,7 +37,7 @@ log = logging.getLogger("lorakit")
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRun:
     """What a run knows before it has a folder."""
 
     config: dict[str, Any]
@@ -60,7 +60,7 @@ def prepare(
     precision: str,
     experiment: str,
     console: Console,
-) -> Prepared:
+) -> PreparedRun:
     """Read and check everything that costs seconds. Raises LorakitError."""
     root, kept = Path(config["paths"]["runs"]).expanduser(), config["checkpoint"]
     if problem := find_write_problem(root / "a run"):
@@ -78,7 +78,7 @@ def prepare(
     print_data_report(datamodule, console)
     retain = build.build_retain(config)
     skeleton, model_config = _load_shapes(config)
-    known = Known(
+    known = RunFacts(
         skeleton,
         datamodule.report,
         datamodule.val_report,
@@ -164,7 +164,7 @@ def prepare(
         "optim.lr": lr,
         **chosen,
     }
-    return Prepared(
+    return PreparedRun(
         config, datamodule, tokenizer, spec, planned, lr, total_steps, is_estimate, retain, resolved
     )
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorakit.data.datamodule import LoRADataModule
-from lorakit.data.examples import DataReport
+from lorakit.data.examples import DatasetReport
 from lorakit.data.read.columns import explain_unused
 from lorakit.data.read.rows import Chat, PromptCompletion
 
@@ -38,9 +38,9 @@ def print_data_report(
         console.print(_histogram(datamodule.report))
 
 
-def _print_one(label: str, where: str, report: DataReport, console: Console) -> None:
-    is_part = report.num_rows_surveyed < report.num_rows
-    scope = f" (figures from the first {report.num_rows_surveyed:,})" if is_part else ""
+def _print_one(label: str, where: str, report: DatasetReport, console: Console) -> None:
+    is_part = report.num_rows_profiled < report.num_rows
+    scope = f" (figures from the first {report.num_rows_profiled:,})" if is_part else ""
     images = (
         f", {report.num_images:,} images of {report.num_image_tokens:,} tokens"
         if report.num_images
@@ -72,7 +72,7 @@ def _print_one(label: str, where: str, report: DataReport, console: Console) -> 
         )
 
 
-def _print_shares(report: DataReport, console: Console) -> None:
+def _print_shares(report: DatasetReport, console: Console) -> None:
     """What each of several sources gives to training."""
     total = sum(share.trained_per_epoch for share in report.shares.values()) or 1.0
     for name, share in report.shares.items():
@@ -84,7 +84,7 @@ def _print_shares(report: DataReport, console: Console) -> None:
         )
 
 
-def warnings_of(report: DataReport, datamodule: LoRADataModule) -> list[str]:
+def warnings_of(report: DatasetReport, datamodule: LoRADataModule) -> list[str]:
     """What about the data is likely not meant so."""
     found = []
     if report.num_without_stop:
@@ -155,7 +155,7 @@ def warn_of_idle_settings(
         )
 
 
-def _histogram(report: DataReport) -> Table:
+def _histogram(report: DatasetReport) -> Table:
     table = Table(title="tokens per example", title_justify="left", box=None, show_header=False)
     bins = report.histogram()
     largest = max(count for *_, count in bins)

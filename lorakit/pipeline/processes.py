@@ -16,8 +16,8 @@ import lorakit
 from lorakit.errors import ConfigError, report
 from lorakit.model.load import load_config, needed_files
 from lorakit.runs.folder import flatten, installed_packages
-from lorakit.strategy.watch import take_fault
-from lorakit.strategy.world import World, current_world, gather, is_shared
+from lorakit.strategy.heartbeat import take_fault
+from lorakit.strategy.world import World, all_gather_object, current_world, is_distributed
 from lorakit.training.precision import resolve_accelerator
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def resume_if_restarted(config: Config) -> Config:
     count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if not count:
         return config
-    if current_world().is_first:
+    if current_world().is_rank_zero:
         most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "?")
         log.warning("restart %d of %s: %s", count, most, take_fault() or "a process has died")
     return {**config, "resume": "auto"}
@@ -109,11 +109,11 @@ def num_streams(config: Config, world: World) -> int:
 
 def silence(world: World) -> None:
     """Let the first process speak for all."""
-    if not world.is_first:
+    if not world.is_rank_zero:
         logging.getLogger("lorakit").setLevel(logging.ERROR)
 
 
-def agree(find_facts: Callable[[], Mapping[str, str]]) -> None:
+def check_equal_on_all_ranks(find_facts: Callable[[], Mapping[str, str]]) -> None:
     """Compare what ``find_facts`` returns over all processes, which call this together; one alone
     has nothing to compare.
 
@@ -121,9 +121,9 @@ def agree(find_facts: Callable[[], Mapping[str, str]]) -> None:
         ConfigError: they differ; the message, the same in all, names each that does, with its
             values and who has them.
     """
-    if not is_shared():
+    if not is_distributed():
         return
-    everyone = gather((current_world().describe(), dict(find_facts())))
+    everyone = all_gather_object((current_world().describe(), dict(find_facts())))
     problems = []
     for name in sorted({name for _, theirs in everyone for name in theirs}):
         holders: dict[str, list[str]] = {}

@@ -97,14 +97,14 @@ def _changed_plans(plan: StepPlan, num_processes: int) -> Iterator[tuple[list[st
         yield made, plan  # under another strategy
     changes = _changes(plan.config, plan.planned, plan.accelerator)
     # it is what takes most
-    is_first = plan.evaluation_bytes > plan.trace.activations + plan.trace.head
+    is_rank_zero = plan.evaluation_bytes > plan.trace.activations + plan.trace.head
     for one in plan.passes:
         change = (
             ("callbacks.samples.num_prompts", 1)
             if one.num_kept
             else ("data.val_batch_size", "null")
         )
-        changes.insert(0 if is_first else len(changes), change)
+        changes.insert(0 if is_rank_zero else len(changes), change)
     for key, value in changes:
         made = [text for text in made if not text.startswith(f"{key}=")] + [f"{key}={value}"]
         config = with_overrides(plan.config, made)

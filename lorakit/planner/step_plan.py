@@ -17,10 +17,11 @@ from rich.console import Console
 from lorakit.config.instantiate import import_target
 from lorakit.config.paths import conf_dir
 from lorakit.data.datamodule import DEFAULT_BATCH_SIZE
-from lorakit.data.examples import DataReport
+from lorakit.data.examples import DatasetReport
 from lorakit.lora.inject import LoRAPlan
 from lorakit.loss.inputs import inputs_of
 from lorakit.model.vision import find_tower
+from lorakit.planner.fake_images import SampleShapes
 from lorakit.planner.memory import (
     ONEDNN_BYTES,
     STRATEGIES,
@@ -31,10 +32,9 @@ from lorakit.planner.memory import (
     memory_there,
     rough_bound,
 )
-from lorakit.planner.sight import RowSizes
 from lorakit.planner.trace import StepShape, StepTrace, keeps_scores, trace_forward, trace_step
 from lorakit.sampling.generate import MAX_BATCH
-from lorakit.strategy.world import World, current_world, gather
+from lorakit.strategy.world import World, all_gather_object, current_world
 from lorakit.training.precision import base_dtype
 
 log = logging.getLogger("lorakit")
@@ -65,12 +65,12 @@ class StepPlan:
         accelerator: str,
         precision: str,
         optimizer: Callable[..., torch.optim.Optimizer],
-        rows: RowSizes | None = None,
-        val_rows: RowSizes | None = None,
+        rows: SampleShapes | None = None,
+        val_rows: SampleShapes | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.config, self.skeleton, self.planned = config, skeleton, planned
-        self.rows, self.val_rows = rows or RowSizes(), val_rows or RowSizes()
+        self.rows, self.val_rows = rows or SampleShapes(), val_rows or SampleShapes()
         self.accelerator = "cpu" if accelerator == "cpu" else "cuda"
         self.shape = step_shape(
             config, accelerator=self.accelerator, precision=precision, rows=self.rows
@@ -192,16 +192,16 @@ def _at_work() -> contextlib.AbstractContextManager[Any]:
     """A sign of life on a terminal: tracing a model of 30 billion parameters takes some twenty
     seconds.
     """
-    if not current_world().is_first:
+    if not current_world().is_rank_zero:
         return contextlib.nullcontext()
     return Console(stderr=True).status("planning memory: going through a step without weights …")
 
 
 def step_shape(
-    config: Config, *, accelerator: str, precision: str, rows: RowSizes | None = None
+    config: Config, *, accelerator: str, precision: str, rows: SampleShapes | None = None
 ) -> StepShape:
     """The largest micro-batch that a run of ``config`` will see."""
-    data, trainer, rows = config["data"], config["trainer"], rows or RowSizes()
+    data, trainer, rows = config["data"], config["trainer"], rows or SampleShapes()
     num_positions = data["pack_tokens"] or data["max_tokens"] * (2 if is_of_pairs(config) else 1)
     if not data["packing"]:
         num_positions = min(data["max_tokens"], rows.longest or 1 << 62)
@@ -244,7 +244,7 @@ class Pass:
     num_kept: int = 0
 
 
-def passes_without_gradients(config: Config, training: StepShape, rows: RowSizes) -> list[Pass]:
+def passes_without_gradients(config: Config, training: StepShape, rows: SampleShapes) -> list[Pass]:
     """Return the evaluation and the sampling of a run of ``config``, those of them that have more
     positions than a step.
 
@@ -273,7 +273,7 @@ def passes_without_gradients(config: Config, training: StepShape, rows: RowSizes
 
 
 def _without_gradients(
-    training: StepShape, rows: RowSizes, num_rows: int, num_positions: int, parts: int
+    training: StepShape, rows: SampleShapes, num_rows: int, num_positions: int, parts: int
 ) -> StepShape:
     return dataclasses.replace(
         training,
@@ -285,22 +285,22 @@ def _without_gradients(
     )
 
 
-def row_sizes(report: DataReport | None) -> RowSizes:
+def row_sizes(report: DatasetReport | None) -> SampleShapes:
     """What ``report`` says of its rows."""
     if report is None:
-        return RowSizes()
-    count = report.num_examples if report.num_rows_surveyed >= report.num_rows else None
-    return RowSizes(report.longest, report.largest_image, report.image_share, count)
+        return SampleShapes()
+    count = report.num_examples if report.num_rows_profiled >= report.num_rows else None
+    return SampleShapes(report.longest, report.largest_image, report.image_share, count)
 
 
-def row_sizes_without_data(config: Config, skeleton: Any) -> RowSizes:
+def row_sizes_without_data(config: Config, skeleton: Any) -> SampleShapes:
     """Of rows that nobody has named yet: full of images of ``data.max_pixels``, where that is
     set and the model takes images.
     """
     most, vision = config["data"]["max_pixels"], getattr(skeleton.config, "vision_config", None)
     if not most or vision is None or find_tower(skeleton) is None:
-        return RowSizes()
-    return RowSizes(
+        return SampleShapes()
+    return SampleShapes(
         largest_image=max(1, most // (vision.patch_size * vision.spatial_merge_size) ** 2)
     )
 
@@ -324,7 +324,7 @@ def agree_on_memory(gigabytes: float | None, accelerator: str, world: World) -> 
     """
     if gigabytes:
         return round(gigabytes * 1e9)
-    return min(gather(memory_there(accelerator, world.local_size)))
+    return min(all_gather_object(memory_there(accelerator, world.local_size)))
 
 
 def name_of(strategy: Config) -> str:

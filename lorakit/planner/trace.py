@@ -41,7 +41,7 @@ from lorakit.loss.head import BLOCK_BYTES
 from lorakit.loss.logprobs import trust_head
 from lorakit.model.layers import enable_checkpointing
 from lorakit.model.vision import is_tower_needed
-from lorakit.planner.sight import images_without_values, pick_of_images, sizes_known
+from lorakit.planner.fake_images import images_without_values, pick_of_images, sizes_known
 from lorakit.training.step import compute_loss
 from lorakit.types import Batch
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.data.display import decode
-from lorakit.data.examples import DataReport
+from lorakit.data.examples import DatasetReport
 from lorakit.data.render.renderer import PlacedImage, Rendered
 
 MAX_SIDE = 480  # pixels of an image in the page
@@ -96,10 +96,10 @@ def _summary(datamodule: LoRADataModule) -> str:
     """
     report = datamodule.report
     assert report is not None
-    looked = f" of {report.num_rows:,}" if report.num_rows_surveyed < report.num_rows else ""
+    looked = f" of {report.num_rows:,}" if report.num_rows_profiled < report.num_rows else ""
     how = "packed rows" if datamodule.packing else "batches"
     figures = [
-        (f"{report.num_rows_surveyed:,}{looked}", "rows"),
+        (f"{report.num_rows_profiled:,}{looked}", "rows"),
         (f"{report.num_examples:,}", "examples"),
         (f"{report.num_tokens:,}", "tokens"),
         (f"{report.trained_share:.1%}", "of them trained"),
@@ -117,7 +117,7 @@ def _summary(datamodule: LoRADataModule) -> str:
     return f'<div class="figures">{cells}</div>{_histogram(report)}{_sources(report)}'
 
 
-def _histogram(report: DataReport) -> str:
+def _histogram(report: DatasetReport) -> str:
     bins = report.histogram(40)
     most = max(count for *_, count in bins)
     bars = ""
@@ -133,7 +133,7 @@ def _histogram(report: DataReport) -> str:
     )
 
 
-def _sources(report: DataReport) -> str:
+def _sources(report: DatasetReport) -> str:
     total = sum(share.trained_per_epoch for share in report.shares.values()) or 1.0
     lines = "".join(
         f'<tr><td>{html.escape(name)}</td><td class="number">{share.num_rows:,}</td>'

@@ -125,7 +125,7 @@ class KVCache:
             for tensor in tensors.values():
                 tensor[list(targets), :, :num_tokens] = tensor[source, :, :num_tokens]
 
-    # ---- for recorded passes (`sampling/replay.py`)
+    # ---- for recorded passes (`sampling/traced_step.py`)
 
     def step_kind(self) -> Hashable | None:
         """What is the same in all passes of one token for each row that a recording stands for;
@@ -151,7 +151,7 @@ class KVCache:
         ]
 
     @contextlib.contextmanager
-    def lent(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    def static_inputs(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
         """Within it these stand in the place of ``step_tensors``."""
         before = self._rows_B, self._lengths_B, self._masks, self.keys, self.values
         rest = iter(tensors)

@@ -18,9 +18,9 @@ from lorakit.data.images import ImageEncoder
 from lorakit.errors import ConfigError
 from lorakit.model.attention import attending_by_document
 from lorakit.sampling.check import decoding_problem
-from lorakit.sampling.ending import end_token_ids, stop_strings
 from lorakit.sampling.request import Request, read_prompt
 from lorakit.sampling.sampler import Sampler
+from lorakit.sampling.stop_condition import end_token_ids, stop_strings
 from lorakit.types import ModelInput, Sample, SamplingParams
 
 log = logging.getLogger("lorakit")

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from lorakit.loss.head import Head, all_logits, best_logprobs, head_logprobs
-from lorakit.sampling.pick import Picker, sample_key
-from lorakit.sampling.request import Request, Running
+from lorakit.sampling.request import Request, RunningRequest
+from lorakit.sampling.token_sampler import TokenSampler, sample_key
 from lorakit.types import TensorData
 
 
 def score_prompt(
-    running: Running, hidden_NH: torch.Tensor, head: Head, vocab_size: int, *, by_token: bool
+    running: RunningRequest, hidden_NH: torch.Tensor, head: Head, vocab_size: int, *, by_token: bool
 ) -> None:
     """Keep in ``running`` what its request asks.
 
@@ -60,10 +60,10 @@ def _draw_alternatives(
         logits = all_logits(hidden_NH[first : places.stop], head)
         for draw in range(request.num_alternatives):
             key = sample_key(request.params.seed or 0, -1 - draw)  # no sample's
-            picker = Picker(
+            token_sampler = TokenSampler(
                 [request.params] * len(places), [key] * len(places), 0, hidden_NH.device
             )
-            picked = picker.pick(logits.clone(), list(places))
+            picked = token_sampler.pick(logits.clone(), list(places))
             tokens[first : places.stop, draw] = picked.tokens.cpu().numpy()
             logprobs[first : places.stop, draw] = picked.logprobs.cpu().numpy()
     return TensorData(tokens), TensorData(logprobs)

@@ -16,8 +16,8 @@ from lorakit.data.batch.collate import stack_images
 from lorakit.data.images import ImageEncoder
 from lorakit.errors import DataError, report
 from lorakit.lora.bank import Adapter
-from lorakit.sampling.ending import Ending
-from lorakit.sampling.pick import Picked, sample_key
+from lorakit.sampling.stop_condition import StopCondition
+from lorakit.sampling.token_sampler import SampledTokens, sample_key
 from lorakit.types import (
     ImageChunk,
     Images,
@@ -98,7 +98,7 @@ class Request:
     # prompt's log-probabilities for so many of its last tokens alone; None for all
     last_n: int | None = None
     done: Callable[[SampleResponse | BaseException], Any] | None = None
-    each: Callable[[Row], Any] | None = None  # is told of each new token
+    each: Callable[[SampledSequence], Any] | None = None  # is told of each new token
     is_cancelled: bool = False  # whoever asked does not wait any more; may be set from any thread
 
     def __post_init__(self) -> None:
@@ -204,11 +204,11 @@ def _is_number(value: Any) -> bool:
 
 
 @dataclass(eq=False)
-class Running:
+class RunningRequest:
     """A request that was accepted."""
 
     request: Request
-    ending: Ending
+    stop_condition: StopCondition
     max_tokens: int  # to generate
     samples: list[Sample | None] = field(default_factory=list)
     prompt_logprobs: list[float | None] | None = None
@@ -236,10 +236,10 @@ class Running:
 
 
 @dataclass(eq=False)
-class Row:
+class SampledSequence:
     """One sample that is being generated."""
 
-    running: Running
+    running: RunningRequest
     number: int
     key: int  # of its random numbers
     length: int  # tokens in the cache
@@ -249,7 +249,7 @@ class Row:
     stop_reason: str = ""
 
     @classmethod
-    def of(cls, running: Running, number: int) -> Row:
+    def of(cls, running: RunningRequest, number: int) -> SampledSequence:
         request = running.request
         return cls(
             running,
@@ -264,7 +264,7 @@ class Row:
         self.logprobs.append(logprob)
         if best is not None:
             self.best.append(best)
-        if self.running.ending.is_reached(self.tokens):
+        if self.running.stop_condition.is_reached(self.tokens):
             self.stop_reason = "stop"
         elif len(self.tokens) >= self.running.max_tokens:
             self.stop_reason = "length"
@@ -274,12 +274,12 @@ class Row:
 
     def sample(self) -> Sample:
         """What has come of it."""
-        text = self.running.ending.text(self.tokens, is_stopped=self.stop_reason == "stop")
+        text = self.running.stop_condition.text(self.tokens, is_stopped=self.stop_reason == "stop")
         best = self.best if self.running.request.num_best else None
         return Sample(self.tokens, text, self.stop_reason, self.logprobs, best)
 
 
-def best_of_row(picked: Picked, wanted: list[int]) -> list[list[tuple[int, float]] | None]:
+def best_of_row(picked: SampledTokens, wanted: list[int]) -> list[list[tuple[int, float]] | None]:
     """The candidates that each row asked for, best first."""
     if picked.best is None:
         return [None] * len(wanted)

@@ -17,18 +17,18 @@ import numpy as np
 import torch
 
 from lorakit.errors import ConfigError, DataError
-from lorakit.lora.bank import Adapter, AdapterBank, Mix
+from lorakit.lora.bank import Adapter, AdapterBank, AdapterBatch
 from lorakit.lora.grouped import FewTokens, having
 from lorakit.loss.head import Head, all_logits, as_head_adapters
 from lorakit.loss.logprobs import hidden_states
 from lorakit.model.attention import cached_attention, packed_documents
 from lorakit.model.families import steady_positions
 from lorakit.sampling.cache import KVCache, rounded, wasted_tokens
-from lorakit.sampling.ending import Ending, end_token_ids
-from lorakit.sampling.pick import Picked, Picker
 from lorakit.sampling.prompt_scores import score_prompt
-from lorakit.sampling.replay import Replayer
-from lorakit.sampling.request import Request, Row, Running, Shown, best_of_row
+from lorakit.sampling.request import Request, RunningRequest, SampledSequence, Shown, best_of_row
+from lorakit.sampling.stop_condition import StopCondition, end_token_ids
+from lorakit.sampling.token_sampler import SampledTokens, TokenSampler
+from lorakit.sampling.traced_step import TracedStep
 from lorakit.types import Images
 
 # who joins are a 16th of the rows at work or more, or have waited for so many steps
@@ -41,10 +41,10 @@ MAX_PREFILL_TOKENS = 8192  # of prompts at a time; a longer one comes alone
 
 
 @dataclass(frozen=True)
-class _Joining:
+class WaitingSequence:
     """Samples of a request that want rows; none where only the prompt is to be scored."""
 
-    running: Running
+    running: RunningRequest
     numbers: range
 
 
@@ -80,11 +80,11 @@ class Sampler:
         self.cache = KVCache()
         self.num_forwards = self.num_generated = 0
         self._steps_waited = 0  # by those who could join
-        self._replayer, self._few_tokens = Replayer(model), FewTokens()
-        self._last_mix: Mix | None = None
+        self._traced_step, self._few_tokens = TracedStep(model), FewTokens()
+        self._last_adapter_batch: AdapterBatch | None = None
         self._last_head: Head | None = None  # as the last pass that was not replayed found it
-        self._waiting: collections.deque[_Joining] = collections.deque()
-        self._rows: list[Row] = []
+        self._waiting: collections.deque[WaitingSequence] = collections.deque()
+        self._rows: list[SampledSequence] = []
         self._end_ids = end_token_ids(model, tokenizer)
         config = model.config.get_text_config()
         self._vocab_size, self._limit = (
@@ -96,7 +96,9 @@ class Sampler:
         self._has_grid = "mrope_section" in (
             getattr(config, "rope_parameters", None) or {}
         )  # positions are places in images, too
-        self._settled: tuple[Picker, Mix | None] | None = None  # what depends on who has which row
+        self._settled: tuple[TokenSampler, AdapterBatch | None] | None = (
+            None  # what depends on who has which row
+        )
 
     def add(self, request: Request) -> None:
         """Let ``request`` join at the next step. Raises DataError where the model cannot take
@@ -113,11 +115,11 @@ class Sampler:
         max_tokens = (
             most if request.params.max_tokens is None else min(request.params.max_tokens, most)
         )
-        running = Running(
-            request, Ending(request.params, self.tokenizer, self._end_ids), max_tokens
+        running = RunningRequest(
+            request, StopCondition(request.params, self.tokenizer, self._end_ids), max_tokens
         )
         if not max_tokens:
-            self._waiting.append(_Joining(running, range(0)))
+            self._waiting.append(WaitingSequence(running, range(0)))
             return
         running.samples = [None] * request.num_samples
         each = max(
@@ -126,7 +128,7 @@ class Sampler:
         )
         for first in range(0, request.num_samples, each):
             self._waiting.append(
-                _Joining(running, range(first, min(first + each, request.num_samples)))
+                WaitingSequence(running, range(first, min(first + each, request.num_samples)))
             )
 
     @property
@@ -144,7 +146,7 @@ class Sampler:
             )
         }
         self._waiting.clear()
-        self._rows, self._settled, self._last_mix = [], None, None
+        self._rows, self._settled, self._last_adapter_batch = [], None, None
         self.cache.clear()
         for one in running.values():
             one.answer(error)
@@ -167,15 +169,15 @@ class Sampler:
             self._decode()
         if not self.is_busy:
             self.cache.clear()
-            self._last_mix = None  # it holds adapters
+            self._last_adapter_batch = None  # it holds adapters
 
     # ---- joining
 
-    def _next_to_join(self) -> list[_Joining]:
+    def _next_to_join(self) -> list[WaitingSequence]:
         """Take those that join now out of those that wait: none before they are enough to be
         worth a pass, or have waited for long.
         """
-        joining: list[_Joining] = []
+        joining: list[WaitingSequence] = []
         num_rows, num_tokens, room = (
             len(self._rows),
             0,
@@ -214,12 +216,16 @@ class Sampler:
         self._steps_waited = 0
         return joining
 
-    def _prefill(self, joining: Sequence[_Joining]) -> None:
+    def _prefill(self, joining: Sequence[WaitingSequence]) -> None:
         """Compute the prompts, each once however many ask the same, and give every sample its
         row and first token.
         """
         device, first = self.model.device, len(self._rows)
-        rows = [Row.of(entry.running, number) for entry in joining for number in entry.numbers]
+        rows = [
+            SampledSequence.of(entry.running, number)
+            for entry in joining
+            for number in entry.numbers
+        ]
         prompts: dict[_Key, list[int]] = {}  # -> rows; that of a scored one may be none
         shown: dict[_Key, Shown | None] = {}
         row = first
@@ -255,7 +261,7 @@ class Sampler:
             torch.tensor([[token for prompt in tokens for token in prompt]], device=device),
             self._positions_of_prompts(lengths, list(shown.values())),
             list(spans.values()),
-            self._mix_of([adapter_of[key.adapter] for key in prompts], lengths),
+            self._adapter_batch_of([adapter_of[key.adapter] for key in prompts], lengths),
             [one.images for one in shown.values() if one is not None],
         )
         for key, places in prompts.items():
@@ -267,8 +273,10 @@ class Sampler:
             last = torch.tensor([spans[_key_of(row.running)][2] - 1 for row in rows], device=device)
             self._rows += rows
             self._settled = None
-            picker, mix = self._settle(rows)
-            self._pick(rows, picker, self._logits(hidden_TH[last], head, mix), first)
+            token_sampler, adapter_batch = self._settle(rows)
+            self._pick(
+                rows, token_sampler, self._logits(hidden_TH[last], head, adapter_batch), first
+            )
 
     def _positions_of_prompts(
         self, lengths: Sequence[int], shown: Sequence[Shown | None]
@@ -295,35 +303,45 @@ class Sampler:
         moved_B = places_B + shifts_B.to(places_B.device)
         return torch.stack([places_B, moved_B, moved_B, moved_B])[:, :, None]
 
-    def _prefill_by_token(self, joining: Sequence[_Joining]) -> None:
+    def _prefill_by_token(self, joining: Sequence[WaitingSequence]) -> None:
         """Compute prompts as samples are generated."""
         for entry in joining:
             request, hidden = entry.running.request, []
             self.cache.reserve(1, len(request.prompt) + entry.running.max_tokens)
-            mix = self._mix_of([request.adapter], [1])
+            adapter_batch = self._adapter_batch_of([request.adapter], [1])
             for place, token in enumerate(request.prompt):
                 positions = self._positions_of_rows(
                     self.cache.decode([place], self.model.device), [None]
                 )
                 found, head = self._run(
-                    torch.tensor([[token]], device=self.model.device), positions, None, mix
+                    torch.tensor([[token]], device=self.model.device),
+                    positions,
+                    None,
+                    adapter_batch,
                 )
                 hidden.append(found)
             self._score_prompt(entry, torch.cat(hidden), head, (0, 0, len(hidden)))
             if entry.numbers:
-                self._rows = [Row.of(entry.running, entry.numbers[0])]
+                self._rows = [SampledSequence.of(entry.running, entry.numbers[0])]
                 self._settled = None
                 self._pick(
-                    self._rows, self._settle(self._rows)[0], self._logits(hidden[-1], head, mix), 0
+                    self._rows,
+                    self._settle(self._rows)[0],
+                    self._logits(hidden[-1], head, adapter_batch),
+                    0,
                 )
 
     def _score_prompt(
-        self, entry: _Joining, hidden_TH: torch.Tensor, head: Head, span: tuple[int, int, int]
+        self,
+        entry: WaitingSequence,
+        hidden_TH: torch.Tensor,
+        head: Head,
+        span: tuple[int, int, int],
     ) -> None:
         """Keep what is asked about the prompt itself."""
         running, request, (_, start, end) = entry.running, entry.running.request, span
         if request.is_of_prompt and (not entry.numbers or entry.numbers.start == 0):
-            head = self._head(head, self._mix_of([request.adapter], [end - 1 - start]))
+            head = self._head(head, self._adapter_batch_of([request.adapter], [end - 1 - start]))
             score_prompt(
                 running,
                 hidden_TH[start : end - 1],
@@ -342,16 +360,16 @@ class Sampler:
         if self._settled is None:
             self._sort()
         rows = self._rows
-        picker, mix = self._settled = self._settled or self._settle(rows)
+        token_sampler, adapter_batch = self._settled = self._settled or self._settle(rows)
         lengths = [row.length for row in rows]
         positions = self._positions_of_rows(
             self.cache.decode(lengths, device), [row.running.request.shown for row in rows]
         )
         tokens = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
-        hidden_BH, head = self._run(tokens, positions, None, mix)
+        hidden_BH, head = self._run(tokens, positions, None, adapter_batch)
         for row in rows:
             row.length += 1
-        self._pick(rows, picker, self._logits(hidden_BH, head, mix), 0)
+        self._pick(rows, token_sampler, self._logits(hidden_BH, head, adapter_batch), 0)
 
     def _sort(self) -> None:
         """Lay rows of like length beside one another, where that saves more than it costs."""
@@ -364,24 +382,30 @@ class Sampler:
             self.cache.permute(order)
             self._rows = [self._rows[row] for row in order]
 
-    def _settle(self, rows: Sequence[Row]) -> tuple[Picker, Mix | None]:
+    def _settle(self, rows: Sequence[SampledSequence]) -> tuple[TokenSampler, AdapterBatch | None]:
         requests = [row.running.request for row in rows]
         num_best = max(request.num_best for request in requests)
-        picker = Picker(
+        token_sampler = TokenSampler(
             [request.params for request in requests],
             [row.key for row in rows],
             num_best,
             self.model.device,
         )
-        return picker, self._mix_of([request.adapter for request in requests], [1] * len(rows))
+        return token_sampler, self._adapter_batch_of(
+            [request.adapter for request in requests], [1] * len(rows)
+        )
 
     def _pick(
-        self, rows: Sequence[Row], picker: Picker, logits_BV: torch.Tensor, first: int
+        self,
+        rows: Sequence[SampledSequence],
+        token_sampler: TokenSampler,
+        logits_BV: torch.Tensor,
+        first: int,
     ) -> None:
         """Pick a token for each of ``rows``, which begin with row ``first``, and let go those
         that end.
         """
-        picked: Picked = picker.pick(logits_BV, [len(row.tokens) for row in rows])
+        picked: SampledTokens = token_sampler.pick(logits_BV, [len(row.tokens) for row in rows])
         tokens, logprobs = picked.tokens.tolist(), picked.logprobs.tolist()
         best = best_of_row(picked, [row.running.request.num_best for row in rows])
         self.num_generated += len(rows)
@@ -412,13 +436,17 @@ class Sampler:
         tokens: torch.Tensor,
         positions: torch.Tensor,
         spans: list[tuple[int, int, int]] | None,
-        mix: Mix | None,
+        adapter_batch: AdapterBatch | None,
         images: Sequence[Images] = (),
     ) -> tuple[torch.Tensor, Head]:
         """Return what the unembedding is given, flattened to (T, H), and the unembedding.
         ``spans`` None: a token for each row.
         """
-        active = self.bank.active(mix) if self.bank and mix else contextlib.nullcontext()
+        active = (
+            self.bank.active(adapter_batch)
+            if self.bank and adapter_batch
+            else contextlib.nullcontext()
+        )
         few = self._few_tokens if spans is None else None
         self.num_forwards += 1
 
@@ -450,8 +478,8 @@ class Sampler:
                 hidden = model_pass(tokens, positions)
             else:
                 few.num_tokens = tokens.shape[0]
-                hidden = self._replayer.run(
-                    model_pass, tokens, positions, self.cache, mix, few.decisions
+                hidden = self._traced_step.run(
+                    model_pass, tokens, positions, self.cache, adapter_batch, few.decisions
                 )
             assert self._last_head is not None
             return hidden, self._last_head
@@ -460,7 +488,9 @@ class Sampler:
             hidden, head = self.run_pass(compute)
         return hidden.flatten(0, 1), head
 
-    def _mix_of(self, adapters: Sequence[Adapter | None], num_tokens: Sequence[int]) -> Mix | None:
+    def _adapter_batch_of(
+        self, adapters: Sequence[Adapter | None], num_tokens: Sequence[int]
+    ) -> AdapterBatch | None:
         """The adapters of a pass, of which each in turn has so many tokens."""
         if self.bank is None:
             return None
@@ -474,32 +504,36 @@ class Sampler:
                 for _ in range(count)
             ]
             owners = torch.tensor(numbers, device=self.model.device)
-        last = self._last_mix
+        last = self._last_adapter_batch
         if last is not None and [id(adapter) for adapter in last.adapters] == [
             id(adapter) for adapter in distinct
         ]:
-            self._last_mix = last.with_owners(owners)  # what lies side by side is not laid again
+            self._last_adapter_batch = last.with_adapter_ids(
+                owners
+            )  # what lies side by side is not laid again
         else:
-            self._last_mix = Mix(distinct, owners, like=last)
-        return self._last_mix
+            self._last_adapter_batch = AdapterBatch(distinct, owners, like=last)
+        return self._last_adapter_batch
 
-    def _head(self, head: Head, mix: Mix | None) -> Head:
-        """``head`` with what the adapters of ``mix`` have on it."""
-        if self.bank is None or mix is None:
+    def _head(self, head: Head, adapter_batch: AdapterBatch | None) -> Head:
+        """``head`` with what the adapters of ``adapter_batch`` have on it."""
+        if self.bank is None or adapter_batch is None:
             return head
         return replace(
             head,
             adapters=(
                 *head.adapters,
-                *as_head_adapters(self.bank.on_head(mix, head.weight_VH.dtype)),
+                *as_head_adapters(self.bank.on_head(adapter_batch, head.weight_VH.dtype)),
             ),
         )
 
-    def _logits(self, hidden_BH: torch.Tensor, head: Head, mix: Mix | None) -> torch.Tensor:
-        return all_logits(hidden_BH, self._head(head, mix))
+    def _logits(
+        self, hidden_BH: torch.Tensor, head: Head, adapter_batch: AdapterBatch | None
+    ) -> torch.Tensor:
+        return all_logits(hidden_BH, self._head(head, adapter_batch))
 
 
-def _room_of(running: Running) -> int:
+def _room_of(running: RunningRequest) -> int:
     """Tokens that each of its rows may come to have."""
     return rounded(len(running.request.prompt) + running.max_tokens)
 
@@ -512,7 +546,7 @@ class _Key(NamedTuple):
     images: bytes
 
 
-def _key_of(running: Running) -> _Key:
+def _key_of(running: RunningRequest) -> _Key:
     request = running.request
     return _Key(
         id(request.adapter), tuple(request.prompt), request.shown.key if request.shown else b""

@@ -13,8 +13,8 @@ from lorakit.data.batch.collate import collate
 from lorakit.data.images import ImageEncoder
 from lorakit.data.render.tokenizer import Encoder
 from lorakit.loss.logprobs import target_logprobs
-from lorakit.sampling.ending import stop_strings
 from lorakit.sampling.generate import generate
+from lorakit.sampling.stop_condition import stop_strings
 from lorakit.types import Datum, ModelInput, Sample, SamplingParams
 
 

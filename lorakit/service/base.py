@@ -14,7 +14,7 @@ import torch
 from lorakit.data.images import ImageEncoder
 from lorakit.errors import AdapterError, ConfigError, DataError
 from lorakit.lora.bank import AdapterBank
-from lorakit.lora.flat import AdapterLayout, plan_layout
+from lorakit.lora.flat_parameters import FlatParameters, plan_layout
 from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER, LoRASpec
 from lorakit.model.attention import attend_by_document
 from lorakit.model.load import (
@@ -48,7 +48,7 @@ class Base:
     sampling_problem: str | None = None  # why it cannot be sampled in rows
     _partitioned: Any = None  # strategy/partitioned.py:PartitionedBase
     images: ImageEncoder | None = None  # where it takes images
-    _layouts: dict[LoRASpec, AdapterLayout] = field(default_factory=dict)
+    _layouts: dict[LoRASpec, FlatParameters] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -173,7 +173,7 @@ class Base:
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
         return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
 
-    def layout(self, spec: LoRASpec) -> AdapterLayout:
+    def layout(self, spec: LoRASpec) -> FlatParameters:
         """Return where everything of an adapter of ``spec`` lies. Raises ConfigError where it
         matches nothing.
         """
@@ -181,7 +181,7 @@ class Base:
             self._layouts[spec] = plan_layout(self.model, spec, base_name=self.name)
         return self._layouts[spec]
 
-    def read_adapter(self, files: AdapterFiles) -> tuple[AdapterLayout, torch.Tensor]:
+    def read_adapter(self, files: AdapterFiles) -> tuple[FlatParameters, torch.Tensor]:
         """Return the layout and the numbers of any PEFT adapter in a folder. Raises AdapterError
         where it does not fit.
         """

@@ -15,10 +15,10 @@ from typing import Any, Self
 
 from lorakit.errors import ConfigError
 from lorakit.service.base import Base
+from lorakit.service.checkpoints import LOCAL_OWNER, SaveOptions
 from lorakit.service.core import Model, Service, Weights
+from lorakit.service.database import Checkpoint, Run
 from lorakit.service.futures import APIFuture
-from lorakit.service.saved import LOCAL_OWNER, SaveAs
-from lorakit.service.store import Checkpoint, Run
 from lorakit.types import (
     AdamParams,
     Datum,
@@ -87,7 +87,7 @@ class ServiceClient(_AsFuture):
                 path, accelerator=accelerator, precision=precision, strategy=strategy
             ),
             lora={"alpha": lora_alpha, "expert_layout": expert_layout},
-            replica_options={
+            worker_options={
                 "max_pass_tokens": max_pass_tokens,
                 "batch_invariant": batch_invariant,
             },
@@ -307,7 +307,7 @@ class TrainingClient(_AsFuture):
         user_metadata: Mapping[str, str] | None = None,
     ) -> APIFuture[SavedPath]:
         """Save weights and optimiser; ``.path`` of the result is what ``load_state`` takes."""
-        return self._save(SaveAs("weights", name, overwrite, ttl_seconds, user_metadata))
+        return self._save(SaveOptions("weights", name, overwrite, ttl_seconds, user_metadata))
 
     def save_weights_for_sampler(
         self,
@@ -317,10 +317,12 @@ class TrainingClient(_AsFuture):
     ) -> APIFuture[SavedPath]:
         """Save weights alone, a PEFT folder."""
         return self._save(
-            SaveAs("sampler_weights", name, ttl_seconds=ttl_seconds, user_metadata=user_metadata)
+            SaveOptions(
+                "sampler_weights", name, ttl_seconds=ttl_seconds, user_metadata=user_metadata
+            )
         )
 
-    def _save(self, wanted: SaveAs) -> APIFuture[SavedPath]:
+    def _save(self, wanted: SaveOptions) -> APIFuture[SavedPath]:
         return APIFuture(
             self._service.save(self._model, wanted), lambda saved: SavedPath(saved.path)
         )
@@ -350,15 +352,15 @@ class TrainingClient(_AsFuture):
     def get_info(self) -> ModelInfo:
         """Facts about the model, and what it has cost so far."""
         model, base = self._model, self._model.engine.base
-        usage, trainee = self._service.usage(model), model.made()
+        usage, training_state = self._service.usage(model), model.made()
         data = ModelData(str(base.model.config.model_type), model.base_model, base.name)
         return ModelInfo(
             data,
             model.id,
             model.base_model,
-            trainee.layout.spec.rank,
-            trainee.layout.num_params,
-            trainee.num_steps,
+            training_state.layout.spec.rank,
+            training_state.layout.num_params,
+            training_state.num_steps,
             usage.tokens,
             usage.seconds,
         )
@@ -483,17 +485,17 @@ class RestClient(_AsFuture):
         """The runs, those that were asked something last first, with the tokens and seconds that
         they have cost.
         """
-        return _done(self._service.store.runs(LOCAL_OWNER, limit=limit, offset=offset)[0])
+        return _done(self._service.database.runs(LOCAL_OWNER, limit=limit, offset=offset)[0])
 
     def get_training_run(self, training_run_id: str) -> APIFuture[Run]:
-        return _done(self._service.store.run(training_run_id, LOCAL_OWNER))
+        return _done(self._service.database.run(training_run_id, LOCAL_OWNER))
 
     def list_checkpoints(self, training_run_id: str) -> APIFuture[list[Checkpoint]]:
-        run = self._service.store.run(training_run_id, LOCAL_OWNER)
-        return _done(self._service.store.checkpoints([run.id]))
+        run = self._service.database.run(training_run_id, LOCAL_OWNER)
+        return _done(self._service.database.checkpoints([run.id]))
 
     def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
-        self._service.saved.delete(tinker_path, LOCAL_OWNER)
+        self._service.checkpoints.delete(tinker_path, LOCAL_OWNER)
         return _done(None)
 
 

@@ -21,16 +21,16 @@ from lorakit.loss import LOSSES
 from lorakit.loss.inputs import check_knobs, prepare
 from lorakit.loss.preference import CustomLoss
 from lorakit.loss.vocabulary import VocabularyLoss
-from lorakit.sampling.request import Request, Row, read_prompt
+from lorakit.sampling.request import Request, SampledSequence, read_prompt
 from lorakit.service.base import Base
+from lorakit.service.checkpoints import LOCAL_OWNER, CheckpointRegistry, SaveOptions
 from lorakit.service.custom import pull_back, with_unit_weights
+from lorakit.service.database import Checkpoint, Database, Run, now
 from lorakit.service.engine import Engine, Usage
-from lorakit.service.replica import Replica, WorkOrder
-from lorakit.service.saved import LOCAL_OWNER, SaveAs, Saved
-from lorakit.service.store import Checkpoint, Run, Store, now
-from lorakit.service.team import Team, leave
-from lorakit.service.trainee import Trainee
-from lorakit.strategy.world import current_world, together
+from lorakit.service.executor import Executor, leave
+from lorakit.service.training_state import TrainingState
+from lorakit.service.worker import Worker, WorkOrder
+from lorakit.strategy.world import current_world, raise_on_any_rank
 from lorakit.training.precision import resolve_accelerator
 from lorakit.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput, SamplingParams
 from lorakit.weights.trained_state import read_optimizer
@@ -46,9 +46,9 @@ class Model:
     engine: Engine
     lora: dict[str, Any]
 
-    def made(self) -> Trainee:
+    def made(self) -> TrainingState:
         """Its numbers. Raises CheckpointError where its making failed."""
-        return self.engine.replica.trainee(self.id)
+        return self.engine.worker.training_state(self.id)
 
 
 class Weights:
@@ -82,15 +82,15 @@ class Service:
     load: Callable[[str], Base] = Base.load
     accelerator: str = "auto"
     lora: Mapping[str, Any] = field(default_factory=dict)
-    replica_options: Mapping[str, Any] = field(default_factory=dict)
+    worker_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.team = Team(self._open_replica, device=resolve_accelerator(self.accelerator))
-        if not self.team.world.is_first:
-            self.team.follow()
+        self.executor = Executor(self._open_worker, device=resolve_accelerator(self.accelerator))
+        if not self.executor.world.is_rank_zero:
+            self.executor.follow()
             leave()
-        self.store = Store(self.folder)
-        self.saved = Saved(self.store)
+        self.database = Database(self.folder)
+        self.checkpoints = CheckpointRegistry(self.database)
         self.trained: dict[str, Model] = {}
         self._engines: dict[str, Engine] = {}
         self._numbers = itertools.count()
@@ -108,11 +108,13 @@ class Service:
             path = base_model
         with self._lock:
             if path not in self._engines:
-                self._engines[path] = Engine(self.team, path)
+                self._engines[path] = Engine(self.executor, path)
             return self._engines[path]
 
-    def _open_replica(self, path: str) -> Replica:
-        return together(lambda: Replica(self.load(path), current_world(), **self.replica_options))
+    def _open_worker(self, path: str) -> Worker:
+        return raise_on_any_rank(
+            lambda: Worker(self.load(path), current_world(), **self.worker_options)
+        )
 
     def problems(self) -> list[str]:
         """Why engines have ended by themselves."""
@@ -127,12 +129,12 @@ class Service:
         self.charge_all()
         for engine in self._engines.values():
             engine.close()
-        self.team.end()
+        self.executor.end()
 
     def close(self) -> None:
         """End the engines, and the database."""
         self.close_engines()
-        self.store.close()
+        self.database.close()
 
     # ---- models
 
@@ -188,14 +190,14 @@ class Service:
         """Make an adapter that starts from a checkpoint (``tinker://…``), or from a folder of
         any PEFT adapter.
         """
-        base_model = base_model or self.saved.base_of(path, owner)
+        base_model = base_model or self.checkpoints.base_of(path, owner)
         engine = self.engine(base_model)
-        with self.saved.opened(path, owner) as state:
+        with self.checkpoints.opened(path, owner) as state:
             asked = state.facts.get("lora") or {"rank": int(state.adapter.config.get("r", 0))}
         model = Model(model_id, owner, base_model, engine, asked)
 
         def make() -> None:
-            with self.saved.opened(path, owner) as state:
+            with self.checkpoints.opened(path, owner) as state:
                 layout, vector = engine.base.read_adapter(state.adapter)
                 optimizer_state = read_optimizer(state, layout) if with_optimizer else None
             engine.do("make", model_id, layout.spec, vector)
@@ -211,7 +213,7 @@ class Service:
         def run() -> Model:
             make()
             time = now()
-            self.store.add_run(
+            self.database.add_run(
                 Run(
                     id=model.id,
                     session_id=model.id.partition(":")[0],
@@ -254,7 +256,7 @@ class Service:
             return
         with contextlib.suppress(Exception):  # what it cost is not worth an error
             calls = usage.calls
-            self.store.charge(model.id, tokens=usage.tokens, seconds=usage.seconds)
+            self.database.charge(model.id, tokens=usage.tokens, seconds=usage.seconds)
             usage.calls_charged = calls
 
     # ---- the verbs
@@ -322,8 +324,8 @@ class Service:
             return replace(pulled, metrics={**pulled.metrics, "loss:sum": value, **metrics})
 
         name = "forward_backward_custom"
-        is_large = len(data) * max(map(len, data), default=0) > engine.replica.runner.max_tokens
-        if is_large or self.team.size > 1:  # a function stays in its process
+        is_large = len(data) * max(map(len, data), default=0) > engine.worker.runner.max_tokens
+        if is_large or self.executor.size > 1:  # a function stays in its process
             return engine.submit(model.id, name, in_two)
 
         def order() -> WorkOrder:
@@ -338,7 +340,7 @@ class Service:
         """The same for a function of whole distributions, which is given them in chunks. Raises
         ConfigError on several processes.
         """
-        if self.team.size > 1:
+        if self.executor.size > 1:
             raise ConfigError("a loss of the vocabulary runs in one process")
 
         def order() -> WorkOrder:
@@ -376,22 +378,26 @@ class Service:
             model.id, "optim_step", lambda: model.engine.do("step", model.id, params)
         )
 
-    def save(self, model: Model, wanted: SaveAs) -> Future[Any]:
+    def save(self, model: Model, wanted: SaveOptions) -> Future[Any]:
         """Save adapter and, as ``weights``, optimiser; the future gives the Checkpoint."""
 
         def run() -> Checkpoint:
-            trainee = model.made()
+            training_state = model.made()
             facts = {
                 "base_model": model.base_model,
                 "lora": model.lora,
-                "num_steps": trainee.num_steps,
+                "num_steps": training_state.num_steps,
                 "run": model.id,
             }
             has_optimizer = wanted.kind == "weights"
             vector, optimizer = (
-                model.engine.do("state", model.id) if has_optimizer else (trainee.vector, None)
+                model.engine.do("state", model.id)
+                if has_optimizer
+                else (training_state.vector, None)
             )
-            checkpoint = self.saved.save(model.id, wanted, trainee.layout, vector, optimizer, facts)
+            checkpoint = self.checkpoints.save(
+                model.id, wanted, training_state.layout, vector, optimizer, facts
+            )
             self._charge(model)
             return checkpoint
 
@@ -401,22 +407,24 @@ class Service:
         """Let a model go on from a checkpoint of the same shape."""
 
         def run() -> str:
-            trainee = model.made()
-            with self.saved.opened(path, model.owner) as state:
+            training_state = model.made()
+            with self.checkpoints.opened(path, model.owner) as state:
                 layout, vector = model.engine.base.read_adapter(state.adapter)
-                optimizer = read_optimizer(state, trainee.layout) if with_optimizer else None
+                optimizer = read_optimizer(state, training_state.layout) if with_optimizer else None
             if (
                 layout.file_tensors(vector).keys()
-                != trainee.layout.file_tensors(trainee.vector).keys()
+                != training_state.layout.file_tensors(training_state.vector).keys()
             ):
                 raise CheckpointError(f"{path} has other matrices than {model.id}")
-            if layout.spec.scale != trainee.layout.spec.scale:
-                scales = f"{layout.spec.scale:g}, {model.id} {trainee.layout.spec.scale:g}"
+            if layout.spec.scale != training_state.layout.spec.scale:
+                scales = f"{layout.spec.scale:g}, {model.id} {training_state.layout.spec.scale:g}"
                 raise CheckpointError(
                     f"{path} has the scale {scales}: alpha or rank differ; make a client from the"
                     " state instead"
                 )
-            vector = trainee.layout.from_file_tensors(layout.file_tensors(vector), source=path)
+            vector = training_state.layout.from_file_tensors(
+                layout.file_tensors(vector), source=path
+            )
             model.engine.do(
                 "load", model.id, vector, optimizer, int(state.facts.get("num_steps", 0))
             )
@@ -448,11 +456,11 @@ class Service:
             done: Future[Any] = Future()
             done.set_result(Weights(base_model, self.engine(base_model)))
             return done
-        base_model = base_model or self.saved.base_of(path, owner)
+        base_model = base_model or self.checkpoints.base_of(path, owner)
         engine = self.engine(base_model)
 
         def read() -> Weights:
-            with self.saved.opened(path, owner) as state:
+            with self.checkpoints.opened(path, owner) as state:
                 layout, vector = engine.base.read_adapter(state.adapter)
             snapshot_id = f"snapshot {next(self._numbers)}"
             engine.do("put_snapshot", snapshot_id, layout.spec, vector)
@@ -467,7 +475,7 @@ class Service:
         params: SamplingParams,
         num_samples: int = 1,
         *,
-        each: Callable[[Row], None] | None = None,
+        each: Callable[[SampledSequence], None] | None = None,
         **asked: Any,
     ) -> Future[Any]:
         """The future gives a SampleResponse; until then it keeps the weights.

@@ -23,10 +23,10 @@ import psutil
 import torch
 
 from lorakit.errors import LorakitError, TrainingError
-from lorakit.sampling.request import Request, Row
+from lorakit.sampling.request import Request, SampledSequence
 from lorakit.service.base import Base
-from lorakit.service.replica import Replica, SampleOrder, WorkOrder
-from lorakit.service.team import Team
+from lorakit.service.executor import Executor
+from lorakit.service.worker import SampleOrder, Worker, WorkOrder
 
 log = logging.getLogger("lorakit")
 MAX_TOGETHER = 16  # calls in one pass
@@ -71,7 +71,7 @@ class _Asked:
     number: int
     make: Callable[[], SampleOrder]
     future: Future[Any]
-    each: Callable[[Row], None] | None
+    each: Callable[[SampledSequence], None] | None
 
 
 class Engine:
@@ -79,8 +79,8 @@ class Engine:
     first process has engines.
     """
 
-    def __init__(self, team: Team, key: str) -> None:
-        self.team, self.key = team, key
+    def __init__(self, executor: Executor, key: str) -> None:
+        self.executor, self.key = executor, key
         self.usage: dict[str, Usage] = collections.defaultdict(Usage)
         self._queues: dict[str, collections.deque[_Task]] = {}
         self._asked: collections.deque[_Asked] = collections.deque()
@@ -94,7 +94,7 @@ class Engine:
         self._changed = threading.Condition()
         self._problem: BaseException | None = None
         self._is_closed = False
-        opened: Future[Replica] = Future()
+        opened: Future[Worker] = Future()
         self._thread = threading.Thread(
             target=self._serve, args=(opened,), name="lorakit-engine", daemon=True
         )
@@ -103,15 +103,15 @@ class Engine:
         # interpreter down with it.
         atexit.register(self.close)
         try:
-            self.replica = opened.result()
+            self.worker = opened.result()
         except Exception:
             atexit.unregister(self.close)
             raise
-        team.on_problem.append(self._end_by)
+        executor.on_problem.append(self._end_by)
 
     @property
     def base(self) -> Base:
-        return self.replica.base
+        return self.worker.base
 
     @property
     def problem(self) -> str | None:
@@ -122,7 +122,7 @@ class Engine:
         """Execute a method of the replica in every process; in the engine's own thread, that is
         inside of a call.
         """
-        return self.team.do(self.key, method, *args)
+        return self.executor.do(self.key, method, *args)
 
     # ---- asking, from any thread
 
@@ -144,7 +144,7 @@ class Engine:
         self,
         snapshot_id: str | None,
         make: Callable[[], Request],
-        each: Callable[[Row], None] | None = None,
+        each: Callable[[SampledSequence], None] | None = None,
     ) -> Future[Any]:
         """Let a request join those that are being sampled. Cancelling the future ends it, whenever
         that is.
@@ -195,12 +195,12 @@ class Engine:
 
     # ---- doing, in the engine's own thread
 
-    def _serve(self, opened: Future[Replica]) -> None:
+    def _serve(self, opened: Future[Worker]) -> None:
         # The base is read here too: each thread that computes has OpenMP threads of its own, and
         # where these are more than the processors, none of them waits awake for the next product,
         # which is what small products need.
         try:
-            opened.set_result(self.team.open(self.key))
+            opened.set_result(self.executor.open(self.key))
         except BaseException as error:
             opened.set_exception(error)
             return
@@ -256,7 +256,7 @@ class Engine:
                     if isinstance(error, LorakitError)
                     else TrainingError(f"sampling failed: {error}")
                 )
-                self.replica.fail_samples(failed)
+                self.worker.fail_samples(failed)
                 finished = [(number, failed) for number in self._sampling]
             for number, outcome in finished:
                 if (future := self._sampling.pop(number, None)) is not None:
@@ -273,7 +273,7 @@ class Engine:
         if self.base.is_partitioned:
             found: list[tuple[int, Any]] = self.do("sample", orders, cancelled)
             return found
-        return self.replica.sample(orders, cancelled)
+        return self.worker.sample(orders, cancelled)
 
     def _admit(self) -> list[SampleOrder]:
         with self._changed:
@@ -289,7 +289,7 @@ class Engine:
                 continue
             self._sampling[one.number] = one.future
             if one.each is not None:
-                self.replica.listeners[one.number] = one.each
+                self.worker.listeners[one.number] = one.each
         return orders
 
     def _next(self) -> list[_Task] | None:
@@ -346,14 +346,14 @@ class Engine:
                 except Exception as error:
                     _fail(task.future, error)
         for group in self._groups([task for task in tasks if task.order is not None]):
-            began, passes = time.perf_counter(), self.replica.runner.num_passes
+            began, passes = time.perf_counter(), self.worker.runner.num_passes
             if self.base.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.base.device)
             try:
                 outcomes = self.do("run", [task.order for task in group])
             except Exception as error:
                 outcomes = [error] * len(group)
-            self._log(group, time.perf_counter() - began, self.replica.runner.num_passes - passes)
+            self._log(group, time.perf_counter() - began, self.worker.runner.num_passes - passes)
             for task, outcome in zip(group, outcomes, strict=True):
                 _settle(task.future, outcome)
         for task in tasks:
@@ -375,9 +375,9 @@ class Engine:
             last = groups[-1] if groups else []
             models = {t.model_id for t in (*last, task)}
             ranks = [
-                self.replica.trainees[m].layout.spec.rank
+                self.worker.training_states[m].layout.spec.rank
                 for m in models
-                if m in self.replica.trainees
+                if m in self.worker.training_states
             ]
             is_alone = any(t.order is not None and t.order.is_alone for t in (*last, task))
             if not last or is_alone or sum(ranks) > MAX_RANK_TOGETHER:
@@ -389,7 +389,7 @@ class Engine:
         """Log time and memory of calls, and charge each model its share by tokens."""
         tokens = [task.order.num_tokens if task.order else 0 for task in tasks]
         for task, own in zip(tasks, tokens, strict=True):
-            if task.model_id not in self.replica.trainees:
+            if task.model_id not in self.worker.training_states:
                 continue
             usage = self.usage[task.model_id]
             usage.tokens += own

@@ -26,7 +26,7 @@ from lorakit.model.attention import (
 )
 from lorakit.model.attention import NAME as BY_DOCUMENT
 from lorakit.model.families import row_sharing_problem
-from lorakit.strategy.world import gather, lift_limits
+from lorakit.strategy.world import all_gather_object, lift_limits
 
 NAME = "sdpa_in_parts"
 
@@ -70,7 +70,7 @@ def share_rows(model: Any, parts: int, max_tokens: int | None = None) -> None:
     """
     group = sequence_group(parts)
     problem = row_sharing_problem(model.config, parts, max_tokens) or _compare(model, group)
-    if found := [problem for problem in gather(problem) if problem]:
+    if found := [problem for problem in all_gather_object(problem) if problem]:
         error = ConfigError(
             f"strategy.sequence_parallel={parts} does not work for {type(model).__name__}:"
             f" {found[0]}; set it to 1"

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lorakit.model.partition import full_shape
-from lorakit.strategy.world import gather
+from lorakit.strategy.world import all_gather_object
 
 
 class _Fragment(NamedTuple):
@@ -112,11 +112,11 @@ def _is_partitioned(value: Any, fragments: Sequence[_Fragment | None], states: A
 
 
 def _union(own: dict[str, bool]) -> dict[str, bool]:
-    return {name: kind for kinds in gather(own) for name, kind in kinds.items()}
+    return {name: kind for kinds in all_gather_object(own) for name, kind in kinds.items()}
 
 
 def _first(value: Any) -> Any:
-    return next((found for found in gather(value) if found is not None), None)
+    return next((found for found in all_gather_object(value) if found is not None), None)
 
 
 def _gather(

@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.distributed.rendezvous import rendezvous
 
 from lorakit.errors import ConfigError, LorakitError
-from lorakit.strategy import watch
+from lorakit.strategy import heartbeat as watch
 
 Found = TypeVar("Found")
 _is_watched = False
@@ -34,7 +34,7 @@ class World:
     local_size: int = 1
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     @property
@@ -96,7 +96,7 @@ def join(
             backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
         )
     if tell is not None:
-        tell(os.environ["MASTER_ADDR"], share(watch.free_port()))
+        tell(os.environ["MASTER_ADDR"], broadcast_object(watch.free_port()))
         global _is_watched
         _is_watched = True
         lift_limits()
@@ -118,36 +118,36 @@ def _fresh_store(world: World, timeout: datetime.timedelta) -> dist.Store:
     return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def share(value: Found) -> Found:
+def broadcast_object(value: Found) -> Found:
     """Return the first process's ``value`` in every process."""
-    if not is_shared():
+    if not is_distributed():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def gather(value: Found) -> list[Found]:
+def all_gather_object(value: Found) -> list[Found]:
     """Return every process's ``value``, by rank."""
-    if not is_shared():
+    if not is_distributed():
         return [value]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
 
 
-def is_shared() -> bool:
+def is_distributed() -> bool:
     """Whether there are several processes."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def together(step: Callable[[], Found]) -> Found:
+def raise_on_any_rank(step: Callable[[], Found]) -> Found:
     """Return ``step()``, or raise in every process what it raised in any.
 
     Raises:
         LorakitError: one message, with the ranks where it is not that of all.
     """
-    if not is_shared():
+    if not is_distributed():
         return step()
     found: list[Found] = []
     problem: LorakitError | None = None
@@ -157,7 +157,9 @@ def together(step: Callable[[], Found]) -> Found:
         problem = error
     except OSError as error:
         problem = LorakitError(f"{error.filename or 'input/output'}: {error.strerror or error}")
-    problems = gather(None if problem is None else (current_world().describe(), str(problem)))
+    problems = all_gather_object(
+        None if problem is None else (current_world().describe(), str(problem))
+    )
     raised = [entry for entry in problems if entry]
     if not raised:
         return found[0]

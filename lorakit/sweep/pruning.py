@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lorakit.strategy.world import share
+from lorakit.strategy.world import broadcast_object
 from lorakit.sweep.study import open_storage
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Pruning(L.Callback):
         return trainer.is_global_zero and self.pruner is not None and self.number is not None
 
     def _stop(self, trainer: L.Trainer, is_pruned: bool) -> None:
-        if share(is_pruned):
+        if broadcast_object(is_pruned):
             self.is_pruned = trainer.should_stop = True
 
     def _report(self, step: int, value: float | None) -> bool:

@@ -14,7 +14,7 @@ from lorakit.errors import CheckpointError, ConfigError, TrainingError, is_out_o
 from lorakit.loss import LOSSES
 from lorakit.loss.inputs import inputs_of
 from lorakit.model.partition import full_shape, whole
-from lorakit.training.room import Room
+from lorakit.training.oom import MicroBatchSplitter
 from lorakit.training.step import compute_loss, sums_by_origin
 from lorakit.types import Batch, LossOutput
 
@@ -62,7 +62,7 @@ class LoRAModule(L.LightningModule):
         self.tokenizer = tokenizer
         self.model: Any = None
         self.num_bad_steps = self.num_bad_in_a_row = self.num_empty_windows = 0
-        self.room = Room()
+        self.room = MicroBatchSplitter()
         self._window: list[Batch] = []
         self._waiting: list[Batch] = []  # parts of the micro-batch whose first has gone forward
         # its loss, in whose place Lightning is given another leaf

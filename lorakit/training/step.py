@@ -64,7 +64,7 @@ def sums_by_origin(output: LossOutput, batch: Batch, num_origins: int) -> torch.
 
 
 @dataclass(frozen=True)
-class Share:
+class MicroBatch:
     """Rows that go through the model with others', under a loss of their own."""
 
     batch: Batch
@@ -72,7 +72,10 @@ class Share:
 
 
 def compute_losses(
-    model: Any, joined: Batch, shares: Sequence[Share], head_adapters: Sequence[HeadAdapter] = ()
+    model: Any,
+    joined: Batch,
+    shares: Sequence[MicroBatch],
+    head_adapters: Sequence[HeadAdapter] = (),
 ) -> list[LossOutput]:
     """Run ``model`` once over ``joined``, the rows of all ``shares``, and return the output of
     each; logprobs of all positions.

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lorakit.errors import CheckpointError
-from lorakit.lora.flat import AdapterLayout
+from lorakit.lora.flat_parameters import FlatParameters
 from lorakit.runs.files import whole_folder, write_json
 from lorakit.weights.adapter import AdapterFiles, write_adapter
 
@@ -36,7 +36,7 @@ class SavedState:
 
 def save_trained_state(
     folder: Path,
-    layout: AdapterLayout,
+    layout: FlatParameters,
     vector: torch.Tensor,
     optimizer_state: Mapping[str, torch.Tensor] | None,
     facts: dict[str, Any],
@@ -80,7 +80,7 @@ def open_trained_state(folder: Path) -> SavedState:
     return SavedState(adapter, facts)
 
 
-def read_optimizer(state: SavedState, layout: AdapterLayout) -> dict[str, torch.Tensor]:
+def read_optimizer(state: SavedState, layout: FlatParameters) -> dict[str, torch.Tensor]:
     """Return the optimiser's state as it was saved. Raises CheckpointError where there is none,
     or it is torn.
     """

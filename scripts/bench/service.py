@@ -85,7 +85,7 @@ def adapters(rounds: int, folder: Path) -> None:
             )
             for t in tokens
         ]
-        runner = clients[0]._model.engine.replica.runner
+        runner = clients[0]._model.engine.worker.runner
 
         def together() -> float:
             began, calls = time.perf_counter(), 20

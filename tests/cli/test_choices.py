@@ -17,9 +17,10 @@ import yaml
 from chat_models import config_of, shapes
 
 from lorakit.callbacks import memory_probe
-from lorakit.data.examples import Cuts, DataReport
+from lorakit.data.datum import TruncationStats
+from lorakit.data.examples import DatasetReport
 from lorakit.lora.inject import plan
-from lorakit.pipeline.autoconfig import FILE_BYTES, RANKS, Known, choose
+from lorakit.pipeline.autoconfig import FILE_BYTES, RANKS, RunFacts, choose
 from lorakit.pipeline.build import build_step_plan
 from lorakit.strategy.world import World
 from lorakit.training.precision import resolve_precision, why_precision
@@ -37,10 +38,10 @@ KEYS = (
 )
 
 
-def report_of(num_rows: int, length: int) -> DataReport:
-    return DataReport(
+def report_of(num_rows: int, length: int) -> DatasetReport:
+    return DatasetReport(
         num_rows=num_rows,
-        num_rows_surveyed=num_rows,
+        num_rows_profiled=num_rows,
         num_rows_skipped=0,
         first_skipped=None,
         num_examples=num_rows,
@@ -52,7 +53,7 @@ def report_of(num_rows: int, length: int) -> DataReport:
         num_image_bytes=0,
         largest_image=0,
         image_share=0.0,
-        cuts=Cuts(),
+        cuts=TruncationStats(),
         formats=["messages"],
         unused_columns={},
         fingerprint="",
@@ -97,10 +98,10 @@ def report_of(num_rows: int, length: int) -> DataReport:
     ids=["few rows", "0.6B", "4B on 24 GB", "8B on 80 GB", "32B on 96 GB", "30B-A3B on 80 GB"],
 )
 def test_the_choice_fits_and_is_the_fastest_that_does(
-    name: str, gigabytes: int, report: DataReport, expected: dict[str, Any]
+    name: str, gigabytes: int, report: DatasetReport, expected: dict[str, Any]
 ) -> None:
     skeleton, said = shapes(name), list[str]()
-    known = Known(skeleton, report, None, "cuda", "bf16-mixed", gigabytes * 10**9, World(), 1)
+    known = RunFacts(skeleton, report, None, "cuda", "bf16-mixed", gigabytes * 10**9, World(), 1)
     config, chosen = choose(config_of(), known, said.append)
     assert set(KEYS) <= set(chosen) and expected.items() <= chosen.items(), chosen
     assert all("auto: " in line and line.endswith(")") for line in said) and len(said) == 4
@@ -125,7 +126,7 @@ def test_the_choice_fits_and_is_the_fastest_that_does(
 
 
 def test_what_is_set_stays_and_what_is_known_from_before_too() -> None:
-    known = Known(
+    known = RunFacts(
         shapes("small"), report_of(20_000, 800), None, "cuda", "bf16-mixed", 24 * 10**9, World(), 1
     )
     overrides = (
@@ -166,7 +167,7 @@ def test_more_rows_ask_for_a_higher_rank_whose_file_stays_small(
     said = list[str]()
     # of which the first thousand were looked at
     report = dataclasses.replace(report_of(1_000, 800), num_rows=rows)
-    known = Known(shapes(name), report, None, "cuda", "bf16-mixed", 24 * 10**9, World(), 1)
+    known = RunFacts(shapes(name), report, None, "cuda", "bf16-mixed", 24 * 10**9, World(), 1)
     _, chosen = choose(
         config_of("data.tokens_per_batch=4096", "trainer.activation_checkpointing=true"),
         known,

@@ -164,16 +164,16 @@ def test_what_differs_is_named_with_its_ranks(monkeypatch: pytest.MonkeyPatch) -
         ("rank 1 (host b)", {"x": "1", "y": "3"}),
         ("rank 2 (host b)", {"x": "1"}),
     ]
-    monkeypatch.setattr(processes, "is_shared", lambda: True)
-    monkeypatch.setattr(processes, "gather", lambda value: everyone)
+    monkeypatch.setattr(processes, "is_distributed", lambda: True)
+    monkeypatch.setattr(processes, "all_gather_object", lambda value: everyone)
     with pytest.raises(ConfigError) as raised:
-        processes.agree(lambda: everyone[0][1])
+        processes.check_equal_on_all_ranks(lambda: everyone[0][1])
     assert "y: 2 on rank 0 (host a); 3 on rank 1 (host b); not there on rank 2 (host b)" in str(
         raised.value
     )
     assert "x:" not in str(raised.value)
     everyone[1:] = [everyone[0]]
-    processes.agree(lambda: everyone[0][1])
+    processes.check_equal_on_all_ranks(lambda: everyone[0][1])
 
 
 def test_a_line_of_setup_that_fails_ends_the_job(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from lorakit.pipeline import allocator, strategy_choice
 from lorakit.pipeline.build import build_step_plan
 from lorakit.planner import fitting, presets
 from lorakit.planner import step_plan as planning
+from lorakit.planner.fake_images import SampleShapes
 from lorakit.planner.fitting import suggest
-from lorakit.planner.sight import RowSizes
 from lorakit.planner.step_plan import StepPlan, name_of, step_shape
 from lorakit.strategy.deepspeed import ZeroStrategy
 from lorakit.strategy.world import World
@@ -140,7 +140,7 @@ def step_plan(num_longest: int | None = None, accelerator: str = "cpu", **change
         planned,
         accelerator=accelerator,
         precision="32-true",
-        rows=RowSizes(num_longest),
+        rows=SampleShapes(num_longest),
     )
 
 
@@ -149,7 +149,9 @@ def test_the_largest_micro_batch_is_planned() -> None:
     shape = step_shape(config, accelerator="cpu", precision="32-true")
     assert (shape.num_rows, shape.num_positions, shape.dtype) == (96, 256, "float32")
     assert (
-        step_shape(config, accelerator="cpu", precision="32-true", rows=RowSizes(40)).num_positions
+        step_shape(
+            config, accelerator="cpu", precision="32-true", rows=SampleShapes(40)
+        ).num_positions
         == 40
     )
     data = {
@@ -160,7 +162,7 @@ def test_the_largest_micro_batch_is_planned() -> None:
         "tokens_per_batch": 2048,
     }
     shape = step_shape(
-        {**config, "data": data}, accelerator="cpu", precision="bf16-mixed", rows=RowSizes(40)
+        {**config, "data": data}, accelerator="cpu", precision="bf16-mixed", rows=SampleShapes(40)
     )
     assert (shape.num_rows, shape.num_positions, shape.dtype) == (4, 512, "bfloat16")
 
@@ -200,14 +202,14 @@ def test_evaluation_and_sampling_have_the_rows_that_there_are_and_are_shared_as_
     samples = {"callbacks.samples.num_prompts": 4, "callbacks.samples.max_tokens": 600}
     config = config_of(**keys, **samples)
     step = step_shape(config, accelerator="cpu", precision="32-true")
-    found = planning.passes_without_gradients(config, step, rows=RowSizes(100))
+    found = planning.passes_without_gradients(config, step, rows=SampleShapes(100))
     assert [(one.shape.num_rows, one.shape.num_positions, one.num_kept) for one in found] == [
         (16, 100, 0),
         (4, 100, 4 * 700),
     ]
     # Of four processes that share rows each evaluates a quarter of them, and samples whole ones.
     shared = planning.passes_without_gradients(
-        config, dataclasses.replace(step, num_positions=64, parts=4), rows=RowSizes(100)
+        config, dataclasses.replace(step, num_positions=64, parts=4), rows=SampleShapes(100)
     )
     assert [(one.shape.num_rows, one.shape.num_positions) for one in shared] == [(16, 25), (4, 100)]
     small = step_plan(
@@ -262,7 +264,7 @@ def test_all_processes_plan_for_the_least_memory(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         planning, "memory_there", lambda accelerator, num_local: 24_000_000_000 // num_local
     )
-    monkeypatch.setattr(planning, "gather", lambda value: [value, 7_000_000_000])
+    monkeypatch.setattr(planning, "all_gather_object", lambda value: [value, 7_000_000_000])
     two = World(0, 2, 0, 2)
     assert planning.agree_on_memory(None, "cpu", two) == 7_000_000_000
     assert planning.agree_on_memory(0.5, "cpu", two) == 500_000_000

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lorakit.data.datum import Cuts, OnLong, fit, make_datum
+from lorakit.data.datum import OnLong, TruncationStats, make_datum, truncate
 from lorakit.data.render.renderer import Rendered
 from lorakit.errors import DataError
 from lorakit.types import Datum, ModelInput
@@ -48,9 +48,9 @@ def examples(draw: st.DrawFn) -> Rendered:
 def test_an_example_that_fits_is_left_alone_under_every_policy(
     example: Rendered, slack: int, policy: OnLong
 ) -> None:
-    cuts = Cuts()
-    assert fit(example, len(example.tokens) + slack - 1, policy, cuts) is example
-    assert cuts == Cuts()
+    cuts = TruncationStats()
+    assert truncate(example, len(example.tokens) + slack - 1, policy, cuts) is example
+    assert cuts == TruncationStats()
 
 
 @given(examples(), st.data())
@@ -58,32 +58,32 @@ def test_too_long_is_refused_or_dropped_and_the_drop_counted(
     example: Rendered, data: st.DataObject
 ) -> None:
     assume(len(example.tokens) > 1)
-    max_tokens, cuts = data.draw(st.integers(1, len(example.tokens) - 1)), Cuts()
+    max_tokens, cuts = data.draw(st.integers(1, len(example.tokens) - 1)), TruncationStats()
     with pytest.raises(
         DataError, match=f"{len(example.tokens)} tokens, but data.max_tokens={max_tokens}"
     ):
-        fit(example, max_tokens, OnLong.ERROR, cuts)
-    assert cuts == Cuts()
-    assert fit(example, max_tokens, OnLong.DROP, cuts) is None
-    assert cuts == Cuts(num_dropped=1)
+        truncate(example, max_tokens, OnLong.ERROR, cuts)
+    assert cuts == TruncationStats()
+    assert truncate(example, max_tokens, OnLong.DROP, cuts) is None
+    assert cuts == TruncationStats(num_dropped=1)
 
 
 @given(examples(), st.data())
 def test_cutting_on_the_right_keeps_the_beginning(example: Rendered, data: st.DataObject) -> None:
     assume(len(example.tokens) > 1)
-    max_tokens, cuts = data.draw(st.integers(1, len(example.tokens) - 1)), Cuts()
+    max_tokens, cuts = data.draw(st.integers(1, len(example.tokens) - 1)), TruncationStats()
     if not any(example.weights[1:max_tokens]):
         with pytest.raises(DataError, match="no trained token is left"):
-            fit(example, max_tokens, OnLong.TRUNCATE_RIGHT, cuts)
-        assert cuts == Cuts()
+            truncate(example, max_tokens, OnLong.TRUNCATE_RIGHT, cuts)
+        assert cuts == TruncationStats()
         return
-    kept = fit(example, max_tokens, OnLong.TRUNCATE_RIGHT, cuts)
+    kept = truncate(example, max_tokens, OnLong.TRUNCATE_RIGHT, cuts)
     assert kept is not None
     assert (kept.tokens, kept.weights) == (
         example.tokens[:max_tokens],
         example.weights[:max_tokens],
     )
-    assert cuts == Cuts(num_truncated=1, num_tokens_cut=len(example.tokens) - max_tokens)
+    assert cuts == TruncationStats(num_truncated=1, num_tokens_cut=len(example.tokens) - max_tokens)
 
 
 @given(examples(), st.data())
@@ -91,18 +91,18 @@ def test_cutting_the_prompt_takes_its_left_end_behind_the_special_tokens(
     example: Rendered, data: st.DataObject
 ) -> None:
     assume(len(example.tokens) > 1)
-    max_tokens, cuts = data.draw(st.integers(1, len(example.tokens) - 1)), Cuts()
+    max_tokens, cuts = data.draw(st.integers(1, len(example.tokens) - 1)), TruncationStats()
     excess = len(example.tokens) - max_tokens
     prompt_end = next(i for i, weight in enumerate(example.weights) if weight)
     room = prompt_end - example.num_prefix
     if room < excess:
         with pytest.raises(DataError, match="to cut"):
-            fit(example, max_tokens, OnLong.TRUNCATE_PROMPT, cuts)
-        assert cuts == Cuts()
+            truncate(example, max_tokens, OnLong.TRUNCATE_PROMPT, cuts)
+        assert cuts == TruncationStats()
         return
     # one token must stay in front of the first trained one
     assume(example.num_prefix or room > excess)
-    kept = fit(example, max_tokens, OnLong.TRUNCATE_PROMPT, cuts)
+    kept = truncate(example, max_tokens, OnLong.TRUNCATE_PROMPT, cuts)
     assert kept is not None
     gone = range(100 + example.num_prefix, 100 + example.num_prefix + excess)
     assert kept.tokens == [token for token in example.tokens if token not in gone]
@@ -110,16 +110,16 @@ def test_cutting_the_prompt_takes_its_left_end_behind_the_special_tokens(
     assert kept.weights == [weight_of[token] for token in kept.tokens]
     assert np.count_nonzero(kept.weights) == np.count_nonzero(example.weights)
     assert kept.num_prefix == example.num_prefix
-    assert cuts == Cuts(num_truncated=1, num_tokens_cut=excess)
+    assert cuts == TruncationStats(num_truncated=1, num_tokens_cut=excess)
 
 
 def test_the_prompt_is_cut_by_hand() -> None:
-    cuts = Cuts()
-    kept = fit(
+    cuts = TruncationStats()
+    kept = truncate(
         Rendered([1, 5, 6, 7, 8, 2], [0, 0, 0, 0, 1, 1], num_prefix=1),
         4,
         OnLong.TRUNCATE_PROMPT,
         cuts,
     )
     assert kept == Rendered([1, 7, 8, 2], [0, 0, 1, 1], num_prefix=1)
-    assert cuts == Cuts(num_truncated=1, num_tokens_cut=2)
+    assert cuts == TruncationStats(num_truncated=1, num_tokens_cut=2)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from data_toys import THINKING_TEMPLATE, write_jsonl
 
-from lorakit.data.datum import Cuts, OnLong
-from lorakit.data.examples import Examples, survey
+from lorakit.data.datum import OnLong, TruncationStats
+from lorakit.data.examples import Examples, profile
 from lorakit.data.read.sources import open_source
 from lorakit.data.render.renderer import Renderer
 from lorakit.errors import DataError
@@ -50,7 +50,7 @@ def test_rows_over_max_tokens_are_all_named_by_line_in_one_report(
         tmp_path, [tokens_row(4 if n % 2 else 9) for n in range(60)], tokenizer, max_tokens=8
     )
     with pytest.raises(DataError) as error:
-        survey(examples, everything(examples), 1_000)
+        profile(examples, everything(examples), 1_000)
     message = str(error.value)
     assert (
         "30 of 60 rows" in message and "10 more" in message and message.count("9 tokens, but") == 20
@@ -82,7 +82,7 @@ def test_max_tokens_counts_the_tokens_before_the_shift(tmp_path: Path, tokenizer
 
 def test_the_figures_of_a_data_set_by_hand(tmp_path: Path, tiny: Any) -> None:
     rows = [{"prompt": "ab", "completion": "c\n"}, {"prompt": "a", "completion": "xyz"}]
-    report = survey(
+    report = profile(
         examples := make(tmp_path, rows, tiny, append_eos=False, stop="\n"),
         everything(examples),
         10,
@@ -99,25 +99,29 @@ def test_the_figures_of_a_data_set_by_hand(tmp_path: Path, tiny: Any) -> None:
         report.num_without_stop,
     ) == (2, 2, 1.0, 1)
     assert sum(count for _, _, count in report.histogram()) == 2
-    assert report.cuts == Cuts() and report.num_rows_skipped == 0
+    assert report.cuts == TruncationStats() and report.num_rows_skipped == 0
 
 
 def test_eos_counts_as_a_stop_token(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "c"}]
     for append_eos, expected in ((True, 0), (False, 2)):
         examples = make(tmp_path, rows, tokenizer, append_eos=append_eos)
-        assert survey(examples, everything(examples), 10).num_without_stop == expected
+        assert profile(examples, everything(examples), 10).num_without_stop == expected
 
 
 @pytest.mark.parametrize(
     ("on_long", "expected", "lengths"),
     [
-        ("drop", Cuts(num_dropped=3), [4, 4]),
-        ("truncate_prompt", Cuts(num_truncated=3, num_tokens_cut=3 + 4 + 5), [4, 8, 8, 8, 4]),
+        ("drop", TruncationStats(num_dropped=3), [4, 4]),
+        (
+            "truncate_prompt",
+            TruncationStats(num_truncated=3, num_tokens_cut=3 + 4 + 5),
+            [4, 8, 8, 8, 4],
+        ),
     ],
 )
 def test_what_is_cut_is_counted_once_however_often_the_rows_are_read(
-    tmp_path: Path, tokenizer: Any, on_long: str, expected: Cuts, lengths: list[int]
+    tmp_path: Path, tokenizer: Any, on_long: str, expected: TruncationStats, lengths: list[int]
 ) -> None:
     examples = make(
         tmp_path,
@@ -127,15 +131,15 @@ def test_what_is_cut_is_counted_once_however_often_the_rows_are_read(
         on_long=on_long,
     )
     for _ in range(2):
-        report = survey(examples, everything(examples), 100)
+        report = profile(examples, everything(examples), 100)
         assert report.cuts == expected and report.lengths.tolist() == lengths
-    assert examples.cuts == Cuts()
+    assert examples.cuts == TruncationStats()
 
 
 def test_skipped_rows_of_both_passes_are_counted(tmp_path: Path, tokenizer: Any) -> None:
     rows = [tokens_row(4), {"tokens": [1], "weights": []}, tokens_row(9), tokens_row(5)]
     examples = make(tmp_path, rows, tokenizer, max_tokens=8, on_error="skip")
-    report = survey(examples, everything(examples), 100)
+    report = profile(examples, everything(examples), 100)
     assert (report.num_rows, report.num_rows_skipped, report.num_examples) == (3, 2, 2)
 
 
@@ -151,7 +155,7 @@ def test_a_row_may_give_several_examples(
         max_tokens=200,
     )
     assert len(examples.datums(0)) == 2
-    assert survey(examples, everything(examples), 100).examples_per_row == 2.0
+    assert profile(examples, everything(examples), 100).examples_per_row == 2.0
 
 
 def test_no_usable_row_is_an_error_even_when_rows_may_be_skipped(
@@ -160,15 +164,15 @@ def test_no_usable_row_is_an_error_even_when_rows_may_be_skipped(
     for options in ({"on_long": "drop"}, {"on_error": "skip"}):
         examples = make(tmp_path, [tokens_row(9)] * 2, tokenizer, max_tokens=8, **options)
         with pytest.raises(DataError, match="none of the 2 rows"):
-            survey(examples, everything(examples), 100)
+            profile(examples, everything(examples), 100)
 
 
 def test_only_the_rows_asked_for_are_looked_at(tmp_path: Path, tokenizer: Any) -> None:
     examples = make(tmp_path, [tokens_row(4)] * 5 + [tokens_row(9)], tokenizer, max_tokens=8)
-    report = survey(examples, everything(examples), 5)
-    assert (report.num_rows, report.num_rows_surveyed) == (6, 5)
+    report = profile(examples, everything(examples), 5)
+    assert (report.num_rows, report.num_rows_profiled) == (6, 5)
     with pytest.raises(DataError, match=r"rows\.jsonl:6"):
-        survey(examples, np.array([5]), 5)
+        profile(examples, np.array([5]), 5)
 
 
 def test_answers_that_say_nothing_are_counted_with_their_place(
@@ -187,5 +191,5 @@ def test_answers_that_say_nothing_are_counted_with_their_place(
         }
     )
     examples = make(tmp_path, rows, tokenizer)
-    report = survey(examples, everything(examples), 10)
+    report = profile(examples, everything(examples), 10)
     assert report.num_empty_answers == 3 and str(report.first_empty_answer).endswith(":2")

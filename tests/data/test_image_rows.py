@@ -27,7 +27,7 @@ from vision import (
 
 from lorakit.data.batch.collate import collate
 from lorakit.data.datamodule import LoRADataModule
-from lorakit.data.datum import Cuts, OnLong, fit, make_datum
+from lorakit.data.datum import OnLong, TruncationStats, make_datum, truncate
 from lorakit.data.render.renderer import Rendered, Renderer
 from lorakit.errors import ConfigError, DataError
 from lorakit.types import Datum, EncodedTextChunk, ImageChunk, ModelInput
@@ -390,7 +390,7 @@ def test_no_length_cuts_an_image_in_two(policy: OnLong, max_tokens: int) -> None
     long = example_of(20, 21, image, 22, trained_from=0)  # trained everywhere but in the image
     for example in (whole, long):
         try:
-            kept = fit(example, max_tokens, policy, Cuts())
+            kept = truncate(example, max_tokens, policy, TruncationStats())
         except DataError:
             continue
         assert kept is not None and len(kept.tokens) <= max_tokens

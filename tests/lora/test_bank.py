@@ -13,16 +13,16 @@ from tiny_models import make_datums, make_model
 
 from lorakit.data.batch.collate import collate, join
 from lorakit.errors import AdapterError, ConfigError
-from lorakit.lora.bank import Adapter, AdapterBank, Mix
+from lorakit.lora.bank import Adapter, AdapterBank, AdapterBatch
 from lorakit.lora.expert_function import ExpertCall
-from lorakit.lora.flat import AdapterLayout, plan_layout
-from lorakit.lora.grouped import Owners
+from lorakit.lora.flat_parameters import FlatParameters, plan_layout
+from lorakit.lora.grouped import AdapterIds
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.lora.state import adapter_state, load_adapter_state
 from lorakit.loss import LOSSES
 from lorakit.loss.head import as_head_adapters
-from lorakit.training.step import Share, compute_loss, compute_losses
+from lorakit.training.step import MicroBatch, compute_loss, compute_losses
 from lorakit.types import Batch, LossOutput
 
 CROSS_ENTROPY = LOSSES["cross_entropy"]
@@ -38,7 +38,7 @@ CASES = [
 SORTED = pytest.mark.parametrize("is_sorted", [False, True])
 
 
-def random_vector(layout: AdapterLayout, seed: int) -> torch.Tensor:
+def random_vector(layout: FlatParameters, seed: int) -> torch.Tensor:
     return torch.randn(layout.num_params, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
@@ -52,14 +52,14 @@ def run_mixed(
 ) -> list[LossOutput]:
     joined = join(batches, 0)
     rows = [number for number, batch in enumerate(batches) for _ in range(len(batch.input_ids))]
-    owners = torch.tensor(rows).repeat_interleave(joined.input_ids.shape[1])
-    shares, mix = (
-        [Share(batch, CROSS_ENTROPY) for batch in batches],
-        Mix(adapters, owners, is_sorted=is_sorted),
+    adapter_ids = torch.tensor(rows).repeat_interleave(joined.input_ids.shape[1])
+    shares, adapter_batch = (
+        [MicroBatch(batch, CROSS_ENTROPY) for batch in batches],
+        AdapterBatch(adapters, adapter_ids, is_sorted=is_sorted),
     )
-    with bank.active(mix):
+    with bank.active(adapter_batch):
         outputs = compute_losses(
-            model, joined, shares, as_head_adapters(bank.on_head(mix, torch.float32))
+            model, joined, shares, as_head_adapters(bank.on_head(adapter_batch, torch.float32))
         )
         torch.stack([output.loss_sum for output in outputs]).sum().backward()
     return outputs
@@ -89,7 +89,7 @@ def test_a_mix_of_ranks_equals_peft_on_each_adapter_alone(
     rows: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Owners, "pay", lambda self, *args, **options: pays)
+    monkeypatch.setattr(AdapterIds, "pay", lambda self, *args, **options: pays)
     base = make_model(family)
     bank = AdapterBank(base)
     specs = [
@@ -159,13 +159,15 @@ def test_tokens_in_any_order_have_their_own_adapter_sorted_or_behind_a_gate() ->
     ]
     linear, draw = base.model.layers[0].self_attn.q_proj, torch.Generator().manual_seed(0)
     x_TI = torch.randn(1, 40, linear.in_features, generator=draw)
-    owners_T = torch.randint(0, 3, (40,), generator=draw)
+    adapter_ids_T = torch.randint(0, 3, (40,), generator=draw)
     found = []
     for is_sorted in (False, True):
-        with bank.active(Mix(adapters, owners_T, is_sorted=is_sorted)):
+        with bank.active(AdapterBatch(adapters, adapter_ids_T, is_sorted=is_sorted)):
             found.append(linear(x_TI))
     assert torch.allclose(found[0], found[1], atol=1e-5)
-    assert not torch.allclose(found[0][0, owners_T != 1], linear(x_TI)[0, owners_T != 1], atol=1e-2)
+    assert not torch.allclose(
+        found[0][0, adapter_ids_T != 1], linear(x_TI)[0, adapter_ids_T != 1], atol=1e-2
+    )
 
 
 def make_gpt_oss() -> Any:
@@ -207,13 +209,13 @@ def test_experts_rows_by_owner_equal_those_behind_a_gate(
     experts, draw = base.model.layers[0].mlp.experts, torch.Generator().manual_seed(0)
     width, num_experts = base.config.hidden_size, len(experts.down_proj)
     chosen_TK = torch.stack([torch.randperm(num_experts, generator=draw)[:2] for _ in range(40)])
-    owners_T = torch.randint(0, 3, (40,), generator=draw)
+    adapter_ids_T = torch.randint(0, 3, (40,), generator=draw)
     found = []
     for pays in (False, True):
-        monkeypatch.setattr(Owners, "pay", lambda self, *args, pays=pays, **options: pays)
+        monkeypatch.setattr(AdapterIds, "pay", lambda self, *args, pays=pays, **options: pays)
         x_TH = torch.randn(40, width, generator=torch.Generator().manual_seed(1)).requires_grad_()
         weights_TK = torch.rand(40, 2, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        with bank.active(Mix(adapters, owners_T, is_sorted=True)):
+        with bank.active(AdapterBatch(adapters, adapter_ids_T, is_sorted=True)):
             out_TH = experts(x_TH, chosen_TK, weights_TK)
         leaves = [
             leaf
@@ -239,8 +241,8 @@ def test_an_adapter_has_the_same_scale_in_company_as_alone_in_16_bit() -> None:
     ]
     one, two = (Adapter(layout, random_vector(layout, n)) for n, layout in enumerate(layouts))
     key = next(iter(one.factors))
-    owners_T = torch.tensor([0, 1, 0])
-    found = Mix([one, two], owners_T).pair(key, torch.bfloat16)
+    adapter_ids_T = torch.tensor([0, 1, 0])
+    found = AdapterBatch([one, two], adapter_ids_T).pair(key, torch.bfloat16)
     assert found is not None and isinstance(found[2], torch.Tensor)
     assert found[2].tolist() == [
         [1.0] * 6 + [0.0] * 2,
@@ -248,7 +250,7 @@ def test_an_adapter_has_the_same_scale_in_company_as_alone_in_16_bit() -> None:
         [1.0] * 6 + [0.0] * 2,
     ]
     assert torch.equal(found[1][:, :6], (one.factors[key][1] * (8 / 6)).bfloat16())
-    stacked = Mix([one, two], owners_T, is_sorted=True).stacked(key, torch.bfloat16)
+    stacked = AdapterBatch([one, two], adapter_ids_T, is_sorted=True).stacked(key, torch.bfloat16)
     assert stacked is not None and torch.equal(
         stacked.b_nOR[0], (one.factors[key][1] * (8 / 6)).bfloat16()
     )

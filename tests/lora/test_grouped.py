@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit.lora.grouped import MAX_PADDING, READ_ROWS, Owners, Run, SortedRows, plan_runs
+from lorakit.lora.grouped import MAX_PADDING, READ_ROWS, AdapterIds, Run, SortedRows, plan_runs
 
 
 def test_experts_of_about_equal_load_go_together_up_to_the_largest_run() -> None:
@@ -89,35 +89,37 @@ def test_rows_by_owner_pay_where_they_are_even_and_not_where_most_would_be_paddi
     costs: dict[str, Any] = {"base_cost": 100.0, "factor_cost": 50.0}
     # each token goes to all experts: every owner has as many rows
     even = torch.arange(4).repeat(16, 1)
-    owners = Owners(torch.arange(16) % 4, 4)
-    assert owners.pay(even, 4, **costs, pads=True)
+    adapter_ids = AdapterIds(torch.arange(16) % 4, 4)
+    assert adapter_ids.pay(even, 4, **costs, pads=True)
     skewed = (torch.arange(16) % 4)[:, None]  # each owner has an expert of its own
-    assert not owners.pay(skewed, 4, **costs, pads=True) and owners.pay(
+    assert not adapter_ids.pay(skewed, 4, **costs, pads=True) and adapter_ids.pay(
         skewed, 4, **costs, pads=False
     )
 
 
 @given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 5), st.randoms(use_true_random=False))
 def test_rows_by_owner_hold_every_choice_with_its_pair(
-    num_tokens: int, num_owners: int, num_experts: int, draw: Any
+    num_tokens: int, num_adapters: int, num_experts: int, draw: Any
 ) -> None:
     top_k = draw.randint(1, num_experts)
     experts_TK = torch.tensor([draw.sample(range(num_experts), top_k) for _ in range(num_tokens)])
-    owners = Owners(
-        torch.tensor([draw.randrange(num_owners) for _ in range(num_tokens)]), num_owners
+    adapter_ids = AdapterIds(
+        torch.tensor([draw.randrange(num_adapters) for _ in range(num_tokens)]), num_adapters
     )
-    rows = SortedRows.sort(experts_TK, num_experts, grouped=False, max_rows=8, owners=owners)
+    rows = SortedRows.sort(
+        experts_TK, num_experts, grouped=False, max_rows=8, adapter_ids=adapter_ids
+    )
     seen = []
     for block in rows.blocks():
         order = rows.order_S[block.rows]
-        each = block.owned.per_row(torch.arange(num_experts * num_owners)[:, None])[:, 0]
+        each = block.by_adapter.per_row(torch.arange(num_experts * num_adapters)[:, None])[:, 0]
         expert = block.per_row(torch.arange(num_experts)[:, None])[:, 0]
-        assert torch.equal(each // num_owners, expert)
+        assert torch.equal(each // num_adapters, expert)
         for place, pair in zip(order.tolist(), each.tolist(), strict=True):
             if place < num_tokens * top_k:
                 seen.append(place)
                 token = place // top_k
-                assert pair == int(experts_TK.flatten()[place]) * num_owners + int(
-                    owners.owners_T[token]
+                assert pair == int(experts_TK.flatten()[place]) * num_adapters + int(
+                    adapter_ids.adapter_ids_T[token]
                 )
     assert sorted(seen) == list(range(num_tokens * top_k))

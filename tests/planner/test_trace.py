@@ -22,9 +22,9 @@ from lorakit.lora.spec import LoRASpec
 from lorakit.loss import LOSSES
 from lorakit.loss.logprobs import trust_head
 from lorakit.model.layers import enable_checkpointing
+from lorakit.planner.fake_images import SampleShapes
 from lorakit.planner.memory import STRATEGIES, Settings, memory_of, rough_bound
 from lorakit.planner.presets import preset_config
-from lorakit.planner.sight import RowSizes
 from lorakit.planner.trace import (
     ACTIVATIONS,
     StepShape,
@@ -345,7 +345,7 @@ def test_processes_that_share_rows_compute_as_much_for_a_token_and_hold_their_sh
 
 
 def test_a_row_is_as_full_of_images_as_the_rows_were() -> None:
-    assert RowSizes(1000, 600, 0.99).images_in(1, 1000) == (600, 390)
-    assert RowSizes(None, 1024, 1.0).images_in(2, 4096) == (1024,) * 8
-    assert RowSizes(50, 64, 0.2).images_in(3, 50) == (50,) * 3  # at least one whole
-    assert RowSizes(1000).images_in(4, 1000) == ()
+    assert SampleShapes(1000, 600, 0.99).images_in(1, 1000) == (600, 390)
+    assert SampleShapes(None, 1024, 1.0).images_in(2, 4096) == (1024,) * 8
+    assert SampleShapes(50, 64, 0.2).images_in(3, 50) == (50,) * 3  # at least one whole
+    assert SampleShapes(1000).images_in(4, 1000) == ()

@@ -16,7 +16,7 @@ from tiny_models import make_model
 
 from lorakit.errors import DataError
 from lorakit.lora.bank import Adapter, AdapterBank
-from lorakit.lora.flat import plan_layout
+from lorakit.lora.flat_parameters import plan_layout
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.lora.state import load_adapter_state

@@ -41,7 +41,7 @@ def data(client: lorakit.TrainingClient) -> list[types.Datum]:
     return make_data(types, client.get_tokenizer())
 
 
-def trainee_of(client: lorakit.TrainingClient) -> Any:
+def training_state_of(client: lorakit.TrainingClient) -> Any:
     return client._model.made()
 
 
@@ -64,11 +64,12 @@ def test_a_sampling_client_keeps_the_weights_it_was_made_with(
 def test_the_gradient_is_that_of_the_lightning_module_times_its_denominator(
     client: lorakit.TrainingClient, data: list[types.Datum], tmp_path: Path
 ) -> None:
-    trainee = trainee_of(client)
-    trainee.vector.add_(
-        torch.randn(trainee.vector.shape, generator=torch.Generator().manual_seed(0)), alpha=0.02
+    training_state = training_state_of(client)
+    training_state.vector.add_(
+        torch.randn(training_state.vector.shape, generator=torch.Generator().manual_seed(0)),
+        alpha=0.02,
     )
-    start = trainee.layout.file_tensors(trainee.vector.clone())
+    start = training_state.layout.file_tensors(training_state.vector.clone())
 
     def build() -> Any:
         model = inject(load_model("tiny"), LoRASpec(rank=8, unembedding=True))
@@ -80,7 +81,10 @@ def test_the_gradient_is_that_of_the_lightning_module_times_its_denominator(
     trainer = make_trainer(tmp_path, accumulate_grad_batches=3)
     trainer.fit(module, train_dataloaders=torch.utils.data.DataLoader(batches, batch_size=None))
     client.forward_backward(data, "cross_entropy").result()
-    ours, after = trainee.layout.file_tensors(trainee.gradient), adapter_state(module.model)
+    ours, after = (
+        training_state.layout.file_tensors(training_state.gradient),
+        adapter_state(module.model),
+    )
     moved = {name: (start[name] - after[name]) * batches[0].window_weight for name in after}
     distance = sum(float((ours[name] - moved[name]).square().sum()) for name in ours) ** 0.5
     assert (
@@ -95,16 +99,16 @@ def test_gradients_add_up_until_the_step_and_forward_adds_none(
     client: lorakit.TrainingClient, data: list[types.Datum]
 ) -> None:
     client.forward_backward(data, "cross_entropy").result()
-    once = trainee_of(client).gradient.clone()
+    once = training_state_of(client).gradient.clone()
     client.forward(data, "cross_entropy").result()
-    assert torch.equal(trainee_of(client).gradient, once)
+    assert torch.equal(training_state_of(client).gradient, once)
     client.forward_backward(data[:1], "cross_entropy").result()
     client.forward_backward(data[1:], "cross_entropy").result()
     assert torch.allclose(
-        trainee_of(client).gradient, 2 * once, atol=1e-5 * float(once.abs().max())
+        training_state_of(client).gradient, 2 * once, atol=1e-5 * float(once.abs().max())
     )
     assert client.optim_step(types.AdamParams()).result().metrics["grad_norm"] > 0
-    assert not trainee_of(client).gradient.any()
+    assert not training_state_of(client).gradient.any()
 
 
 def test_scored_and_sampled_logprobs_equal_those_of_training(
@@ -134,7 +138,7 @@ def test_an_error_arrives_in_its_future_and_leaves_the_gradient(
     client: lorakit.TrainingClient, data: list[types.Datum]
 ) -> None:
     client.forward_backward(data, "cross_entropy").result()
-    before = trainee_of(client).gradient.clone()
+    before = training_state_of(client).gradient.clone()
     nan = types.Datum(
         data[0].model_input,
         {"target_tokens": data[0].targets, "weights": [float("nan")] * len(data[0])},
@@ -160,18 +164,18 @@ def test_an_error_arrives_in_its_future_and_leaves_the_gradient(
         and "'weights'] is unknown" in messages[3]
     )
     assert after.result(60).metrics["loss:sum"] > 0
-    assert torch.equal(trainee_of(client).gradient, before)
+    assert torch.equal(training_state_of(client).gradient, before)
 
 
 def test_a_gradient_that_is_not_finite_makes_no_step(
     client: lorakit.TrainingClient, data: list[types.Datum]
 ) -> None:
-    trainee = trainee_of(client)
-    before = trainee.vector.clone()
-    trainee.gradient.fill_(float("inf"))
+    training_state = training_state_of(client)
+    before = training_state.vector.clone()
+    training_state.gradient.fill_(float("inf"))
     with pytest.raises(TrainingError, match="not finite"):
         client.optim_step(types.AdamParams()).result(60)
-    assert torch.equal(trainee.vector, before) and not trainee.gradient.any()
+    assert torch.equal(training_state.vector, before) and not training_state.gradient.any()
     client.forward_backward(data, "cross_entropy").result(60)
     client.optim_step(types.AdamParams()).result(60)
 
@@ -183,7 +187,7 @@ def test_adapters_of_several_clients_go_through_the_base_together(
     clients = [service.create_lora_training_client("tiny", rank=rank, seed=rank) for rank in ranks]
     alone = [service.create_lora_training_client("tiny", rank=rank, seed=rank) for rank in ranks]
     data = make_data(types, clients[0].get_tokenizer())
-    runner = clients[0]._model.engine.replica.runner
+    runner = clients[0]._model.engine.worker.runner
     for _ in range(2):
         futures = [
             one.forward_backward(data[n : n + 1], "cross_entropy") for n, one in enumerate(clients)
@@ -200,9 +204,11 @@ def test_adapters_of_several_clients_go_through_the_base_together(
                 atol=1e-5,
             )
         for ours, theirs in zip(clients, alone, strict=True):
-            scale = float(trainee_of(theirs).gradient.abs().max())
+            scale = float(training_state_of(theirs).gradient.abs().max())
             assert torch.allclose(
-                trainee_of(ours).gradient, trainee_of(theirs).gradient, atol=1e-5 * scale
+                training_state_of(ours).gradient,
+                training_state_of(theirs).gradient,
+                atol=1e-5 * scale,
             )
         for one in (*clients, *alone):
             one.optim_step(types.AdamParams(learning_rate=1e-3)).result()
@@ -226,15 +232,15 @@ def test_an_adapter_that_is_not_finite_spoils_no_other(service: lorakit.ServiceC
     clients = [service.create_lora_training_client("tiny", rank=4, seed=n) for n in range(2)]
     data = make_data(types, clients[0].get_tokenizer())
     expected = clients[0].forward_backward(data, "cross_entropy").result()
-    gradient = trainee_of(clients[0]).gradient.clone()
-    trainee_of(clients[0]).gradient.zero_()
-    trainee_of(clients[1]).vector.fill_(1e30)
+    gradient = training_state_of(clients[0]).gradient.clone()
+    training_state_of(clients[0]).gradient.zero_()
+    training_state_of(clients[1]).vector.fill_(1e30)
     futures = [one.forward_backward(data, "cross_entropy") for one in clients]
     good, bad = (future.result(60) for future in futures)
     assert good.metrics["loss:sum"] == pytest.approx(expected.metrics["loss:sum"], rel=1e-6)
     assert not np.isfinite(bad.metrics["loss:sum"])
     assert torch.allclose(
-        trainee_of(clients[0]).gradient, gradient, atol=1e-5 * float(gradient.abs().max())
+        training_state_of(clients[0]).gradient, gradient, atol=1e-5 * float(gradient.abs().max())
     )
 
 
@@ -248,14 +254,14 @@ def test_a_cancelled_sample_ends_and_the_engine_rests(
         time.sleep(0.001)
     assert all(future.future().cancel() for future in futures)
     deadline = time.monotonic() + 20
-    while (engine._sampling or engine.replica.sampler.is_busy) and time.monotonic() < deadline:
+    while (engine._sampling or engine.worker.sampler.is_busy) and time.monotonic() < deadline:
         time.sleep(0.01)
-    steps = engine.replica.sampler.num_forwards
+    steps = engine.worker.sampler.num_forwards
     time.sleep(0.2)
     assert (
         not engine._sampling
-        and not engine.replica._requests
-        and engine.replica.sampler.num_forwards == steps
+        and not engine.worker._requests
+        and engine.worker.sampler.num_forwards == steps
     )
     short = types.SamplingParams(max_tokens=2, stop=[])
     assert (
@@ -270,7 +276,7 @@ def test_a_cancelled_sample_ends_and_the_engine_rests(
 
 
 def test_an_adapter_that_is_not_finite_is_not_sampled(client: lorakit.TrainingClient) -> None:
-    trainee_of(client).vector[5] = float("nan")
+    training_state_of(client).vector[5] = float("nan")
     with pytest.raises(CheckpointError, match="not finite"):
         client.save_weights_and_get_sampling_client()
 
@@ -302,7 +308,7 @@ def test_memory_grows_by_an_adapter_and_its_optimiser_alone(
     for seed, rank in enumerate((8, 16, 4)):
         clients.append(service.create_lora_training_client("tiny", rank=rank, seed=seed))
         work(clients[-1])
-        num_params += trainee_of(clients[-1]).layout.num_params
+        num_params += training_state_of(clients[-1]).layout.num_params
     grown = held_bytes() - before  # numbers, gradient and two moments, 4 bytes each
     assert 0.99 * 16 * num_params < grown < 1.01 * 16 * num_params + 10_000
 
@@ -310,13 +316,13 @@ def test_memory_grows_by_an_adapter_and_its_optimiser_alone(
 def test_snapshots_that_nobody_holds_are_forgotten(
     client: lorakit.TrainingClient, data: list[types.Datum]
 ) -> None:
-    replica = client._model.engine.replica
+    worker = client._model.engine.worker
     for _ in range(5):
         client.save_weights_and_get_sampling_client()
     gc.collect()
     client.forward(data, "cross_entropy").result()
     client.forward(data, "cross_entropy").result()
-    assert not replica.snapshots
+    assert not worker.snapshots
 
 
 def test_a_state_of_another_scale_is_refused(tmp_path: Path) -> None:
@@ -329,7 +335,7 @@ def test_a_state_of_another_scale_is_refused(tmp_path: Path) -> None:
                 with pytest.raises(CheckpointError, match="scale"):
                     client.load_state(paths[0]).result()
                 assert (
-                    trainee_of(
+                    training_state_of(
                         service.create_training_client_from_state(paths[0])
                     ).layout.spec.scale
                     == 8.0
@@ -350,8 +356,8 @@ def test_many_datums_are_cut_into_passes_without_a_change(tmp_path: Path) -> Non
             found.append(
                 (
                     output,
-                    trainee_of(client).gradient.clone(),
-                    client._model.engine.replica.runner.num_passes,
+                    training_state_of(client).gradient.clone(),
+                    client._model.engine.worker.runner.num_passes,
                 )
             )
     (whole, gradient, one), (cut, cut_gradient, several) = found
@@ -386,7 +392,7 @@ def test_what_is_saved_is_a_peft_folder_that_peft_loads(
     train(client, types, data, 2)
     saved = client.save_weights_for_sampler("now").result()
     run_id, kind, name = saved.path.removeprefix("tinker://").split("/")
-    folder = service._service.store.checkpoint_folder(run_id, kind, name)
+    folder = service._service.database.checkpoint_folder(run_id, kind, name)
     model = peft.PeftModel.from_pretrained(load_model("tiny"), str(folder)).eval()
     tokens = data[0].model_input.to_ints()
     with torch.no_grad():
@@ -398,7 +404,7 @@ def test_what_is_saved_is_a_peft_folder_that_peft_loads(
     )
     assert np.allclose(ours, theirs.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0], atol=1e-4)
     from_folder = service.create_training_client_from_state(str(folder), base_model="tiny")
-    assert torch.equal(trainee_of(from_folder).vector, trainee_of(client).vector)
+    assert torch.equal(training_state_of(from_folder).vector, training_state_of(client).vector)
 
 
 def test_names_are_free_safe_and_not_written_over(
@@ -495,9 +501,11 @@ def test_a_custom_loss_has_the_gradient_of_the_same_loss_built_in(tmp_path: Path
             theirs = plain.forward_backward(data, "cross_entropy").result()
             assert ours.metrics["terms"] == 3.0
             assert ours.metrics["loss:sum"] == pytest.approx(theirs.metrics["loss:sum"], rel=1e-5)
-            gradient = trainee_of(plain).gradient
+            gradient = training_state_of(plain).gradient
             assert torch.allclose(
-                trainee_of(custom).gradient, gradient, atol=1e-5 * float(gradient.abs().max())
+                training_state_of(custom).gradient,
+                gradient,
+                atol=1e-5 * float(gradient.abs().max()),
             )
 
             def broken(data: Any, logprobs: Any) -> Any:
@@ -508,7 +516,9 @@ def test_a_custom_loss_has_the_gradient_of_the_same_loss_built_in(tmp_path: Path
             with pytest.raises(DataError, match="scalar tensor"):
                 custom.forward_backward_custom(data, lambda data, logprobs: (1.0, {})).result()
             assert torch.allclose(
-                trainee_of(custom).gradient, gradient, atol=1e-5 * float(gradient.abs().max())
+                training_state_of(custom).gradient,
+                gradient,
+                atol=1e-5 * float(gradient.abs().max()),
             )
 
 
@@ -545,9 +555,9 @@ def test_a_loss_of_whole_distributions_has_the_gradient_of_soft_targets(
         ]
         theirs = plain.forward_backward(soft, "cross_entropy").result()
         assert ours.metrics["loss:sum"] == pytest.approx(theirs.metrics["loss:sum"], rel=1e-5)
-        gradient = trainee_of(plain).gradient
+        gradient = training_state_of(plain).gradient
         assert torch.allclose(
-            trainee_of(custom).gradient, gradient, atol=1e-5 * float(gradient.abs().max())
+            training_state_of(custom).gradient, gradient, atol=1e-5 * float(gradient.abs().max())
         )
         assert sorted(seen) == [
             (n, 0, torch.Size([len(datum), 288])) for n, datum in enumerate(data)
@@ -589,14 +599,14 @@ def test_soft_targets_and_single_ones_go_together(
         },
     )
     hard = client.forward_backward([first, data[1]], "cross_entropy").result()
-    gradient = trainee_of(client).gradient.clone()
-    trainee_of(client).gradient.zero_()
+    gradient = training_state_of(client).gradient.clone()
+    training_state_of(client).gradient.zero_()
     mixed = client.forward_backward([soft, data[1]], "cross_entropy").result()
     assert mixed.metrics["loss:sum"] == pytest.approx(hard.metrics["loss:sum"], rel=1e-5)
     assert mixed.loss_fn_outputs[0]["logprobs"].shape == (len(first), 2)
     assert mixed.loss_fn_outputs[1]["logprobs"].shape == (len(data[1]),)
     assert torch.allclose(
-        trainee_of(client).gradient, gradient, atol=1e-5 * float(gradient.abs().max())
+        training_state_of(client).gradient, gradient, atol=1e-5 * float(gradient.abs().max())
     )
 
 

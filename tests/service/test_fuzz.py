@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from serving import Server
 
-from lorakit.service.http import schema, wire
+from lorakit.service.http import codec as wire
+from lorakit.service.http import schema
 
 MANY = pytest.param(200, marks=pytest.mark.slow)
 

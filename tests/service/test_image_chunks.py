@@ -93,8 +93,8 @@ def test_a_step_on_images_is_that_of_the_main_job_in_process_and_by_the_sdk(
     own = [datum(types, 1), text_datum(types), datum(types, 2)]
     with lorakit.ServiceClient(folder=tmp_path, accelerator="cpu") as service:
         client = service.create_lora_training_client(folder, rank=4, seed=3)
-        (trainee,) = client._model.engine.replica.trainees.values()
-        logprobs, norm = reference(trainee.layout.file_tensors(trainee.vector), own)
+        (training_state,) = client._model.engine.worker.training_states.values()
+        logprobs, norm = reference(training_state.layout.file_tensors(training_state.vector), own)
         found = client.forward_backward(own, "cross_entropy").result()
         assert client.optim_step(types.AdamParams(1e-3)).result().metrics[
             "grad_norm"
@@ -191,7 +191,7 @@ def test_calls_of_several_adapters_with_and_without_images_share_a_pass(
             client.forward_backward(own, "cross_entropy").result()
             for client, own in zip(clients, data, strict=True)
         ]
-        runner = clients[0]._model.engine.replica.runner
+        runner = clients[0]._model.engine.worker.runner
         before, most = runner.num_passes, 0
         for _ in range(3):
             futures = [

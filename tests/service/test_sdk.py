@@ -43,7 +43,7 @@ def test_a_training_loop_is_the_one_in_process(
         one.forward_backward(data, "cross_entropy").result()
         one.optim_step(kind.AdamParams(learning_rate=1e5, beta1=0.0, beta2=0.0, eps=1e5)).result()
         paths.append(one.save_weights_for_sampler("moved").result().path)
-    folders = [server.folder / "data", service._service.store.folder]
+    folders = [server.folder / "data", service._service.database.folder]
     tensors = []
     for folder, path in zip(folders, paths, strict=True):
         run_id, kind, name = path.removeprefix("tinker://").split("/")

@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from serving import Server
 
 from lorakit.service.core import Service
-from lorakit.service.http import common
+from lorakit.service.http import dependencies as common
 from lorakit.service.http import state as state_module
 from lorakit.service.http.app import create_app
 from lorakit.service.http.state import ServerState
@@ -97,7 +97,7 @@ def test_a_model_whose_session_ends_while_it_is_made_is_freed(
     until(
         lambda: (
             model not in state.service.trained
-            and model not in state.service.engine("tiny").replica.trainees
+            and model not in state.service.engine("tiny").worker.training_states
         )
     )
 
@@ -190,12 +190,12 @@ def test_request_ids_that_another_user_made_up_reach_nothing(
         api, "asample", sampling_session_id=sampler["sampling_session_id"], seq_id=0, **sample
     )["request_id"]
     assert "sequences" in result(api, own)
-    state.promises.forget()
+    state.pending.forget()
     # the answer that is there; a call that will come
     for guess in (sampler["sampling_session_id"], model):
         stolen = {"sampling_session_id": guess, "seq_id": 0 if guess != model else 1, **sample}
         taken = api.post("/api/v1/asample", json=stolen, headers=bob).json()["request_id"]
-        until(lambda taken=taken: state.promises.find(taken, "bob").answer is not None)
+        until(lambda taken=taken: state.pending.find(taken, "bob").answer is not None)
         answer = api.post("/api/v1/retrieve_future", json={"request_id": taken}, headers=bob).json()
         assert "there is no sampler" in answer["error"]
     made = api.post(
@@ -274,7 +274,7 @@ def test_a_session_holds_so_many_adapters_and_those_that_are_sampled_stay(
     engine = state.service.engine("tiny")
     assert api.post(f"/api/v1/sessions/{session}/finish").status_code == 204
     assert "has ended" in says(first, 2)["error"] and not state.samplers
-    until(lambda: not engine.replica.snapshots)
+    until(lambda: not engine.worker.snapshots)
 
 
 def test_a_session_that_cannot_be_ended_now_is_ended_later(
@@ -282,14 +282,14 @@ def test_a_session_that_cannot_be_ended_now_is_ended_later(
 ) -> None:
     session, model, asked = create(api)
     result(api, asked)
-    add = state.store.add
+    add = state.database.add
     monkeypatch.setattr(
-        state.store, "add", lambda *rows: (_ for _ in ()).throw(OSError("the disk is full"))
+        state.database, "add", lambda *rows: (_ for _ in ()).throw(OSError("the disk is full"))
     )
     with pytest.raises(OSError):
         state.end_session(state.sessions[session])
     assert session in state.sessions and model in state.service.trained
-    monkeypatch.setattr(state.store, "add", add)
+    monkeypatch.setattr(state.database, "add", add)
     assert api.post(f"/api/v1/sessions/{session}/finish").status_code == 204
     assert model not in state.service.trained
 
@@ -297,15 +297,17 @@ def test_a_session_that_cannot_be_ended_now_is_ended_later(
 def test_answers_that_a_full_disk_refused_are_written_later(
     state: ServerState, api: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = state.store.add_results
+    add = state.database.add_results
     monkeypatch.setattr(
-        state.store, "add_results", lambda rows: (_ for _ in ()).throw(OSError("the disk is full"))
+        state.database,
+        "add_results",
+        lambda rows: (_ for _ in ()).throw(OSError("the disk is full")),
     )
     _, _, asked = create(api)
     assert "model_id" in result(api, asked)
-    monkeypatch.setattr(state.store, "add_results", add)
-    state.promises.forget()
-    assert state.store.result(asked, "owner") is not None
+    monkeypatch.setattr(state.database, "add_results", add)
+    state.pending.forget()
+    assert state.database.result(asked, "owner") is not None
     assert "model_id" in result(api, asked)
 
 
@@ -329,7 +331,7 @@ def test_what_queued_calls_cost_is_written_behind_them(state: ServerState, api: 
     assert api.post(f"/api/v1/sessions/{session}/finish").status_code == 204
     assert all("error" not in result(api, request) for request in requests)
     until(lambda: api.get(f"/api/v1/training_runs/{model}").json()["user_metadata"] is not None)
-    until(lambda: state.store.run(model, "owner").tokens == 15)
+    until(lambda: state.database.run(model, "owner").tokens == 15)
     assert model not in state.service.engine("tiny").usage
 
 

@@ -221,7 +221,7 @@ def fit(folder: Path, plan: dict[str, Any], name: str, options: dict[str, Any]) 
         trainer.fit(
             module, datamodule=datamodule, ckpt_path=state, weights_only=True if state else None
         )
-    if world.is_first:
+    if world.is_rank_zero:
         found = {
             "start": record.start,
             "first": record.first,

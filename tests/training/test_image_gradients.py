@@ -26,7 +26,7 @@ from tiny_models import (
 from vision import draw_image, make_encoder, make_reference, make_tokenizer, make_vl_model
 
 from lorakit.data.batch.collate import collate
-from lorakit.data.batch.split import parts_of
+from lorakit.data.batch.split import split_batch
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
@@ -257,7 +257,7 @@ def test_a_batch_in_parts_has_the_images_of_its_rows(packs: bool, tmp_path: Path
         make_datums(tmp_path),
     )
     whole = collate([datums] if packs else [[datum] for datum in datums], 0, make_encoder())
-    parts = parts_of(whole, 1)
+    parts = split_batch(whole, 1)
     assert len(parts) == 8 and [sum(part.num_images) for part in parts] == [
         len(SIZES.get(number, [])) for number in range(8)
     ]

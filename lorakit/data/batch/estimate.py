@@ -10,14 +10,14 @@ import numpy as np
 
 from lorakit.data.batch.mixture import Mixture
 from lorakit.data.batch.packing import assign_batches
-from lorakit.data.examples import DataReport
+from lorakit.data.examples import DatasetReport
 
 
 @dataclass(frozen=True)
-class Forecast:
+class BatchEstimate:
     """Number and filling of a stream's batches; the settings are those of ``BatchStream``."""
 
-    report: DataReport
+    report: DatasetReport
     mixture: Mixture
     batch_size: int | None
     batch_tokens: int | None
@@ -70,7 +70,7 @@ class Forecast:
                 : self.window_rows
             ], self.mixture.num_rows * report.examples_per_row / size
         found = np.bincount(origins, minlength=len(report.shares))  # units of each source
-        looked = np.array([max(share.num_rows_surveyed, 1) for share in report.shares.values()])
+        looked = np.array([max(share.num_rows_profiled, 1) for share in report.shares.values()])
         in_epoch = found / looked * np.array(self.mixture.counts)
         wanted = np.rint(in_epoch / in_epoch.sum() * min(self.window_rows, len(lengths))).astype(
             int

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def halve(batch: Batch) -> list[Batch]:
+def halve_batch(batch: Batch) -> list[Batch]:
     """Return two batches with the documents of ``batch``, of about as many positions each;
     ``[batch]`` where it is one document.
 
@@ -34,15 +34,15 @@ def halve(batch: Batch) -> list[Batch]:
     return [_some(batch, 0, cut, units), _some(batch, cut, len(units), units)]
 
 
-def parts_of(batch: Batch, max_positions: int | None) -> list[Batch]:
+def split_batch(batch: Batch, max_positions: int | None) -> list[Batch]:
     """Return ``batch`` halved until each part has at most ``max_positions``, or is one document."""
     if (
         max_positions is None
         or batch.input_ids.numel() <= max_positions
-        or len(halves := halve(batch)) == 1
+        or len(halves := halve_batch(batch)) == 1
     ):
         return [batch]
-    return [part for half in halves for part in parts_of(half, max_positions)]
+    return [part for half in halves for part in split_batch(half, max_positions)]
 
 
 def _units(batch: Batch) -> list[tuple[tuple[int, int, int], ...]]:

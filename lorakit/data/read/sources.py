@@ -50,7 +50,7 @@ def _format_of(part: LineFile | Table) -> str:
 
 
 @dataclass(frozen=True)
-class Mixed:
+class SourceSpec:
     """One of several sources of rows.
 
     Args:
@@ -136,7 +136,7 @@ class Source:
 
 
 def open_sources(
-    mixed: Sequence[Mixed],
+    mixed: Sequence[SourceSpec],
     *,
     format: Format = None,
     columns: Mapping[str, str] | None = None,
@@ -176,16 +176,16 @@ def open_sources(
     )
 
 
-def read_mixed(entries: Sequence[Mixed | Mapping[str, Any] | str]) -> list[Mixed]:
+def read_mixed(entries: Sequence[SourceSpec | Mapping[str, Any] | str]) -> list[SourceSpec]:
     """The entries of ``data.sources``, of which one that is a text alone is a path. Raises
     ConfigError with all problems.
     """
     mixed, problems = [], []
-    fields = {field.name: field for field in dataclasses.fields(Mixed)}
+    fields = {field.name: field for field in dataclasses.fields(SourceSpec)}
     for number, entry in enumerate(entries):
         key = f"data.sources[{number}]"
-        if isinstance(entry, Mixed | str):
-            mixed.append(Mixed(entry) if isinstance(entry, str) else entry)
+        if isinstance(entry, SourceSpec | str):
+            mixed.append(SourceSpec(entry) if isinstance(entry, str) else entry)
             continue
         if not isinstance(entry, Mapping) or "path" not in entry:
             problems.append(f"{key}={entry}: write a path, or {{path: …, weight: …}}")
@@ -199,7 +199,7 @@ def read_mixed(entries: Sequence[Mixed | Mapping[str, Any] | str]) -> list[Mixed
         try:
             mixed.append(
                 msgspec.convert(
-                    {name: value for name, value in entry.items() if name in fields}, Mixed
+                    {name: value for name, value in entry.items() if name in fields}, SourceSpec
                 )
             )
         except msgspec.ValidationError as error:
@@ -214,7 +214,7 @@ def read_mixed(entries: Sequence[Mixed | Mapping[str, Any] | str]) -> list[Mixed
     return mixed
 
 
-def name_sources(mixed: Sequence[Mixed]) -> list[str]:
+def name_sources(mixed: Sequence[SourceSpec]) -> list[str]:
     """A name for each source, all different."""
     names: list[str] = []
     for entry in mixed:

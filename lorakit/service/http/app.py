@@ -14,8 +14,9 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from lorakit import __version__
 from lorakit.errors import LorakitError
-from lorakit.service.http import catalogue, connection, openai, sampling, training
-from lorakit.service.http.common import NO_KEY, USER, status_of
+from lorakit.service.http import connection, openai, sampling, training
+from lorakit.service.http import listing as catalogue
+from lorakit.service.http.dependencies import NO_KEY, USER, status_of
 from lorakit.service.http.state import ServerState
 
 log = logging.getLogger("lorakit")
@@ -51,7 +52,7 @@ def create_app(state: ServerState) -> FastAPI:
 
     app = FastAPI(title="lorakit", version=__version__, lifespan=lifespan)
     app.state.lorakit = state
-    app.add_middleware(Gate, state=state)
+    app.add_middleware(AuthMiddleware, state=state)
     for pattern, reason in NOT_OFFERED.items():
         app.add_api_route(
             f"/api/v1/{pattern}", _refuse(pattern, reason), methods=METHODS, include_in_schema=False
@@ -75,9 +76,9 @@ def create_app(state: ServerState) -> FastAPI:
 OPEN = ("/api/v1/healthz", "/api/v1/files/", "/api/v1/archives/", "/docs", "/openapi.json")
 
 
-class Gate:
+class AuthMiddleware:
     """Lets nobody in without a key, before a body is read; nor with a body over the limit, where
-    no route takes it with a promise.
+    no route takes it with a pending request.
     """
 
     def __init__(self, app: Any, state: ServerState) -> None:

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from lorakit import __version__
-from lorakit.service.http.common import State, User
+from lorakit.service.http.dependencies import State, User
 
 router = APIRouter(prefix="/api/v1", tags=["connection"])
 
@@ -105,12 +105,12 @@ async def retrieve_future(
     """Return what a request came to. 408 where it takes longer: ask again. 410 where it is not
     known (any more).
     """
-    promise = state.promises.find(body.request_id, user)
-    if promise is None:
+    pending = state.pending.find(body.request_id, user)
+    if pending is None:
         raise HTTPException(
             410, f"request {body.request_id} is not known; the server may have been started anew"
         )
-    answer = await state.promises.wait(promise, state.poll_seconds)
+    answer = await state.pending.wait(pending, state.poll_seconds)
     if answer is None:
         waiting = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}
         return JSONResponse(waiting, status_code=408)
@@ -124,10 +124,10 @@ async def retrieve_future(
 async def cancel_future(body: CancelFuture, state: State, user: User) -> dict[str, Any]:
     """Give up samples, and other requests that have not begun."""
     wanted = [*body.request_ids, *([body.request_id] if body.request_id else [])]
-    promises = [state.promises.find(request_id, user) for request_id in wanted]
+    pending = [state.pending.find(request_id, user) for request_id in wanted]
     cancelled = [
         p.request_id
-        for p in promises
+        for p in pending
         if p is not None and p.future is not None and p.future.cancel()
     ]
     return {"cancelled": cancelled}

@@ -7,17 +7,17 @@ import hmac
 import secrets
 
 from lorakit.errors import ConfigError
-from lorakit.service.saved import LOCAL_OWNER
-from lorakit.service.store import ApiKey, Store, now
+from lorakit.service.checkpoints import LOCAL_OWNER
+from lorakit.service.database import ApiKey, Database, now
 
 KEY_PREFIX = "tml-"  # the SDK refuses others
 
 
-class Keys:
+class ApiKeyStore:
     """The keys of a server's users."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, database: Database) -> None:
+        self._database = database
         self._known: list[ApiKey] = []
 
     def make(self, user: str) -> str:
@@ -26,16 +26,16 @@ class Keys:
         """
         if not user or user == LOCAL_OWNER:
             raise ConfigError(f"{user!r} cannot be a user's name")
-        if self._store.get(ApiKey, user) is not None:
+        if self._database.get(ApiKey, user) is not None:
             raise ConfigError(f"{user} has a key already")
         key = KEY_PREFIX + secrets.token_urlsafe(32)
-        self._store.add(ApiKey(user=user, digest=_digest(key), created=now()))
+        self._database.add(ApiKey(user=user, digest=_digest(key), created=now()))
         return key
 
     def user_of(self, key: str) -> str | None:
         """Return whose key it is, or None; one that another process has made is found too."""
         if (user := self._find(key)) is None and key.startswith(KEY_PREFIX):
-            self._known = self._store.select(ApiKey)
+            self._known = self._database.select(ApiKey)
             user = self._find(key)
         return user
 

@@ -19,11 +19,11 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from lorakit.data.render.tokenizer import Encoder
 from lorakit.errors import DataError
-from lorakit.sampling.ending import stop_strings
-from lorakit.sampling.request import Row
+from lorakit.sampling.request import SampledSequence
+from lorakit.sampling.stop_condition import stop_strings
 from lorakit.sampling.text_stream import TextStream
 from lorakit.service.core import Weights
-from lorakit.service.http.common import State, User, refuse_huge, status_of
+from lorakit.service.http.dependencies import State, User, refuse_huge, status_of
 from lorakit.service.http.openai_requests import Asked, ChatCompletion, Completion, read_messages
 from lorakit.service.http.state import ServerState, as_future
 from lorakit.types import ModelInput, Sample, SampleResponse, SamplingParams
@@ -54,7 +54,7 @@ class _Choice:
     offset: int = 0  # of the next token in the text of all tokens
     sample: Sample | None = None
 
-    def name(self, row: Row, tokenizer: Any) -> _Token:
+    def name(self, row: SampledSequence, tokenizer: Any) -> _Token:
         """The last token of ``row``, and where it begins."""
         token = _Token(
             Sample(row.tokens[-1:], "", "", row.logprobs[-1:], row.best[-1:]), self.offset
@@ -206,7 +206,7 @@ async def _weights(state: ServerState, user: str, model: str) -> Weights:
     """What ``model`` names; read once for each user."""
     is_path = model.startswith("tinker://")
     # one that was written over is another
-    made = state.service.saved.find(model, user).created if is_path else ""
+    made = state.service.checkpoints.find(model, user).created if is_path else ""
     name = f"openai:{user}:{model}:{made}"
     if name not in state.samplers or (
         state.samplers[name][1].done() and state.samplers[name][1].exception()
@@ -286,7 +286,7 @@ async def _all(request: Request, futures: list[Future[Any]]) -> list[SampleRespo
 
 
 def _start(
-    state: ServerState, job: _Job, each: Callable[[_Choice, Row], None] | None
+    state: ServerState, job: _Job, each: Callable[[_Choice, SampledSequence], None] | None
 ) -> list[tuple[list[_Choice], Future[Any]]]:
     """Ask for each prompt's completions; ``each`` is told of every token, in the engine's
     thread.
@@ -298,7 +298,7 @@ def _start(
             for i in range(job.n)
         ]
 
-        def tell(row: Row, choices: list[_Choice] = choices) -> None:
+        def tell(row: SampledSequence, choices: list[_Choice] = choices) -> None:
             assert each is not None
             each(choices[row.number], row)
 
@@ -322,17 +322,17 @@ async def _events(
     )
     num_generated = 0
 
-    def on_token(choice: _Choice, row: Row) -> None:
+    def on_token(choice: _Choice, row: SampledSequence) -> None:
         tokens = (
             row.tokens[:-1]
-            if row.stop_reason == "stop" and row.tokens[-1] in row.running.ending.tokens
+            if row.stop_reason == "stop" and row.tokens[-1] in row.running.stop_condition.tokens
             else row.tokens
         )
         text = choice.stream.add(tokens)
         if row.stop_reason:  # what was held back, up to the stop string
-            text = row.running.ending.text(row.tokens, is_stopped=row.stop_reason == "stop")[
-                len(choice.text) :
-            ]
+            text = row.running.stop_condition.text(
+                row.tokens, is_stopped=row.stop_reason == "stop"
+            )[len(choice.text) :]
         choice.text += text
         token = choice.name(row, job.tokenizer) if job.says_logprobs else None
         loop.call_soon_threadsafe(queue.put_nowait, (text, choice, row.stop_reason or None, token))

@@ -12,11 +12,11 @@ from pydantic import BaseModel
 
 from lorakit.errors import DataError, LorakitError
 from lorakit.service.core import Weights
-from lorakit.service.http import wire
-from lorakit.service.http.common import State, User, parsed, read_json, refuse_huge
-from lorakit.service.http.promises import encode_sample
+from lorakit.service.database import SamplerRow
+from lorakit.service.http import codec as wire
+from lorakit.service.http.dependencies import State, User, parsed, read_json, refuse_huge
+from lorakit.service.http.pending import encode_sample
 from lorakit.service.http.state import EPHEMERAL, ServerState, as_future, chained
-from lorakit.service.store import SamplerRow
 from lorakit.types import TensorData
 
 router = APIRouter(prefix="/api/v1", tags=["sampling"])
@@ -59,7 +59,9 @@ async def create_sampling_session(request: Request, state: State, user: User) ->
     sampler_id = f"{session.id}:sample:{body.sampling_session_seq_id}"
     if sampler_id not in state.samplers:
         try:
-            base_model = body.base_model or state.service.saved.base_of(body.model_path or "", user)
+            base_model = body.base_model or state.service.checkpoints.base_of(
+                body.model_path or "", user
+            )
         except LorakitError as error:
             raise HTTPException(404, str(error)) from error
         reading: Future[Any] = state.pool.submit(
@@ -76,7 +78,7 @@ async def create_sampling_session(request: Request, state: State, user: User) ->
 @router.get("/samplers/{sampler_id}")
 async def get_sampler(sampler_id: str, state: State, user: User) -> dict[str, Any]:
     """What a sampler samples from."""
-    row = state.store.get(SamplerRow, sampler_id)
+    row = state.database.get(SamplerRow, sampler_id)
     if row is None or row.owner != user:
         raise HTTPException(404, f"there is no sampler {sampler_id}")
     path = None if row.model_path == EPHEMERAL else row.model_path
@@ -94,13 +96,13 @@ async def asample(request: Request, state: State, user: User) -> JSONResponse:
     if isinstance(body, str) and not has_ids:
         raise HTTPException(400, body)
     request_id = f"{session_id}:{seq_id}" if has_ids else f"sample:{secrets.token_hex(12)}"
-    promise, is_new = state.promises.open(request_id, user)
+    pending, is_new = state.pending.open(request_id, user)
     if is_new:
         if isinstance(body, str):
-            state.promises.fail(promise, body)
+            state.pending.fail(pending, body)
         else:
-            state.promises.settle(
-                promise, as_future(lambda: _sample(state, user, body)), encode_sample
+            state.pending.settle(
+                pending, as_future(lambda: _sample(state, user, body)), encode_sample
             )
     num_samples = given.get("num_samples", 1)
     count = num_samples if isinstance(num_samples, int) and 0 < num_samples <= 100_000 else 1

@@ -17,9 +17,9 @@ from fastapi import HTTPException
 
 from lorakit.errors import CheckpointError
 from lorakit.service.core import Service
-from lorakit.service.http.keys import Keys
-from lorakit.service.http.promises import Promises
-from lorakit.service.store import ClientSession, Run, SamplerRow, now
+from lorakit.service.database import ClientSession, Run, SamplerRow, now
+from lorakit.service.http.keys import ApiKeyStore
+from lorakit.service.http.pending import PendingRequests
 
 log = logging.getLogger("lorakit")
 # of a session, in memory only: an adapter each; those that were sampled last stay
@@ -28,7 +28,7 @@ MAX_READ = 16  # of a session, read from checkpoints: one that had to go is read
 
 
 @dataclass
-class InOrder:
+class SequenceBuffer:
     """One model's calls, which may come in any order and twice, given out by their seq_id, from
     1.
     """
@@ -36,9 +36,9 @@ class InOrder:
     next_seq_id: int = 1
     held: dict[int, Callable[[], None]] = field(default_factory=dict)
 
-    def put(self, seq_id: int, give_out: Callable[[], None]) -> None:
+    def put(self, seq_id: int, dispatch: Callable[[], None]) -> None:
         """Give out now, or when all before have come."""
-        self.held[seq_id] = give_out
+        self.held[seq_id] = dispatch
         while (ready := self.held.pop(self.next_seq_id, None)) is not None:
             self.next_seq_id += 1
             ready()
@@ -71,37 +71,37 @@ class ServerState:
         max_body_bytes: int = 256 << 20,
         poll_seconds: float = 30.0,
     ) -> None:
-        self.service, self.store = service, service.store
-        self.promises = Promises(service.store)
+        self.service, self.database = service, service.database
+        self.pending = PendingRequests(service.database)
         self.completions: set[Future[Any]] = set()  # that OpenAI clients wait for
         self.session_timeout_seconds, self.max_waiting = session_timeout_seconds, max_waiting
         self.max_body_bytes, self.poll_seconds = max_body_bytes, poll_seconds
         self.sessions: dict[str, Session] = {}
-        self.order: dict[str, InOrder] = {}
+        self.order: dict[str, SequenceBuffer] = {}
         # id -> owner, and the future of its Weights
         self.samplers: dict[str, tuple[str, Future[Any]]] = {}
         self.pool = ThreadPoolExecutor(8, thread_name_prefix="lorakit-http")
-        self.keys = Keys(service.store)
+        self.keys = ApiKeyStore(service.database)
         self._sweeper: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
         """Begin, in the event loop."""
         self._loop = asyncio.get_running_loop()
-        self.promises.start()
+        self.pending.start()
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:
         if self._sweeper is not None:
             self._sweeper.cancel()
         await asyncio.to_thread(self.service.close_engines)
-        self.promises.stop()
-        self.store.close()
+        self.pending.stop()
+        self.database.close()
 
     @property
     def num_waiting(self) -> int:
         """Requests that are not finished."""
-        return self.promises.num_open + len(self.completions)
+        return self.pending.num_open + len(self.completions)
 
     def refuse_too_many(self, num_more: int = 1) -> None:
         """Raise 429 where so many more were too many."""
@@ -117,7 +117,7 @@ class ServerState:
     ) -> Session:
         session = Session(secrets.token_hex(8), owner)
         self.sessions[session.id] = session
-        self.store.add(
+        self.database.add(
             ClientSession(
                 id=session.id,
                 owner=owner,
@@ -138,7 +138,7 @@ class ServerState:
                 return None
             session.last_seen = time.monotonic()
             return session
-        row = self.store.get(ClientSession, session_id)
+        row = self.database.get(ClientSession, session_id)
         if row is None or row.owner != owner or row.ended is not None:
             return None
         session = self.sessions[session_id] = Session(session_id, owner)
@@ -148,10 +148,10 @@ class ServerState:
         """Free what the session trains and samples. Where that cannot be written, nothing has
         changed.
         """
-        row = self.store.get(ClientSession, session.id)
+        row = self.database.get(ClientSession, session.id)
         if row is not None:  # before held calls are given out: they would find it to go on
             row.ended = now()
-            self.store.add(row)
+            self.database.add(row)
         self.sessions.pop(session.id, None)
         session.has_ended = True
         for model_id in session.model_ids:
@@ -168,10 +168,10 @@ class ServerState:
             ending: list[Callable[[], None]] = [
                 functools.partial(self.end_session, session) for session in old
             ]
-            for clean in (*ending, self.promises.forget):
+            for clean in (*ending, self.pending.forget):
                 with self._later():
                     clean()
-            for clean in (self.service.saved.delete_expired, self.service.charge_all):
+            for clean in (self.service.checkpoints.delete_expired, self.service.charge_all):
                 with self._later():
                     await asyncio.to_thread(clean)
 
@@ -190,7 +190,7 @@ class ServerState:
         """Whether a model is known, and another user's."""
         if (model := self.service.trained.get(model_id)) is not None:
             return model.owner != owner
-        run = self.store.get(Run, model_id)
+        run = self.database.get(Run, model_id)
         return run is not None and run.owner != owner
 
     def drop_model(self, model_id: str) -> None:
@@ -199,8 +199,8 @@ class ServerState:
         """
         self.service.drop_model(model_id)
         if (order := self.order.pop(model_id, None)) is not None:
-            for give_out in order.held.values():
-                give_out()
+            for dispatch in order.held.values():
+                dispatch()
 
     def drop_if_ended(self, session: Session, model_id: str) -> None:
         """Free a model whose session has ended while it was made. From any thread."""
@@ -217,7 +217,7 @@ class ServerState:
             if session is not None and sampler_id in session.holding:
                 session.holding[sampler_id] = session.holding.pop(sampler_id)
             return found[1]
-        row = self.store.get(SamplerRow, sampler_id)
+        row = self.database.get(SamplerRow, sampler_id)
         if row is None or row.owner != owner:
             raise CheckpointError(f"there is no sampler {sampler_id}")
         if (session := self.session(row.session_id, owner)) is None:
@@ -245,7 +245,7 @@ class ServerState:
     ) -> None:
         """Remember a sampler, whose Weights ``future`` gives."""
         self._hold(session, sampler_id, future, model_path)
-        self.store.add(
+        self.database.add(
             SamplerRow(
                 id=sampler_id,
                 session_id=session.id,
@@ -312,7 +312,7 @@ def chained(first: Future[Any], then: Callable[[Any], Future[Any]]) -> Future[An
 
 
 def as_future(start: Callable[[], Future[Any]]) -> Future[Any]:
-    """Return ``start()``, or a future of what it raises: a promise that was made must be
+    """Return ``start()``, or a future of what it raises: a pending request that was made must be
     settled.
     """
     try:

@@ -13,13 +13,21 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from lorakit.errors import DataError
+from lorakit.service.checkpoints import SaveOptions
 from lorakit.service.core import Model
-from lorakit.service.http import wire
-from lorakit.service.http.common import State, TooLarge, User, accept, parsed, read_body, read_json
-from lorakit.service.http.promises import encode_forward_backward, encode_json
+from lorakit.service.database import check_name
+from lorakit.service.http import codec as wire
+from lorakit.service.http.dependencies import (
+    State,
+    TooLarge,
+    User,
+    accept,
+    parsed,
+    read_body,
+    read_json,
+)
+from lorakit.service.http.pending import encode_forward_backward, encode_json
 from lorakit.service.http.state import EPHEMERAL, ServerState, as_future, chained
-from lorakit.service.saved import SaveAs
-from lorakit.service.store import check_name
 from lorakit.types import AdamParams
 
 router = APIRouter(prefix="/api/v1", tags=["training"])
@@ -143,10 +151,10 @@ def _make_model(
 ) -> JSONResponse:
     session = state.session(session_id, user)
     model_id = f"{session_id}:train:{model_seq_id}"
-    promise, is_new = state.promises.open(f"{model_id}:create", user)
+    pending, is_new = state.pending.open(f"{model_id}:create", user)
     if is_new and session is None:
-        state.promises.fail(
-            promise, f"there is no session {session_id} (any more); make a new ServiceClient"
+        state.pending.fail(
+            pending, f"there is no session {session_id} (any more); make a new ServiceClient"
         )
     elif is_new and session is not None:
         session.model_ids.add(model_id)
@@ -154,10 +162,10 @@ def _make_model(
         reading: Future[Any] = state.pool.submit(as_future, lambda: start(model_id))
         made = chained(reading, lambda future: future)
         made.add_done_callback(lambda done: state.drop_if_ended(session, model_id))
-        state.promises.settle(
-            promise, made, lambda model: encode_json({"model_id": model.id, **answer})
+        state.pending.settle(
+            pending, made, lambda model: encode_json({"model_id": model.id, **answer})
         )
-    return JSONResponse({"request_id": promise.request_id})
+    return JSONResponse({"request_id": pending.request_id})
 
 
 @router.post("/unload_model")
@@ -166,12 +174,12 @@ async def unload_model(body: GetInfo, state: State, user: User) -> dict[str, Any
     model = state.service.trained.get(body.model_id)
     if model is None or model.owner != user:
         raise HTTPException(404, f"there is no model {body.model_id}")
-    promise, _ = state.promises.open(f"{body.model_id}:unload", user)
+    pending, _ = state.pending.open(f"{body.model_id}:unload", user)
     state.drop_model(body.model_id)
-    state.promises.settle(
-        promise, _done({"model_id": body.model_id, "type": "unload_model"}), encode_json
+    state.pending.settle(
+        pending, _done({"model_id": body.model_id, "type": "unload_model"}), encode_json
     )
-    return {"request_id": promise.request_id, "model_id": body.model_id}
+    return {"request_id": pending.request_id, "model_id": body.model_id}
 
 
 @router.post("/get_info")
@@ -317,7 +325,8 @@ async def _save(
             raise DataError("path is missing: the checkpoint's name")
         check_name(call.path)
         return state.service.save(
-            model, SaveAs(kind, call.path, call.overwrite, call.ttl_seconds, call.user_metadata)
+            model,
+            SaveOptions(kind, call.path, call.overwrite, call.ttl_seconds, call.user_metadata),
         )
 
     def encode(saved: Any) -> tuple[str, bytes]:

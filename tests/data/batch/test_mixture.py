@@ -16,7 +16,7 @@ from data_toys import write_jsonl
 
 from lorakit.cli.compose import prepare_arguments
 from lorakit.data.datamodule import LoRADataModule
-from lorakit.data.read.sources import Mixed, name_sources, open_source, read_mixed
+from lorakit.data.read.sources import SourceSpec, name_sources, open_source, read_mixed
 from lorakit.errors import ConfigError, DataError
 
 
@@ -156,7 +156,7 @@ def test_the_report_counts_each_source(mixed: Any, capsys: Any) -> None:
 
 def test_the_survey_looks_at_each_source(mixed: Any) -> None:
     data = mixed(1.0, 1.0, check_token_rows=4)
-    assert {share.num_rows_surveyed for share in data.report.shares.values()} == {2}
+    assert {share.num_rows_profiled for share in data.report.shares.values()} == {2}
 
 
 def test_a_fit_goes_on_in_the_middle_of_a_mixture(mixed: Any) -> None:
@@ -174,11 +174,11 @@ def test_weights_belong_to_the_fingerprint(mixed: Any) -> None:
 
 def test_sources_have_names_all_different() -> None:
     entries = [
-        Mixed("x/train.jsonl"),
-        Mixed("y/train.jsonl"),
-        Mixed("z", name="mine"),
-        Mixed("org/data"),
-        Mixed("train-2"),
+        SourceSpec("x/train.jsonl"),
+        SourceSpec("y/train.jsonl"),
+        SourceSpec("z", name="mine"),
+        SourceSpec("org/data"),
+        SourceSpec("train-2"),
     ]
     assert name_sources(entries) == ["train", "train-2", "mine", "data", "train-2-2"]
 

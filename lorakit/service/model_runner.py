@@ -17,16 +17,16 @@ import torch
 
 from lorakit.data.batch.collate import collate, idle_batch, join
 from lorakit.data.batch.packing import assign_batches
-from lorakit.lora.bank import Mix
+from lorakit.lora.bank import AdapterBatch
 from lorakit.loss import LOSSES, Loss
 from lorakit.loss.head import as_head_adapters
 from lorakit.loss.logprobs import whole_distributions
 from lorakit.loss.vocabulary import VocabularyLoss
 from lorakit.model.vision import with_blank_image
 from lorakit.service.base import Base
-from lorakit.service.trainee import Trainee
-from lorakit.strategy.world import World, gather
-from lorakit.training.step import Share, compute_losses
+from lorakit.service.training_state import TrainingState
+from lorakit.strategy.world import World, all_gather_object
+from lorakit.training.step import MicroBatch, compute_losses
 from lorakit.types import Datum, ForwardBackwardOutput, TensorData
 
 log = logging.getLogger("lorakit")
@@ -37,7 +37,7 @@ Entry = tuple[int, int]  # a Work, and one of its Datums
 class Work:
     """What one call asks of one adapter. ``data`` is as ``loss/inputs.py:prepare`` returns it."""
 
-    trainee: Trainee
+    training_state: TrainingState
     data: Sequence[Datum]
     loss: Loss  # with its knobs
     knobs: dict[str, float] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class _Found:
         )
 
 
-class PassRunner:
+class ModelRunner:
     """Runs Works on one base.
 
     Args:
@@ -99,18 +99,18 @@ class PassRunner:
             log.warning("a pass of %d calls failed (%s); each is run by itself", len(works), error)
             found = None
         if found is None or (
-            len({id(work.trainee) for work in works}) > 1 and not self._are_finite(found)
+            len({id(work.training_state) for work in works}) > 1 and not self._are_finite(found)
         ):
             # Of one adapter what is not finite must not reach another's gradient, where a gate's 0
             # times it is not 0.
             return [outcome for work in works for outcome in self.run([work])]
         for work, result in zip(works, found, strict=True):
             if work.needs_gradient and result.gradients is not None:
-                work.trainee.add_gradients(result.gradients)
+                work.training_state.add_gradients(result.gradients)
         return [_output(work, result) for work, result in zip(works, found, strict=True)]
 
     def _are_finite(self, found: Sequence[_Found]) -> bool:
-        return all(gather(all(result.is_finite() for result in found)))
+        return all(all_gather_object(all(result.is_finite() for result in found)))
 
     def _run_together(self, works: Sequence[Work]) -> list[_Found]:
         found = [_Found() for _ in works]
@@ -122,7 +122,9 @@ class PassRunner:
             if mine or self.base.is_partitioned:
                 self._run_pass(works, mine, found, needs_gradient)
         if world.size > 1:
-            for others in gather([(result.logprobs, result.metrics) for result in found]):
+            for others in all_gather_object(
+                [(result.logprobs, result.metrics) for result in found]
+            ):
                 if others is not None:
                     _merge(found, others)
         return found
@@ -157,23 +159,25 @@ class PassRunner:
         base, pad = self.base, self.base.pad_token_id
         if by_work:
             shares = [
-                Share(collate([[works[w].data[d]] for d in ds], pad, base.images), works[w].loss)
+                MicroBatch(
+                    collate([[works[w].data[d]] for d in ds], pad, base.images), works[w].loss
+                )
                 for w, ds in by_work.items()
             ]
         else:  # a process without a pass takes part in that of the others
-            shares = [Share(idle_batch(pad), LOSSES["cross_entropy"])]
-        owners = [works[w].trainee for w, datums in by_work.items() for _ in datums] or [
-            works[0].trainee
-        ]
+            shares = [MicroBatch(idle_batch(pad), LOSSES["cross_entropy"])]
+        adapter_ids = [
+            works[w].training_state for w, datums in by_work.items() for _ in datums
+        ] or [works[0].training_state]
         joined = with_blank_image(
             base.model, join([share.batch for share in shares], pad).to(base.device)
         )
-        shares = [Share(share.batch.to(base.device), share.loss) for share in shares]
-        mix = _mix_of(owners, joined.input_ids.shape[1], base.device)
+        shares = [MicroBatch(share.batch.to(base.device), share.loss) for share in shares]
+        adapter_batch = _adapter_batch_of(adapter_ids, joined.input_ids.shape[1], base.device)
         self.num_passes += bool(by_work)
 
         def compute() -> tuple[torch.Tensor, Any]:
-            on_head = as_head_adapters(base.bank.on_head(mix, base.model.dtype))
+            on_head = as_head_adapters(base.bank.on_head(adapter_batch, base.model.dtype))
             if (function := works[0].vocabulary) is not None:
                 numbers = by_work[0]  # of the Datums in this pass
                 found = whole_distributions(
@@ -187,12 +191,12 @@ class PassRunner:
             ]
             return torch.stack(losses).sum() if losses else joined.weights.new_zeros(()), outputs
 
-        with base.bank.active(mix), torch.set_grad_enabled(needs_gradient):
+        with base.bank.active(adapter_batch), torch.set_grad_enabled(needs_gradient):
             total, outputs = base.run_pass(compute)
             for (w, datums), output, share in zip(by_work.items(), outputs, shares, strict=False):
                 _keep(found[w], works[w], datums, output, share)
             if needs_gradient:
-                self._pull(works, by_work, total, found, owners[0])
+                self._pull(works, by_work, total, found, adapter_ids[0])
 
     def _pull(
         self,
@@ -200,7 +204,7 @@ class PassRunner:
         by_work: dict[int, list[int]],
         total: torch.Tensor,
         found: list[_Found],
-        idle: Trainee,
+        idle: TrainingState,
     ) -> None:
         """The way back. Of several Works of one adapter the first is given the gradient of all,
         which are added or dropped together.
@@ -208,8 +212,8 @@ class PassRunner:
         first_of: dict[int, int] = {}
         for w in by_work:
             if works[w].needs_gradient:
-                first_of.setdefault(id(works[w].trainee), w)
-        leaves = {w: works[w].trainee.adapter.leaves for w in first_of.values()} or {
+                first_of.setdefault(id(works[w].training_state), w)
+        leaves = {w: works[w].training_state.adapter.leaves for w in first_of.values()} or {
             -1: idle.adapter.leaves
         }
         if not total.requires_grad:
@@ -227,21 +231,29 @@ class PassRunner:
                 found[w].add_gradients(zeros)
 
 
-def _mix_of(owners: Sequence[Trainee], row_length: int, device: torch.device) -> Mix:
-    """The adapters of a pass, by the owner of each row."""
-    trainees = list({id(trainee): trainee for trainee in owners}.values())
-    if len(trainees) == 1:
-        return Mix([trainees[0].adapter], None)
-    number_of = {id(trainee): number for number, trainee in enumerate(trainees)}
-    rows = torch.tensor([number_of[id(trainee)] for trainee in owners], device=device)
-    return Mix(
-        [trainee.adapter for trainee in trainees],
+def _adapter_batch_of(
+    adapter_ids: Sequence[TrainingState], row_length: int, device: torch.device
+) -> AdapterBatch:
+    """The adapters of a pass, by the training state of each row."""
+    training_states = list(
+        {id(training_state): training_state for training_state in adapter_ids}.values()
+    )
+    if len(training_states) == 1:
+        return AdapterBatch([training_states[0].adapter], None)
+    number_of = {
+        id(training_state): number for number, training_state in enumerate(training_states)
+    }
+    rows = torch.tensor(
+        [number_of[id(training_state)] for training_state in adapter_ids], device=device
+    )
+    return AdapterBatch(
+        [training_state.adapter for training_state in training_states],
         rows.repeat_interleave(row_length),
         is_sorted=True,
     )
 
 
-def _keep(found: _Found, work: Work, datums: Sequence[int], output: Any, share: Share) -> None:
+def _keep(found: _Found, work: Work, datums: Sequence[int], output: Any, share: MicroBatch) -> None:
     logprobs = output.logprobs.float().cpu().numpy()
     for (row, start, end), number in zip(share.batch.spans, datums, strict=True):
         own = logprobs[row, start:end]

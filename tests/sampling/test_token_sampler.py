@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit.sampling.pick import Picker, sample_key, uniform
+from lorakit.sampling.token_sampler import TokenSampler, sample_key, uniform
 from lorakit.types import SamplingParams
 
 
@@ -29,7 +29,7 @@ def test_numbers_are_uniform_and_independent_of_what_they_are_drawn_with() -> No
 def test_tokens_come_in_proportion_to_their_probability() -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, float("-inf"), 2.0]).repeat(20_000, 1)
     params = [SamplingParams(temperature=0.5)] * len(logits)
-    picked = Picker(
+    picked = TokenSampler(
         params, [sample_key(1, n) for n in range(len(logits))], 0, torch.device("cpu")
     ).pick(logits, [0] * len(logits))
     shares = torch.bincount(picked.tokens, minlength=5) / len(picked.tokens)
@@ -48,10 +48,10 @@ def test_what_is_cut_off_is_never_picked(
     values: list[float], top_k: int, top_p: float, seed: int
 ) -> None:
     logits = torch.tensor([values])
-    picker = Picker(
+    token_sampler = TokenSampler(
         [SamplingParams(top_k=top_k, top_p=top_p)], [sample_key(seed, 0)], 0, torch.device("cpu")
     )
-    token = int(picker.pick(logits.clone(), [0]).tokens[0])
+    token = int(token_sampler.pick(logits.clone(), [0]).tokens[0])
     probabilities = logits[0].log_softmax(-1).double().exp()
     ranked, order = probabilities.sort(descending=True, stable=True)
     kept = ranked[:top_k]

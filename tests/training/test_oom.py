@@ -25,7 +25,7 @@ from tiny_models import (
 from lorakit.callbacks import memory_probe
 from lorakit.callbacks.memory_probe import MemoryProbe
 from lorakit.data.batch.collate import collate
-from lorakit.data.batch.split import halve, parts_of
+from lorakit.data.batch.split import halve_batch, split_batch
 from lorakit.errors import TrainingError
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
@@ -166,7 +166,7 @@ def test_another_error_is_not_hidden(tmp_path: Path) -> None:
 def test_pairs_stay_together(packs: bool) -> None:
     datums = make_datums(12)
     batch = collate([datums] if packs else [[datum] for datum in datums], 0, are_pairs=True)
-    parts = parts_of(batch, 1)
+    parts = split_batch(batch, 1)
     assert [part.num_pairs for part in parts] == [1] * 6 and all(
         len(part.spans) == 2 for part in parts
     )
@@ -176,7 +176,7 @@ def test_pairs_stay_together(packs: bool) -> None:
         ):
             assert part.input_ids[row, start:end].tolist() == datum.model_input.to_ints()
             assert part.weights[row, start:end].tolist() == datum.weights.tolist()
-    assert len(halve(parts[0])) == 1
+    assert len(halve_batch(parts[0])) == 1
 
 
 NO_MEMORY = """

@@ -1,4 +1,4 @@
-"""What routes have in common: who asks, what a body says, how a call becomes a promise."""
+"""What routes have in common: who asks, what a body says, how a call becomes a pending request."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse
 
 from lorakit.errors import DataError, LorakitError, TrainingError
 from lorakit.service.core import Model, Weights
-from lorakit.service.http.promises import Encode, Promise
-from lorakit.service.http.state import InOrder, ServerState, as_future
+from lorakit.service.http.pending import Encode, PendingRequest
+from lorakit.service.http.state import SequenceBuffer, ServerState, as_future
 
 Body = TypeVar("Body", bound=pydantic.BaseModel)
 
@@ -166,12 +166,12 @@ def accept(
             f"{MAX_HELD:,} calls wait for call {order.next_seq_id} of {model_id}; send that one"
             " first",
         )
-    promise, is_new = state.promises.open(f"{model_id}:{seq_id}", user)
+    pending, is_new = state.pending.open(f"{model_id}:{seq_id}", user)
     if is_new:
         model = state.service.trained.get(model_id)
         if model is None:
-            state.promises.fail(
-                promise,
+            state.pending.fail(
+                pending,
                 f"there is no model {model_id} (any more): its session ended, or the server was"
                 " started anew; go on from its last save_state with"
                 " create_training_client_from_state_with_optimizer",
@@ -179,30 +179,30 @@ def accept(
         else:
             if (session := state.session(model_id.partition(":")[0], user)) is not None:
                 session.model_ids.add(model_id)
-            give_out = _starter(state, promise, model, start, encode)
-            order = state.order.setdefault(model_id, InOrder())
+            dispatch = _starter(state, pending, model, start, encode)
+            order = state.order.setdefault(model_id, SequenceBuffer())
             if seq_id < order.next_seq_id:
-                state.promises.fail(
-                    promise,
+                state.pending.fail(
+                    pending,
                     f"call {seq_id} was done before, and its result is not known any more",
                     "server",
                 )
             else:
-                order.put(seq_id, give_out)
-    return JSONResponse({"request_id": promise.request_id, "model_id": model_id})
+                order.put(seq_id, dispatch)
+    return JSONResponse({"request_id": pending.request_id, "model_id": model_id})
 
 
 def _starter(
     state: ServerState,
-    promise: Promise,
+    pending: PendingRequest,
     model: Model,
     start: Callable[[Model], Future[Any]] | str,
     encode: Encode,
 ) -> Callable[[], None]:
-    def give_out() -> None:
+    def dispatch() -> None:
         if isinstance(start, str):
-            state.promises.fail(promise, start)
+            state.pending.fail(pending, start)
         else:
-            state.promises.settle(promise, as_future(lambda: start(model)), encode)
+            state.pending.settle(pending, as_future(lambda: start(model)), encode)
 
-    return give_out
+    return dispatch

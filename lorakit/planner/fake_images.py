@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class RowSizes:
+class SampleShapes:
     """How large a set's rows are at most."""
 
     longest: int | None = None  # positions of an example, where that is known

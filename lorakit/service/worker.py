@@ -17,12 +17,12 @@ from lorakit.lora.spec import LoRASpec
 from lorakit.loss import LOSSES
 from lorakit.loss.preference import CustomLoss
 from lorakit.loss.vocabulary import VocabularyLoss
-from lorakit.sampling.request import Request, Row
+from lorakit.sampling.request import Request, SampledSequence
 from lorakit.sampling.sampler import Sampler
 from lorakit.service.base import Base
 from lorakit.service.custom import as_loss
-from lorakit.service.passes import PassRunner, Work
-from lorakit.service.trainee import Trainee
+from lorakit.service.model_runner import ModelRunner, Work
+from lorakit.service.training_state import TrainingState
 from lorakit.strategy.world import World
 from lorakit.types import AdamParams, Datum, ForwardBackwardOutput
 
@@ -59,8 +59,8 @@ class SampleOrder:
     request: Request
 
 
-class Replica:
-    """What commands are executed on (`service/team.py`).
+class Worker:
+    """What commands are executed on (`service/executor.py`).
 
     Args:
         max_pass_tokens: positions of a forward pass, padding included.
@@ -79,7 +79,7 @@ class Replica:
         batch_invariant: bool = False,
     ) -> None:
         self.base, self.world = base, world
-        self.runner = PassRunner(base, max_tokens=max_pass_tokens, world=world)
+        self.runner = ModelRunner(base, max_tokens=max_pass_tokens, world=world)
         self.sampler = Sampler(
             base.model,
             base.tokenizer,
@@ -89,10 +89,10 @@ class Replica:
             run_pass=base.run_pass,
             batch_invariant=batch_invariant,
         )
-        self.trainees: dict[str, Trainee] = {}
+        self.training_states: dict[str, TrainingState] = {}
         self.snapshots: dict[str, Adapter] = {}
         # who reads a sample along, by number of its order; here alone
-        self.listeners: dict[int, Callable[[Row], None]] = {}
+        self.listeners: dict[int, Callable[[SampledSequence], None]] = {}
         self._requests: dict[int, Request] = {}
         self._finished: list[tuple[int, Any]] = []
 
@@ -102,7 +102,7 @@ class Replica:
         """Make an adapter: from a seed, or from its numbers. Raises ConfigError."""
         layout = self.base.layout(spec)
         vector = start if isinstance(start, torch.Tensor) else layout.draw(start)
-        self.trainees[model_id] = Trainee(
+        self.training_states[model_id] = TrainingState(
             layout,
             vector,
             self.base.device,
@@ -113,7 +113,7 @@ class Replica:
 
     def free(self, model_id: str) -> None:
         """Forget an adapter and its optimiser."""
-        self.trainees.pop(model_id, None)
+        self.training_states.pop(model_id, None)
 
     def load(
         self,
@@ -123,41 +123,41 @@ class Replica:
         num_steps: int,
     ) -> None:
         """Let an adapter be what was saved. Raises CheckpointError."""
-        self.trainee(model_id).load(vector, optimizer_state, num_steps)
+        self.training_state(model_id).load(vector, optimizer_state, num_steps)
 
     def run(self, orders: Sequence[WorkOrder]) -> list[ForwardBackwardOutput | BaseException]:
         """Return what each order came to."""
         return self.runner.run([self._work(order) for order in orders])
 
     def _work(self, order: WorkOrder) -> Work:
-        trainee, loss = self.trainee(order.model_id), LOSSES[order.loss_fn]
+        training_state, loss = self.training_state(order.model_id), LOSSES[order.loss_fn]
         if order.custom is not None:
-            return Work(trainee, order.data, as_loss(*order.custom), is_whole=True)
+            return Work(training_state, order.data, as_loss(*order.custom), is_whole=True)
         if order.vocabulary is not None:
-            return Work(trainee, order.data, loss, vocabulary=order.vocabulary)
+            return Work(training_state, order.data, loss, vocabulary=order.vocabulary)
         bound = functools.partial(loss, **order.knobs) if order.knobs else loss
-        return Work(trainee, order.data, bound, dict(order.knobs), order.needs_gradient)
+        return Work(training_state, order.data, bound, dict(order.knobs), order.needs_gradient)
 
     def step(self, model_id: str, params: AdamParams) -> dict[str, float]:
         """Make an optimiser step. Raises TrainingError."""
-        return self.trainee(model_id).step(params)
+        return self.training_state(model_id).step(params)
 
     def state(self, model_id: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return an adapter's numbers and its optimiser's state, whole."""
-        trainee = self.trainee(model_id)
-        return trainee.vector, trainee.optimizer_state()
+        training_state = self.training_state(model_id)
+        return training_state.vector, training_state.optimizer_state()
 
-    def trainee(self, model_id: str) -> Trainee:
+    def training_state(self, model_id: str) -> TrainingState:
         """Raises CheckpointError where there is none, because its making failed or it was freed."""
-        if model_id not in self.trainees:
+        if model_id not in self.training_states:
             raise CheckpointError(f"there is no model {model_id}: see what its creation said")
-        return self.trainees[model_id]
+        return self.training_states[model_id]
 
     # ---- sampling
 
     def snapshot(self, model_id: str, snapshot_id: str) -> None:
         """Keep an adapter as it is now, to be sampled."""
-        self._keep(snapshot_id, self.trainee(model_id).snapshot())
+        self._keep(snapshot_id, self.training_state(model_id).snapshot())
 
     def put_snapshot(self, snapshot_id: str, spec: LoRASpec, vector: torch.Tensor) -> None:
         """Keep a saved adapter, to be sampled."""

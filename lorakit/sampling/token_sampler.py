@@ -16,7 +16,7 @@ from lorakit.types import SamplingParams
 
 
 @dataclass(frozen=True)
-class Picked:
+class SampledTokens:
     """The next token of each row, (B,), its log-probability at the row's temperature, and the
     best ones where asked for.
     """
@@ -26,7 +26,7 @@ class Picked:
     best: tuple[torch.Tensor, torch.Tensor] | None  # log-probabilities and tokens, (B, K)
 
 
-class Picker:
+class TokenSampler:
     """Picks for rows with these params; made anew when rows come or go."""
 
     def __init__(
@@ -58,7 +58,7 @@ class Picker:
         )[:, None]
 
     @torch.no_grad()
-    def pick(self, logits_BV: torch.Tensor, places: Sequence[int]) -> Picked:
+    def pick(self, logits_BV: torch.Tensor, places: Sequence[int]) -> SampledTokens:
         """Return the token at ``places`` (counted from each sample's first). ``logits_BV`` is
         written over.
         """
@@ -77,7 +77,7 @@ class Picker:
                 tokens = torch.where(self.is_greedy_B, logprobs_BV.argmax(dim=-1), tokens)
         best = logprobs_BV.topk(min(self.num_best, logprobs_BV.shape[1])) if self.num_best else None
         found = None if best is None else (best.values, best.indices)
-        return Picked(tokens, logprobs_BV.gather(1, tokens[:, None])[:, 0], found)
+        return SampledTokens(tokens, logprobs_BV.gather(1, tokens[:, None])[:, 0], found)
 
     def _pick_cut(self, logprobs_bV: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
         """Among the best ``top_k`` tokens, and of these the fewest that hold ``top_p`` of their

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit.errors import LorakitError, TrainingError
+from lorakit.service.database import Database, now
 from lorakit.service.engine import EngineEnded
-from lorakit.service.http import wire
-from lorakit.service.store import Store, now
+from lorakit.service.http import codec as wire
 
 log = logging.getLogger("lorakit")
 KEPT_HOURS = 24.0
@@ -50,7 +50,7 @@ class Answer:
 
 
 @dataclass(eq=False)
-class Promise:
+class PendingRequest:
     """A request that was accepted."""
 
     request_id: str
@@ -61,18 +61,20 @@ class Promise:
     is_written: bool = True  # whether the database has the answer
 
 
-class Promises:
-    """All of a server's promises. Methods are called in the event loop, but for ``settle``'s
+class PendingRequests:
+    """All pending requests of a server. Methods are called in the event loop, but for ``settle``'s
     work, which has a thread.
     """
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, database: Database) -> None:
+        self.database = database
         self.num_open = 0  # requests that are not finished
-        self._promises: dict[
-            tuple[str, str], Promise
+        self._pending: dict[
+            tuple[str, str], PendingRequest
         ] = {}  # (owner, request): clients choose their ids, and see their own only
-        self._done: queue.SimpleQueue[tuple[Promise, Encode, Any] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[PendingRequest, Encode, Any] | None] = (
+            queue.SimpleQueue()
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._writer = threading.Thread(target=self._write, name="lorakit-results", daemon=True)
 
@@ -86,74 +88,74 @@ class Promises:
         self._done.put(None)
         self._writer.join(10)
 
-    def open(self, request_id: str, owner: str) -> tuple[Promise, bool]:
-        """Return the promise of a request, and whether it is new: a request that comes again has
+    def open(self, request_id: str, owner: str) -> tuple[PendingRequest, bool]:
+        """Return the pending request, and whether it is new: a request that comes again has
         the same.
         """
-        if (owner, request_id) in self._promises:
-            return self._promises[owner, request_id], False
-        found = self.store.result(request_id, owner)
-        promise = self._promises[owner, request_id] = Promise(request_id, owner)
+        if (owner, request_id) in self._pending:
+            return self._pending[owner, request_id], False
+        found = self.database.result(request_id, owner)
+        request = self._pending[owner, request_id] = PendingRequest(request_id, owner)
         if found is None:
             self.num_open += 1
         else:  # of before a restart
-            promise.answer = Answer(found.kind, found.payload)
-        return promise, found is None
+            request.answer = Answer(found.kind, found.payload)
+        return request, found is None
 
-    def settle(self, promise: Promise, future: Future[Any], encode: Encode) -> None:
-        """Let ``promise`` be what ``future`` gives, encoded."""
-        promise.future = future
-        future.add_done_callback(lambda done: self._done.put((promise, encode, done)))
+    def settle(self, request: PendingRequest, future: Future[Any], encode: Encode) -> None:
+        """Let ``request`` be what ``future`` gives, encoded."""
+        request.future = future
+        future.add_done_callback(lambda done: self._done.put((request, encode, done)))
 
-    def fail(self, promise: Promise, message: str, category: str = "user") -> None:
-        """Let ``promise`` be an error."""
+    def fail(self, request: PendingRequest, message: str, category: str = "user") -> None:
+        """Let ``request`` be an error."""
         failed: Future[Any] = Future()
         failed.set_result({"error": message, "category": category})
-        self.settle(promise, failed, encode_json)
+        self.settle(request, failed, encode_json)
 
-    def find(self, request_id: str, owner: str) -> Promise | None:
-        """Return the promise of a request of ``owner``, or None where it is not known (any
+    def find(self, request_id: str, owner: str) -> PendingRequest | None:
+        """Return a pending request of ``owner``, or None where it is not known (any
         more).
         """
-        if (promise := self._promises.get((owner, request_id))) is None:
-            found = self.store.result(request_id, owner)
-            promise = (
+        if (request := self._pending.get((owner, request_id))) is None:
+            found = self.database.result(request_id, owner)
+            request = (
                 None
                 if found is None
-                else Promise(request_id, owner, Answer(found.kind, found.payload))
+                else PendingRequest(request_id, owner, Answer(found.kind, found.payload))
             )
-        return promise
+        return request
 
-    async def wait(self, promise: Promise, seconds: float) -> Answer | None:
+    async def wait(self, request: PendingRequest, seconds: float) -> Answer | None:
         """Return the answer, or None where it takes longer than that."""
-        if promise.answer is None:
+        if request.answer is None:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            promise.waiters.add(waiter)
+            request.waiters.add(waiter)
             try:
                 await asyncio.wait_for(waiter, seconds)
             except TimeoutError:
                 return None
             finally:
-                promise.waiters.discard(waiter)
-        return promise.answer
+                request.waiters.discard(waiter)
+        return request.answer
 
     def forget(self) -> None:
         """Drop from memory what was finished, and from the database what is older than a day."""
         for name in [
             name
-            for name, p in self._promises.items()
+            for name, p in self._pending.items()
             if p.answer is not None and p.is_written and not p.waiters
         ]:
-            del self._promises[name]
-        self.store.drop_results_before(now() - datetime.timedelta(hours=KEPT_HOURS))
+            del self._pending[name]
+        self.database.drop_results_before(now() - datetime.timedelta(hours=KEPT_HOURS))
         unwritten = [
             (p, p.answer)
-            for p in self._promises.values()
+            for p in self._pending.values()
             if p.answer is not None and not p.is_written
         ]
-        self.store.add_results(_rows(unwritten))  # raises while the disk is still full
-        for promise, _ in unwritten:
-            promise.is_written = True
+        self.database.add_results(_rows(unwritten))  # raises while the disk is still full
+        for request, _ in unwritten:
+            request.is_written = True
 
     # ---- the writer's thread
 
@@ -169,43 +171,43 @@ class Promises:
             if is_last:
                 return
 
-    def _write_batch(self, batch: list[tuple[Promise, Encode, Any]]) -> None:
-        answers = [(promise, _answer(encode, future)) for promise, encode, future in batch]
+    def _write_batch(self, batch: list[tuple[PendingRequest, Encode, Any]]) -> None:
+        answers = [(request, _answer(encode, future)) for request, encode, future in batch]
         rows = _rows(answers)
         for attempt in range(3):
             try:
-                self.store.add_results(rows)
+                self.database.add_results(rows)
                 break
             except Exception as error:
                 log.error("results could not be written (%s)", error)
                 time.sleep(0.1 * 4**attempt)
         else:  # a full disk: answers stay in memory, and only a restart loses them
-            for promise, _ in answers:
-                promise.is_written = False
+            for request, _ in answers:
+                request.is_written = False
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._tell, answers)
 
-    def _tell(self, answers: list[tuple[Promise, Answer]]) -> None:
+    def _tell(self, answers: list[tuple[PendingRequest, Answer]]) -> None:
         self.num_open -= len(answers)
-        for promise, answer in answers:
-            promise.answer, promise.future = answer, None
-            for waiter in promise.waiters:
+        for request, answer in answers:
+            request.answer, request.future = answer, None
+            for waiter in request.waiters:
                 if not waiter.done():
                     waiter.set_result(None)
 
 
-def _rows(answers: list[tuple[Promise, Answer]]) -> list[dict[str, Any]]:
+def _rows(answers: list[tuple[PendingRequest, Answer]]) -> list[dict[str, Any]]:
     """What the database keeps of finished requests."""
     finished = now()
     return [
         {
-            "request_id": promise.request_id,
-            "owner": promise.owner,
+            "request_id": request.request_id,
+            "owner": request.owner,
             "kind": answer.kind,
             "payload": answer.payload,
             "finished": finished,
         }
-        for promise, answer in answers
+        for request, answer in answers
         if answer.is_final
     ]
 

@@ -108,7 +108,7 @@ _RESULT = sa.select(Result.kind, Result.payload).where(
 _NEW_RESULT = sa.insert(Result).prefix_with("OR REPLACE")
 
 
-class Store:
+class Database:
     """The database and the folders of checkpoints below ``folder``."""
 
     def __init__(self, folder: str | Path) -> None:

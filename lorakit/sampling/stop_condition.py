@@ -8,7 +8,7 @@ from lorakit.data.render.tokenizer import Encoder
 from lorakit.types import SamplingParams
 
 
-class Ending:
+class StopCondition:
     """What ends the samples of one request."""
 
     def __init__(self, params: SamplingParams, tokenizer: Any, end_ids: list[int]) -> None:

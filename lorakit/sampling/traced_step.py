@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lorakit.lora.bank import Mix
+from lorakit.lora.bank import AdapterBatch
 from lorakit.model.partition import is_partitioned
 from lorakit.sampling.cache import KVCache
 
@@ -55,7 +55,7 @@ class _Recording:
         return self.num_checks >= CHECKS and self.made_with in (None, num_rows)
 
 
-class Replayer:
+class TracedStep:
     """Runs a model's passes of one token for each row: as they are, until a kind of pass has
     come often.
     """
@@ -75,17 +75,20 @@ class Replayer:
         tokens: torch.Tensor,
         positions: torch.Tensor,
         cache: KVCache,
-        mix: Mix | None,
+        adapter_batch: AdapterBatch | None,
         way: Hashable,
     ) -> torch.Tensor:
         """Return what ``compute`` returns. It reads and writes ``cache``, has the adapters of
-        ``mix``, and goes one ``way``.
+        ``adapter_batch``, and goes one ``way``.
         """
-        kind = self._kind(cache, mix, way)
+        kind = self._kind(cache, adapter_batch, way)
         if kind is None or (kind in self._recordings and self._recordings[kind] is None):
             return compute(tokens, positions)
         recording = self._recordings.get(kind)
-        inputs = [*cache.step_tensors(), *(mix.tensors() if mix is not None else ())]
+        inputs = [
+            *cache.step_tensors(),
+            *(adapter_batch.tensors() if adapter_batch is not None else ()),
+        ]
         if recording is not None:
             found = _try(recording, tokens, positions, inputs)
             if found is not None and recording.is_trusted(len(tokens)):
@@ -101,10 +104,14 @@ class Replayer:
             and sum(r is not None for r in self._recordings.values()) < MAX_RECORDINGS
         ):
             with _frozen(self.model):
-                self._recordings[kind] = _record(compute, tokens, positions, cache, mix, inputs)
+                self._recordings[kind] = _record(
+                    compute, tokens, positions, cache, adapter_batch, inputs
+                )
         return compute(tokens, positions)  # behind the recorder, which has run it too
 
-    def _kind(self, cache: KVCache, mix: Mix | None, way: Hashable) -> Hashable | None:
+    def _kind(
+        self, cache: KVCache, adapter_batch: AdapterBatch | None, way: Hashable
+    ) -> Hashable | None:
         """What a recording holds for good; None for what is not recorded."""
         if (
             not self.records
@@ -112,7 +119,7 @@ class Replayer:
             or (shape := cache.step_kind()) is None
         ):
             return None
-        structure = () if mix is None else mix.structure()
+        structure = () if adapter_batch is None else adapter_batch.structure()
         return None if structure is None else (shape, way, structure)
 
 
@@ -160,14 +167,20 @@ def _record(
     tokens: torch.Tensor,
     positions: torch.Tensor,
     cache: KVCache,
-    mix: Mix | None,
+    adapter_batch: AdapterBatch | None,
     inputs: Sequence[torch.Tensor],
 ) -> _Recording | None:
     num_of_cache = len(cache.step_tensors())
 
-    def run(tokens: torch.Tensor, positions: torch.Tensor, *lent: torch.Tensor) -> torch.Tensor:
-        of_mix = mix.lent(lent[num_of_cache:]) if mix is not None else contextlib.nullcontext()
-        with cache.lent(lent[:num_of_cache]), of_mix:
+    def run(
+        tokens: torch.Tensor, positions: torch.Tensor, *static_inputs: torch.Tensor
+    ) -> torch.Tensor:
+        of_adapters = (
+            adapter_batch.static_inputs(static_inputs[num_of_cache:])
+            if adapter_batch is not None
+            else contextlib.nullcontext()
+        )
+        with cache.static_inputs(static_inputs[:num_of_cache]), of_adapters:
             return compute(tokens, positions)
 
     given = (tokens, positions, *inputs)

@@ -9,14 +9,14 @@ import logging
 
 import torch
 
-from lorakit.data.batch.split import halve, parts_of
+from lorakit.data.batch.split import halve_batch, split_batch
 from lorakit.errors import TrainingError
 from lorakit.types import Batch
 
 log = logging.getLogger("lorakit")
 
 
-class Room:
+class MicroBatchSplitter:
     """How many positions of a micro-batch go through the model at a time: all, until there was
     no memory for them.
     """
@@ -26,7 +26,7 @@ class Room:
 
     def parts(self, batch: Batch) -> list[Batch]:
         """``batch`` in parts for which there is room."""
-        return parts_of(batch, self.max_positions)
+        return split_batch(batch, self.max_positions)
 
     def shrink(self, batch: Batch) -> None:
         """Halve what goes through the model at a time, after ``batch`` did not.
@@ -35,7 +35,7 @@ class Room:
             TrainingError: one document is too much already.
         """
         largest = max(self.parts(batch), key=lambda part: part.input_ids.numel())
-        positions, halves = largest.input_ids.numel(), halve(largest)
+        positions, halves = largest.input_ids.numel(), halve_batch(largest)
         free_memory()
         if len(halves) == 1:
             raise TrainingError(

@@ -21,9 +21,9 @@ from fastapi.responses import RedirectResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from lorakit.errors import AdapterError, CheckpointError
-from lorakit.service.http.common import State, User
+from lorakit.service.database import Checkpoint, ClientSession, Run, SamplerRow, parse_path
+from lorakit.service.http.dependencies import State, User
 from lorakit.service.http.state import ServerState
-from lorakit.service.store import Checkpoint, ClientSession, Run, SamplerRow, parse_path
 
 router = APIRouter(prefix="/api/v1", tags=["catalogue"])
 _TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
@@ -47,8 +47,8 @@ async def list_training_runs(
     offset: int = Query(0, ge=0, lt=2**31),
 ) -> dict[str, Any]:
     """The user's runs, those that were asked something last first."""
-    runs, total = state.store.runs(user, limit=limit, offset=offset)
-    saved = state.store.checkpoints([run.id for run in runs])
+    runs, total = state.database.runs(user, limit=limit, offset=offset)
+    saved = state.database.checkpoints([run.id for run in runs])
     cursor = {"offset": offset, "limit": limit, "total_count": total}
     return {"training_runs": [_run(state, run, saved) for run in runs], "cursor": cursor}
 
@@ -57,14 +57,14 @@ async def list_training_runs(
 async def get_training_run(run_id: str, state: State, user: User) -> dict[str, Any]:
     """One run, with the tokens and seconds that it has cost."""
     run = _own(state, run_id, user)
-    return _run(state, run, state.store.checkpoints([run_id]))
+    return _run(state, run, state.database.checkpoints([run_id]))
 
 
 @router.get("/training_runs/{run_id}/checkpoints")
 async def list_checkpoints(run_id: str, state: State, user: User) -> dict[str, Any]:
     """The checkpoints of a run, last first."""
     _own(state, run_id, user)
-    return {"checkpoints": [_checkpoint(saved) for saved in state.store.checkpoints([run_id])]}
+    return {"checkpoints": [_checkpoint(saved) for saved in state.database.checkpoints([run_id])]}
 
 
 @router.get("/checkpoints")
@@ -75,8 +75,8 @@ async def list_user_checkpoints(
     offset: int = Query(0, ge=0, lt=2**31),
 ) -> dict[str, Any]:
     """The checkpoints of all runs, last first."""
-    runs, _ = state.store.runs(user, limit=1_000_000)
-    saved = state.store.checkpoints([run.id for run in runs])
+    runs, _ = state.database.runs(user, limit=1_000_000)
+    saved = state.database.checkpoints([run.id for run in runs])
     cursor = {"offset": offset, "limit": limit, "total_count": len(saved)}
     return {
         "checkpoints": [_checkpoint(one) for one in saved[offset : offset + limit]],
@@ -91,7 +91,7 @@ async def delete_checkpoint(
     """Remove a checkpoint and its files."""
     _find(state, run_id, kind, name, user)
     await asyncio.to_thread(
-        state.service.saved.delete, f"tinker://{run_id}/{kind}/{name}", user
+        state.service.checkpoints.delete, f"tinker://{run_id}/{kind}/{name}", user
     )  # another may be being written
     return Response(status_code=204)
 
@@ -104,7 +104,7 @@ async def set_checkpoint_ttl(
     _find(state, run_id, kind, name, user)
     path = f"tinker://{run_id}/{kind}/{name}"
     return _checkpoint(
-        await asyncio.to_thread(state.service.saved.set_ttl, path, user, body.ttl_seconds)
+        await asyncio.to_thread(state.service.checkpoints.set_ttl, path, user, body.ttl_seconds)
     )
 
 
@@ -185,7 +185,7 @@ def _write_tar(state: ServerState, run_id: str, kind: str, name: str) -> IO[byte
 def _reading(state: ServerState, run_id: str, kind: str, name: str) -> Iterator[Path]:
     """The folder of a checkpoint, which stays as it is meanwhile. 404 where there is none."""
     try:
-        with state.service.saved.reading(run_id, kind, name) as folder:
+        with state.service.checkpoints.reading(run_id, kind, name) as folder:
             yield folder
     except CheckpointError as error:
         raise HTTPException(404, str(error)) from error
@@ -242,7 +242,7 @@ async def list_sessions(
 ) -> dict[str, Any]:
     """The user's sessions, last first."""
     rows = sorted(
-        state.store.select(ClientSession, owner=user), key=lambda row: row.created, reverse=True
+        state.database.select(ClientSession, owner=user), key=lambda row: row.created, reverse=True
     )
     return {"sessions": [row.id for row in rows[offset : offset + limit]]}
 
@@ -250,13 +250,13 @@ async def list_sessions(
 @router.get("/sessions/{session_id}")
 async def get_session(session_id: str, state: State, user: User) -> dict[str, Any]:
     """What a session has made."""
-    row = state.store.get(ClientSession, session_id)
+    row = state.database.get(ClientSession, session_id)
     if row is None or row.owner != user:
         raise HTTPException(404, f"there is no session {session_id}")
     return {
-        "training_run_ids": [run.id for run in state.store.select(Run, session_id=session_id)],
+        "training_run_ids": [run.id for run in state.database.select(Run, session_id=session_id)],
         "sampler_ids": [
-            sampler.id for sampler in state.store.select(SamplerRow, session_id=session_id)
+            sampler.id for sampler in state.database.select(SamplerRow, session_id=session_id)
         ],
         "user_metadata": _texts(row.user_metadata),
         "display_name": row.display_name,
@@ -268,7 +268,7 @@ async def get_session(session_id: str, state: State, user: User) -> dict[str, An
 
 def _own(state: ServerState, run_id: str, user: str) -> Run:
     try:
-        return state.store.run(run_id, user)
+        return state.database.run(run_id, user)
     except CheckpointError as error:
         raise HTTPException(404, str(error)) from error
 
@@ -277,7 +277,7 @@ def _find(state: ServerState, run_id: str, kind: str, name: str, user: str) -> C
     _own(state, run_id, user)
     try:
         parse_path(f"tinker://{run_id}/{kind}/{name}")
-        found = state.store.find_checkpoint(run_id, kind, name)
+        found = state.database.find_checkpoint(run_id, kind, name)
     except (CheckpointError, AdapterError) as error:
         raise HTTPException(404, str(error)) from error
     if found is None:
@@ -331,7 +331,7 @@ def _texts(metadata: dict[str, Any]) -> dict[str, str]:
 def _check_signature(
     state: ServerState, signature: str, run_id: str, kind: str, name: str, file: str, expires: int
 ) -> None:
-    saved = state.store.find_checkpoint(run_id, kind, name)
+    saved = state.database.find_checkpoint(run_id, kind, name)
     expected = _sign(saved, file, expires) if saved is not None else ""
     if (
         not expected

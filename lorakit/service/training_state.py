@@ -10,11 +10,11 @@ from torch import nn
 
 from lorakit.errors import CheckpointError, TrainingError
 from lorakit.lora.bank import Adapter
-from lorakit.lora.flat import AdapterLayout
+from lorakit.lora.flat_parameters import FlatParameters
 from lorakit.types import AdamParams
 
 
-class Trainee:
+class TrainingState:
     """Everything that grows with one more adapter: four vectors, of which the optimiser's two are
     made at its first step.
 
@@ -26,7 +26,7 @@ class Trainee:
 
     def __init__(
         self,
-        layout: AdapterLayout,
+        layout: FlatParameters,
         vector: torch.Tensor,
         device: torch.device,
         *,

@@ -59,7 +59,7 @@ class _Experts:
     num_experts: int
 
 
-class AdapterLayout:
+class FlatParameters:
     """Where everything of an adapter lies, under one plan. Many adapters share a layout."""
 
     def __init__(self, model: Any, planned: LoRAPlan, *, base_name: str | None = None) -> None:
@@ -210,8 +210,8 @@ class AdapterLayout:
         return vector
 
 
-def plan_layout(model: Any, spec: LoRASpec, *, base_name: str | None = None) -> AdapterLayout:
+def plan_layout(model: Any, spec: LoRASpec, *, base_name: str | None = None) -> FlatParameters:
     """Return the layout of ``spec`` on ``model``. Raises ConfigError where it matches nothing or
     cannot be served.
     """
-    return AdapterLayout(model, plan(model, spec), base_name=base_name)
+    return FlatParameters(model, plan(model, spec), base_name=base_name)

@@ -10,23 +10,23 @@ import torch
 from tiny_models import make_model
 
 from lorakit.errors import CheckpointError
-from lorakit.lora.flat import AdapterLayout, plan_layout
+from lorakit.lora.flat_parameters import FlatParameters, plan_layout
 from lorakit.lora.spec import LoRASpec
-from lorakit.service.saved import LOCAL_OWNER, SaveAs, Saved
-from lorakit.service.store import Run, Store, now
+from lorakit.service.checkpoints import LOCAL_OWNER, CheckpointRegistry, SaveOptions
+from lorakit.service.database import Database, Run, now
 
 RUN, PATH = "run:train:0", "tinker://run:train:0/weights/a"
 
 
 @pytest.fixture(scope="module")
-def layout() -> AdapterLayout:
+def layout() -> FlatParameters:
     return plan_layout(make_model("llama"), LoRASpec(rank=2))
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Saved:
-    store, time = Store(tmp_path), now()
-    store.add_run(
+def saved(tmp_path: Path) -> CheckpointRegistry:
+    database, time = Database(tmp_path), now()
+    database.add_run(
         Run(
             id=RUN,
             session_id="run",
@@ -38,16 +38,20 @@ def saved(tmp_path: Path) -> Saved:
             last_request=time,
         )
     )
-    return Saved(store)
+    return CheckpointRegistry(database)
 
 
-def save(saved: Saved, layout: AdapterLayout, value: float, ttl_seconds: int | None = None) -> None:
+def save(
+    saved: CheckpointRegistry, layout: FlatParameters, value: float, ttl_seconds: int | None = None
+) -> None:
     vector = torch.full((layout.num_params,), value)
-    wanted = SaveAs("weights", "a", overwrite=True, ttl_seconds=ttl_seconds)
+    wanted = SaveOptions("weights", "a", overwrite=True, ttl_seconds=ttl_seconds)
     saved.save(RUN, wanted, layout, vector, {"exp_avg": vector}, {"value": value})
 
 
-def test_what_is_read_is_not_written_over_meanwhile(saved: Saved, layout: AdapterLayout) -> None:
+def test_what_is_read_is_not_written_over_meanwhile(
+    saved: CheckpointRegistry, layout: FlatParameters
+) -> None:
     save(saved, layout, 1.0)
     writer = threading.Thread(target=save, args=(saved, layout, 2.0))
     with saved.opened(PATH, LOCAL_OWNER) as state:
@@ -61,7 +65,7 @@ def test_what_is_read_is_not_written_over_meanwhile(saved: Saved, layout: Adapte
 
 
 def test_one_that_was_written_over_does_not_expire_as_the_one_before(
-    saved: Saved, layout: AdapterLayout
+    saved: CheckpointRegistry, layout: FlatParameters
 ) -> None:
     save(saved, layout, 1.0, ttl_seconds=0)
     save(saved, layout, 2.0)
@@ -77,7 +81,7 @@ def test_one_that_was_written_over_does_not_expire_as_the_one_before(
 
 
 def test_another_users_checkpoint_is_none(
-    saved: Saved, layout: AdapterLayout, tmp_path: Path
+    saved: CheckpointRegistry, layout: FlatParameters, tmp_path: Path
 ) -> None:
     save(saved, layout, 1.0)
     with pytest.raises(CheckpointError, match="no run"):

@@ -41,7 +41,7 @@ _PAGE = 4096
 
 
 @dataclass(frozen=True)
-class _Beat:
+class Heartbeat:
     """What a watcher says of its process."""
 
     number: int
@@ -165,7 +165,7 @@ class _Watcher:
         self.stopped_since: float | None = None
         # rank -> number of its last beat, and when it came
         self.heard: dict[int, tuple[int, float]] = {}
-        self.beats: dict[int, _Beat] = {}
+        self.beats: dict[int, Heartbeat] = {}
 
     def run(self) -> None:
         threading.Thread(target=self.talk, daemon=True).start()
@@ -259,7 +259,7 @@ class _Watcher:
                 self.end(self.store.get(f"fault/{rank}").decode(), tells=False)
             if not self.store.check([f"beat/{rank}"]):
                 continue  # not here yet
-            beat = _Beat(*json.loads(self.store.get(f"beat/{rank}")))
+            beat = Heartbeat(*json.loads(self.store.get(f"beat/{rank}")))
             self.beats[rank] = beat
             number, since = self.heard.get(rank, (-1, now))
             self.heard[rank] = (beat.number, now if beat.number != number else since)

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 
 from lorakit.errors import CheckpointError
-from lorakit.lora.flat import AdapterLayout
+from lorakit.lora.flat_parameters import FlatParameters
 from lorakit.runs.files import recover
-from lorakit.service.store import Checkpoint, Store, now, parse_path
+from lorakit.service.database import Checkpoint, Database, now, parse_path
 from lorakit.weights.trained_state import SavedState, open_trained_state, save_trained_state
 
 LOCAL_OWNER = "local"  # may name folders, too
 
 
 @dataclass(frozen=True)
-class SaveAs:
+class SaveOptions:
     """How something is to be saved."""
 
     kind: str
@@ -36,11 +36,11 @@ class SaveAs:
     user_metadata: Mapping[str, str] | None = None
 
 
-class Saved:
+class CheckpointRegistry:
     """The checkpoints of a store."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, database: Database) -> None:
+        self._database = database
         # Of a run, under which its folders, and their rows, change: a large one of another run
         # keeps nobody waiting.
         self._locks: collections.defaultdict[str, threading.RLock] = collections.defaultdict(
@@ -50,8 +50,8 @@ class Saved:
     def save(
         self,
         run_id: str,
-        wanted: SaveAs,
-        layout: AdapterLayout,
+        wanted: SaveOptions,
+        layout: FlatParameters,
         vector: torch.Tensor,
         optimizer_state: Mapping[str, torch.Tensor] | None,
         facts: dict[str, Any],
@@ -77,7 +77,7 @@ class Saved:
                 expires=_after(wanted.ttl_seconds),
                 user_metadata=dict(wanted.user_metadata or {}),
             )
-            self._store.add_checkpoint(saved)
+            self._database.add_checkpoint(saved)
             return saved
 
     @contextlib.contextmanager
@@ -102,7 +102,7 @@ class Saved:
         """
         with self._locks[run_id]:
             folder = self._folder(run_id, kind, name)
-            if self._store.find_checkpoint(run_id, kind, name) is None or not folder.is_dir():
+            if self._database.find_checkpoint(run_id, kind, name) is None or not folder.is_dir():
                 raise CheckpointError(f"there is no checkpoint tinker://{run_id}/{kind}/{name}")
             yield folder
 
@@ -112,7 +112,7 @@ class Saved:
         """
         if path.startswith("tinker://"):
             self.find(path, owner)
-            return self._store.run(parse_path(path)[0], owner).base_model
+            return self._database.run(parse_path(path)[0], owner).base_model
         state = open_trained_state(_local_folder(path, owner))
         return str(
             state.facts.get("base_model")
@@ -123,8 +123,8 @@ class Saved:
     def find(self, path: str, owner: str) -> Checkpoint:
         """Return what is known of a checkpoint. Raises CheckpointError where there is none."""
         run_id, kind, name = parse_path(path)
-        self._store.run(run_id, owner)
-        if (found := self._store.find_checkpoint(run_id, kind, name)) is None:
+        self._database.run(run_id, owner)
+        if (found := self._database.find_checkpoint(run_id, kind, name)) is None:
             raise CheckpointError(f"there is no checkpoint {path}")
         return found
 
@@ -135,7 +135,7 @@ class Saved:
         with self._locks[parse_path(path)[0]]:
             found = self.find(path, owner)
             found.expires = _after(seconds)
-            self._store.add_checkpoint(found)
+            self._database.add_checkpoint(found)
             return found
 
     def delete(self, path: str, owner: str) -> None:
@@ -145,21 +145,21 @@ class Saved:
 
     def delete_expired(self) -> None:
         """Remove checkpoints whose time is over."""
-        for run_id in {checkpoint.run_id for checkpoint in self._store.expired()}:
+        for run_id in {checkpoint.run_id for checkpoint in self._database.expired()}:
             with self._locks[run_id]:
                 # read again: one may have been written over
-                for checkpoint in self._store.expired():
+                for checkpoint in self._database.expired():
                     if checkpoint.run_id == run_id:
                         self._remove(checkpoint)
 
     def _remove(self, checkpoint: Checkpoint) -> None:
-        self._store.forget_checkpoint(checkpoint)
+        self._database.forget_checkpoint(checkpoint)
         shutil.rmtree(
             self._folder(checkpoint.run_id, checkpoint.kind, checkpoint.name), ignore_errors=True
         )
 
     def _folder(self, run_id: str, kind: str, name: str) -> Path:
-        folder = self._store.checkpoint_folder(run_id, kind, name)
+        folder = self._database.checkpoint_folder(run_id, kind, name)
         if folder.parent.is_dir():
             recover(folder.parent)
         return folder

@@ -13,14 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 from lorakit.errors import LorakitError, TrainingError
-from lorakit.strategy.world import World, current_world, join, share
+from lorakit.strategy.world import World, broadcast_object, current_world, join
 
 log = logging.getLogger("lorakit")
 # after which the first process says that it is there, and finds out whether the others are
 KEEP_ALIVE_SECONDS = 5.0
 
 
-class Team:
+class Executor:
     """This process among those of the service.
 
     Args:
@@ -35,11 +35,11 @@ class Team:
             join(self.world, device=device, timeout_seconds=timeout_seconds)
         self.problem: BaseException | None = None
         self.on_problem: list[Callable[[BaseException], None]] = []
-        self._open_replica = open_replica
+        self._open_worker = open_replica
         self._replicas: dict[str, Any] = {}
         self._lock = threading.RLock()  # commands of several engines come one after the other
         self._ended = threading.Event()
-        if self.world.size > 1 and self.world.is_first:
+        if self.world.size > 1 and self.world.is_rank_zero:
             threading.Thread(target=self._keep_alive, name="lorakit-team", daemon=True).start()
 
     @property
@@ -51,7 +51,7 @@ class Team:
         with self._lock:
             if key not in self._replicas:
                 self._send(("open", key, "", ()))
-                self._replicas[key] = self._open_replica(key)
+                self._replicas[key] = self._open_worker(key)
             return self._replicas[key]
 
     def do(self, key: str, method: str, *args: Any) -> Any:
@@ -77,12 +77,12 @@ class Team:
         process, and so the team.
         """
         while True:
-            command: Any = share(None)
+            command: Any = broadcast_object(None)
             kind, key, method, args = command
             if kind == "end":
                 return
             if kind == "open":
-                self._replicas[key] = self._open_replica(key)
+                self._replicas[key] = self._open_worker(key)
             elif kind == "do":
                 try:
                     getattr(self._replicas[key], method)(*args)
@@ -94,7 +94,7 @@ class Team:
         """Let the others go."""
         self._ended.set()
         with self._lock:
-            if self.size > 1 and self.problem is None and self.world.is_first:
+            if self.size > 1 and self.problem is None and self.world.is_rank_zero:
                 self._send(("end", "", "", ()))
 
     def _send(self, command: tuple[str, str, str, tuple[Any, ...]]) -> None:
@@ -103,7 +103,7 @@ class Team:
         if self.size == 1:
             return
         try:
-            share(command)
+            broadcast_object(command)
         except Exception as error:
             self._fail(error)
             raise TrainingError(f"another process of this service is gone: {error}") from error
