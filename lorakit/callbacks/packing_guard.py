@@ -25,7 +25,7 @@ class PackingGuard(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         datamodule: Any = getattr(trainer, "datamodule", None)
-        if not getattr(datamodule, "packing", False):
+        if not getattr(datamodule, "is_packed", False):
             return
         reason = packing_is_doubtful(pl_module.model.config)
         if reason is None:
@@ -41,7 +41,7 @@ class PackingGuard(L.Callback):
             )
         if reason:
             log.warning("data.packing is off, rows are padded instead: %s", reason)
-            datamodule.packing = False
+            datamodule.pad_rows()
 
 
 @torch.no_grad()

@@ -151,7 +151,7 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "run": trained.run.name,
         "adapter": None if options.base else str(trained.adapter),
-        "data": options.data or datamodule.val_path or datamodule.path,
+        "data": options.data or datamodule.spec.rows.val_path or datamodule.spec.rows.title,
         "rows": len(datamodule.val_indices),
     }
     if datamodule.are_pairs:

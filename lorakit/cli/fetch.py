@@ -99,12 +99,12 @@ def _fetch_rows(plain: dict[str, Any]) -> None:
 
     datamodule = build_datamodule(plain)
     datamodule.check_rows()
-    print(f"data {datamodule.path}: {len(datamodule.source):,} rows")
-    if datamodule.val_path:
-        print(f"held out {datamodule.val_path}: {len(datamodule.val_source):,} rows")
+    print(f"data {datamodule.spec.rows.title}: {len(datamodule.source):,} rows")
+    if datamodule.spec.rows.val_path:
+        print(f"held out {datamodule.spec.rows.val_path}: {len(datamodule.val_source):,} rows")
     if other := build_retain_rows(plain):
         other.check_rows()
-        print(f"unrelated {other.path}: {len(other.source):,} rows")
+        print(f"unrelated {other.spec.rows.title}: {len(other.source):,} rows")
 
 
 if __name__ == "__main__":

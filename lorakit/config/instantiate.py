@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import enum
 import functools
 import inspect
 from collections.abc import Callable
@@ -91,8 +92,7 @@ def find_type_problem(value: Any, hint: Any) -> str | None:
         choices = [
             str(one)
             for part in (hint, *get_args(hint))
-            if get_origin(part) is Literal
-            for one in get_args(part)
+            for one in (get_args(part) if get_origin(part) is Literal else _members(part))
         ]
         return str(error).lower().replace("`", "") + (
             f"; choose one of {', '.join(choices)}" if choices else ""
@@ -100,6 +100,10 @@ def find_type_problem(value: Any, hint: Any) -> str | None:
     except TypeError:  # a type that is not plain data: for its owner to check
         return None
     return None
+
+
+def _members(kind: Any) -> list[Any]:
+    return [*kind] if inspect.isclass(kind) and issubclass(kind, enum.Enum) else []
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:

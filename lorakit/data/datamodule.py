@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -18,19 +18,24 @@ from lorakit.data.batch.estimate import BatchEstimate
 from lorakit.data.batch.mixture import Mixture
 from lorakit.data.batch.packing import fill_with_longest
 from lorakit.data.batch.stream import BatchStream
-from lorakit.data.datum import OnLong
 from lorakit.data.examples import DatasetReport, Examples, profile
 from lorakit.data.images import ImageEncoder
 from lorakit.data.read.custom_format import name_of_format
 from lorakit.data.read.rows import are_pairs
-from lorakit.data.read.sources import Source, open_source, open_sources, read_mixed
-from lorakit.data.render.renderer import Renderer, TrainOnWhat
+from lorakit.data.read.sources import Source, open_source, open_sources
+from lorakit.data.render.renderer import Renderer
 from lorakit.data.render.templates import read_template, use_template
-from lorakit.data.settings import check_counts, check_settings, one_of
+from lorakit.data.specs import (
+    PARTS,
+    BatchSpec,
+    DataSpec,
+    ImageSpec,
+    RenderingSpec,
+    RowSpec,
+    takes_fields,
+)
 from lorakit.errors import ConfigError
 from lorakit.types import Batch, Cursor, ModelInput
-
-DEFAULT_BATCH_SIZE = 8
 
 
 class LoRADataModule(L.LightningDataModule):
@@ -41,128 +46,29 @@ class LoRADataModule(L.LightningDataModule):
     bad input, all of it at once, before anything expensive is started.
 
     Args:
-        path: where the rows are; see ``open_source``.
-        sources: in place of ``path``, several of them: each a path, a ``Mixed``, or a mapping of
-            its fields. Loss and share of the trained tokens are logged for each.
-        val_path: rows for evaluation; or ``val_fraction`` of the training rows are set aside by
-            ``seed``.
-        format: a name in ``FORMATS``, or a function of your own that makes a row of a record; None:
-            by the columns.
-        columns: what the data calls the columns of our formats, by our names: ``{"prompt":
-            "question"}``.
-        chat_template: a file with a Jinja template, or the name of a bundled one; None: the
-            tokenizer's own.
-        train_on: which tokens are trained; see ``TrainOnWhat``.
-        stop: strings at which sampling will stop; plain rows that end with one need no EOS.
-        max_tokens: longest example in tokens; ``on_long`` says what happens to longer ones.
-        packing: ``true`` puts several examples in a row of ``pack_tokens`` positions (default:
-            ``max_tokens``).
-        batch_size: rows per micro-batch (default 8); a row is a pack, or one example without
-            packing.
-        tokens_per_batch: in place of ``batch_size``, positions per micro-batch: as many rows as
-            fit.
-        epochs: passes over the rows; None goes on until the trainer's ``max_steps``.
-        check_token_rows: rows whose tokens are checked before training; the others are checked as
-            they stream.
-        min_pixels, max_pixels: images are scaled to lie between, at the same ratio; None: as the
-            model's processor has it.
+        rows, rendering, batches, images: what to read, and how it becomes batches. Their fields
+            are taken as keywords, too, as the config has them: ``LoRADataModule(path=…,
+            max_tokens=2048)``.
+
+    Raises:
+        ConfigError: a setting cannot be used, or two contradict each other.
     """
 
+    @takes_fields(*PARTS.values())
     def __init__(
         self,
         *,
-        path: str | None = None,
-        sources: Sequence[Any] | None = None,
-        val_path: str | None = None,
-        val_fraction: float = 0.0,
-        val_rows: int | None = None,
-        format: Any = None,
-        columns: dict[str, str] | None = None,
-        chat_template: str | None = None,
-        split: str = "train",
-        train_on: str = TrainOnWhat.ALL_ASSISTANT_MESSAGES,
-        append_eos: bool | str = "auto",
-        stop: str | Sequence[str] | None = None,
-        max_tokens: int = 1024,
-        on_long: str = OnLong.ERROR,
-        on_error: Literal["raise", "skip"] = "raise",
-        packing: bool = False,
-        pack_tokens: int | None = None,
-        batch_size: int | None = None,
-        tokens_per_batch: int | None = None,
-        val_batch_size: int | None = None,
-        epochs: int | None = 1,
-        shuffle: bool = True,
-        seed: int = 0,
-        window_rows: int = 1024,
-        check_token_rows: int = 20_000,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
+        rows: RowSpec | None = None,
+        rendering: RenderingSpec | None = None,
+        batches: BatchSpec | None = None,
+        images: ImageSpec | None = None,
+        **keywords: Any,
     ) -> None:
         super().__init__()
-        check_settings(on_error=on_error, val_path=val_path, val_fraction=val_fraction)
-        check_counts(
-            batch_size=batch_size,
-            val_batch_size=val_batch_size,
-            tokens_per_batch=tokens_per_batch,
-            epochs=epochs,
-            val_rows=val_rows,
-            window_rows=window_rows,
-            check_token_rows=check_token_rows,
-            max_tokens=max_tokens,
-            pack_tokens=pack_tokens,
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-        )
-        if (path is None) == (sources is None):
-            raise ConfigError(
-                "data.path and data.sources are both set; choose one"
-                if path
-                else "set data.path, or data.sources"
-            )
-        self.mixed, self.columns = None if sources is None else read_mixed(sources), columns
-        # as a title
-        self.path = (
-            path if path is not None else ", ".join(entry.path for entry in self.mixed or ())
-        )
-        self.val_path, self.val_fraction, self.val_rows = val_path, val_fraction, val_rows
-        self.chat_template = chat_template
-        self.format, self.split, self.on_error = format, split, on_error
-        self.train_on = one_of(TrainOnWhat, train_on, "data.train_on")
-        self.on_long = one_of(OnLong, on_long, "data.on_long")
-        self.append_eos, self.stop, self.max_tokens = append_eos, stop, max_tokens
-        self.packing, self.pack_tokens, self._given_pack_tokens = (
-            packing,
-            pack_tokens or max_tokens,
-            pack_tokens,
-        )
-        if pack_tokens and not packing:
-            raise ConfigError(
-                f"data.pack_tokens={pack_tokens} has no effect without data.packing=true"
-            )
-        if self.packing and self.pack_tokens < max_tokens:
-            raise ConfigError(
-                f"data.pack_tokens={pack_tokens} is less than data.max_tokens={max_tokens}"
-            )
-        if batch_size and tokens_per_batch:
-            raise ConfigError(
-                "data.batch_size and data.tokens_per_batch are both set; set one of them to null"
-            )
-        shortest = self.pack_tokens if self.packing else max_tokens
-        if tokens_per_batch and tokens_per_batch < shortest:
-            raise ConfigError(
-                f"data.tokens_per_batch={tokens_per_batch} is less than one row of {shortest}"
-                " tokens"
-            )
-        self.batch_size, self.tokens_per_batch = (
-            batch_size or (None if tokens_per_batch else DEFAULT_BATCH_SIZE),
-            tokens_per_batch,
-        )
-        self.given_val_batch_size = val_batch_size
-        self.val_batch_size = val_batch_size or self.batch_size
-        self.epochs, self.shuffle, self.seed, self.window_rows = epochs, shuffle, seed, window_rows
-        self.check_token_rows = check_token_rows
-        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        given = {"rows": rows, "rendering": rendering, "batches": batches, "images": images}
+        specs = {name: spec for name, spec in given.items() if spec is not None}
+        self.spec = DataSpec.from_keywords(keywords, **specs)
+        self._is_padded = False  # although the spec says packing
         self.tokenizer: Any = None
         self.images: ImageEncoder | None = None
         self.image_token_id: int | None = None
@@ -178,31 +84,14 @@ class LoRADataModule(L.LightningDataModule):
         for source in (self.source, self.val_source):  # asking for them reads them
             assert len(source)
         if self.are_pairs:
-            self._make_room_for_pairs()
-        for entry, count in zip(self.mixed or (), self.mixture.counts, strict=False):
-            if self.epochs is not None and count * self.epochs < 1 - 1e-9:
+            self.spec.check_pairs_fit()
+        epochs = self.spec.batches.epochs
+        for entry, count in zip(self.spec.rows.mixed or (), self.mixture.counts, strict=False):
+            if epochs is not None and count * epochs < 1 - 1e-9:
                 raise ConfigError(
                     f"data.sources: {entry.path} has weight {entry.weight:g} and too few rows for"
-                    f" it: none is seen in data.epochs={self.epochs}; raise one of them"
+                    f" it: none is seen in data.epochs={epochs}; raise one of them"
                 )
-
-    def _make_room_for_pairs(self) -> None:
-        """Both answers of a pair lie in one packed row, or in one batch. Raises ConfigError
-        where they may not fit.
-        """
-        both = 2 * self.max_tokens
-        if self.packing and self._given_pack_tokens is None:
-            self.pack_tokens = both
-        if self.packing and self.pack_tokens < both:
-            raise ConfigError(
-                f"data.pack_tokens={self.pack_tokens} is less than a pair of"
-                f" data.max_tokens={self.max_tokens} each"
-            )
-        if self.tokens_per_batch and self.tokens_per_batch < both:
-            raise ConfigError(
-                f"data.tokens_per_batch={self.tokens_per_batch} is less than a pair of"
-                f" data.max_tokens={self.max_tokens} each"
-            )
 
     def set_tokenizer(
         self,
@@ -224,17 +113,31 @@ class LoRADataModule(L.LightningDataModule):
             tokenizer,
             images.token_id if images else image_token_id,
         )
-        if self.chat_template:
-            use_template(tokenizer, self.chat_template)
-        self.images = images.within(self.min_pixels, self.max_pixels) if images else None
+        if template := self.spec.rendering.chat_template:
+            use_template(tokenizer, template)
+        bounds = self.spec.images
+        self.images = images.within(bounds.min_pixels, bounds.max_pixels) if images else None
 
     def use_tokens_per_batch(self, tokens: int, pack_tokens: int | None = None) -> None:
         """Fill micro-batches by ``tokens`` positions instead of rows, of ``pack_tokens`` each;
         before a loader is asked for.
         """
-        self.pack_tokens = pack_tokens or self.pack_tokens
-        self.batch_size, self.tokens_per_batch = None, tokens
-        self.val_batch_size = self.given_val_batch_size
+        packs = {"pack_tokens": pack_tokens} if pack_tokens else {}
+        self.spec = self.spec.replace(batch_size=None, tokens_per_batch=tokens, **packs)
+
+    def pad_rows(self) -> None:
+        """Pad rows in place of packing them, where the model cannot isolate what is packed."""
+        self._is_padded = True
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row of a batch holds several examples."""
+        return self.spec.batches.packing and not self._is_padded
+
+    @property
+    def row_tokens(self) -> int | None:
+        """Positions of a packed row; None where rows are padded."""
+        return self.spec.row_tokens(are_pairs=self.are_pairs) if self.is_packed else None
 
     @property
     def has_images(self) -> bool:
@@ -245,10 +148,15 @@ class LoRADataModule(L.LightningDataModule):
         """Render the rows and return their figures. Raises DataError with all problems."""
         self.check_rows()
         self.report = profile(
-            self.train_examples, self.train_indices, self.check_token_rows, self.new_tokens
+            self.train_examples,
+            self.train_indices,
+            self.spec.rows.check_token_rows,
+            self.new_tokens,
         )
         if len(self.val_indices):
-            self.val_report = profile(self.val_examples, self.val_indices, self.check_token_rows)
+            self.val_report = profile(
+                self.val_examples, self.val_indices, self.spec.rows.check_token_rows
+            )
         return self.report
 
     def setup(self, stage: str | None = None) -> None:
@@ -265,19 +173,20 @@ class LoRADataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> BatchStream:
         """Batches of the whole fit, from where a resumed run stopped."""
+        batches = self.spec.batches
         return BatchStream(
             self.train_examples,
             self.mixture,
             pad_token_id=self.pad_token_id,
-            batch_size=self.batch_size,
-            batch_tokens=self.tokens_per_batch,
-            row_tokens=self.pack_tokens if self.packing else None,
+            batch_size=batches.rows_per_batch,
+            batch_tokens=batches.tokens_per_batch,
+            row_tokens=self.row_tokens,
             accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
             **self._share,
-            num_epochs=self.epochs,
-            shuffle=self.shuffle,
-            seed=self.seed,
-            window_rows=self.window_rows,
+            num_epochs=batches.epochs,
+            shuffle=batches.shuffle,
+            seed=batches.seed,
+            window_rows=batches.window_rows,
             cursor=self._cursor,
             images=self.images,
             are_pairs=self.are_pairs,
@@ -287,16 +196,17 @@ class LoRADataModule(L.LightningDataModule):
         """Batches for evaluation, in the order of the rows; empty where there are none."""
         if not len(self.val_indices):
             return []
+        batches = self.spec.batches
         return BatchStream(
             self.val_examples,
-            Mixture(self.val_indices, replace(self.val_source, weights=()), seed=self.seed),
+            Mixture(self.val_indices, replace(self.val_source, weights=()), seed=batches.seed),
             pad_token_id=self.pad_token_id,
-            batch_size=self.val_batch_size,
-            batch_tokens=self.tokens_per_batch,
+            batch_size=batches.val_batch_size or batches.rows_per_batch,
+            batch_tokens=batches.tokens_per_batch,
             row_tokens=None,
             **self._share,
             shuffle=False,
-            window_rows=self.window_rows,
+            window_rows=batches.window_rows,
             images=self.images,
             are_pairs=self.are_pairs,
         )
@@ -305,14 +215,11 @@ class LoRADataModule(L.LightningDataModule):
         """A training batch as full as any, made of the longest row alone, without counting it;
         None where it gives nothing.
         """
-        assert self.report is not None and self.tokens_per_batch
+        tokens = self.spec.batches.tokens_per_batch
+        assert self.report is not None and tokens
         datums = self._make_examples(self.source).datums(self.report.longest_row)
-        row_tokens = self.pack_tokens if self.packing else None
         rows = fill_with_longest(
-            datums,
-            batch_tokens=self.tokens_per_batch,
-            row_tokens=row_tokens,
-            are_pairs=self.are_pairs,
+            datums, batch_tokens=tokens, row_tokens=self.row_tokens, are_pairs=self.are_pairs
         )
         if not rows:
             return None
@@ -353,30 +260,29 @@ class LoRADataModule(L.LightningDataModule):
     @cached_property
     def source(self) -> Source:
         """The rows, checked."""
-        options: dict[str, Any] = {
-            "format": self.format,
-            "columns": self.columns,
-            "on_error": self.on_error,
-            "split": self.split,
-        }
-        return (
-            open_sources(self.mixed, **options) if self.mixed else open_source(self.path, **options)
-        )
+        mixed = self.spec.rows.mixed
+        return open_sources(mixed, **self._reading) if mixed else self._open(self.spec.rows.path)
 
     @cached_property
     def val_source(self) -> Source:
         """The rows for evaluation: of ``val_path``, or the training rows themselves, of which
         ``val_indices`` picks some.
         """
-        if self.val_path is None:
-            return self.source
-        return open_source(
-            self.val_path,
-            format=self.format,
-            columns=self.columns,
-            on_error=self.on_error,
-            split=self.split,
-        )
+        return self._open(self.spec.rows.val_path) if self.spec.rows.val_path else self.source
+
+    def _open(self, path: str | None) -> Source:
+        assert path is not None  # or there are several sources
+        return open_source(path, **self._reading)
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        rows = self.spec.rows
+        return {
+            "format": rows.format,
+            "columns": rows.columns,
+            "on_error": rows.on_error,
+            "split": rows.split,
+        }
 
     @cached_property
     def are_pairs(self) -> bool:
@@ -401,7 +307,7 @@ class LoRADataModule(L.LightningDataModule):
     @cached_property
     def mixture(self) -> Mixture:
         """Which of them each epoch has."""
-        return Mixture(self.train_indices, self.source, seed=self.seed)
+        return Mixture(self.train_indices, self.source, seed=self.spec.batches.seed)
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -418,36 +324,38 @@ class LoRADataModule(L.LightningDataModule):
         """Rows to evaluate on, at most ``val_rows``."""
         chosen = (
             np.arange(len(self.val_source))
-            if self.val_path
+            if self.spec.rows.val_path
             else np.sort(self._split()[: self._num_set_aside])
         )
-        return chosen[: self.val_rows]
+        return chosen[: self.spec.rows.val_rows]
 
     @property
     def fingerprint(self) -> str:
         """Digest of the rows, the sizes of their images, and of every setting that decides what
         is trained in which order.
         """
+        rows, rendering, batches = self.spec.rows, self.spec.rendering, self.spec.batches
+        template, images = rendering.chat_template, self.spec.images
         settings = [
             self.source.fingerprint,
             self.val_source.fingerprint,
-            name_of_format(self.format),
-            self.train_on,
-            self.append_eos,
-            self.stop,
-            self.max_tokens,
-            self.on_long,
-            self.on_error,
-            self.packing,
-            self.pack_tokens,
-            self.batch_size,
-            self.tokens_per_batch,
-            self.shuffle,
-            self.seed,
-            self.window_rows,
-            self.val_fraction,
-            *((read_template(self.chat_template),) if self.chat_template else ()),
-            *(bound for bound in (self.min_pixels, self.max_pixels) if bound),
+            name_of_format(rows.format),
+            rendering.train_on,
+            rendering.append_eos,
+            rendering.stop,
+            rendering.max_tokens,
+            rendering.on_long,
+            rows.on_error,
+            self.is_packed,
+            self.spec.row_tokens(are_pairs=self.are_pairs) or rendering.max_tokens,
+            batches.rows_per_batch,
+            batches.tokens_per_batch,
+            batches.shuffle,
+            batches.seed,
+            batches.window_rows,
+            rows.val_fraction,
+            *((read_template(template),) if template else ()),
+            *(bound for bound in (images.min_pixels, images.max_pixels) if bound),
             *self._image_bytes(),
         ]
         return hashlib.sha256(json.dumps(settings, default=list).encode()).hexdigest()[:16]
@@ -461,9 +369,10 @@ class LoRADataModule(L.LightningDataModule):
         """Micro-batches of all epochs, from the rows surveyed; None where epochs do not end, see
         ``BatchEstimate``.
         """
-        if self.epochs is None or self.report is None:
+        epochs = self.spec.batches.epochs
+        if epochs is None or self.report is None:
             return None
-        return self._estimate.num_batches(self.epochs)
+        return self._estimate.num_batches(epochs)
 
     def estimate_padding(self) -> float:
         """Share of the positions of training batches that hold only padding."""
@@ -472,32 +381,36 @@ class LoRADataModule(L.LightningDataModule):
     @property
     def _estimate(self) -> BatchEstimate:
         assert self.report is not None
+        batches = self.spec.batches
         return BatchEstimate(
             self.report,
             self.mixture,
-            batch_size=self.batch_size,
-            batch_tokens=self.tokens_per_batch,
-            row_tokens=self.pack_tokens if self.packing else None,
-            window_rows=self.window_rows,
-            shuffle=self.shuffle,
-            seed=self.seed,
+            batch_size=batches.rows_per_batch,
+            batch_tokens=batches.tokens_per_batch,
+            row_tokens=self.row_tokens,
+            window_rows=batches.window_rows,
+            shuffle=batches.shuffle,
+            seed=batches.seed,
             are_pairs=self.are_pairs,
         )
 
     def _make_examples(self, source: Source) -> Examples:
+        spec = self.spec.rendering
         renderer = Renderer(
             self.tokenizer,
-            train_on=self.train_on,
-            append_eos=self.append_eos,
-            stop=self.stop,
+            train_on=spec.train_on,
+            append_eos=spec.append_eos,
+            stop=spec.stop,
             image_token_id=self.image_token_id,
         )
-        return Examples(source, renderer, self.max_tokens, self.on_long, self.on_error, self.images)
+        return Examples(
+            source, renderer, spec.max_tokens, spec.on_long, self.spec.rows.on_error, self.images
+        )
 
     def _split(self) -> np.ndarray:
         num_rows = len(self.source)
         return (
-            np.random.default_rng(self.seed).permutation(num_rows)
+            np.random.default_rng(self.spec.batches.seed).permutation(num_rows)
             if self._num_set_aside
             else np.arange(num_rows)
         )
@@ -518,14 +431,15 @@ class LoRADataModule(L.LightningDataModule):
 
     @property
     def _num_set_aside(self) -> int:
-        if not self.val_fraction or self.val_path:
+        share, num_rows = self.spec.rows.val_fraction, len(self.source)
+        if not share or self.spec.rows.val_path:
             return 0
-        if len(self.source) < 2:
+        if num_rows < 2:
             raise ConfigError(
-                f"data.val_fraction={self.val_fraction} needs at least 2 rows; {self.path} has"
-                f" {len(self.source)}"
+                f"data.val_fraction={share} needs at least 2 rows; {self.spec.rows.title} has"
+                f" {num_rows}"
             )
-        return min(max(1, round(self.val_fraction * len(self.source))), len(self.source) - 1)
+        return min(max(1, round(share * num_rows)), num_rows - 1)
 
     @property
     def pad_token_id(self) -> int:

@@ -52,7 +52,9 @@ def score_rows(
     if max_tokens is None:
         return figures, []
     say(f"answers to {subject}, of at most {max_tokens} tokens (--no-samples: the loss alone)")
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=datamodule.stop)
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=0.0, stop=datamodule.spec.rendering.stop
+    )
     answers = answer_all(model, tokenizer, datums, params, images=datamodule.images)
     exact_match = sum(answer.is_exact for answer in answers) / len(answers)
     return figures | {"exact_match": exact_match}, answers

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.config.auto import STAND_INS, auto_keys, with_values
-from lorakit.data.datamodule import DEFAULT_BATCH_SIZE
 from lorakit.data.examples import DatasetReport
+from lorakit.data.specs import DEFAULT_BATCH_SIZE
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import LoRAPlan
 from lorakit.lora.inject import plan as plan_lora

@@ -359,8 +359,8 @@ def build_retain(config: Config) -> Retain | None:
     datamodule.check_rows()
     if datamodule.are_pairs:
         raise ConfigError(
-            f"eval.retain_path={datamodule.path}: pairs have no loss of their own; give rows of"
-            " text"
+            f"eval.retain_path={config['eval']['retain_path']}: pairs have no loss of their own;"
+            " give rows of text"
         )
     make_tokens(datamodule, config["model"])
     return Retain(datamodule, config["eval"]["retain_rows"])

@@ -133,7 +133,9 @@ def train_run(
         prepared = _with_window_of(run, prepared, world, console)
     lock = hold(run) if world.is_rank_zero else contextlib.nullcontext()
     run = run.update(formats=prepared.datamodule.source.formats)
-    if run.writes and prepared.datamodule.chat_template:  # the file may change, or go
+    if (
+        run.writes and prepared.datamodule.spec.rendering.chat_template
+    ):  # the file may change, or go
         run.chat_template.write_text(prepared.tokenizer.chat_template, encoding="utf-8")
     console.print(
         f"run {run.folder}:"
@@ -452,8 +454,8 @@ def _print_end(
         )
     if retain := _find_callback(trainer, Retain):
         console.print(
-            f"unrelated text {retain.datamodule.path}: loss {retain.base_loss:.4f} before,"
-            f" {retain.loss:.4f} after ({retain.loss - retain.base_loss:+.4f})",
+            f"unrelated text {retain.datamodule.spec.rows.title}: loss {retain.base_loss:.4f}"
+            f" before, {retain.loss:.4f} after ({retain.loss - retain.base_loss:+.4f})",
             highlight=False,
         )
     if skipped := outcome.datamodule.train_examples.num_skipped:

@@ -129,9 +129,9 @@ def prepare(
             highlight=False,
         )
     config = {**config, "strategy": strategy}
-    if datamodule.packing and (reason := packing_is_doubtful(model_config)):
+    if datamodule.is_packed and (reason := packing_is_doubtful(model_config)):
         log.warning("data.packing is off, rows are padded instead: %s", reason)
-        datamodule.packing = False
+        datamodule.pad_rows()
     if accelerator == "cpu":
         tune_allocator(memory.total if memory else None, there, planned.num_base_params)
     lr = _resolve_lr(config, model_config, spec, console)

@@ -23,12 +23,12 @@ def print_data_report(
 ) -> None:
     """Print the figures of the training rows, and of the evaluation rows where there are any."""
     assert datamodule.report is not None
-    _print_one("data", datamodule.path, datamodule.report, console)
+    _print_one("data", datamodule.spec.rows.title, datamodule.report, console)
     _print_shares(datamodule.report, console)
     if datamodule.val_report:
         _print_one(
             "held out",
-            datamodule.val_path or f"{datamodule.val_fraction:g} of them",
+            datamodule.spec.rows.val_path or f"{datamodule.spec.rows.val_fraction:g} of them",
             datamodule.val_report,
             console,
         )
@@ -142,7 +142,9 @@ def warn_of_idle_settings(
             config["data"]["epochs"],
             total_steps,
         )
-    if not datamodule.has_images and (datamodule.min_pixels or datamodule.max_pixels):
+    if not datamodule.has_images and (
+        datamodule.spec.images.min_pixels or datamodule.spec.images.max_pixels
+    ):
         log.warning("no row has an image, so data.min_pixels and data.max_pixels have no effect")
     if len(datamodule.val_indices):
         return

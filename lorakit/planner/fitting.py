@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lorakit.config.instantiate import Config
-from lorakit.data.datamodule import DEFAULT_BATCH_SIZE
+from lorakit.data.specs import DEFAULT_BATCH_SIZE
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import LoRAPlan
 from lorakit.lora.inject import plan as plan_lora

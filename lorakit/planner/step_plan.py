@@ -16,8 +16,8 @@ from rich.console import Console
 
 from lorakit.config.instantiate import import_target
 from lorakit.config.paths import conf_dir
-from lorakit.data.datamodule import DEFAULT_BATCH_SIZE
 from lorakit.data.examples import DatasetReport
+from lorakit.data.specs import DEFAULT_BATCH_SIZE
 from lorakit.lora.inject import LoRAPlan
 from lorakit.loss.inputs import inputs_of
 from lorakit.model.vision import find_tower

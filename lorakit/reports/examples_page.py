@@ -74,7 +74,7 @@ def as_page(
     Raises:
         DataError: an image cannot be read.
     """
-    title = html.escape(datamodule.path)
+    title = html.escape(datamodule.spec.rows.title)
     encoder = datamodule.train_examples.renderer.encoder
     ends = {*encoder.special_ids, encoder.eos_token_id}
     parts = [
@@ -97,7 +97,7 @@ def _summary(datamodule: LoRADataModule) -> str:
     report = datamodule.report
     assert report is not None
     looked = f" of {report.num_rows:,}" if report.num_rows_profiled < report.num_rows else ""
-    how = "packed rows" if datamodule.packing else "batches"
+    how = "packed rows" if datamodule.is_packed else "batches"
     figures = [
         (f"{report.num_rows_profiled:,}{looked}", "rows"),
         (f"{report.num_examples:,}", "examples"),
@@ -105,7 +105,7 @@ def _summary(datamodule: LoRADataModule) -> str:
         (f"{report.trained_share:.1%}", "of them trained"),
         (
             f"{int(report.lengths.max()):,}",
-            f"longest; data.max_tokens is {datamodule.max_tokens:,}",
+            f"longest; data.max_tokens is {datamodule.spec.rendering.max_tokens:,}",
         ),
         (f"{report.cuts.num_truncated:,}", f"truncated, by {report.cuts.num_tokens_cut:,} tokens"),
         (f"{report.cuts.num_dropped:,}", "dropped as too long"),

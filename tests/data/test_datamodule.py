@@ -4,6 +4,7 @@ that cannot be.
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 from data_toys import text_of, write_jsonl
 
 from lorakit.data.datamodule import LoRADataModule
+from lorakit.data.specs import BatchSpec, DataSpec, ImageSpec, RenderingSpec, RowSpec
 from lorakit.errors import ConfigError, DataError
 
 
@@ -318,3 +320,40 @@ def test_one_row_cannot_be_split(tmp_path: Path) -> None:
         np.concatenate([module.train_indices, module.val_indices]).size == 2
         and len(module.train_indices) == 1
     )
+
+
+def test_specs_and_flat_keywords_say_the_same(tmp_path: Path) -> None:
+    keywords = {"path": "rows.jsonl", "max_tokens": 64, "packing": True, "seed": 3, "max_pixels": 9}
+    flat = LoRADataModule(**keywords).spec
+    parts = LoRADataModule(
+        rows=RowSpec(path="rows.jsonl"),
+        rendering=RenderingSpec(max_tokens=64),
+        batches=BatchSpec(packing=True, seed=3),
+        images=ImageSpec(max_pixels=9),
+    ).spec
+    assert flat == parts
+    assert flat.keywords() == DataSpec.from_keywords(flat.keywords()).keywords()
+    assert flat.replace(packing=False).row_tokens() is None and flat.row_tokens() == 64
+    assert flat.row_tokens(are_pairs=True) == 128
+
+
+def test_a_keyword_beside_its_own_spec_or_of_none_is_refused() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword arguments: max_tokens"):
+        LoRADataModule(path="a.jsonl", rendering=RenderingSpec(), max_tokens=3)
+    with pytest.raises(TypeError, match="unexpected keyword arguments: max_token"):
+        LoRADataModule(path="a.jsonl", max_token=3)
+
+
+def test_what_is_wrong_in_several_specs_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        LoRADataModule(path="a.jsonl", val_fraction=2.0, max_tokens=0, batch_size=0, epochs=0)
+    said = str(error.value)
+    assert "data.val_fraction=2.0" in said and "data.max_tokens=0" in said
+    assert "data.batch_size=0, data.epochs=0: must be at least 1" in said
+
+
+def test_help_and_checks_see_every_keyword() -> None:
+    parameters = inspect.signature(LoRADataModule).parameters
+    assert {"rows", "path", "max_tokens", "packing", "min_pixels"} <= parameters.keys()
+    assert parameters["max_tokens"].default == 1024
+    assert "keywords" not in parameters
