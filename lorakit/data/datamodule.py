@@ -123,7 +123,8 @@ class LoRADataModule(L.LightningDataModule):
         before a loader is asked for.
         """
         packs = {"pack_tokens": pack_tokens} if pack_tokens else {}
-        self.spec = self.spec.replace(batch_size=None, tokens_per_batch=tokens, **packs)
+        batches = replace(self.spec.batches, batch_size=None, tokens_per_batch=tokens, **packs)
+        self.spec = replace(self.spec, batches=batches)  # whose rows may be the longest one's
 
     def pad_rows(self) -> None:
         """Pad rows in place of packing them, where the model cannot isolate what is packed."""

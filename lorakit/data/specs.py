@@ -169,29 +169,12 @@ class ImageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """All four.
-
-    Raises:
-        ConfigError: two settings contradict each other.
-    """
+    """All four."""
 
     rows: RowSpec
     rendering: RenderingSpec = field(default_factory=RenderingSpec)
     batches: BatchSpec = field(default_factory=BatchSpec)
     images: ImageSpec = field(default_factory=ImageSpec)
-
-    def __post_init__(self) -> None:
-        batches, shortest = self.batches, self.row_tokens() or self.rendering.max_tokens
-        if batches.packing and shortest < self.rendering.max_tokens:
-            raise ConfigError(
-                f"data.pack_tokens={batches.pack_tokens} is less than"
-                f" data.max_tokens={self.rendering.max_tokens}"
-            )
-        if batches.tokens_per_batch and batches.tokens_per_batch < shortest:
-            raise ConfigError(
-                f"data.tokens_per_batch={batches.tokens_per_batch} is less than one row of"
-                f" {shortest} tokens"
-            )
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any], **given: Any) -> DataSpec:
@@ -215,7 +198,9 @@ class DataSpec:
             raise TypeError(f"unexpected keyword arguments: {', '.join(sorted(left))}")
         if problems:
             raise ConfigError("\n".join(problems))
-        return cls(**given)
+        made = cls(**given)
+        made.check_sizes()
+        return made
 
     def keywords(self) -> dict[str, Any]:
         """The flat keywords of all four, as they were given."""
@@ -234,6 +219,20 @@ class DataSpec:
         if not self.batches.packing:
             return None
         return self.batches.pack_tokens or self.rendering.max_tokens * (2 if are_pairs else 1)
+
+    def check_sizes(self) -> None:
+        """Raise ConfigError where a row, or a batch, is smaller than an example may be."""
+        batches, shortest = self.batches, self.row_tokens() or self.rendering.max_tokens
+        if batches.packing and shortest < self.rendering.max_tokens:
+            raise ConfigError(
+                f"data.pack_tokens={batches.pack_tokens} is less than"
+                f" data.max_tokens={self.rendering.max_tokens}"
+            )
+        if batches.tokens_per_batch and batches.tokens_per_batch < shortest:
+            raise ConfigError(
+                f"data.tokens_per_batch={batches.tokens_per_batch} is less than one row of"
+                f" {shortest} tokens"
+            )
 
     def check_pairs_fit(self) -> None:
         """Raise ConfigError where both answers of a pair may not fit into one packed row, or one
