@@ -122,8 +122,8 @@ class LoRADataModule(L.LightningDataModule):
         """Fill micro-batches by ``tokens`` positions instead of rows, of ``pack_tokens`` each;
         before a loader is asked for.
         """
-        packs = {"pack_tokens": pack_tokens} if pack_tokens else {}
-        batches = replace(self.spec.batches, batch_size=None, tokens_per_batch=tokens, **packs)
+        batches = replace(self.spec.batches, batch_size=None, tokens_per_batch=tokens)
+        batches = replace(batches, pack_tokens=pack_tokens or batches.pack_tokens)
         self.spec = replace(self.spec, batches=batches)  # whose rows may be the longest one's
 
     def pad_rows(self) -> None:
