@@ -142,7 +142,7 @@ MUTATIONS = (
         ("tests/cli/test_compose.py::test_values_of_path_keys_mean_themselves",),
     ),
     Mutation(
-        "pipeline/processes.py",
+        "strategy/world.py",
         "if len(holders) > 1:",
         "if len(holders) > 3:",
         ("tests/cli/test_launch.py::test_what_differs_is_named_with_its_ranks",),

@@ -40,7 +40,7 @@ class MemoryProbe(L.Callback):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         while (tried := run_once(trainer, pl_module, batch)) is None:
-            pl_module.room.shrink(batch)
+            pl_module.retry.splitter.shrink(batch)
         free_memory()
         log.info(
             "tried the longest row: %d positions at a time, %.1f GB; they fit",
@@ -53,12 +53,12 @@ def run_once(trainer: L.Trainer, module: Any, batch: Batch) -> int | None:
     """Forward and backward of the largest part that there is room for; return its positions, or
     None where the memory ended.
     """
-    part = max(module.room.parts(batch), key=lambda one: one.input_ids.numel())
+    part = max(module.retry.splitter.split(batch), key=lambda one: one.input_ids.numel())
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     devices = [module.device] if module.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), trainer.precision_plugin.train_step_context():
-            torch.autograd.grad(module.loss_of(part), parameters, allow_unused=True)
+            torch.autograd.grad(module.uncounted_loss(part), parameters, allow_unused=True)
         return part.input_ids.numel()
     except RuntimeError as error:
         if not is_out_of_memory(error):

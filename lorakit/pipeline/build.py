@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import inspect
 import logging
 import math
@@ -36,27 +35,23 @@ from lorakit.config.instantiate import (
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.data.images import ImageEncoder
 from lorakit.errors import ConfigError
-from lorakit.lora.inject import LoRAPlan, inject
+from lorakit.lora.inject import LoRAPlan
 from lorakit.lora.spec import LoRASpec
-from lorakit.lora.state import adapter_state
 from lorakit.loss.inputs import inputs_of
-from lorakit.model.layers import compile_layers, enable_checkpointing
 from lorakit.model.load import (
-    base_name,
     load_config,
     load_image_processor,
-    load_model,
     load_tokenizer,
     pieces_of,
 )
-from lorakit.pipeline.processes import check_equal_on_all_ranks, fingerprint, num_streams
+from lorakit.model.spec import ModelSpec
+from lorakit.pipeline.processes import num_streams
 from lorakit.planner.fake_images import SampleShapes
 from lorakit.planner.step_plan import StepPlan
 from lorakit.strategy.heartbeat import PhaseCallback
 from lorakit.strategy.world import World
 from lorakit.training.module import LoRAModule
-from lorakit.training.precision import base_dtype, resolve_accelerator, resolve_precision
-from lorakit.weights.adapter import start_from
+from lorakit.training.precision import resolve_accelerator, resolve_precision
 
 log = logging.getLogger("lorakit")
 
@@ -199,7 +194,6 @@ def build_module(
     lr: float,
     total_steps: int,
     tokenizer: Any,
-    device: str,
     precision: str,
 ) -> LoRAModule:
     """The LoRAModule; its model is loaded when Lightning calls ``configure_model``."""
@@ -207,7 +201,10 @@ def build_module(
         config, lr=lr, total_steps=total_steps, precision=precision
     )
     return LoRAModule(
-        functools.partial(build_model, config, spec, device=device, precision=precision),
+        ModelSpec(**config["model"]),
+        lora=spec,
+        activation_checkpointing=config["trainer"]["activation_checkpointing"],
+        compile=config["trainer"]["compile"],
         optimizer=optimizer,
         schedule=schedule,
         total_steps=total_steps,
@@ -236,29 +233,6 @@ def check_pairs(config: Config, datamodule: LoRADataModule) -> None:
         raise ConfigError(
             "pairs cannot be shared by several processes; set strategy.sequence_parallel=1"
         )
-
-
-def build_model(config: Config, spec: LoRASpec, *, device: str, precision: str) -> Any:
-    """Load the base, inject LoRA, start from another adapter where asked."""
-    settings = config["model"]
-    base = load_model(
-        settings["path"],
-        dtype=base_dtype(settings["dtype"], precision),
-        attention=settings["attention"],
-        device=device if device != "cpu" else None,
-        **model_options(settings),
-    )
-    model = inject(base, spec, base_name=base_name(settings["path"]))
-    if config["trainer"]["activation_checkpointing"]:
-        enable_checkpointing(model)
-    if config["trainer"]["compile"]:
-        compile_layers(model)
-    if spec.init_from:
-        start_from(model, spec, base=base_name(settings["path"]))
-    check_equal_on_all_ranks(
-        lambda: {"the adapter at the start": fingerprint(adapter_state(model))}
-    )
-    return model
 
 
 def build_trainer(

@@ -37,7 +37,6 @@ from lorakit.pipeline import build
 from lorakit.pipeline.prepare import PreparedRun, prepare
 from lorakit.pipeline.printing import prompt_to_try, quote_prompt
 from lorakit.pipeline.processes import (
-    check_equal_on_all_ranks,
     check_world,
     describe_base,
     describe_config,
@@ -56,6 +55,7 @@ from lorakit.strategy.world import (
     World,
     all_gather_object,
     broadcast_object,
+    check_equal_on_all_ranks,
     current_world,
     join,
     raise_on_any_rank,
@@ -149,7 +149,6 @@ def train_run(
         lr=prepared.lr,
         total_steps=prepared.total_steps,
         tokenizer=prepared.tokenizer,
-        device=accelerator,
         precision=precision,
     )
     trainer = build.build_trainer(

@@ -6,18 +6,17 @@ import hashlib
 import logging
 import os
 import platform
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import lorakit
-from lorakit.errors import ConfigError, report
+from lorakit.errors import ConfigError
 from lorakit.model.load import load_config, needed_files
 from lorakit.runs.folder import flatten, installed_packages
 from lorakit.strategy.heartbeat import take_fault
-from lorakit.strategy.world import World, all_gather_object, current_world, is_distributed
+from lorakit.strategy.world import World, current_world
 from lorakit.training.precision import resolve_accelerator
 
 if TYPE_CHECKING:
@@ -113,39 +112,6 @@ def silence(world: World) -> None:
         logging.getLogger("lorakit").setLevel(logging.ERROR)
 
 
-def check_equal_on_all_ranks(find_facts: Callable[[], Mapping[str, str]]) -> None:
-    """Compare what ``find_facts`` returns over all processes, which call this together; one alone
-    has nothing to compare.
-
-    Raises:
-        ConfigError: they differ; the message, the same in all, names each that does, with its
-            values and who has them.
-    """
-    if not is_distributed():
-        return
-    everyone = all_gather_object((current_world().describe(), dict(find_facts())))
-    problems = []
-    for name in sorted({name for _, theirs in everyone for name in theirs}):
-        holders: dict[str, list[str]] = {}
-        for who, theirs in everyone:
-            holders.setdefault(theirs.get(name, "not there"), []).append(who)
-        if len(holders) > 1:
-            problems.append(
-                f"{name}: "
-                + "; ".join(f"{value} on {_some(whose)}" for value, whose in holders.items())
-            )
-    if problems:
-        error = ConfigError(
-            report(
-                "the processes of this run differ:",
-                problems,
-                remedy="Make them equal on all machines.",
-            )
-        )
-        error.is_of_all = True
-        raise error
-
-
 def describe_program() -> dict[str, str]:
     """lorakit's own code, and the packages it runs on."""
     code = hashlib.sha256()
@@ -180,16 +146,3 @@ def describe_base(settings: dict[str, Any]) -> dict[str, str]:
     return {"the base's config and sizes of files": described} | (
         {"the base's commit": commit} if commit else {}
     )
-
-
-def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """A short hash of names, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

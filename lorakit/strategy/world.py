@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.distributed.rendezvous import rendezvous
 
-from lorakit.errors import ConfigError, LorakitError
+from lorakit.errors import ConfigError, LorakitError, report
 from lorakit.strategy import heartbeat as watch
 
 Found = TypeVar("Found")
@@ -173,3 +173,40 @@ def raise_on_any_rank(step: Callable[[], Found]) -> Found:
         )
     problem.is_of_all = True
     raise problem
+
+
+def check_equal_on_all_ranks(find_facts: Callable[[], Mapping[str, str]]) -> None:
+    """Compare what ``find_facts`` returns over all processes, which call this together; one alone
+    has nothing to compare.
+
+    Raises:
+        ConfigError: they differ; the message, the same in all, names each that does, with its
+            values and who has them.
+    """
+    if not is_distributed():
+        return
+    everyone = all_gather_object((current_world().describe(), dict(find_facts())))
+    problems = []
+    for name in sorted({name for _, theirs in everyone for name in theirs}):
+        holders: dict[str, list[str]] = {}
+        for who, theirs in everyone:
+            holders.setdefault(theirs.get(name, "not there"), []).append(who)
+        if len(holders) > 1:
+            problems.append(
+                f"{name}: "
+                + "; ".join(f"{value} on {_some(whose)}" for value, whose in holders.items())
+            )
+    if problems:
+        error = ConfigError(
+            report(
+                "the processes of this run differ:",
+                problems,
+                remedy="Make them equal on all machines.",
+            )
+        )
+        error.is_of_all = True
+        raise error
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -10,12 +10,16 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lorakit.errors import CheckpointError, ConfigError, TrainingError, is_out_of_memory
+from lorakit.errors import CheckpointError, ConfigError, TrainingError
+from lorakit.lora.spec import LoRASpec
 from lorakit.loss import LOSSES
 from lorakit.loss.inputs import inputs_of
 from lorakit.model.partition import full_shape, whole
-from lorakit.training.oom import MicroBatchSplitter
-from lorakit.training.step import compute_loss, sums_by_origin
+from lorakit.model.spec import ModelSpec
+from lorakit.training.adapted_model import build_adapted_model
+from lorakit.training.oom import OutOfMemoryRetry
+from lorakit.training.step import compute_loss
+from lorakit.training.window import AccumulationWindow, EvaluationSums, Sums
 from lorakit.types import Batch, LossOutput
 
 
@@ -23,8 +27,12 @@ class LoRAModule(L.LightningModule):
     """Trains the adapter of a model.
 
     Args:
-        build_model: makes the PEFT-wrapped model; called once, in ``configure_model``, so that a
-            strategy can shard it.
+        model: the base, which is loaded and given an adapter in ``configure_model``, so that a
+            strategy can shard it; a path or name of the hub is enough. Or a function that makes
+            the PEFT-wrapped model; it is called there, once.
+        lora: which matrices of the base get an adapter.
+        activation_checkpointing: compute activations again in the backward pass.
+        compile: torch.compile of each layer.
         optimizer: makes the optimiser of the trainable parameters, for instance
             ``partial(torch.optim.AdamW, lr=5e-4)``.
         schedule: makes its schedule from (optimizer, total_steps=…); None keeps the learning rate.
@@ -32,8 +40,8 @@ class LoRAModule(L.LightningModule):
         loss: a name in ``LOSSES``, or a function of (logprobs, batch) that returns a
             ``LossOutput``; its metrics are logged.
         clip_norm: largest L2 norm of the gradient, 0 for none. The norm is logged before clipping.
-        max_bad_steps: so many steps in a row with a loss or gradient that is not finite end the
-            run.
+        max_bad_steps: the run ends after this many steps in a row whose loss or gradient is not
+            finite.
 
     The loss is ``sum(loss) / sum(|weight|)`` (of pairs: divided by their number) over the whole
     accumulation window of all
@@ -43,9 +51,12 @@ class LoRAModule(L.LightningModule):
 
     def __init__(
         self,
-        build_model: Callable[[], Any],
+        model: ModelSpec | str | Callable[[], Any],
         *,
         optimizer: Callable[..., torch.optim.Optimizer],
+        lora: LoRASpec | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
         schedule: Callable[..., Any] | None = None,
         total_steps: int | None = None,
         loss: str | Callable[..., LossOutput] = "cross_entropy",
@@ -56,34 +67,46 @@ class LoRAModule(L.LightningModule):
         super().__init__()
         # a checkpoint holds the adapter only; load_state_dict below checks it both ways
         self.strict_loading = False
-        self._build_model, self._optimizer, self._schedule = build_model, optimizer, schedule
+        self.model_spec = ModelSpec(model) if isinstance(model, str) else model
+        self.lora = lora or LoRASpec()
+        self._build_options = {
+            "activation_checkpointing": activation_checkpointing,
+            "compile": compile,
+        }
+        self._optimizer, self._schedule = optimizer, schedule
         self.total_steps, self.clip_norm, self.max_bad_steps = total_steps, clip_norm, max_bad_steps
         self.loss = LOSSES[loss] if isinstance(loss, str) else loss
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self.model: Any = None
         self.num_bad_steps = self.num_bad_in_a_row = self.num_empty_windows = 0
-        self.room = MicroBatchSplitter()
-        self._window: list[Batch] = []
-        self._waiting: list[Batch] = []  # parts of the micro-batch whose first has gone forward
-        # its loss, in whose place Lightning is given another leaf
-        self._graph: torch.Tensor | None = None
-        self._given = torch.zeros(())
-        self._window_loss: torch.Tensor | float = 0.0
-        self._val_sums = [0.0, 0.0]
-        # sums of what the loss returns beside itself
-        self._metrics: dict[str, torch.Tensor | float] = {}
-        self.source_names: dict[
-            str, Sequence[str]
-        ] = {}  # of several sources of data, whose loss and share are logged, by stage
-        # of the window, or of the evaluation; see sums_by_origin
-        self._by_source: torch.Tensor | float = 0.0
+        self.window, self.retry = AccumulationWindow(), OutOfMemoryRetry()
+        self._evaluation = EvaluationSums()
+        # of several sources of data, whose loss and share are logged, by stage
+        self.source_names: dict[str, Sequence[str]] = {}
 
     # ---- model
 
+    @property
+    def tokenizer(self) -> Any:
+        """The one that was given, else that of the model's spec; None where there is neither."""
+        if self._tokenizer is None and isinstance(self.model_spec, ModelSpec):
+            self._tokenizer = self.model_spec.load_tokenizer()
+        return self._tokenizer
+
     def configure_model(self) -> None:
         """Build the base and inject LoRA, once."""
-        if self.model is None:
-            self.model = self._build_model()
+        if self.model is not None:
+            return
+        if callable(self.model_spec):
+            self.model = self.model_spec()
+            return
+        self.model = build_adapted_model(
+            self.model_spec,
+            self.lora,
+            precision=str(self.trainer.precision),
+            device=self.trainer.strategy.root_device.type,
+            **self._build_options,
+        )
 
     def on_fit_start(self) -> None:
         self.model.train()
@@ -116,62 +139,26 @@ class LoRAModule(L.LightningModule):
                 "Batch.window_weight is 0, but the batch has weights; set it to the weight of the"
                 " accumulation window"
             )
-        self._window.append(batch)
-        while True:
-            try:
-                self._waiting = self.room.parts(batch)
-                loss = self._share_of(self._waiting.pop(0))
-                break
-            except RuntimeError as error:
-                self._refuse_unless_room_can_be_made(error)
-            self.room.shrink(batch)  # here, where the error holds no tensor any more
-        if not self.can_repeat:
-            return loss
-        # Lightning holds what it is given until the step is over: with the graph behind it there
-        # would be no room to repeat it.
-        self._graph, self._given = loss, loss.detach().requires_grad_()
-        return self._given
+        self.window.batches.append(batch)
+        return self.retry.forward(self, batch)
 
-    def loss_of(self, part: Batch) -> torch.Tensor:
+    def part_loss(self, part: Batch) -> torch.Tensor:
+        """Run a part of a micro-batch and count it; see ``training_step``."""
+        output = self._compute(part, "train", self.window)
+        loss = output.loss_sum / (part.window_weight or 1.0)
+        self.window.loss = self.window.loss + loss.detach()
+        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def uncounted_loss(self, part: Batch) -> torch.Tensor:
         """The loss of ``part`` with its graph, nothing counted or logged."""
         return compute_loss(self.model, part, self.loss).loss_sum
 
-    def _share_of(self, part: Batch) -> torch.Tensor:
-        """Run a part of a micro-batch; see ``training_step``."""
-        output = self._compute(part, "train")
-        loss = output.loss_sum / (part.window_weight or 1.0)
-        self._window_loss = self._window_loss + loss.detach()
-        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
-
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """Lightning's hook: the backward pass of a micro-batch, then those of its parts that wait.
-
-        Where the memory is not enough, the window's gradient is made anew, from batches of half the
-        size.
+        """Lightning's hook: the backward pass of a micro-batch, then those of its parts that wait
+        where the memory was not enough for all of it.
         """
         super().backward(loss, *args, **kwargs)
-        if self._graph is None:
-            return
-        try:
-            self._take_graph().backward(self._given.grad)
-            while self._waiting:
-                self._run_part(self._waiting.pop(0))
-            return
-        except RuntimeError as error:
-            self._refuse_unless_room_can_be_made(error)
-        while True:
-            self.room.shrink(self._window[-1])
-            try:
-                self._repeat_window()
-                return
-            except RuntimeError as error:
-                self._refuse_unless_room_can_be_made(error)
-
-    def _take_graph(self) -> torch.Tensor:
-        """The loss with its graph, which nothing else holds then."""
-        graph, self._graph = self._graph, None
-        assert graph is not None
-        return graph
+        self.retry.backward(self)
 
     @property
     def can_repeat(self) -> bool:
@@ -179,35 +166,6 @@ class LoRAModule(L.LightningModule):
         DeepSpeed take gradients as they come.
         """
         return isinstance(self.trainer.strategy, SingleDeviceStrategy)
-
-    def _run_part(self, part: Batch) -> None:
-        """Forward and backward of a part, scaled as Lightning scales the loss of a step."""
-        precision: Any = self.trainer.precision_plugin
-        with precision.train_step_context():
-            loss = self._share_of(part) / self.trainer.accumulate_grad_batches
-        precision.pre_backward(loss, self).backward()
-
-    def _repeat_window(self) -> None:
-        """Make the gradient of all batches that the window had so far, from nothing."""
-        for parameter in self.parameters():
-            parameter.grad = None
-        self._window_loss, self._by_source, self._metrics = 0.0, 0.0, {}
-        for batch in self._window:
-            for part in self.room.parts(batch):
-                self._run_part(part)
-
-    def _refuse_unless_room_can_be_made(self, error: RuntimeError) -> None:
-        """Raise ``error`` where it is of another kind, or where a step cannot be computed again."""
-        if not is_out_of_memory(error):
-            raise error
-        if not self.can_repeat:
-            positions = self._window[-1].input_ids.numel() if self._window else 0
-            raise TrainingError(
-                f"out of memory in process {self.trainer.global_rank} with {positions:,} positions"
-                " at a time, and neither joined processes nor DeepSpeed can repeat a step: halve"
-                " data.tokens_per_batch or data.batch_size, or set"
-                " trainer.activation_checkpointing=true"
-            ) from error
 
     def configure_gradient_clipping(
         self,
@@ -222,13 +180,10 @@ class LoRAModule(L.LightningModule):
         """
         strategy: Any = self.trainer.strategy
         norm = self._clip(optimizer)
-        window, loss = (
-            self._window,
-            torch.as_tensor(self._window_loss, dtype=torch.float32, device=self.device),
-        )
-        self._window, self._window_loss = [], 0.0
+        window, self.window = self.window, AccumulationWindow()
+        loss = torch.as_tensor(window.loss, dtype=torch.float32, device=self.device)
         loss = strategy.reduce(loss, reduce_op="sum")
-        is_empty = window[-1].window_weight == 0
+        is_empty = window.weight == 0
         # Here a step waits for the device; apart from an adapter on the unembedding, nowhere else.
         is_bad = not bool(torch.isfinite(norm) & torch.isfinite(loss))
         if is_empty or is_bad:
@@ -247,8 +202,8 @@ class LoRAModule(L.LightningModule):
             self.log("train/bad_steps", float(self.num_bad_steps))
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/grad_norm", norm)
-        self._log_metrics("train", window[-1].window_weight)
-        self._log_by_source("train", shares=True)
+        self._log_metrics("train", window, window.weight)
+        self._log_by_source("train", window, shares=True)
         self.log("train/lr", optimizer.param_groups[0]["lr"], prog_bar=True)
         if self.num_bad_in_a_row >= self.max_bad_steps:
             self._stop_for_bad_steps(window)
@@ -265,7 +220,7 @@ class LoRAModule(L.LightningModule):
             (p for group in optimizer.param_groups for p in group["params"]), limit
         )
 
-    def _stop_for_bad_steps(self, window: list[Batch]) -> None:
+    def _stop_for_bad_steps(self, window: AccumulationWindow) -> None:
         name = (
             "bad_batches.pt"
             if self.trainer.world_size == 1
@@ -273,7 +228,7 @@ class LoRAModule(L.LightningModule):
         )
         path = Path(self.trainer.default_root_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save([batch.tensors() for batch in window], path)
+        torch.save(window.tensors(), path)
         error = TrainingError(
             f"loss or gradient not finite in {self.num_bad_in_a_row} steps in a row (step"
             f" {self.trainer.global_step}); the last window's batches are in {path}. Lower"
@@ -282,45 +237,42 @@ class LoRAModule(L.LightningModule):
         error.is_of_all = True  # decided by all processes together
         raise error
 
-    def _compute(self, batch: Batch, stage: str) -> LossOutput:
-        """Run the model over ``batch``, and add up what the loss returns beside itself."""
+    def _compute(self, batch: Batch, stage: str, sums: Sums) -> LossOutput:
+        """Run the model over ``batch``, and add to ``sums`` what the loss returns beside itself."""
         if inputs_of(self.loss).is_of_pairs and batch.weight and not batch.num_pairs:
             raise ConfigError("this loss is one of pairs: give it rows of chosen and rejected")
         if batch.num_pairs and not inputs_of(self.loss).is_of_pairs:
             raise ConfigError("rows of chosen and rejected need a loss of pairs: set loss=dpo")
         output = compute_loss(self.model, batch, self.loss)
-        if names := self.source_names.get(stage):
-            self._by_source = self._by_source + sums_by_origin(output, batch, len(names)).detach()
-        for name, value in output.metrics.items():
-            self._metrics[name] = self._metrics.get(name, 0.0) + value
+        sums.add(output, batch, len(self.source_names.get(stage, ())))
         return output
 
-    def _log_metrics(self, stage: str, denominator: float) -> None:
+    def _log_metrics(self, stage: str, sums: Sums, denominator: float) -> None:
         """Log what the loss returned beside itself: sums over all processes, divided as the loss
         is.
         """
-        if not self._metrics:
+        if not sums.metrics:
             return
-        sums = torch.stack(
+        values = torch.stack(
             [
                 torch.as_tensor(value, dtype=torch.float32, device=self.device)
-                for value in self._metrics.values()
+                for value in sums.metrics.values()
             ]
         )
         strategy: Any = self.trainer.strategy
-        for name, value in zip(self._metrics, strategy.reduce(sums, reduce_op="sum"), strict=True):
+        reduced = strategy.reduce(values, reduce_op="sum")
+        for name, value in zip(sums.metrics, reduced, strict=True):
             self.log(f"{stage}/{name}", value / (denominator or float("nan")))
-        self._metrics = {}
 
-    def _log_by_source(self, stage: str, *, shares: bool = False) -> None:
+    def _log_by_source(self, stage: str, sums: Sums, *, shares: bool = False) -> None:
         """Log the loss of each source of data, NaN where it has no token, and its share of the
         weight.
         """
         if not (names := self.source_names.get(stage)):
             return
-        sums = torch.as_tensor(self._by_source, dtype=torch.float32, device=self.device)
+        by_source = torch.as_tensor(sums.by_source, dtype=torch.float32, device=self.device)
         strategy: Any = self.trainer.strategy
-        (losses, weights), self._by_source = strategy.reduce(sums, reduce_op="sum").tolist(), 0.0
+        losses, weights = strategy.reduce(by_source, reduce_op="sum").tolist()
         for name, loss, weight in zip(names, losses, weights, strict=True):
             self.log(f"{stage}/loss/{name}", loss / weight if weight else float("nan"))
             if shares:
@@ -329,37 +281,29 @@ class LoRAModule(L.LightningModule):
     # ---- evaluation
 
     def on_validation_epoch_start(self) -> None:
-        self._val_sums, self._by_source, self._metrics = [0.0, 0.0], 0.0, {}
+        self._evaluation = EvaluationSums()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add this batch to the loss over all evaluation tokens."""
-        waiting = self.room.parts(batch)
-        while waiting:
-            try:
-                output = self._compute(waiting[0], "val")
-            except RuntimeError as error:
-                self._refuse_unless_room_can_be_made(error)
-                output = None
-            if output is None:
-                self.room.shrink(waiting[0])
-                waiting = [part for one in waiting for part in self.room.parts(one)]
-                continue
-            part = waiting.pop(0)
-            self._val_sums[0] += float(output.loss_sum)
-            self._val_sums[1] += part.denominator
+        sums = self._evaluation
+        for output, part in self.retry.evaluate(
+            self, batch, lambda part: self._compute(part, "val", sums)
+        ):
+            sums.loss_sum += float(output.loss_sum)
+            sums.denominator += part.denominator
 
     def on_validation_epoch_end(self) -> None:
-        sums = self._val_sums
+        sums = self._evaluation
+        loss_sum, weight = sums.loss_sum, sums.denominator
         if self.trainer.world_size > 1:
-            sums = self.trainer.strategy.reduce(
-                torch.tensor(sums, device=self.device), reduce_op="sum"
+            loss_sum, weight = self.trainer.strategy.reduce(
+                torch.tensor([loss_sum, weight], device=self.device), reduce_op="sum"
             ).tolist()
-        loss_sum, weight = sums
         self.log(
             "val/loss", loss_sum / weight if weight else float("nan"), prog_bar=True, sync_dist=True
         )
-        self._log_metrics("val", weight)
-        self._log_by_source("val")
+        self._log_metrics("val", sums, weight)
+        self._log_by_source("val", sums)
 
     # ---- state: the adapter and nothing else
 
@@ -416,8 +360,8 @@ class LoRAModule(L.LightningModule):
         checkpoint["lorakit_accumulate"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them up. Lightning counts micro-batches, of which another number of processes has
-        another number in a window.
+        """Restore those counts. Lightning counts micro-batches, of which another number of
+        processes has another number in a window.
         """
         counts = checkpoint.get("lorakit_counts", [0, 0, 0])
         self.num_bad_steps, self.num_bad_in_a_row, self.num_empty_windows = counts

@@ -15,7 +15,7 @@ from small import SMALL
 
 from lorakit.errors import ConfigError
 from lorakit.launch.slurm import SlurmJob, script_text, seconds_of
-from lorakit.pipeline import processes
+from lorakit.strategy import world
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -164,16 +164,16 @@ def test_what_differs_is_named_with_its_ranks(monkeypatch: pytest.MonkeyPatch) -
         ("rank 1 (host b)", {"x": "1", "y": "3"}),
         ("rank 2 (host b)", {"x": "1"}),
     ]
-    monkeypatch.setattr(processes, "is_distributed", lambda: True)
-    monkeypatch.setattr(processes, "all_gather_object", lambda value: everyone)
+    monkeypatch.setattr(world, "is_distributed", lambda: True)
+    monkeypatch.setattr(world, "all_gather_object", lambda value: everyone)
     with pytest.raises(ConfigError) as raised:
-        processes.check_equal_on_all_ranks(lambda: everyone[0][1])
+        world.check_equal_on_all_ranks(lambda: everyone[0][1])
     assert "y: 2 on rank 0 (host a); 3 on rank 1 (host b); not there on rank 2 (host b)" in str(
         raised.value
     )
     assert "x:" not in str(raised.value)
     everyone[1:] = [everyone[0]]
-    processes.check_equal_on_all_ranks(lambda: everyone[0][1])
+    world.check_equal_on_all_ranks(lambda: everyone[0][1])
 
 
 def test_a_line_of_setup_that_fails_ends_the_job(tmp_path: Path) -> None:

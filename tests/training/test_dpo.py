@@ -186,7 +186,7 @@ def test_the_gradient_does_not_depend_on_how_pairs_are_spread(
 def test_rows_have_room_for_both_answers_and_no_more(tmp_path: Path) -> None:
     data = make_data(tmp_path, ROWS[:12], packing=True, max_tokens=64, batch_size=1)
     batches = list(data.train_dataloader())
-    assert data.pack_tokens == 128 and max(batch.input_ids.shape[1] for batch in batches) <= 128
+    assert data.row_tokens == 128 and max(batch.input_ids.shape[1] for batch in batches) <= 128
     assert any(batch.num_pairs > 1 for batch in batches)  # something is packed with something
     for options in (
         {"packing": True, "pack_tokens": 90},

@@ -30,6 +30,7 @@ from lorakit.errors import CheckpointError, TrainingError
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.cross_entropy import cross_entropy
+from lorakit.model.load import base_name, load_model
 from lorakit.training.module import LoRAModule
 from lorakit.types import Batch, LossOutput
 
@@ -245,3 +246,23 @@ def test_a_state_of_other_shapes_or_names_is_refused_and_changes_nothing() -> No
     with pytest.raises(CheckpointError, match=f"does not fit.*{last}"):
         module.load_state_dict({name: tensor for name, tensor in before.items() if name != last})
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_a_spec_of_the_base_trains_as_a_function_that_builds_the_model_does(tmp_path: Path) -> None:
+    """The library's short form: a name, and what gets an adapter."""
+    batches = make_batches(make_datums(8), 4, 1)
+    spec = LoRASpec(rank=4, experts=False, seed=3)
+
+    def build() -> Any:
+        return inject(load_model("tiny"), spec, base_name=base_name("tiny"))
+
+    def train(name: str, model: Any, **options: Any) -> Any:
+        module = LoRAModule(model, optimizer=adamw(), **options)
+        make_trainer(tmp_path / name).fit(module, Loader(batches))
+        return module
+
+    by_name, built = train("name", "tiny", lora=spec), train("built", build)
+    assert by_name.tokenizer.eos_token_id is not None and built.tokenizer is None
+    ours, theirs = trainable(by_name.model), trainable(built.model)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -89,9 +89,9 @@ def test_a_step_without_memory_is_the_same_step(
     module, trainer = train(tmp_path, batches, **settings)
     small, short = train(tmp_path, batches, limit=30, where=where, **settings)
     assert (
-        module.room.max_positions is None
-        and small.room.max_positions is not None
-        and small.room.max_positions <= 60
+        module.retry.splitter.max_positions is None
+        and small.retry.splitter.max_positions is not None
+        and small.retry.splitter.max_positions <= 60
     )
     assert any("now at most" in record.message for record in caplog.records)
     assert trainer.global_step == short.global_step == 1 and small.num_bad_steps == 0
@@ -142,11 +142,11 @@ def test_the_longest_row_is_tried_first_and_leaves_nothing_behind(
             trainer.datamodule = before
             assert torch.equal(state, torch.random.get_rng_state())
             assert all(parameter.grad is None for parameter in pl_module.parameters())
-            tried.append(pl_module.room.max_positions)
+            tried.append(pl_module.retry.splitter.max_positions)
             assert pl_module.model.training  # else no activation would have been computed twice
 
     probed, _ = train(tmp_path, batches, limit=50, accumulate_grad_batches=3, callbacks=[Watched()])
-    assert tried == [38] and probed.room.max_positions == 38  # of four times 19
+    assert tried == [38] and probed.retry.splitter.max_positions == 38  # of four times 19
     assert relative_l2(trainable(probed.model), trainable(plain.model)) < 1e-6
 
 
@@ -204,7 +204,7 @@ def train(rows_each, accumulate):
 before = trainable(train(1, 16).model)
 resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 1_500_000_000, -1))
 module = train(16, 1)
-print(module.room.max_positions, relative_l2(trainable(module.model), before))
+print(module.retry.splitter.max_positions, relative_l2(trainable(module.model), before))
 """
 
 
