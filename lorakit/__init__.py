@@ -24,10 +24,13 @@ _HOMES = {
     "LoRASpec": "lorakit.lora.spec",
     "TrainOnWhat": "lorakit.data.render.renderer",
     "LorakitError": "lorakit.errors",
+    "ModelSpec": "lorakit.model.spec",
+    "RunConfig": "lorakit.config.schema",
     "RestClient": "lorakit.service.clients",
     "SamplingClient": "lorakit.service.clients",
     "ServiceClient": "lorakit.service.clients",
     "TrainingClient": "lorakit.service.clients",
+    "train": "lorakit.pipeline.fit",
     "types": "lorakit.types",
 }
 __all__ = ["__version__", *_HOMES]

@@ -160,7 +160,7 @@ MUTATIONS = (
         ("tests/cli/test_resume.py::test_another_config_is_refused_and_the_keys_are_named",),
     ),
     Mutation(
-        "config/schema.py",
+        "config/check.py",
         "_AT_LEAST_ONE if flat[key] < 1",
         "_AT_LEAST_ONE if flat[key] < 0",
         ("tests/cli/test_retain.py::test_rows_that_cannot_be_used_stop_a_run_before_it_begins",),

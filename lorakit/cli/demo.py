@@ -75,18 +75,22 @@ def main(arguments: list[str]) -> None:
 
 def demo(config: DictConfig, chosen: Demo, command: str) -> None:
     """Hydra's task: train, then compare base and adapter on all held-out rows."""
-    from lorakit.cli.train import announce, leave_if_interrupted, to_plain
+    from lorakit.cli.train import announce, leave_if_interrupted
+    from lorakit.config.resolve import to_plain
 
     plain = to_plain(config)
     announce(plain)
     from rich.console import Console
 
-    from lorakit.pipeline.fit import train_run
+    from lorakit.config.schema import RunConfig
+    from lorakit.pipeline.fit import train
     from lorakit.runs.files import write_json
 
     console = Console(soft_wrap=True)
     started = time.perf_counter()
-    outcome = train_run(plain, experiment=chosen.experiment, command=command, console=console)
+    outcome = train(
+        RunConfig.from_dict(plain), experiment=chosen.experiment, command=command, console=console
+    )
     leave_if_interrupted(outcome.interrupt)
     model, datamodule = outcome.module.model, outcome.datamodule
     datums = [

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.guard import run_command
 from lorakit.cli.run_arguments import add_run_arguments, open_trained, output_path, parse
+from lorakit.config.settings import Component
 from lorakit.errors import ConfigError
 from lorakit.evaluation.held_out import score_pairs, score_rows
 from lorakit.pipeline.trained import Trained
@@ -138,7 +139,7 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of ``trained`` on the rows that ``options`` name, and those of its base
     beside them.
     """
-    from lorakit.config.instantiate import build_loss
+    from lorakit.config.optimization import build_loss
     from lorakit.lora.state import adapters_off
     from lorakit.pipeline.build import load_images
 
@@ -146,7 +147,7 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
         return evaluate_tasks(trained, options)
     datamodule = open_rows(trained, options)
     model, tokenizer = trained.load(with_adapter=not options.base)
-    images = load_images(trained.model_settings) if datamodule.has_images else None
+    images = load_images(trained.model) if datamodule.has_images else None
     datamodule.set_tokenizer(tokenizer, images)
     figures: dict[str, Any] = {
         "run": trained.run.name,
@@ -159,7 +160,9 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(
                 "--base: of pairs the base is the reference, so its figures are those of a coin"
             )
-        figures |= score_pairs(model, datamodule, build_loss(trained.config["loss"]))
+        figures |= score_pairs(
+            model, datamodule, build_loss(Component.from_dict(trained.config["loss"]))
+        )
         return add_tasks(figures, model, tokenizer, options) if options.tasks else figures
     score = functools.partial(
         score_rows,
@@ -216,24 +219,16 @@ def add_tasks(
 
 def open_rows(trained: Trained, options: argparse.Namespace) -> LoRADataModule:
     """The rows that ``options`` name, or those that the run held out."""
-    from lorakit.pipeline.build import build_datamodule
-
-    settings = dict(trained.config["data"])
+    changes: dict[str, Any] = {}
     if options.data is not None:
         # Other rows may have columns of their own, and need not be mixed.
-        settings |= {
-            "path": options.data,
-            "val_path": options.data,
-            "val_fraction": 0.0,
-            "val_rows": None,
-            "format": None,
-        }
-        settings |= {"columns": None, "sources": None}
+        changes |= {"path": options.data, "val_path": options.data, "val_fraction": 0.0}
+        changes |= dict.fromkeys(("val_rows", "format", "columns", "sources"))
     if options.limit is not None:
-        settings["val_rows"] = options.limit
+        changes["val_rows"] = options.limit
     if options.columns:
-        settings["columns"] = dict(options.columns)
-    return build_datamodule({"data": {**settings, "chat_template": trained.chat_template}})
+        changes["columns"] = dict(options.columns)
+    return trained.open_rows(**changes)
 
 
 def write_answers(path: Path, answers: list[Answer], others: list[Answer]) -> None:

@@ -97,7 +97,7 @@ def name_for_others(trained: Trained, given: str | None) -> str:
     """
     from lorakit.model.load import base_name
 
-    return given or base_name(trained.base)
+    return given or base_name(trained.model.path)
 
 
 def write_adapter(trained: Trained, out: Path, form: str, name: str) -> None:
@@ -112,7 +112,7 @@ def write_adapter(trained: Trained, out: Path, form: str, name: str) -> None:
 
     adapter = AdapterFiles.open(trained.adapter)
     adapter.config["base_model_name_or_path"] = name
-    skeleton = trained.load_skeleton()
+    skeleton = trained.model.load_skeleton()
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(out) as aside:
         write = write_vllm if form == "vllm" else write_peft
@@ -174,7 +174,7 @@ def write_card(trained: Trained, form: str, name: str, folder: Path, *, max_rank
         if name in BUNDLED
         else name
     )
-    images = getattr(trained.load_config(), "vision_config", None) is not None
+    images = getattr(trained.model.load_config(), "vision_config", None) is not None
     card = model_card(
         trained.run, base=base, form=form, takes_images=images, step=trained.step, max_rank=max_rank
     )

@@ -5,7 +5,6 @@ train …``: a job of SLURM.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
@@ -14,6 +13,7 @@ from lorakit.cli import train
 from lorakit.cli.compose import run_hydra
 from lorakit.cli.guard import run_command
 from lorakit.config.paths import conf_dir
+from lorakit.config.resolve import to_plain
 from lorakit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,30 +83,29 @@ def print_lines(config: DictConfig, *, arguments: list[str], settings: list[str]
     """Hydra's task: print the command of each machine."""
     from hydra.core.hydra_config import HydraConfig
 
-    from lorakit.config.schema import check_settings
+    from lorakit.config.schema import RunConfig
     from lorakit.launch.torchrun import SHUTDOWN_SECONDS, SHUTDOWN_TIMEOUT, Launch, torchrun_lines
     from lorakit.pipeline.processes import num_devices
     from lorakit.runs.folder import free_name
 
-    plain = train.to_plain(config)
-    check_settings(plain)
-    launch = Launch(**{key: value for key, value in plain["launch"].items() if key != "_target_"})
+    run_config = RunConfig.from_dict(to_plain(config))
+    launch = Launch(**run_config.launch.arguments)
     if launch.nodes < 2:
         raise ConfigError(
             "launch.nodes=1: on one machine `lorakit train trainer.devices=N` starts the processes"
             " itself"
         )
     named: list[str] = []
-    if plain["run"] is None and not plain["resume"]:
+    if run_config.run is None and not run_config.resume:
         experiment = HydraConfig.get().runtime.choices.get("experiment") or "run"
-        named = [f"run={free_name(Path(plain['paths']['runs']).expanduser(), str(experiment))}"]
+        named = [f"run={free_name(run_config.runs_folder, str(experiment))}"]
     program = ["-m", "lorakit", "train", *arguments, *settings, *named]
-    devices = num_devices(plain)
+    devices = num_devices(run_config)
     where = "this machine" if launch.address is None else launch.address
     count = f"{devices} {'process' if devices == 1 else 'processes'} each"
     counted = (
         ", as this one has (trainer.devices=N says otherwise)"
-        if plain["trainer"]["devices"] == "auto"
+        if run_config.trainer.devices == "auto"
         else ""
     )
     print(

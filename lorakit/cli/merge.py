@@ -47,21 +47,20 @@ def merge(
     from lorakit.model.load import DTYPES, model_class
     from lorakit.weights.merge import MergeReport, can_hold_twice, merge_adapter
 
-    base, model_options = trained.base, trained.model_options
-    config = trained.load_config()
+    base, config = trained.model, trained.model.load_config()
     stored = config.dtype or torch.float32
     if dtype and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype} is unknown; choose one of {', '.join(DTYPES)}")
-    num_params = sum(parameter.numel() for parameter in trained.load_skeleton().parameters())
+    num_params = sum(parameter.numel() for parameter in base.load_skeleton().parameters())
     report: MergeReport = merge_adapter(
-        base,
+        base.path,
         trained.load_base,
         trained.adapter,
         out,
         dtype=getattr(torch, dtype) if dtype else stored,
         stored=stored,
         tokenizer=trained.load_tokenizer(),
-        revision=model_options["revision"],
+        revision=base.revision,
         pixel_bounds=trained.pixel_bounds,
         trust_remote_code=trained.trust_remote_code,
         base_name=base_name,

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
+    from lorakit.config.schema import RunConfig
     from lorakit.data.examples import DatasetReport
+    from lorakit.model.spec import ModelSpec
     from lorakit.planner.fake_images import SampleShapes
     from lorakit.planner.step_plan import StepPlan
 HELP = """\
@@ -45,34 +47,32 @@ def plan_run(config: DictConfig) -> None:
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from lorakit.cli.train import to_plain
-    from lorakit.config.schema import check_settings
+    from lorakit.config.resolve import to_plain
+    from lorakit.config.schema import RunConfig
     from lorakit.lora.inject import plan
     from lorakit.pipeline.autoconfig import RunFacts, choose
-    from lorakit.pipeline.build import build_spec
     from lorakit.strategy.world import World
     from lorakit.training.precision import resolve_precision
 
     if OmegaConf.is_missing(config.data, "path") and config.data.sources is None:
         OmegaConf.update(config, "data.path", NO_DATA)
-    plain = to_plain(config)
-    check_settings(plain)
+    run_config = RunConfig.from_dict(to_plain(config))
     console = Console(soft_wrap=True)
     console.width = max(console.width, 130)  # no heading is cut; a narrow terminal wraps the lines
-    accelerator = "cpu" if plain["trainer"]["accelerator"] == "cpu" else "cuda"
-    precision = plain["trainer"]["precision"]
+    accelerator = "cpu" if run_config.trainer.accelerator == "cpu" else "cuda"
+    precision = run_config.trainer.precision
     if precision == "auto":
         here = accelerator != "cuda" or torch.cuda.is_available()
         precision = resolve_precision(precision, accelerator) if here else "bf16-mixed"
-    skeleton = _skeleton(plain["model"])
-    rows, val_rows, num_tokens, reports = _look_at_data(plain, skeleton, console)
-    there = _bytes_there(plain, accelerator)
+    skeleton = _skeleton(run_config.model)
+    rows, val_rows, num_tokens, reports = _look_at_data(run_config, skeleton, console)
+    there = _bytes_there(run_config, accelerator)
     # chosen for one device, kept for several
-    known = RunFacts(skeleton, *reports, accelerator, precision, there, World(), 1)
-    plain, _ = choose(plain, known, lambda text: console.print(text, highlight=False))
-    planned = plan(skeleton, build_spec(plain))
+    facts = RunFacts(skeleton, *reports, accelerator, precision, there, World(), 1)
+    run_config, _ = choose(run_config, facts, lambda text: console.print(text, highlight=False))
+    planned = plan(skeleton, run_config.lora_with_tokens)
     step = build_step_plan(
-        plain,
+        run_config,
         skeleton,
         planned,
         accelerator=accelerator,
@@ -87,7 +87,7 @@ def plan_run(config: DictConfig) -> None:
         else ""
     )
     console.print(
-        f"{plain['model']['path']}: {planned.num_base_params:,} parameters in {shape.dtype},"
+        f"{run_config.model.path}: {planned.num_base_params:,} parameters in {shape.dtype},"
         f" {shape.precision}; each process takes {shape.num_rows} x {shape.num_positions:,} tokens"
         f" at a time{images},"
         f" {'activations are computed twice' if shape.checkpointing else 'activations are kept'}",
@@ -99,25 +99,24 @@ def plan_run(config: DictConfig) -> None:
     _print_costs(step, num_tokens, console)
 
 
-def _skeleton(settings: dict[str, Any]) -> Any:
+def _skeleton(model: ModelSpec) -> Any:
     """The model without weights: of its folder or the hub's cache, or of a config that lorakit
     brings.
     """
     from lorakit.errors import ConfigError
-    from lorakit.model.load import load_skeleton, skeleton_of
+    from lorakit.model.load import skeleton_of
     from lorakit.planner.presets import preset_config
 
-    options = {"revision": settings["revision"], "trust_remote_code": settings["trust_remote_code"]}
     try:
-        return load_skeleton(settings["path"], add_tokens=settings["add_tokens"], **options)
+        return model.load_skeleton()
     except ConfigError:
-        if (config := preset_config(settings["path"])) is None:
+        if (config := preset_config(model.path)) is None:
             raise
     return skeleton_of(config)
 
 
 def _look_at_data(
-    plain: dict[str, Any], skeleton: Any, console: Console
+    config: RunConfig, skeleton: Any, console: Console
 ) -> tuple[
     SampleShapes, SampleShapes, int | None, tuple[DatasetReport | None, DatasetReport | None]
 ]:
@@ -128,16 +127,16 @@ def _look_at_data(
     from lorakit.pipeline.printing import print_data_report
     from lorakit.planner.step_plan import row_sizes, row_sizes_without_data
 
-    tokens = round(plain["plan"]["tokens"]) if plain["plan"]["tokens"] else None
-    if plain["data"]["path"] == NO_DATA:
-        sizes = row_sizes_without_data(plain, skeleton)
+    tokens, epochs = round(config.plan.tokens or 0) or None, config.data.batches.epochs
+    if config.data.rows.path == NO_DATA:
+        sizes = row_sizes_without_data(config, skeleton)
         return sizes, sizes, tokens, (None, None)
-    datamodule, _ = build.load_data(plain)
+    datamodule, _ = build.load_data(config)
     print_data_report(datamodule, console)
     report = datamodule.report
     assert report is not None
     seen = report.num_tokens * report.num_rows / max(1, report.num_rows_profiled)
-    tokens = tokens or (round(seen * plain["data"]["epochs"]) if plain["data"]["epochs"] else None)
+    tokens = tokens or (round(seen * epochs) if epochs else None)
     return (
         row_sizes(report),
         row_sizes(datamodule.val_report),
@@ -264,7 +263,7 @@ def _gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.{1 if num_bytes >= 1e10 else 2}f}"
 
 
-def _bytes_there(config: dict[str, Any], accelerator: str) -> int:
+def _bytes_there(config: RunConfig, accelerator: str) -> int:
     import torch
 
     from lorakit.planner.step_plan import agree_on_memory
@@ -272,7 +271,7 @@ def _bytes_there(config: dict[str, Any], accelerator: str) -> int:
 
     is_elsewhere = accelerator == "cuda" and not torch.cuda.is_available()
     return agree_on_memory(
-        config["plan"]["memory_gb"] or (80 if is_elsewhere else None), accelerator, World()
+        config.plan.memory_gb or (80 if is_elsewhere else None), accelerator, World()
     )
 
 
@@ -282,11 +281,11 @@ def _print_costs(step: StepPlan, num_tokens: int | None, console: Console) -> No
     from lorakit.planner.cost import Prices
     from lorakit.planner.fitting import counts_to_plan
 
-    settings = step.config["plan"]
+    settings = step.config.plan
     prices = Prices(
-        tflops=settings["tflops"],
-        utilisation=settings["utilisation"],
-        price_per_hour=settings["price_per_hour"],
+        tflops=settings.tflops,
+        utilisation=settings.utilisation,
+        price_per_hour=settings.price_per_hour,
     )
     per_token = step.trace.num_flops / step.trace.num_tokens
     unit, size = ("GFLOP", 1e9) if per_token > 1e9 else ("MFLOP", 1e6)

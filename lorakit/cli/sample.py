@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
     if options.image:
         from lorakit.pipeline.build import load_images
 
-        images = load_images(trained.model_settings).within(*trained.pixel_bounds)
+        images = load_images(trained.model).within(*trained.pixel_bounds)
     if is_chat and prompts is not None:
         print(
             "as a user message, in the chat template (--raw: as it stands)",

@@ -4,6 +4,7 @@ of the data set.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,8 +43,8 @@ def show(config: DictConfig, count: int, page: Path | None) -> None:
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from lorakit.cli.train import to_plain
-    from lorakit.config.schema import check_settings
+    from lorakit.config.resolve import to_plain
+    from lorakit.config.schema import RunConfig
     from lorakit.data.display import colour, first_examples
     from lorakit.pipeline import build
     from lorakit.pipeline.printing import print_data_report
@@ -51,17 +52,15 @@ def show(config: DictConfig, count: int, page: Path | None) -> None:
     console = Console(soft_wrap=True)
     if is_unnamed := OmegaConf.is_missing(config.model, "path"):
         OmegaConf.update(config, "model.path", "tiny")
-    plain = to_plain(config)
-    check_settings(plain)
-    datamodule = build.build_datamodule(plain)
+    run_config = RunConfig.from_dict(to_plain(config))
+    datamodule, model = build.build_datamodule(run_config), run_config.model
     datamodule.check_rows()
     if is_unnamed:
-        plain["model"]["path"] = "tiny-vl" if datamodule.has_images else "tiny"
+        model = dataclasses.replace(model, path="tiny-vl" if datamodule.has_images else "tiny")
         console.print(
-            "model.path is not set: shown with the tokenizer of a bundled model,"
-            f" {plain['model']['path']}"
+            f"model.path is not set: shown with the tokenizer of a bundled model, {model.path}"
         )
-    tokenizer = build.make_tokens(datamodule, plain["model"])
+    tokenizer = build.make_tokens(datamodule, model)
     if page:
         from lorakit.reports.examples_page import as_page
         from lorakit.runs.files import find_write_problem, write_whole

@@ -13,7 +13,8 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import OmegaConf
 
 from lorakit.cli.overrides import as_typed, quote_path
-from lorakit.config.schema import OptunaSettings, WandbSettings, check_group
+from lorakit.config.check import check_group
+from lorakit.config.settings import OptunaSettings, WandbSettings
 from lorakit.errors import ConfigError, report
 from lorakit.sweep.space import Choice, Range, Space, check_range
 from lorakit.sweep.study import Trial

@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.compose import is_demo, run_hydra, typed_overrides
 from lorakit.cli.guard import run_command
+from lorakit.config.resolve import to_plain
 from lorakit.errors import ConfigError, LorakitError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from lorakit.config.schema import RunConfig
 HELP = """\
 usage: lorakit train [key=value …] [--config-dir DIR] [-m] [--cfg job]
 
@@ -112,7 +115,7 @@ def train(config: DictConfig, *, command: str = "") -> None:
     if not is_sweep and hydra.runtime.choices.get("launch") != "slurm":
         _check_paths(plain)
     announce(plain)
-    from lorakit.config.schema import check_settings
+    from lorakit.config.schema import RunConfig
     from lorakit.pipeline.jobs import mark_failed, was_finished
 
     if is_sweep:
@@ -130,8 +133,7 @@ def train(config: DictConfig, *, command: str = "") -> None:
         if is_sweep and was_finished(plain):
             print(f"{plain['run']} is finished", flush=True)
             return
-        check_settings(plain)
-        _start(plain, job)
+        _start(RunConfig.from_dict(plain), job)
     except Exception as error:
         if is_sweep:
             mark_failed(job, error)
@@ -176,29 +178,30 @@ def _check_paths(plain: dict[str, Any]) -> None:
     )
 
 
-def _start(plain: dict[str, Any], job: dict[str, Any]) -> None:
+def _start(config: RunConfig, job: dict[str, Any]) -> None:
     """Train here, in several processes, or in a job of SLURM."""
-    from lorakit.pipeline.fit import train_run
+    from lorakit.pipeline.fit import train as train_here
     from lorakit.pipeline.jobs import is_for_slurm, submit_job
     from lorakit.pipeline.processes import needs_launch, num_devices
 
-    if is_for_slurm(plain):
-        submit_job(plain, job)
+    if is_for_slurm(config):
+        submit_job(config, job)
         return
-    if needs_launch(plain):
+    if needs_launch(config):
         from lorakit.launch.torchrun import run_here
         from lorakit.runs.folder import free_name
 
-        if plain["launch"]["max_restarts"] and not (plain["run"] or plain["resume"]):
-            # for who is started again
-            plain["run"] = free_name(Path(plain["paths"]["runs"]).expanduser(), job["experiment"])
-        run_here(job, num_devices(plain), max_restarts=plain["launch"]["max_restarts"])
+        max_restarts = config.launch.get("max_restarts")
+        if max_restarts and not (config.run or config.resume):
+            # for those that are started again
+            job["config"]["run"] = free_name(config.runs_folder, job["experiment"])
+        run_here(job, num_devices(config), max_restarts=max_restarts)
         return
-    outcome = train_run(
-        plain, experiment=job["experiment"], command=job["command"], overrides=job["overrides"]
+    result = train_here(
+        config, experiment=job["experiment"], command=job["command"], overrides=job["overrides"]
     )
     # nothing is returned: Hydra would keep every job's model
-    leave_if_interrupted(outcome.interrupt)
+    leave_if_interrupted(result.interrupt)
 
 
 def leave_if_interrupted(signum: int | None) -> None:
@@ -207,35 +210,6 @@ def leave_if_interrupted(signum: int | None) -> None:
         raise KeyboardInterrupt
     if signum:
         raise SystemExit(128 + signum)
-
-
-_MEANT = {
-    "model.path": "model.path=… (a folder, a name of the hub, or the bundled tiny or tiny-vl)",
-    "data.path": "data.path=… (a file of rows, a folder, or a name of the hub)",
-}
-
-
-def to_plain(config: DictConfig) -> dict[str, Any]:
-    """The config as plain values, interpolations resolved. Raises ConfigError for a key that is
-    still ``???``.
-    """
-    from omegaconf import OmegaConf
-
-    from lorakit.runs.folder import RUN_FOLDER
-
-    # a copy without Hydra's struct flag
-    free: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
-    free.paths.run = RUN_FOLDER
-    if free.data.sources is not None and OmegaConf.is_missing(free.data, "path"):
-        free.data.path = None
-    missing = sorted(OmegaConf.missing_keys(free))
-    if missing:
-        raise ConfigError(
-            "these keys have no default and must be set: "
-            + ", ".join(_MEANT.get(key, f"{key}=…") for key in missing)
-        )
-    plain: Any = OmegaConf.to_container(free, resolve=True)
-    return plain
 
 
 if __name__ == "__main__":

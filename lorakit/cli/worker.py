@@ -13,11 +13,12 @@ from lorakit.cli.train import leave_if_interrupted
 
 def main(arguments: list[str]) -> None:
     """Train as the job file ``arguments[0]`` says."""
-    from lorakit.pipeline.fit import train_run
+    from lorakit.config.schema import RunConfig
+    from lorakit.pipeline.fit import train
 
     job = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-    outcome = train_run(
-        job["config"],
+    outcome = train(
+        RunConfig.from_dict(job["config"]),
         experiment=job["experiment"],
         command=job["command"],
         overrides=job["overrides"],

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
-import torch
 
 from lorakit.errors import ConfigError
 from lorakit.user_code import import_by_name
@@ -122,40 +121,3 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
                 else parameter.annotation
             )
     return {name: hint for name, hint in hints.items() if hint is not inspect.Parameter.empty}
-
-
-def build_loss(settings: Config) -> Callable[..., Any]:
-    """The loss: a function with its numbers, or what a class of that name makes. Raises
-    ConfigError.
-    """
-    target = import_target(settings["_target_"], "loss")
-    return instantiate({**settings, "_partial_": not isinstance(target, type)}, "loss")
-
-
-def build_optimization(
-    config: Config, *, lr: float, total_steps: int, precision: str
-) -> tuple[Any, Any]:
-    """What makes the optimiser and its schedule, tried on one number. Raises ConfigError where a
-    value is refused.
-    """
-    settings = {name: value for name, value in config["optim"].items() if name != "clip_norm"} | {
-        "lr": lr
-    }
-    if precision == "16-mixed" and settings.get("fused"):
-        # a fused step unscales gradients itself, too late to clip them
-        settings |= {"fused": False, "foreach": True}
-    optimizer, schedule = (
-        instantiate(settings, "optim"),
-        instantiate(config["schedule"], "schedule"),
-    )
-    try:
-        tried = optimizer([torch.nn.Parameter(torch.zeros(1))])
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"optim: {settings['_target_']} refuses its settings: {error}") from error
-    try:
-        schedule(tried, total_steps=total_steps)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"schedule: {config['schedule']['_target_']} refuses its settings: {error}"
-        ) from error
-    return optimizer, schedule

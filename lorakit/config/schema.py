@@ -1,245 +1,221 @@
-"""The types of the settings that no constructor declares, and the check of all settings before
-anything is read.
-"""
+"""A run's settings, typed: composed once, checked once, and handed on."""
 
 from __future__ import annotations
 
-import difflib
-from typing import Any, Literal, get_type_hints
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
-import msgspec
+import yaml
 
-from lorakit.config.auto import without_auto
-from lorakit.config.instantiate import find_argument_problems, find_type_problem, import_target
+from lorakit.config.auto import auto_keys, with_values, without_auto
+from lorakit.config.check import check_settings
+from lorakit.config.defaults import with_defaults
+from lorakit.config.instantiate import instantiate
+from lorakit.config.settings import (
+    CheckpointSettings,
+    Component,
+    EvalSettings,
+    PathSettings,
+    PlanSettings,
+    TrainerSettings,
+)
+from lorakit.data.specs import PARTS, DataSpec, field_names
 from lorakit.errors import ConfigError
-from lorakit.extras import find_problem
+from lorakit.lora.spec import LoRASpec
 from lorakit.loss.inputs import inputs_of
+from lorakit.model.spec import ModelSpec
 
-
-class ModelSettings(msgspec.Struct, forbid_unknown_fields=True):
-    path: str
-    revision: str | None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"]
-    attention: str
-    trust_remote_code: bool
-    add_tokens: list[str] | None
-
-
-class TrainerSettings(msgspec.Struct, forbid_unknown_fields=True):
-    accelerator: str
-    devices: int | str
-    precision: str
-    max_steps: int
-    accumulate_grad_batches: int
-    activation_checkpointing: bool
-    compile: bool
-    eval_every_steps: int | None
-    log_every_n_steps: int
-    max_bad_steps: int
-    threads: int | None
-    deterministic: bool
-
-
-class CheckpointSettings(msgspec.Struct, forbid_unknown_fields=True):
-    every_steps: int
-    keep_last: int
-    keep_best: int
-
-
-class EvalSettings(msgspec.Struct, forbid_unknown_fields=True):
-    retain_path: str | None
-    retain_rows: int
-
-
-class PlanSettings(msgspec.Struct, forbid_unknown_fields=True):
-    enforce: bool
-    memory_gb: float | None
-    gpus: list[int]
-    tokens: float | None
-    tflops: float
-    utilisation: float
-    price_per_hour: float
-
-
-class OptunaSettings(msgspec.Struct, forbid_unknown_fields=True):
-    trials: int
-    metric: str
-    direction: str
-    storage: str
-    sampler: dict[str, Any]
-    pruner: dict[str, Any] | None
-    trial: int | None
-
-
-class WandbSettings(msgspec.Struct, forbid_unknown_fields=True):
-    method: str
-    trials: int
-    metric: str
-    direction: str
-    early_terminate: dict[str, Any] | None
-
-
-_GROUPS: dict[str, type[msgspec.Struct]] = {
-    "model": ModelSettings,
+_CLOSED = {
+    "model": ModelSpec,
     "trainer": TrainerSettings,
     "checkpoint": CheckpointSettings,
-    "plan": PlanSettings,
     "eval": EvalSettings,
+    "plan": PlanSettings,
+    "paths": PathSettings,
 }
-_TOP_LEVEL = (
-    *(
-        "model",
-        "data",
-        "lora",
-        "loss",
-        "optim",
-        "schedule",
-        "trainer",
-        "callbacks",
-        "logger",
-        "paths",
-        "checkpoint",
-    ),
-    *("strategy", "launch", "plan", "sweep", "run", "group", "resume", "seed", "vars", "eval"),
-)
-_AT_LEAST_ONE = (
-    "trainer.accumulate_grad_batches",
-    "trainer.log_every_n_steps",
-    "trainer.max_bad_steps",
-    "checkpoint.keep_last",
-    "eval.retain_rows",
-    "launch.collective_timeout_seconds",
-    "launch.nodes",
-)
-_AT_LEAST_ZERO = ("checkpoint.every_steps", "checkpoint.keep_best", "launch.max_restarts")
+_COMPONENTS = ("loss", "optim", "schedule", "strategy", "launch")
+_NAMED_COMPONENTS = ("callbacks", "logger")
+_PLAIN = ("sweep", "run", "group", "resume", "seed", "vars")
 
 
-def check_settings(config: dict[str, Any]) -> None:
-    """Check keys, types and values of all groups. Raises ConfigError with every problem at once."""
-    is_given, config = config, without_auto(config)
-    problems = _find_unknown_keys(config)
-    if is_given["data"].get("tokens_per_batch") == "auto" and config["data"].get("batch_size"):
-        problems.append(
-            "data.batch_size and data.tokens_per_batch=auto are both set; set one of them to null"
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All settings of a run.
+
+    ``from_dict`` makes one of plain values, ``lorakit.train`` trains as it says. A setting that
+    says auto and waits for model, data and memory is listed in ``auto``; until it is chosen its
+    field holds what stands for it.
+
+    Args:
+        data_target, lora_target: the classes that ``data`` and ``lora`` are handed to.
+        data_arguments: what a ``data_target`` of the user's own takes beside ``data``.
+        optim: with the learning rate, a number or auto; ``clip_norm`` is the module's.
+        callbacks, logger: by name; None is switched off.
+        auto: keys in dots.
+    """
+
+    model: ModelSpec
+    data: DataSpec
+    lora: LoRASpec
+    loss: Component
+    optim: Component
+    schedule: Component
+    trainer: TrainerSettings
+    strategy: Component
+    launch: Component
+    callbacks: Mapping[str, Component | None]
+    logger: Mapping[str, Component | None]
+    paths: PathSettings
+    checkpoint: CheckpointSettings
+    eval: EvalSettings
+    plan: PlanSettings
+    sweep: Mapping[str, Any] | None = None
+    run: str | None = None
+    group: str | None = None
+    resume: bool | str = False
+    seed: int = 0
+    vars: Any = None
+    clip_norm: float = 1.0
+    data_target: str = "lorakit.data.datamodule.LoRADataModule"
+    data_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lora_target: str = "lorakit.lora.spec.LoRASpec"
+    auto: frozenset[str] = frozenset()
+
+    # ---- from and to plain values
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> RunConfig:
+        """Check ``settings`` and make them typed. What they leave out is as in conf/.
+
+        Raises:
+            ConfigError: with every problem.
+        """
+        plain = with_defaults(settings)
+        if "path" not in plain["model"]:
+            raise ConfigError("model.path has no default and must be set")
+        check_settings(plain)
+        plain, auto = without_auto(plain), frozenset(auto_keys(plain))
+        data, data_target = dict(plain["data"]), plain["data"]["_target_"]
+        del data["_target_"]
+        known = {name for kind in PARTS.values() for name in field_names(kind)}
+        optim = dict(plain["optim"])
+        clip_norm = optim.pop("clip_norm")
+        components = {name: plain[name] for name in _COMPONENTS} | {"optim": optim}
+        fields: dict[str, Any] = {name: kind(**plain[name]) for name, kind in _CLOSED.items()}
+        fields |= {name: Component.from_dict(entry) for name, entry in components.items()}
+        for name in _NAMED_COMPONENTS:
+            fields[name] = {
+                key: None if entry is None else Component.from_dict(entry)
+                for key, entry in (plain[name] or {}).items()
+            }
+        return cls(
+            **fields,
+            **{name: plain[name] for name in _PLAIN if name in plain},
+            data=DataSpec.from_keywords({k: v for k, v in data.items() if k in known}),
+            data_target=data_target,
+            data_arguments={k: v for k, v in data.items() if k not in known},
+            lora=instantiate(plain["lora"], "lora"),
+            lora_target=plain["lora"]["_target_"],
+            clip_norm=clip_norm,
+            auto=auto,
         )
-    for group, schema in _GROUPS.items():
-        problems += check_group(group, config[group], schema)
-    for group in ("data", "lora", "launch", "loss"):
-        problems += find_argument_problems(config[group], group)
-    if not problems:
-        problems += _find_range_problems(config)
-    parts = config["strategy"].get("sequence_parallel", 1)
-    if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
-        problems.append(f"strategy.sequence_parallel={parts} must be a whole number, at least 1")
-    if config["strategy"]["_target_"] != "auto":
-        problems += find_argument_problems(config["strategy"], "strategy")
-    seed = config["seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        problems.append(f"seed={seed} must be a whole number from 0 to 4294967295")
-    problems += _find_optim_problems(config["optim"])
-    for group in ("optim", "schedule"):
-        problems += find_argument_problems(
-            {key: value for key, value in config[group].items() if key != "clip_norm"}, group
-        )
-    for group in ("callbacks", "logger"):
-        for name, entry in (config[group] or {}).items():
-            if entry is not None:
-                problems += find_argument_problems(entry, f"{group}.{name}")
-                if entry["_target_"].endswith("TensorBoardLogger") and (
-                    missing := find_problem("tensorboard", f"{group}.{name}")
-                ):
-                    problems.append(missing)
-    problems += _find_loss_problems(config["loss"])
-    if problems:
-        raise ConfigError(
-            "\n  ".join(["these settings cannot be used:", *problems])
-            if len(problems) > 1
-            else problems[0]
-        )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The plain values that it was made of, for files, loggers and other processes."""
+        lora = {f.name: getattr(self.lora, f.name) for f in dataclasses.fields(self.lora)}
+        del lora["token_ids"]  # of the model's new tokens, not a setting
+        data = {**self.data.keywords(), **self.data_arguments}
+        found: dict[str, Any] = {
+            "data": {"_target_": self.data_target, **data},
+            "lora": {"_target_": self.lora_target, **lora},
+            **{name: getattr(self, name).to_dict() for name in _COMPONENTS},
+            **{
+                name: {key: entry and entry.to_dict() for key, entry in getattr(self, name).items()}
+                for name in _NAMED_COMPONENTS
+            },
+            **{name: vars(getattr(self, name)).copy() for name in _CLOSED},
+            **{name: getattr(self, name) for name in _PLAIN if name != "vars"},
+        }
+        found["optim"]["clip_norm"] = self.clip_norm
+        if self.vars is not None:
+            found["vars"] = self.vars
+        order = [f.name for f in dataclasses.fields(self) if f.name in found]
+        return with_values({name: found[name] for name in order}, dict.fromkeys(self.auto, "auto"))
 
-def _find_loss_problems(settings: dict[str, Any]) -> list[str]:
-    """Of the losses that lorakit brings, those for policies take what rows of data have not."""
-    loss = import_target(settings["_target_"], "loss")
-    missing = [name for name in inputs_of(loss).required if name != "weights"]
-    if not missing:
-        return []
-    return [
-        f"loss._target_={settings['_target_']} takes {', '.join(missing)} for each token, which"
-        " rows of data have not; write its loop with lorakit.ServiceClient"
-    ]
+    def with_values(self, values: Mapping[str, Any]) -> RunConfig:
+        """The same with each ``group.key`` of ``values`` set; none of them is auto any more."""
+        config = self
+        for key, value in values.items():
+            config = config._with(key, value)
+        return dataclasses.replace(config, auto=self.auto - values.keys())
 
+    def with_overrides(self, overrides: list[str]) -> RunConfig:
+        """The same with each ``group.key=value`` set, values as YAML has them."""
+        pairs = [override.split("=", 1) for override in overrides]
+        return self.with_values({key: yaml.safe_load(value) for key, value in pairs})
 
-def _find_unknown_keys(config: dict[str, Any]) -> list[str]:
-    """Keys that ``+key=value`` or a config of the user's brought in, and that nothing reads."""
-    problems = []
-    for prefix, node, known in (
-        ("", config, _TOP_LEVEL),
-        ("paths.", config["paths"], ("runs", "run")),
-    ):
-        for name in node.keys() - set(known):
-            near = difflib.get_close_matches(name, set(known) - {"run"} if prefix else known, n=1)
-            hint = (
-                f"did you mean {prefix}{near[0]}?"
-                if near
-                else "values of your own, for ${vars.…}, go below `vars`"
-            )
-            if name == "experiment":
-                hint = "the first line of an experiment's file is `# @package _global_`"
-            problems.append(f"unknown key {prefix}{name}; {hint}")
-    return sorted(problems)
+    def _with(self, key: str, value: Any) -> RunConfig:
+        group, _, name = key.partition(".")
+        if not name:
+            return dataclasses.replace(self, **{group: value})
+        if key == "optim.clip_norm":
+            return dataclasses.replace(self, clip_norm=value)
+        node: Any = getattr(self, group)
+        changed: Any
+        if isinstance(node, DataSpec):
+            part = next(part for part, kind in PARTS.items() if name in field_names(kind))
+            spec = dataclasses.replace(getattr(node, part), **{name: value})
+            changed = dataclasses.replace(node, **{part: spec})
+        elif isinstance(node, Component):
+            changed = node.with_arguments(**{name: value})
+        elif group in _NAMED_COMPONENTS:
+            entry, _, argument = name.partition(".")
+            changed = {**node, entry: node[entry].with_arguments(**{argument: value})}
+        else:
+            changed = dataclasses.replace(node, **{name: value})
+        return dataclasses.replace(self, **{group: changed})
 
+    # ---- derived values, each in one place
 
-def _find_range_problems(config: dict[str, Any]) -> list[str]:
-    flat = {
-        f"{group}.{key}": value
-        for group in (*_GROUPS, "launch")
-        for key, value in config[group].items()
-    }
-    problems = [f"{key}={flat[key]} must be at least 1" for key in _AT_LEAST_ONE if flat[key] < 1]
-    problems += [f"{key}={flat[key]} must be at least 0" for key in _AT_LEAST_ZERO if flat[key] < 0]
-    if isinstance(rank := config["lora"].get("rank"), int) and rank < 1:
-        problems.append(f"lora.rank={rank} must be at least 1")
-    if flat["trainer.max_steps"] == 0 or flat["trainer.max_steps"] < -1:
-        problems.append(
-            f"trainer.max_steps={flat['trainer.max_steps']} must be at least 1, or -1 for"
-            " data.epochs"
-        )
-    if flat["trainer.eval_every_steps"] is not None and flat["trainer.eval_every_steps"] < 1:
-        problems.append(
-            f"trainer.eval_every_steps={flat['trainer.eval_every_steps']} must be at least 1, or"
-            " null"
-        )
-    return problems
+    @property
+    def runs_folder(self) -> Path:
+        """The folder of all runs."""
+        return Path(self.paths.runs).expanduser()
 
+    @property
+    def sequence_parallel(self) -> int:
+        """How many processes share each row of tokens."""
+        parts: int = self.strategy.get("sequence_parallel", 1)
+        return parts
 
-def _find_optim_problems(optim: dict[str, Any]) -> list[str]:
-    problems = []
-    clip_norm, lr = optim.get("clip_norm"), optim.get("lr")
-    if isinstance(clip_norm, bool) or not isinstance(clip_norm, (int, float)) or clip_norm < 0:
-        problems.append(f"optim.clip_norm={clip_norm} must be a number that is not negative")
-    if lr == "auto":
-        if "Adam" not in optim["_target_"]:
-            problems.append(
-                f"optim.lr=auto is a rule for Adam and AdamW, not for {optim['_target_']}; set"
-                " optim.lr"
-            )
-    elif isinstance(lr, bool) or not isinstance(lr, (int, float)) or lr < 0:
-        problems.append(f"optim.lr={lr} must be a number that is not negative, or auto")
-    return problems
+    @cached_property
+    def is_of_pairs(self) -> bool:
+        """Whether the loss is one of pairs."""
+        return inputs_of(self.loss.imported("loss")).is_of_pairs
 
+    @property
+    def row_tokens(self) -> int | None:
+        """Positions of a packed row; None without packing."""
+        return self.data.row_tokens(are_pairs=self.is_of_pairs)
 
-def check_group(group: str, settings: dict[str, Any], schema: type[msgspec.Struct]) -> list[str]:
-    """Return which of ``settings`` the schema does not know, or not with that type."""
-    hints = get_type_hints(schema)
-    problems = []
-    for name, value in settings.items():
-        if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            problems.append(
-                f"unknown key {group}.{name}"
-                + (f"; did you mean {group}.{near[0]}?" if near else "")
-            )
-        elif problem := find_type_problem(value, hints[name]):
-            problems.append(f"{group}.{name}={value}: {problem}")
-    return problems
+    @property
+    def rows_per_example(self) -> int:
+        """Rows of a batch for each row of the data: two where it is a pair and nothing is
+        packed.
+        """
+        return 2 if self.is_of_pairs and not self.data.batches.packing else 1
+
+    @property
+    def lora_with_tokens(self) -> LoRASpec:
+        """``lora`` with the ids of the model's new tokens, whose rows are trained."""
+        ids = self.model.added_token_ids()
+        return dataclasses.replace(self.lora, token_ids=ids) if ids else self.lora
+
+    def check_resume(self) -> None:
+        """Raise ConfigError where ``resume`` has no meaning."""
+        if self.resume not in (True, False, "auto"):
+            raise ConfigError(f"resume={self.resume} is unknown; choose true, false or auto")

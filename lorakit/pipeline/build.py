@@ -10,6 +10,7 @@ import math
 import os
 import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,16 @@ from lorakit.callbacks.packing_guard import PackingGuard
 from lorakit.callbacks.progress import StepProgress
 from lorakit.callbacks.retain import Retain
 from lorakit.callbacks.sequence_parallel import SequenceParallel
-from lorakit.config.auto import without_auto
-from lorakit.config.instantiate import (
-    Config,
-    build_loss,
-    build_optimization,
-    import_target,
-    instantiate,
-)
+from lorakit.config.optimization import build_loss, build_optimization
+from lorakit.config.schema import RunConfig
+from lorakit.config.settings import Component, TrainerSettings
 from lorakit.data.datamodule import LoRADataModule
+from lorakit.data.datum import OnLong
 from lorakit.data.images import ImageEncoder
+from lorakit.data.specs import BatchSpec, RowSpec
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import LoRAPlan
 from lorakit.lora.spec import LoRASpec
-from lorakit.loss.inputs import inputs_of
-from lorakit.model.load import (
-    load_config,
-    load_image_processor,
-    load_tokenizer,
-    pieces_of,
-)
 from lorakit.model.spec import ModelSpec
 from lorakit.pipeline.processes import num_streams
 from lorakit.planner.fake_images import SampleShapes
@@ -56,40 +47,30 @@ from lorakit.training.precision import resolve_accelerator, resolve_precision
 log = logging.getLogger("lorakit")
 
 
-def build_datamodule(config: Config) -> LoRADataModule:
+def build_datamodule(config: RunConfig) -> LoRADataModule:
     """The DataModule, nothing read yet."""
-    return instantiate(without_auto(config)["data"], "data")
+    keywords = {**config.data.keywords(), **config.data_arguments}
+    made: LoRADataModule = Component(config.data_target, keywords).build("data")
+    return made
 
 
-def load_data(config: Config) -> tuple[LoRADataModule, Any]:
+def load_data(config: RunConfig) -> tuple[LoRADataModule, Any]:
     """The DataModule with rows and tokens checked, and the tokenizer. Raises LorakitError with
     all problems of a step.
     """
     datamodule = build_datamodule(config)
     datamodule.check_rows()
-    return datamodule, make_tokens(datamodule, config["model"])
+    return datamodule, make_tokens(datamodule, config.model)
 
 
-def make_tokens(datamodule: LoRADataModule, settings: Config) -> Any:
-    """Give ``datamodule`` the tokenizer of the model that ``settings`` name, and return it.
-    Raises LorakitError.
-    """
-    tokenizer = load_tokenizer(settings["path"], **model_options(settings))
-    model_config = load_config(
-        settings["path"],
-        revision=settings["revision"],
-        trust_remote_code=settings["trust_remote_code"],
-    )
-    images, token_id = (
-        load_images(settings) if datamodule.has_images else None,
-        getattr(model_config, "image_token_id", None),
-    )
-    added = settings.get("add_tokens") or ()
+def make_tokens(datamodule: LoRADataModule, model: ModelSpec) -> Any:
+    """Give ``datamodule`` the tokenizer of ``model``, and return it. Raises LorakitError."""
+    tokenizer, model_config = model.load_tokenizer(), model.load_config()
     datamodule.set_tokenizer(
         tokenizer,
-        images,
-        image_token_id=token_id,
-        new_tokens=tokenizer.convert_tokens_to_ids(list(added)),
+        load_images(model) if datamodule.has_images else None,
+        image_token_id=getattr(model_config, "image_token_id", None),
+        new_tokens=tokenizer.convert_tokens_to_ids(list(model.add_tokens or ())),
     )
     datamodule.check_tokens()
     return tokenizer
@@ -117,40 +98,18 @@ def check_new_tokens(datamodule: LoRADataModule, tokenizer: Any) -> None:
         log.warning("%s", said)
 
 
-def model_options(settings: Config) -> Config:
-    """What, beside its path, decides which model and tokenizer ``settings`` name."""
-    return {name: settings.get(name) for name in ("revision", "trust_remote_code", "add_tokens")}
-
-
-def load_images(settings: Config) -> ImageEncoder:
-    """What encodes images for the model that ``settings`` name. Raises ConfigError where it
-    takes none.
-    """
-    options = {name: settings[name] for name in ("revision", "trust_remote_code")}
-    if (processor := load_image_processor(settings["path"], **options)) is None:
-        raise ConfigError(f"model.path={settings['path']} is a model of text, but rows have images")
-    return ImageEncoder(processor, load_config(settings["path"], **options))
-
-
-def build_spec(config: Config) -> LoRASpec:
-    """The LoRASpec, with the rows of new tokens."""
-    settings, spec = config["model"], instantiate(without_auto(config)["lora"], "lora")
-    if not settings.get("add_tokens"):
-        return spec
-    options = {name: settings[name] for name in ("revision", "trust_remote_code")}
-    return dataclasses.replace(
-        spec, token_ids=tuple(pieces_of(settings["path"], settings["add_tokens"], **options))
-    )
+def load_images(model: ModelSpec) -> ImageEncoder:
+    """What encodes images for ``model``. Raises ConfigError where it takes none."""
+    if (processor := model.load_image_processor()) is None:
+        raise ConfigError(f"model.path={model.path} is a model of text, but rows have images")
+    return ImageEncoder(processor, model.load_config())
 
 
 def resolve_total_steps(
-    config: Config, datamodule: LoRADataModule, world: World
+    config: RunConfig, datamodule: LoRADataModule, world: World
 ) -> tuple[int, bool]:
     """Return (optimiser steps of the run, whether that is an estimate)."""
-    max_steps, accumulate = (
-        config["trainer"]["max_steps"],
-        config["trainer"]["accumulate_grad_batches"],
-    )
+    max_steps, accumulate = config.trainer.max_steps, config.trainer.accumulate_grad_batches
     batches = datamodule.estimate_num_batches()
     if batches is None:
         if max_steps < 0:
@@ -164,7 +123,7 @@ def resolve_total_steps(
 
 
 def build_step_plan(
-    config: Config,
+    config: RunConfig,
     skeleton: Any,
     planned: LoRAPlan,
     *,
@@ -188,7 +147,7 @@ def build_step_plan(
 
 
 def build_module(
-    config: Config,
+    config: RunConfig,
     spec: LoRASpec,
     *,
     lr: float,
@@ -201,26 +160,23 @@ def build_module(
         config, lr=lr, total_steps=total_steps, precision=precision
     )
     return LoRAModule(
-        ModelSpec(**config["model"]),
+        config.model,
         lora=spec,
-        activation_checkpointing=config["trainer"]["activation_checkpointing"],
-        compile=config["trainer"]["compile"],
+        activation_checkpointing=config.trainer.activation_checkpointing,
+        compile=config.trainer.compile,
         optimizer=optimizer,
         schedule=schedule,
         total_steps=total_steps,
-        loss=build_loss(config["loss"]),
-        clip_norm=config["optim"]["clip_norm"],
-        max_bad_steps=config["trainer"]["max_bad_steps"],
+        loss=build_loss(config.loss),
+        clip_norm=config.clip_norm,
+        max_bad_steps=config.trainer.max_bad_steps,
         tokenizer=tokenizer,
     )
 
 
-def check_pairs(config: Config, datamodule: LoRADataModule) -> None:
+def check_pairs(config: RunConfig, datamodule: LoRADataModule) -> None:
     """Raise ConfigError where rows and loss do not go together."""
-    target, is_of_pairs = (
-        config["loss"]["_target_"],
-        inputs_of(import_target(config["loss"]["_target_"], "loss")).is_of_pairs,
-    )
+    target, is_of_pairs = config.loss.target, config.is_of_pairs
     if is_of_pairs and not datamodule.are_pairs:
         formats = ", ".join(datamodule.source.formats)
         raise ConfigError(
@@ -229,14 +185,14 @@ def check_pairs(config: Config, datamodule: LoRADataModule) -> None:
         )
     if datamodule.are_pairs and not is_of_pairs:
         raise ConfigError("rows of chosen and rejected need a loss of pairs: set loss=dpo")
-    if is_of_pairs and config["strategy"].get("sequence_parallel", 1) > 1:
+    if is_of_pairs and config.sequence_parallel > 1:
         raise ConfigError(
             "pairs cannot be shared by several processes; set strategy.sequence_parallel=1"
         )
 
 
 def build_trainer(
-    config: Config,
+    config: RunConfig,
     folder: Path,
     *,
     precision: str,
@@ -250,14 +206,13 @@ def build_trainer(
     """Lightning's Trainer, with the callbacks and loggers of the config and those that every run
     has.
     """
-    settings, checkpoint = config["trainer"], config["checkpoint"]
-    accumulate = settings["accumulate_grad_batches"]
-    eval_every = settings["eval_every_steps"] or max(1, math.ceil(total_steps / 10))
+    settings, accumulate = config.trainer, config.trainer.accumulate_grad_batches
+    eval_every = settings.eval_every_steps or max(1, math.ceil(total_steps / 10))
     # first: a step is over before other callbacks write or sleep behind it
     callbacks: list[L.Callback] = [PhaseCallback()]
     callbacks += [
-        instantiate(entry, f"callbacks.{name}")
-        for name, entry in (config["callbacks"] or {}).items()
+        entry.build(f"callbacks.{name}")
+        for name, entry in config.callbacks.items()
         if entry is not None
     ]
     callbacks += [
@@ -267,10 +222,10 @@ def build_trainer(
         LastEvaluation(),
         RunHistory(folder),
         *([retain] if retain else []),
-        AdapterCheckpoint(folder / "checkpoints", **checkpoint),
+        AdapterCheckpoint(folder / "checkpoints", **vars(config.checkpoint)),
     ]
     callbacks += [StepProgress(total_steps)]
-    strategy = build_strategy(config["strategy"], precision=precision)
+    strategy = build_strategy(config.strategy, precision=precision)
     # ZeRO brings its own. The type is Any: Lightning lists literals, and resolve_precision gives
     # one of them.
     accepted: Any = None if getattr(strategy, "_precision_plugin", None) is not None else precision
@@ -282,7 +237,7 @@ def build_trainer(
         strategy=strategy,
         precision=accepted,
         # the user's limit itself: an estimate only shapes schedule and bar
-        max_steps=settings["max_steps"],
+        max_steps=settings.max_steps,
         max_epochs=1,  # the stream holds all epochs
         accumulate_grad_batches=accumulate,
         check_val_every_n_epoch=None,
@@ -291,10 +246,10 @@ def build_trainer(
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,
-        log_every_n_steps=settings["log_every_n_steps"],
-        deterministic=settings["deterministic"],
+        log_every_n_steps=settings.log_every_n_steps,
+        deterministic=settings.deterministic,
         use_distributed_sampler=False,
-        logger=build_loggers(config["logger"] or {}),
+        logger=build_loggers(config.logger),
         callbacks=callbacks,
         # Said, not left to detection: in a job of SLURM Lightning would take over the signals, and
         # requeue by itself.
@@ -302,29 +257,20 @@ def build_trainer(
     )
 
 
-def build_retain_rows(config: Config) -> LoRADataModule | None:
+def build_retain_rows(config: RunConfig) -> LoRADataModule | None:
     """The rows of unrelated text, where the config names some; nothing read yet."""
-    settings, data = config["eval"], config["data"]
-    if not settings["retain_path"]:
+    settings, rendering = config.eval, config.data.rendering
+    if not settings.retain_path:
         return None
     return LoRADataModule(
-        path=settings["retain_path"],
-        train_on=data["train_on"],
-        chat_template=data["chat_template"],
-        stop=data["stop"],
-        append_eos=data["append_eos"],
-        max_tokens=data["max_tokens"],
-        on_long="truncate_right",
-        batch_size=1,
-        shuffle=False,
-        min_pixels=data["min_pixels"],
-        max_pixels=data["max_pixels"],
-        check_token_rows=settings["retain_rows"],
-        window_rows=settings["retain_rows"],
+        rows=RowSpec(path=settings.retain_path, check_token_rows=settings.retain_rows),
+        rendering=dataclasses.replace(rendering, on_long=OnLong.TRUNCATE_RIGHT),
+        batches=BatchSpec(batch_size=1, shuffle=False, window_rows=settings.retain_rows),
+        images=config.data.images,
     )
 
 
-def build_retain(config: Config) -> Retain | None:
+def build_retain(config: RunConfig) -> Retain | None:
     """What measures the loss on unrelated text, where the config names some; its rows checked.
     Raises LorakitError.
     """
@@ -333,22 +279,22 @@ def build_retain(config: Config) -> Retain | None:
     datamodule.check_rows()
     if datamodule.are_pairs:
         raise ConfigError(
-            f"eval.retain_path={config['eval']['retain_path']}: pairs have no loss of their own;"
+            f"eval.retain_path={config.eval.retain_path}: pairs have no loss of their own;"
             " give rows of text"
         )
-    make_tokens(datamodule, config["model"])
-    return Retain(datamodule, config["eval"]["retain_rows"])
+    make_tokens(datamodule, config.model)
+    return Retain(datamodule, config.eval.retain_rows)
 
 
-def build_loggers(configs: Config) -> list[Any]:
+def build_loggers(components: Mapping[str, Component | None]) -> list[Any]:
     """The loggers."""
     loggers = []
-    for name, entry in configs.items():
+    for name, entry in components.items():
         if entry is None:
             continue
-        if entry["_target_"].endswith(("WandbRun", "WandbLogger")):
+        if entry.target.endswith(("WandbRun", "WandbLogger")):
             os.environ.setdefault("WANDB_SILENT", "true")
-        loggers.append(instantiate(entry, f"logger.{name}"))
+        loggers.append(entry.build(f"logger.{name}"))
         # wandb warns of it, and Lightning always passes it
         getattr(loggers[-1], "_wandb_init", {}).pop("anonymous", None)
     return loggers
@@ -391,16 +337,16 @@ def check_disk(folder: Path, planned: LoRAPlan, *, keep_last: int, keep_best: in
         )
 
 
-def resolve_devices(config: Config) -> tuple[str, str]:
+def resolve_devices(settings: TrainerSettings) -> tuple[str, str]:
     """Return (accelerator, precision) as Lightning names them."""
-    accelerator = resolve_accelerator(config["trainer"]["accelerator"])
-    return accelerator, resolve_precision(config["trainer"]["precision"], accelerator)
+    accelerator = resolve_accelerator(settings.accelerator)
+    return accelerator, resolve_precision(settings.precision, accelerator)
 
 
-def build_strategy(settings: Config, *, precision: str) -> Any:
+def build_strategy(strategy: Component, *, precision: str) -> Any:
     """The strategy; it is given ``precision`` where it has to know it."""
-    target = import_target(settings["_target_"], "strategy")
-    arguments = {key: value for key, value in copy.deepcopy(settings).items() if key != "_target_"}
+    target = strategy.imported("strategy")
+    arguments = copy.deepcopy(dict(strategy.arguments))
     if "precision" in inspect.signature(target).parameters:
         arguments["precision"] = precision
     return target(**arguments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import itertools
 import os
@@ -28,13 +27,13 @@ from lorakit.callbacks.history import describe_curve
 from lorakit.callbacks.retain import Retain
 from lorakit.callbacks.samples import Samples
 from lorakit.callbacks.throughput import Throughput
-from lorakit.config.schema import check_settings
+from lorakit.config.schema import RunConfig
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import CheckpointError, ConfigError, LorakitError
 from lorakit.lora.inject import LoRAPlan
 from lorakit.lora.state import adapter_state
 from lorakit.pipeline import build
-from lorakit.pipeline.prepare import PreparedRun, prepare
+from lorakit.pipeline.prepare import Place, PreparedRun, prepare
 from lorakit.pipeline.printing import prompt_to_try, quote_prompt
 from lorakit.pipeline.processes import (
     check_world,
@@ -85,25 +84,33 @@ class RunResult:
     interrupt: int | None  # the signal that ended it before its last step
 
 
-def train_run(
-    config: dict[str, Any],
+def train(
+    config: RunConfig,
     *,
-    experiment: str,
+    experiment: str = "run",
     command: str = "",
     overrides: Sequence[str] = (),
     console: Console | None = None,
 ) -> RunResult:
-    """Train as the resolved ``config`` says and return what came of it. Raises LorakitError."""
+    """Train as ``config`` says, in this process and those that were started with it, and return
+    what came of it.
+
+    Args:
+        experiment, command, overrides: what ``run.json`` says of where the run comes from.
+        console: prints what is done; None is standard output.
+
+    Raises:
+        LorakitError: the run cannot begin, or cannot go on.
+    """
     # with the process, or with the job of a sweep
     began = time.time() if next(_RUNS) else psutil.Process().create_time()
-    check_settings(config)
     world, config = check_world(config), resume_if_restarted(config)
-    accelerator, precision = build.resolve_devices(config)
+    accelerator, precision = build.resolve_devices(config.trainer)
     if world.size > 1:
         join(
             world,
             device=accelerator,
-            timeout_seconds=config["launch"]["collective_timeout_seconds"],
+            timeout_seconds=config.launch.get("collective_timeout_seconds"),
             watched=True,
         )
         silence(world)
@@ -112,17 +119,16 @@ def train_run(
         (console or Console(soft_wrap=True)) if world.is_rank_zero else Console(file=io.StringIO())
     )
     # of this job, not of the sweep's last one
-    torch.set_num_threads(config["trainer"]["threads"] or DEFAULT_THREADS)
-    there = agree_on_memory(config["plan"]["memory_gb"], accelerator, world)
-    prepared = raise_on_any_rank(
-        lambda: prepare(config, world, there, accelerator, precision, experiment, console)
-    )
+    torch.set_num_threads(config.trainer.threads or DEFAULT_THREADS)
+    there = agree_on_memory(config.plan.memory_gb, accelerator, world)
+    place = Place(world, accelerator, precision, there)
+    prepared = raise_on_any_rank(lambda: prepare(config, place, experiment, console))
     check_equal_on_all_ranks(
         lambda: (
             {"the rows": prepared.datamodule.fingerprint, "total steps": str(prepared.total_steps)}
-            | {"the strategy": str(prepared.config["strategy"])}
+            | {"the strategy": str(prepared.config.strategy.to_dict())}
             | {f"{key}=auto": str(value) for key, value in prepared.resolved.items()}
-            | describe_base(prepared.config["model"])
+            | describe_base(prepared.config.model)
         )
     )
     run, resumes = raise_on_any_rank(
@@ -130,7 +136,7 @@ def train_run(
     )
     if resumes:
         run = run.update(command=command or run.info.get("command"))  # the way it goes on now
-        prepared = _with_window_of(run, prepared, world, console)
+        _share_window_of(run, prepared)
     lock = hold(run) if world.is_rank_zero else contextlib.nullcontext()
     run = run.update(formats=prepared.datamodule.source.formats)
     if (
@@ -163,10 +169,10 @@ def train_run(
         tries_longest="data.tokens_per_batch" in prepared.resolved,
     )
     for logger in trainer.loggers:
-        logger.log_hyperparams(config)
+        logger.log_hyperparams(config.to_dict())
     if throughput := _find_callback(trainer, Throughput):
         throughput.began = began
-    L.seed_everything((config["seed"] + world.rank) % 2**32, verbose=False)
+    L.seed_everything((config.seed + world.rank) % 2**32, verbose=False)
     with lock:
         return _fit(run, trainer, module, prepared, resumes=resumes, console=console)
 
@@ -188,7 +194,7 @@ def _where(world: World) -> str:
 
 
 def _open_run(
-    config: dict[str, Any],
+    config: RunConfig,
     prepared: PreparedRun,
     experiment: str,
     command: str,
@@ -202,13 +208,12 @@ def _open_run(
         try:
             found = choose_run(
                 config,
-                Path(config["paths"]["runs"]).expanduser(),
                 experiment=experiment,
                 data_fingerprint=prepared.datamodule.fingerprint,
                 command=command,
                 overrides=overrides,
                 resolved=prepared.resolved,
-                batches_per_step=prepared.config["trainer"]["accumulate_grad_batches"]
+                batches_per_step=prepared.config.trainer.accumulate_grad_batches
                 * num_streams(prepared.config, world),
             )
         except (LorakitError, OSError) as error:
@@ -221,15 +226,15 @@ def _open_run(
     return Run(run.folder, run.info, writes=world.is_rank_zero), resumes
 
 
-def _with_window_of(run: Run, prepared: PreparedRun, world: World, console: Console) -> PreparedRun:
+def _share_window_of(run: Run, prepared: PreparedRun) -> None:
     """Give each process its share of the micro-batches that the run has in a step, however many
     processes it began with.
 
     Raises:
         ConfigError: they cannot be shared out evenly, or another number is asked for.
     """
-    config, streams = prepared.config, num_streams(prepared.config, world)
-    accumulate = config["trainer"]["accumulate_grad_batches"]
+    config, world = prepared.config, prepared.place.world
+    streams, accumulate = num_streams(config, world), config.trainer.accumulate_grad_batches
     key = "trainer.accumulate_grad_batches"
     then = (
         run.info.get("resolved", {}).get(key)
@@ -250,16 +255,14 @@ def _with_window_of(run: Run, prepared: PreparedRun, world: World, console: Cons
             f" cannot share evenly; go on with {', '.join(fitting)}"
         )
     if wanted == accumulate * streams:
-        return prepared
-    console.print(
+        return
+    prepared.console.print(
         f"trainer.accumulate_grad_batches={wanted // streams}: the run has {wanted} micro-batches"
         " in a step"
     )
-    trainer = {**config["trainer"], "accumulate_grad_batches": wanted // streams}
-    config = {**config, "trainer": trainer}
-    total_steps, is_estimate = build.resolve_total_steps(config, prepared.datamodule, world)
-    return dataclasses.replace(
-        prepared, config=config, total_steps=total_steps, is_estimate=is_estimate
+    prepared.config = config.with_values({key: wanted // streams})
+    prepared.total_steps, prepared.is_estimate = build.resolve_total_steps(
+        prepared.config, prepared.datamodule, world
     )
 
 
@@ -309,7 +312,7 @@ def _fit(
             adapter_bytes = write_adapter(
                 tensors, active_config(module.model), aside, dtype=torch.bfloat16
             )
-            if prepared.config["model"]["add_tokens"]:
+            if prepared.config.model.add_tokens:
                 prepared.tokenizer.save_pretrained(aside)
     throughput, pruning = _find_callback(trainer, Throughput), _find_callback(trainer, Pruning)
     run = run.update(
@@ -344,7 +347,7 @@ def _fit(
         metrics,
         began_at,
         console,
-        requeues=bool(prepared.config["launch"].get("requeue")),
+        requeues=bool(prepared.config.launch.get("requeue")),
     )
     for note in notes:
         console.print(note, markup=False)
@@ -479,10 +482,16 @@ def _print_end(
         )
 
 
-def _with_run_folder(config: dict[str, Any], run: Run) -> dict[str, Any]:
+def _with_run_folder(config: RunConfig, run: Run) -> RunConfig:
     """The config with ``${paths.run}`` filled in, and the run's name where a logger has none."""
-    filled = fill_run_folder(config, run.folder)
-    for entry in filled["logger"].values():
-        if entry and "name" in entry and entry["name"] is None:
-            entry["name"] = run.name
-    return filled
+    changes: dict[str, Any] = {}
+    for group, node in config.to_dict().items():
+        for name, value in node.items() if isinstance(node, dict) else ():
+            is_component = group in ("callbacks", "logger") and value is not None
+            for key, given in value.items() if is_component else [("", value)]:
+                filled = fill_run_folder(given, run.folder)
+                if group == "logger" and key == "name" and given is None:
+                    filled = run.name
+                if filled != given:
+                    changes[f"{group}.{name}.{key}".rstrip(".")] = filled
+    return config.with_values(changes)

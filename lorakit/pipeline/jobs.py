@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorakit.config.instantiate import import_target
+from lorakit.config.schema import RunConfig
 from lorakit.errors import CheckpointError, report
 from lorakit.launch.slurm import FOLDER, SlurmJob, submit
 from lorakit.pipeline.processes import num_devices
@@ -60,12 +60,9 @@ def _folder(plain: dict[str, Any]) -> Path:
     return Path(plain["paths"]["runs"]).expanduser() / str(plain["run"])
 
 
-def is_for_slurm(config: dict[str, Any]) -> bool:
+def is_for_slurm(config: RunConfig) -> bool:
     """Whether the run is to become a job of SLURM, and is not that job yet."""
-    return (
-        "RANK" not in os.environ
-        and import_target(config["launch"]["_target_"], "launch") is SlurmJob
-    )
+    return "RANK" not in os.environ and config.launch.imported("launch") is SlurmJob
 
 
 def _absent(plain: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -91,32 +88,26 @@ def _absent(plain: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, path
 
 
-def submit_job(plain: dict[str, Any], job: dict[str, Any]) -> None:
-    """Submit the run of the plain config ``plain`` to SLURM, under a name that it keeps whenever
-    it queues again.
+def submit_job(config: RunConfig, job: dict[str, Any]) -> None:
+    """Submit the run of ``config`` to SLURM, under a name that it keeps whenever it queues again.
+
+    Args:
+        job: what its process reads; its config is replaced.
     """
-    launch = SlurmJob(**{key: value for key, value in plain["launch"].items() if key != "_target_"})
-    root = Path(plain["paths"]["runs"]).expanduser().absolute()
-    name = plain["run"] or free_name(root, job["experiment"], queue=root / FOLDER)
+    launch = SlurmJob(**config.launch.arguments)
+    root = config.runs_folder.absolute()
+    name = config.run or free_name(root, job["experiment"], queue=root / FOLDER)
     num_processes = (
         (launch.num_gpus or 1)
-        if plain["trainer"]["devices"] == "auto"
-        else num_devices(plain, elsewhere=True)
+        if config.trainer.devices == "auto"
+        else num_devices(config, elsewhere=True)
     )
-    for key, path in _absent(plain):
+    for key, path in _absent(config.to_dict()):
         print(
             f"lorakit: {key}={path} is not on this machine; the job fails where its nodes have none"
             " either",
             file=sys.stderr,
         )
-    config = {
-        **plain,
-        "run": name,
-        "resume": "auto",
-        "paths": {**plain["paths"], "runs": str(root)},
-    }
-    print(
-        submit(
-            launch, {**job, "config": config}, num_processes=num_processes, run_folder=root / name
-        )
-    )
+    kept = config.with_values({"run": name, "resume": "auto", "paths.runs": str(root)})
+    described = {**job, "config": {**kept.to_dict()}}
+    print(submit(launch, described, num_processes=num_processes, run_folder=root / name))

@@ -1,23 +1,27 @@
 """What a run knows before it has a folder: rows and tokens checked, settings chosen, memory
 planned. It costs seconds, no weights.
+
+``STEPS`` are its checks in their order; each reads what the ones before it have found.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from lorakit.callbacks.retain import Retain
+from lorakit.config.optimization import build_optimization
+from lorakit.config.schema import RunConfig
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import LoRAPlan, plan
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.families import packing_is_doubtful
-from lorakit.model.load import base_name, load_config, load_skeleton
 from lorakit.pipeline import build
 from lorakit.pipeline.allocator import tune_allocator
 from lorakit.pipeline.autoconfig import RunFacts, choose
@@ -37,164 +41,225 @@ log = logging.getLogger("lorakit")
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a run is: its processes, and what each of them has."""
+
+    world: World
+    accelerator: str
+    precision: str
+    memory_per_process_bytes: int
+
+
+@dataclass
 class PreparedRun:
-    """What a run knows before it has a folder."""
+    """What a run knows before it has a folder. ``STEPS`` fill it in, from top to bottom."""
 
-    config: dict[str, Any]
-    datamodule: LoRADataModule
-    tokenizer: Any
-    spec: LoRASpec
-    plan: LoRAPlan
-    lr: float
-    total_steps: int
-    is_estimate: bool
-    retain: Retain | None
-    resolved: dict[str, Any]  # what the settings that say ``auto`` came to
+    config: RunConfig
+    place: Place
+    experiment: str
+    console: Console
+    datamodule: LoRADataModule = field(init=False)
+    tokenizer: Any = field(init=False)
+    retain: Retain | None = field(init=False)
+    skeleton: Any = field(init=False)  # the model without weights
+    model_config: Any = field(init=False)
+    chosen: dict[str, Any] = field(init=False)  # what the settings that say ``auto`` came to
+    spec: LoRASpec = field(init=False)
+    plan: LoRAPlan = field(init=False)
+    planned_bytes: int | None = field(init=False)  # of each process; None where it is surely little
+    lr: float = field(init=False)
+    total_steps: int = field(init=False)
+    is_estimate: bool = field(init=False)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, highlight=False)
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What the settings that depend on the machine came to."""
+        return {
+            "trainer.accelerator": self.place.accelerator,
+            "trainer.precision": self.place.precision,
+            "optim.lr": self.lr,
+            **self.chosen,
+        }
 
 
-def prepare(
-    config: dict[str, Any],
-    world: World,
-    there: int,
-    accelerator: str,
-    precision: str,
-    experiment: str,
-    console: Console,
-) -> PreparedRun:
+def prepare(config: RunConfig, place: Place, experiment: str, console: Console) -> PreparedRun:
     """Read and check everything that costs seconds. Raises LorakitError."""
-    root, kept = Path(config["paths"]["runs"]).expanduser(), config["checkpoint"]
-    if problem := find_write_problem(root / "a run"):
-        raise ConfigError(f"paths.runs={root} cannot be used: {problem}")
-    # a name that is taken is told before anything is read
-    find_run_to_resume(config, root, experiment)
-    datamodule, tokenizer = build.load_data(config)
-    build.check_pairs(config, datamodule)
-    build.check_new_tokens(datamodule, tokenizer)
-    if datamodule.has_images and config["strategy"].get("sequence_parallel", 1) > 1:
+    run = PreparedRun(config, place, experiment, console)
+    for step in STEPS:
+        step(run)
+    return run
+
+
+def check_runs_folder(run: PreparedRun) -> None:
+    """Runs can be written, and the name is free: told before anything is read."""
+    if problem := find_write_problem(run.config.runs_folder / "a run"):
+        raise ConfigError(f"paths.runs={run.config.paths.runs} cannot be used: {problem}")
+    find_run_to_resume(run.config, run.experiment)
+
+
+def read_rows(run: PreparedRun) -> None:
+    """Rows and tokens are right, and go together with loss and strategy."""
+    run.datamodule, run.tokenizer = build.load_data(run.config)
+    build.check_pairs(run.config, run.datamodule)
+    build.check_new_tokens(run.datamodule, run.tokenizer)
+    if run.datamodule.has_images and run.config.sequence_parallel > 1:
         raise ConfigError(
             "rows with images cannot be shared by several processes; set"
             " strategy.sequence_parallel=1"
         )
-    print_data_report(datamodule, console)
-    retain = build.build_retain(config)
-    skeleton, model_config = _load_shapes(config)
-    known = RunFacts(
-        skeleton,
-        datamodule.report,
-        datamodule.val_report,
-        accelerator,
-        precision,
-        there,
-        world,
-        num_streams(config, world),
-    )
-    run = find_run_to_resume(config, root, experiment)
-    config, chosen = choose(
-        config,
-        known,
-        lambda text: console.print(text, highlight=False),
-        (run.info if run else {}).get("resolved"),
-    )
-    if chosen and config["trainer"]["precision"] == "auto":
-        console.print(
-            f"trainer.precision=auto: {precision} ({why_precision(precision, accelerator)})",
-            highlight=False,
-        )
-    if "data.tokens_per_batch" in chosen:
-        datamodule.use_tokens_per_batch(
-            chosen["data.tokens_per_batch"], chosen.get("data.pack_tokens")
-        )
-    spec, planned = _plan(config, skeleton, console)
-    plan_of_step = build.build_step_plan(
-        config,
-        skeleton,
-        planned,
-        accelerator=accelerator,
-        precision=precision,
-        rows=row_sizes(datamodule.report),
-        val_rows=row_sizes(datamodule.val_report),
-    )
-    strategy = choose_strategy(
-        plan_of_step,
-        there=there,
-        precision=precision,
-        accelerator=accelerator,
-        world=world,
-        say=lambda text: console.print(text, highlight=False),
-    )
-    memory = check_memory(plan_of_step, name_of(strategy), world.size, there)
-    if memory:
-        console.print(
-            f"memory: {memory.total / 1e9:.1f} GB in each process ({describe(memory)})",
-            highlight=False,
-        )
-    config = {**config, "strategy": strategy}
-    if datamodule.is_packed and (reason := packing_is_doubtful(model_config)):
-        log.warning("data.packing is off, rows are padded instead: %s", reason)
-        datamodule.pad_rows()
-    if accelerator == "cpu":
-        tune_allocator(memory.total if memory else None, there, planned.num_base_params)
-    lr = _resolve_lr(config, model_config, spec, console)
-    total_steps, is_estimate = build.resolve_total_steps(config, datamodule, world)
-    warn_of_idle_settings(config, datamodule, total_steps)
-    # Refuses bad settings before there is a folder.
-    optimizer, _ = build.build_optimization(
-        config, lr=lr, total_steps=total_steps, precision=precision
-    )
-    refuse_unless_elementwise(optimizer, strategy)
-    stops_early = any(
-        entry and entry["_target_"].endswith("EarlyStopping")
-        for entry in config["callbacks"].values()
-    )
-    if stops_early and not len(datamodule.val_indices):
+    print_data_report(run.datamodule, run.console)
+    run.retain = build.build_retain(run.config)
+
+
+def check_rows_to_evaluate(run: PreparedRun) -> None:
+    """What looks at evaluations has some."""
+    if len(run.datamodule.val_indices):
+        return
+    entries = run.config.callbacks.values()
+    if any(entry and entry.target.endswith("EarlyStopping") for entry in entries):
         raise ConfigError(
             "callbacks.early_stopping needs rows to evaluate on; set data.val_path or"
             " data.val_fraction"
         )
-    watched = (config["sweep"] or {}).get("metric", "")
-    if watched.startswith("val/") and not len(datamodule.val_indices):
+    watched = (run.config.sweep or {}).get("metric", "")
+    if watched.startswith("val/"):
         raise ConfigError(
             f"sweep.metric={watched} needs rows to evaluate on; set data.val_path or"
             " data.val_fraction"
         )
-    build.check_disk(root, planned, keep_last=kept["keep_last"], keep_best=kept["keep_best"])
-    resolved = {
-        "trainer.accelerator": accelerator,
-        "trainer.precision": precision,
-        "optim.lr": lr,
-        **chosen,
-    }
-    return PreparedRun(
-        config, datamodule, tokenizer, spec, planned, lr, total_steps, is_estimate, retain, resolved
+
+
+def load_shapes(run: PreparedRun) -> None:
+    """The model's shapes are known, without a weight."""
+    run.skeleton = run.config.model.load_skeleton()
+    run.model_config = run.config.model.load_config()
+
+
+def choose_settings(run: PreparedRun) -> None:
+    """What says ``auto`` has a value: that of the run which is resumed, or one that fits."""
+    place, data = run.place, run.datamodule
+    facts = RunFacts(
+        run.skeleton,
+        data.report,
+        data.val_report,
+        place.accelerator,
+        place.precision,
+        place.memory_per_process_bytes,
+        place.world,
+        num_streams(run.config, place.world),
+    )
+    earlier = find_run_to_resume(run.config, run.experiment)
+    run.config, run.chosen = choose(
+        run.config, facts, run.say, earlier.info.get("resolved") if earlier else None
+    )
+    if run.chosen and run.config.trainer.precision == "auto":
+        why = why_precision(place.precision, place.accelerator)
+        run.say(f"trainer.precision=auto: {place.precision} ({why})")
+    if "data.tokens_per_batch" in run.chosen:
+        data.use_tokens_per_batch(
+            run.chosen["data.tokens_per_batch"], run.chosen.get("data.pack_tokens")
+        )
+
+
+def plan_adapter(run: PreparedRun) -> None:
+    """Which matrices get an adapter is known, and printed."""
+    run.spec = run.config.lora_with_tokens
+    if run.spec.init_from:
+        open_init(run.spec, base=run.config.model.name)
+    run.plan = plan(run.skeleton, run.spec)
+    run.console.print(run.plan.table())
+    if run.plan.note:
+        run.say(run.plan.note)
+    run.console.print(run.plan.summary())
+
+
+def plan_memory(run: PreparedRun) -> None:
+    """The strategy is chosen, and a step fits into the memory there is."""
+    place, there = run.place, run.place.memory_per_process_bytes
+    step = build.build_step_plan(
+        run.config,
+        run.skeleton,
+        run.plan,
+        accelerator=place.accelerator,
+        precision=place.precision,
+        rows=row_sizes(run.datamodule.report),
+        val_rows=row_sizes(run.datamodule.val_report),
+    )
+    strategy = choose_strategy(
+        step,
+        there=there,
+        precision=place.precision,
+        accelerator=place.accelerator,
+        world=place.world,
+        say=run.say,
+    )
+    memory = check_memory(step, name_of(strategy), place.world.size, there)
+    if memory:
+        run.say(f"memory: {memory.total / 1e9:.1f} GB in each process ({describe(memory)})")
+    run.planned_bytes = memory.total if memory else None
+    run.config = run.config.with_values({"strategy": strategy})
+
+
+def check_packing(run: PreparedRun) -> None:
+    """Rows are packed only where the model can isolate what is packed."""
+    if run.datamodule.is_packed and (reason := packing_is_doubtful(run.model_config)):
+        log.warning("data.packing is off, rows are padded instead: %s", reason)
+        run.datamodule.pad_rows()
+
+
+def tune_memory(run: PreparedRun) -> None:
+    """The C library knows what to do with memory that a step frees."""
+    if run.place.accelerator == "cpu":
+        there = run.place.memory_per_process_bytes
+        tune_allocator(run.planned_bytes, there, run.plan.num_base_params)
+
+
+def plan_steps(run: PreparedRun) -> None:
+    """Learning rate and number of steps are known, and the optimiser accepts its settings."""
+    config, place = run.config, run.place
+    run.lr = _resolve_lr(run)
+    run.total_steps, run.is_estimate = build.resolve_total_steps(
+        config, run.datamodule, place.world
+    )
+    warn_of_idle_settings(config, run.datamodule, run.total_steps)
+    optimizer: Callable[..., torch.optim.Optimizer]
+    optimizer, _ = build_optimization(
+        config, lr=run.lr, total_steps=run.total_steps, precision=place.precision
+    )
+    refuse_unless_elementwise(optimizer, config.strategy)
+
+
+def check_disk(run: PreparedRun) -> None:
+    """Checkpoints fit onto the disk."""
+    kept = run.config.checkpoint
+    build.check_disk(
+        run.config.runs_folder, run.plan, keep_last=kept.keep_last, keep_best=kept.keep_best
     )
 
 
-def _load_shapes(config: dict[str, Any]) -> tuple[Any, Any]:
-    """The model without weights, and its config."""
-    settings = config["model"]
-    options = {"revision": settings["revision"], "trust_remote_code": settings["trust_remote_code"]}
-    skeleton = load_skeleton(settings["path"], add_tokens=settings["add_tokens"], **options)
-    return skeleton, load_config(settings["path"], **options)
+STEPS: tuple[Callable[[PreparedRun], None], ...] = (
+    check_runs_folder,
+    read_rows,
+    load_shapes,
+    choose_settings,
+    plan_adapter,
+    plan_memory,
+    check_packing,
+    tune_memory,
+    plan_steps,
+    check_rows_to_evaluate,
+    check_disk,
+)
 
 
-def _plan(config: dict[str, Any], skeleton: Any, console: Console) -> tuple[LoRASpec, LoRAPlan]:
-    spec, settings = build.build_spec(config), config["model"]
-    if spec.init_from:
-        open_init(spec, base=base_name(settings["path"]))
-    planned = plan(skeleton, spec)
-    console.print(planned.table())
-    if planned.note:
-        console.print(planned.note, highlight=False)
-    console.print(planned.summary())
-    return spec, planned
-
-
-def _resolve_lr(
-    config: dict[str, Any], model_config: Any, spec: LoRASpec, console: Console
-) -> float:
-    lr = config["optim"]["lr"]
+def _resolve_lr(run: PreparedRun) -> float:
+    lr = run.config.optim.get("lr")
     if lr != "auto":
         return float(lr)
-    lr = auto_lr(model_config, spec)
-    console.print(f"optim.lr=auto: {lr:.3g} ({lr_source(model_config)})")
+    lr = auto_lr(run.model_config, run.spec)
+    run.console.print(f"optim.lr=auto: {lr:.3g} ({lr_source(run.model_config)})")
     return lr

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lorakit.config.schema import RunConfig
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.data.examples import DatasetReport
 from lorakit.data.read.columns import explain_unused
@@ -129,17 +130,15 @@ def quote_prompt(text: str) -> str:
     return f"$'{escaped}'"
 
 
-def warn_of_idle_settings(
-    config: dict[str, Any], datamodule: LoRADataModule, total_steps: int
-) -> None:
+def warn_of_idle_settings(config: RunConfig, datamodule: LoRADataModule, total_steps: int) -> None:
     """Say which settings have no effect on this data."""
-    max_steps = config["trainer"]["max_steps"]
+    max_steps = config.trainer.max_steps
     if max_steps > total_steps:
         log.warning(
             "trainer.max_steps=%d will not be reached: data.epochs=%s ends after about %d steps;"
             " data.epochs=null goes on until then",
             max_steps,
-            config["data"]["epochs"],
+            config.data.batches.epochs,
             total_steps,
         )
     if not datamodule.has_images and (
@@ -149,7 +148,14 @@ def warn_of_idle_settings(
     if len(datamodule.val_indices):
         return
     keys = ("data.val_rows", "data.val_batch_size", "trainer.eval_every_steps")
-    values = {key: config[key.split(".")[0]][key.split(".")[1]] for key in keys}
+    spec = config.data
+    values = dict(
+        zip(
+            keys,
+            (spec.rows.val_rows, spec.batches.val_batch_size, config.trainer.eval_every_steps),
+            strict=True,
+        )
+    )
     if idle := [f"{key}={value}" for key, value in values.items() if value is not None]:
         log.warning(
             "no rows are held out, so %s has no effect; see data.val_path and data.val_fraction",

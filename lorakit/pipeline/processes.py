@@ -7,13 +7,15 @@ import logging
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 import lorakit
+from lorakit.config.schema import RunConfig
 from lorakit.errors import ConfigError
-from lorakit.model.load import load_config, needed_files
+from lorakit.model.load import needed_files
+from lorakit.model.spec import ModelSpec
 from lorakit.runs.folder import flatten, installed_packages
 from lorakit.strategy.heartbeat import take_fault
 from lorakit.strategy.world import World, current_world
@@ -23,10 +25,9 @@ if TYPE_CHECKING:
     pass
 
 log = logging.getLogger("lorakit")
-Config = dict[str, Any]
 
 
-def num_devices(config: Config, *, elsewhere: bool = False) -> int:
+def num_devices(config: RunConfig, *, elsewhere: bool = False) -> int:
     """Processes on a machine: ``trainer.devices``, of which auto is all GPUs here, and one on a
     CPU.
 
@@ -35,8 +36,8 @@ def num_devices(config: Config, *, elsewhere: bool = False) -> int:
             ``elsewhere``.
     """
     wanted, accelerator = (
-        config["trainer"]["devices"],
-        resolve_accelerator(config["trainer"]["accelerator"]),
+        config.trainer.devices,
+        resolve_accelerator(config.trainer.accelerator),
     )
     there = torch.cuda.device_count() if accelerator == "cuda" else 1
     if wanted == "auto":
@@ -54,7 +55,7 @@ def num_devices(config: Config, *, elsewhere: bool = False) -> int:
     return int(wanted)
 
 
-def needs_launch(config: Config) -> bool:
+def needs_launch(config: RunConfig) -> bool:
     """Whether this process has to start others: several are asked for, and nobody has started them.
 
     Raises:
@@ -62,10 +63,10 @@ def needs_launch(config: Config) -> bool:
     """
     if "RANK" in os.environ:
         return False
-    if config["launch"]["nodes"] > 1:
+    if config.launch.get("nodes") > 1:
         raise ConfigError(
-            f"launch.nodes={config['launch']['nodes']}: `lorakit launch"
-            f" nodes={config['launch']['nodes']} train …` prints what to type on each machine;"
+            f"launch.nodes={config.launch.get('nodes')}: `lorakit launch"
+            f" nodes={config.launch.get('nodes')} train …` prints what to type on each machine;"
             " `lorakit launch slurm …` makes a job of SLURM"
         )
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
@@ -77,9 +78,9 @@ def needs_launch(config: Config) -> bool:
     return num_devices(config) > 1
 
 
-def check_world(config: Config) -> World:
+def check_world(config: RunConfig) -> World:
     """Return this process's world. Raises ConfigError where ``trainer.devices`` contradicts it."""
-    world, wanted = current_world(), config["trainer"]["devices"]
+    world, wanted = current_world(), config.trainer.devices
     if world.size > 1 and wanted != "auto" and str(wanted) not in ("1", str(world.local_size)):
         raise ConfigError(
             f"trainer.devices={wanted}, but torchrun has started {world.local_size} processes here;"
@@ -88,7 +89,7 @@ def check_world(config: Config) -> World:
     return world
 
 
-def resume_if_restarted(config: Config) -> Config:
+def resume_if_restarted(config: RunConfig) -> RunConfig:
     """What torchrun starts again goes on from the last checkpoint, where there is one."""
     count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if not count:
@@ -96,14 +97,14 @@ def resume_if_restarted(config: Config) -> Config:
     if current_world().is_rank_zero:
         most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "?")
         log.warning("restart %d of %s: %s", count, most, take_fault() or "a process has died")
-    return {**config, "resume": "auto"}
+    return config.with_values({"resume": "auto"})
 
 
-def num_streams(config: Config, world: World) -> int:
+def num_streams(config: RunConfig, world: World) -> int:
     """Processes, or groups of processes that share their rows, of which each has micro-batches
     of its own.
     """
-    return world.size // config["strategy"].get("sequence_parallel", 1)
+    return world.size // config.sequence_parallel
 
 
 def silence(world: World) -> None:
@@ -126,21 +127,17 @@ def describe_program() -> dict[str, str]:
     }
 
 
-def describe_config(config: dict[str, Any]) -> dict[str, str]:
+def describe_config(config: RunConfig) -> dict[str, str]:
     """Every setting of the run."""
-    return {key: str(value) for key, value in flatten(config).items()}
+    return {key: str(value) for key, value in flatten(config.to_dict()).items()}
 
 
-def describe_base(settings: dict[str, Any]) -> dict[str, str]:
+def describe_base(model: ModelSpec) -> dict[str, str]:
     """The base: its config, its commit where it is of the hub, the sizes of its files where it
     is a folder.
     """
-    config = load_config(
-        settings["path"],
-        revision=settings["revision"],
-        trust_remote_code=settings["trust_remote_code"],
-    )
-    files = sorted(needed_files(settings["path"], settings["revision"]).items())
+    config = model.load_config()
+    files = sorted(needed_files(model.path, model.revision).items())
     described = hashlib.sha256(repr((config.to_json_string(), files)).encode()).hexdigest()[:12]
     commit = getattr(config, "_commit_hash", None)
     return {"the base's config and sizes of files": described} | (

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lorakit.config.schema import RunConfig
 from lorakit.errors import CheckpointError, ConfigError, report
 from lorakit.launch.slurm import FOLDER as JOBS_FOLDER
 from lorakit.model.load import BUNDLED
@@ -56,7 +57,7 @@ FREE_KEYS = (
 ADDED_KEYS: dict[str, Any] = {}
 
 
-def find_run_to_resume(config: dict[str, Any], root: Path, experiment: str) -> Run | None:
+def find_run_to_resume(config: RunConfig, experiment: str) -> Run | None:
     """Return the run that goes on, or None for a new one; called before anything is read, too.
 
     Raises:
@@ -64,9 +65,8 @@ def find_run_to_resume(config: dict[str, Any], root: Path, experiment: str) -> R
         CheckpointError: the run to continue is missing or finished, or the name of a new one is
             taken.
     """
-    resume, name = config["resume"], config["run"]
-    if resume not in (True, False, "auto"):
-        raise ConfigError(f"resume={resume} is unknown; choose true, false or auto")
+    config.check_resume()
+    resume, name, root = config.resume, config.run, config.runs_folder
     if name is not None and (
         "/" in str(name)
         or "=" in str(name)
@@ -92,8 +92,7 @@ def find_run_to_resume(config: dict[str, Any], root: Path, experiment: str) -> R
 
 
 def choose_run(
-    config: dict[str, Any],
-    root: Path,
+    config: RunConfig,
     *,
     experiment: str,
     data_fingerprint: str,
@@ -110,24 +109,24 @@ def choose_run(
         CheckpointError: as ``find_run_to_resume``, or the run was made from another config or other
             data.
     """
-    config = _with_absolute_paths(config)
-    run = find_run_to_resume(config, root, experiment)
+    run = find_run_to_resume(config, experiment)
     if run is not None:
-        _check_same(run, config, data_fingerprint, resolved)
+        _check_same(run, config.to_dict(), data_fingerprint, resolved)
         return run, True
+    settings, root = _with_absolute_paths(config.to_dict()), config.runs_folder
     info = {
         "experiment": experiment,
-        "base": config["model"]["path"],
+        "base": settings["model"]["path"],
         "data_fingerprint": data_fingerprint,
         **facts,
     }
     info["resolved"] = resolved
-    chosen = str(config["run"]) if config["run"] else free_name(root, experiment)
+    chosen = str(config.run) if config.run else free_name(root, experiment)
     return (
         create_run(
             root,
             chosen,
-            config_text=config_text(config, root / chosen),
+            config_text=config_text(settings, root / chosen),
             info={**info, **describe_environment()},
         ),
         False,

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import yaml
 
-from lorakit.config.instantiate import Config
 from lorakit.config.paths import conf_dir
+from lorakit.config.schema import RunConfig
+from lorakit.config.settings import Component
 from lorakit.errors import ConfigError
 from lorakit.model.families import row_sharing_problem
 from lorakit.planner.step_plan import StepPlan
@@ -29,42 +30,43 @@ def choose_strategy(
     accelerator: str,
     world: World,
     say: Callable[[str], Any],
-) -> Config:
+) -> Component:
     """Return the strategy's settings; ``auto`` is made a choice for processes of ``there`` bytes,
     which is said with its reason.
 
     Raises:
         ConfigError: strategy, adapter and optimiser do not go together.
     """
-    settings, planned = plan.config["strategy"], plan.planned
-    parts = settings.get("sequence_parallel", 1)
+    strategy, planned, parts = plan.config.strategy, plan.planned, plan.config.sequence_parallel
     check_parts(parts, world.size)
     if parts > 1:
         _check_row_sharing(plan.config, plan.skeleton, parts)
-    if settings["_target_"] == "auto":
+    if strategy.target == "auto":
         name, reason = _choose(
             plan, there=there, precision=precision, accelerator=accelerator, world=world
         )
-        settings = yaml.safe_load(
-            (conf_dir() / "strategy" / f"{name}.yaml").read_text(encoding="utf-8")
-        ) | ({} if name == "single" else {"sequence_parallel": parts})
+        strategy = Component.from_dict(
+            yaml.safe_load((conf_dir() / "strategy" / f"{name}.yaml").read_text(encoding="utf-8"))
+        )
+        if name != "single":
+            strategy = strategy.with_arguments(sequence_parallel=parts)
         if world.size > 1:
             say(f"strategy=auto: {name} ({reason})")
-    if settings.get("stage") == 3 and planned.target_parameters:
+    if strategy.get("stage") == 3 and planned.target_parameters:
         raise ConfigError(
             f"ZeRO-3 does not work with an adapter on {planned.target_parameters[0]}, which PEFT's"
             " own layer folds into the base at every step; set strategy=zero2, or leave it out of"
             " lora.targets"
         )
-    return settings
+    return strategy
 
 
-def _check_row_sharing(config: Config, skeleton: Any, parts: int) -> None:
-    attention = config["model"]["attention"]
+def _check_row_sharing(config: RunConfig, skeleton: Any, parts: int) -> None:
+    attention = config.model.attention
     attention = skeleton.config._attn_implementation if attention == "auto" else attention
     problem = f"it needs model.attention=sdpa, not {attention}" if attention != "sdpa" else None
     if problem := problem or row_sharing_problem(
-        skeleton.config, parts, config["data"]["max_tokens"]
+        skeleton.config, parts, config.data.rendering.max_tokens
     ):
         raise ConfigError(
             f"strategy.sequence_parallel={parts} does not work for this model: {problem}; set it"
@@ -72,14 +74,16 @@ def _check_row_sharing(config: Config, skeleton: Any, parts: int) -> None:
         )
 
 
-def refuse_unless_elementwise(make: Callable[..., torch.optim.Optimizer], settings: Config) -> None:
+def refuse_unless_elementwise(
+    make: Callable[..., torch.optim.Optimizer], strategy: Component
+) -> None:
     """ZeRO gives an optimiser flat parts of tensors: one that looks at whole matrices would compute
     something else, silently.
 
     Raises:
         ConfigError: two steps on a matrix differ from the same steps on its halves, flattened.
     """
-    if "stage" not in settings:
+    if strategy.get("stage") is None:
         return
     generator = torch.Generator().manual_seed(0)
     values, gradients = (torch.randn(2, 6, 4, generator=generator) for _ in range(2))

@@ -4,13 +4,18 @@ data, never instantiated.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import CheckpointError
 from lorakit.runs.folder import Run
+
+if TYPE_CHECKING:
+    from lorakit.data.datamodule import LoRADataModule
+    from lorakit.model.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -23,16 +28,18 @@ class Trained:
     trust_remote_code: bool = False
 
     @property
-    def base(self) -> str:
-        return str(self.config["model"]["path"])
+    def model(self) -> ModelSpec:
+        """The base, as the run had it."""
+        from lorakit.model.spec import ModelSpec
 
-    @property
-    def model_options(self) -> dict[str, Any]:
-        """What decides which model the base is."""
-        return {
-            "revision": self.config["model"].get("revision"),
-            "trust_remote_code": self.trust_remote_code,
-        }
+        settings = self.config["model"]
+        return ModelSpec(
+            str(settings["path"]),
+            revision=settings.get("revision"),
+            attention=settings.get("attention", "auto"),
+            trust_remote_code=self.trust_remote_code,
+            add_tokens=settings.get("add_tokens"),
+        )
 
     @property
     def step(self) -> int | None:
@@ -47,16 +54,6 @@ class Trained:
         )
 
     @property
-    def add_tokens(self) -> list[str] | None:
-        """The tokens that the run added."""
-        return self.config["model"].get("add_tokens")
-
-    @property
-    def model_settings(self) -> dict[str, Any]:
-        """The same, with the base's name."""
-        return {"path": self.base, **self.model_options}
-
-    @property
     def pixel_bounds(self) -> tuple[int | None, int | None]:
         """Between how many pixels the run scaled its images, where it did not leave that to the
         model's processor.
@@ -68,45 +65,34 @@ class Trained:
         """The template that the run brought, None where it took the tokenizer's own."""
         return str(self.run.chat_template) if self.run.chat_template.is_file() else None
 
+    def open_rows(self, **changes: Any) -> LoRADataModule:
+        """The run's DataModule with some keys of ``data`` changed, nothing read yet."""
+        from lorakit.config.settings import Component
+
+        keywords = {**self.config["data"], "chat_template": self.chat_template, **changes}
+        target = keywords.pop("_target_")
+        if keywords.get("tokens_per_batch") == "auto":
+            keywords["tokens_per_batch"] = None
+        made: LoRADataModule = Component(target, keywords).build("data")
+        return made
+
     def load_tokenizer(self) -> Any:
         """The base's tokenizer, with the run's chat template."""
         from lorakit.data.render.templates import use_template
-        from lorakit.model.load import load_tokenizer
 
-        tokenizer = load_tokenizer(self.base, add_tokens=self.add_tokens, **self.model_options)
+        tokenizer = self.model.load_tokenizer()
         if self.chat_template:
             use_template(tokenizer, self.chat_template)
         return tokenizer
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer to ``folder`` where it is not the base's as it stands."""
-        if self.chat_template or self.add_tokens:
+        if self.chat_template or self.model.add_tokens:
             self.load_tokenizer().save_pretrained(folder)
 
-    def load_config(self) -> Any:
-        """The base's transformers config."""
-        from lorakit.model.load import load_config
-
-        return load_config(self.base, **self.model_options)
-
-    def load_skeleton(self) -> Any:
-        """The base on the meta device: every shape, no weight."""
-        from lorakit.model.load import load_skeleton
-
-        return load_skeleton(self.base, add_tokens=self.add_tokens, **self.model_options)
-
-    def load_base(self, dtype: str, *, device: str | None = None, attention: str = "auto") -> Any:
-        """The base, frozen."""
-        from lorakit.model.load import load_model
-
-        return load_model(
-            self.base,
-            dtype=dtype,
-            attention=attention,
-            device=device,
-            add_tokens=self.add_tokens,
-            **self.model_options,
-        )
+    def load_base(self, dtype: str) -> Any:
+        """The base, frozen, on the CPU, whatever attention the run had."""
+        return dataclasses.replace(self.model, attention="auto").load(dtype)
 
     def load(self, *, with_adapter: bool = True) -> tuple[Any, Any]:
         """Return (model, tokenizer): float32 on CPU, bf16 on GPU."""
@@ -114,14 +100,8 @@ class Trained:
 
         from lorakit.weights.merge import attach
 
-        on_gpu = torch.cuda.is_available()
-        dtype = "bfloat16" if on_gpu else "float32"
-        tokenizer = self.load_tokenizer()
-        model = self.load_base(
-            dtype,
-            device="cuda" if on_gpu else None,
-            attention=self.config["model"].get("attention", "auto"),
-        )
+        device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else (None, "float32")
+        tokenizer, model = self.load_tokenizer(), self.model.load(dtype, device=device)
         return (attach(model, self.adapter) if with_adapter else model), tokenizer
 
 

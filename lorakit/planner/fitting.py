@@ -7,10 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
-from lorakit.config.instantiate import Config
-from lorakit.data.specs import DEFAULT_BATCH_SIZE
+from lorakit.config.schema import RunConfig
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import LoRAPlan
 from lorakit.lora.inject import plan as plan_lora
@@ -43,7 +40,7 @@ def check_memory(plan: StepPlan, strategy: str, num_processes: int, there: int) 
     if share <= WARN_SHARE:
         return memory
     changes = suggest(plan, num_processes, there)
-    if share > REFUSE_SHARE and plan.config["plan"]["enforce"]:
+    if share > REFUSE_SHARE and plan.config.plan.enforce:
         raise ConfigError(f"{needs}\n{changes}\nplan.enforce=false tries it all the same")
     log.warning("%s\n%s", needs, changes)
     return memory
@@ -78,14 +75,14 @@ def suggest(plan: StepPlan, num_processes: int, num_bytes: int) -> str:
     )
 
 
-def counts_to_plan(config: Config) -> list[int]:
+def counts_to_plan(config: RunConfig) -> list[int]:
     """The numbers of processes in ``plan.gpus`` that there can be. Raises ConfigError where
     there is none.
     """
-    parts = config["strategy"].get("sequence_parallel", 1)
-    if not (counts := [count for count in config["plan"]["gpus"] if count % parts == 0]):
+    parts = config.sequence_parallel
+    if not (counts := [count for count in config.plan.gpus if count % parts == 0]):
         raise ConfigError(
-            f"plan.gpus={config['plan']['gpus']}: strategy.sequence_parallel={parts} wants"
+            f"plan.gpus={config.plan.gpus}: strategy.sequence_parallel={parts} wants"
             f" multiples of {parts}"
         )
     return counts
@@ -107,8 +104,8 @@ def _changed_plans(plan: StepPlan, num_processes: int) -> Iterator[tuple[list[st
         changes.insert(0 if is_rank_zero else len(changes), change)
     for key, value in changes:
         made = [text for text in made if not text.startswith(f"{key}=")] + [f"{key}={value}"]
-        config = with_overrides(plan.config, made)
-        spec = dataclasses.replace(plan.planned.spec, expert_layout=config["lora"]["expert_layout"])
+        config = plan.config.with_overrides(made)
+        spec = dataclasses.replace(plan.planned.spec, expert_layout=config.lora.expert_layout)
         planned = plan.planned if spec == plan.planned.spec else plan_lora(plan.skeleton, spec)
         yield (
             made,
@@ -125,46 +122,32 @@ def _changed_plans(plan: StepPlan, num_processes: int) -> Iterator[tuple[list[st
         )
 
 
-def with_overrides(config: Config, overrides: list[str]) -> Config:
-    """``config`` with ``group.key=value`` changed."""
-    for override in overrides:
-        name, value = override.split("=", 1)
-        config = _changed(config, name.split("."), yaml.safe_load(value))
-    return config
-
-
-def _changed(config: Config, path: list[str], value: Any) -> Config:
-    name, *rest = path
-    return {**config, name: _changed(config[name], rest, value) if rest else value}
-
-
-def _changes(config: Config, planned: LoRAPlan, accelerator: str) -> list[tuple[str, Any]]:
-    data, changes = config["data"], list[tuple[str, Any]]()
-    if not config["trainer"]["activation_checkpointing"]:
+def _changes(config: RunConfig, planned: LoRAPlan, accelerator: str) -> list[tuple[str, Any]]:
+    data, changes = config.data, list[tuple[str, Any]]()
+    if not config.trainer.activation_checkpointing:
         changes.append(("trainer.activation_checkpointing", "true"))
-    rows = data["batch_size"] or (None if data["tokens_per_batch"] else DEFAULT_BATCH_SIZE)
+    rows = data.batches.rows_per_batch
     while rows and rows > 1:
         rows //= 2
         changes.append(("data.batch_size", rows))
-    shortest = (
-        (data["pack_tokens"] or data["max_tokens"]) if data["packing"] else data["max_tokens"]
-    )
-    positions = data["tokens_per_batch"] or 0
+    max_tokens = data.rendering.max_tokens
+    shortest = data.row_tokens() or max_tokens
+    positions = data.batches.tokens_per_batch or 0
     while positions >= 2 * shortest:  # less than a row is refused
         positions //= 2
         changes.append(("data.tokens_per_batch", positions))
-    if accelerator == "cuda" and config["model"]["dtype"] == "float32":
+    if accelerator == "cuda" and config.model.dtype == "float32":
         changes.append(("model.dtype", "bfloat16"))
     if planned.spec.expert_layout == "per_expert" and any(
         target.outer for target in planned.targets
     ):
         changes.append(("lora.expert_layout", "shared_outer"))
-    if data["pack_tokens"]:  # not less than max_tokens, which it is when it is not set
+    if data.batches.pack_tokens:  # not less than max_tokens, which it is when it is not set
         changes.append(("data.pack_tokens", "null"))
-    tokens = data["max_tokens"]
+    tokens = max_tokens
     while tokens >= 1024:
         tokens //= 2
         changes.append(("data.max_tokens", tokens))
-        if data["tokens_per_batch"]:  # else there would be more of the shorter rows
+        if data.batches.tokens_per_batch:  # else there would be more of the shorter rows
             changes.append(("data.tokens_per_batch", tokens))
     return changes

@@ -14,12 +14,12 @@ import torch
 import yaml
 from rich.console import Console
 
-from lorakit.config.instantiate import import_target
 from lorakit.config.paths import conf_dir
+from lorakit.config.schema import RunConfig
+from lorakit.config.settings import Component
 from lorakit.data.examples import DatasetReport
 from lorakit.data.specs import DEFAULT_BATCH_SIZE
 from lorakit.lora.inject import LoRAPlan
-from lorakit.loss.inputs import inputs_of
 from lorakit.model.vision import find_tower
 from lorakit.planner.fake_images import SampleShapes
 from lorakit.planner.memory import (
@@ -38,7 +38,6 @@ from lorakit.strategy.world import World, all_gather_object, current_world
 from lorakit.training.precision import base_dtype
 
 log = logging.getLogger("lorakit")
-Config = dict[str, Any]
 
 
 # What was traced of a model without weights: whoever chooses settings, and then plans the run, asks
@@ -58,7 +57,7 @@ class StepPlan:
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         skeleton: Any,
         planned: LoRAPlan,
         *,
@@ -103,10 +102,10 @@ class StepPlan:
     def memory(self, strategy: str, num_processes: int) -> Memory:
         """What each process holds under ``strategy``, one of ``STRATEGIES``."""
         settings = Settings(
-            accumulates=self.config["trainer"]["accumulate_grad_batches"] > 1,
+            accumulates=self.config.trainer.accumulate_grad_batches > 1,
             is_cuda=self.accelerator == "cuda",
             keeps_products=self._keeps_products,
-            **_zero_settings(strategy, self.config["strategy"]),
+            **_zero_settings(strategy, self.config.strategy),
         )
         memory = memory_of(strategy, num_processes, self.trace, settings)
         most = max(memory.activations, self.evaluation_bytes - memory.head)
@@ -198,40 +197,28 @@ def _at_work() -> contextlib.AbstractContextManager[Any]:
 
 
 def step_shape(
-    config: Config, *, accelerator: str, precision: str, rows: SampleShapes | None = None
+    config: RunConfig, *, accelerator: str, precision: str, rows: SampleShapes | None = None
 ) -> StepShape:
     """The largest micro-batch that a run of ``config`` will see."""
-    data, trainer, rows = config["data"], config["trainer"], rows or SampleShapes()
-    num_positions = data["pack_tokens"] or data["max_tokens"] * (2 if is_of_pairs(config) else 1)
-    if not data["packing"]:
-        num_positions = min(data["max_tokens"], rows.longest or 1 << 62)
-    num_rows = rows_each(config) * (data["batch_size"] or DEFAULT_BATCH_SIZE)
-    if not data["packing"]:
+    batches, rows, parts = config.data.batches, rows or SampleShapes(), config.sequence_parallel
+    max_tokens = config.data.rendering.max_tokens
+    num_positions = config.row_tokens or min(max_tokens, rows.longest or 1 << 62)
+    num_rows = config.rows_per_example * (batches.batch_size or DEFAULT_BATCH_SIZE)
+    if not batches.packing:
         num_rows = min(num_rows, rows.count or num_rows)
-    if data["tokens_per_batch"]:
-        num_rows = max(1, data["tokens_per_batch"] // num_positions)
-    parts = config["strategy"].get("sequence_parallel", 1)
+    if batches.tokens_per_batch:
+        num_rows = max(1, batches.tokens_per_batch // num_positions)
     return StepShape(
         num_rows=num_rows,
         num_positions=-(-num_positions // parts),
         parts=parts,
-        dtype=base_dtype(config["model"]["dtype"], precision),
+        dtype=base_dtype(config.model.dtype, precision),
         precision=precision,
         device=accelerator,
-        checkpointing=trainer["activation_checkpointing"],
-        attention=config["model"]["attention"],
+        checkpointing=config.trainer.activation_checkpointing,
+        attention=config.model.attention,
         image_tokens=rows.images_in(num_rows, num_positions) if parts == 1 else (),
     )
-
-
-def rows_each(config: Config) -> int:
-    """Rows of a batch for each row of the data: two where it is a pair and nothing is packed."""
-    return 2 if is_of_pairs(config) and not config["data"]["packing"] else 1
-
-
-def is_of_pairs(config: Config) -> bool:
-    """Whether the run's loss is one of pairs."""
-    return inputs_of(import_target(config["loss"]["_target_"], "loss")).is_of_pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,21 +231,21 @@ class Pass:
     num_kept: int = 0
 
 
-def passes_without_gradients(config: Config, training: StepShape, rows: SampleShapes) -> list[Pass]:
+def passes_without_gradients(
+    config: RunConfig, training: StepShape, rows: SampleShapes
+) -> list[Pass]:
     """Return the evaluation and the sampling of a run of ``config``, those of them that have more
     positions than a step.
 
     Args:
         rows: how large the rows are that are evaluated.
     """
-    data, samples = config["data"], (config.get("callbacks") or {}).get("samples") or {}
-    if not (data["val_path"] or data["val_fraction"]):
+    data, samples = config.data, config.callbacks.get("samples") or Component("", {})
+    if not (data.rows.val_path or data.rows.val_fraction):
         return []
-    num_positions, most = (
-        min(data["max_tokens"], rows.longest or 1 << 62),
-        data["val_rows"] or 1 << 62,
-    )
-    num_rows = rows_each(config) * min(data["val_batch_size"] or 0, most)
+    num_positions = min(data.rendering.max_tokens, rows.longest or 1 << 62)
+    most = data.rows.val_rows or 1 << 62
+    num_rows = config.rows_per_example * min(data.batches.val_batch_size or 0, most)
     asked = len(samples.get("prompts") or ()) or min(samples.get("num_prompts", 0), most)
     num_prompts = min(asked, MAX_BATCH)
     kept = num_prompts * (num_positions + samples.get("max_tokens", 0))
@@ -293,11 +280,11 @@ def row_sizes(report: DatasetReport | None) -> SampleShapes:
     return SampleShapes(report.longest, report.largest_image, report.image_share, count)
 
 
-def row_sizes_without_data(config: Config, skeleton: Any) -> SampleShapes:
+def row_sizes_without_data(config: RunConfig, skeleton: Any) -> SampleShapes:
     """Of rows that nobody has named yet: full of images of ``data.max_pixels``, where that is
     set and the model takes images.
     """
-    most, vision = config["data"]["max_pixels"], getattr(skeleton.config, "vision_config", None)
+    most, vision = config.data.images.max_pixels, getattr(skeleton.config, "vision_config", None)
     if not most or vision is None or find_tower(skeleton) is None:
         return SampleShapes()
     return SampleShapes(
@@ -327,12 +314,11 @@ def agree_on_memory(gigabytes: float | None, accelerator: str, world: World) -> 
     return min(all_gather_object(memory_there(accelerator, world.local_size)))
 
 
-def name_of(strategy: Config) -> str:
+def name_of(strategy: Component) -> str:
     """The name of the file in conf/strategy that ``strategy`` is, as far as memory is concerned."""
-    if "stage" in strategy:
-        offloads = strategy["stage"] == 3 and strategy.get("offload")
-        return f"zero{strategy['stage']}{'_offload' if offloads else ''}"
-    return "single" if strategy["_target_"].endswith("single") else "ddp"
+    if stage := strategy.get("stage"):
+        return f"zero{stage}{'_offload' if stage == 3 and strategy.get('offload') else ''}"
+    return "single" if strategy.target.endswith("single") else "ddp"
 
 
 def describe(memory: Memory) -> str:
@@ -341,7 +327,7 @@ def describe(memory: Memory) -> str:
     return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts if size >= 5e7)
 
 
-def _zero_settings(strategy: str, chosen: Config) -> Config:
+def _zero_settings(strategy: str, chosen: Component) -> dict[str, Any]:
     """The sizes that the config sets for ``strategy``, of another one what its file says."""
     if not strategy.startswith("zero"):
         return {}
@@ -350,5 +336,5 @@ def _zero_settings(strategy: str, chosen: Config) -> Config:
     )
     stage = {"stage", "offload"}
     if {k: chosen.get(k) for k in stage} == {k: found.get(k) for k in stage}:
-        found = {**found, **chosen}
+        found = {**found, **chosen.arguments}
     return {key: found[key] for key in ("bucket_elements", "live_elements") if key in found}

@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from program import REPOSITORY
 
-from lorakit.config.schema import check_settings
+from lorakit.config.schema import RunConfig
 from lorakit.model.load import skeleton_of
 from lorakit.planner.presets import preset_config
 
@@ -44,7 +44,7 @@ def shapes(name: str) -> Any:
     return skeleton_of(config)
 
 
-def config_of(*overrides: str) -> dict[str, Any]:
+def config_of(*overrides: str) -> RunConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
         found = compose(
@@ -52,5 +52,4 @@ def config_of(*overrides: str) -> dict[str, Any]:
         )
     OmegaConf.update(found, "paths.run", "z")
     plain: Any = OmegaConf.to_container(found, resolve=True)
-    check_settings(plain)
-    return plain
+    return RunConfig.from_dict(plain)

@@ -105,9 +105,7 @@ def test_the_choice_fits_and_is_the_fastest_that_does(
     config, chosen = choose(config_of(), known, said.append)
     assert set(KEYS) <= set(chosen) and expected.items() <= chosen.items(), chosen
     assert all("auto: " in line and line.endswith(")") for line in said) and len(said) == 4
-    from lorakit.pipeline.build import build_spec
-
-    planned = plan(skeleton, build_spec(config))
+    planned = plan(skeleton, config.lora_with_tokens)
     assert planned.num_params * 2 <= FILE_BYTES and planned.spec.rank in RANKS
     taken = (
         build_step_plan(config, skeleton, planned, accelerator="cuda", precision="bf16-mixed")
@@ -117,8 +115,9 @@ def test_the_choice_fits_and_is_the_fastest_that_does(
     assert taken <= 0.9 * gigabytes * 1e9
     # keeping them would not have fitted, with 2,048 positions or more
     if chosen["trainer.activation_checkpointing"]:
-        trainer = {**config["trainer"], "activation_checkpointing": False}
-        keeps = {**config, "trainer": trainer, "data": {**config["data"], "tokens_per_batch": 4096}}
+        keeps = config.with_values(
+            {"trainer.activation_checkpointing": False, "data.tokens_per_batch": 4096}
+        )
         plan_kept = build_step_plan(
             keeps, skeleton, planned, accelerator="cuda", precision="bf16-mixed"
         )
@@ -135,7 +134,7 @@ def test_what_is_set_stays_and_what_is_known_from_before_too() -> None:
         "trainer.activation_checkpointing=true",
     )
     config, chosen = choose(config_of(*overrides), known, lambda text: None)
-    assert config["lora"]["rank"] == 5 and config["trainer"]["accumulate_grad_batches"] == 3
+    assert config.lora.rank == 5 and config.trainer.accumulate_grad_batches == 3
     assert set(chosen) == {
         "lora.expert_layout",
         "data.tokens_per_batch",

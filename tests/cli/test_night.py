@@ -12,7 +12,7 @@ from chat_models import config_of, shapes
 from program import REPOSITORY
 
 from lorakit.lora.inject import plan
-from lorakit.pipeline.build import build_spec, build_step_plan
+from lorakit.pipeline.build import build_step_plan
 
 NIGHT_SECONDS = 8 * 3600
 
@@ -100,7 +100,7 @@ def test_memory_and_operations_are_what_the_planner_says(entry: Entry) -> None:
     step = build_step_plan(
         config,
         skeleton,
-        plan(skeleton, build_spec(config)),
+        plan(skeleton, config.lora),
         accelerator=accelerator,
         precision="bf16-mixed",
     )

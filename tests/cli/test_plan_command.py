@@ -15,7 +15,9 @@ from rich.console import Console
 from small import SMALL
 from transformers import AutoConfig
 
-from lorakit.data.datamodule import LoRADataModule
+from lorakit.config.resolve import to_plain
+from lorakit.config.schema import RunConfig
+from lorakit.config.settings import Component
 from lorakit.errors import ConfigError
 from lorakit.lora.inject import plan
 from lorakit.lora.spec import LoRASpec
@@ -108,10 +110,9 @@ def test_a_user_may_insist(lorakit: Call, tmp_path: Path, caplog: pytest.LogCapt
     assert "this run needs" in caplog.text + err
 
 
-def config_of(**changes: Any) -> dict[str, Any]:
+def config_of(**changes: Any) -> RunConfig:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
 
     from lorakit.config.paths import conf_dir
 
@@ -124,16 +125,13 @@ def config_of(**changes: Any) -> dict[str, Any]:
                 *(f"{key}={value}" for key, value in changes.items()),
             ],
         )
-    plain: Any = OmegaConf.to_container(composed, resolve=False)
-    plain["data"]["seed"] = plain["lora"]["seed"] = 0
-    return plain
+    return RunConfig.from_dict(to_plain(composed))
 
 
 def step_plan(num_longest: int | None = None, accelerator: str = "cpu", **changes: Any) -> StepPlan:
     skeleton = load_skeleton("tiny")
     planned = plan(skeleton, LoRASpec(rank=8))
-    config = config_of(**changes)
-    config["lora"]["rank"] = 8
+    config = config_of(**changes).with_values({"lora.rank": 8})
     return build_step_plan(
         config,
         skeleton,
@@ -154,16 +152,15 @@ def test_the_largest_micro_batch_is_planned() -> None:
         ).num_positions
         == 40
     )
-    data = {
-        **config["data"],
-        "packing": True,
-        "pack_tokens": 512,
-        "batch_size": None,
-        "tokens_per_batch": 2048,
-    }
-    shape = step_shape(
-        {**config, "data": data}, accelerator="cpu", precision="bf16-mixed", rows=SampleShapes(40)
+    config = config.with_values(
+        {
+            "data.packing": True,
+            "data.pack_tokens": 512,
+            "data.batch_size": None,
+            "data.tokens_per_batch": 2048,
+        }
     )
+    shape = step_shape(config, accelerator="cpu", precision="bf16-mixed", rows=SampleShapes(40))
     assert (shape.num_rows, shape.num_positions, shape.dtype) == (4, 512, "bfloat16")
 
 
@@ -252,9 +249,7 @@ def test_what_is_suggested_is_accepted_and_makes_the_batch_smaller(changes: dict
     found = step_plan(**changes)
     sizes = [found.shape.num_rows * found.shape.num_positions]
     for made, changed in fitting._changed_plans(found, 1):
-        data = {key: value for key, value in changed.config["data"].items() if key != "_target_"}
-        # refuses what cannot be
-        LoRADataModule(**{**data, "path": "pig_latin/train", "val_path": None, "val_rows": None})
+        changed.config.data.check_sizes()  # refuses what cannot be
         sizes.append(changed.shape.num_rows * changed.shape.num_positions)
         assert sizes[-1] <= sizes[-2], made
     assert sizes[-1] == 512
@@ -280,18 +275,22 @@ def test_several_processes_take_the_first_strategy_that_fits() -> None:
 def test_strategies_have_their_files_names() -> None:
     assert (
         name_of(
-            {"_target_": "lorakit.strategy.deepspeed.ZeroStrategy", "stage": 3, "offload": True}
+            Component.from_dict(
+                {"_target_": "lorakit.strategy.deepspeed.ZeroStrategy", "stage": 3, "offload": True}
+            )
         )
         == "zero3_offload"
     )
     assert (
         name_of(
-            {"_target_": "lorakit.strategy.deepspeed.ZeroStrategy", "stage": 2, "offload": True}
+            Component.from_dict(
+                {"_target_": "lorakit.strategy.deepspeed.ZeroStrategy", "stage": 2, "offload": True}
+            )
         )
         == "zero2"
     )
-    assert name_of({"_target_": "lorakit.strategy.ddp.AdapterDDP"}) == "ddp"
-    assert name_of({"_target_": "lorakit.strategy.single.single"}) == "single"
+    assert name_of(Component.from_dict({"_target_": "lorakit.strategy.ddp.AdapterDDP"})) == "ddp"
+    assert name_of(Component.from_dict({"_target_": "lorakit.strategy.single.single"})) == "single"
 
 
 def test_auto_goes_by_the_size_of_the_base_where_no_plan_can_be_made(

@@ -15,12 +15,13 @@ import torch
 import transformers
 import yaml
 
-from lorakit.cli.train import to_plain
 from lorakit.config.paths import conf_dir
+from lorakit.config.resolve import to_plain
+from lorakit.config.schema import RunConfig
 from lorakit.lora.inject import plan, to_peft_config
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.load import model_class, skeleton_of
-from lorakit.pipeline.build import build_spec, build_step_plan
+from lorakit.pipeline.build import build_step_plan
 from lorakit.planner.presets import preset_config
 from lorakit.planner.step_plan import StepPlan, row_sizes_without_data
 
@@ -169,9 +170,9 @@ def _step_plan() -> StepPlan:
             "train",
             overrides=["experiment=qwen3_vl_30b_a3b", "data.path=none", "trainer.accelerator=cuda"],
         )
-    config = to_plain(composed)
-    skeleton = skeleton_of(preset_config(config["model"]["path"]))
-    planned = plan(skeleton, build_spec(config))
+    config = RunConfig.from_dict(to_plain(composed))
+    skeleton = skeleton_of(preset_config(config.model.path))
+    planned = plan(skeleton, config.lora)
     rows = row_sizes_without_data(config, skeleton)
     return build_step_plan(
         config, skeleton, planned, accelerator="cuda", precision="bf16-mixed", rows=rows
