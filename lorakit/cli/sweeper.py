@@ -16,6 +16,7 @@ from lorakit.cli.overrides import as_typed, quote_path
 from lorakit.config.check import check_group
 from lorakit.config.settings import OptunaSettings, WandbSettings
 from lorakit.errors import ConfigError, report
+from lorakit.extras import require
 from lorakit.sweep.space import Choice, Range, Space, check_range
 from lorakit.sweep.study import Trial
 
@@ -27,6 +28,7 @@ _OF_ONE_RUN = ("run", "resume", "sweep.trial")
 
 def run_trials_of(sweeper: OptunaSweeper, arguments: list[str]) -> None:
     """Run trials until there are enough. Raises LorakitError."""
+    require("optuna")
     from lorakit.pipeline.trials import run_trials
 
     plain, space, others = prepare(sweeper, arguments, OptunaSettings)

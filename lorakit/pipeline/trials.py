@@ -10,7 +10,6 @@ from typing import Any
 
 from lorakit.config.instantiate import import_target, instantiate
 from lorakit.errors import ConfigError, LorakitError
-from lorakit.extras import require
 from lorakit.pipeline.resume import FREE_KEYS
 from lorakit.runs.folder import History, flatten
 from lorakit.sweep.space import Space
@@ -31,7 +30,6 @@ def run_trials(
     Raises:
         LorakitError: the sweep cannot be run, or none of its trials can work.
     """
-    require("optuna")
     _refuse_elsewhere(plain)
     study = _open(plain, space, folder)
     try:
