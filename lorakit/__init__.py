@@ -9,7 +9,7 @@ import importlib
 import os
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # OpenMP (GNU's, torch's on Linux) reads this when torch is loaded. By default a thread that has
 # done its part of a product waits awake for 3 ms, which takes the time of whatever else runs on the
