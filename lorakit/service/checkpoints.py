@@ -7,6 +7,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import datetime
+import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -14,15 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 import torch
 
 from lorakit.errors import CheckpointError
 from lorakit.lora.flat_parameters import FlatParameters
 from lorakit.runs.files import recover
-from lorakit.service.database import Checkpoint, Database, now, parse_path
+from lorakit.service.database import Checkpoint, Database, now
 from lorakit.weights.trained_state import SavedState, open_trained_state, save_trained_state
 
 LOCAL_OWNER = "local"  # may name folders, too
+KINDS = ("weights", "sampler_weights", "external_weights")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class SaveOptions:
 
 
 class CheckpointRegistry:
-    """The checkpoints of a store."""
+    """The checkpoints of a database's runs: the only code that touches their rows and folders."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -77,7 +81,7 @@ class CheckpointRegistry:
                 expires=_after(wanted.ttl_seconds),
                 user_metadata=dict(wanted.user_metadata or {}),
             )
-            self._database.add_checkpoint(saved)
+            self._database.add(saved)
             return saved
 
     @contextlib.contextmanager
@@ -102,7 +106,7 @@ class CheckpointRegistry:
         """
         with self._locks[run_id]:
             folder = self._folder(run_id, kind, name)
-            if self._database.find_checkpoint(run_id, kind, name) is None or not folder.is_dir():
+            if self.get(run_id, kind, name) is None or not folder.is_dir():
                 raise CheckpointError(f"there is no checkpoint tinker://{run_id}/{kind}/{name}")
             yield folder
 
@@ -124,7 +128,7 @@ class CheckpointRegistry:
         """Return what is known of a checkpoint. Raises CheckpointError where there is none."""
         run_id, kind, name = parse_path(path)
         self._database.run(run_id, owner)
-        if (found := self._database.find_checkpoint(run_id, kind, name)) is None:
+        if (found := self.get(run_id, kind, name)) is None:
             raise CheckpointError(f"there is no checkpoint {path}")
         return found
 
@@ -135,7 +139,7 @@ class CheckpointRegistry:
         with self._locks[parse_path(path)[0]]:
             found = self.find(path, owner)
             found.expires = _after(seconds)
-            self._database.add_checkpoint(found)
+            self._database.add(found)
             return found
 
     def delete(self, path: str, owner: str) -> None:
@@ -145,24 +149,66 @@ class CheckpointRegistry:
 
     def delete_expired(self) -> None:
         """Remove checkpoints whose time is over."""
-        for run_id in {checkpoint.run_id for checkpoint in self._database.expired()}:
+        for run_id in {checkpoint.run_id for checkpoint in self._expired()}:
             with self._locks[run_id]:
                 # read again: one may have been written over
-                for checkpoint in self._database.expired():
+                for checkpoint in self._expired():
                     if checkpoint.run_id == run_id:
                         self._remove(checkpoint)
 
+    def get(self, run_id: str, kind: str, name: str) -> Checkpoint | None:
+        """Return what is known of a checkpoint, whoever owns it, or None."""
+        with self._database.session() as session:
+            return session.get(Checkpoint, (run_id, kind, name))
+
+    def of_runs(self, run_ids: list[str]) -> list[Checkpoint]:
+        """Return the checkpoints of these runs, last first."""
+        with self._database.session() as session:
+            wanted = sa.select(Checkpoint).where(Checkpoint.run_id.in_(run_ids))
+            return list(session.scalars(wanted.order_by(Checkpoint.created.desc())))
+
+    def _expired(self) -> list[Checkpoint]:
+        with self._database.session() as session:
+            return list(session.scalars(sa.select(Checkpoint).where(Checkpoint.expires < now())))
+
     def _remove(self, checkpoint: Checkpoint) -> None:
-        self._database.forget_checkpoint(checkpoint)
+        with self._database.session() as session:
+            session.execute(
+                sa.delete(Checkpoint).filter_by(
+                    run_id=checkpoint.run_id, kind=checkpoint.kind, name=checkpoint.name
+                )
+            )
         shutil.rmtree(
             self._folder(checkpoint.run_id, checkpoint.kind, checkpoint.name), ignore_errors=True
         )
 
     def _folder(self, run_id: str, kind: str, name: str) -> Path:
-        folder = self._database.checkpoint_folder(run_id, kind, name)
+        check_name(name)
+        root = self._database.folder / "checkpoints"
+        folder = root / run_id.replace(":", "_") / kind / name
         if folder.parent.is_dir():
             recover(folder.parent)
         return folder
+
+
+def check_name(name: str) -> None:
+    """Raise CheckpointError for a name of a checkpoint that a folder cannot have."""
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(
+            f"{name!r} cannot be a checkpoint's name: up to 128 letters, digits and _.=+- it may"
+            " have, the first a letter, a digit or _"
+        )
+
+
+def parse_path(path: str) -> tuple[str, str, str]:
+    """Return run, kind and name of ``tinker://run/kind/name``. Raises CheckpointError."""
+    parts = path.removeprefix("tinker://").split("/")
+    if not path.startswith("tinker://") or len(parts) != 3 or parts[1] not in KINDS or not parts[0]:
+        raise CheckpointError(
+            f"{path!r} is no path of a checkpoint: tinker://RUN/{{{','.join(KINDS)}}}/NAME"
+        )
+    check_name(parts[2])
+    return parts[0], parts[1], parts[2]
 
 
 def _after(seconds: int | None) -> datetime.datetime | None:

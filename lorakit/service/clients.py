@@ -492,7 +492,7 @@ class RestClient(_AsFuture):
 
     def list_checkpoints(self, training_run_id: str) -> APIFuture[list[Checkpoint]]:
         run = self._service.database.run(training_run_id, LOCAL_OWNER)
-        return _done(self._service.database.checkpoints([run.id]))
+        return _done(self._service.checkpoints.of_runs([run.id]))
 
     def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
         self._service.checkpoints.delete(tinker_path, LOCAL_OWNER)

@@ -1,9 +1,8 @@
-"""What the service remembers: runs and their checkpoints, in a database."""
+"""What the service remembers, as tables of a database."""
 
 from __future__ import annotations
 
 import datetime
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +14,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from lorakit.errors import CheckpointError
 
 Found = TypeVar("Found", bound="_Table")
-KINDS = ("weights", "sampler_weights", "external_weights")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,127}")
 
 
 class _Table(DeclarativeBase):
@@ -109,7 +106,7 @@ _NEW_RESULT = sa.insert(Result).prefix_with("OR REPLACE")
 
 
 class Database:
-    """The database and the folders of checkpoints below ``folder``."""
+    """The database in ``folder``."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
@@ -196,66 +193,10 @@ class Database:
         with self.session() as session:
             session.execute(sa.delete(Result).where(Result.finished < time))
 
-    # ---- checkpoints
-
-    def checkpoint_folder(self, run_id: str, kind: str, name: str) -> Path:
-        """Where a checkpoint lies. Raises CheckpointError for a name that could lead elsewhere."""
-        check_name(name)
-        return self.folder / "checkpoints" / run_id.replace(":", "_") / kind / name
-
-    def add_checkpoint(self, checkpoint: Checkpoint) -> None:
-        with self.session() as session:
-            session.merge(checkpoint)
-
-    def find_checkpoint(self, run_id: str, kind: str, name: str) -> Checkpoint | None:
-        with self.session() as session:
-            return session.get(Checkpoint, (run_id, kind, name))
-
-    def checkpoints(self, run_ids: list[str]) -> list[Checkpoint]:
-        """Return the checkpoints of these runs, last first."""
-        with self.session() as session:
-            wanted = sa.select(Checkpoint).where(Checkpoint.run_id.in_(run_ids))
-            return list(session.scalars(wanted.order_by(Checkpoint.created.desc())))
-
-    def expired(self) -> list[Checkpoint]:
-        """Return the checkpoints whose time is over."""
-        with self.session() as session:
-            return list(session.scalars(sa.select(Checkpoint).where(Checkpoint.expires < now())))
-
-    def forget_checkpoint(self, checkpoint: Checkpoint) -> None:
-        with self.session() as session:
-            session.execute(
-                sa.delete(Checkpoint).where(
-                    Checkpoint.run_id == checkpoint.run_id,
-                    Checkpoint.kind == checkpoint.kind,
-                    Checkpoint.name == checkpoint.name,
-                )
-            )
-
 
 def now() -> datetime.datetime:
     """The time, in UTC."""
     return datetime.datetime.now(datetime.UTC)
-
-
-def check_name(name: str) -> None:
-    """Raise CheckpointError for a name of a checkpoint that a folder cannot have."""
-    if not _NAME.fullmatch(name):
-        raise CheckpointError(
-            f"{name!r} cannot be a checkpoint's name: up to 128 letters, digits and _.=+- it may"
-            " have, the first a letter, a digit or _"
-        )
-
-
-def parse_path(path: str) -> tuple[str, str, str]:
-    """Return run, kind and name of ``tinker://run/kind/name``. Raises CheckpointError."""
-    parts = path.removeprefix("tinker://").split("/")
-    if not path.startswith("tinker://") or len(parts) != 3 or parts[1] not in KINDS or not parts[0]:
-        raise CheckpointError(
-            f"{path!r} is no path of a checkpoint: tinker://RUN/{{{','.join(KINDS)}}}/NAME"
-        )
-    check_name(parts[2])
-    return parts[0], parts[1], parts[2]
 
 
 def _set_pragmas(connection: Any, record: Any) -> None:

@@ -392,7 +392,7 @@ def test_what_is_saved_is_a_peft_folder_that_peft_loads(
     train(client, types, data, 2)
     saved = client.save_weights_for_sampler("now").result()
     run_id, kind, name = saved.path.removeprefix("tinker://").split("/")
-    folder = service._service.database.checkpoint_folder(run_id, kind, name)
+    folder = service._service.checkpoints._folder(run_id, kind, name)
     model = peft.PeftModel.from_pretrained(load_model("tiny"), str(folder)).eval()
     tokens = data[0].model_input.to_ints()
     with torch.no_grad():

@@ -21,7 +21,8 @@ from fastapi.responses import RedirectResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from lorakit.errors import AdapterError, CheckpointError
-from lorakit.service.database import Checkpoint, ClientSession, Run, SamplerRow, parse_path
+from lorakit.service.checkpoints import parse_path
+from lorakit.service.database import Checkpoint, ClientSession, Run, SamplerRow
 from lorakit.service.http.dependencies import State, User
 from lorakit.service.http.state import ServerState
 
@@ -48,7 +49,7 @@ async def list_training_runs(
 ) -> dict[str, Any]:
     """The user's runs, those that were asked something last first."""
     runs, total = state.database.runs(user, limit=limit, offset=offset)
-    saved = state.database.checkpoints([run.id for run in runs])
+    saved = state.service.checkpoints.of_runs([run.id for run in runs])
     cursor = {"offset": offset, "limit": limit, "total_count": total}
     return {"training_runs": [_run(state, run, saved) for run in runs], "cursor": cursor}
 
@@ -57,14 +58,16 @@ async def list_training_runs(
 async def get_training_run(run_id: str, state: State, user: User) -> dict[str, Any]:
     """One run, with the tokens and seconds that it has cost."""
     run = _own(state, run_id, user)
-    return _run(state, run, state.database.checkpoints([run_id]))
+    return _run(state, run, state.service.checkpoints.of_runs([run_id]))
 
 
 @router.get("/training_runs/{run_id}/checkpoints")
 async def list_checkpoints(run_id: str, state: State, user: User) -> dict[str, Any]:
     """The checkpoints of a run, last first."""
     _own(state, run_id, user)
-    return {"checkpoints": [_checkpoint(saved) for saved in state.database.checkpoints([run_id])]}
+    return {
+        "checkpoints": [_checkpoint(saved) for saved in state.service.checkpoints.of_runs([run_id])]
+    }
 
 
 @router.get("/checkpoints")
@@ -76,7 +79,7 @@ async def list_user_checkpoints(
 ) -> dict[str, Any]:
     """The checkpoints of all runs, last first."""
     runs, _ = state.database.runs(user, limit=1_000_000)
-    saved = state.database.checkpoints([run.id for run in runs])
+    saved = state.service.checkpoints.of_runs([run.id for run in runs])
     cursor = {"offset": offset, "limit": limit, "total_count": len(saved)}
     return {
         "checkpoints": [_checkpoint(one) for one in saved[offset : offset + limit]],
@@ -277,7 +280,7 @@ def _find(state: ServerState, run_id: str, kind: str, name: str, user: str) -> C
     _own(state, run_id, user)
     try:
         parse_path(f"tinker://{run_id}/{kind}/{name}")
-        found = state.database.find_checkpoint(run_id, kind, name)
+        found = state.service.checkpoints.get(run_id, kind, name)
     except (CheckpointError, AdapterError) as error:
         raise HTTPException(404, str(error)) from error
     if found is None:
@@ -331,7 +334,7 @@ def _texts(metadata: dict[str, Any]) -> dict[str, str]:
 def _check_signature(
     state: ServerState, signature: str, run_id: str, kind: str, name: str, file: str, expires: int
 ) -> None:
-    saved = state.database.find_checkpoint(run_id, kind, name)
+    saved = state.service.checkpoints.get(run_id, kind, name)
     expected = _sign(saved, file, expires) if saved is not None else ""
     if (
         not expected

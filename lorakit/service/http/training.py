@@ -13,9 +13,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from lorakit.errors import DataError
-from lorakit.service.checkpoints import SaveOptions
+from lorakit.service.checkpoints import SaveOptions, check_name
 from lorakit.service.core import Model
-from lorakit.service.database import check_name
 from lorakit.service.http import codec as wire
 from lorakit.service.http.dependencies import (
     State,
