@@ -540,8 +540,8 @@ MUTATIONS = (
     ),
     Mutation(
         "service/model_runner.py",
-        "{id(work.training_state) for work in works}) > 1",
-        "{id(work.training_state) for work in works}) > 9",
+        "{request.model_id for request in requests}) > 1",
+        "{request.model_id for request in requests}) > 9",
         ("tests/service/test_clients.py::test_an_adapter_that_is_not_finite_spoils_no_other",),
     ),
     Mutation(

@@ -28,8 +28,9 @@ from lorakit.service.custom import pull_back, with_unit_weights
 from lorakit.service.database import Checkpoint, Database, Run, now
 from lorakit.service.engine import Engine, Usage
 from lorakit.service.executor import Executor, leave
+from lorakit.service.forward_request import ForwardRequest
 from lorakit.service.training_state import TrainingState
-from lorakit.service.worker import Worker, WorkOrder
+from lorakit.service.worker import Worker
 from lorakit.strategy.world import current_world, raise_on_any_rank
 from lorakit.training.precision import resolve_accelerator
 from lorakit.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput, SamplingParams
@@ -274,7 +275,7 @@ class Service:
         ``needs_gradient`` only compute it.
         """
 
-        def order() -> WorkOrder:
+        def request() -> ForwardRequest:
             if loss_fn not in LOSSES:
                 raise DataError(f"loss_fn {loss_fn!r} is unknown; there are: {', '.join(LOSSES)}")
             loss = LOSSES[loss_fn]
@@ -290,10 +291,10 @@ class Service:
             )
             base.check_images(ready)
             model.made()
-            return WorkOrder(model.id, ready, loss_fn, knobs, needs_gradient)
+            return ForwardRequest(model.id, ready, loss_fn, knobs, needs_gradient)
 
-        return model.engine.submit_work(
-            model.id, "forward_backward" if needs_gradient else "forward", order
+        return model.engine.submit_request(
+            model.id, "forward_backward" if needs_gradient else "forward", request
         )
 
     def forward_backward_custom(
@@ -310,15 +311,13 @@ class Service:
             return self._bare(model, data)
 
         def in_two() -> ForwardBackwardOutput:
-            (found,) = engine.do(
-                "run", [WorkOrder(model.id, ready(), "cross_entropy", {}, needs_gradient=False)]
-            )
+            (found,) = engine.do("run", [ForwardRequest(model.id, ready(), needs_gradient=False)])
             if isinstance(found, BaseException):
                 raise found
             weighted, value, metrics = pull_back(
                 loss, data, [output["logprobs"] for output in found.loss_fn_outputs]
             )
-            (pulled,) = engine.do("run", [WorkOrder(model.id, weighted, "cross_entropy", {})])
+            (pulled,) = engine.do("run", [ForwardRequest(model.id, weighted)])
             if isinstance(pulled, BaseException):
                 raise pulled
             return replace(pulled, metrics={**pulled.metrics, "loss:sum": value, **metrics})
@@ -328,11 +327,11 @@ class Service:
         if is_large or self.executor.size > 1:  # a function stays in its process
             return engine.submit(model.id, name, in_two)
 
-        def order() -> WorkOrder:
+        def request() -> ForwardRequest:
             model.made()
-            return WorkOrder(model.id, ready(), "cross_entropy", {}, custom=(loss, data))
+            return ForwardRequest(model.id, ready(), custom=(loss, data))
 
-        return engine.submit_work(model.id, name, order)
+        return engine.submit_request(model.id, name, request)
 
     def forward_backward_vocabulary(
         self, model: Model, data: Sequence[Datum], function: VocabularyLoss
@@ -343,13 +342,11 @@ class Service:
         if self.executor.size > 1:
             raise ConfigError("a loss of the vocabulary runs in one process")
 
-        def order() -> WorkOrder:
+        def request() -> ForwardRequest:
             model.made()
-            return WorkOrder(
-                model.id, self._bare(model, data), "cross_entropy", {}, vocabulary=function
-            )
+            return ForwardRequest(model.id, self._bare(model, data), vocabulary=function)
 
-        return model.engine.submit_work(model.id, "forward_backward_custom", order)
+        return model.engine.submit_request(model.id, "forward_backward_custom", request)
 
     def _bare(self, model: Model, data: Sequence[Datum]) -> list[Datum]:
         """What a caller's own loss needs of ``data``: it reads the rest itself. Raises

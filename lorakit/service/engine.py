@@ -26,7 +26,8 @@ from lorakit.errors import LorakitError, TrainingError
 from lorakit.sampling.request import Request, SampledSequence
 from lorakit.service.base import Base
 from lorakit.service.executor import Executor
-from lorakit.service.worker import SampleOrder, Worker, WorkOrder
+from lorakit.service.forward_request import ForwardRequest
+from lorakit.service.worker import SampleOrder, Worker
 
 log = logging.getLogger("lorakit")
 MAX_TOGETHER = 16  # calls in one pass
@@ -53,15 +54,15 @@ class Usage:
 
 @dataclass
 class _Task:
-    """A call that waits: a WorkOrder, or anything else as a function."""
+    """A call that waits: a ForwardRequest, or anything else as a function."""
 
     model_id: str
     name: str
     number: int
-    prepare: Callable[[], WorkOrder] | None
+    prepare: Callable[[], ForwardRequest] | None
     run: Callable[[], Any] | None
     future: Future[Any] = field(default_factory=Future)
-    order: WorkOrder | None = None
+    request: ForwardRequest | None = None
 
 
 @dataclass
@@ -132,10 +133,10 @@ class Engine:
         """
         return self._put(_Task(model_id, name, next(self._numbers), None, run))
 
-    def submit_work(
-        self, model_id: str, name: str, prepare: Callable[[], WorkOrder]
+    def submit_request(
+        self, model_id: str, name: str, prepare: Callable[[], ForwardRequest]
     ) -> Future[Any]:
-        """Queue an order, which may go through the base with those of other models. ``prepare``
+        """Queue a request, which may go through the base with those of other models. ``prepare``
         is called when its turn comes.
         """
         return self._put(_Task(model_id, name, next(self._numbers), prepare, None))
@@ -342,15 +343,15 @@ class Engine:
         for task in tasks:
             if task.prepare is not None:
                 try:
-                    task.order = task.prepare()
+                    task.request = task.prepare()
                 except Exception as error:
                     _fail(task.future, error)
-        for group in self._groups([task for task in tasks if task.order is not None]):
+        for group in self._groups([task for task in tasks if task.request is not None]):
             began, passes = time.perf_counter(), self.worker.runner.num_passes
             if self.base.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.base.device)
             try:
-                outcomes = self.do("run", [task.order for task in group])
+                outcomes = self.do("run", [task.request for task in group])
             except Exception as error:
                 outcomes = [error] * len(group)
             self._log(group, time.perf_counter() - began, self.worker.runner.num_passes - passes)
@@ -379,7 +380,7 @@ class Engine:
                 for m in models
                 if m in self.worker.training_states
             ]
-            is_alone = any(t.order is not None and t.order.is_alone for t in (*last, task))
+            is_alone = any(t.request is not None and t.request.is_alone for t in (*last, task))
             if not last or is_alone or sum(ranks) > MAX_RANK_TOGETHER:
                 groups.append([])
             groups[-1].append(task)
@@ -387,7 +388,7 @@ class Engine:
 
     def _log(self, tasks: list[_Task], seconds: float, num_passes: int) -> None:
         """Log time and memory of calls, and charge each model its share by tokens."""
-        tokens = [task.order.num_tokens if task.order else 0 for task in tasks]
+        tokens = [task.request.num_tokens if task.request else 0 for task in tasks]
         for task, own in zip(tasks, tokens, strict=True):
             if task.model_id not in self.worker.training_states:
                 continue

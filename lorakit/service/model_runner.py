@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,42 +18,25 @@ import torch
 from lorakit.data.batch.collate import collate, idle_batch, join
 from lorakit.data.batch.packing import assign_batches
 from lorakit.lora.bank import AdapterBatch
-from lorakit.loss import LOSSES, Loss
+from lorakit.loss import LOSSES
 from lorakit.loss.head import as_head_adapters
 from lorakit.loss.logprobs import whole_distributions
-from lorakit.loss.vocabulary import VocabularyLoss
 from lorakit.model.vision import with_blank_image
 from lorakit.service.base import Base
+from lorakit.service.forward_request import ForwardRequest
 from lorakit.service.training_state import TrainingState
 from lorakit.strategy.world import World, all_gather_object
 from lorakit.training.step import MicroBatch, compute_losses
-from lorakit.types import Datum, ForwardBackwardOutput, TensorData
+from lorakit.types import ForwardBackwardOutput, TensorData
 
 log = logging.getLogger("lorakit")
-Entry = tuple[int, int]  # a Work, and one of its Datums
-
-
-@dataclass
-class Work:
-    """What one call asks of one adapter. ``data`` is as ``loss/inputs.py:prepare`` returns it."""
-
-    training_state: TrainingState
-    data: Sequence[Datum]
-    loss: Loss  # with its knobs
-    knobs: dict[str, float] = field(default_factory=dict)
-    needs_gradient: bool = True
-    is_whole: bool = False  # all of its data must be in one pass, by itself
-    # in the place of ``loss``; each pass is of this Work alone
-    vocabulary: VocabularyLoss | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(len, self.data))
+States = Mapping[str, TrainingState]  # by model id
+Entry = tuple[int, int]  # a request, and one of its Datums
 
 
 @dataclass
 class _Found:
-    """What passes have found for a Work so far."""
+    """What passes have found for a request so far."""
 
     logprobs: dict[int, TensorData] = field(default_factory=dict)  # by number of the Datum
     metrics: dict[str, float] = field(default_factory=dict)
@@ -74,7 +57,7 @@ class _Found:
 
 
 class ModelRunner:
-    """Runs Works on one base.
+    """Runs requests on one base.
 
     Args:
         max_tokens: positions of a pass, padding included; a Datum that is longer has a pass of its
@@ -85,42 +68,46 @@ class ModelRunner:
         self.base, self.max_tokens, self.world = base, max_tokens, world
         self.num_passes = 0
 
-    def run(self, works: Sequence[Work]) -> list[ForwardBackwardOutput | BaseException]:
-        """Return what each Work came to. Gradients are added where a Work wants them, all of
+    def run(
+        self, requests: Sequence[ForwardRequest], states: States
+    ) -> list[ForwardBackwardOutput | BaseException]:
+        """Return what each request came to. Gradients are added where a request wants them, all of
         them or, at an error, none.
         """
         try:
-            found = self._run_together(works)
+            found = self._run_together(requests, states)
         except Exception as error:
             if self.world.size > 1:
                 raise  # the others may be in the middle of it
-            if len(works) == 1:
+            if len(requests) == 1:
                 return [error]
-            log.warning("a pass of %d calls failed (%s); each is run by itself", len(works), error)
+            log.warning(
+                "a pass of %d calls failed (%s); each is run by itself", len(requests), error
+            )
             found = None
         if found is None or (
-            len({id(work.training_state) for work in works}) > 1 and not self._are_finite(found)
+            len({request.model_id for request in requests}) > 1 and not self._are_finite(found)
         ):
             # Of one adapter what is not finite must not reach another's gradient, where a gate's 0
             # times it is not 0.
-            return [outcome for work in works for outcome in self.run([work])]
-        for work, result in zip(works, found, strict=True):
-            if work.needs_gradient and result.gradients is not None:
-                work.training_state.add_gradients(result.gradients)
-        return [_output(work, result) for work, result in zip(works, found, strict=True)]
+            return [outcome for request in requests for outcome in self.run([request], states)]
+        for request, result in zip(requests, found, strict=True):
+            if request.needs_gradient and result.gradients is not None:
+                states[request.model_id].add_gradients(result.gradients)
+        return [_output(request, result) for request, result in zip(requests, found, strict=True)]
 
     def _are_finite(self, found: Sequence[_Found]) -> bool:
         return all(all_gather_object(all(result.is_finite() for result in found)))
 
-    def _run_together(self, works: Sequence[Work]) -> list[_Found]:
-        found = [_Found() for _ in works]
-        parts, world = self._cut(works), self.world
+    def _run_together(self, requests: Sequence[ForwardRequest], states: States) -> list[_Found]:
+        found = [_Found() for _ in requests]
+        parts, world = self._cut(requests), self.world
         # the same everywhere: a backward pass is of all
-        needs_gradient = any(work.needs_gradient for work in works)
+        needs_gradient = any(request.needs_gradient for request in requests)
         for first in range(0, len(parts), world.size):
             mine = parts[first + world.rank] if first + world.rank < len(parts) else []
             if mine or self.base.is_partitioned:
-                self._run_pass(works, mine, found, needs_gradient)
+                self._run_pass(requests, states, mine, found, needs_gradient)
         if world.size > 1:
             for others in all_gather_object(
                 [(result.logprobs, result.metrics) for result in found]
@@ -129,13 +116,13 @@ class ModelRunner:
                     _merge(found, others)
         return found
 
-    def _cut(self, works: Sequence[Work]) -> list[list[Entry]]:
+    def _cut(self, requests: Sequence[ForwardRequest]) -> list[list[Entry]]:
         """Share out Datums over passes, those of like length together."""
-        entries = [(w, d) for w, work in enumerate(works) for d in range(len(work.data))]
-        if any(work.is_whole for work in works):
+        entries = [(w, d) for w, request in enumerate(requests) for d in range(len(request.data))]
+        if any(request.is_whole for request in requests):
             return [entries]
-        entries.sort(key=lambda entry: len(works[entry[0]].data[entry[1]]))
-        lengths = [len(works[w].data[d]) for w, d in entries]
+        entries.sort(key=lambda entry: len(requests[entry[0]].data[entry[1]]))
+        lengths = [len(requests[w].data[d]) for w, d in entries]
         most = (
             min(self.max_tokens, -(-sum(lengths) // self.world.size))
             if self.world.size > 1
@@ -148,7 +135,8 @@ class ModelRunner:
 
     def _run_pass(
         self,
-        works: Sequence[Work],
+        requests: Sequence[ForwardRequest],
+        states: States,
         part: Sequence[Entry],
         found: list[_Found],
         needs_gradient: bool,
@@ -158,34 +146,38 @@ class ModelRunner:
             by_work.setdefault(w, []).append(d)
         base, pad = self.base, self.base.pad_token_id
         if by_work:
-            shares = [
+            micro_batches = [
                 MicroBatch(
-                    collate([[works[w].data[d]] for d in ds], pad, base.images), works[w].loss
+                    collate([[requests[w].data[d]] for d in ds], pad, base.images), requests[w].loss
                 )
                 for w, ds in by_work.items()
             ]
         else:  # a process without a pass takes part in that of the others
-            shares = [MicroBatch(idle_batch(pad), LOSSES["cross_entropy"])]
+            micro_batches = [MicroBatch(idle_batch(pad), LOSSES["cross_entropy"])]
         adapter_ids = [
-            works[w].training_state for w, datums in by_work.items() for _ in datums
-        ] or [works[0].training_state]
+            states[requests[w].model_id] for w, datums in by_work.items() for _ in datums
+        ] or [states[requests[0].model_id]]
         joined = with_blank_image(
-            base.model, join([share.batch for share in shares], pad).to(base.device)
+            base.model,
+            join([micro_batch.batch for micro_batch in micro_batches], pad).to(base.device),
         )
-        shares = [MicroBatch(share.batch.to(base.device), share.loss) for share in shares]
+        micro_batches = [
+            MicroBatch(micro_batch.batch.to(base.device), micro_batch.loss)
+            for micro_batch in micro_batches
+        ]
         adapter_batch = _adapter_batch_of(adapter_ids, joined.input_ids.shape[1], base.device)
         self.num_passes += bool(by_work)
 
         def compute() -> tuple[torch.Tensor, Any]:
             on_head = as_head_adapters(base.bank.on_head(adapter_batch, base.model.dtype))
-            if (function := works[0].vocabulary) is not None:
+            if (function := requests[0].vocabulary) is not None:
                 numbers = by_work[0]  # of the Datums in this pass
                 found = whole_distributions(
                     base.model, joined, lambda n, *rest: function(numbers[n], *rest), on_head
                 )
                 return found.loss_sum, [found]
-            outputs = compute_losses(base.model, joined, shares, on_head)
-            wanted = [works[w].needs_gradient for w in by_work] or [needs_gradient]
+            outputs = compute_losses(base.model, joined, micro_batches, on_head)
+            wanted = [requests[w].needs_gradient for w in by_work] or [needs_gradient]
             losses = [
                 output.loss_sum for output, wants in zip(outputs, wanted, strict=True) if wants
             ]
@@ -193,14 +185,17 @@ class ModelRunner:
 
         with base.bank.active(adapter_batch), torch.set_grad_enabled(needs_gradient):
             total, outputs = base.run_pass(compute)
-            for (w, datums), output, share in zip(by_work.items(), outputs, shares, strict=False):
-                _keep(found[w], works[w], datums, output, share)
+            for (w, datums), output, micro_batch in zip(
+                by_work.items(), outputs, micro_batches, strict=False
+            ):
+                _keep(found[w], requests[w], datums, output, micro_batch)
             if needs_gradient:
-                self._pull(works, by_work, total, found, adapter_ids[0])
+                self._pull(requests, states, by_work, total, found, adapter_ids[0])
 
     def _pull(
         self,
-        works: Sequence[Work],
+        requests: Sequence[ForwardRequest],
+        states: States,
         by_work: dict[int, list[int]],
         total: torch.Tensor,
         found: list[_Found],
@@ -209,11 +204,11 @@ class ModelRunner:
         """The way back. Of several Works of one adapter the first is given the gradient of all,
         which are added or dropped together.
         """
-        first_of: dict[int, int] = {}
+        first_of: dict[str, int] = {}
         for w in by_work:
-            if works[w].needs_gradient:
-                first_of.setdefault(id(works[w].training_state), w)
-        leaves = {w: works[w].training_state.adapter.leaves for w in first_of.values()} or {
+            if requests[w].needs_gradient:
+                first_of.setdefault(requests[w].model_id, w)
+        leaves = {w: states[requests[w].model_id].adapter.leaves for w in first_of.values()} or {
             -1: idle.adapter.leaves
         }
         if not total.requires_grad:
@@ -253,11 +248,17 @@ def _adapter_batch_of(
     )
 
 
-def _keep(found: _Found, work: Work, datums: Sequence[int], output: Any, share: MicroBatch) -> None:
+def _keep(
+    found: _Found,
+    request: ForwardRequest,
+    datums: Sequence[int],
+    output: Any,
+    micro_batch: MicroBatch,
+) -> None:
     logprobs = output.logprobs.float().cpu().numpy()
-    for (row, start, end), number in zip(share.batch.spans, datums, strict=True):
+    for (row, start, end), number in zip(micro_batch.batch.spans, datums, strict=True):
         own = logprobs[row, start:end]
-        shape = work.data[number].targets.shape
+        shape = request.data[number].targets.shape
         found.logprobs[number] = TensorData(
             own[:, : shape[1]] if len(shape) > 1 else own if own.ndim == 1 else own[:, 0]
         )
@@ -278,9 +279,9 @@ def _merge(
                 result.metrics[name] = result.metrics.get(name, 0.0) + value
 
 
-def _output(work: Work, found: _Found) -> ForwardBackwardOutput:
-    outputs = [{"logprobs": found.logprobs[number]} for number in range(len(work.data))]
-    knobs = {f"{name}:mean": float(value) for name, value in work.knobs.items()}
+def _output(request: ForwardRequest, found: _Found) -> ForwardBackwardOutput:
+    outputs = [{"logprobs": found.logprobs[number]} for number in range(len(request.data))]
+    knobs = {f"{name}:mean": float(value) for name, value in request.knobs.items()}
     return ForwardBackwardOutput(
-        outputs, {**found.metrics, "tokens:sum": float(work.num_tokens), **knobs}
+        outputs, {**found.metrics, "tokens:sum": float(request.num_tokens), **knobs}
     )

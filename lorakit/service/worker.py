@@ -5,7 +5,7 @@ the same to it, in the same order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,40 +14,14 @@ import torch
 from lorakit.errors import CheckpointError, ConfigError, DataError
 from lorakit.lora.bank import Adapter
 from lorakit.lora.spec import LoRASpec
-from lorakit.loss import LOSSES
-from lorakit.loss.preference import CustomLoss
-from lorakit.loss.vocabulary import VocabularyLoss
 from lorakit.sampling.request import Request, SampledSequence
 from lorakit.sampling.sampler import Sampler
 from lorakit.service.base import Base
-from lorakit.service.custom import as_loss
-from lorakit.service.model_runner import ModelRunner, Work
+from lorakit.service.forward_request import ForwardRequest
+from lorakit.service.model_runner import ModelRunner
 from lorakit.service.training_state import TrainingState
 from lorakit.strategy.world import World
-from lorakit.types import AdamParams, Datum, ForwardBackwardOutput
-
-
-@dataclass(frozen=True)
-class WorkOrder:
-    """A Work as it can be sent: the model by its id, the loss by its name."""
-
-    model_id: str
-    data: Sequence[Datum]
-    loss_fn: str
-    knobs: Mapping[str, float]
-    needs_gradient: bool = True
-    # the caller's own function; in one process only
-    custom: tuple[CustomLoss, Sequence[Datum]] | None = None
-    vocabulary: VocabularyLoss | None = None  # the same, of whole distributions
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether nothing else goes through the base with it."""
-        return self.custom is not None or self.vocabulary is not None
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(len, self.data))
+from lorakit.types import AdamParams, ForwardBackwardOutput
 
 
 @dataclass(frozen=True)
@@ -125,18 +99,12 @@ class Worker:
         """Let an adapter be what was saved. Raises CheckpointError."""
         self.training_state(model_id).load(vector, optimizer_state, num_steps)
 
-    def run(self, orders: Sequence[WorkOrder]) -> list[ForwardBackwardOutput | BaseException]:
-        """Return what each order came to."""
-        return self.runner.run([self._work(order) for order in orders])
-
-    def _work(self, order: WorkOrder) -> Work:
-        training_state, loss = self.training_state(order.model_id), LOSSES[order.loss_fn]
-        if order.custom is not None:
-            return Work(training_state, order.data, as_loss(*order.custom), is_whole=True)
-        if order.vocabulary is not None:
-            return Work(training_state, order.data, loss, vocabulary=order.vocabulary)
-        bound = functools.partial(loss, **order.knobs) if order.knobs else loss
-        return Work(training_state, order.data, bound, dict(order.knobs), order.needs_gradient)
+    def run(
+        self, requests: Sequence[ForwardRequest]
+    ) -> list[ForwardBackwardOutput | BaseException]:
+        """Return what each request came to."""
+        states = {request.model_id: self.training_state(request.model_id) for request in requests}
+        return self.runner.run(requests, states)
 
     def step(self, model_id: str, params: AdamParams) -> dict[str, float]:
         """Make an optimiser step. Raises TrainingError."""

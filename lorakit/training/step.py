@@ -74,11 +74,11 @@ class MicroBatch:
 def compute_losses(
     model: Any,
     joined: Batch,
-    shares: Sequence[MicroBatch],
+    micro_batches: Sequence[MicroBatch],
     head_adapters: Sequence[HeadAdapter] = (),
 ) -> list[LossOutput]:
-    """Run ``model`` once over ``joined``, the rows of all ``shares``, and return the output of
-    each; logprobs of all positions.
+    """Run ``model`` once over ``joined``, the rows of all ``micro_batches``, and return the output
+    of each; logprobs of all positions.
 
     Args:
         head_adapters: on the unembedding, beside what the model itself has there; their gates have
@@ -88,15 +88,17 @@ def compute_losses(
         model,
         joined,
         all_positions=True,
-        is_weighted_sum=all(inputs_of(share.loss).is_weighted_sum for share in shares),
+        is_weighted_sum=all(
+            inputs_of(micro_batch.loss).is_weighted_sum for micro_batch in micro_batches
+        ),
         head_adapters=head_adapters,
     )
     outputs, first = [], 0
-    for share in shares:
-        shape = share.batch.targets.shape
+    for micro_batch in micro_batches:
+        shape = micro_batch.batch.targets.shape
         own = logprobs[first : first + shape[0], : shape[1]]
         if own.ndim > 2:  # others have several targets per position
             own = own[..., : shape[2]] if len(shape) > 2 else own[..., 0]
-        outputs.append(share.loss(own, share.batch))
+        outputs.append(micro_batch.loss(own, micro_batch.batch))
         first += shape[0]
     return outputs
