@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.config.instantiate import build_optimization
+from lorakit.config.optimization import build_optimization
+from lorakit.config.schema import RunConfig
 from lorakit.errors import ConfigError
 from lorakit.lora.spec import LoRASpec
 from lorakit.training import precision
@@ -124,9 +125,9 @@ def test_the_optimiser_steps_fused_except_where_gradients_are_scaled(
         "clip_norm": 1.0,
     }
     schedule = {"_target_": "lorakit.training.optim.constant", "_partial_": True}
-    make, _ = build_optimization(
-        {"optim": optim, "schedule": schedule}, lr=1e-3, total_steps=2, precision=precision
-    )
+    rows = {"model": {"path": "tiny"}, "data": {"path": "pig_latin/train"}}
+    config = RunConfig.from_dict({**rows, "optim": optim, "schedule": schedule})
+    make, _ = build_optimization(config, lr=1e-3, total_steps=2, precision=precision)
     made = make([torch.nn.Parameter(torch.zeros(1))]).defaults
     assert made["lr"] == 1e-3
     assert [name for name in ("fused", "foreach") if made[name]] == [step]
