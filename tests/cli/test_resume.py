@@ -103,6 +103,7 @@ def test_paths_run_is_filled_in_wherever_it_is_used(tmp_path: Path) -> None:
     assert "{the run" not in (tmp_path / "runs/other/config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_had_decided_to_stop_early_stops_when_resumed(tmp_path: Path) -> None:
     stopping = (
         *SETTINGS,
@@ -125,7 +126,9 @@ def test_a_run_that_had_decided_to_stop_early_stops_when_resumed(tmp_path: Path)
     assert json.loads(file.read_text())["step"] == step == 8
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_it_cleanly_with_a_checkpoint(
     whole: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:

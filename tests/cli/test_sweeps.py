@@ -259,6 +259,7 @@ def test_failed_jobs_let_go_of_their_models_and_are_named(
     assert len(counts) == 3 and counts[2] <= counts[0] + 1
 
 
+@pytest.mark.slow
 def test_two_workers_share_a_journal(workplace: Path) -> None:
     settings = (
         *OPTUNA,

@@ -64,6 +64,7 @@ def test_two_processes_find_what_one_does(
     assert found["resumed"] == found["after"]  # to the bit, in as many processes
 
 
+@pytest.mark.slow
 def test_a_server_of_two_processes_serves_and_ends_where_one_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
