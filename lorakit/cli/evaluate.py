@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.guard import run_command
 from lorakit.cli.run_arguments import add_run_arguments, open_trained, output_path, parse
-from lorakit.config.settings import Component
 from lorakit.errors import ConfigError
-from lorakit.evaluation.held_out import score_pairs, score_rows
 from lorakit.pipeline.trained import Trained
 
 if TYPE_CHECKING:
@@ -140,6 +138,8 @@ def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
     beside them.
     """
     from lorakit.config.optimization import build_loss
+    from lorakit.config.settings import Component
+    from lorakit.evaluation.held_out import score_pairs, score_rows
     from lorakit.lora.state import adapters_off
     from lorakit.pipeline.build import load_images
 

@@ -54,7 +54,7 @@ OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+)?(?P<key>[\w.@/]+)=(?P<value>.*)$", 
 
 
 def value_of_flag(arguments: Sequence[str], *names: str) -> str | None:
-    """What stands behind a flag, or behind its =."""
+    """The value of a flag: the next argument, or what follows its =."""
     for place, argument in enumerate(arguments):
         flag, _, value = argument.partition("=")
         if flag in names:

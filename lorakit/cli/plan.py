@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.compose import run_hydra
 from lorakit.cli.guard import run_command
-from lorakit.pipeline.build import build_step_plan
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -51,6 +50,8 @@ def plan_run(config: DictConfig) -> None:
     from lorakit.config.schema import RunConfig
     from lorakit.lora.inject import plan
     from lorakit.pipeline.autoconfig import RunFacts, choose
+    from lorakit.pipeline.build import build_step_plan
+    from lorakit.pipeline.processes import Place
     from lorakit.strategy.world import World
     from lorakit.training.precision import resolve_precision
 
@@ -68,7 +69,7 @@ def plan_run(config: DictConfig) -> None:
     rows, val_rows, num_tokens, reports = _look_at_data(run_config, skeleton, console)
     there = _bytes_there(run_config, accelerator)
     # chosen for one device, kept for several
-    facts = RunFacts(skeleton, *reports, accelerator, precision, there, World(), 1)
+    facts = RunFacts(skeleton, *reports, Place(World(), accelerator, precision, there), 1)
     run_config, _ = choose(run_config, facts, lambda text: console.print(text, highlight=False))
     planned = plan(skeleton, run_config.lora_with_tokens)
     step = build_step_plan(

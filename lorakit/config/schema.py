@@ -51,7 +51,7 @@ class RunConfig:
     field holds what stands for it.
 
     Args:
-        data_target, lora_target: the classes that ``data`` and ``lora`` are handed to.
+        data_target, lora_target: the classes to which ``data`` and ``lora`` are passed.
         data_arguments: what a ``data_target`` of the user's own takes beside ``data``.
         optim: with the learning rate, a number or auto; ``clip_norm`` is the module's.
         callbacks, logger: by name; None is switched off.

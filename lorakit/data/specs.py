@@ -1,5 +1,5 @@
-"""What a DataModule is told: which rows, how they become tokens, how these become batches, and how
-large images are. Each key of ``data`` is a field of one of these, and has no other home.
+"""The settings of a DataModule: which rows to read, how to render them, how to batch them, and how
+large images are. Each key of ``data`` is a field of one of these specs, and has no other home.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class BatchSpec:
         tokens_per_batch: in place of ``batch_size``, positions per micro-batch: as many rows as
             fit.
         val_batch_size: rows per evaluation batch; None: as in training.
-        epochs: passes over the rows; None goes on until the trainer's ``max_steps``.
+        epochs: passes over the rows; None repeats them until the trainer's ``max_steps``.
         seed: of the order of rows, and of which are set aside for evaluation.
         window_rows: rows within which packing and length grouping look for partners.
     """
@@ -209,10 +209,6 @@ class DataSpec:
             for name, kind in PARTS.items()
             for key in field_names(kind)
         }
-
-    def replace(self, **keywords: Any) -> DataSpec:
-        """The same with some of the flat keywords changed."""
-        return DataSpec.from_keywords(self.keywords() | keywords)
 
     def row_tokens(self, *, are_pairs: bool = False) -> int | None:
         """Positions of a packed row, in which both answers of a pair lie; None without packing."""

@@ -30,8 +30,8 @@ def score_rows(
 
     Args:
         max_tokens: of each answer; None asks for none, and the loss alone is measured.
-        whose: of what the figures are, in what is said.
-        say: is told what is measured next.
+        whose: whose figures these are, for ``say``.
+        say: prints what is measured next.
 
     Raises:
         ConfigError: no row is left.

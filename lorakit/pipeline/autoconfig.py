@@ -21,9 +21,9 @@ from lorakit.lora.inject import LoRAPlan
 from lorakit.lora.inject import plan as plan_lora
 from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER
 from lorakit.pipeline.build import build_step_plan
+from lorakit.pipeline.processes import Place
 from lorakit.planner.memory import WARN_SHARE
 from lorakit.planner.step_plan import name_of, row_sizes
-from lorakit.strategy.world import World
 from lorakit.weights.adapter import AdapterFiles
 
 Values = dict[str, Any]  # by keys in dots
@@ -53,10 +53,7 @@ class RunFacts:
     skeleton: Any
     report: DatasetReport | None  # of the training rows; None where nobody has named any
     val_report: DatasetReport | None
-    accelerator: str
-    precision: str
-    memory_per_process_bytes: int
-    world: World
+    place: Place
     streams: int  # processes that take different rows
 
 
@@ -83,7 +80,7 @@ def choose(
     """Return ``config`` with a value for each ``auto``, and these values by their keys.
 
     Args:
-        say: is told each choice with its reason.
+        say: prints each choice with its reason.
         earlier: what they came to when the run that is resumed began: they stay so.
 
     Raises:
@@ -217,7 +214,7 @@ class MicroBatchSize:
         return (
             values,
             f"{size}activations are {how}; the plan takes {much} of the"
-            f" {facts.memory_per_process_bytes / 1e9:.1f} GB there are",
+            f" {facts.place.memory_per_process_bytes / 1e9:.1f} GB there are",
         )
 
 
@@ -262,7 +259,7 @@ def _why_size(config: RunConfig, facts: RunFacts, chosen: Values) -> str:
 
 def _best_size(facts: RunFacts) -> int:
     """Positions of a micro-batch from which on the device's products are no faster."""
-    return MICRO_BATCH["cpu" if facts.accelerator == "cpu" else "cuda"]
+    return MICRO_BATCH["cpu" if facts.place.accelerator == "cpu" else "cuda"]
 
 
 def row_positions(config: RunConfig, report: DatasetReport | None) -> int:
@@ -320,13 +317,13 @@ def _bytes_of(config: RunConfig, facts: RunFacts) -> int | None:
     Raises:
         ConfigError: no plan can be made.
     """
-    there = facts.memory_per_process_bytes
+    there = facts.place.memory_per_process_bytes
     step = build_step_plan(
         config,
         facts.skeleton,
         _plan(config, facts),
-        accelerator=facts.accelerator,
-        precision=facts.precision,
+        accelerator=facts.place.accelerator,
+        precision=facts.place.precision,
         rows=row_sizes(facts.report),
         val_rows=row_sizes(facts.val_report),
     )
@@ -334,8 +331,8 @@ def _bytes_of(config: RunConfig, facts: RunFacts) -> int | None:
         return 0
     name: str | None
     if config.strategy.target == "auto":
-        name = step.first_that_fits(facts.world.size, there, offloads=False)
+        name = step.first_that_fits(facts.place.world.size, there, offloads=False)
     else:
         name = name_of(config.strategy)
-    total = step.memory(name, facts.world.size).total if name else None
+    total = step.memory(name, facts.place.world.size).total if name else None
     return total if total is not None and total <= WARN_SHARE * there else None

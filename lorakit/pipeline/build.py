@@ -114,8 +114,7 @@ def resolve_total_steps(
     if batches is None:
         if max_steps < 0:
             raise ConfigError(
-                "data.epochs=null goes on for ever; set trainer.max_steps, or data.epochs to a"
-                " number"
+                "data.epochs=null never ends; set trainer.max_steps, or data.epochs to a number"
             )
         return max_steps, False
     steps = math.ceil(batches / (accumulate * num_streams(config, world)))
@@ -208,7 +207,7 @@ def build_trainer(
     """
     settings, accumulate = config.trainer, config.trainer.accumulate_grad_batches
     eval_every = settings.eval_every_steps or max(1, math.ceil(total_steps / 10))
-    # first: a step is over before other callbacks write or sleep behind it
+    # first: a step has ended before other callbacks write or wait after it
     callbacks: list[L.Callback] = [PhaseCallback()]
     callbacks += [
         entry.build(f"callbacks.{name}")
@@ -301,8 +300,8 @@ def build_loggers(components: Mapping[str, Component | None]) -> list[Any]:
 
 
 def finish_loggers(loggers: list[Any]) -> list[str]:
-    """End what stays open behind a run (W&B keeps one run per process until it is told); return
-    what to tell the user.
+    """Close what stays open after a run (W&B keeps one run per process until it is finished);
+    return notes for the user.
     """
     if not any(
         kind.__name__ == "WandbLogger" for logger in loggers for kind in type(logger).__mro__

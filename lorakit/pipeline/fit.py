@@ -33,9 +33,10 @@ from lorakit.errors import CheckpointError, ConfigError, LorakitError
 from lorakit.lora.inject import LoRAPlan
 from lorakit.lora.state import adapter_state
 from lorakit.pipeline import build
-from lorakit.pipeline.prepare import Place, PreparedRun, prepare
+from lorakit.pipeline.prepare import PreparedRun, prepare
 from lorakit.pipeline.printing import prompt_to_try, quote_prompt
 from lorakit.pipeline.processes import (
+    Place,
     check_world,
     describe_base,
     describe_config,
@@ -100,7 +101,7 @@ def train(
         console: prints what is done; None is standard output.
 
     Raises:
-        LorakitError: the run cannot begin, or cannot go on.
+        LorakitError: the run cannot begin, or cannot continue.
     """
     # with the process, or with the job of a sweep
     began = time.time() if next(_RUNS) else psutil.Process().create_time()

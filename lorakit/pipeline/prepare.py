@@ -26,28 +26,17 @@ from lorakit.pipeline import build
 from lorakit.pipeline.allocator import tune_allocator
 from lorakit.pipeline.autoconfig import RunFacts, choose
 from lorakit.pipeline.printing import print_data_report, warn_of_idle_settings
-from lorakit.pipeline.processes import num_streams
+from lorakit.pipeline.processes import Place, num_streams
 from lorakit.pipeline.resume import find_run_to_resume
 from lorakit.pipeline.strategy_choice import choose_strategy, refuse_unless_elementwise
 from lorakit.planner.fitting import check_memory
 from lorakit.planner.step_plan import describe, name_of, row_sizes
 from lorakit.runs.files import find_write_problem
-from lorakit.strategy.world import World
 from lorakit.training.optim import auto_lr, lr_source
 from lorakit.training.precision import why_precision
 from lorakit.weights.adapter import open_init
 
 log = logging.getLogger("lorakit")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run is: its processes, and what each of them has."""
-
-    world: World
-    accelerator: str
-    precision: str
-    memory_per_process_bytes: int
 
 
 @dataclass
@@ -146,10 +135,7 @@ def choose_settings(run: PreparedRun) -> None:
         run.skeleton,
         data.report,
         data.val_report,
-        place.accelerator,
-        place.precision,
-        place.memory_per_process_bytes,
-        place.world,
+        place,
         num_streams(run.config, place.world),
     )
     earlier = find_run_to_resume(run.config, run.experiment)
@@ -189,14 +175,7 @@ def plan_memory(run: PreparedRun) -> None:
         rows=row_sizes(run.datamodule.report),
         val_rows=row_sizes(run.datamodule.val_report),
     )
-    strategy = choose_strategy(
-        step,
-        there=there,
-        precision=place.precision,
-        accelerator=place.accelerator,
-        world=place.world,
-        say=run.say,
-    )
+    strategy = choose_strategy(step, place, run.say)
     memory = check_memory(step, name_of(strategy), place.world.size, there)
     if memory:
         run.say(f"memory: {memory.total / 1e9:.1f} GB in each process ({describe(memory)})")

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,16 @@ if TYPE_CHECKING:
     pass
 
 log = logging.getLogger("lorakit")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is: its processes, and what each of them has."""
+
+    world: World
+    accelerator: str
+    precision: str
+    memory_per_process_bytes: int
 
 
 def num_devices(config: RunConfig, *, elsewhere: bool = False) -> int:
@@ -90,7 +101,7 @@ def check_world(config: RunConfig) -> World:
 
 
 def resume_if_restarted(config: RunConfig) -> RunConfig:
-    """What torchrun starts again goes on from the last checkpoint, where there is one."""
+    """Return the config with which a restart by torchrun continues from the last checkpoint."""
     count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if not count:
         return config

@@ -13,44 +13,33 @@ from lorakit.config.schema import RunConfig
 from lorakit.config.settings import Component
 from lorakit.errors import ConfigError
 from lorakit.model.families import row_sharing_problem
+from lorakit.pipeline.processes import Place
 from lorakit.planner.step_plan import StepPlan
 from lorakit.strategy.sequence import check_parts
-from lorakit.strategy.world import World
 
 # of a process's memory that a whole base may take where no plan can be made: activations need the
 # rest
 BASE_SHARE = 0.7
 
 
-def choose_strategy(
-    plan: StepPlan,
-    *,
-    there: int,
-    precision: str,
-    accelerator: str,
-    world: World,
-    say: Callable[[str], Any],
-) -> Component:
-    """Return the strategy's settings; ``auto`` is made a choice for processes of ``there`` bytes,
-    which is said with its reason.
+def choose_strategy(plan: StepPlan, place: Place, say: Callable[[str], Any]) -> Component:
+    """Return the strategy's settings; for ``auto`` one is chosen, and printed with its reason.
 
     Raises:
         ConfigError: strategy, adapter and optimiser do not go together.
     """
     strategy, planned, parts = plan.config.strategy, plan.planned, plan.config.sequence_parallel
-    check_parts(parts, world.size)
+    check_parts(parts, place.world.size)
     if parts > 1:
         _check_row_sharing(plan.config, plan.skeleton, parts)
     if strategy.target == "auto":
-        name, reason = _choose(
-            plan, there=there, precision=precision, accelerator=accelerator, world=world
-        )
+        name, reason = _choose(plan, place)
         strategy = Component.from_dict(
             yaml.safe_load((conf_dir() / "strategy" / f"{name}.yaml").read_text(encoding="utf-8"))
         )
         if name != "single":
             strategy = strategy.with_arguments(sequence_parallel=parts)
-        if world.size > 1:
+        if place.world.size > 1:
             say(f"strategy=auto: {name} ({reason})")
     if strategy.get("stage") == 3 and planned.target_parameters:
         raise ConfigError(
@@ -103,12 +92,11 @@ def refuse_unless_elementwise(
         )
 
 
-def _choose(
-    plan: StepPlan, *, there: int, precision: str, accelerator: str, world: World
-) -> tuple[str, str]:
+def _choose(plan: StepPlan, place: Place) -> tuple[str, str]:
+    world, there, accelerator = place.world, place.memory_per_process_bytes, place.accelerator
     if world.size == 1:
         return "single", "one process"
-    if precision == "16-mixed":
+    if place.precision == "16-mixed":
         return "ddp", "16-mixed"
     if plan.is_small_for(there):
         if accelerator != "cuda":

@@ -36,7 +36,7 @@ def run_trials(
         _run_all(study, space, launch)
     except (KeyboardInterrupt, SystemExit):
         print(
-            f"the sweep goes on with the same command and group={study.folder.name} resume=true",
+            f"to continue the sweep, add group={study.folder.name} resume=true to the same command",
             flush=True,
         )
         raise
@@ -47,7 +47,7 @@ def _run_all(study: Study, space: Space, launch: Callable[[Trial, list[str]], An
     total = study.num_trials
     while (trial := study.next_trial()) is not None:
         chosen = [f"{key}={entry.suggest(trial.trial, key)}" for key, entry in space.items()]
-        begun = " goes on" if trial.is_resumed else ""
+        begun = " continues" if trial.is_resumed else ""
         print(f"trial {trial.number} of {total}{begun}: {' '.join(chosen)}", flush=True)
         # a worker died between its end and its entry
         if not ((run := study.run_of(trial.number)) and run.is_finished):
@@ -132,6 +132,8 @@ def _try_sampler(build_sampler: Callable[[int], Any], space: Space) -> None:
         trial = optuna.create_study(sampler=build_sampler(0)).ask()
         for key, entry in space.items():
             entry.suggest(trial, key)
+    # a library that this sampler needs is missing, a setting is wrong, or it cannot choose from
+    # such a space: Optuna's samplers say it by one of these
     except (ImportError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"sweep.sampler cannot choose so: {error}") from error
 
@@ -161,8 +163,8 @@ def _stop_if_none_can_work(study: Study, number: int) -> None:
     errors = {run.info.get("error") for run in runs}
     if len(runs) == TRIES == study.num_ended() and len(errors) == 1:
         raise LorakitError(
-            f"the first {TRIES} trials have failed alike, so the sweep ends; mend it and choose"
-            " another group=NAME"
+            f"the first {TRIES} trials have failed alike, so the sweep ends; fix the cause and"
+            " choose another group=NAME"
         )
 
 

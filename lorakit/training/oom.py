@@ -81,8 +81,8 @@ class OutOfMemoryRetry:
             self.splitter.shrink(batch)  # here, where the error holds no tensor any more
         if not module.can_repeat:
             return loss
-        # Lightning holds what it is given until the step is over: with the graph behind it there
-        # would be no memory to repeat it.
+        # Lightning holds what it is given until the step is over: with its graph there would
+        # be no memory to repeat it.
         self._graph, self._given = loss, loss.detach().requires_grad_()
         return self._given
 

@@ -20,7 +20,7 @@ class Sums:
         self.by_source: torch.Tensor | float = 0.0
 
     def add(self, output: LossOutput, batch: Batch, num_sources: int) -> None:
-        """Add what came of ``batch``. Where there is one source, nothing is told apart."""
+        """Add the output of ``batch``. With one source of data, there are no sums by source."""
         if num_sources:
             sums = sums_by_origin(output, batch, num_sources)
             self.by_source = self.by_source + sums.detach()

@@ -22,6 +22,7 @@ from lorakit.data.examples import DatasetReport
 from lorakit.lora.inject import plan
 from lorakit.pipeline.autoconfig import FILE_BYTES, RANKS, RunFacts, choose
 from lorakit.pipeline.build import build_step_plan
+from lorakit.pipeline.processes import Place
 from lorakit.strategy.world import World
 from lorakit.training.precision import resolve_precision, why_precision
 
@@ -101,7 +102,9 @@ def test_the_choice_fits_and_is_the_fastest_that_does(
     name: str, gigabytes: int, report: DatasetReport, expected: dict[str, Any]
 ) -> None:
     skeleton, said = shapes(name), list[str]()
-    known = RunFacts(skeleton, report, None, "cuda", "bf16-mixed", gigabytes * 10**9, World(), 1)
+    known = RunFacts(
+        skeleton, report, None, Place(World(), "cuda", "bf16-mixed", gigabytes * 10**9), 1
+    )
     config, chosen = choose(config_of(), known, said.append)
     assert set(KEYS) <= set(chosen) and expected.items() <= chosen.items(), chosen
     assert all("auto: " in line and line.endswith(")") for line in said) and len(said) == 4
@@ -126,7 +129,11 @@ def test_the_choice_fits_and_is_the_fastest_that_does(
 
 def test_what_is_set_stays_and_what_is_known_from_before_too() -> None:
     known = RunFacts(
-        shapes("small"), report_of(20_000, 800), None, "cuda", "bf16-mixed", 24 * 10**9, World(), 1
+        shapes("small"),
+        report_of(20_000, 800),
+        None,
+        Place(World(), "cuda", "bf16-mixed", 24 * 10**9),
+        1,
     )
     overrides = (
         "lora.rank=5",
@@ -166,7 +173,9 @@ def test_more_rows_ask_for_a_higher_rank_whose_file_stays_small(
     said = list[str]()
     # of which the first thousand were looked at
     report = dataclasses.replace(report_of(1_000, 800), num_rows=rows)
-    known = RunFacts(shapes(name), report, None, "cuda", "bf16-mixed", 24 * 10**9, World(), 1)
+    known = RunFacts(
+        shapes(name), report, None, Place(World(), "cuda", "bf16-mixed", 24 * 10**9), 1
+    )
     _, chosen = choose(
         config_of("data.tokens_per_batch=4096", "trainer.activation_checkpointing=true"),
         known,

@@ -24,6 +24,7 @@ from lorakit.lora.spec import LoRASpec
 from lorakit.model.load import load_skeleton
 from lorakit.pipeline import allocator, strategy_choice
 from lorakit.pipeline.build import build_step_plan
+from lorakit.pipeline.processes import Place
 from lorakit.planner import fitting, presets
 from lorakit.planner import step_plan as planning
 from lorakit.planner.fake_images import SampleShapes
@@ -303,9 +304,7 @@ def test_auto_goes_by_the_size_of_the_base_where_no_plan_can_be_made(
     found, two = step_plan(), World(0, 2, 0, 2)
     chosen = {}
     for name, there in (("roomy", found.base_bytes * 10), ("tight", found.base_bytes)):
-        chosen[name], reason = strategy_choice._choose(
-            found, there=there, precision="32-true", accelerator="cpu", world=two
-        )
+        chosen[name], reason = strategy_choice._choose(found, Place(two, "cpu", "32-true", there))
         assert "by the size of the base alone: no plan can be made" in reason
     assert chosen == {"roomy": "ddp", "tight": "zero3"}
 

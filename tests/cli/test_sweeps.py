@@ -102,7 +102,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_trials(workplace: Path, lora
     assert [state for state, *_ in trials_of(workplace, "cut")] == ["COMPLETE", "RUNNING"]
     code, out, err = lorakit(*settings, "group=cut", "resume=true")
     assert code == 0, err
-    assert "trial 1 of 4 goes on: " in out and "resuming from step" in out
+    assert "trial 1 of 4 continues: " in out and "resuming from step" in out
     assert trials_of(workplace, "cut") == trials_of(workplace, "whole")
 
 
