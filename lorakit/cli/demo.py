@@ -9,12 +9,11 @@ import functools
 import shlex
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.compose import run_hydra
 from lorakit.cli.guard import run_command
-from lorakit.extras import find_problem, require
+from lorakit.extras import find_problem
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -108,6 +107,8 @@ def demo(config: DictConfig, chosen: Demo, command: str) -> None:
     elif problem := find_problem("matplotlib", "answers.png"):
         console.print(problem, markup=False)
     else:
+        from lorakit.reports.answers import draw_answers
+
         draw_answers(outcome.run.folder / "answers.png", datums, after)
         console.print(f"scans, answers and mistakes: {outcome.run.folder / 'answers.png'}")
     figures = {
@@ -151,52 +152,6 @@ def _print_answers(console: Any, before: list[Answer], after: list[Answer]) -> N
         mark = "right" if answer.is_exact else f"wrong: {answer.expected.strip()}"
         table.add_row(phrase, text_before, answer.sample.text.strip().replace("\n", "↵"), mark)
     console.print(table)
-
-
-def draw_answers(
-    path: Path,
-    datums: list[Datum],
-    answers: list[Answer],
-    *,
-    num_columns: int = 16,
-    num_rows: int = 8,
-) -> None:
-    """Write a picture of scans with the answers below them: all mistakes first, as far as there
-    is room, then what is right. Raises ConfigError where matplotlib is missing.
-    """
-    import io
-
-    require("matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    order = sorted(range(len(answers)), key=lambda index: answers[index].is_exact)[
-        : num_columns * num_rows
-    ]
-    figure = Figure(
-        figsize=(num_columns * 0.7, -(-len(order) // num_columns) * 0.9 + 0.6), layout="constrained"
-    )
-    FigureCanvasAgg(figure)
-    right = sum(answer.is_exact for answer in answers)
-    figure.suptitle(
-        f"{right} of {len(answers)} right; mistakes first: answered (should be)", fontsize=10
-    )
-    places = figure.subplots(-(-len(order) // num_columns), num_columns, squeeze=False).flatten()
-    for place in places:
-        place.axis("off")
-    for place, index in zip(places, order, strict=False):
-        answer, (chunk,) = answers[index], datums[index].model_input.images
-        place.imshow(Image.open(io.BytesIO(chunk.data)), cmap="gray", vmin=0, vmax=255)
-        said = (
-            answer.sample.text
-            if answer.is_exact
-            else f"{answer.sample.text[:6]} ({answer.expected})"
-        )
-        place.set_title(
-            said, fontsize=8, color="green" if answer.is_exact else "red", y=-0.35, parse_math=False
-        )
-    figure.savefig(path, dpi=110)
 
 
 def _share(answers: list[Answer]) -> float:

@@ -73,11 +73,12 @@ def main(arguments: list[str]) -> None:
     trained = open_trained(options)
     check_rows(trained, options)
     figures = evaluate(trained, options)
-    print(
-        as_table(figures)
-        if sys.stdout.isatty()
-        else json.dumps(figures, indent=2, ensure_ascii=False)
-    )
+    if sys.stdout.isatty():
+        from lorakit.reports.tables import figures_table
+
+        print(figures_table(figures))
+    else:
+        print(json.dumps(figures, indent=2, ensure_ascii=False))
     if options.json:
         from lorakit.runs.files import write_json
 
@@ -94,28 +95,6 @@ def check_rows(trained: Trained, options: argparse.Namespace) -> None:
         and not (data["val_path"] or data["val_fraction"])
     ):
         raise ConfigError("this run held out no rows; name some with --data PATH")
-
-
-def as_table(figures: dict[str, Any]) -> str:
-    """The figures as a person reads them: a line for each, the base's beside the adapter's."""
-    base = figures.get("base") or {}
-    tasks = {
-        f"{task} {name}": (value, ((base.get("tasks") or {}).get(task) or {}).get(name))
-        for task, found in (figures.get("tasks") or {}).items()
-        for name, value in found.items()
-    }
-    plain = {key: value for key, value in figures.items() if key not in ("base", "tasks")}
-    pairs = {key: (value, base.get(key)) for key, value in plain.items()} | tasks
-    width = max(map(len, pairs))
-    lines = [f"{'':{width}}  {'adapter':>12}  {'base':>12}"] if base else []
-    for key, (value, other) in pairs.items():
-        is_figure = isinstance(value, float)
-        shown = f"{value:>12.4f}" if is_figure else str(value)
-        lines.append(
-            f"{key:{width}}  {shown}"
-            + (f"  {other:>12.4f}" if is_figure and isinstance(other, float) else "")
-        )
-    return "\n".join(lines)
 
 
 def _say(text: str) -> None:

@@ -4,7 +4,6 @@ weights are read, no GPU is needed.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.compose import run_hydra
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from lorakit.model.spec import ModelSpec
     from lorakit.planner.fake_images import SampleShapes
     from lorakit.planner.step_plan import StepPlan
+
 HELP = """\
 usage: lorakit plan [key=value …]
 
@@ -28,7 +28,6 @@ usage: lorakit plan [key=value …]
 
 Takes every key of `lorakit train`, and those below `plan` in conf/train.yaml.
 trainer.accelerator=cpu plans for this machine's CPU."""
-RANKS = (4, 8, 16, 32, 64)
 NO_DATA = "(rows that are not named yet)"
 
 
@@ -52,6 +51,7 @@ def plan_run(config: DictConfig) -> None:
     from lorakit.pipeline.autoconfig import RunFacts, choose
     from lorakit.pipeline.build import build_step_plan
     from lorakit.pipeline.processes import Place
+    from lorakit.planner import tables
     from lorakit.strategy.world import World
     from lorakit.training.precision import resolve_precision
 
@@ -67,9 +67,9 @@ def plan_run(config: DictConfig) -> None:
         precision = resolve_precision(precision, accelerator) if here else "bf16-mixed"
     skeleton = _skeleton(run_config.model)
     rows, val_rows, num_tokens, reports = _look_at_data(run_config, skeleton, console)
-    there = _bytes_there(run_config, accelerator)
+    memory_bytes = _memory_bytes(run_config, accelerator)
     # chosen for one device, kept for several
-    facts = RunFacts(skeleton, *reports, Place(World(), accelerator, precision, there), 1)
+    facts = RunFacts(skeleton, *reports, Place(World(), accelerator, precision, memory_bytes), 1)
     run_config, _ = choose(run_config, facts, lambda text: console.print(text, highlight=False))
     planned = plan(skeleton, run_config.lora_with_tokens)
     step = build_step_plan(
@@ -95,9 +95,29 @@ def plan_run(config: DictConfig) -> None:
         highlight=False,
     )
     console.print(planned.summary(), highlight=False)
-    _print_ranks(step, console)
-    _print_memory(step, console)
+    console.print(tables.rank_table(step))
+    devices = tables.Devices(step, memory_bytes)
+    console.print(tables.memory_table(step, devices))
+    console.print(tables.breakdown_table(step, devices))
+    for line in tables.advice(step, devices):
+        console.print(line, highlight=False)
     _print_costs(step, num_tokens, console)
+
+
+def _print_costs(step: StepPlan, num_tokens: int | None, console: Console) -> None:
+    from lorakit.planner.tables import cost_table
+
+    per_token = step.trace.num_flops / step.trace.num_tokens
+    unit, size = ("GFLOP", 1e9) if per_token > 1e9 else ("MFLOP", 1e6)
+    console.print(
+        f"{per_token / size:,.2f} {unit} per token, forward and backward", highlight=False
+    )
+    if step.accelerator != "cuda":
+        return
+    if num_tokens:
+        console.print(cost_table(step, num_tokens))
+    else:
+        console.print("time and cost: set plan.tokens, or data.path", highlight=False)
 
 
 def _skeleton(model: ModelSpec) -> Any:
@@ -146,125 +166,7 @@ def _look_at_data(
     )
 
 
-def _print_ranks(step: StepPlan, console: Console) -> None:
-    from rich.table import Table
-
-    from lorakit.lora.inject import plan
-    from lorakit.lora.spec import LAYOUTS
-
-    has_stacks = any(target.outer for target in step.planned.targets)
-    layouts = LAYOUTS if has_stacks else (step.planned.spec.expert_layout,)
-    table = Table(title="Adapter by rank: trainable parameters, file in bf16", title_justify="left")
-    table.add_column("rank", justify="right")
-    for layout in layouts:
-        table.add_column(
-            f"lora.expert_layout={layout}" if has_stacks else "parameters", justify="right"
-        )
-    for rank in sorted({*RANKS, step.planned.spec.rank}):
-        found = [
-            plan(
-                step.skeleton,
-                dataclasses.replace(step.planned.spec, rank=rank, expert_layout=layout),
-            )
-            for layout in layouts
-        ]
-        table.add_row(
-            str(rank), *(f"{one.num_params:,}  {one.megabytes(2):,.1f} MB" for one in found)
-        )
-    console.print(table)
-
-
-def _print_memory(step: StepPlan, console: Console) -> None:
-    """Total by strategy and number of processes; the parts of the strategy that would be taken;
-    what to change.
-    """
-    from rich.table import Table
-
-    from lorakit.planner.fitting import counts_to_plan, suggest
-    from lorakit.planner.memory import REFUSE_SHARE, STRATEGIES, WARN_SHARE
-
-    counts, total_there = counts_to_plan(step.config), _bytes_there(step.config, step.accelerator)
-    is_cuda = step.accelerator == "cuda"
-    # processes share the host's
-    there = {count: total_there if is_cuda else total_there // count for count in counts}
-    device, devices = ("GPU", "GPUs") if is_cuda else ("process", "processes")
-    table = Table(
-        title=(
-            f"GB in each {device}, of {_gb(total_there)} that"
-            f" {'it has' if is_cuda else 'they share'}, by the number of {devices}"
-        ),
-        title_justify="left",
-    )
-    table.add_column("strategy")
-    for count in counts:
-        table.add_column(str(count), justify="right")
-    for strategy in STRATEGIES:
-        cells = []
-        for count in counts:
-            if (strategy == "single") != (count == 1) and strategy != "zero3_offload":
-                cells.append("")
-                continue
-            total = step.memory(strategy, count).total
-            colour = (
-                "green"
-                if total <= WARN_SHARE * there[count]
-                else "yellow"
-                if total <= REFUSE_SHARE * there[count]
-                else "red"
-            )
-            note = (
-                ""
-                if total <= WARN_SHARE * there[count]
-                else " tight"
-                if total <= REFUSE_SHARE * there[count]
-                else " too much"
-            )
-            cells.append(f"[{colour}]{_gb(total)}{note}[/{colour}]")
-        table.add_row(strategy, *cells)
-    console.print(table)
-    parts = Table(title="What it consists of, in GB", title_justify="left")
-    names = [field.name for field in dataclasses.fields(step.memory("single", 1))]
-    for name in (devices, "strategy", *names):
-        parts.add_column(name, justify="left" if name == "strategy" else "right")
-    for count in counts:
-        found = step.first_that_fits(count, there[count])
-        memory = step.memory(found or ("single" if count == 1 else "zero3"), count)
-        row = [f"{getattr(memory, name) / 1e9:.2f}" for name in names]
-        parts.add_row(str(count), found or "none fits", *row)
-    console.print(parts)
-    # as training does
-    taken = [
-        (step.first_that_fits(count, there[count], offloads=count > 1), count) for count in counts
-    ]
-    groups = {
-        name: [str(count) for found, count in taken if found == name]
-        for name in dict.fromkeys(name for name, _ in taken)
-    }
-    said = [
-        f"{name} on {', '.join(numbers)} {devices if numbers != ['1'] else device}"
-        for name, numbers in groups.items()
-        if name
-    ]
-    if said:
-        console.print(f"strategy=auto takes {'; '.join(said)}", highlight=False)
-    misfits = [
-        count
-        for count in counts
-        if step.first_that_fits(count, there[count], offloads=False) is None
-    ]
-    if misfits:
-        console.print(
-            f"{misfits[0]} {device if misfits[0] == 1 else devices}:"
-            f" {suggest(step, misfits[0], there[misfits[0]])}",
-            highlight=False,
-        )
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.{1 if num_bytes >= 1e10 else 2}f}"
-
-
-def _bytes_there(config: RunConfig, accelerator: str) -> int:
+def _memory_bytes(config: RunConfig, accelerator: str) -> int:
     import torch
 
     from lorakit.planner.step_plan import agree_on_memory
@@ -274,45 +176,6 @@ def _bytes_there(config: RunConfig, accelerator: str) -> int:
     return agree_on_memory(
         config.plan.memory_gb or (80 if is_elsewhere else None), accelerator, World()
     )
-
-
-def _print_costs(step: StepPlan, num_tokens: int | None, console: Console) -> None:
-    from rich.table import Table
-
-    from lorakit.planner.cost import Prices
-    from lorakit.planner.fitting import counts_to_plan
-
-    settings = step.config.plan
-    prices = Prices(
-        tflops=settings.tflops,
-        utilisation=settings.utilisation,
-        price_per_hour=settings.price_per_hour,
-    )
-    per_token = step.trace.num_flops / step.trace.num_tokens
-    unit, size = ("GFLOP", 1e9) if per_token > 1e9 else ("MFLOP", 1e6)
-    console.print(
-        f"{per_token / size:,.2f} {unit} per token, forward and backward", highlight=False
-    )
-    if step.accelerator != "cuda":
-        return
-    if not num_tokens:
-        console.print("time and cost: set plan.tokens, or data.path", highlight=False)
-        return
-    table = Table(
-        title=(
-            f"{num_tokens:,} tokens, if a GPU reaches {prices.utilisation:.0%} of {prices.tflops:g}"
-            f" TFLOP/s and costs {prices.price_per_hour:g} an hour (plan.utilisation, plan.tflops,"
-            " plan.price_per_hour)"
-        ),
-        title_justify="left",
-    )
-    for name in ("GPUs", "time", "cost"):
-        table.add_column(name, justify="right")
-    for count in counts_to_plan(step.config):
-        hours = prices.hours(step.trace, num_tokens, count)
-        time = f"{hours:,.2f} hours" if hours >= 0.5 else f"{hours * 60:.1f} minutes"
-        table.add_row(str(count), time, f"{prices.price(hours, count):,.2f}")
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +47,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
 
     from lorakit.reports.runs_page import as_page
+    from lorakit.reports.tables import print_comparison
     from lorakit.runs.files import find_write_problem, write_whole
 
     root = Path(options.runs or "runs").expanduser()
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
     if problem := find_write_problem(out / "report.html"):
         raise ConfigError(f"{out} cannot be written: {problem}")
     out.mkdir(parents=True, exist_ok=True)
-    _print(comparison, is_sweep)
+    print_comparison(comparison, is_sweep=is_sweep)
     for file, text in (
         ("report.csv", comparison.as_csv()),
         ("report.html", as_page(comparison, is_sweep=is_sweep)),
@@ -94,46 +94,6 @@ def _choose(root: Path, options: argparse.Namespace) -> tuple[Comparison, bool]:
     if names or not known:
         return compare_runs(root, names, **wanted), False
     return compare(root, None, **wanted), True
-
-
-def _print(comparison: Comparison, is_sweep: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from lorakit.reports.comparison import shown, sparkline
-
-    is_terminal = sys.stdout.isatty()
-    console = Console(width=None if is_terminal else 1000)
-    table = Table(box=None)
-    numbers = [comparison.metric, "best", "at step", "steps", "tokens/s"]
-    for head in ("run", "state", *comparison.keys, *numbers, "course"):
-        table.add_column(
-            head,
-            justify="right" if head in (*numbers, *comparison.keys) else "left",
-            overflow="fold",
-        )
-    for row in comparison.rows:
-        best, speed = comparison.best_point(row), row.tokens_per_second
-        figures = [
-            "" if row.last is None else f"{row.last:.4f}",
-            f"{best[1]:.4f}" if best else "",
-            f"{best[0]:,}" if best else "",
-        ]
-        figures += [f"{row.run.last_step[0]:,}", "" if speed is None else f"{speed:,.0f}"]
-        chosen = [shown(row.settings.get(key)) for key in comparison.keys]
-        table.add_row(
-            *(
-                Text(cell)
-                for cell in (row.run.name, row.run.state, *chosen, *figures, sparkline(row.points))
-            )
-        )
-    order = f", {'most' if comparison.is_maximized else 'least'} first" if is_sweep else ""
-    console.print(f"{'sweep ' if is_sweep else ''}{comparison.name}: {comparison.metric}{order}")
-    console.print(table)
-    for row in comparison.rows:
-        if row.error:
-            console.print(Text(f"{row.run.name} failed: {row.error}"))
 
 
 if __name__ == "__main__":

@@ -317,7 +317,7 @@ def _bytes_of(config: RunConfig, facts: RunFacts) -> int | None:
     Raises:
         ConfigError: no plan can be made.
     """
-    there = facts.place.memory_per_process_bytes
+    memory_bytes = facts.place.memory_per_process_bytes
     step = build_step_plan(
         config,
         facts.skeleton,
@@ -327,12 +327,12 @@ def _bytes_of(config: RunConfig, facts: RunFacts) -> int | None:
         rows=row_sizes(facts.report),
         val_rows=row_sizes(facts.val_report),
     )
-    if step.is_small_for(there):
+    if step.is_small_for(memory_bytes):
         return 0
     name: str | None
     if config.strategy.target == "auto":
-        name = step.first_that_fits(facts.place.world.size, there, offloads=False)
+        name = step.first_that_fits(facts.place.world.size, memory_bytes, offloads=False)
     else:
         name = name_of(config.strategy)
     total = step.memory(name, facts.place.world.size).total if name else None
-    return total if total is not None and total <= WARN_SHARE * there else None
+    return total if total is not None and total <= WARN_SHARE * memory_bytes else None

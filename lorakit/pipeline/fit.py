@@ -121,8 +121,8 @@ def train(
     )
     # of this job, not of the sweep's last one
     torch.set_num_threads(config.trainer.threads or DEFAULT_THREADS)
-    there = agree_on_memory(config.plan.memory_gb, accelerator, world)
-    place = Place(world, accelerator, precision, there)
+    memory_bytes = agree_on_memory(config.plan.memory_gb, accelerator, world)
+    place = Place(world, accelerator, precision, memory_bytes)
     prepared = raise_on_any_rank(lambda: prepare(config, place, experiment, console))
     check_equal_on_all_ranks(
         lambda: (

@@ -165,7 +165,7 @@ def plan_adapter(run: PreparedRun) -> None:
 
 def plan_memory(run: PreparedRun) -> None:
     """The strategy is chosen, and a step fits into the memory there is."""
-    place, there = run.place, run.place.memory_per_process_bytes
+    place, memory_bytes = run.place, run.place.memory_per_process_bytes
     step = build.build_step_plan(
         run.config,
         run.skeleton,
@@ -176,7 +176,7 @@ def plan_memory(run: PreparedRun) -> None:
         val_rows=row_sizes(run.datamodule.val_report),
     )
     strategy = choose_strategy(step, place, run.say)
-    memory = check_memory(step, name_of(strategy), place.world.size, there)
+    memory = check_memory(step, name_of(strategy), place.world.size, memory_bytes)
     if memory:
         run.say(f"memory: {memory.total / 1e9:.1f} GB in each process ({describe(memory)})")
     run.planned_bytes = memory.total if memory else None
@@ -193,8 +193,8 @@ def check_packing(run: PreparedRun) -> None:
 def tune_memory(run: PreparedRun) -> None:
     """The C library knows what to do with memory that a step frees."""
     if run.place.accelerator == "cpu":
-        there = run.place.memory_per_process_bytes
-        tune_allocator(run.planned_bytes, there, run.plan.num_base_params)
+        memory_bytes = run.place.memory_per_process_bytes
+        tune_allocator(run.planned_bytes, memory_bytes, run.plan.num_base_params)
 
 
 def plan_steps(run: PreparedRun) -> None:

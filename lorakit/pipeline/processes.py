@@ -50,17 +50,17 @@ def num_devices(config: RunConfig, *, elsewhere: bool = False) -> int:
         config.trainer.devices,
         resolve_accelerator(config.trainer.accelerator),
     )
-    there = torch.cuda.device_count() if accelerator == "cuda" else 1
+    num_gpus = torch.cuda.device_count() if accelerator == "cuda" else 1
     if wanted == "auto":
-        return there
+        return num_gpus
     if not str(wanted).isdigit() or int(wanted) < 1:
         raise ConfigError(
             f"trainer.devices={wanted}: a number of processes on this machine, or auto for all its"
             " GPUs"
         )
-    if accelerator != "cpu" and int(wanted) > there and not elsewhere:
+    if accelerator != "cpu" and int(wanted) > num_gpus and not elsewhere:
         raise ConfigError(
-            f"trainer.devices={wanted}, but there are {there} GPUs here; lower it, or set"
+            f"trainer.devices={wanted}, but there are {num_gpus} GPUs here; lower it, or set"
             " trainer.accelerator=cpu"
         )
     return int(wanted)

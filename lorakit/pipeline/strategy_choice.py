@@ -93,12 +93,13 @@ def refuse_unless_elementwise(
 
 
 def _choose(plan: StepPlan, place: Place) -> tuple[str, str]:
-    world, there, accelerator = place.world, place.memory_per_process_bytes, place.accelerator
+    world, accelerator = place.world, place.accelerator
+    memory_bytes = place.memory_per_process_bytes
     if world.size == 1:
         return "single", "one process"
     if place.precision == "16-mixed":
         return "ddp", "16-mixed"
-    if plan.is_small_for(there):
+    if plan.is_small_for(memory_bytes):
         if accelerator != "cuda":
             return "ddp", "it is small, and processes without GPUs share the machine's memory"
         return (
@@ -106,21 +107,23 @@ def _choose(plan: StepPlan, place: Place) -> tuple[str, str]:
             "it is small: the base stays whole in each process, and only the adapter travels",
         )
     try:
-        found = plan.first_that_fits(world.size, there)
+        found = plan.first_that_fits(world.size, memory_bytes)
     except ConfigError as error:
         name = (
             "zero3"
-            if plan.base_bytes > BASE_SHARE * there
+            if plan.base_bytes > BASE_SHARE * memory_bytes
             else "zero1"
             if accelerator == "cuda"
             else "ddp"
         )
         return name, f"by the size of the base alone: {error}"
     if found is None:
-        return "zero3", f"nothing fits into the {there / 1e9:.1f} GB of a process; this needs least"
-    sizes = (
-        f"{plan.memory(found, world.size).total / 1e9:.1f} GB of {there / 1e9:.1f} in each process"
-    )
+        return (
+            "zero3",
+            f"nothing fits into the {memory_bytes / 1e9:.1f} GB of a process; this needs least",
+        )
+    needed = plan.memory(found, world.size).total
+    sizes = f"{needed / 1e9:.1f} GB of {memory_bytes / 1e9:.1f} in each process"
     if not found.startswith("zero3"):
         return found, f"{sizes}: the base stays whole in each, and only the adapter travels"
     whole = plan.memory("zero2", world.size).total

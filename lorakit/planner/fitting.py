@@ -17,29 +17,31 @@ from lorakit.planner.step_plan import StepPlan, describe
 log = logging.getLogger("lorakit")
 
 
-def check_memory(plan: StepPlan, strategy: str, num_processes: int, there: int) -> Memory | None:
+def check_memory(
+    plan: StepPlan, strategy: str, num_processes: int, memory_bytes: int
+) -> Memory | None:
     """Return what the run holds in each process, or None where it is surely little. Warn from 90 %
-    of the bytes ``there``.
+    of ``memory_bytes``.
 
     Raises:
         ConfigError: it is more than 110 %, and ``plan.enforce`` is on.
     """
-    if plan.is_small_for(there):
+    if plan.is_small_for(memory_bytes):
         return None
     try:
         memory = plan.memory(strategy, num_processes)
     except ConfigError as error:
         log.warning("%s", error)
         return None
-    share = memory.total / there
+    share = memory.total / memory_bytes
     where = "of each GPU" if plan.accelerator == "cuda" else "that are there for it"
     needs = (
         f"this run needs {memory.total / 1e9:.1f} GB in each process ({describe(memory)}), "
-        f"{share:.0%} of the {there / 1e9:.1f} GB {where}"
+        f"{share:.0%} of the {memory_bytes / 1e9:.1f} GB {where}"
     )
     if share <= WARN_SHARE:
         return memory
-    changes = suggest(plan, num_processes, there)
+    changes = suggest(plan, num_processes, memory_bytes)
     if share > REFUSE_SHARE and plan.config.plan.enforce:
         raise ConfigError(f"{needs}\n{changes}\nplan.enforce=false tries it all the same")
     log.warning("%s\n%s", needs, changes)
@@ -94,14 +96,14 @@ def _changed_plans(plan: StepPlan, num_processes: int) -> Iterator[tuple[list[st
         yield made, plan  # under another strategy
     changes = _changes(plan.config, plan.planned, plan.accelerator)
     # it is what takes most
-    is_rank_zero = plan.evaluation_bytes > plan.trace.activations + plan.trace.head
+    comes_first = plan.evaluation_bytes > plan.trace.activations + plan.trace.head
     for one in plan.passes:
         change = (
             ("callbacks.samples.num_prompts", 1)
             if one.num_kept
             else ("data.val_batch_size", "null")
         )
-        changes.insert(0 if is_rank_zero else len(changes), change)
+        changes.insert(0 if comes_first else len(changes), change)
     for key, value in changes:
         made = [text for text in made if not text.startswith(f"{key}=")] + [f"{key}={value}"]
         config = plan.config.with_overrides(made)

@@ -81,7 +81,7 @@ def memory_of(strategy: str, num_processes: int, trace: StepTrace, settings: Set
     return Memory(weights, gradients, optimizer, activations, trace.head, buffers)
 
 
-def memory_there(accelerator: str, num_local: int = 1) -> int:
+def available_bytes(accelerator: str, num_local: int = 1) -> int:
     """Return the bytes that a process of this machine may have: of its current GPU, or its share
     of the host's that is free.
     """

@@ -28,8 +28,8 @@ from lorakit.planner.memory import (
     WARN_SHARE,
     Memory,
     Settings,
+    available_bytes,
     memory_of,
-    memory_there,
     rough_bound,
 )
 from lorakit.planner.trace import StepShape, StepTrace, keeps_scores, trace_forward, trace_step
@@ -311,7 +311,7 @@ def agree_on_memory(gigabytes: float | None, accelerator: str, world: World) -> 
     """
     if gigabytes:
         return round(gigabytes * 1e9)
-    return min(all_gather_object(memory_there(accelerator, world.local_size)))
+    return min(all_gather_object(available_bytes(accelerator, world.local_size)))
 
 
 def name_of(strategy: Component) -> str:

@@ -258,7 +258,7 @@ def test_what_is_suggested_is_accepted_and_makes_the_batch_smaller(changes: dict
 
 def test_all_processes_plan_for_the_least_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        planning, "memory_there", lambda accelerator, num_local: 24_000_000_000 // num_local
+        planning, "available_bytes", lambda accelerator, num_local: 24_000_000_000 // num_local
     )
     monkeypatch.setattr(planning, "all_gather_object", lambda value: [value, 7_000_000_000])
     two = World(0, 2, 0, 2)

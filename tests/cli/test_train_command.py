@@ -15,9 +15,9 @@ import torch
 import yaml
 from small import SMALL
 
-from lorakit.cli.evaluate import as_table
 from lorakit.cli.run_arguments import add_run_arguments, parse
 from lorakit.pipeline.printing import quote_prompt
+from lorakit.reports.tables import figures_table
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -351,7 +351,7 @@ def test_a_person_reads_a_table_and_types_a_prompt() -> None:
         "base": {"loss": 2.0, "tasks": {"t": {"acc": 0.25}}},
         "tasks": {"t": {"acc": 1.0}},
     }
-    lines = [line.split() for line in as_table(figures).splitlines()]
+    lines = [line.split() for line in figures_table(figures).splitlines()]
     assert lines == [
         ["adapter", "base"],
         ["run", "it"],
