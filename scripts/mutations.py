@@ -358,7 +358,7 @@ MUTATIONS = (
         ("tests/lora/test_experts.py::test_what_peft_saves_plain_peft_loads",),
     ),
     Mutation(
-        "lora/bank.py",
+        "lora/adapter_batch.py",
         "(self.adapter_ids_T[:, None] == adapter_ids_R)",
         "(self.adapter_ids_T[:, None] >= adapter_ids_R)",
         ("tests/lora/test_bank.py::test_a_mix_of_ranks_equals_peft_on_each_adapter_alone",),

@@ -9,7 +9,7 @@ import torch
 
 from lorakit.model.attention import cached_attention, find_difference, packed_documents
 from lorakit.sampling.cache import KVCache
-from lorakit.sampling.sampler import NO_MASK
+from lorakit.sampling.model_passes import NO_MASK
 
 # of models that were looked at
 _PROBLEMS: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()

@@ -15,7 +15,7 @@ import torch
 from lorakit.data.batch.collate import stack_images
 from lorakit.data.images import ImageEncoder
 from lorakit.errors import DataError, report
-from lorakit.lora.bank import Adapter
+from lorakit.lora.adapter_batch import Adapter
 from lorakit.sampling.stop_condition import StopCondition
 from lorakit.sampling.token_sampler import SampledTokens, sample_key
 from lorakit.types import (

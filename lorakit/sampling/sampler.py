@@ -8,35 +8,28 @@ log-probabilities, stop strings.
 from __future__ import annotations
 
 import collections
-import contextlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from lorakit.errors import ConfigError, DataError
-from lorakit.lora.bank import Adapter, AdapterBank, AdapterBatch
-from lorakit.lora.grouped import FewTokens, having
-from lorakit.loss.head import Head, all_logits, as_head_adapters
-from lorakit.loss.logprobs import hidden_states
-from lorakit.model.attention import cached_attention, packed_documents
+from lorakit.errors import DataError
+from lorakit.lora.adapter_batch import AdapterBatch
+from lorakit.lora.bank import AdapterBank
+from lorakit.loss.head import Head
 from lorakit.model.families import steady_positions
 from lorakit.sampling.cache import KVCache, rounded, wasted_tokens
+from lorakit.sampling.model_passes import ModelPasses, RunPass
 from lorakit.sampling.prompt_scores import score_prompt
 from lorakit.sampling.request import Request, RunningRequest, SampledSequence, Shown, best_of_row
 from lorakit.sampling.stop_condition import StopCondition, end_token_ids
 from lorakit.sampling.token_sampler import SampledTokens, TokenSampler
-from lorakit.sampling.traced_step import TracedStep
-from lorakit.types import Images
 
 # who joins are a 16th of the rows at work or more, or have waited for so many steps
 JOIN_SHARE, MAX_STEPS_WAITED = 16, 8
 SORT_PAYS_AFTER = 8  # steps: rows mostly stay for longer
-RunPass = Callable[[Callable[[], tuple[torch.Tensor, Any]]], tuple[torch.Tensor, Any]]
-# transformers makes none where one of four dimensions is given; the cache has its own
-NO_MASK = torch.zeros((1, 1, 1, 1))
 MAX_PREFILL_TOKENS = 8192  # of prompts at a time; a longer one comes alone
 
 
@@ -74,15 +67,13 @@ class Sampler:
         run_pass: RunPass = lambda compute: compute(),
         batch_invariant: bool = False,
     ) -> None:
-        self.model, self.tokenizer, self.bank, self.run_pass = model, tokenizer, bank, run_pass
+        self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.max_cache_tokens = 1 if batch_invariant else max_rows, max_cache_tokens
         self.batch_invariant = batch_invariant
         self.cache = KVCache()
-        self.num_forwards = self.num_generated = 0
+        self.passes = ModelPasses(model, self.cache, bank, run_pass)
+        self.num_generated = 0
         self._steps_waited = 0  # by those who could join
-        self._traced_step, self._few_tokens = TracedStep(model), FewTokens()
-        self._last_adapter_batch: AdapterBatch | None = None
-        self._last_head: Head | None = None  # as the last pass that was not replayed found it
         self._waiting: collections.deque[WaitingSequence] = collections.deque()
         self._rows: list[SampledSequence] = []
         self._end_ids = end_token_ids(model, tokenizer)
@@ -93,12 +84,8 @@ class Sampler:
         )
         if (steady := steady_positions(config)) is not None:
             self._limit = min(self._limit, steady)
-        self._has_grid = "mrope_section" in (
-            getattr(config, "rope_parameters", None) or {}
-        )  # positions are places in images, too
-        self._settled: tuple[TokenSampler, AdapterBatch | None] | None = (
-            None  # what depends on who has which row
-        )
+        # what depends on which sequence has which row
+        self._settled: tuple[TokenSampler, AdapterBatch | None] | None = None
 
     def add(self, request: Request) -> None:
         """Let ``request`` join at the next step. Raises DataError where the model cannot take
@@ -106,7 +93,7 @@ class Sampler:
         """
         limit = min(self._limit, self.max_cache_tokens)
         request.check(vocab_size=self._vocab_size, max_tokens=limit)
-        if request.shown is not None and (self.batch_invariant or not self._has_grid):
+        if request.shown is not None and (self.batch_invariant or not self.passes.has_grid):
             raise DataError(
                 "an image goes through the model whole: not under sampler.batch_invariant, nor in a"
                 " model of text"
@@ -146,8 +133,8 @@ class Sampler:
             )
         }
         self._waiting.clear()
-        self._rows, self._settled, self._last_adapter_batch = [], None, None
-        self.cache.clear()
+        self._rows, self._settled = [], None
+        self._clear()
         for one in running.values():
             one.answer(error)
 
@@ -168,8 +155,11 @@ class Sampler:
         if self._rows:
             self._decode()
         if not self.is_busy:
-            self.cache.clear()
-            self._last_adapter_batch = None  # it holds adapters
+            self._clear()
+
+    def _clear(self) -> None:
+        self.cache.clear()
+        self.passes.forget_adapters()
 
     # ---- joining
 
@@ -257,11 +247,11 @@ class Sampler:
         adapter_of = {
             id(entry.running.request.adapter): entry.running.request.adapter for entry in joining
         }
-        hidden_TH, head = self._run(
+        hidden_TH, head = self.passes.run(
             torch.tensor([[token for prompt in tokens for token in prompt]], device=device),
-            self._positions_of_prompts(lengths, list(shown.values())),
+            self.passes.positions_of_prompts(lengths, list(shown.values())),
             list(spans.values()),
-            self._adapter_batch_of([adapter_of[key.adapter] for key in prompts], lengths),
+            self.passes.adapter_batch_of([adapter_of[key.adapter] for key in prompts], lengths),
             [one.images for one in shown.values() if one is not None],
         )
         for key, places in prompts.items():
@@ -275,45 +265,20 @@ class Sampler:
             self._settled = None
             token_sampler, adapter_batch = self._settle(rows)
             self._pick(
-                rows, token_sampler, self._logits(hidden_TH[last], head, adapter_batch), first
+                rows, token_sampler, self.passes.logits(hidden_TH[last], head, adapter_batch), first
             )
-
-    def _positions_of_prompts(
-        self, lengths: Sequence[int], shown: Sequence[Shown | None]
-    ) -> torch.Tensor:
-        """Places of all prompts' tokens in their prompts, (1, T); with time, height and width
-        below, (4, 1, T).
-        """
-        places = torch.tensor([[place for length in lengths for place in range(length)]])
-        if self._has_grid:
-            own = [
-                torch.arange(length).expand(3, length) if one is None else one.grid_positions_3L
-                for length, one in zip(lengths, shown, strict=True)
-            ]
-            places = torch.cat([places, torch.cat(own, dim=1)])[:, None]
-        return places.to(self.model.device)
-
-    def _positions_of_rows(
-        self, places_B: torch.Tensor, shown: Sequence[Shown | None]
-    ) -> torch.Tensor:
-        """The same of the tokens that rows read next, (B, 1) or (4, B, 1)."""
-        if not self._has_grid:
-            return places_B[:, None]
-        shifts_B = torch.tensor([0 if one is None else one.shift for one in shown])
-        moved_B = places_B + shifts_B.to(places_B.device)
-        return torch.stack([places_B, moved_B, moved_B, moved_B])[:, :, None]
 
     def _prefill_by_token(self, joining: Sequence[WaitingSequence]) -> None:
         """Compute prompts as samples are generated."""
         for entry in joining:
             request, hidden = entry.running.request, []
             self.cache.reserve(1, len(request.prompt) + entry.running.max_tokens)
-            adapter_batch = self._adapter_batch_of([request.adapter], [1])
+            adapter_batch = self.passes.adapter_batch_of([request.adapter], [1])
             for place, token in enumerate(request.prompt):
-                positions = self._positions_of_rows(
+                positions = self.passes.positions_of_rows(
                     self.cache.decode([place], self.model.device), [None]
                 )
-                found, head = self._run(
+                found, head = self.passes.run(
                     torch.tensor([[token]], device=self.model.device),
                     positions,
                     None,
@@ -327,7 +292,7 @@ class Sampler:
                 self._pick(
                     self._rows,
                     self._settle(self._rows)[0],
-                    self._logits(hidden[-1], head, adapter_batch),
+                    self.passes.logits(hidden[-1], head, adapter_batch),
                     0,
                 )
 
@@ -341,7 +306,9 @@ class Sampler:
         """Keep what is asked about the prompt itself."""
         running, request, (_, start, end) = entry.running, entry.running.request, span
         if request.is_of_prompt and (not entry.numbers or entry.numbers.start == 0):
-            head = self._head(head, self._adapter_batch_of([request.adapter], [end - 1 - start]))
+            head = self.passes.adapted_head(
+                head, self.passes.adapter_batch_of([request.adapter], [end - 1 - start])
+            )
             score_prompt(
                 running,
                 hidden_TH[start : end - 1],
@@ -362,14 +329,14 @@ class Sampler:
         rows = self._rows
         token_sampler, adapter_batch = self._settled = self._settled or self._settle(rows)
         lengths = [row.length for row in rows]
-        positions = self._positions_of_rows(
+        positions = self.passes.positions_of_rows(
             self.cache.decode(lengths, device), [row.running.request.shown for row in rows]
         )
         tokens = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
-        hidden_BH, head = self._run(tokens, positions, None, adapter_batch)
+        hidden_BH, head = self.passes.run(tokens, positions, None, adapter_batch)
         for row in rows:
             row.length += 1
-        self._pick(rows, token_sampler, self._logits(hidden_BH, head, adapter_batch), 0)
+        self._pick(rows, token_sampler, self.passes.logits(hidden_BH, head, adapter_batch), 0)
 
     def _sort(self) -> None:
         """Lay rows of like length beside one another, where that saves more than it costs."""
@@ -391,7 +358,7 @@ class Sampler:
             num_best,
             self.model.device,
         )
-        return token_sampler, self._adapter_batch_of(
+        return token_sampler, self.passes.adapter_batch_of(
             [request.adapter for request in requests], [1] * len(rows)
         )
 
@@ -428,109 +395,6 @@ class Sampler:
                 self._rows[place] = self._rows[last]
             self._rows.pop()
             self._settled = None
-
-    # ---- the model
-
-    def _run(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        spans: list[tuple[int, int, int]] | None,
-        adapter_batch: AdapterBatch | None,
-        images: Sequence[Images] = (),
-    ) -> tuple[torch.Tensor, Head]:
-        """Return what the unembedding is given, flattened to (T, H), and the unembedding.
-        ``spans`` None: a token for each row.
-        """
-        active = (
-            self.bank.active(adapter_batch)
-            if self.bank and adapter_batch
-            else contextlib.nullcontext()
-        )
-        few = self._few_tokens if spans is None else None
-        self.num_forwards += 1
-
-        def model_pass(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            given = {
-                "input_ids": tokens,
-                "position_ids": positions,
-                "attention_mask": None if spans else NO_MASK,
-            }
-            if images:
-                given["pixel_values"] = torch.cat([one.patches_PD for one in images]).to(
-                    tokens.device
-                )
-                given["image_grid_thw"] = torch.cat([one.grids_N3 for one in images]).to(
-                    tokens.device
-                )
-            hidden, self._last_head = hidden_states(
-                self.model, lambda: self.model(**given, use_cache=False)
-            )
-            if hidden is None or self._last_head is None:
-                raise ConfigError(
-                    f"{type(self.model).__name__} cannot be sampled in rows: its unembedding is not"
-                    " a linear layer"
-                )
-            return hidden
-
-        def compute() -> tuple[torch.Tensor, Head]:
-            if few is None:
-                hidden = model_pass(tokens, positions)
-            else:
-                few.num_tokens = tokens.shape[0]
-                hidden = self._traced_step.run(
-                    model_pass, tokens, positions, self.cache, adapter_batch, few.decisions
-                )
-            assert self._last_head is not None
-            return hidden, self._last_head
-
-        with active, cached_attention(self.cache), packed_documents(spans), having(few):
-            hidden, head = self.run_pass(compute)
-        return hidden.flatten(0, 1), head
-
-    def _adapter_batch_of(
-        self, adapters: Sequence[Adapter | None], num_tokens: Sequence[int]
-    ) -> AdapterBatch | None:
-        """The adapters of a pass, of which each in turn has so many tokens."""
-        if self.bank is None:
-            return None
-        distinct = list({id(adapter): adapter for adapter in adapters}.values())
-        owners = None
-        if len(distinct) > 1:
-            number = {id(adapter): n for n, adapter in enumerate(distinct)}
-            numbers = [
-                number[id(a)]
-                for a, count in zip(adapters, num_tokens, strict=True)
-                for _ in range(count)
-            ]
-            owners = torch.tensor(numbers, device=self.model.device)
-        last = self._last_adapter_batch
-        if last is not None and [id(adapter) for adapter in last.adapters] == [
-            id(adapter) for adapter in distinct
-        ]:
-            self._last_adapter_batch = last.with_adapter_ids(
-                owners
-            )  # what lies side by side is not laid again
-        else:
-            self._last_adapter_batch = AdapterBatch(distinct, owners, like=last)
-        return self._last_adapter_batch
-
-    def _head(self, head: Head, adapter_batch: AdapterBatch | None) -> Head:
-        """``head`` with what the adapters of ``adapter_batch`` have on it."""
-        if self.bank is None or adapter_batch is None:
-            return head
-        return replace(
-            head,
-            adapters=(
-                *head.adapters,
-                *as_head_adapters(self.bank.on_head(adapter_batch, head.weight_VH.dtype)),
-            ),
-        )
-
-    def _logits(
-        self, hidden_BH: torch.Tensor, head: Head, adapter_batch: AdapterBatch | None
-    ) -> torch.Tensor:
-        return all_logits(hidden_BH, self._head(head, adapter_batch))
 
 
 def _room_of(running: RunningRequest) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lorakit.lora.bank import AdapterBatch
+from lorakit.lora.adapter_batch import AdapterBatch
 from lorakit.model.partition import is_partitioned
 from lorakit.sampling.cache import KVCache
 

@@ -8,60 +8,34 @@ import contextlib
 import itertools
 import secrets
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import CheckpointError, ConfigError, DataError
+from lorakit.errors import CheckpointError, ConfigError
 from lorakit.lora.spec import LoRASpec
-from lorakit.loss import LOSSES
-from lorakit.loss.inputs import check_knobs, prepare
 from lorakit.loss.preference import CustomLoss
 from lorakit.loss.vocabulary import VocabularyLoss
 from lorakit.sampling.request import Request, SampledSequence, read_prompt
 from lorakit.service.base import Base
 from lorakit.service.checkpoints import LOCAL_OWNER, CheckpointRegistry, SaveOptions
-from lorakit.service.custom import pull_back, with_unit_weights
 from lorakit.service.database import Checkpoint, Database, Run, now
 from lorakit.service.engine import Engine, Usage
 from lorakit.service.executor import Executor, leave
-from lorakit.service.forward_request import ForwardRequest
-from lorakit.service.training_state import TrainingState
+from lorakit.service.forward import (
+    custom_request,
+    forward_request,
+    run_in_two_passes,
+    vocabulary_request,
+)
+from lorakit.service.model import Model, Weights
 from lorakit.service.worker import Worker
 from lorakit.strategy.world import current_world, raise_on_any_rank
 from lorakit.training.precision import resolve_accelerator
-from lorakit.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput, SamplingParams
+from lorakit.types import AdamParams, Datum, ModelInput, SamplingParams
 from lorakit.weights.trained_state import read_optimizer
-
-
-@dataclass
-class Model:
-    """One adapter under training."""
-
-    id: str
-    owner: str
-    base_model: str
-    engine: Engine
-    lora: dict[str, Any]
-
-    def made(self) -> TrainingState:
-        """Its numbers. Raises CheckpointError where its making failed."""
-        return self.engine.worker.training_state(self.id)
-
-
-class Weights:
-    """What is sampled: an adapter as it was at some moment, or none, on a base. It is forgotten
-    when nobody holds this.
-    """
-
-    def __init__(self, base_model: str, engine: Engine, snapshot_id: str | None = None) -> None:
-        self.base_model, self.engine, self.snapshot_id = base_model, engine, snapshot_id
-        if snapshot_id is not None:
-            # runs wherever garbage is collected
-            weakref.finalize(self, engine.dropped.append, snapshot_id)
 
 
 @dataclass
@@ -274,27 +248,10 @@ class Service:
         """Add the gradient of ``loss_fn``, a sum over tokens, to what has accumulated; without
         ``needs_gradient`` only compute it.
         """
-
-        def request() -> ForwardRequest:
-            if loss_fn not in LOSSES:
-                raise DataError(f"loss_fn {loss_fn!r} is unknown; there are: {', '.join(LOSSES)}")
-            loss = LOSSES[loss_fn]
-            knobs = check_knobs(loss_fn, loss, loss_fn_config)
-            base = model.engine.base
-            ready = prepare(
-                data,
-                loss_fn,
-                loss,
-                vocab_size=base.vocab_size,
-                max_tokens=base.max_tokens,
-                knobs=knobs,
-            )
-            base.check_images(ready)
-            model.made()
-            return ForwardRequest(model.id, ready, loss_fn, knobs, needs_gradient)
-
         return model.engine.submit_request(
-            model.id, "forward_backward" if needs_gradient else "forward", request
+            model.id,
+            "forward_backward" if needs_gradient else "forward",
+            lambda: forward_request(model, data, loss_fn, loss_fn_config, needs_gradient),
         )
 
     def forward_backward_custom(
@@ -305,33 +262,11 @@ class Service:
         What fits one pass goes through the base once; else log-probabilities come first, then the
         gradient with respect to them.
         """
-        engine = model.engine
-
-        def ready() -> list[Datum]:
-            return self._bare(model, data)
-
-        def in_two() -> ForwardBackwardOutput:
-            (found,) = engine.do("run", [ForwardRequest(model.id, ready(), needs_gradient=False)])
-            if isinstance(found, BaseException):
-                raise found
-            weighted, value, metrics = pull_back(
-                loss, data, [output["logprobs"] for output in found.loss_fn_outputs]
-            )
-            (pulled,) = engine.do("run", [ForwardRequest(model.id, weighted)])
-            if isinstance(pulled, BaseException):
-                raise pulled
-            return replace(pulled, metrics={**pulled.metrics, "loss:sum": value, **metrics})
-
-        name = "forward_backward_custom"
+        name, engine = "forward_backward_custom", model.engine
         is_large = len(data) * max(map(len, data), default=0) > engine.worker.runner.max_tokens
         if is_large or self.executor.size > 1:  # a function stays in its process
-            return engine.submit(model.id, name, in_two)
-
-        def request() -> ForwardRequest:
-            model.made()
-            return ForwardRequest(model.id, ready(), custom=(loss, data))
-
-        return engine.submit_request(model.id, name, request)
+            return engine.submit(model.id, name, lambda: run_in_two_passes(model, data, loss))
+        return engine.submit_request(model.id, name, lambda: custom_request(model, data, loss))
 
     def forward_backward_vocabulary(
         self, model: Model, data: Sequence[Datum], function: VocabularyLoss
@@ -341,33 +276,11 @@ class Service:
         """
         if self.executor.size > 1:
             raise ConfigError("a loss of the vocabulary runs in one process")
-
-        def request() -> ForwardRequest:
-            model.made()
-            return ForwardRequest(model.id, self._bare(model, data), vocabulary=function)
-
-        return model.engine.submit_request(model.id, "forward_backward_custom", request)
-
-    def _bare(self, model: Model, data: Sequence[Datum]) -> list[Datum]:
-        """What a caller's own loss needs of ``data``: it reads the rest itself. Raises
-        DataError.
-        """
-        if missing := [
-            str(n) for n, datum in enumerate(data) if "target_tokens" not in datum.loss_fn_inputs
-        ]:
-            raise DataError(
-                f"data[{', '.join(missing[:20])}].loss_fn_inputs['target_tokens'] is missing"
-            )
-        bare, base = [with_unit_weights(datum) for datum in data], model.engine.base
-        ready = prepare(
-            bare,
-            "a custom loss",
-            LOSSES["cross_entropy"],
-            vocab_size=base.vocab_size,
-            max_tokens=base.max_tokens,
+        return model.engine.submit_request(
+            model.id,
+            "forward_backward_custom",
+            lambda: vocabulary_request(model, data, function),
         )
-        base.check_images(ready)
-        return ready
 
     def optim_step(self, model: Model, params: AdamParams) -> Future[Any]:
         """Make one step of AdamW with the accumulated gradient; the future gives its figures."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 Result = TypeVar("Result")
 
@@ -46,3 +46,16 @@ class APIFuture(Generic[Result]):
 
     def _converted(self, found: Any) -> Result:
         return self._convert(found) if self._convert else found
+
+
+class AsFuture:
+    """Lets a client be used where the public SDK returns a future of one."""
+
+    def result(self, timeout: float | None = None) -> Self:
+        return self
+
+    async def result_async(self, timeout: float | None = None) -> Self:
+        return self
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return self.result_async().__await__()

@@ -17,7 +17,7 @@ import torch
 
 from lorakit.data.batch.collate import collate, idle_batch, join
 from lorakit.data.batch.packing import assign_batches
-from lorakit.lora.bank import AdapterBatch
+from lorakit.lora.adapter_batch import AdapterBatch
 from lorakit.loss import LOSSES
 from lorakit.loss.head import as_head_adapters
 from lorakit.loss.logprobs import whole_distributions

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lorakit.errors import CheckpointError, TrainingError
-from lorakit.lora.bank import Adapter
+from lorakit.lora.adapter_batch import Adapter
 from lorakit.lora.flat_parameters import FlatParameters
 from lorakit.types import AdamParams
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lorakit.errors import CheckpointError, ConfigError, DataError
-from lorakit.lora.bank import Adapter
+from lorakit.lora.adapter_batch import Adapter
 from lorakit.lora.spec import LoRASpec
 from lorakit.sampling.request import Request, SampledSequence
 from lorakit.sampling.sampler import Sampler

@@ -13,7 +13,8 @@ from tiny_models import make_datums, make_model
 
 from lorakit.data.batch.collate import collate, join
 from lorakit.errors import AdapterError, ConfigError
-from lorakit.lora.bank import Adapter, AdapterBank, AdapterBatch
+from lorakit.lora.adapter_batch import Adapter, AdapterBatch
+from lorakit.lora.bank import AdapterBank
 from lorakit.lora.expert_function import ExpertCall
 from lorakit.lora.flat_parameters import FlatParameters, plan_layout
 from lorakit.lora.grouped import AdapterIds

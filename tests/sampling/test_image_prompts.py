@@ -86,7 +86,7 @@ def test_the_same_words_about_other_images_are_another_prompt_and_the_same_are_c
             )
         )
     sampler.step()
-    assert sampler.num_forwards == 2
+    assert sampler.passes.num_forwards == 2
     while sampler.is_busy:
         sampler.step()
     found = [answers[number].sequences[0] for number in range(3)]

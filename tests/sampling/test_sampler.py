@@ -15,7 +15,8 @@ import torch
 from tiny_models import make_model
 
 from lorakit.errors import DataError
-from lorakit.lora.bank import Adapter, AdapterBank
+from lorakit.lora.adapter_batch import Adapter
+from lorakit.lora.bank import AdapterBank
 from lorakit.lora.flat_parameters import plan_layout
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
@@ -257,7 +258,7 @@ def test_samples_of_one_prompt_differ_and_the_prompt_is_computed_once(model: Any
         and len({tuple(sample.tokens) for sample in answer.sequences}) > 15
     )
     # as rows fall free: a prefill and five tokens, three times
-    assert sampler.num_forwards == 3 * (1 + 5)
+    assert sampler.passes.num_forwards == 3 * (1 + 5)
     alone = run(
         Sampler(model, Text()), [Request(prompt, replace(OPEN, max_tokens=6), first_number=7)]
     )[0]

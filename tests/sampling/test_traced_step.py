@@ -15,7 +15,8 @@ import torch
 from test_sampler import OPEN, Text, prompts_of, run
 from tiny_models import make_model
 
-from lorakit.lora.bank import Adapter, AdapterBank
+from lorakit.lora.adapter_batch import Adapter
+from lorakit.lora.bank import AdapterBank
 from lorakit.lora.flat_parameters import plan_layout
 from lorakit.lora.inject import inject
 from lorakit.lora.spec import LoRASpec
@@ -34,7 +35,7 @@ def samplers(
 ) -> tuple[Sampler, Sampler]:
     """One that replays, and one that does not."""
     plain = Sampler(model, Text(), bank=bank, **options)
-    plain._traced_step.records = False
+    plain.passes.traced_step.records = False
     return Sampler(model, Text(), bank=bank, **options), plain
 
 
@@ -82,7 +83,10 @@ def test_replayed_passes_give_the_same_bits(
         for sampler in (replaying, plain)
     ]
     assert found[0] == found[1]
-    assert replaying._traced_step.num_replayed > 20 and plain._traced_step.num_replayed == 0
+    assert (
+        replaying.passes.traced_step.num_replayed > 20
+        and plain.passes.traced_step.num_replayed == 0
+    )
 
 
 @pytest.mark.parametrize("layout", ["per_expert", "shared_outer"])
@@ -95,7 +99,7 @@ def test_another_adapter_of_the_same_shape_has_its_own_numbers_in_a_replay(layou
     for adapter in adapters:
         found = []
         for sampler in (replaying, plain):
-            before = sampler._traced_step.num_replayed
+            before = sampler.passes.traced_step.num_replayed
             found.append(
                 bits(
                     run(
@@ -112,8 +116,8 @@ def test_another_adapter_of_the_same_shape_has_its_own_numbers_in_a_replay(layou
                 )
             )
         assert found[0] == found[1]
-        assert replaying._traced_step.num_replayed > before
-    assert len(replaying._traced_step._recordings) == 1
+        assert replaying.passes.traced_step.num_replayed > before
+    assert len(replaying.passes.traced_step._recordings) == 1
 
 
 def test_trained_weights_are_replayed_as_they_are_then_and_stay_trainable() -> None:
@@ -127,7 +131,7 @@ def test_trained_weights_are_replayed_as_they_are_then_and_stay_trainable() -> N
         with torch.no_grad():
             for parameter in trained:
                 parameter.add_(0.05 * (step + 1))
-    assert replaying._traced_step.num_replayed > 0
+    assert replaying.passes.traced_step.num_replayed > 0
     assert trained and all(parameter.requires_grad for parameter in trained)
 
 
@@ -143,8 +147,8 @@ def test_what_python_decides_by_numbers_is_not_recorded() -> None:
     replaying, plain = samplers(model)
     asked = [Request([5, 6, 7], replace(OPEN, max_tokens=40), num_samples=2)]
     assert bits(run(replaying, list(asked))) == bits(run(plain, [replace(asked[0])]))
-    assert replaying._traced_step.num_replayed == 0 and list(
-        replaying._traced_step._recordings.values()
+    assert replaying.passes.traced_step.num_replayed == 0 and list(
+        replaying.passes.traced_step._recordings.values()
     ) == [None]
 
 
@@ -157,8 +161,8 @@ def test_what_torch_does_not_warn_of_is_found_by_comparing(monkeypatch: pytest.M
     )
     replaying, _ = samplers(model)
     run(replaying, [Request([5, 6, 7], replace(OPEN, max_tokens=40), num_samples=2)])
-    assert replaying._traced_step.num_replayed == 0 and list(
-        replaying._traced_step._recordings.values()
+    assert replaying.passes.traced_step.num_replayed == 0 and list(
+        replaying.passes.traced_step._recordings.values()
     ) == [None]
 
 
@@ -167,7 +171,7 @@ def test_a_recording_holds_neither_adapters_nor_the_base() -> None:
     bank, adapter = AdapterBank(model), adapter_of(model, 4, 1)
     sampler = Sampler(model, Text(), bank=bank)
     run(sampler, [Request([5, 6, 7], replace(OPEN, max_tokens=60), adapter=adapter)])
-    assert sampler._traced_step.num_replayed > 0
+    assert sampler.passes.traced_step.num_replayed > 0
     of_adapter, of_base = (
         weakref.ref(adapter),
         weakref.ref(model.model.layers[0].mlp.gate_proj.weight),
@@ -201,6 +205,6 @@ def test_a_recording_that_differs_for_other_rows_is_dropped(
     ]
     found = [bits(run(sampler, [replace(one) for one in asked])) for sampler in (replaying, plain)]
     assert found[0] == found[1]
-    assert 0 < replaying._traced_step.num_replayed < 12 and list(
-        replaying._traced_step._recordings.values()
+    assert 0 < replaying.passes.traced_step.num_replayed < 12 and list(
+        replaying.passes.traced_step._recordings.values()
     ) == [None]

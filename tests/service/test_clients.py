@@ -256,12 +256,12 @@ def test_a_cancelled_sample_ends_and_the_engine_rests(
     deadline = time.monotonic() + 20
     while (engine._sampling or engine.worker.sampler.is_busy) and time.monotonic() < deadline:
         time.sleep(0.01)
-    steps = engine.worker.sampler.num_forwards
+    steps = engine.worker.sampler.passes.num_forwards
     time.sleep(0.2)
     assert (
         not engine._sampling
         and not engine.worker._requests
-        and engine.worker.sampler.num_forwards == steps
+        and engine.worker.sampler.passes.num_forwards == steps
     )
     short = types.SamplingParams(max_tokens=2, stop=[])
     assert (

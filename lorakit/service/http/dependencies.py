@@ -12,9 +12,9 @@ from fastapi import Depends, HTTPException, Request
 from fastapi.responses import JSONResponse
 
 from lorakit.errors import DataError, LorakitError, TrainingError
-from lorakit.service.core import Model, Weights
 from lorakit.service.http.pending import Encode, PendingRequest
 from lorakit.service.http.state import SequenceBuffer, ServerState, as_future
+from lorakit.service.model import Model, Weights
 
 Body = TypeVar("Body", bound=pydantic.BaseModel)
 

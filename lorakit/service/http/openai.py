@@ -22,10 +22,10 @@ from lorakit.errors import DataError
 from lorakit.sampling.request import SampledSequence
 from lorakit.sampling.stop_condition import stop_strings
 from lorakit.sampling.text_stream import TextStream
-from lorakit.service.core import Weights
 from lorakit.service.http.dependencies import State, User, refuse_huge, status_of
 from lorakit.service.http.openai_requests import Asked, ChatCompletion, Completion, read_messages
 from lorakit.service.http.state import ServerState, as_future
+from lorakit.service.model import Weights
 from lorakit.types import ModelInput, Sample, SampleResponse, SamplingParams
 
 router = APIRouter(prefix="/v1", tags=["openai"])

@@ -11,12 +11,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from lorakit.errors import DataError, LorakitError
-from lorakit.service.core import Weights
 from lorakit.service.database import SamplerRow
 from lorakit.service.http import codec as wire
 from lorakit.service.http.dependencies import State, User, parsed, read_json, refuse_huge
 from lorakit.service.http.pending import encode_sample
 from lorakit.service.http.state import EPHEMERAL, ServerState, as_future, chained
+from lorakit.service.model import Weights
 from lorakit.types import TensorData
 
 router = APIRouter(prefix="/api/v1", tags=["sampling"])

@@ -14,7 +14,6 @@ from pydantic import BaseModel, Field
 
 from lorakit.errors import DataError
 from lorakit.service.checkpoints import SaveOptions, check_name
-from lorakit.service.core import Model
 from lorakit.service.http import codec as wire
 from lorakit.service.http.dependencies import (
     State,
@@ -27,6 +26,7 @@ from lorakit.service.http.dependencies import (
 )
 from lorakit.service.http.pending import encode_forward_backward, encode_json
 from lorakit.service.http.state import EPHEMERAL, ServerState, as_future, chained
+from lorakit.service.model import Model
 from lorakit.types import AdamParams
 
 router = APIRouter(prefix="/api/v1", tags=["training"])
