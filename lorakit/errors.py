@@ -4,6 +4,9 @@ to put it right.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 
 class LorakitError(Exception):
     """Base of all errors that a user can cause; the command line prints it without a traceback and
@@ -20,7 +23,19 @@ class ConfigError(LorakitError, ValueError):
 
 
 class DataError(LorakitError, ValueError):
-    """Input data cannot be used; the message names file and line."""
+    """Input data cannot be used; the message names file and line.
+
+    Args:
+        text: what is wrong.
+        where: the row, as ``rows.jsonl:3``; it comes first in the message.
+    """
+
+    def __init__(self, text: str = "", where: str = "") -> None:
+        super().__init__(text, where)
+        self.text, self.where = text, where
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}" if self.where else self.text
 
 
 class AdapterError(LorakitError, ValueError):
@@ -47,6 +62,39 @@ def report(title: str, problems: list[str], total: int | None = None, remedy: st
     if remedy:
         lines.append(remedy)
     return "\n".join(lines)
+
+
+_PLACE = re.compile(r"(?P<head>.*?)(?P<number>\d+)(?P<tail>]?)", re.DOTALL)
+_LEADING_COUNT = re.compile(r"(?P<count>\d[\d,]*)(?P<rest> .*)", re.DOTALL)
+
+
+def fold(problems: Iterable[tuple[str, str]], separator: str = ": ") -> list[str]:
+    """Return a line for each message, with every place that it is about, the first 20 by number.
+
+    Messages that differ in a leading count alone are equal: "up to 25,002 tokens, but …".
+
+    Args:
+        problems: where, as ``rows.jsonl:3``, ``rows.csv: row 3`` or ``data[3]``, and what.
+        separator: between the two.
+    """
+    places: dict[tuple[str, str, str], list[str]] = {}
+    counts: dict[tuple[str, str, str], list[int]] = {}
+    for where, text in problems:
+        place, count = _PLACE.fullmatch(where), _LEADING_COUNT.fullmatch(text)
+        head, number, tail = place.group("head", "number", "tail") if place else (where, "", "")
+        key = head, tail, count["rest"] if count else text
+        places.setdefault(key, []).append(number)
+        if count:
+            counts.setdefault(key, []).append(int(count["count"].replace(",", "")))
+    lines = []
+    for key, numbers in places.items():
+        head, tail, text = key
+        shown, rest = ", ".join(numbers[:MAX_SHOWN]), len(numbers) - MAX_SHOWN
+        shown += f" and {rest:,} more" if rest > 0 else ""
+        if found := counts.get(key):
+            text = f"{'up to ' if len(set(found)) > 1 else ''}{max(found):,}{text}"
+        lines.append(f"{head}{shown}{tail}{separator}{text}")
+    return lines
 
 
 _NO_MEMORY = (

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lorakit"
 ROWS = [  # from the bottom
     {"errors"},
     {"extras"},
-    {"runs", "hub", "user_code", "model_input"},
+    {"runs", "hub", "user_code", "model_input", "quoting"},
     {"types"},
     {"data", "model"},
     {"lora", "loss", "strategy"},

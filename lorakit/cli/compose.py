@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.guard import explain
 from lorakit.cli.hydra_errors import explain_override, first_lines
-from lorakit.cli.overrides import OVERRIDE, quote, quote_path, value_of_flag
+from lorakit.cli.overrides import OVERRIDE, quote_path, value_of_flag
 from lorakit.config.aliases import explain_other_name
 from lorakit.config.paths import conf_dir
 from lorakit.errors import ConfigError, LorakitError
+from lorakit.quoting import quote_for_hydra
 
 if TYPE_CHECKING:
     pass
@@ -167,7 +168,7 @@ def _overrides_of_single_run(prepared: list[str]) -> list[str] | None:
         return overrides
     if not os.path.isdir(config_dir):
         raise ConfigError(f"--config-dir {config_dir}: no such folder")
-    folder = quote(f"file://{os.path.abspath(config_dir)}")
+    folder = quote_for_hydra(f"file://{os.path.abspath(config_dir)}")
     return [f"hydra.searchpath=[{folder}]", *overrides]
 
 

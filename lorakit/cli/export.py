@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from lorakit.cli.guard import run_command
 from lorakit.cli.run_arguments import add_run_arguments, open_trained, output_path, parse
 from lorakit.errors import CheckpointError, ConfigError
 from lorakit.pipeline.trained import Trained
+from lorakit.quoting import quote_for_shell
 
 FORMATS = {
     "peft": "PEFT's own layout, in bf16: read again by plain PEFT",
@@ -125,7 +125,7 @@ def write_adapter(trained: Trained, out: Path, form: str, name: str) -> None:
     print(f"{out}: {num_bytes / 1e6:.2f} MB in bf16{how}")
     print(f"checked: {checked}")
     if form == "vllm":
-        module = shlex.quote(f"{trained.run.name}={out}")
+        module = quote_for_shell(f"{trained.run.name}={out}")
         print(
             f"serve it with: vllm serve {name} --enable-lora --max-lora-rank {rank} --lora-modules"
             f" {module}"

@@ -6,19 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lorakit.quoting import quote_for_hydra
+
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
-
-
-def quote(value: str) -> str:
-    """Quote ``value`` so that Hydra's grammar gives it back as it is.
-
-    In Hydra's quotes a backslash escapes only a quote (or the backslashes before one); ``${`` would
-    begin an interpolation.
-    """
-    value = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", value)
-    value = re.sub(r"(\\+)$", lambda match: match[1] * 2, value)
-    return "'" + value.replace("${", "\\${") + "'"
 
 
 def quote_path(override: str) -> str:
@@ -32,10 +23,10 @@ def quote_path(override: str) -> str:
         # as a shell user writes a line's end
         value = match["value"].replace("\\n", "\n").replace("\\t", "\t")
         is_list = value.startswith("[") or value == "null"
-        return f"{match['prefix'] or ''}data.stop={value if is_list else quote(value)}"
+        return f"{match['prefix'] or ''}data.stop={value if is_list else quote_for_hydra(value)}"
     if not match or not _PATH_KEYS.fullmatch(match["key"]) or match["value"] in ("", "null"):
         return override
-    return f"{match['prefix'] or ''}{match['key']}={quote(match['value'])}"
+    return f"{match['prefix'] or ''}{match['key']}={quote_for_hydra(match['value'])}"
 
 
 def as_typed(override: Override) -> str:

@@ -4,7 +4,6 @@ which Hydra has to find, are in hydra_plugins/lorakit.
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from lorakit.config.check import check_group
 from lorakit.config.settings import OptunaSettings, WandbSettings
 from lorakit.errors import ConfigError, report
 from lorakit.extras import require
+from lorakit.quoting import quote_for_shell
 from lorakit.sweep.space import Choice, Range, Space, check_range
 from lorakit.sweep.study import Trial
 
@@ -60,7 +60,7 @@ def write_wandb_sweep(sweeper: WandbSweeper, arguments: list[str]) -> None:
     path = write_sweep_file(folder_of(sweeper), plain, space, fixed)
     project = resolve_project(((plain["logger"] or {}).get("wandb") or {}).get("project"))
     print(f"written {path}; W&B's server chooses, so it wants a key:")
-    print(f"  wandb sweep --project {shlex.quote(project)} {shlex.quote(str(path))}")
+    print(f"  wandb sweep --project {quote_for_shell(project)} {quote_for_shell(str(path))}")
     print(
         "  wandb agent …      # the line that it prints, on each machine that shall work at it,"
         " in this folder"

@@ -7,12 +7,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 from pathlib import Path
 
 from lorakit.cli.guard import run_command
 from lorakit.cli.serve import ADDRESS_FILE, KEY_FILE
 from lorakit.errors import ConfigError
+from lorakit.quoting import quote_for_shell
 
 
 def main(arguments: list[str]) -> None:
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
         "HF_HUB_OFFLINE": "1",
     }
     for name, value in variables.items():
-        print(f"export {name}={shlex.quote(value)}")
+        print(f"export {name}={quote_for_shell(value)}")
 
 
 def seed_cache(home: Path, models: dict[str, str]) -> Path:

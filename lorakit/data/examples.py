@@ -14,7 +14,7 @@ from lorakit.data.images import ImageEncoder, images_of
 from lorakit.data.read.rows import Chat, Conversations, Preference, Row, to_chat
 from lorakit.data.read.sources import Source
 from lorakit.data.render.renderer import Rendered, Renderer
-from lorakit.errors import DataError, report
+from lorakit.errors import DataError, fold, report
 from lorakit.types import Datum, ImageChunk
 
 EMPTY_TOKENS = 4  # more are not looked at: an end of a turn, and white space
@@ -47,7 +47,7 @@ class Examples:
                 truncate(example, self.max_tokens, self.on_long, cuts) for example in examples
             ]
         except DataError as error:
-            raise DataError(f"{self.source.where(index)}: {error}") from error
+            raise DataError(str(error), self.source.where(index)) from error
         self.cuts.add(cuts)
         if isinstance(row, Preference) and not all(fitted):
             return []  # half a pair is none
@@ -226,7 +226,7 @@ def profile(
     num_new_tokens, longest_row = dict.fromkeys(new_tokens, 0), int(chosen[0]) if len(chosen) else 0
     lengths: list[int] = []
     origins_found: list[int] = []
-    problems: list[str] = []
+    problems: list[DataError] = []
     first_empty: str | None = None
     num_trained = num_without_stop = num_empty = num_images = num_image_tokens = largest_image = (
         longest
@@ -238,7 +238,7 @@ def profile(
         try:
             rendered = counted.rendered(int(index))
         except DataError as error:
-            problems.append(str(error))
+            problems.append(error)
             continue
         for example in rendered:
             if len(example.tokens) > longest:
@@ -260,11 +260,11 @@ def profile(
             if empty := _num_empty_answers(example, examples.renderer):
                 num_empty, first_empty = num_empty + empty, first_empty or source.where(int(index))
     if problems and examples.on_error == "raise":
-        remedy = "Mend these rows, or set data.on_error=skip to leave them out (they are counted)."
+        remedy = "Fix these rows, or set data.on_error=skip to leave them out (they are counted)."
         raise DataError(
             report(
                 f"{len(problems):,} of {len(chosen):,} rows cannot be trained on:",
-                problems,
+                fold((error.where, error.text) for error in problems),
                 remedy=remedy,
             )
         )
@@ -277,7 +277,7 @@ def profile(
         num_rows=len(indices),
         num_rows_profiled=len(chosen),
         num_rows_skipped=examples.source.num_skipped + len(problems),
-        first_skipped=next(iter(problems), examples.source.first_skipped),
+        first_skipped=str(problems[0]) if problems else examples.source.first_skipped,
         num_examples=len(lengths),
         lengths=np.array(lengths),
         num_trained_tokens=num_trained,

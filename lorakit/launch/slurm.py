@@ -14,6 +14,7 @@ from typing import Any
 
 from lorakit.errors import ConfigError, LorakitError
 from lorakit.launch.torchrun import SHUTDOWN_TIMEOUT, Launch, torchrun_arguments
+from lorakit.quoting import quote_for_shell
 from lorakit.runs.files import write_whole
 
 FOLDER = ".slurm"  # below paths.runs: scripts, what they run, what the jobs print
@@ -155,7 +156,7 @@ def submit(launch: SlurmJob, job: dict[str, Any], *, num_processes: int, run_fol
     text = script_text(launch, described, num_processes=num_processes, run_folder=run_folder)
     write_whole(script, lambda path: path.write_text(text, encoding="utf-8"))
     if not launch.submit:
-        return f"written {script}; submit it with: sbatch {shlex.quote(str(script))}"
+        return f"written {script}; submit it with: sbatch {quote_for_shell(str(script))}"
     try:
         done = subprocess.run(
             ["sbatch", "--parsable", str(script)],
@@ -233,13 +234,13 @@ def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_fo
             "--container-mounts="
             + ",".join(path if ":" in path else f"{path}:{path}" for path in mounts)
         ]
-    said = shlex.quote(str(run_folder / "run.json"))
+    said = quote_for_shell(str(run_folder / "run.json"))
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _options(launch, name, folder)),
         "",
         *(
-            f"export {key}={shlex.quote(str(value))}"
+            f"export {key}={quote_for_shell(str(value))}"
             for key, value in (launch.environment or {}).items()
         ),
         *_setup_lines(launch.setup),
@@ -248,7 +249,7 @@ def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_fo
         "export address port",
         f"export {SHUTDOWN_TIMEOUT}={max(launch.stop_seconds, 30)}",
         *([f"before=$(cksum {said} 2>/dev/null)"] if launch.requeue else []),
-        f"{shlex.join(step)} bash -c {shlex.quote(f'exec {run}')}",
+        f"{shlex.join(step)} bash -c {quote_for_shell(f'exec {run}')}",
         "code=$?",
     ]
     if launch.requeue:
@@ -294,16 +295,16 @@ def _setup_lines(setup: Sequence[str]) -> list[str]:
 def _options(launch: SlurmJob, name: str, folder: Path) -> Sequence[str]:
     chosen = ("partition", "account", "qos", "time", "gres")
     return [
-        f"--job-name={shlex.quote(name)}",
+        f"--job-name={quote_for_shell(name)}",
         f"--nodes={launch.nodes}",
         "--ntasks-per-node=1",
-        f"--output={shlex.quote(str(folder / f'{name}-%j.out'))}",
+        f"--output={quote_for_shell(str(folder / f'{name}-%j.out'))}",
         "--open-mode=append",  # of a job that queues again
         "--requeue" if launch.requeue else "--no-requeue",
         *([f"--signal=TERM@{launch.stop_seconds}"] if launch.time else []),
         *([f"--cpus-per-task={launch.cpus}"] if launch.cpus else []),
         *(
-            f"--{key}={shlex.quote(str(value))}"
+            f"--{key}={quote_for_shell(str(value))}"
             for key in chosen
             if (value := getattr(launch, key)) is not None
         ),

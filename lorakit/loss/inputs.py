@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lorakit.errors import DataError, report
+from lorakit.errors import DataError, fold, report
 from lorakit.types import Datum, TensorData
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -121,7 +121,7 @@ def prepare(
     if not data:
         raise DataError("data is empty; give at least one Datum")
     problems = [
-        f"data[{i}]{text}"
+        (f"data[{i}]", text)
         for i, datum in enumerate(data)
         for text in _problems(datum, loss, vocab_size, max_tokens)
     ]
@@ -130,7 +130,11 @@ def prepare(
             ("target_tokens", *needs.required, *(f"{name} (optional)" for name in needs.optional))
         )
         raise DataError(
-            report(f"{name} cannot use this data:", problems, remedy=f"{name} takes: {taken}.")
+            report(
+                f"{name} cannot use this data:",
+                fold(problems, separator=""),
+                remedy=f"{name} takes: {taken}.",
+            )
         )
     fillings: dict[str, float] = {}
     if "weights" not in needs.required:

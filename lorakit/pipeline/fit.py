@@ -6,15 +6,13 @@ import contextlib
 import io
 import itertools
 import os
-import shlex
 import shutil
 import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
 import psutil
@@ -23,18 +21,12 @@ import yaml
 from rich.console import Console
 
 from lorakit.callbacks.adapter_checkpoint import AdapterCheckpoint
-from lorakit.callbacks.history import describe_curve
-from lorakit.callbacks.retain import Retain
-from lorakit.callbacks.samples import Samples
 from lorakit.callbacks.throughput import Throughput
 from lorakit.config.schema import RunConfig
-from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import CheckpointError, ConfigError, LorakitError
-from lorakit.lora.inject import LoRAPlan
 from lorakit.lora.state import adapter_state
 from lorakit.pipeline import build
 from lorakit.pipeline.prepare import PreparedRun, prepare
-from lorakit.pipeline.printing import prompt_to_try, quote_prompt
 from lorakit.pipeline.processes import (
     Place,
     check_world,
@@ -45,6 +37,7 @@ from lorakit.pipeline.processes import (
     resume_if_restarted,
     silence,
 )
+from lorakit.pipeline.result import RunResult, find_callback, print_result
 from lorakit.pipeline.resume import choose_run, command_to_go_on, fill_run_folder
 from lorakit.planner.step_plan import agree_on_memory
 from lorakit.runs.checkpoint import STATE_FILE, newest_whole, remove_behind
@@ -64,25 +57,8 @@ from lorakit.sweep.pruning import Pruning
 from lorakit.training.module import LoRAModule
 from lorakit.weights.adapter import active_config, write_adapter
 
-LONG_SECONDS = 60.0  # a wait that one may want to have shorter
 DEFAULT_THREADS = torch.get_num_threads()
-Found = TypeVar("Found", bound=L.Callback)
 _RUNS = itertools.count()  # of this process
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run leaves behind."""
-
-    run: Run
-    module: LoRAModule
-    datamodule: LoRADataModule
-    plan: LoRAPlan
-    seconds: float
-    first_step_seconds: float | None
-    tokens_per_second: float
-    adapter_bytes: int
-    interrupt: int | None  # the signal that ended it before its last step
 
 
 def train(
@@ -171,7 +147,7 @@ def train(
     )
     for logger in trainer.loggers:
         logger.log_hyperparams(config.to_dict())
-    if throughput := _find_callback(trainer, Throughput):
+    if throughput := find_callback(trainer, Throughput):
         throughput.began = began
     L.seed_everything((config.seed + world.rank) % 2**32, verbose=False)
     with lock:
@@ -315,7 +291,7 @@ def _fit(
             )
             if prepared.config.model.add_tokens:
                 prepared.tokenizer.save_pretrained(aside)
-    throughput, pruning = _find_callback(trainer, Throughput), _find_callback(trainer, Pruning)
+    throughput, pruning = find_callback(trainer, Throughput), find_callback(trainer, Pruning)
     run = run.update(
         status="interrupted" if interrupt else "finished",
         pruned=bool(pruning and pruning.is_pruned),
@@ -342,7 +318,7 @@ def _fit(
         adapter_bytes,
         interrupt,
     )
-    _print_end(
+    print_result(
         outcome,
         trainer,
         metrics,
@@ -375,112 +351,10 @@ def _clear_for(run: Run, resumes: bool, console: Console) -> tuple[Path | None, 
     return (checkpoint.folder / STATE_FILE, checkpoint.step) if checkpoint else (None, 0)
 
 
-def _print_time(throughput: Throughput | None, console: Console, *, samples: bool) -> None:
-    """Say what else took time, and what would make it less where evaluations took a third of a
-    run that was waited for.
-    """
-    if throughput is None or not throughput.num_evaluations:
-        return
-    total, evaluations = time.time() - throughput.began, throughput.evaluation_seconds
-    count = (
-        f"{throughput.num_evaluations} evaluation{'s' if throughput.num_evaluations > 1 else ''}"
-    )
-    with_samples = " with samples" if samples else ""
-    console.print(
-        f"in all {total:.1f} s, of which {evaluations:.1f} s for {count}{with_samples}",
-        highlight=False,
-    )
-    if evaluations > total / 3 and total > LONG_SECONDS:
-        keys = ["trainer.eval_every_steps=… (default: a tenth of the run)", "data.val_rows=…"]
-        keys += ["callbacks.samples.max_tokens=…", "callbacks.samples=null"] if samples else []
-        console.print(
-            f"fewer or shorter evaluations: {', '.join(keys)}", highlight=False, markup=False
-        )
-
-
 def _checkpoints_of(trainer: L.Trainer) -> AdapterCheckpoint:
-    found = _find_callback(trainer, AdapterCheckpoint)
+    found = find_callback(trainer, AdapterCheckpoint)
     assert found is not None  # build_trainer gives every run one
     return found
-
-
-def _find_callback(trainer: Any, kind: type[Found]) -> Found | None:
-    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
-
-
-def _print_end(
-    outcome: RunResult,
-    trainer: L.Trainer,
-    metrics: dict[str, float],
-    began_at: int,
-    console: Console,
-    *,
-    requeues: bool,
-) -> None:
-    run, module = outcome.run, outcome.module
-    figures = [f"loss {metrics['train/loss']:.4f}"] if "train/loss" in metrics else []
-    figures += [f"held out {metrics['val/loss']:.4f}"] if "val/loss" in metrics else []
-    figures += [f"{outcome.tokens_per_second:,.0f} tokens/s"] if outcome.tokens_per_second else []
-    state = (
-        "interrupted after"
-        if outcome.interrupt
-        else "pruned after"
-        if run.info["pruned"]
-        else "finished"
-    )
-    first = (
-        f", the first {outcome.first_step_seconds:.1f} s after the start"
-        if outcome.first_step_seconds
-        else ""
-    )
-    made = trainer.global_step - began_at
-    here = "" if made == trainer.global_step else f", {made:,} of them now,"
-    console.print(
-        f"{state} {trainer.global_step:,} steps{here} in {outcome.seconds:.1f} s{first}:"
-        f" {', '.join(figures)}"
-    )
-    _print_time(
-        _find_callback(trainer, Throughput),
-        console,
-        samples=_find_callback(trainer, Samples) is not None,
-    )
-    if module.num_bad_steps or module.num_empty_windows:
-        console.print(
-            f"skipped: {module.num_bad_steps} steps not finite, {module.num_empty_windows} windows"
-            " without a weight"
-        )
-    cuts = vars(outcome.datamodule.train_examples.cuts)
-    if any(cuts.values()):
-        console.print(
-            f"cut while training, over all epochs: {cuts['num_dropped']:,} examples dropped,"
-            f" {cuts['num_truncated']:,} truncated by {cuts['num_tokens_cut']:,} tokens"
-        )
-    if retain := _find_callback(trainer, Retain):
-        console.print(
-            f"unrelated text {retain.datamodule.spec.rows.title}: loss {retain.base_loss:.4f}"
-            f" before, {retain.loss:.4f} after ({retain.loss - retain.base_loss:+.4f})",
-            highlight=False,
-        )
-    if skipped := outcome.datamodule.train_examples.num_skipped:
-        console.print(f"rows skipped while training, over all epochs: {skipped:,}")
-    fp32_bytes = outcome.plan.num_params * 4
-    console.print(
-        f"adapter {run.adapter}: {outcome.adapter_bytes / 1e6:.2f} MB in bf16"
-        f" ({fp32_bytes / 1e6:.2f} MB in checkpoints)"
-    )
-    console.print(describe_curve(run.folder), markup=False)
-    name = shlex.quote(run.name)
-    if outcome.interrupt:
-        if requeues:
-            console.print("a job that SLURM has told to stop queues again by itself; of another:")
-        console.print(f"continue with: {command_to_go_on(run)}", markup=False)
-    else:
-        prompt = quote_prompt(prompt_to_try(outcome.datamodule) or "your prompt")
-        console.print(
-            f"next: lorakit sample {name} -- {prompt}    or: lorakit merge {name}",
-            markup=False,
-            highlight=False,
-        )
 
 
 def _with_run_folder(config: RunConfig, run: Run) -> RunConfig:

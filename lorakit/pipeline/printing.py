@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from typing import Any
 
 from rich.console import Console
@@ -120,14 +119,6 @@ def prompt_to_try(datamodule: LoRADataModule) -> str | None:
     if isinstance(row, Chat):
         text = next((message.content for message in row.messages if message.role == "user"), None)
     return text if isinstance(text, str) and 0 < len(text) <= PROMPT_CHARACTERS else None
-
-
-def quote_prompt(text: str) -> str:
-    """``text`` as one types it in a shell; with a line's end in it as ``$'…'``."""
-    if "\n" not in text:
-        return shlex.quote(text)
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return f"$'{escaped}'"
 
 
 def warn_of_idle_settings(config: RunConfig, datamodule: LoRADataModule, total_steps: int) -> None:

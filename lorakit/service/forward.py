@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lorakit.errors import DataError
+from lorakit.errors import DataError, fold
 from lorakit.loss import LOSSES, Loss
 from lorakit.loss.inputs import check_knobs, prepare
 from lorakit.loss.preference import CustomLoss
@@ -77,11 +77,11 @@ def _run(model: Model, request: ForwardRequest) -> ForwardBackwardOutput:
 def _bare(model: Model, data: Sequence[Datum]) -> list[Datum]:
     """What a caller's own loss needs of ``data``: it reads the rest itself. Raises DataError."""
     if missing := [
-        str(n) for n, datum in enumerate(data) if "target_tokens" not in datum.loss_fn_inputs
+        (f"data[{i}]", ".loss_fn_inputs['target_tokens'] is missing")
+        for i, datum in enumerate(data)
+        if "target_tokens" not in datum.loss_fn_inputs
     ]:
-        raise DataError(
-            f"data[{', '.join(missing[:20])}].loss_fn_inputs['target_tokens'] is missing"
-        )
+        raise DataError("\n".join(fold(missing, separator="")))
     bare = [with_unit_weights(datum) for datum in data]
     return _prepare(model, bare, "a custom loss", LOSSES["cross_entropy"], {})
 

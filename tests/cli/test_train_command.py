@@ -16,7 +16,7 @@ import yaml
 from small import SMALL
 
 from lorakit.cli.run_arguments import add_run_arguments, parse
-from lorakit.pipeline.printing import quote_prompt
+from lorakit.quoting import quote_for_shell
 from lorakit.reports.tables import figures_table
 
 Call = Callable[..., tuple[int, str, str]]
@@ -361,7 +361,7 @@ def test_a_person_reads_a_table_and_types_a_prompt() -> None:
     ]
     for text in ("plain", "it's", "two\nlines", "it's\ntwo \\ lines"):
         typed = subprocess.run(
-            ["bash", "-c", f"printf %s {quote_prompt(text)}"],
+            ["bash", "-c", f"printf %s {quote_for_shell(text)}"],
             capture_output=True,
             text=True,
             check=True,

@@ -52,14 +52,8 @@ def test_rows_over_max_tokens_are_all_named_by_line_in_one_report(
     with pytest.raises(DataError) as error:
         profile(examples, everything(examples), 1_000)
     message = str(error.value)
-    assert (
-        "30 of 60 rows" in message and "10 more" in message and message.count("9 tokens, but") == 20
-    )
-    assert (
-        "rows.jsonl:1: " in message
-        and "rows.jsonl:39: " in message
-        and "rows.jsonl:41: " not in message
-    )
+    assert "30 of 60 rows" in message and message.count("9 tokens, but") == 1
+    assert "rows.jsonl:1, 3, 5, " in message and ", 37, 39 and 10 more: 9 tokens, but" in message
 
 
 def test_a_bad_row_that_streams_by_is_named_by_its_line_or_counted(

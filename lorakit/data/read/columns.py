@@ -7,8 +7,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
@@ -16,6 +14,7 @@ import msgspec
 
 from lorakit.data.read.rows import FORMATS, Row
 from lorakit.errors import ConfigError
+from lorakit.quoting import quote_for_hydra, quote_for_shell
 
 Columns = tuple[tuple[str, str], ...]  # (our name, the file's name) of columns
 # What others call the columns, for a hint on files that are not recognised.
@@ -205,23 +204,14 @@ def unrecognised(where: str, present: Sequence[str], columns: Columns) -> str:
     )
     lost = [f"{theirs} (for {ours})" for ours, theirs in columns if theirs not in present]
     absent = f" data.columns names {', '.join(lost)}, which is not there." if lost else ""
-    guessed = (
-        ", ".join(f"{ours}: {_quoted(theirs)}" for ours, theirs in guess_columns(present).items())
-        if present
-        else ""
-    )
-    hint = (
-        "\nOr say what its columns mean, for instance:\n "
-        f" {shlex.quote(f'data.columns={{{guessed}}}')}"
-        if guessed
-        else ""
-    )
+    guessed = []
+    for ours, theirs in guess_columns(present).items() if present else ():
+        is_plain = theirs.isascii() and theirs.isidentifier()
+        name = theirs if is_plain else quote_for_hydra(theirs, mark='"')
+        guessed.append(f"{ours}: {name}")
+    typed = quote_for_shell(f"data.columns={{{', '.join(guessed)}}}")
+    hint = f"\nOr say what its columns mean, for instance:\n  {typed}" if guessed else ""
     found = f"columns not recognised (found: {', '.join(present)})"
     return (
         f"{where}: {found}.{absent} A row needs the columns of one of these formats:\n{known}{hint}"
     )
-
-
-def _quoted(name: str) -> str:
-    """A column's name as a value in Hydra's grammar."""
-    return name if re.fullmatch(r"[A-Za-z_][\w-]*", name) else '"' + name.replace('"', '\\"') + '"'

@@ -30,7 +30,7 @@ from lorakit.data.read.columns import (
 )
 from lorakit.data.read.custom_format import OwnFormat, OwnFormatError, format_of
 from lorakit.data.read.rows import Message, Role, Row, Text, find_problem, has_images
-from lorakit.errors import DataError, report
+from lorakit.errors import DataError, fold, report
 
 Progress = Callable[[int], None]  # is told how many more bytes were read
 _PROGRESS_BYTES = 4 << 20
@@ -107,8 +107,10 @@ class LineFile:
                 if row is not None:
                     return format_of(row)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                problems.append(f"{self.path}:{number}: {explain(error, Text)}")
-        raise DataError(report(f"{self.path}: {own.name} makes no row of any line:", problems))
+                problems.append((f"{self.path}:{number}", explain(error, Text)))
+        raise DataError(
+            report(f"{self.path}: {own.name} makes no row of any line:", fold(problems))
+        )
 
     def _record(self, line: bytes) -> Any:
         return (
@@ -127,7 +129,7 @@ class LineFile:
             return "text"
         if wanted:
             return wanted
-        problems: list[str] = []
+        problems: list[tuple[str, str]] = []
         columns: list[str] | None = None
         with self.path.open("rb") as file:
             if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
@@ -136,18 +138,18 @@ class LineFile:
             try:
                 row = msgspec.json.decode(line)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                problems.append(f"{self.path}:{number}: {explain(error, Text)}")
+                problems.append((f"{self.path}:{number}", explain(error, Text)))
                 continue
             if isinstance(row, dict) and (found := recognise(row, self._columns)):
                 # lines of another kind before it are reported by the pass over all lines
                 return found
             if isinstance(row, dict) and columns is None:
                 columns = list(row)
-            problems.append(f"{self.path}:{number}: not a row of a known format")
+            problems.append((f"{self.path}:{number}", "not a row of a known format"))
         if columns is not None:
             raise DataError(unrecognised(str(self.path), columns, self._columns))
         if problems:
-            raise DataError(report(f"{self.path}: no line is a row:", problems))
+            raise DataError(report(f"{self.path}: no line is a row:", fold(problems)))
         raise DataError(f"{self.path}: no row in this file (it is empty)")
 
     def _make_decoder(self) -> Callable[[bytes], Row | None]:

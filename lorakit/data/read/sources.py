@@ -27,7 +27,7 @@ from lorakit.data.read.custom_format import Format, OwnFormat, find_format
 from lorakit.data.read.lines import LineFile, Progress
 from lorakit.data.read.rows import CHAT_PAIRS, Preference, Row
 from lorakit.data.read.tables import Table, load_hub_table, load_table
-from lorakit.errors import ConfigError, DataError, report
+from lorakit.errors import ConfigError, DataError, fold, report
 from lorakit.extras import find_problem
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
@@ -386,25 +386,24 @@ def _is_json_lines(path: Path) -> bool:
 def _settle(path: str, parts: list[LineFile | Table], on_error: str) -> Source:
     problems = [
         (
-            f"{part.path}:{number}: {text}"
-            if isinstance(part, LineFile)
-            else f"{part.path}: row {number}: {text}"
+            f"{part.path}:{number}" if isinstance(part, LineFile) else f"{part.path}: row {number}",
+            text,
         )
         for part in parts
         for number, text in part.problems
     ]
     num_rows = sum(part.num_rows_seen for part in parts)
     if problems and on_error == "raise":
-        remedy = "Mend these rows, or set data.on_error=skip to leave them out (they are counted)."
+        remedy = "Fix these rows, or set data.on_error=skip to leave them out (they are counted)."
         raise DataError(
             report(
                 f"{path}: {len(problems):,} of {num_rows:,} rows cannot be used:",
-                problems,
+                fold(problems),
                 remedy=remedy,
             )
         )
     source = Source(
-        parts, num_skipped=len(problems), first_skipped=problems[0] if problems else None
+        parts, num_skipped=len(problems), first_skipped=": ".join(problems[0]) if problems else None
     )
     if len(source) == 0:
         why = f"{num_rows:,} rows read, all of them bad" if num_rows else "it is empty"

@@ -25,7 +25,7 @@ from lorakit.data.read.columns import (
 from lorakit.data.read.custom_format import OwnFormat, format_of
 from lorakit.data.read.lines import Progress, explain
 from lorakit.data.read.rows import FORMATS, Row, find_problem, has_images
-from lorakit.errors import DataError, report
+from lorakit.errors import DataError, fold, report
 from lorakit.extras import require
 from lorakit.hub import explain_hub_error, find_hub_problem, stay_offline
 
@@ -91,8 +91,11 @@ class Table:
                 if (row := own.convert(_without_nulls(record))) is not None:
                     return format_of(row)
             except msgspec.ValidationError as error:
-                problems.append(f"{self.path}: row {number + 1}: {explain(error, FORMATS['text'])}")
-        raise DataError(report(f"{self.path}: {own.name} makes no row of any record:", problems))
+                problem = explain(error, FORMATS["text"])
+                problems.append((f"{self.path}: row {number + 1}", problem))
+        raise DataError(
+            report(f"{self.path}: {own.name} makes no row of any record:", fold(problems))
+        )
 
     def _convert(self, record: Any) -> Row | None:
         if self._own:

@@ -58,15 +58,10 @@ def test_all_problems_come_in_one_report_with_20_shown_and_the_total(tmp_path: P
     with pytest.raises(DataError) as error:
         open_bytes(tmp_path, "\n".join(["", GOOD, *lines]).encode())
     message = str(error.value)
-    shown = [
-        line for line in message.splitlines() if "rows.jsonl:" in line and "wrong type" in line
-    ]
-    assert [int(line.split("rows.jsonl:")[1].split(":")[0]) for line in shown] == list(
-        range(3, 43, 2)
-    )
-    assert (
-        "1,250 of 2,501 rows" in message and "1,230 more" in message and "on_error=skip" in message
-    )
+    (shown,) = [line for line in message.splitlines() if "wrong type" in line]
+    lines = ", ".join(map(str, range(3, 43, 2)))
+    assert f"rows.jsonl:{lines} and 1,230 more: " in shown
+    assert "1,250 of 2,501 rows" in message and "on_error=skip" in message
 
 
 def test_problems_of_every_kind_are_told_apart(tmp_path: Path) -> None:

@@ -1,0 +1,142 @@
+"""What a run leaves behind, and the lines that say it when it ends."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import lightning as L
+from rich.console import Console
+
+from lorakit.callbacks.history import describe_curve
+from lorakit.callbacks.retain import Retain
+from lorakit.callbacks.samples import Samples
+from lorakit.callbacks.throughput import Throughput
+from lorakit.data.datamodule import LoRADataModule
+from lorakit.lora.inject import LoRAPlan
+from lorakit.pipeline.printing import prompt_to_try
+from lorakit.pipeline.resume import command_to_go_on
+from lorakit.quoting import quote_for_shell
+from lorakit.runs.folder import Run
+from lorakit.training.module import LoRAModule
+
+LONG_SECONDS = 60.0  # a wait that one may want to have shorter
+Found = TypeVar("Found", bound=L.Callback)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind."""
+
+    run: Run
+    module: LoRAModule
+    datamodule: LoRADataModule
+    plan: LoRAPlan
+    seconds: float
+    first_step_seconds: float | None
+    tokens_per_second: float
+    adapter_bytes: int
+    interrupt: int | None  # the signal that ended it before its last step
+
+
+def find_callback(trainer: Any, kind: type[Found]) -> Found | None:
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
+
+
+def print_result(
+    outcome: RunResult,
+    trainer: L.Trainer,
+    metrics: dict[str, float],
+    began_at: int,
+    console: Console,
+    *,
+    requeues: bool,
+) -> None:
+    run, module = outcome.run, outcome.module
+    figures = [f"loss {metrics['train/loss']:.4f}"] if "train/loss" in metrics else []
+    figures += [f"held out {metrics['val/loss']:.4f}"] if "val/loss" in metrics else []
+    figures += [f"{outcome.tokens_per_second:,.0f} tokens/s"] if outcome.tokens_per_second else []
+    state = (
+        "interrupted after"
+        if outcome.interrupt
+        else "pruned after"
+        if run.info["pruned"]
+        else "finished"
+    )
+    first = (
+        f", the first {outcome.first_step_seconds:.1f} s after the start"
+        if outcome.first_step_seconds
+        else ""
+    )
+    made = trainer.global_step - began_at
+    here = "" if made == trainer.global_step else f", {made:,} of them now,"
+    console.print(
+        f"{state} {trainer.global_step:,} steps{here} in {outcome.seconds:.1f} s{first}:"
+        f" {', '.join(figures)}"
+    )
+    _print_time(
+        find_callback(trainer, Throughput),
+        console,
+        samples=find_callback(trainer, Samples) is not None,
+    )
+    if module.num_bad_steps or module.num_empty_windows:
+        console.print(
+            f"skipped: {module.num_bad_steps} steps not finite, {module.num_empty_windows} windows"
+            " without a weight"
+        )
+    cuts = vars(outcome.datamodule.train_examples.cuts)
+    if any(cuts.values()):
+        console.print(
+            f"cut while training, over all epochs: {cuts['num_dropped']:,} examples dropped,"
+            f" {cuts['num_truncated']:,} truncated by {cuts['num_tokens_cut']:,} tokens"
+        )
+    if retain := find_callback(trainer, Retain):
+        console.print(
+            f"unrelated text {retain.datamodule.spec.rows.title}: loss {retain.base_loss:.4f}"
+            f" before, {retain.loss:.4f} after ({retain.loss - retain.base_loss:+.4f})",
+            highlight=False,
+        )
+    if skipped := outcome.datamodule.train_examples.num_skipped:
+        console.print(f"rows skipped while training, over all epochs: {skipped:,}")
+    fp32_bytes = outcome.plan.num_params * 4
+    console.print(
+        f"adapter {run.adapter}: {outcome.adapter_bytes / 1e6:.2f} MB in bf16"
+        f" ({fp32_bytes / 1e6:.2f} MB in checkpoints)"
+    )
+    console.print(describe_curve(run.folder), markup=False)
+    name = quote_for_shell(run.name)
+    if outcome.interrupt:
+        if requeues:
+            console.print("a job that SLURM has told to stop queues again by itself; of another:")
+        console.print(f"continue with: {command_to_go_on(run)}", markup=False)
+    else:
+        prompt = quote_for_shell(prompt_to_try(outcome.datamodule) or "your prompt")
+        console.print(
+            f"next: lorakit sample {name} -- {prompt}    or: lorakit merge {name}",
+            markup=False,
+            highlight=False,
+        )
+
+
+def _print_time(throughput: Throughput | None, console: Console, *, samples: bool) -> None:
+    """Say what else took time, and what would make it less where evaluations took a third of a
+    run that was waited for.
+    """
+    if throughput is None or not throughput.num_evaluations:
+        return
+    total, evaluations = time.time() - throughput.began, throughput.evaluation_seconds
+    count = (
+        f"{throughput.num_evaluations} evaluation{'s' if throughput.num_evaluations > 1 else ''}"
+    )
+    with_samples = " with samples" if samples else ""
+    console.print(
+        f"in all {total:.1f} s, of which {evaluations:.1f} s for {count}{with_samples}",
+        highlight=False,
+    )
+    if evaluations > total / 3 and total > LONG_SECONDS:
+        keys = ["trainer.eval_every_steps=… (default: a tenth of the run)", "data.val_rows=…"]
+        keys += ["callbacks.samples.max_tokens=…", "callbacks.samples=null"] if samples else []
+        console.print(
+            f"fewer or shorter evaluations: {', '.join(keys)}", highlight=False, markup=False
+        )
