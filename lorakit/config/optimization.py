@@ -17,7 +17,8 @@ def build_loss(loss: Component) -> Callable[..., Any]:
     ConfigError.
     """
     is_class = isinstance(loss.imported("loss"), type)
-    return Component(loss.target, loss.arguments, not is_class).build("loss")
+    built: Callable[..., Any] = Component(loss.target, loss.arguments, not is_class).build("loss")
+    return built
 
 
 def build_optimization(

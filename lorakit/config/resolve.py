@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lorakit.errors import ConfigError
 
@@ -34,5 +34,4 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
             "these keys have no default and must be set: "
             + ", ".join(_MEANT.get(key, f"{key}=…") for key in missing)
         )
-    plain: Any = OmegaConf.to_container(free, resolve=True)
-    return plain
+    return cast("dict[str, Any]", OmegaConf.to_container(free, resolve=True))

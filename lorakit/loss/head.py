@@ -101,8 +101,9 @@ def head_logprobs(
     out to be another one, they are computed all the same.
     """
     call = _Call(head, temperature, block_bytes, torch.is_grad_enabled(), weights_NK)
+    function: Callable[..., torch.Tensor] = _HeadFunction.apply
     with whole(head.frozen):
-        return _HeadFunction.apply(
+        return function(
             targets_NK, call, hidden_NH, *_narrow(head, hidden_NH), *(a.B_VR for a in head.adapters)
         )
 

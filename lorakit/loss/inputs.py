@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lorakit.errors import DataError, fold, report
-from lorakit.types import Datum, TensorData
+from lorakit.model_input import TensorData
+from lorakit.types import Datum
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -50,7 +50,8 @@ def vocabulary_loss(
     places = [(row * length + start, row * length + end) for row, start, end in spans]
     call = _Call(head, function, places, targets_BL.flatten(), found.view(-1))
     factors = [factor for adapter in head.adapters for factor in (adapter.A_RH, adapter.B_VR)]
-    return LossOutput(_VocabularyFunction.apply(call, hidden_BLH.flatten(0, 1), *factors), found)
+    total: Callable[..., torch.Tensor] = _VocabularyFunction.apply
+    return LossOutput(total(call, hidden_BLH.flatten(0, 1), *factors), found)
 
 
 class _VocabularyFunction(torch.autograd.Function):

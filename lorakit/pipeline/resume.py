@@ -137,9 +137,9 @@ def config_text(config: dict[str, Any], folder: Path) -> str:
     """The config of the run in ``folder`` as its file holds it: it means the same from any
     folder.
     """
-    return yaml.safe_dump(
-        fill_run_folder(_with_absolute_paths(config), folder), sort_keys=False, allow_unicode=True
-    )
+    settings = fill_run_folder(_with_absolute_paths(config), folder)
+    text: str = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:

@@ -77,11 +77,11 @@ def refuse_unless_elementwise(
     generator = torch.Generator().manual_seed(0)
     values, gradients = (torch.randn(2, 6, 4, generator=generator) for _ in range(2))
     whole = torch.nn.Parameter(values[0].clone())
-    halves = [torch.nn.Parameter(half.clone()) for half in values[0].flatten().split(12)]
+    halves = [torch.nn.Parameter(half.clone()) for half in values[0].reshape(2, 12)]
     on_whole, on_halves = make([whole]), make(halves)
     for gradient in gradients:
         whole.grad = gradient.clone()
-        for half, part in zip(halves, gradient.flatten().split(12), strict=True):
+        for half, part in zip(halves, gradient.reshape(2, 12), strict=True):
             half.grad = part.clone()
         on_whole.step()
         on_halves.step()
