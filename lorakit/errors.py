@@ -69,7 +69,7 @@ _LEADING_COUNT = re.compile(r"(?P<count>\d[\d,]*)(?P<rest> .*)", re.DOTALL)
 
 
 def fold(problems: Iterable[tuple[str, str]], separator: str = ": ") -> list[str]:
-    """Return a line for each message, with every place that it is about, the first 20 by number.
+    """Return a line for each message, with every row that it is about.
 
     Messages that differ in a leading count alone are equal: "up to 25,002 tokens, but …".
 
@@ -77,24 +77,36 @@ def fold(problems: Iterable[tuple[str, str]], separator: str = ": ") -> list[str
         problems: where, as ``rows.jsonl:3``, ``rows.csv: row 3`` or ``data[3]``, and what.
         separator: between the two.
     """
-    places: dict[tuple[str, str, str], list[str]] = {}
+    rows: dict[tuple[str, str, str], list[int]] = {}
     counts: dict[tuple[str, str, str], list[int]] = {}
     for where, text in problems:
         place, count = _PLACE.fullmatch(where), _LEADING_COUNT.fullmatch(text)
         head, number, tail = place.group("head", "number", "tail") if place else (where, "", "")
         key = head, tail, count["rest"] if count else text
-        places.setdefault(key, []).append(number)
-        if count:
-            counts.setdefault(key, []).append(int(count["count"].replace(",", "")))
+        rows.setdefault(key, []).extend([int(number)] if number else [])
+        counts.setdefault(key, []).extend([int(count["count"].replace(",", ""))] if count else [])
     lines = []
-    for key, numbers in places.items():
-        head, tail, text = key
-        shown, rest = ", ".join(numbers[:MAX_SHOWN]), len(numbers) - MAX_SHOWN
-        shown += f" and {rest:,} more" if rest > 0 else ""
-        if found := counts.get(key):
-            text = f"{'up to ' if len(set(found)) > 1 else ''}{max(found):,}{text}"
-        lines.append(f"{head}{shown}{tail}{separator}{text}")
+    for (head, tail, text), numbers in rows.items():
+        found = counts[head, tail, text]
+        size = f"{'up to ' if len(set(found)) > 1 else ''}{max(found):,}" if found else ""
+        lines.append(f"{head}{_spans(numbers)}{tail}{separator}{size}{text}")
     return lines
+
+
+def _spans(numbers: list[int]) -> str:
+    """``numbers`` as "1, 3, 5–9", the first 20 entries of it, and how many more there are."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    entries = [
+        f"{span[0]}–{span[-1]}" if len(span) > 2 else ", ".join(map(str, span))
+        for span in spans[:MAX_SHOWN]
+    ]
+    rest = sum(map(len, spans[MAX_SHOWN:]))
+    return ", ".join(entries) + (f" and {rest:,} more" if rest else "")
 
 
 _NO_MEMORY = (

@@ -136,7 +136,7 @@ MUTATIONS = (
     ),
     # cli
     Mutation(
-        "cli/overrides.py",
+        "quoting.py",
         '.replace("${", "\\\\${")',
         "",
         ("tests/cli/test_compose.py::test_values_of_path_keys_mean_themselves",),
@@ -151,19 +151,21 @@ MUTATIONS = (
         "pipeline/resume.py",
         "not key.startswith(FREE_KEYS)",
         "key.startswith(FREE_KEYS)",
-        ("tests/cli/test_resume.py::test_another_config_is_refused_and_the_keys_are_named",),
+        ("tests/pipeline/test_resume.py::test_another_config_is_refused_and_the_keys_are_named",),
     ),
     Mutation(
         "pipeline/resume.py",
         'run.info.get("data_fingerprint") != data_fingerprint',
         "False",
-        ("tests/cli/test_resume.py::test_another_config_is_refused_and_the_keys_are_named",),
+        ("tests/pipeline/test_resume.py::test_another_config_is_refused_and_the_keys_are_named",),
     ),
     Mutation(
         "config/check.py",
         "_AT_LEAST_ONE if flat[key] < 1",
         "_AT_LEAST_ONE if flat[key] < 0",
-        ("tests/cli/test_retain.py::test_rows_that_cannot_be_used_stop_a_run_before_it_begins",),
+        (
+            "tests/evaluation/test_retain.py::test_rows_that_cannot_be_used_stop_a_run_before_it_begins",
+        ),
     ),
     Mutation(
         "planner/step_plan.py",
@@ -188,7 +190,7 @@ MUTATIONS = (
         "if key in now}, **then}",
         "if key in now and False}, **then}",
         (
-            "tests/cli/test_older_runs.py::test_a_key_that_came_later_continues_"
+            "tests/pipeline/test_older_runs.py::test_a_key_that_came_later_continues_"
             "under_the_value_that_means_the_old_behaviour",
         ),
     ),
@@ -203,13 +205,17 @@ MUTATIONS = (
         "evaluation/held_out.py",
         '"loss": loss_sum / weight',
         '"loss": loss_sum',
-        ("tests/cli/test_retain.py::test_the_loss_on_unrelated_text_is_told_before_and_after",),
+        (
+            "tests/evaluation/test_retain.py::test_the_loss_on_unrelated_text_is_told_before_and_after",
+        ),
     ),
     Mutation(
         "evaluation/held_out.py",
         "return loss_sum / weight",
         "return loss_sum",
-        ("tests/cli/test_retain.py::test_the_loss_on_unrelated_text_is_told_before_and_after",),
+        (
+            "tests/evaluation/test_retain.py::test_the_loss_on_unrelated_text_is_told_before_and_after",
+        ),
     ),
     # data
     Mutation(
@@ -743,7 +749,7 @@ MUTATIONS = (
         "runs/files.py",
         "fcntl.LOCK_SH if shared else fcntl.LOCK_EX",
         "fcntl.LOCK_SH",
-        ("tests/cli/test_resume.py::test_two_processes_never_train_one_run",),
+        ("tests/pipeline/test_resume.py::test_two_processes_never_train_one_run",),
     ),
     Mutation(
         "runs/files.py",

@@ -221,7 +221,7 @@ def test_the_commands_of_a_section_run_in_a_fresh_folder(
 ) -> None:
     shutil.copytree(place / "rows", tmp_path, dirs_exist_ok=True)
     if section.page == "own-code.md":
-        shutil.copytree(REPOSITORY / "tests/cli/own_package", tmp_path, dirs_exist_ok=True)
+        shutil.copytree(REPOSITORY / "tests/pipeline/own_package", tmp_path, dirs_exist_ok=True)
         rows = [{"frage": f"{i} plus {i}", "antwort": f" {2 * i}.", "gut": True} for i in range(40)]
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     script = shortened(section.commands)

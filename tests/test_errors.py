@@ -31,8 +31,9 @@ def test_the_largest_leading_count_is_kept() -> None:
 
 def test_many_places_are_counted_and_many_messages_too() -> None:
     (line,) = fold([(f"data[{i}]", ".weights is missing") for i in range(1030)], separator="")
-    assert line.startswith("data[0, 1, 2, ")
-    assert line.endswith(", 19 and 1,010 more].weights is missing")
+    assert line == "data[0–1029].weights is missing"
+    (line,) = fold([(f"r:{i}", "empty") for i in (1, 2, *range(4, 90, 2))])
+    assert line.startswith("r:1, 2, 4, 6, ") and line.endswith(", 40 and 24 more: empty")
     shown = report("bad:", fold([(f"r:{i}", f"word{i}x") for i in range(25)])).splitlines()
     assert len(shown) == 22 and shown[-1] == "  … and 5 more"
 

@@ -118,7 +118,7 @@ def test_the_page_shows_the_code_that_is_tested() -> None:
         ),
         (
             ("data.format=own_package.rows.broken",),
-            "rows.jsonl:1: own_package.rows.broken raises KeyError: 'question'",
+            "rows.jsonl:1–40: own_package.rows.broken raises KeyError: 'question'",
         ),
         (
             ("data.format=own_package.rows.nothing",),
