@@ -23,7 +23,7 @@ from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER
 from lorakit.pipeline.build import build_step_plan
 from lorakit.pipeline.processes import Place
 from lorakit.planner.memory import WARN_SHARE
-from lorakit.planner.step_plan import name_of, row_sizes
+from lorakit.planner.step_plan import row_sizes, strategy_name
 from lorakit.weights.adapter import AdapterFiles
 
 Values = dict[str, Any]  # by keys in dots
@@ -333,6 +333,6 @@ def _bytes_of(config: RunConfig, facts: RunFacts) -> int | None:
     if config.strategy.target == "auto":
         name = step.first_that_fits(facts.place.world.size, memory_bytes, offloads=False)
     else:
-        name = name_of(config.strategy)
+        name = strategy_name(config.strategy)
     total = step.memory(name, facts.place.world.size).total if name else None
     return total if total is not None and total <= WARN_SHARE * memory_bytes else None

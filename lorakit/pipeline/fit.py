@@ -38,7 +38,7 @@ from lorakit.pipeline.processes import (
     silence,
 )
 from lorakit.pipeline.result import RunResult, find_callback, print_result
-from lorakit.pipeline.resume import choose_run, command_to_go_on, fill_run_folder
+from lorakit.pipeline.resume import choose_run, command_to_continue, fill_run_folder
 from lorakit.planner.step_plan import agree_on_memory
 from lorakit.runs.checkpoint import STATE_FILE, newest_whole, remove_behind
 from lorakit.runs.files import whole_folder
@@ -271,7 +271,7 @@ def _fit(
             where = f"{error.filename}: " if error.filename else ""
             raise CheckpointError(
                 f"{where}{error.strerror or error}; the last good checkpoint in {run.checkpoints}"
-                f" stays in force: mend the cause and go on with: {command_to_go_on(run)}"
+                f" stays in force: mend the cause and go on with: {command_to_continue(run)}"
             ) from error
         raise
     finally:

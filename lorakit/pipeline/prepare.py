@@ -30,7 +30,7 @@ from lorakit.pipeline.processes import Place, num_streams
 from lorakit.pipeline.resume import find_run_to_resume
 from lorakit.pipeline.strategy_choice import choose_strategy, refuse_unless_elementwise
 from lorakit.planner.fitting import check_memory
-from lorakit.planner.step_plan import describe, name_of, row_sizes
+from lorakit.planner.step_plan import describe, row_sizes, strategy_name
 from lorakit.runs.files import find_write_problem
 from lorakit.training.optim import auto_lr, lr_source
 from lorakit.training.precision import why_precision
@@ -176,7 +176,7 @@ def plan_memory(run: PreparedRun) -> None:
         val_rows=row_sizes(run.datamodule.val_report),
     )
     strategy = choose_strategy(step, place, run.say)
-    memory = check_memory(step, name_of(strategy), place.world.size, memory_bytes)
+    memory = check_memory(step, strategy_name(strategy), place.world.size, memory_bytes)
     if memory:
         run.say(f"memory: {memory.total / 1e9:.1f} GB in each process ({describe(memory)})")
     run.planned_bytes = memory.total if memory else None

@@ -16,7 +16,7 @@ from lorakit.callbacks.throughput import Throughput
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.lora.inject import LoRAPlan
 from lorakit.pipeline.printing import prompt_to_try
-from lorakit.pipeline.resume import command_to_go_on
+from lorakit.pipeline.resume import command_to_continue
 from lorakit.quoting import quote_for_shell
 from lorakit.runs.folder import Run
 from lorakit.training.module import LoRAModule
@@ -109,7 +109,7 @@ def print_result(
     if outcome.interrupt:
         if requeues:
             console.print("a job that SLURM has told to stop queues again by itself; of another:")
-        console.print(f"continue with: {command_to_go_on(run)}", markup=False)
+        console.print(f"continue with: {command_to_continue(run)}", markup=False)
     else:
         prompt = quote_for_shell(prompt_to_try(outcome.datamodule) or "your prompt")
         console.print(

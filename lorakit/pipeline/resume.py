@@ -83,7 +83,7 @@ def find_run_to_resume(config: RunConfig, experiment: str) -> Run | None:
             what = f"run {name!r}" if name else f"unfinished run of experiment {experiment}"
             raise CheckpointError(
                 f"resume=true, but there is no {what} in"
-                f" {root.resolve()}{_others_to_go_on_with(root)}"
+                f" {root.resolve()}{_others_to_continue(root)}"
             )
         return run
     if name is not None:
@@ -178,7 +178,7 @@ def fill_run_folder(node: Any, folder: Path) -> Any:
     return node.replace(RUN_FOLDER, str(folder)) if isinstance(node, str) else node
 
 
-def command_to_go_on(run: Run) -> str:
+def command_to_continue(run: Run) -> str:
     """The line to type so that ``run`` goes on: its own command, naming it; that of the whole
     sweep where it is of one.
     """
@@ -200,7 +200,7 @@ def command_to_go_on(run: Run) -> str:
     return shlex.join([*kept, *more]).replace("'…'", "…")
 
 
-def _others_to_go_on_with(root: Path) -> str:
+def _others_to_continue(root: Path) -> str:
     """What could go on instead, for who named something else; that it can be started where there
     is nothing.
     """
@@ -208,7 +208,7 @@ def _others_to_go_on_with(root: Path) -> str:
         run for run in list_runs(root) if not run.is_finished and "data_fingerprint" in run.info
     ]
     lines = [
-        f"  {run.name} ({state}): {command_to_go_on(run)}"
+        f"  {run.name} ({state}): {command_to_continue(run)}"
         for run in unfinished
         if (state := run.state) != "running"
     ]
@@ -272,7 +272,7 @@ def _check_same(
         )
     if problems:
         as_then = (
-            f"It goes on with: {command_to_go_on(run)}"
+            f"It goes on with: {command_to_continue(run)}"
             if problems == changed
             else "Set these as they were."
         )

@@ -22,18 +22,18 @@ from lorakit.strategy.sequence import check_parts
 BASE_SHARE = 0.7
 
 
-def choose_strategy(plan: StepPlan, place: Place, say: Callable[[str], Any]) -> Component:
+def choose_strategy(step: StepPlan, place: Place, say: Callable[[str], Any]) -> Component:
     """Return the strategy's settings; for ``auto`` one is chosen, and printed with its reason.
 
     Raises:
         ConfigError: strategy, adapter and optimiser do not go together.
     """
-    strategy, planned, parts = plan.config.strategy, plan.planned, plan.config.sequence_parallel
+    strategy, planned, parts = step.config.strategy, step.planned, step.config.sequence_parallel
     check_parts(parts, place.world.size)
     if parts > 1:
-        _check_row_sharing(plan.config, plan.skeleton, parts)
+        _check_row_sharing(step.config, step.skeleton, parts)
     if strategy.target == "auto":
-        name, reason = _choose(plan, place)
+        name, reason = _choose(step, place)
         strategy = Component.from_dict(
             yaml.safe_load((conf_dir() / "strategy" / f"{name}.yaml").read_text(encoding="utf-8"))
         )
@@ -92,14 +92,14 @@ def refuse_unless_elementwise(
         )
 
 
-def _choose(plan: StepPlan, place: Place) -> tuple[str, str]:
+def _choose(step: StepPlan, place: Place) -> tuple[str, str]:
     world, accelerator = place.world, place.accelerator
     memory_bytes = place.memory_per_process_bytes
     if world.size == 1:
         return "single", "one process"
     if place.precision == "16-mixed":
         return "ddp", "16-mixed"
-    if plan.is_small_for(memory_bytes):
+    if step.is_small_for(memory_bytes):
         if accelerator != "cuda":
             return "ddp", "it is small, and processes without GPUs share the machine's memory"
         return (
@@ -107,11 +107,11 @@ def _choose(plan: StepPlan, place: Place) -> tuple[str, str]:
             "it is small: the base stays whole in each process, and only the adapter travels",
         )
     try:
-        found = plan.first_that_fits(world.size, memory_bytes)
+        found = step.first_that_fits(world.size, memory_bytes)
     except ConfigError as error:
         name = (
             "zero3"
-            if plan.base_bytes > BASE_SHARE * memory_bytes
+            if step.base_bytes > BASE_SHARE * memory_bytes
             else "zero1"
             if accelerator == "cuda"
             else "ddp"
@@ -122,9 +122,9 @@ def _choose(plan: StepPlan, place: Place) -> tuple[str, str]:
             "zero3",
             f"nothing fits into the {memory_bytes / 1e9:.1f} GB of a process; this needs least",
         )
-    needed = plan.memory(found, world.size).total
+    needed = step.memory(found, world.size).total
     sizes = f"{needed / 1e9:.1f} GB of {memory_bytes / 1e9:.1f} in each process"
     if not found.startswith("zero3"):
         return found, f"{sizes}: the base stays whole in each, and only the adapter travels"
-    whole = plan.memory("zero2", world.size).total
+    whole = step.memory("zero2", world.size).total
     return found, f"{sizes}; with the whole base in each it would be {whole / 1e9:.1f}"

@@ -314,7 +314,7 @@ def agree_on_memory(gigabytes: float | None, accelerator: str, world: World) -> 
     return min(all_gather_object(available_bytes(accelerator, world.local_size)))
 
 
-def name_of(strategy: Component) -> str:
+def strategy_name(strategy: Component) -> str:
     """The name of the file in conf/strategy that ``strategy`` is, as far as memory is concerned."""
     if stage := strategy.get("stage"):
         return f"zero{stage}{'_offload' if stage == 3 and strategy.get('offload') else ''}"

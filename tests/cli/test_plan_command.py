@@ -29,7 +29,7 @@ from lorakit.planner import fitting, presets
 from lorakit.planner import step_plan as planning
 from lorakit.planner.fake_images import SampleShapes
 from lorakit.planner.fitting import suggest
-from lorakit.planner.step_plan import StepPlan, name_of, step_shape
+from lorakit.planner.step_plan import StepPlan, step_shape, strategy_name
 from lorakit.strategy.deepspeed import ZeroStrategy
 from lorakit.strategy.world import World
 
@@ -275,7 +275,7 @@ def test_several_processes_take_the_first_strategy_that_fits() -> None:
 
 def test_strategies_have_their_files_names() -> None:
     assert (
-        name_of(
+        strategy_name(
             Component.from_dict(
                 {"_target_": "lorakit.strategy.deepspeed.ZeroStrategy", "stage": 3, "offload": True}
             )
@@ -283,15 +283,20 @@ def test_strategies_have_their_files_names() -> None:
         == "zero3_offload"
     )
     assert (
-        name_of(
+        strategy_name(
             Component.from_dict(
                 {"_target_": "lorakit.strategy.deepspeed.ZeroStrategy", "stage": 2, "offload": True}
             )
         )
         == "zero2"
     )
-    assert name_of(Component.from_dict({"_target_": "lorakit.strategy.ddp.AdapterDDP"})) == "ddp"
-    assert name_of(Component.from_dict({"_target_": "lorakit.strategy.single.single"})) == "single"
+    assert (
+        strategy_name(Component.from_dict({"_target_": "lorakit.strategy.ddp.AdapterDDP"})) == "ddp"
+    )
+    assert (
+        strategy_name(Component.from_dict({"_target_": "lorakit.strategy.single.single"}))
+        == "single"
+    )
 
 
 def test_auto_goes_by_the_size_of_the_base_where_no_plan_can_be_made(

@@ -18,7 +18,7 @@ from program import REPOSITORY, start
 from small import SMALL
 
 from lorakit.errors import CheckpointError
-from lorakit.pipeline.resume import _find_unfinished, command_to_go_on
+from lorakit.pipeline.resume import _find_unfinished, command_to_continue
 from lorakit.runs.folder import Run, create_run, hold, list_runs, open_run
 
 Call = Callable[..., tuple[int, str, str]]
@@ -333,7 +333,7 @@ def test_what_can_go_on_is_said_with_the_line_to_type(workplace: Path, lorakit: 
         workplace / "runs", "mine", config_text="a: 1", info={**info, "command": command}
     )
     typed = "lorakit train 'data.path=my rows.jsonl' model.path=tiny run=mine resume=true"
-    assert command_to_go_on(run) == typed
+    assert command_to_continue(run) == typed
     for asked in (("resume=true",), ("resume=true", "run=other")):
         code, _, err = lorakit("train", *asked)
         assert code == 2 and f"mine (interrupted): {typed}" in err, err
@@ -342,9 +342,13 @@ def test_what_can_go_on_is_said_with_the_line_to_type(workplace: Path, lorakit: 
     script.touch()
     queued = run.update(command="lorakit train -m lora.rank=4,8 launch=slurm")
     # of a sweep, too, whose other jobs are not touched
-    assert command_to_go_on(queued) == f"sbatch {script}"
+    assert command_to_continue(queued) == f"sbatch {script}"
     sweep = run.update(command="lorakit train -m lora.rank=4,8")
     named = Run(sweep.folder.with_name("sweep-1127-3"), sweep.info)
-    assert command_to_go_on(named) == "lorakit train -m lora.rank=4,8 group=sweep-1127 resume=auto"
+    assert (
+        command_to_continue(named) == "lorakit train -m lora.rank=4,8 group=sweep-1127 resume=auto"
+    )
     ours = run.update(command="torchrun … -m lorakit train lora.rank=4")
-    assert command_to_go_on(ours) == "torchrun … -m lorakit train lora.rank=4 run=mine resume=true"
+    assert (
+        command_to_continue(ours) == "torchrun … -m lorakit train lora.rank=4 run=mine resume=true"
+    )
