@@ -56,12 +56,9 @@ def plan_batches(
     units = [datums[i : i + size] for i in range(0, len(datums), size)]
     if row_tokens is None and batch_tokens is not None:
         batch_tokens //= size
+    lengths = [max(map(len, unit)) if row_tokens is None else sum(map(len, unit)) for unit in units]
     plan = assign_batches(
-        [(max if row_tokens is None else sum)(map(len, unit)) for unit in units],
-        batch_size=batch_size,
-        batch_tokens=batch_tokens,
-        row_tokens=row_tokens,
-        rng=rng,
+        lengths, batch_size=batch_size, batch_tokens=batch_tokens, row_tokens=row_tokens, rng=rng
     )
     if row_tokens is None:
         return [
