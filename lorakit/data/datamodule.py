@@ -75,7 +75,7 @@ class LoRADataModule(L.LightningDataModule):
         self.new_tokens: Sequence[int] = ()
         self.report: DatasetReport | None = None
         self.val_report: DatasetReport | None = None
-        self._cursor: Cursor | None = None
+        self._cursor = Cursor()
 
     # ---- in the order in which they are called
 
@@ -109,10 +109,8 @@ class LoRADataModule(L.LightningDataModule):
             new_tokens: that were added to it, and are counted.
         """
         self.new_tokens = new_tokens
-        self.tokenizer, self.image_token_id = (
-            tokenizer,
-            images.token_id if images else image_token_id,
-        )
+        self.tokenizer = tokenizer
+        self.image_token_id = images.token_id if images else image_token_id
         if template := self.spec.rendering.chat_template:
             use_template(tokenizer, template)
         bounds = self.spec.images
@@ -174,23 +172,16 @@ class LoRADataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> BatchStream:
         """Batches of the whole fit, from where a resumed run stopped."""
-        batches = self.spec.batches
         return BatchStream(
             self.train_examples,
             self.mixture,
             pad_token_id=self.pad_token_id,
-            batch_size=batches.rows_per_batch,
-            batch_tokens=batches.tokens_per_batch,
-            row_tokens=self.row_tokens,
-            accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
+            **self._filling,
             **self._share,
-            num_epochs=batches.epochs,
-            shuffle=batches.shuffle,
-            seed=batches.seed,
-            window_rows=batches.window_rows,
+            accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
+            num_epochs=self.spec.batches.epochs,
             cursor=self._cursor,
             images=self.images,
-            are_pairs=self.are_pairs,
         )
 
     def val_dataloader(self) -> BatchStream | list[Any]:
@@ -198,18 +189,14 @@ class LoRADataModule(L.LightningDataModule):
         if not len(self.val_indices):
             return []
         batches = self.spec.batches
+        size = batches.val_batch_size or batches.rows_per_batch
         return BatchStream(
             self.val_examples,
             Mixture(self.val_indices, replace(self.val_source, weights=()), seed=batches.seed),
             pad_token_id=self.pad_token_id,
-            batch_size=batches.val_batch_size or batches.rows_per_batch,
-            batch_tokens=batches.tokens_per_batch,
-            row_tokens=None,
+            **self._filling | {"batch_size": size, "row_tokens": None, "shuffle": False},
             **self._share,
-            shuffle=False,
-            window_rows=batches.window_rows,
             images=self.images,
-            are_pairs=self.are_pairs,
         )
 
     def longest_batch(self) -> Batch | None:
@@ -250,7 +237,7 @@ class LoRADataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor behind the last batch that was trained."""
-        return {"cursor": (self._cursor or Cursor()).to_dict()}
+        return {"cursor": self._cursor.to_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on behind that batch."""
@@ -323,12 +310,10 @@ class LoRADataModule(L.LightningDataModule):
     @cached_property
     def val_indices(self) -> np.ndarray:
         """Rows to evaluate on, at most ``val_rows``."""
-        chosen = (
-            np.arange(len(self.val_source))
-            if self.spec.rows.val_path
-            else np.sort(self._split()[: self._num_set_aside])
-        )
-        return chosen[: self.spec.rows.val_rows]
+        rows = self.spec.rows
+        if rows.val_path:
+            return np.arange(len(self.val_source))[: rows.val_rows]
+        return np.sort(self._split()[: self._num_set_aside])[: rows.val_rows]
 
     @property
     def fingerprint(self) -> str:
@@ -382,18 +367,21 @@ class LoRADataModule(L.LightningDataModule):
     @property
     def _estimate(self) -> BatchEstimate:
         assert self.report is not None
+        return BatchEstimate(self.report, self.mixture, **self._filling)
+
+    @property
+    def _filling(self) -> dict[str, Any]:
+        """How batches of training are filled, and in which order."""
         batches = self.spec.batches
-        return BatchEstimate(
-            self.report,
-            self.mixture,
-            batch_size=batches.rows_per_batch,
-            batch_tokens=batches.tokens_per_batch,
-            row_tokens=self.row_tokens,
-            window_rows=batches.window_rows,
-            shuffle=batches.shuffle,
-            seed=batches.seed,
-            are_pairs=self.are_pairs,
-        )
+        return {
+            "batch_size": batches.rows_per_batch,
+            "batch_tokens": batches.tokens_per_batch,
+            "row_tokens": self.row_tokens,
+            "window_rows": batches.window_rows,
+            "shuffle": batches.shuffle,
+            "seed": batches.seed,
+            "are_pairs": self.are_pairs,
+        }
 
     def _make_examples(self, source: Source) -> Examples:
         spec = self.spec.rendering
@@ -410,11 +398,9 @@ class LoRADataModule(L.LightningDataModule):
 
     def _split(self) -> np.ndarray:
         num_rows = len(self.source)
-        return (
-            np.random.default_rng(self.spec.batches.seed).permutation(num_rows)
-            if self._num_set_aside
-            else np.arange(num_rows)
-        )
+        if not self._num_set_aside:
+            return np.arange(num_rows)
+        return np.random.default_rng(self.spec.batches.seed).permutation(num_rows)
 
     @property
     def _share(self) -> dict[str, Any]:
@@ -424,10 +410,8 @@ class LoRADataModule(L.LightningDataModule):
         if not self.trainer:
             return {}
         parts = getattr(getattr(self.trainer, "strategy", None), "sequence_parallel", 1)
-        (rank, part), world_size = (
-            divmod(self.trainer.global_rank, parts),
-            self.trainer.world_size // parts,
-        )
+        rank, part = divmod(self.trainer.global_rank, parts)
+        world_size = self.trainer.world_size // parts
         return {"rank": rank, "world_size": world_size, "part": part, "parts": parts}
 
     @property

@@ -84,15 +84,10 @@ def find_image_problem(part: dict[str, Any]) -> str | None:
     ]:
         if "text" in unread:
             return "has an image and `text`; write two parts"
-        hint = (
-            "; see data.min_pixels and data.max_pixels"
-            if any("pixels" in key or "resized" in key for key in unread)
-            else ""
-        )
-        return (
-            f"has {', '.join(f'`{key}`' for key in unread)} beside an image, which nothing"
-            f" reads{hint}"
-        )
+        says_size = any("pixels" in key or "resized" in key for key in unread)
+        hint = "; see data.min_pixels and data.max_pixels" if says_size else ""
+        names = ", ".join(f"`{key}`" for key in unread)
+        return f"has {names} beside an image, which nothing reads{hint}"
     problem = None if (given := _given(part)) is None else find_stored_problem(given)
     return f"cannot be used: {problem}" if problem else None
 
@@ -120,17 +115,16 @@ def images_of(
     Args:
         folder: of the file that the row is in: relative paths begin there.
     """
-    parts = [
-        part
-        for m in messages
-        if isinstance(m.content, list)
-        for part in m.content
-        if is_image_part(part)
-    ]
     rest = iter(column or ())
     return [
-        locate(next(rest) if (given := _given(part)) is None else given, folder) for part in parts
+        locate(next(rest) if (given := _given(part)) is None else given, folder)
+        for part in filter(is_image_part, parts_of(messages))
     ]
+
+
+def parts_of(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """The parts of all messages whose content is not a text alone, in order."""
+    return [part for m in messages if isinstance(m.content, list) for part in m.content]
 
 
 def has_no_name(part: dict[str, Any]) -> bool:
@@ -236,11 +230,7 @@ def _explained(name: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(f"image {name}: there is no such file") from error
     except Exception as error:
-        reason = (
-            error.strerror
-            if isinstance(error, OSError) and error.strerror
-            else str(error) or type(error).__name__
-        )
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(f"image {name} cannot be read: {reason}") from error
 
 
@@ -283,10 +273,8 @@ class ImageEncoder:
             )
         self.token_id, self.merge = token_id, int(processor.merge_size)
         size = dict(processor.size)
-        self.min_pixels, self.max_pixels = (
-            min_pixels or size["shortest_edge"],
-            max_pixels or size["longest_edge"],
-        )
+        self.min_pixels = min_pixels or size["shortest_edge"]
+        self.max_pixels = max_pixels or size["longest_edge"]
         if self.min_pixels > self.max_pixels:
             raise ConfigError(
                 f"data.min_pixels={self.min_pixels:,} is more than"
@@ -307,10 +295,8 @@ class ImageEncoder:
         """
         try:
             bounds = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
-            return (
-                int(self.processor.get_number_of_image_patches(height, width, bounds))
-                // self.merge**2
-            )
+            patches = self.processor.get_number_of_image_patches(height, width, bounds)
+            return int(patches) // self.merge**2
         except (ValueError, ZeroDivisionError) as error:
             raise DataError(f"an image of {width} x {height} pixels: {error}") from error
 
@@ -325,22 +311,16 @@ class ImageEncoder:
             DataError: a text has the token that stands for an image, or an image cannot be used as
                 its chunk says.
         """
+        named = []
         for number, chunk in enumerate(model_input.chunks):
             if isinstance(chunk, EncodedTextChunk) and self.token_id in chunk.tokens:
                 raise DataError(
                     f"chunks[{number}] has token {self.token_id}, which stands for an image; give"
                     " an ImageChunk"
                 )
-        named = [
-            ImageChunk(
-                chunk.data,
-                chunk.format,
-                chunk.expected_tokens,
-                name=chunk.name or f"chunks[{number}]",
-            )
-            for number, chunk in enumerate(model_input.chunks)
-            if isinstance(chunk, ImageChunk)
-        ]
+            if isinstance(chunk, ImageChunk):
+                name = chunk.name or f"chunks[{number}]"
+                named.append(ImageChunk(chunk.data, chunk.format, chunk.expected_tokens, name=name))
         return self.encode(named)
 
     def tokens(self, model_input: ModelInput) -> list[int]:
@@ -365,10 +345,9 @@ class ImageEncoder:
             )
         chunks: list[EncodedTextChunk | ImageChunk] = []
         rest, start = iter(images), 0
-        for place in [
-            *(place for place, token in enumerate(tokens) if token == self.token_id),
-            len(tokens),
-        ]:
+        for place, token in enumerate([*tokens, self.token_id]):  # one more ends the last text
+            if token != self.token_id:
+                continue
             if start < place:
                 chunks.append(EncodedTextChunk(tuple(tokens[start:place])))
             if place < len(tokens):
@@ -420,11 +399,6 @@ class ImageEncoder:
                 continue
             frames, down, across = next(rest).grid
             down, across = down // self.merge, across // self.merge
-            parts.append(
-                np.stack(
-                    np.meshgrid(range(frames), range(down), range(across), indexing="ij")
-                ).reshape(3, -1)
-                + start
-            )
+            parts.append(np.indices((frames, down, across)).reshape(3, -1) + start)
             start += max(down, across)
         return np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), np.int64)

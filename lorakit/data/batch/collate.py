@@ -14,7 +14,6 @@ from lorakit.types import Batch, Datum, Images, ModelInput
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import DTypeLike
 
 
 def collate(
@@ -48,14 +47,10 @@ def collate(
     # Several targets per position: a Datum with fewer than another has further ones of weight 0.
     widths = {datum.targets.shape[1:] for row in rows for datum in row}
     target_shape = (*shape, *max(widths))
-    inputs, targets = (
-        np.full(shape, pad_token_id, np.int64),
-        np.full(target_shape, pad_token_id, np.int64),
-    )
-    weights, extras = (
-        np.zeros(target_shape, np.float32),
-        {name: np.zeros(shape, np.float32) for name in names},
-    )
+    inputs = np.full(shape, pad_token_id, np.int64)
+    targets = np.full((*shape, *(max(widths) or (1,))), pad_token_id, np.int64)
+    weights = np.zeros(targets.shape, np.float32)
+    extras = {name: np.zeros(shape, np.float32) for name in names}
     positions = np.zeros(shape, np.int64)
     spans: list[tuple[int, int, int]] = []
     for number, row in enumerate(rows):
@@ -65,31 +60,25 @@ def collate(
             inputs[number, start:end] = (
                 images.tokens(datum.model_input) if images else datum.model_input.to_ints()
             )
-            choices = _choices(datum, len(target_shape) > 2)
-            targets[number, start:end][choices], weights[number, start:end][choices] = _columns(
-                datum, len(target_shape) > 2
-            )
-            positions[number, start:end] = _count_up(len(datum), np.int64)
+            for array, values in ((targets, datum.targets), (weights, datum.weights)):
+                columns = values if values.ndim > 1 else values[:, None]
+                array[number, start:end, : columns.shape[1]] = columns
+            positions[number, start:end] = np.arange(len(datum))
             for name in names:
                 extras[name][number, start:end] = datum.loss_fn_inputs[name]
             spans.append((number, start, end))
             start = end
-        positions[number, start:] = _count_up(length - start, np.int64)
+        positions[number, start:] = np.arange(length - start)
     is_packed = len(spans) > len(rows)
-    encoded = (
-        images.encode(
-            [image for row in rows for datum in row for image in datum.model_input.images]
-        )
-        if images
-        else []
-    )
+    chunks = [image for row in rows for datum in row for image in datum.model_input.images]
+    encoded = images.encode(chunks) if images else []
     if images and encoded:
-        places = positions if is_packed else np.broadcast_to(_count_up(length, np.int64), shape)
+        places = positions if is_packed else np.broadcast_to(np.arange(length), shape)
         positions = np.stack([places, *_grid_positions(rows, positions, images, encoded)])
     return Batch(
         input_ids=torch.from_numpy(inputs),
-        targets=torch.from_numpy(targets),
-        weights=torch.from_numpy(weights),
+        targets=torch.from_numpy(targets.reshape(target_shape)),
+        weights=torch.from_numpy(weights.reshape(target_shape)),
         position_ids=torch.from_numpy(positions) if is_packed or encoded else None,
         spans=tuple(spans),
         extras={name: torch.from_numpy(array) for name, array in extras.items()},
@@ -129,22 +118,6 @@ def stack_images(encoded: Sequence[EncodedImage]) -> Images:
     return Images(torch.from_numpy(patches_PD), torch.tensor([image.grid for image in encoded]))
 
 
-def _choices(datum: Datum, several: bool) -> tuple[slice, ...]:
-    """Which of a batch's targets per position a Datum fills."""
-    width = datum.targets.shape[1] if datum.targets.ndim > 1 else 1
-    return (slice(None), slice(0, width)) if several else (slice(None),)
-
-
-def _columns(datum: Datum, several: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A Datum's targets and weights, with a second dimension where the batch has one."""
-    targets, weights = datum.targets.to_numpy(), datum.weights.to_numpy()
-    return (
-        (targets[:, None], weights[:, None])
-        if several and targets.ndim == 1
-        else (targets, weights)
-    )
-
-
 def join(batches: Sequence[Batch], pad_token_id: int) -> Batch:
     """Return the rows of all ``batches`` as one, without what only a loss needs: padded to the
     longest, and to the most targets.
@@ -181,10 +154,8 @@ def join(batches: Sequence[Batch], pad_token_id: int) -> Batch:
         spans=tuple(spans),
         images=(
             Images(
-                *(
-                    torch.cat(parts)
-                    for parts in zip(*((i.patches_PD, i.grids_N3) for i in shown), strict=True)
-                )
+                torch.cat([images.patches_PD for images in shown]),
+                torch.cat([images.grids_N3 for images in shown]),
             )
             if shown
             else None
@@ -228,10 +199,8 @@ def take_part(batch: Batch, part: int, parts: int, pad_token_id: int) -> Batch:
         )
 
     length = -(-batch.input_ids.shape[1] // parts)
-    missing, here = (
-        length * parts - batch.input_ids.shape[1],
-        slice(part * length, (part + 1) * length),
-    )
+    missing = length * parts - batch.input_ids.shape[1]
+    here = slice(part * length, (part + 1) * length)
     positions = batch.position_ids
     if positions is None:
         positions = torch.arange(batch.input_ids.shape[1]).expand(batch.input_ids.shape)
@@ -248,7 +217,3 @@ def take_part(batch: Batch, part: int, parts: int, pad_token_id: int) -> Batch:
         extras={name: cut(tensor) for name, tensor in batch.extras.items()},
         part=(here.start, here.stop),
     )
-
-
-def _count_up(length: int, dtype: DTypeLike) -> np.ndarray:
-    return np.arange(length, dtype=dtype)

@@ -29,11 +29,9 @@ class Mixture:
     @property
     def counts(self) -> list[float]:
         """Rows of each source in an epoch, on average."""
-        return (
-            [len(rows) * weight for rows, weight in self._groups]
-            if self._groups
-            else [float(len(self.indices))]
-        )
+        if not self._groups:
+            return [float(len(self.indices))]
+        return [len(rows) * weight for rows, weight in self._groups]
 
     @property
     def num_rows(self) -> float:

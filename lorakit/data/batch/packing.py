@@ -54,27 +54,17 @@ def plan_batches(
     """
     size = 2 if are_pairs else 1
     units = [datums[i : i + size] for i in range(0, len(datums), size)]
-    if row_tokens is None:
-        lengths = [max(len(datum) for datum in unit) for unit in units]
-        plan = assign_batches(
-            lengths,
-            batch_size=batch_size,
-            batch_tokens=_share(batch_tokens, size),
-            row_tokens=None,
-            rng=rng,
-        )
-        return [
-            [[datum] for row in batch for index in row for datum in units[index]] for batch in plan
-        ]
-    lengths = [sum(len(datum) for datum in unit) for unit in units]
+    if row_tokens is None and batch_tokens is not None:
+        batch_tokens //= size
+    lengths = [max(map(len, unit)) if row_tokens is None else sum(map(len, unit)) for unit in units]
     plan = assign_batches(
         lengths, batch_size=batch_size, batch_tokens=batch_tokens, row_tokens=row_tokens, rng=rng
     )
+    if row_tokens is None:
+        return [
+            [[datum] for row in batch for index in row for datum in units[index]] for batch in plan
+        ]
     return [[[datum for index in row for datum in units[index]] for row in batch] for batch in plan]
-
-
-def _share(batch_tokens: int | None, size: int) -> int | None:
-    return None if batch_tokens is None else batch_tokens // size
 
 
 def assign_batches(

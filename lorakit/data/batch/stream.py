@@ -8,7 +8,7 @@ import itertools
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from lorakit.types import Batch, Cursor, Datum
 Rows = list[list[Datum]]  # of one batch
 
 
+@dataclass(eq=False)
 class BatchStream:
     """All batches of a fit, over all its epochs, in an order that depends on nothing but the
     arguments.
@@ -49,37 +50,26 @@ class BatchStream:
         shuffle: False keeps the source's order and groups nothing.
     """
 
-    def __init__(
-        self,
-        examples: Examples,
-        mixture: Mixture,
-        *,
-        pad_token_id: int,
-        batch_size: int | None,
-        batch_tokens: int | None = None,
-        row_tokens: int | None,
-        accumulate: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        part: int = 0,
-        parts: int = 1,
-        num_epochs: int | None = 1,
-        shuffle: bool = True,
-        seed: int = 0,
-        window_rows: int = 1024,
-        cursor: Cursor | None = None,
-        images: ImageEncoder | None = None,
-        are_pairs: bool = False,
-    ) -> None:
-        self.examples, self.mixture = examples, mixture
-        self.pad_token_id, self.row_tokens = pad_token_id, row_tokens
-        self.batch_size, self.batch_tokens = batch_size, batch_tokens
-        self.accumulate, self.num_epochs = accumulate, num_epochs
-        self.rank, self.world_size = rank, world_size
-        self.part, self.parts = part, parts
-        self.shuffle, self.seed, self.window_rows = shuffle, seed, window_rows
-        self.cursor, self.images, self.are_pairs = cursor or Cursor(), images, are_pairs
-        self.seconds = 0.0  # spent on waiting for batches so far
+    examples: Examples
+    mixture: Mixture
+    _: KW_ONLY
+    pad_token_id: int
+    batch_size: int | None
+    batch_tokens: int | None = None
+    row_tokens: int | None
+    accumulate: int = 1
+    rank: int = 0
+    world_size: int = 1
+    part: int = 0
+    parts: int = 1
+    num_epochs: int | None = 1
+    shuffle: bool = True
+    seed: int = 0
+    window_rows: int = 1024
+    cursor: Cursor = field(default_factory=Cursor)
+    images: ImageEncoder | None = None
+    are_pairs: bool = False
+    seconds: float = field(default=0.0, init=False)  # spent on waiting for batches so far
 
     def __iter__(self) -> Iterator[Batch]:
         groups = prefetch(self._groups())
@@ -96,34 +86,29 @@ class BatchStream:
         planned = self._planned(self.cursor)
         while window := list(itertools.islice(planned, self.accumulate * self.world_size)):
             weight = sum(self._weight_of(rows) for rows, _ in window)
-            shares = (
-                sorted(window, key=lambda entry: _positions_of(entry[0]))
-                if self.world_size > 1
-                else window
-            )
+            last_cursor = window[-1][1]
+            if self.world_size > 1:
+                window.sort(key=lambda entry: _positions_of(entry[0]))
             mine = [
                 replace(
                     collate(rows, self.pad_token_id, self.images, are_pairs=self.are_pairs),
                     cursor=cursor,
                 )
-                for rows, cursor in shares[self.rank :: self.world_size]
+                for rows, cursor in window[self.rank :: self.world_size]
             ]
             mine += [idle_batch(self.pad_token_id)] * (self.accumulate - len(mine))
             if self.parts > 1:
                 mine = [
                     take_part(batch, self.part, self.parts, self.pad_token_id) for batch in mine
                 ]
-            mine[-1] = replace(mine[-1], cursor=window[-1][1])
+            mine[-1] = replace(mine[-1], cursor=last_cursor)
             yield [replace(batch, window_weight=weight) for batch in mine]
 
     def _planned(self, cursor: Cursor) -> Iterator[tuple[Rows, Cursor]]:
         """Yield the rows of each batch of the fit, of all processes, and the cursor behind it."""
-        epochs = (
-            itertools.count(cursor.epoch)
-            if self.num_epochs is None
-            else range(cursor.epoch, self.num_epochs)
-        )
-        for epoch in epochs:
+        for epoch in itertools.count(cursor.epoch):
+            if self.num_epochs is not None and epoch >= self.num_epochs:
+                return
             resumes = epoch == cursor.epoch
             order = self._order(epoch)
             num_batches = 0

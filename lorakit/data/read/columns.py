@@ -54,38 +54,31 @@ def row_type(format: str, columns: Columns = ()) -> type[Row]:
     as (ours, theirs).
     """
     kind, theirs = FORMATS[format], dict(columns)
-    fields = msgspec.structs.fields(kind)
     taken = set(theirs.values())  # a field of that name has another one's column, or none
-    for field in fields:
-        if field.required and field.encode_name in taken and field.encode_name not in theirs:
-            raise ConfigError(
-                f"data.columns gives `{field.encode_name}` another meaning, and rows of {format}"
-                " need it"
-            )
-    if not any(field.encode_name in theirs for field in fields):
-        return kind
     renamed = []
-    for field in fields:
-        name = theirs.get(
-            field.encode_name,
-            (
-                f"({field.encode_name}: given away)"
-                if field.encode_name in taken
-                else field.encode_name
-            ),
-        )
+    for field in msgspec.structs.fields(kind):
+        ours = field.encode_name
+        is_lost = ours in taken and ours not in theirs
+        if is_lost and field.required:
+            raise ConfigError(
+                f"data.columns gives `{ours}` another meaning, and rows of {format} need it"
+            )
+        name = f"({ours}: given away)" if is_lost else theirs.get(ours, ours)
         options = {} if field.required else {"default": field.default}
         renamed.append((field.name, field.type, msgspec.field(name=name, **options)))
+    if theirs.keys().isdisjoint(columns_of(kind)):
+        return kind
     return cast(type[Row], msgspec.defstruct(kind.__name__, renamed, bases=(kind,)))
 
 
 def all_columns() -> list[str]:
     """The names of the columns of all formats."""
-    return list(
-        dict.fromkeys(
-            field.encode_name for kind in FORMATS.values() for field in msgspec.structs.fields(kind)
-        )
-    )
+    return list(dict.fromkeys(name for kind in FORMATS.values() for name in columns_of(kind)))
+
+
+def columns_of(kind: type[Row]) -> list[str]:
+    """The columns that rows of this type may have."""
+    return [field.encode_name for field in msgspec.structs.fields(kind)]
 
 
 def required_columns(kind: type[Row]) -> list[str]:
@@ -95,32 +88,23 @@ def required_columns(kind: type[Row]) -> list[str]:
 
 def unused_columns(columns: Iterable[str], kind: type[Row]) -> list[str]:
     """The ``columns`` that rows of this type do not have: nothing of them is trained on."""
-    known = {field.encode_name for field in msgspec.structs.fields(kind)}
-    return [column for column in dict.fromkeys(columns) if column not in known]
+    return [column for column in dict.fromkeys(columns) if column not in columns_of(kind)]
 
 
 def explain_unused(column: str, format: str) -> str | None:
     """Why an unused column is likely a mistake, or None: it is nearly a column of this format,
     or means something in another.
     """
-    optional = [
-        field.encode_name for field in msgspec.structs.fields(FORMATS[format]) if not field.required
-    ]
+    kind = FORMATS[format]
+    optional = [name for name in columns_of(kind) if name not in required_columns(kind)]
     if near := difflib.get_close_matches(column, optional, n=1, cutoff=0.7):
         return f"did you mean `{near[0]}`?"
-    others = [
-        name
-        for name, kind in FORMATS.items()
-        for field in msgspec.structs.fields(kind)
-        if field.encode_name == column
-    ]
-    if others:
-        return f"it belongs to the format {others[0]}"
-    return (
-        "weights are given per message or per token"
-        if column in ("weight", "loss_weight")
-        else None
-    )
+    for name, other in FORMATS.items():
+        if column in columns_of(other):
+            return f"it belongs to the format {name}"
+    if column in ("weight", "loss_weight"):
+        return "weights are given per message or per token"
+    return None
 
 
 def recognise(present: Iterable[str], columns: Columns = ()) -> str | None:
@@ -139,10 +123,7 @@ def find_column_problem(columns: Columns, format: str, present: Iterable[str]) -
     """Why ``columns`` would do nothing for rows of ``format`` that have the columns ``present``,
     or None.
     """
-    ours, there = (
-        {field.encode_name for field in msgspec.structs.fields(FORMATS[format])},
-        list(present),
-    )
+    ours, there = columns_of(FORMATS[format]), list(present)
     if strange := [name for name, _ in columns if name not in ours]:
         return (
             f"data.columns names {', '.join(strange)}, which rows of {format} do not have; set"

@@ -64,9 +64,8 @@ class LineFile:
         self._map = _map(path)
         self._scan(progress)
         if columns and not self._own and len(self):
-            rows = (self._json(index) for index in range(min(len(self), _NUM_SAMPLED)))
-            present = dict.fromkeys(column for row in rows for column in row)
-            if problem := find_column_problem(columns, self.format, present):
+            problem = find_column_problem(columns, self.format, self._sampled_columns())
+            if problem:
                 raise DataError(f"{self.path}: {problem}")
 
     def __len__(self) -> int:
@@ -92,11 +91,12 @@ class LineFile:
         """Columns that are not used, as far as the first rows tell."""
         if self.path.suffix == ".txt" or self._own:
             return []
-        rows = (self._json(index) for index in range(min(len(self), _NUM_SAMPLED)))
-        return unused_columns((column for row in rows for column in row), self._type)
+        return unused_columns(self._sampled_columns(), self._type)
 
-    def _json(self, index: int) -> dict[str, Any]:
-        return msgspec.json.decode(self._line(index))
+    def _sampled_columns(self) -> list[str]:
+        """The columns of the first rows, without repeats."""
+        rows = (msgspec.json.decode(self._line(i)) for i in range(min(len(self), _NUM_SAMPLED)))
+        return list(dict.fromkeys(column for row in rows for column in row))
 
     def _resolve_own(self, own: OwnFormat) -> str:
         """The format of what the user's function makes of the first line that it can use."""
@@ -113,11 +113,9 @@ class LineFile:
         )
 
     def _record(self, line: bytes) -> Any:
-        return (
-            {"text": line.rstrip(b"\r\n").decode("utf-8")}
-            if self.path.suffix == ".txt"
-            else msgspec.json.decode(line)
-        )
+        if self.path.suffix == ".txt":
+            return {"text": line.rstrip(b"\r\n").decode("utf-8")}
+        return msgspec.json.decode(line)
 
     def _resolve_format(self, wanted: Any) -> str:
         if self.path.suffix == ".txt":
@@ -177,7 +175,9 @@ class LineFile:
                     row = decode(line)
                     if row is None:
                         continue
-                    problem = find_problem(row) or self._find_other_format(row)
+                    problem = find_problem(row) or find_other_format(
+                        row, self._type, self._own, self.format
+                    )
                     self.has_images = self.has_images or has_images(row)
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     problem = explain(error, self._type)
@@ -189,11 +189,12 @@ class LineFile:
         if progress:
             progress(offset - reported)
 
-    def _find_other_format(self, row: Row) -> str | None:
-        """What is wrong where the user's function makes rows of several formats."""
-        if self._own is None or isinstance(row, self._type):
-            return None
-        return f"{self._own.name} makes a row of {format_of(row)}, of earlier ones {self.format}"
+
+def find_other_format(row: Row, kind: type[Row], own: OwnFormat | None, format: str) -> str | None:
+    """What is wrong where the user's function makes rows of several formats."""
+    if own is None or isinstance(row, kind):
+        return None
+    return f"{own.name} makes a row of {format_of(row)}, of earlier ones {format}"
 
 
 def explain(error: Exception, kind: type[Row]) -> str:

@@ -16,6 +16,7 @@ from lorakit.data.images import (
     find_text_problem,
     has_no_name,
     is_image_part,
+    parts_of,
 )
 from lorakit.data.read.tool_calls import find_arguments_problem, find_tools_problem, read_tools
 from lorakit.errors import ConfigError
@@ -148,36 +149,28 @@ SPEAKERS: dict[str, Role] = {
 
 def are_chats(formats: Iterable[str]) -> bool:
     """Whether rows of these formats are conversations, which a chat template renders."""
-    return bool(found := set(formats)) and found <= {
-        "messages",
-        "conversations",
-        "alpaca",
-        CHAT_PAIRS,
-    }
+    chats, found = {"messages", "conversations", "alpaca", CHAT_PAIRS}, set(formats)
+    return bool(found) and found <= chats
 
 
 def are_pairs(formats: Iterable[str]) -> bool:
     """Whether rows of these formats are pairs of a better and a worse answer. Raises ConfigError
     where only some are.
     """
-    pairs, others = {"preference", CHAT_PAIRS}, set(formats) - {"preference", CHAT_PAIRS}
-    if others and others != set(formats):
+    found = set(formats)
+    others = found - {"preference", CHAT_PAIRS}
+    if others and others != found:
         raise ConfigError(
             f"rows of preference and of {', '.join(sorted(others))} cannot be trained together"
         )
-    return bool(set(formats) & pairs)
+    return bool(found - others)
 
 
 def has_images(row: Row) -> bool:
     """Whether a row has an image."""
     if isinstance(row, Conversations):
         return bool(_images_beside(row))
-    return isinstance(row, Chat) and any(
-        is_image_part(part)
-        for message in row.messages
-        if isinstance(message.content, list)
-        for part in message.content
-    )
+    return isinstance(row, Chat) and any(map(is_image_part, parts_of(row.messages)))
 
 
 def to_chat(row: Conversations) -> Chat:
@@ -231,10 +224,8 @@ def find_problem(row: Row) -> str | None:
         )
         if unknown is not None:
             return f"unknown speaker {unknown!r} in `conversations` (known: {', '.join(SPEAKERS)})"
-        images, marks = (
-            _images_beside(row),
-            sum(turn.value.count(IMAGE_MARK) for turn in row.conversations),
-        )
+        images = _images_beside(row)
+        marks = sum(turn.value.count(IMAGE_MARK) for turn in row.conversations)
         if images and len(images) != marks:
             return (
                 f"`conversations` have {marks} {IMAGE_MARK}, but the row has {len(images)} images"
@@ -264,27 +255,15 @@ def split_preference(
         min(len(chosen), len(rejected)),
     )
     if isinstance(chosen, str):
-        length = (
-            max(chosen.rfind(mark, 0, length) for mark in (" ", "\n"))
-            if " " in chosen[:length] or "\n" in chosen[:length]
-            else 0
-        )
+        length = max(chosen.rfind(" ", 0, length), chosen.rfind("\n", 0, length), 0)
     return chosen[:length], chosen[length:], rejected[length:]
 
 
 def _find_preference_problem(row: Preference) -> str | None:
     if problem := find_tools_problem(row.tools):
         return problem
-    if (
-        len(
-            {
-                isinstance(part, str)
-                for part in (row.chosen, row.rejected, row.prompt)
-                if part is not None
-            }
-        )
-        > 1
-    ):
+    given = [part for part in (row.chosen, row.rejected, row.prompt) if part is not None]
+    if len({isinstance(part, str) for part in given}) > 1:
         return "`prompt`, `chosen` and `rejected` must all be texts, or all lists of messages"
     if row.chosen == row.rejected:
         return "`chosen` and `rejected` are the same"
@@ -294,17 +273,11 @@ def _find_preference_problem(row: Preference) -> str | None:
             "`tools` belong to conversations, and this row has texts: write `chosen` and `rejected`"
             " as messages"
         )
-    if isinstance(prompt, str):
-        return next(
-            (
-                f"`{name}` is empty"
-                for name, answer in zip(("chosen", "rejected"), answers, strict=True)
-                if not answer
-            ),
-            None,
-        )
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
-        assert not isinstance(answer, str)
+        if isinstance(prompt, str) or isinstance(answer, str):
+            if not answer:
+                return f"`{name}` is empty"
+            continue
         if not any(message.role == "assistant" for message in answer):
             return f"`{name}` has no message of the assistant behind the prompt"
         if problem := _find_message_problem([*prompt, *answer]):
@@ -315,10 +288,9 @@ def _find_preference_problem(row: Preference) -> str | None:
 def _find_token_problem(row: Tokens) -> str | None:
     if len(row.tokens) != len(row.weights):
         return f"{len(row.tokens)} `tokens` but {len(row.weights)} `weights`"
-    if problem := next(
-        (problem for weight in row.weights if (problem := _find_weight_problem(weight))), None
-    ):
-        return f"`weights` holds a value that {problem}"
+    for weight in row.weights:
+        if problem := _find_weight_problem(weight):
+            return f"`weights` holds a value that {problem}"
     if min(row.tokens, default=0) < 0:
         return f"`tokens` holds the negative id {min(row.tokens)}"
     if not any(row.weights[1:]):
@@ -349,11 +321,9 @@ def _find_message_problem(messages: list[Message]) -> str | None:
 def _find_weight_problem(weight: float) -> str | None:
     if not math.isfinite(weight):
         return "is not finite"
-    return (
-        None
-        if weight == 0 or 1e-30 < abs(weight) < 1e30
-        else "is too large or too small for float32"
-    )
+    if weight != 0 and not 1e-30 < abs(weight) < 1e30:
+        return "is too large or too small for float32"
+    return None
 
 
 def _find_order_problem(role: str, previous: str | None, index: int) -> str | None:
@@ -384,18 +354,8 @@ def _find_part_problem(parts: list[dict[str, Any]]) -> str | None:
 
 def _find_image_problem(row: Chat) -> str | None:
     """Parts that name no image, and the row's ``images``, must be as many."""
-    parts = [
-        part
-        for message in row.messages
-        if isinstance(message.content, list)
-        for part in message.content
-    ]
-    num_parts, num_images = (
-        sum(is_image_part(part) and has_no_name(part) for part in parts),
-        len(row.images or ()),
-    )
-    if num_parts != num_images:
-        return f"{num_parts} image parts name no image, but `images` holds {num_images}"
-    return next(
-        (problem for given in row.images or () if (problem := find_stored_problem(given))), None
-    )
+    images = row.images or ()
+    num_parts = sum(is_image_part(part) and has_no_name(part) for part in parts_of(row.messages))
+    if num_parts != len(images):
+        return f"{num_parts} image parts name no image, but `images` holds {len(images)}"
+    return next(filter(None, map(find_stored_problem, images)), None)

@@ -23,7 +23,7 @@ from lorakit.data.read.columns import (
     unused_columns,
 )
 from lorakit.data.read.custom_format import OwnFormat, format_of
-from lorakit.data.read.lines import Progress, explain
+from lorakit.data.read.lines import Progress, explain, find_other_format
 from lorakit.data.read.rows import FORMATS, Row, find_problem, has_images
 from lorakit.errors import DataError, fold, report
 from lorakit.extras import require
@@ -64,9 +64,8 @@ class Table:
             raise DataError(f"{name}: {problem}")
         self.unused_columns = [] if self._own else unused_columns(present, self._type)
         if not isinstance(records, list):
-            records = records.select_columns(
-                [column for column in present if column not in self.unused_columns]
-            )
+            used = [column for column in present if column not in self.unused_columns]
+            records = records.select_columns(used)
             self._records = records.cast(_undecoded(records.features))
         self._rows = self._check(bad_rows or {})
 
@@ -98,9 +97,8 @@ class Table:
         )
 
     def _convert(self, record: Any) -> Row | None:
-        if self._own:
-            return self._own.convert(_without_nulls(record))
-        return msgspec.convert(_without_nulls(record), self._type)
+        record = _without_nulls(record)
+        return self._own.convert(record) if self._own else msgspec.convert(record, self._type)
 
     def _check(self, bad_rows: dict[int, str]) -> list[int]:
         good = []
@@ -111,12 +109,9 @@ class Table:
                     row = self._convert(record)
                     if row is None:
                         continue
-                    problem = find_problem(row)
-                    if problem is None and not isinstance(row, self._type):
-                        problem = (
-                            f"{self._own and self._own.name} makes a row of {format_of(row)}, of"
-                            f" earlier ones {self.format}"
-                        )
+                    problem = find_problem(row) or find_other_format(
+                        row, self._type, self._own, self.format
+                    )
                     self.has_images = self.has_images or has_images(row)
             except msgspec.ValidationError as error:
                 problem = explain(error, self._type)
@@ -155,8 +150,7 @@ def load_hub_table(
     """Read a data set of the hub by its name, for instance ``HuggingFaceH4/no_robots``. Raises
     DataError, and ConfigError where the package `datasets` is missing.
     """
-    datasets = require("datasets", name)
-    _quiet()
+    datasets = _datasets(name)
     if problem := find_hub_problem():
         # so that what is cached is read at once, and what is not is an error at once
         stay_offline()
@@ -164,11 +158,10 @@ def load_hub_table(
         records = datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets and the hub raise a zoo of types
         if problem:
-            text = (
+            raise DataError(
                 f"{name}: no such file or folder; as a data set of the hub it is not in the cache,"
                 f" and {problem}"
-            )
-            raise DataError(text) from error
+            ) from error
         raise DataError(explain_hub_error(name, error) or _foreign(name, error)) from error
     return Table(
         f"{name} ({split})",
@@ -196,8 +189,7 @@ def _load_json(path: Path, digest: str, options: dict[str, Any]) -> Table:
 
 
 def _load_csv(path: Path, digest: str, options: dict[str, Any]) -> Table:
-    datasets = require("datasets", str(path))
-    _quiet()
+    datasets = _datasets(str(path))
     try:
         bad_rows, header = _check_csv(path)
         features = datasets.Features({name: datasets.Value("string") for name in header if name})
@@ -257,8 +249,7 @@ def _csv_records(path: str, digest: str) -> Iterator[dict[str, str]]:
 
 
 def _load_parquet(path: Path, digest: str, options: dict[str, Any]) -> Table:
-    datasets = require("datasets", str(path))
-    _quiet()
+    datasets = _datasets(str(path))
     try:
         records = datasets.Dataset.from_parquet(glob.escape(str(path)), cache_dir=_cache(digest))
     except Exception as error:  # down to Arrow's own
@@ -266,11 +257,13 @@ def _load_parquet(path: Path, digest: str, options: dict[str, Any]) -> Table:
     return Table(str(path), records, records.column_names, digest, **options)
 
 
-def _quiet() -> None:
-    """No progress bars of `datasets`; ours counts bytes of all files."""
-    import datasets
-
+def _datasets(what: str) -> Any:
+    """The package `datasets`, which reads ``what``, without its progress bars: ours counts bytes
+    of all files.
+    """
+    datasets = require("datasets", what)
     datasets.disable_progress_bars()
+    return datasets
 
 
 def _cache(digest: str) -> str:
@@ -308,8 +301,8 @@ def _records_of(records: Records) -> Iterator[Any]:
     num = _CHECK_ROWS if not _holds_images(records.features) else _CHECK_IMAGE_ROWS
     for start in range(0, len(records), num):
         columns = records[start : start + num]
-        for number in range(len(next(iter(columns.values()), []))):
-            yield {name: values[number] for name, values in columns.items()}
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
 
 
 def _without_nulls(value: Any) -> Any:
@@ -323,7 +316,5 @@ def _without_nulls(value: Any) -> Any:
 
 def _foreign(where: str, error: Exception) -> str:
     cause = error.__cause__ or error
-    return (
-        f"{where}: cannot be read as a data set:"
-        f" {' '.join(str(cause).split()) or type(cause).__name__}"
-    )
+    reason = " ".join(str(cause).split()) or type(cause).__name__
+    return f"{where}: cannot be read as a data set: {reason}"
