@@ -46,3 +46,10 @@ class APIFuture(Generic[Result]):
 
     def _converted(self, found: Any) -> Result:
         return self._convert(found) if self._convert else found
+
+
+def finished(value: Any) -> Future[Any]:
+    """Return a future that has ``value`` already."""
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
