@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lorakit.data.render.tokenizer import Encoder
@@ -37,17 +38,19 @@ class StopCondition:
         text = str(
             self.tokenizer.decode(tokens[:-1] if ends else tokens, skip_special_tokens=False)
         )
-        cut = min(
-            (place for place in (text.find(word) for word in self.strings) if place >= 0),
-            default=-1,
-        )
-        return text if cut < 0 else text[:cut]
+        return before_stop(text, self.strings)
 
 
 def stop_strings(params: SamplingParams) -> tuple[str, ...]:
     """The strings of ``params.stop``."""
     stop = (params.stop,) if isinstance(params.stop, str) else tuple(params.stop or ())
     return tuple(text for text in stop if isinstance(text, str) and text)
+
+
+def before_stop(text: str, strings: Sequence[str]) -> str:
+    """``text`` up to the first place where one of ``strings`` begins."""
+    cut = min((place for place in map(text.find, strings) if place >= 0), default=-1)
+    return text if cut < 0 else text[:cut]
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
