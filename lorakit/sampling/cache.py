@@ -40,7 +40,6 @@ class KVCache:
         self._fill: tuple[torch.Tensor, torch.Tensor] | None = None
         self._rows_B: torch.Tensor | None = None
         self._lengths_B: torch.Tensor | None = None
-        self._lengths: list[int] = []
         self._runs: list[_Run] = []
         self._masks: dict[tuple[_Run, int | None], torch.Tensor] = {}  # by run and window
         self._windows: dict[int | None, None] = {}  # that layers have; a dict for its order
@@ -103,7 +102,7 @@ class KVCache:
         """What is computed next is one token for each of the first rows, which have ``lengths``
         tokens so far: its places, (B,).
         """
-        self._fill, self._lengths = None, list(lengths)
+        self._fill = None
         self._lengths_B = torch.tensor(lengths, device=device)
         self._rows_B = torch.arange(len(lengths), device=device)
         self._runs, self._masks = plan_runs(lengths, self.run_cost), {}
@@ -157,10 +156,8 @@ class KVCache:
         rest = iter(tensors)
         self._rows_B, self._lengths_B = next(rest), next(rest)
         self._masks = {name: next(rest) for name in self._masks}
-        self.keys, self.values = (
-            {name: next(rest) for name in self.keys},
-            {name: next(rest) for name in self.values},
-        )
+        self.keys = {name: next(rest) for name in self.keys}
+        self.values = {name: next(rest) for name in self.values}
         try:
             yield
         finally:
@@ -219,10 +216,8 @@ class KVCache:
         """
         if (run, window) not in self._masks:
             assert self._lengths_B is not None
-            places, last = (
-                torch.arange(run.longest + 1, device=like.device),
-                self._lengths_B[run.first : run.end, None],
-            )
+            places = torch.arange(run.longest + 1, device=like.device)
+            last = self._lengths_B[run.first : run.end, None]
             seen = places <= last
             if window is not None:
                 seen &= places > last - window

@@ -33,39 +33,28 @@ def decoding_problem(model: Any) -> str | None:
 @torch.inference_mode()
 def _compare(model: Any) -> str | None:
     device, vocab_size = model.device, model.config.get_text_config().vocab_size
-    tokens = torch.randint(
-        0, vocab_size, (2, 23), generator=torch.Generator().manual_seed(0)
-    ).tolist()
+    drawn = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocab_size, (2, 23), generator=drawn).tolist()
     lengths, cache, ours = (20, 7), KVCache(), []
     cache.reserve(2, 23)
     for step in range(4):
+        # of each row: the prompt, and then one token at a time
+        places = [[n + step - 1] if step else list(range(n)) for n in lengths]
+        ids = [[row[place] for place in own] for row, own in zip(tokens, places, strict=True)]
+        spans = None
         if step:
-            cache.decode([length + step - 1 for length in lengths], device)
-            ids = torch.tensor(
-                [[row[length + step - 1]] for row, length in zip(tokens, lengths, strict=True)],
-                device=device,
-            )
-            positions, spans = (
-                torch.tensor([[length + step - 1] for length in lengths], device=device),
-                None,
-            )
-        else:
+            cache.decode([own[0] for own in places], device)
+        else:  # packed
             cache.prefill([0, 1], lengths, device)
-            ids = torch.tensor(
-                [[t for row, length in zip(tokens, lengths, strict=True) for t in row[:length]]],
-                device=device,
-            )
-            positions = torch.tensor(
-                [[i for length in lengths for i in range(length)]], device=device
-            )
+            places, ids = [places[0] + places[1]], [ids[0] + ids[1]]
             spans = [(0, 0, lengths[0]), (0, lengths[0], sum(lengths))]
         with cached_attention(cache), packed_documents(spans):
-            given = {
-                "input_ids": ids,
-                "position_ids": positions,
-                "attention_mask": None if spans else NO_MASK,
-            }
-            logits = model(**given, use_cache=False).logits.float()
+            logits = model(
+                input_ids=torch.tensor(ids, device=device),
+                position_ids=torch.tensor(places, device=device),
+                attention_mask=None if spans else NO_MASK,
+                use_cache=False,
+            ).logits.float()
         ours.append(logits[:, -1] if step else logits[0, [lengths[0] - 1, sum(lengths) - 1]])
     whole = [
         model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0].float()

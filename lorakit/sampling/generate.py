@@ -20,7 +20,7 @@ from lorakit.model.attention import attending_by_document
 from lorakit.sampling.check import decoding_problem
 from lorakit.sampling.request import Request, read_prompt
 from lorakit.sampling.sampler import Sampler
-from lorakit.sampling.stop_condition import end_token_ids, stop_strings
+from lorakit.sampling.stop_condition import StopCondition, end_token_ids
 from lorakit.types import ModelInput, Sample, SamplingParams
 
 log = logging.getLogger("lorakit")
@@ -122,12 +122,11 @@ def _generate_batch(
     from transformers import GenerationConfig
 
     width = max(len(prompt) for prompt in prompts)
-    end_ids = end_token_ids(model, tokenizer)
-    pad = (
-        tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else (end_ids[0] if end_ids else 0)
-    )
+    stop = StopCondition(params, tokenizer, end_token_ids(model, tokenizer))
+    end_ids = sorted(stop.tokens)
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = end_ids[0] if end_ids else 0
     # Generation continues at the right end, so here, and only here, padding stands on the left,
     # behind a mask.
     input_ids = torch.tensor(
@@ -136,10 +135,11 @@ def _generate_batch(
     mask = torch.tensor(
         [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
     )
-    stop = stop_strings(params)
-    is_open_ended = (
-        params.stop is not None and not isinstance(params.stop, str) and len(params.stop) == 0
-    )
+
+    def is_stopped(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        rows = input_ids[:, width:].tolist()
+        return torch.tensor([stop.is_reached(row) for row in rows], device=input_ids.device)
+
     options: dict[str, Any] = {"do_sample": params.temperature > 0}
     if params.temperature > 0:
         top_k = params.top_k if params.top_k > 0 else 0
@@ -147,7 +147,7 @@ def _generate_batch(
     config = GenerationConfig(
         max_new_tokens=params.max_tokens,
         pad_token_id=pad,
-        eos_token_id=None if is_open_ended else end_ids or None,
+        eos_token_id=end_ids or None,
         **options,
     )
     with _without_own_settings(model):
@@ -155,51 +155,17 @@ def _generate_batch(
             input_ids=input_ids,
             attention_mask=mask,
             generation_config=config,
-            stopping_criteria=[_StopStrings(tokenizer, stop, width)] if stop else None,
+            stopping_criteria=[is_stopped] if stop.strings else None,
         )
-    return [
-        _finish(tokenizer, row[width:].tolist(), [] if is_open_ended else end_ids, stop)
-        for row in output
-    ]
+    return [_finish(stop, row[width:].tolist()) for row in output]
 
 
-class _StopStrings:
-    """Ends each row whose new text holds a stop string. Only the tail is decoded: a stop string
-    is short.
-    """
-
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], width: int) -> None:
-        self.tokenizer, self.stop, self.width = tokenizer, stop, width
-        self.num_tail_tokens = max(len(text.encode()) for text in stop) + 4
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        tails = input_ids[:, max(self.width, input_ids.shape[1] - self.num_tail_tokens) :].tolist()
-        found = [any(text in self.tokenizer.decode(tail) for text in self.stop) for tail in tails]
-        return torch.tensor(found, device=input_ids.device)
-
-
-def _finish(tokenizer: Any, tokens: list[int], end_ids: list[int], stop: tuple[str, ...]) -> Sample:
-    """Cut a row at its end token or stop string; what generation padded behind it goes."""
-    reason = "length"
-    for index, token in enumerate(tokens):
-        if token in end_ids:
-            tokens, reason = tokens[: index + 1], "stop"
-            break
-    text = tokenizer.decode(tokens[:-1] if reason == "stop" else tokens, skip_special_tokens=False)
-    cut = min((place for place in (text.find(word) for word in stop) if place >= 0), default=-1)
-    if cut >= 0:
-        text, reason = text[:cut], "stop"
-        tokens = _tokens_within(tokenizer, tokens, stop)
-    return Sample(tokens, text, reason)
-
-
-def _tokens_within(tokenizer: Any, tokens: list[int], stop: tuple[str, ...]) -> list[int]:
-    """The tokens up to the one that completes a stop string."""
+def _finish(stop: StopCondition, tokens: list[int]) -> Sample:
+    """Cut a row at what ends it; what generation padded behind it goes."""
     for length in range(1, len(tokens) + 1):
-        text = tokenizer.decode(tokens[:length])
-        if any(word in text for word in stop):
-            return tokens[:length]
-    return tokens
+        if stop.is_reached(tokens[:length]):
+            return Sample(tokens[:length], stop.text(tokens[:length], is_stopped=True), "stop")
+    return Sample(tokens, stop.text(tokens, is_stopped=False), "length")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from lorakit.data.images import ImageEncoder
 from lorakit.data.render.tokenizer import Encoder
 from lorakit.loss.logprobs import target_logprobs
 from lorakit.sampling.generate import generate
-from lorakit.sampling.stop_condition import stop_strings
+from lorakit.sampling.stop_condition import before_stop, stop_strings
 from lorakit.types import Datum, ModelInput, Sample, SamplingParams
 
 
@@ -100,6 +100,4 @@ def _cut(tokenizer: Any, tokens: list[int], stop: Sequence[str]) -> str:
     """The expected text as ``generate`` would return it: without end token and stop string."""
     if tokens and tokens[-1] in Encoder(tokenizer).special_ids:
         tokens = tokens[:-1]
-    text = str(tokenizer.decode(tokens))
-    cuts = [place for place in (text.find(word) for word in stop) if place >= 0]
-    return text[: min(cuts)] if cuts else text
+    return before_stop(str(tokenizer.decode(tokens)), stop)

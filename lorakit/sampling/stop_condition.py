@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lorakit.data.render.tokenizer import Encoder
@@ -14,10 +15,10 @@ class StopCondition:
     def __init__(self, params: SamplingParams, tokenizer: Any, end_ids: list[int]) -> None:
         self.tokenizer = tokenizer
         self.strings = stop_strings(params)
-        given = [] if params.stop is None or isinstance(params.stop, str) else list(params.stop)
+        given: list[Any] = [] if isinstance(params.stop, str) else list(params.stop or ())
         tokens = [stop for stop in given if not isinstance(stop, str)]
         is_open_ended = params.stop is not None and not isinstance(params.stop, str) and not given
-        self.tokens = frozenset(() if is_open_ended else tokens or end_ids)
+        self.tokens: frozenset[int] = frozenset(() if is_open_ended else tokens or end_ids)
         self._num_tail = max((len(text.encode()) for text in self.strings), default=0) + 4
 
     def is_reached(self, tokens: list[int]) -> bool:
@@ -37,17 +38,19 @@ class StopCondition:
         text = str(
             self.tokenizer.decode(tokens[:-1] if ends else tokens, skip_special_tokens=False)
         )
-        cut = min(
-            (place for place in (text.find(word) for word in self.strings) if place >= 0),
-            default=-1,
-        )
-        return text if cut < 0 else text[:cut]
+        return before_stop(text, self.strings)
 
 
 def stop_strings(params: SamplingParams) -> tuple[str, ...]:
     """The strings of ``params.stop``."""
     stop = (params.stop,) if isinstance(params.stop, str) else tuple(params.stop or ())
     return tuple(text for text in stop if isinstance(text, str) and text)
+
+
+def before_stop(text: str, strings: Sequence[str]) -> str:
+    """``text`` up to the first place where one of ``strings`` begins."""
+    cut = min((place for place in map(text.find, strings) if place >= 0), default=-1)
+    return text if cut < 0 else text[:cut]
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:

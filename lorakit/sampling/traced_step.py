@@ -43,11 +43,16 @@ class _Recording:
     made_with: int | None  # rows; None when it was compared with another number
     num_checks: int = 0
 
-    def __call__(
+    def replay(
         self, tokens: torch.Tensor, positions: torch.Tensor, inputs: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
-        with torch.jit.optimized_execution(False):  # else the first calls are watched, and slow
-            hidden: torch.Tensor = self.function(tokens, positions, *inputs)
+    ) -> torch.Tensor | None:
+        """Return what the pass gives; None where it cannot be run."""
+        try:
+            with torch.jit.optimized_execution(False):  # else the first calls are watched, and slow
+                hidden: torch.Tensor = self.function(tokens, positions, *inputs)
+        except RuntimeError as error:  # of shapes
+            log.debug("a recorded pass fails: %s", error)
+            return None
         return hidden
 
     def is_trusted(self, num_rows: int) -> bool:
@@ -85,12 +90,9 @@ class TracedStep:
         if kind is None or (kind in self._recordings and self._recordings[kind] is None):
             return compute(tokens, positions)
         recording = self._recordings.get(kind)
-        inputs = [
-            *cache.step_tensors(),
-            *(adapter_batch.tensors() if adapter_batch is not None else ()),
-        ]
+        inputs = [*cache.step_tensors(), *(adapter_batch.tensors() if adapter_batch else ())]
         if recording is not None:
-            found = _try(recording, tokens, positions, inputs)
+            found = recording.replay(tokens, positions, inputs)
             if found is not None and recording.is_trusted(len(tokens)):
                 self.num_replayed += 1
                 return found
@@ -121,19 +123,6 @@ class TracedStep:
             return None
         structure = () if adapter_batch is None else adapter_batch.structure()
         return None if structure is None else (shape, way, structure)
-
-
-def _try(
-    recording: _Recording,
-    tokens: torch.Tensor,
-    positions: torch.Tensor,
-    inputs: Sequence[torch.Tensor],
-) -> torch.Tensor | None:
-    try:
-        return recording(tokens, positions, inputs)
-    except RuntimeError as error:  # of shapes
-        log.debug("a recorded pass fails: %s", error)
-        return None
 
 
 def _compared(
@@ -198,12 +187,8 @@ def _record(
         # the embedding's, of itself
         is_size_check = "padding_idx" in linecache.getline(warning.filename, warning.lineno)
         if warning.category is torch.jit.TracerWarning and not is_size_check:
-            log.debug(
-                "this pass is not recorded: %s:%s: %s",
-                warning.filename,
-                warning.lineno,
-                warning.message,
-            )
+            where = f"{warning.filename}:{warning.lineno}"
+            log.debug("this pass is not recorded: %s: %s", where, warning.message)
             return None
     return _Recording(function, len(tokens))
 

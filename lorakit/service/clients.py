@@ -16,7 +16,7 @@ from lorakit.service.base import Base
 from lorakit.service.checkpoints import LOCAL_OWNER
 from lorakit.service.core import Service
 from lorakit.service.database import Checkpoint, Run
-from lorakit.service.futures import APIFuture, AsFuture
+from lorakit.service.futures import APIFuture, AsFuture, finished
 from lorakit.service.sampling_client import SamplingClient
 from lorakit.service.training_client import TrainingClient
 
@@ -193,23 +193,16 @@ class RestClient(AsFuture):
         """The runs, those that were asked something last first, with the tokens and seconds that
         they have cost.
         """
-        return _done(self._service.database.runs(LOCAL_OWNER, limit=limit, offset=offset)[0])
+        runs, _ = self._service.database.runs(LOCAL_OWNER, limit=limit, offset=offset)
+        return APIFuture(finished(runs))
 
     def get_training_run(self, training_run_id: str) -> APIFuture[Run]:
-        return _done(self._service.database.run(training_run_id, LOCAL_OWNER))
+        return APIFuture(finished(self._service.database.run(training_run_id, LOCAL_OWNER)))
 
     def list_checkpoints(self, training_run_id: str) -> APIFuture[list[Checkpoint]]:
         run = self._service.database.run(training_run_id, LOCAL_OWNER)
-        return _done(self._service.checkpoints.of_runs([run.id]))
+        return APIFuture(finished(self._service.checkpoints.of_runs([run.id])))
 
     def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
         self._service.checkpoints.delete(tinker_path, LOCAL_OWNER)
-        return _done(None)
-
-
-def _done(value: Any) -> APIFuture[Any]:
-    from concurrent.futures import Future
-
-    future: Future[Any] = Future()
-    future.set_result(value)
-    return APIFuture(future)
+        return APIFuture(finished(None))

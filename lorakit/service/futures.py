@@ -59,3 +59,10 @@ class AsFuture:
 
     def __await__(self) -> Generator[Any, None, Self]:
         return self.result_async().__await__()
+
+
+def finished(value: Any) -> Future[Any]:
+    """Return a future that has ``value`` already."""
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future

@@ -4,6 +4,7 @@ behind.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -201,3 +202,21 @@ def test_an_empty_text_is_no_stop() -> None:
     assert (len(free.tokens), free.stop_reason) == (10, "length")
     assert sample("") == sample([""]) == sample(["", "never"]) == free
     assert sample(["", free.text[4:6]]) == sample(free.text[4:6]) != free
+
+
+@pytest.mark.parametrize("stop", [None, "string", "token", []])
+def test_transformers_generate_stops_where_ours_does(
+    stop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama")
+    model.generation_config.eos_token_id = None
+    prompts = [[5, 9, 3], [7, 8, 20, 21]]
+    params = SamplingParams(max_tokens=10, temperature=0)
+    free = generate(model, NoEnd(), prompts, params)
+    model.generation_config.eos_token_id = free[1].tokens[6]
+    given = {"string": free[0].text[4:6], "token": [free[0].tokens[3]]}
+    params = replace(params, stop=given[stop] if isinstance(stop, str) else stop)
+    ours = generate(model, NoEnd(), prompts, params)
+    monkeypatch.setattr("lorakit.sampling.generate.decoding_problem", lambda model: "none of ours")
+    assert written(generate(model, NoEnd(), prompts, params)) == written(ours)
+    assert (written(ours) == written(free)) is (stop == [])

@@ -160,7 +160,7 @@ def test_an_error_arrives_in_its_future_and_leaves_the_gradient(
     assert "data[1].loss_fn_inputs['weights']" in messages[0] and "nan" in messages[0]
     assert "empty" in messages[1] and "cross_entropy, importance_sampling" in messages[2]
     assert (
-        "data[0].loss_fn_inputs['advantages'] is missing" in messages[3]
+        "data[0–2].loss_fn_inputs['advantages'] is missing" in messages[3]
         and "'weights'] is unknown" in messages[3]
     )
     assert after.result(60).metrics["loss:sum"] > 0

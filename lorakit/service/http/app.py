@@ -10,13 +10,14 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from lorakit import __version__
 from lorakit.errors import LorakitError
 from lorakit.service.http import connection, openai, sampling, training
 from lorakit.service.http import listing as catalogue
-from lorakit.service.http.dependencies import NO_KEY, USER, status_of
+from lorakit.service.http.dependencies import NO_KEY, USER, name_problems, status_of
 from lorakit.service.http.state import ServerState
 
 log = logging.getLogger("lorakit")
@@ -86,22 +87,17 @@ class AuthMiddleware:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and not scope["path"].startswith(OPEN):
-            headers = {
-                name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
-            }
-            key = headers.get("x-api-key") or headers.get("authorization", "").removeprefix(
-                "Bearer "
-            )
+            headers = Headers(scope=scope)
+            bearer = headers.get("authorization", "").removeprefix("Bearer ")
+            key = headers.get("x-api-key") or bearer
             user = scope[USER] = self.state.keys.user_of(key)
             problem = None if user else (401, NO_KEY)
             # Tinker's routes count for themselves
             if problem is None and scope["path"].startswith("/v1/"):
                 length = headers.get("content-length", "0" if scope["method"] == "GET" else "")
-                if not length.isdigit() or int(length) > self.state.max_body_bytes:
-                    problem = (
-                        413,
-                        f"say content-length, of at most {self.state.max_body_bytes:,} bytes",
-                    )
+                limit = self.state.max_body_bytes
+                if not length.isdigit() or int(length) > limit:
+                    problem = (413, f"say content-length, of at most {limit:,} bytes")
             if problem is not None:
                 answer = _say(Request(scope), HTTPException(*problem))
                 await answer(scope, receive, send)
@@ -118,19 +114,13 @@ def _refuse(what: str, reason: str) -> Callable[[], Any]:
 
 async def _on_bad_body(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-    return _say(request, HTTPException(400, problems))
+    return _say(request, HTTPException(400, name_problems(error)))
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    return _say(
-        request,
-        (
-            error
-            if isinstance(error, StarletteHTTPException)
-            else HTTPException(status_of(error), str(error))
-        ),
-    )
+    if not isinstance(error, StarletteHTTPException):
+        error = HTTPException(status_of(error), str(error))
+    return _say(request, error)
 
 
 def _say(request: Request, error: StarletteHTTPException) -> JSONResponse:

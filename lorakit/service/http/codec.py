@@ -5,6 +5,8 @@ older ones did.
 from __future__ import annotations
 
 import base64
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,9 +58,8 @@ class ForwardBackwardCall:
         found = []
         for number, message in enumerate(self._data):
             try:
-                found.append(
-                    _datum_from_json(message) if isinstance(message, Mapping) else _datum(message)
-                )
+                read = _datum_from_json if isinstance(message, Mapping) else _datum
+                found.append(read(message))
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 raise DataError(f"data[{number}]: {error}") from error
         return found
@@ -91,8 +92,9 @@ def read_forward_backward_json(
     loss_fn and loss_fn_config.
     """
     given = body.get("forward_backward_input") or body.get("forward_input") or {}
-    problem = "" if isinstance(given, Mapping) else "forward_backward_input is not an object"
-    given = given if isinstance(given, Mapping) else {}
+    problem = ""
+    if not isinstance(given, Mapping):
+        problem, given = "forward_backward_input is not an object", {}
     config, data = given.get("loss_fn_config") or {}, given.get("data") or []
     if not isinstance(config, Mapping) or not isinstance(data, list):
         problem, config, data = "loss_fn_config is an object, and data a list", {}, []
@@ -190,11 +192,8 @@ def _dense(
     if len(shape) != 2 or min(shape) < 0 or shape[0] * shape[1] > MAX_DENSE_ELEMENTS:
         raise DataError(f"a sparse tensor of shape {tuple(shape)} cannot be used")
     counts = np.diff(crow)
-    if (
-        len(crow) != shape[0] + 1
-        or (len(crow) and (crow[0] != 0 or crow[-1] != len(values)))
-        or (counts < 0).any()
-    ):
+    is_whole = len(crow) == shape[0] + 1 and crow[0] == 0 and crow[-1] == len(values)
+    if not is_whole or (counts < 0).any():
         raise DataError("sparse_crow_indices do not belong to the shape")
     if len(col) != len(values) or (len(col) and (col.min() < 0 or col.max() >= shape[1])):
         raise DataError("sparse_col_indices do not belong to the shape")
@@ -264,7 +263,8 @@ def write_forward_backward(output: ForwardBackwardOutput) -> bytes:
     message = schema.ForwardBackwardOutput(loss_fn_output_type=output.loss_fn_output_type)
     for name, value in output.metrics.items():
         message.metrics[name] = value
-    for group in _by_trailing_shape(output.loss_fn_outputs):
+    for _, alike in itertools.groupby(output.loss_fn_outputs, key=_trailing_shapes):
+        group = list(alike)
         record = message.loss_fn_outputs.add(
             type_tag=output.loss_fn_output_type, num_datums=len(group)
         )
@@ -275,23 +275,13 @@ def write_forward_backward(output: ForwardBackwardOutput) -> bytes:
             field.offsets = np.cumsum(
                 [0, *(array.nbytes for array in arrays)], dtype=np.int64
             ).tobytes()
-            field.dtype = schema.INT64 if arrays[0].dtype == np.int64 else schema.FLOAT32
+            field.dtype = _dtype_of(arrays[0])
             field.trailing_shape.extend(arrays[0].shape[1:])
     return message.SerializeToString()
 
 
-def _by_trailing_shape(
-    outputs: Sequence[dict[str, TensorData]],
-) -> list[list[dict[str, TensorData]]]:
-    groups: list[list[dict[str, TensorData]]] = []
-    last = None
-    for datum in outputs:
-        shapes = {name: array.shape[1:] for name, array in datum.items()}
-        if not groups or shapes != last:
-            groups.append([])
-        groups[-1].append(datum)
-        last = shapes
-    return groups
+def _trailing_shapes(datum: Mapping[str, TensorData]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape[1:] for name, array in datum.items()}
 
 
 def write_sample_response(response: SampleResponse) -> bytes:
@@ -320,11 +310,13 @@ def write_sample_response(response: SampleResponse) -> bytes:
 
 
 def _write_tensor(message: Any, array: np.ndarray) -> None:
-    message.dense, message.dtype = (
-        array.tobytes(),
-        schema.INT64 if array.dtype == np.int64 else schema.FLOAT32,
-    )
+    message.dense = array.tobytes()
+    message.dtype = _dtype_of(array)
     message.shape.extend(array.shape)
+
+
+def _dtype_of(array: np.ndarray) -> int:
+    return schema.INT64 if array.dtype == np.int64 else schema.FLOAT32
 
 
 def _write_topk(message: Any, rows: Sequence[list[tuple[int, float]] | None]) -> None:
@@ -334,26 +326,20 @@ def _write_topk(message: Any, rows: Sequence[list[tuple[int, float]] | None]) ->
     for number, row in enumerate(rows):
         for place, (token, logprob) in enumerate(row or ()):
             tokens[number, place], logprobs[number, place] = token, logprob
-    message.token_ids, message.logprobs, message.k, message.length = (
-        tokens.tobytes(),
-        logprobs.tobytes(),
-        width,
-        len(rows),
-    )
+    message.token_ids, message.logprobs = tokens.tobytes(), logprobs.tobytes()
+    message.length, message.k = tokens.shape
 
 
 def forward_backward_as_json(payload: bytes) -> dict[str, Any]:
     """A written result as SDKs from before protobuf read it."""
     message = schema.ForwardBackwardOutput.FromString(payload)
-    outputs = []
-    for record in message.loss_fn_outputs:
-        for number in range(record.num_datums):
-            outputs.append(
-                {name: _nth_as_json(field, number) for name, field in record.fields.items()}
-            )
     return {
         "loss_fn_output_type": message.loss_fn_output_type,
-        "loss_fn_outputs": outputs,
+        "loss_fn_outputs": [
+            {name: _nth_as_json(field, number) for name, field in record.fields.items()}
+            for record in message.loss_fn_outputs
+            for number in range(record.num_datums)
+        ],
         "metrics": dict(message.metrics),
     }
 
@@ -369,44 +355,36 @@ def _nth_as_json(field: Any, number: int) -> dict[str, Any]:
 def sample_response_as_json(payload: bytes) -> dict[str, Any]:
     """A written result as SDKs from before protobuf read it."""
     message = schema.SampleResponse.FromString(payload)
-    sequences = []
-    for sequence in message.sequences:
-        has_best = sequence.HasField("topk_sampled_logprobs")
-        sequences.append(
+    prompt = _logprobs_as_json(message, "prompt_logprobs")
+    return {
+        "type": "sample",
+        "sequences": [
             {
                 "stop_reason": "stop" if sequence.stop_reason == schema.STOP else "length",
                 "tokens": np.frombuffer(sequence.tokens, np.int32).tolist(),
-                "logprobs": np.frombuffer(sequence.logprobs, np.float32).tolist()
-                if sequence.HasField("logprobs")
-                else None,
-                "topk_logprobs": _topk_as_json(sequence.topk_sampled_logprobs)
-                if has_best
-                else None,
+                "logprobs": _logprobs_as_json(sequence, "logprobs"),
+                "topk_logprobs": _topk_as_json(sequence, "topk_sampled_logprobs"),
             }
-        )
-    prompt = (
-        np.frombuffer(message.prompt_logprobs, np.float32)
-        if message.HasField("prompt_logprobs")
-        else None
-    )
-    return {
-        "type": "sample",
-        "sequences": sequences,
-        "prompt_logprobs": None
-        if prompt is None
-        else [None if np.isnan(value) else float(value) for value in prompt],
-        "topk_prompt_logprobs": (
-            _topk_as_json(message.topk_prompt_logprobs)
-            if message.HasField("topk_prompt_logprobs")
-            else None
-        ),
+            for sequence in message.sequences
+        ],
+        "prompt_logprobs": prompt and [None if math.isnan(value) else value for value in prompt],
+        "topk_prompt_logprobs": _topk_as_json(message, "topk_prompt_logprobs"),
     }
 
 
-def _topk_as_json(message: Any) -> list[list[tuple[int, float]] | None]:
-    shape = (message.length, message.k)
-    tokens = np.frombuffer(message.token_ids, np.int32).reshape(shape).tolist()
-    logprobs = np.frombuffer(message.logprobs, np.float32).reshape(shape).tolist()
+def _logprobs_as_json(message: Any, name: str) -> list[float] | None:
+    if not message.HasField(name):
+        return None
+    return np.frombuffer(getattr(message, name), np.float32).tolist()
+
+
+def _topk_as_json(message: Any, name: str) -> list[list[tuple[int, float]] | None] | None:
+    if not message.HasField(name):
+        return None
+    best = getattr(message, name)
+    shape = (best.length, best.k)
+    tokens = np.frombuffer(best.token_ids, np.int32).reshape(shape).tolist()
+    logprobs = np.frombuffer(best.logprobs, np.float32).reshape(shape).tolist()
     rows = [
         [(t, p) for t, p in zip(*row, strict=True) if p > _MISSING_LOGPROB]
         for row in zip(tokens, logprobs, strict=True)

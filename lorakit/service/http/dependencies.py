@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Annotated, Any, TypeVar
 
 import pydantic
 from fastapi import Depends, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from lorakit.errors import DataError, LorakitError, TrainingError
-from lorakit.service.http.pending import Encode, PendingRequest
+from lorakit.service.http.pending import Encode
 from lorakit.service.http.state import SequenceBuffer, ServerState, as_future
 from lorakit.service.model import Model, Weights
 
 Body = TypeVar("Body", bound=pydantic.BaseModel)
-
-
 USER = "lorakit.user"  # in a request's scope
 MAX_ANSWER_NUMBERS = 1 << 26  # half a gigabyte
 MAX_HELD = 1024  # calls of a model that came before those before them
@@ -104,8 +104,7 @@ async def read_json(request: Request, limit: int) -> dict[str, Any]:
     try:
         body = json.loads(await read_body(request, limit))
     except TooLarge as error:
-        ids = _ids_in_head(error.head)
-        if ids is None:
+        if (ids := _ids_in_head(error.head)) is None:
             raise HTTPException(400, f"the body has more than {limit:,} bytes") from error
         return {**ids, "_too_large": True}
     except (ValueError, RecursionError) as error:
@@ -117,16 +116,11 @@ async def read_json(request: Request, limit: int) -> dict[str, Any]:
 
 def _ids_in_head(head: bytes) -> dict[str, Any] | None:
     """model_id and seq_id, as far as the beginning of a JSON object names them."""
-    import re
-
     model_id = re.search(rb'"model_id"\s*:\s*"([^"\\]+)"', head)
     seq_id = re.search(rb'"seq_id"\s*:\s*(\d+)', head)
     if not model_id or not seq_id:
         return None
-    return {
-        "model_id": model_id.group(1).decode("utf-8", "replace"),
-        "seq_id": int(seq_id.group(1)),
-    }
+    return {"model_id": model_id[1].decode("utf-8", "replace"), "seq_id": int(seq_id[1])}
 
 
 def parsed(kind: type[Body], body: dict[str, Any]) -> Body | str:
@@ -134,7 +128,12 @@ def parsed(kind: type[Body], body: dict[str, Any]) -> Body | str:
     try:
         return kind.model_validate(body)
     except pydantic.ValidationError as error:
-        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        return name_problems(error)
+
+
+def name_problems(error: pydantic.ValidationError | RequestValidationError) -> str:
+    """Return which fields are wrong, and how."""
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
 def accept(
@@ -167,42 +166,33 @@ def accept(
             " first",
         )
     pending, is_new = state.pending.open(f"{model_id}:{seq_id}", user)
-    if is_new:
-        model = state.service.trained.get(model_id)
-        if model is None:
-            state.pending.fail(
-                pending,
-                f"there is no model {model_id} (any more): its session ended, or the server was"
-                " started anew; go on from its last save_state with"
-                " create_training_client_from_state_with_optimizer",
-            )
-        else:
-            if (session := state.session(model_id.partition(":")[0], user)) is not None:
-                session.model_ids.add(model_id)
-            dispatch = _starter(state, pending, model, start, encode)
-            order = state.order.setdefault(model_id, SequenceBuffer())
-            if seq_id < order.next_seq_id:
-                state.pending.fail(
-                    pending,
-                    f"call {seq_id} was done before, and its result is not known any more",
-                    "server",
-                )
-            else:
-                order.put(seq_id, dispatch)
-    return JSONResponse({"request_id": pending.request_id, "model_id": model_id})
+    answer = JSONResponse({"request_id": pending.request_id, "model_id": model_id})
+    if not is_new:
+        return answer
+    if (model := state.service.trained.get(model_id)) is None:
+        state.pending.fail(
+            pending,
+            f"there is no model {model_id} (any more): its session ended, or the server was"
+            " started anew; go on from its last save_state with"
+            " create_training_client_from_state_with_optimizer",
+        )
+        return answer
+    if (session := state.session(model_id.partition(":")[0], user)) is not None:
+        session.model_ids.add(model_id)
 
-
-def _starter(
-    state: ServerState,
-    pending: PendingRequest,
-    model: Model,
-    start: Callable[[Model], Future[Any]] | str,
-    encode: Encode,
-) -> Callable[[], None]:
     def dispatch() -> None:
         if isinstance(start, str):
             state.pending.fail(pending, start)
         else:
             state.pending.settle(pending, as_future(lambda: start(model)), encode)
 
-    return dispatch
+    order = state.order.setdefault(model_id, SequenceBuffer())
+    if seq_id < order.next_seq_id:
+        state.pending.fail(
+            pending,
+            f"call {seq_id} was done before, and its result is not known any more",
+            "server",
+        )
+    else:
+        order.put(seq_id, dispatch)
+    return answer

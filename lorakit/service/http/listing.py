@@ -13,15 +13,14 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
 from pydantic import BaseModel, Field
+from starlette.datastructures import URL
 
-from lorakit.errors import AdapterError, CheckpointError
-from lorakit.service.checkpoints import parse_path
+from lorakit.errors import CheckpointError
 from lorakit.service.database import Checkpoint, ClientSession, Run, SamplerRow
 from lorakit.service.http.dependencies import State, User
 from lorakit.service.http.state import ServerState
@@ -30,6 +29,34 @@ router = APIRouter(prefix="/api/v1", tags=["catalogue"])
 _TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 _URL_SECONDS = 3600
 _URL_SECRET = secrets.token_bytes(32)  # of this process: URLs end with it
+Limit = Annotated[int, Query(ge=1, le=1000)]
+Offset = Annotated[int, Query(ge=0, lt=2**31)]
+
+
+@contextlib.contextmanager
+def _or_404() -> Iterator[None]:
+    """Answers 404 where a run or a checkpoint that is asked for is not there."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise HTTPException(404, str(error)) from error
+
+
+async def _own_run(run_id: str, state: State, user: User) -> Run:
+    with _or_404():
+        return state.database.run(run_id, user)
+
+
+async def _own_checkpoint(
+    run_id: str, kind: str, name: str, state: State, user: User
+) -> Checkpoint:
+    with _or_404():
+        return state.service.checkpoints.find(f"tinker://{run_id}/{kind}/{name}", user)
+
+
+# what a path names, of this user
+OwnRun = Annotated[Run, Depends(_own_run)]
+OwnCheckpoint = Annotated[Checkpoint, Depends(_own_checkpoint)]
 
 
 class WeightsInfo(BaseModel):
@@ -42,10 +69,7 @@ class Ttl(BaseModel):
 
 @router.get("/training_runs")
 async def list_training_runs(
-    state: State,
-    user: User,
-    limit: int = Query(20, ge=1, le=1000),
-    offset: int = Query(0, ge=0, lt=2**31),
+    state: State, user: User, limit: Limit = 20, offset: Offset = 0
 ) -> dict[str, Any]:
     """The user's runs, those that were asked something last first."""
     runs, total = state.database.runs(user, limit=limit, offset=offset)
@@ -55,27 +79,21 @@ async def list_training_runs(
 
 
 @router.get("/training_runs/{run_id}")
-async def get_training_run(run_id: str, state: State, user: User) -> dict[str, Any]:
+async def get_training_run(run: OwnRun, state: State) -> dict[str, Any]:
     """One run, with the tokens and seconds that it has cost."""
-    run = _own(state, run_id, user)
-    return _run(state, run, state.service.checkpoints.of_runs([run_id]))
+    return _run(state, run, state.service.checkpoints.of_runs([run.id]))
 
 
 @router.get("/training_runs/{run_id}/checkpoints")
-async def list_checkpoints(run_id: str, state: State, user: User) -> dict[str, Any]:
+async def list_checkpoints(run: OwnRun, state: State) -> dict[str, Any]:
     """The checkpoints of a run, last first."""
-    _own(state, run_id, user)
-    return {
-        "checkpoints": [_checkpoint(saved) for saved in state.service.checkpoints.of_runs([run_id])]
-    }
+    saved = state.service.checkpoints.of_runs([run.id])
+    return {"checkpoints": [_checkpoint(one) for one in saved]}
 
 
 @router.get("/checkpoints")
 async def list_user_checkpoints(
-    state: State,
-    user: User,
-    limit: int = Query(100, ge=1, le=1000),
-    offset: int = Query(0, ge=0, lt=2**31),
+    state: State, user: User, limit: Limit = 100, offset: Offset = 0
 ) -> dict[str, Any]:
     """The checkpoints of all runs, last first."""
     runs, _ = state.database.runs(user, limit=1_000_000)
@@ -88,14 +106,10 @@ async def list_user_checkpoints(
 
 
 @router.delete("/training_runs/{run_id}/checkpoints/{kind}/{name}", status_code=204)
-async def delete_checkpoint(
-    run_id: str, kind: str, name: str, state: State, user: User
-) -> Response:
+async def delete_checkpoint(saved: OwnCheckpoint, state: State, user: User) -> Response:
     """Remove a checkpoint and its files."""
-    _find(state, run_id, kind, name, user)
-    await asyncio.to_thread(
-        state.service.checkpoints.delete, f"tinker://{run_id}/{kind}/{name}", user
-    )  # another may be being written
+    # another may be being written
+    await asyncio.to_thread(state.service.checkpoints.delete, saved.path, user)
     return Response(status_code=204)
 
 
@@ -104,22 +118,18 @@ async def set_checkpoint_ttl(
     run_id: str, kind: str, name: str, body: Ttl, state: State, user: User
 ) -> dict[str, Any]:
     """Let a checkpoint be removed after so many seconds, or, without a number, never."""
-    _find(state, run_id, kind, name, user)
-    path = f"tinker://{run_id}/{kind}/{name}"
-    return _checkpoint(
-        await asyncio.to_thread(state.service.checkpoints.set_ttl, path, user, body.ttl_seconds)
-    )
+    # no dependency: a wrong body is told first
+    saved = await _own_checkpoint(run_id, kind, name, state, user)
+    set_ttl = state.service.checkpoints.set_ttl
+    return _checkpoint(await asyncio.to_thread(set_ttl, saved.path, user, body.ttl_seconds))
 
 
 @router.post("/weights_info")
 async def weights_info(body: WeightsInfo, state: State, user: User) -> dict[str, Any]:
     """What a checkpoint was made of."""
-    try:
-        run_id, kind, name = parse_path(body.tinker_path)
-    except CheckpointError as error:
-        raise HTTPException(404, str(error)) from error
-    run = _own(state, run_id, user)
-    _find(state, run_id, kind, name, user)
+    with _or_404():
+        saved = state.service.checkpoints.find(body.tinker_path, user)
+        run = state.database.run(saved.run_id, user)
     flags = {name: run.lora.get(name) for name in ("train_unembed", "train_mlp", "train_attn")}
     return {
         "base_model": run.base_model,
@@ -132,16 +142,14 @@ async def weights_info(body: WeightsInfo, state: State, user: User) -> dict[str,
 
 @router.get("/training_runs/{run_id}/checkpoints/{kind}/{name}/external_weights_urls")
 async def external_weights_urls(
-    run_id: str, kind: str, name: str, request: Request, state: State, user: User
+    saved: OwnCheckpoint, request: Request, state: State
 ) -> dict[str, Any]:
     """Where each file of a checkpoint can be fetched for an hour, without a key."""
-    saved, expires = _find(state, run_id, kind, name, user), int(time.time()) + _URL_SECONDS
+    expires = int(time.time()) + _URL_SECONDS
     urls = {}
-    for file in await asyncio.to_thread(_files, state, run_id, kind, name):
-        url = request.url_for("download", run_id=run_id, kind=kind, name=name, file=file)
-        urls[file] = str(
-            url.include_query_params(expires=expires, signature=_sign(saved, file, expires))
-        )
+    for file in await asyncio.to_thread(_files, state, saved):
+        url = request.url_for("download", **_place(saved), file=file)
+        urls[file] = _signed(url, saved, file, expires)
     return {
         "urls": urls,
         "expires": datetime.datetime.fromtimestamp(expires, datetime.UTC).isoformat(),
@@ -149,18 +157,13 @@ async def external_weights_urls(
 
 
 @router.get("/training_runs/{run_id}/checkpoints/{kind}/{name}/archive")
-async def archive(
-    run_id: str, kind: str, name: str, request: Request, state: State, user: User
-) -> RedirectResponse:
+async def archive(saved: OwnCheckpoint, request: Request) -> RedirectResponse:
     """A checkpoint's folder as one file, as older SDKs fetch it: leads to an address that needs
     no key.
     """
-    saved, expires = _find(state, run_id, kind, name, user), int(time.time()) + _URL_SECONDS
-    url = request.url_for("download_archive", run_id=run_id, kind=kind, name=name)
-    signature = _sign(saved, "archive", expires)
-    return RedirectResponse(
-        str(url.include_query_params(expires=expires, signature=signature)), status_code=302
-    )
+    expires = int(time.time()) + _URL_SECONDS
+    url = request.url_for("download_archive", **_place(saved))
+    return RedirectResponse(_signed(url, saved, "archive", expires), status_code=302)
 
 
 @router.get("/archives/{run_id}/{kind}/{name}", name="download_archive")
@@ -174,7 +177,8 @@ async def download_archive(
 
 def _write_tar(state: ServerState, run_id: str, kind: str, name: str) -> IO[bytes]:
     """Return a file that has no name, and is gone when it is closed."""
-    with contextlib.ExitStack() as stack, _reading(state, run_id, kind, name) as folder:
+    reading = state.service.checkpoints.reading(run_id, kind, name)
+    with contextlib.ExitStack() as stack, _or_404(), reading as folder:
         file = stack.enter_context(tempfile.TemporaryFile())
         with tarfile.open(fileobj=file, mode="w") as tar:
             for path in sorted(folder.iterdir()):
@@ -182,16 +186,6 @@ def _write_tar(state: ServerState, run_id: str, kind: str, name: str) -> IO[byte
         file.seek(0)
         stack.pop_all()  # open until it is sent
         return file
-
-
-@contextlib.contextmanager
-def _reading(state: ServerState, run_id: str, kind: str, name: str) -> Iterator[Path]:
-    """The folder of a checkpoint, which stays as it is meanwhile. 404 where there is none."""
-    try:
-        with state.service.checkpoints.reading(run_id, kind, name) as folder:
-            yield folder
-    except CheckpointError as error:
-        raise HTTPException(404, str(error)) from error
 
 
 def _send(file: IO[bytes], name: str) -> StreamingResponse:
@@ -207,9 +201,9 @@ def _send(file: IO[bytes], name: str) -> StreamingResponse:
     return StreamingResponse(parts(), headers=headers, media_type="application/octet-stream")
 
 
-def _files(state: ServerState, run_id: str, kind: str, name: str) -> list[str]:
+def _files(state: ServerState, saved: Checkpoint) -> list[str]:
     """The names of a checkpoint's files."""
-    with _reading(state, run_id, kind, name) as folder:
+    with _or_404(), state.service.checkpoints.reading(**_place(saved)) as folder:
         return sorted(path.name for path in folder.iterdir())
 
 
@@ -229,7 +223,7 @@ async def download(
 
 
 def _open(state: ServerState, run_id: str, kind: str, name: str, file: str) -> IO[bytes]:
-    with _reading(state, run_id, kind, name) as folder:
+    with _or_404(), state.service.checkpoints.reading(run_id, kind, name) as folder:
         found = next((path for path in folder.iterdir() if path.name == file), None)
         if found is None:
             raise HTTPException(404, f"there is no file {file}")
@@ -238,15 +232,11 @@ def _open(state: ServerState, run_id: str, kind: str, name: str, file: str) -> I
 
 @router.get("/sessions")
 async def list_sessions(
-    state: State,
-    user: User,
-    limit: int = Query(20, ge=1, le=1000),
-    offset: int = Query(0, ge=0, lt=2**31),
+    state: State, user: User, limit: Limit = 20, offset: Offset = 0
 ) -> dict[str, Any]:
     """The user's sessions, last first."""
-    rows = sorted(
-        state.database.select(ClientSession, owner=user), key=lambda row: row.created, reverse=True
-    )
+    rows = state.database.select(ClientSession, owner=user)
+    rows.sort(key=lambda row: row.created, reverse=True)
     return {"sessions": [row.id for row in rows[offset : offset + limit]]}
 
 
@@ -269,23 +259,9 @@ async def get_session(session_id: str, state: State, user: User) -> dict[str, An
 # ---- pieces
 
 
-def _own(state: ServerState, run_id: str, user: str) -> Run:
-    try:
-        return state.database.run(run_id, user)
-    except CheckpointError as error:
-        raise HTTPException(404, str(error)) from error
-
-
-def _find(state: ServerState, run_id: str, kind: str, name: str, user: str) -> Checkpoint:
-    _own(state, run_id, user)
-    try:
-        parse_path(f"tinker://{run_id}/{kind}/{name}")
-        found = state.service.checkpoints.get(run_id, kind, name)
-    except (CheckpointError, AdapterError) as error:
-        raise HTTPException(404, str(error)) from error
-    if found is None:
-        raise HTTPException(404, f"there is no checkpoint tinker://{run_id}/{kind}/{name}")
-    return found
+def _place(saved: Checkpoint) -> dict[str, str]:
+    """What names a checkpoint, as the database's and the routes' parameters."""
+    return {"run_id": saved.run_id, "kind": saved.kind, "name": saved.name}
 
 
 def _run(state: ServerState, run: Run, saved: list[Checkpoint]) -> dict[str, Any]:
@@ -331,16 +307,17 @@ def _texts(metadata: dict[str, Any]) -> dict[str, str]:
     return {str(name): str(value) for name, value in metadata.items()}
 
 
+def _signed(url: URL, saved: Checkpoint, file: str, expires: int) -> str:
+    return str(url.include_query_params(expires=expires, signature=_sign(saved, file, expires)))
+
+
 def _check_signature(
     state: ServerState, signature: str, run_id: str, kind: str, name: str, file: str, expires: int
 ) -> None:
     saved = state.service.checkpoints.get(run_id, kind, name)
-    expected = _sign(saved, file, expires) if saved is not None else ""
-    if (
-        not expected
-        or not hmac.compare_digest(signature.encode(), expected.encode())
-        or time.time() > expires
-    ):
+    expected = "" if saved is None else _sign(saved, file, expires)
+    is_same = hmac.compare_digest(signature.encode(), expected.encode())
+    if not expected or not is_same or time.time() > expires:
         raise HTTPException(404, "this address is not valid (any more)")
 
 

@@ -52,7 +52,6 @@ class _Choice:
     stream: TextStream
     text: str = ""
     offset: int = 0  # of the next token in the text of all tokens
-    sample: Sample | None = None
 
     def name(self, row: SampledSequence, tokenizer: Any) -> _Token:
         """The last token of ``row``, and where it begins."""
@@ -84,11 +83,7 @@ class _Job:
 @router.get("/models")
 async def list_models(state: State, user: User) -> dict[str, Any]:
     """The served names."""
-    data = [
-        {"id": name, "object": "model", "created": 0, "owned_by": "lorakit"}
-        for name in state.service.models
-    ]
-    return {"object": "list", "data": data}
+    return {"object": "list", "data": [_describe(name) for name in state.service.models]}
 
 
 @router.get("/models/{model:path}")
@@ -96,7 +91,7 @@ async def get_model(model: str, state: State, user: User) -> dict[str, Any]:
     """One of them."""
     if model not in state.service.models:
         raise HTTPException(404, f"there is no model {model!r}")
-    return {"id": model, "object": "model", "created": 0, "owned_by": "lorakit"}
+    return _describe(model)
 
 
 @router.post("/completions", response_model=None)
@@ -123,17 +118,18 @@ async def completions(
     params = body.params(16 if body.max_tokens is None else body.max_tokens)
     job = _Job(weights, prompts, params, body.n, asked, body.logprobs is not None)
 
-    def whole(choice: _Choice, response: SampleResponse) -> dict[str, Any]:
-        assert choice.sample is not None
-        echoed = job.tokenizer.decode(choice.prompt.to_ints()) if body.echo else ""
-        logprobs = (
-            None if body.logprobs is None else _completion_logprobs(job, choice, body, response)
-        )
+    def whole(choice: _Choice, sample: Sample, response: SampleResponse) -> dict[str, Any]:
+        echoed = choice.prompt.to_ints() if body.echo else []
+        logprobs = None
+        if body.logprobs is not None:
+            of_prompt = response.prompt_logprobs or [None] * len(echoed)
+            before = list(zip(echoed, of_prompt, strict=True))
+            logprobs = _named_logprobs(job, sample, before, has_best=bool(body.logprobs))
         return {
             "index": choice.index,
-            "text": echoed + choice.sample.text,
+            "text": (job.tokenizer.decode(echoed) if body.echo else "") + sample.text,
             "logprobs": logprobs,
-            "finish_reason": choice.sample.stop_reason,
+            "finish_reason": sample.stop_reason,
         }
 
     def piece(
@@ -168,28 +164,26 @@ async def chat_completions(
     asked = {"num_best": max(1, body.top_logprobs) if body.logprobs else 0}
     job = _Job(weights, [prompt], body.params(max_tokens), body.n, asked, body.logprobs)
 
-    def whole(choice: _Choice, response: SampleResponse) -> dict[str, Any]:
-        assert choice.sample is not None
+    def logprobs(sample: Sample | None) -> dict[str, Any] | None:
+        if not body.logprobs or sample is None:
+            return None
+        return {"content": _chat_logprobs(job, sample, body.top_logprobs)}
+
+    def whole(choice: _Choice, sample: Sample, response: SampleResponse) -> dict[str, Any]:
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.sample.text},
-            "logprobs": {"content": _chat_logprobs(job, choice.sample, body.top_logprobs)}
-            if body.logprobs
-            else None,
-            "finish_reason": choice.sample.stop_reason,
+            "message": {"role": "assistant", "content": sample.text},
+            "logprobs": logprobs(sample),
+            "finish_reason": sample.stop_reason,
         }
 
     def piece(
         choice: _Choice, text: str, reason: str | None, token: _Token | None
     ) -> dict[str, Any]:
-        delta = {} if reason else {"role": "assistant", "content": text}
-        logprobs = None
-        if body.logprobs and token is not None:
-            logprobs = {"content": _chat_logprobs(job, token.sample, body.top_logprobs)}
         return {
             "index": choice.index,
-            "delta": delta,
-            "logprobs": logprobs,
+            "delta": {} if reason else {"role": "assistant", "content": text},
+            "logprobs": logprobs(token.sample if token else None),
             "finish_reason": reason,
         }
 
@@ -197,6 +191,11 @@ async def chat_completions(
 
 
 # ---- pieces
+
+
+def _describe(model: str) -> dict[str, Any]:
+    return {"id": model, "object": "model", "created": 0, "owned_by": "lorakit"}
+
 
 # of a stream: text, why it ends, the token itself
 _Piece = Callable[[_Choice, str, str | None, _Token | None], dict[str, Any]]
@@ -219,10 +218,8 @@ async def _weights(state: ServerState, user: str, model: str) -> Weights:
         known = [key for key in state.samplers if key.startswith("openai:")]
         for old in known[: max(0, len(known) + 1 - MAX_KNOWN)]:
             del state.samplers[old]
-        state.samplers[name] = (
-            user,
-            as_future(lambda: state.service.weights(owner=user, **options)),
-        )
+        future = as_future(lambda: state.service.weights(owner=user, **options))
+        state.samplers[name] = (user, future)
     weights = await asyncio.wrap_future(state.samplers[name][1])
     assert isinstance(weights, Weights)
     return weights
@@ -235,7 +232,7 @@ async def _answer(
     job: _Job,
     kind: str,
     prefix: str,
-    whole: Callable[[_Choice, SampleResponse], dict[str, Any]],
+    whole: Callable[[_Choice, Sample, SampleResponse], dict[str, Any]],
     piece: _Piece,
 ) -> JSONResponse | StreamingResponse:
     state.refuse_too_many(len(job.prompts))
@@ -251,11 +248,11 @@ async def _answer(
         )
     futures = _start(state, job, None)
     responses = await _all(request, [future for _, future in futures])
-    choices = []
-    for (asked, _), response in zip(futures, responses, strict=True):
-        for choice, sample in zip(asked, response.sequences or [NOTHING] * job.n, strict=True):
-            choice.sample = sample
-            choices.append(whole(choice, response))
+    choices = [
+        whole(choice, sample, response)
+        for (asked, _), response in zip(futures, responses, strict=True)
+        for choice, sample in zip(asked, response.sequences or [NOTHING] * job.n, strict=True)
+    ]
     generated = sum(len(sample.tokens) for response in responses for sample in response.sequences)
     return JSONResponse(
         {**head, "object": kind, "choices": choices, "usage": _usage(job, generated)}
@@ -302,9 +299,8 @@ def _start(
             assert each is not None
             each(choices[row.number], row)
 
-        each_token = tell if each else None
         future = state.service.sample(
-            job.weights, prompt, job.params, job.n, each=each_token, **job.asked
+            job.weights, prompt, job.params, job.n, each=tell if each else None, **job.asked
         )
         state.completions.add(future)
         future.add_done_callback(state.completions.discard)
@@ -316,33 +312,22 @@ async def _events(
     state: ServerState, job: _Job, head: dict[str, Any], piece: _Piece, *, include_usage: bool
 ) -> AsyncIterator[str]:
     """Server-sent events, a piece of text each; whoever goes away ends the generation."""
-    loop, queue = (
-        asyncio.get_running_loop(),
-        asyncio.Queue[tuple[str, Any, str | None, _Token | None]](),
-    )
+    loop = asyncio.get_running_loop()
+    queue = asyncio.Queue[tuple[str, Any, str | None, _Token | None]]()
     num_generated = 0
 
     def on_token(choice: _Choice, row: SampledSequence) -> None:
-        tokens = (
-            row.tokens[:-1]
-            if row.stop_reason == "stop" and row.tokens[-1] in row.running.stop_condition.tokens
-            else row.tokens
-        )
-        text = choice.stream.add(tokens)
         if row.stop_reason:  # what was held back, up to the stop string
-            text = row.running.stop_condition.text(
-                row.tokens, is_stopped=row.stop_reason == "stop"
-            )[len(choice.text) :]
+            text = row.sample().text[len(choice.text) :]
+        else:
+            text = choice.stream.add(row.tokens)
         choice.text += text
         token = choice.name(row, job.tokenizer) if job.says_logprobs else None
         loop.call_soon_threadsafe(queue.put_nowait, (text, choice, row.stop_reason or None, token))
 
     def on_done(future: Future[Any]) -> None:
-        if future.cancelled():
-            loop.call_soon_threadsafe(
-                queue.put_nowait, ("", DataError("it was cancelled"), None, None)
-            )
-        elif (error := future.exception()) is not None:
+        error = DataError("it was cancelled") if future.cancelled() else future.exception()
+        if error is not None:
             loop.call_soon_threadsafe(queue.put_nowait, ("", error, None, None))
 
     left = len(job.prompts) * job.n
@@ -385,19 +370,6 @@ def _usage(job: _Job, generated: int) -> dict[str, int]:
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
     }
-
-
-def _completion_logprobs(
-    job: _Job, choice: _Choice, body: Completion, response: SampleResponse
-) -> dict[str, Any]:
-    assert choice.sample is not None
-    echoed = choice.prompt.to_ints() if body.echo else []
-    before = (
-        zip(echoed, response.prompt_logprobs or [None] * len(echoed), strict=True)
-        if body.echo
-        else ()
-    )
-    return _named_logprobs(job, choice.sample, list(before), has_best=bool(body.logprobs))
 
 
 def _named_logprobs(

@@ -28,13 +28,10 @@ class Asked(BaseModel, extra="allow"):
 
     def check(self) -> None:
         """Raise DataError for what would be ignored."""
-        asked = {
-            name: value
-            for name, value in (self.model_extra or {}).items()
-            if name not in _IGNORED and value
-        }
         unknown = [
-            name for name, value in asked.items() if not (name == "best_of" and value == self.n)
+            name
+            for name, value in (self.model_extra or {}).items()
+            if value and name not in _IGNORED and (name, value) != ("best_of", self.n)
         ]
         if unknown:
             raise DataError(f"not offered here: {', '.join(sorted(unknown))}")

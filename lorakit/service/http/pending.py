@@ -19,13 +19,14 @@ from typing import Any
 from lorakit.errors import LorakitError, TrainingError
 from lorakit.service.database import Database, now
 from lorakit.service.engine import EngineEnded
-from lorakit.service.http import codec as wire
+from lorakit.service.futures import finished
+from lorakit.service.http import codec
 
 log = logging.getLogger("lorakit")
 KEPT_HOURS = 24.0
 _AS_JSON = {
-    "ForwardBackwardOutput": wire.forward_backward_as_json,
-    "SampleResponse": wire.sample_response_as_json,
+    "ForwardBackwardOutput": codec.forward_backward_as_json,
+    "SampleResponse": codec.sample_response_as_json,
 }
 Encode = Callable[[Any], tuple[str, bytes]]  # what a call gave -> kind and payload
 
@@ -69,12 +70,9 @@ class PendingRequests:
     def __init__(self, database: Database) -> None:
         self.database = database
         self.num_open = 0  # requests that are not finished
-        self._pending: dict[
-            tuple[str, str], PendingRequest
-        ] = {}  # (owner, request): clients choose their ids, and see their own only
-        self._done: queue.SimpleQueue[tuple[PendingRequest, Encode, Any] | None] = (
-            queue.SimpleQueue()
-        )
+        # by (owner, request): clients choose their ids, and see their own only
+        self._pending: dict[tuple[str, str], PendingRequest] = {}
+        self._done = queue.SimpleQueue[tuple[PendingRequest, Encode, Any] | None]()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._writer = threading.Thread(target=self._write, name="lorakit-results", daemon=True)
 
@@ -109,22 +107,15 @@ class PendingRequests:
 
     def fail(self, request: PendingRequest, message: str, category: str = "user") -> None:
         """Let ``request`` be an error."""
-        failed: Future[Any] = Future()
-        failed.set_result({"error": message, "category": category})
-        self.settle(request, failed, encode_json)
+        self.settle(request, finished({"error": message, "category": category}), encode_json)
 
     def find(self, request_id: str, owner: str) -> PendingRequest | None:
-        """Return a pending request of ``owner``, or None where it is not known (any
-        more).
-        """
-        if (request := self._pending.get((owner, request_id))) is None:
-            found = self.database.result(request_id, owner)
-            request = (
-                None
-                if found is None
-                else PendingRequest(request_id, owner, Answer(found.kind, found.payload))
-            )
-        return request
+        """Return a pending request of ``owner``, or None where it is not known (any more)."""
+        if (request := self._pending.get((owner, request_id))) is not None:
+            return request
+        if (found := self.database.result(request_id, owner)) is None:
+            return None
+        return PendingRequest(request_id, owner, Answer(found.kind, found.payload))
 
     async def wait(self, request: PendingRequest, seconds: float) -> Answer | None:
         """Return the answer, or None where it takes longer than that."""
@@ -141,18 +132,13 @@ class PendingRequests:
 
     def forget(self) -> None:
         """Drop from memory what was finished, and from the database what is older than a day."""
-        for name in [
-            name
+        self._pending = {
+            name: p
             for name, p in self._pending.items()
-            if p.answer is not None and p.is_written and not p.waiters
-        ]:
-            del self._pending[name]
+            if p.answer is None or not p.is_written or p.waiters
+        }
         self.database.drop_results_before(now() - datetime.timedelta(hours=KEPT_HOURS))
-        unwritten = [
-            (p, p.answer)
-            for p in self._pending.values()
-            if p.answer is not None and not p.is_written
-        ]
+        unwritten = [(p, p.answer) for p in self._pending.values() if p.answer and not p.is_written]
         self.database.add_results(_rows(unwritten))  # raises while the disk is still full
         for request, _ in unwritten:
             request.is_written = True
@@ -232,8 +218,8 @@ def encode_json(value: Any) -> tuple[str, bytes]:
 
 
 def encode_forward_backward(value: Any) -> tuple[str, bytes]:
-    return "ForwardBackwardOutput", wire.write_forward_backward(value)
+    return "ForwardBackwardOutput", codec.write_forward_backward(value)
 
 
 def encode_sample(value: Any) -> tuple[str, bytes]:
-    return "SampleResponse", wire.write_sample_response(value)
+    return "SampleResponse", codec.write_sample_response(value)

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from lorakit.errors import DataError, LorakitError
 from lorakit.service.database import SamplerRow
-from lorakit.service.http import codec as wire
+from lorakit.service.http import codec
 from lorakit.service.http.dependencies import State, User, parsed, read_json, refuse_huge
 from lorakit.service.http.pending import encode_sample
 from lorakit.service.http.state import EPHEMERAL, ServerState, as_future, chained
@@ -64,11 +64,9 @@ async def create_sampling_session(request: Request, state: State, user: User) ->
             )
         except LorakitError as error:
             raise HTTPException(404, str(error)) from error
-        reading: Future[Any] = state.pool.submit(
-            as_future,
-            lambda: state.service.weights(base_model=base_model, path=body.model_path, owner=user),
+        future = state.in_background(
+            lambda: state.service.weights(base_model=base_model, path=body.model_path, owner=user)
         )
-        future = chained(reading, lambda found: found)
         state.add_sampler(
             session, sampler_id, future, base_model=base_model, model_path=body.model_path
         )
@@ -101,17 +99,12 @@ async def asample(request: Request, state: State, user: User) -> JSONResponse:
         if isinstance(body, str):
             state.pending.fail(pending, body)
         else:
-            state.pending.settle(
-                pending, as_future(lambda: _sample(state, user, body)), encode_sample
-            )
+            future = as_future(lambda: _sample(state, user, body))
+            state.pending.settle(pending, future, encode_sample)
     num_samples = given.get("num_samples", 1)
     count = num_samples if isinstance(num_samples, int) and 0 < num_samples <= 100_000 else 1
-    return JSONResponse(
-        {
-            "request_id": request_id,
-            "sample_sequence_ids": [f"{request_id}:{number}" for number in range(count)],
-        }
-    )
+    sequence_ids = [f"{request_id}:{number}" for number in range(count)]
+    return JSONResponse({"request_id": request_id, "sample_sequence_ids": sequence_ids})
 
 
 def _sample(state: ServerState, user: str, body: Sample) -> Future[Any]:
@@ -123,25 +116,14 @@ def _sample(state: ServerState, user: str, body: Sample) -> Future[Any]:
             base_model=body.base_model, path=body.model_path, owner=user
         )
     try:
-        prompt = wire.model_input_from_json(body.prompt)
-        params = wire.sampling_params_from_json(body.sampling_params)
-        targets = (
-            None
-            if body.target_prompt_logprobs is None
-            else TensorData(wire.tensor_from_json(body.target_prompt_logprobs))
-        )
+        prompt = codec.model_input_from_json(body.prompt)
+        params = codec.sampling_params_from_json(body.sampling_params)
+        wanted = body.target_prompt_logprobs
+        targets = None if wanted is None else TensorData(codec.tensor_from_json(wanted))
     except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"the request cannot be read: {error}") from error
     if body.record_stability_info:
         raise DataError("record_stability_info is not offered: its loss is not public")
-    asked: dict[str, Any] = {
-        "num_best": body.topk_sample_logprobs,
-        "scores_prompt": bool(body.prompt_logprobs),
-        "num_best_of_prompt": body.topk_prompt_logprobs,
-        "prompt_targets": targets,
-        "num_alternatives": body.prompt_alt_tokens_k,
-        "last_n": body.prompt_logprobs_last_n,
-    }
     num_of_text = len(prompt.text_tokens()) + sum(
         image.expected_tokens or 0 for image in prompt.images
     )
@@ -151,6 +133,17 @@ def _sample(state: ServerState, user: str, body: Sample) -> Future[Any]:
         refuse_huge(
             loaded, num_of_prompt, body.num_samples, params.max_tokens, body.topk_sample_logprobs
         )
-        return state.service.sample(loaded, prompt, params, body.num_samples, **asked)
+        return state.service.sample(
+            loaded,
+            prompt,
+            params,
+            body.num_samples,
+            num_best=body.topk_sample_logprobs,
+            scores_prompt=bool(body.prompt_logprobs),
+            num_best_of_prompt=body.topk_prompt_logprobs,
+            prompt_targets=targets,
+            num_alternatives=body.prompt_alt_tokens_k,
+            last_n=body.prompt_logprobs_last_n,
+        )
 
     return chained(weights, start)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import secrets
 import time
@@ -164,13 +163,11 @@ class ServerState:
         while True:
             await asyncio.sleep(min(5.0, self.session_timeout_seconds / 4))
             limit = time.monotonic() - self.session_timeout_seconds
-            old = [session for session in self.sessions.values() if session.last_seen < limit]
-            ending: list[Callable[[], None]] = [
-                functools.partial(self.end_session, session) for session in old
-            ]
-            for clean in (*ending, self.pending.forget):
+            for session in [one for one in self.sessions.values() if one.last_seen < limit]:
                 with self._later():
-                    clean()
+                    self.end_session(session)
+            with self._later():
+                self.pending.forget()
             for clean in (self.service.checkpoints.delete_expired, self.service.charge_all):
                 with self._later():
                     await asyncio.to_thread(clean)
@@ -207,6 +204,12 @@ class ServerState:
         if session.has_ended and self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the server has ended, too
                 self._loop.call_soon_threadsafe(self.drop_model, model_id)
+
+    def in_background(self, start: Callable[[], Future[Any]]) -> Future[Any]:
+        """Return the future of what ``start()`` returns, which another thread calls: a base may
+        have to be read first, which takes a while.
+        """
+        return chained(self.pool.submit(as_future, start), lambda future: future)
 
     def weights(self, sampler_id: str, owner: str) -> Future[Any]:
         """Return the future of a sampler's Weights. Raises CheckpointError where there is no

@@ -14,7 +14,9 @@ from pydantic import BaseModel, Field
 
 from lorakit.errors import DataError
 from lorakit.service.checkpoints import SaveOptions, check_name
-from lorakit.service.http import codec as wire
+from lorakit.service.database import Checkpoint
+from lorakit.service.futures import finished
+from lorakit.service.http import codec
 from lorakit.service.http.dependencies import (
     State,
     TooLarge,
@@ -25,12 +27,11 @@ from lorakit.service.http.dependencies import (
     read_json,
 )
 from lorakit.service.http.pending import encode_forward_backward, encode_json
-from lorakit.service.http.state import EPHEMERAL, ServerState, as_future, chained
+from lorakit.service.http.state import EPHEMERAL, ServerState, chained
 from lorakit.service.model import Model
 from lorakit.types import AdamParams
 
 router = APIRouter(prefix="/api/v1", tags=["training"])
-Start = Callable[[Model], Future[Any]]
 
 
 class LoraConfig(BaseModel):
@@ -68,10 +69,8 @@ class OptimStep(ModelCall):
             return given
         if (kind := named.get("type", "adamw")) != "adamw":
             raise ValueError(f"optimizer_params {kind!r} are not offered; adamw is")
-        return {
-            **given,
-            "adam_params": {name: value for name, value in named.items() if name != "type"},
-        }
+        adam = {name: value for name, value in named.items() if name != "type"}
+        return {**given, "adam_params": adam}
 
 
 class SaveWeights(ModelCall):
@@ -135,9 +134,8 @@ async def create_model(request: Request, state: State, user: User) -> JSONRespon
             user_metadata=body.user_metadata,
         )
 
-    return _make_model(
-        state, user, body.session_id, body.model_seq_id, start, {"type": "create_model"}
-    )
+    facts = {"type": "create_model"}
+    return _make_model(state, user, body.session_id, body.model_seq_id, start, facts)
 
 
 def _make_model(
@@ -146,7 +144,7 @@ def _make_model(
     session_id: str,
     model_seq_id: int,
     start: Callable[[str], Future[Any]],
-    answer: dict[str, Any],
+    facts: dict[str, Any],
 ) -> JSONResponse:
     session = state.session(session_id, user)
     model_id = f"{session_id}:train:{model_seq_id}"
@@ -157,12 +155,10 @@ def _make_model(
         )
     elif is_new and session is not None:
         session.model_ids.add(model_id)
-        # A base may have to be read first, which takes a while.
-        reading: Future[Any] = state.pool.submit(as_future, lambda: start(model_id))
-        made = chained(reading, lambda future: future)
+        made = state.in_background(lambda: start(model_id))
         made.add_done_callback(lambda done: state.drop_if_ended(session, model_id))
         state.pending.settle(
-            pending, made, lambda model: encode_json({"model_id": model.id, **answer})
+            pending, made, lambda model: encode_json({"model_id": model.id, **facts})
         )
     return JSONResponse({"request_id": pending.request_id})
 
@@ -170,26 +166,21 @@ def _make_model(
 @router.post("/unload_model")
 async def unload_model(body: GetInfo, state: State, user: User) -> dict[str, Any]:
     """Free an adapter, as older SDKs ask for it."""
-    model = state.service.trained.get(body.model_id)
-    if model is None or model.owner != user:
-        raise HTTPException(404, f"there is no model {body.model_id}")
+    _own_model(state, body.model_id, user)
     pending, _ = state.pending.open(f"{body.model_id}:unload", user)
     state.drop_model(body.model_id)
-    state.pending.settle(
-        pending, _done({"model_id": body.model_id, "type": "unload_model"}), encode_json
-    )
+    answer = {"model_id": body.model_id, "type": "unload_model"}
+    state.pending.settle(pending, finished(answer), encode_json)
     return {"request_id": pending.request_id, "model_id": body.model_id}
 
 
 @router.post("/get_info")
 async def get_info(body: GetInfo, state: State, user: User) -> dict[str, Any]:
     """Facts about a model under training, and what it has cost so far."""
-    model = state.service.trained.get(body.model_id)
-    if model is None or model.owner != user:
-        raise HTTPException(404, f"there is no model {body.model_id}")
-    base, usage = model.engine.base, state.service.usage(model)
+    model = _own_model(state, body.model_id, user)
+    usage = state.service.usage(model)
     data = {
-        "arch": base.model.config.model_type,
+        "arch": model.engine.base.model.config.model_type,
         "model_name": model.base_model,
         "tokenizer_id": model.base_model,
     }
@@ -227,12 +218,12 @@ async def _forward_backward(
         _require_ids(body)
         if body.get("_too_large"):
             return accept(state, user, body["model_id"], body["seq_id"], _over(state), encode_json)
-        call = wire.read_forward_backward_json(body, forward_only=forward_only)
+        call = codec.read_forward_backward_json(body, forward_only=forward_only)
     else:
         try:
-            call = wire.read_forward_backward(await read_body(request, state.max_body_bytes))
+            call = codec.read_forward_backward(await read_body(request, state.max_body_bytes))
         except TooLarge as error:
-            if (ids := wire.peek_ids(error.head)) is None:
+            if (ids := codec.peek_ids(error.head)) is None:
                 raise HTTPException(
                     400, "the body is too large, and does not begin with model_id and seq_id"
                 ) from error
@@ -261,7 +252,7 @@ async def optim_step(request: Request, state: State, user: User) -> JSONResponse
         return state.service.optim_step(model, body.adam_params or AdamParams())
 
     return await _model_call(
-        request, state, user, OptimStep, start, lambda metrics: encode_json({"metrics": metrics})
+        request, state, user, OptimStep, start, lambda found: {"metrics": found}
     )
 
 
@@ -296,18 +287,12 @@ async def save_weights_for_sampler(request: Request, state: State, user: User) -
         state.add_sampler(
             session, sampler_id, future, base_model=model.base_model, model_path=EPHEMERAL
         )
-        return chained(future, lambda weights: _done(sampler_id))
+        return chained(future, lambda weights: finished(sampler_id))
 
-    answer = {"type": "save_weights_for_sampler"}
-    return await _model_call(
-        request,
-        state,
-        user,
-        SaveWeights,
-        start,
-        lambda sampler: encode_json({"sampling_session_id": sampler, **answer}),
-        body,
-    )
+    def answer(sampler_id: str) -> dict[str, Any]:
+        return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
+
+    return await _model_call(request, state, user, SaveWeights, start, answer, body)
 
 
 async def _save(
@@ -315,7 +300,7 @@ async def _save(
     state: ServerState,
     user: str,
     kind: str,
-    answer: str,
+    route: str,
     body: dict[str, Any] | None = None,
 ) -> JSONResponse:
     def start(call: SaveWeights, model: Model) -> Future[Any]:
@@ -328,10 +313,10 @@ async def _save(
             SaveOptions(kind, call.path, call.overwrite, call.ttl_seconds, call.user_metadata),
         )
 
-    def encode(saved: Any) -> tuple[str, bytes]:
-        return encode_json({"path": saved.path, "size_bytes": saved.size_bytes, "type": answer})
+    def answer(saved: Checkpoint) -> dict[str, Any]:
+        return {"path": saved.path, "size_bytes": saved.size_bytes, "type": route}
 
-    return await _model_call(request, state, user, SaveWeights, start, encode, body)
+    return await _model_call(request, state, user, SaveWeights, start, answer, body)
 
 
 @router.post("/load_weights")
@@ -349,15 +334,10 @@ async def load_weights(request: Request, state: State, user: User) -> JSONRespon
             _refuse_optimizer(call.optimizer_config)
             return state.service.load_state(model, call.path, with_optimizer=call.optimizer)
 
-        return await _model_call(
-            request,
-            state,
-            user,
-            LoadWeights,
-            start,
-            lambda path: encode_json({"path": path, "type": "load_weights"}),
-            given,
-        )
+        def answer(path: str) -> dict[str, Any]:
+            return {"path": path, "type": "load_weights"}
+
+        return await _model_call(request, state, user, LoadWeights, start, answer, given)
     if body.session_id is None or body.model_seq_id is None:
         raise HTTPException(
             400, "load_weights wants session_id and model_seq_id, or model_id and seq_id"
@@ -374,17 +354,18 @@ async def load_weights(request: Request, state: State, user: User) -> JSONRespon
             user_metadata=body.user_metadata,
         )
 
-    return _make_model(
-        state,
-        user,
-        body.session_id,
-        body.model_seq_id,
-        make,
-        {"path": body.path, "type": "load_weights"},
-    )
+    facts = {"path": body.path, "type": "load_weights"}
+    return _make_model(state, user, body.session_id, body.model_seq_id, make, facts)
 
 
 # ---- pieces
+
+
+def _own_model(state: ServerState, model_id: str, user: str) -> Model:
+    model = state.service.trained.get(model_id)
+    if model is None or model.owner != user:
+        raise HTTPException(404, f"there is no model {model_id}")
+    return model
 
 
 def _refuse_optimizer(config: dict[str, Any] | None) -> None:
@@ -399,34 +380,29 @@ async def _model_call(
     user: str,
     kind: Any,
     start: Callable[[Any, Model], Future[Any]],
-    encode: Any,
+    answer: Callable[[Any], dict[str, Any]],
     body: dict[str, Any] | None = None,
 ) -> JSONResponse:
-    """A JSON call that names a model and its place in the model's order."""
+    """A JSON call that names a model and its place in the model's order; ``answer`` is what is
+    told of its result.
+    """
     given = await read_json(request, state.max_body_bytes) if body is None else body
     _require_ids(given)
     call = _over(state) if given.get("_too_large") else parsed(kind, given)
     begin = call if isinstance(call, str) else functools.partial(start, call)
+
+    def encode(result: Any) -> tuple[str, bytes]:
+        return encode_json(answer(result))
+
     return accept(state, user, given["model_id"], given["seq_id"], begin, encode)
 
 
 def _require_ids(body: dict[str, Any]) -> None:
     model_id, seq_id = body.get("model_id"), body.get("seq_id")
-    if (
-        not isinstance(model_id, str)
-        or not model_id
-        or not isinstance(seq_id, int)
-        or isinstance(seq_id, bool)
-        or seq_id < 1
-    ):
+    has_seq_id = isinstance(seq_id, int) and not isinstance(seq_id, bool) and seq_id >= 1
+    if not isinstance(model_id, str) or not model_id or not has_seq_id:
         raise HTTPException(400, "the body names no model_id and seq_id (from 1)")
 
 
 def _over(state: ServerState) -> str:
     return f"the request has more than {state.max_body_bytes:,} bytes; send fewer Datums at a time"
-
-
-def _done(value: Any) -> Future[Any]:
-    done: Future[Any] = Future()
-    done.set_result(value)
-    return done
