@@ -59,6 +59,8 @@ from lorakit.weights.adapter import active_config, write_adapter
 
 DEFAULT_THREADS = torch.get_num_threads()
 _RUNS = itertools.count()  # of this process
+# of ``run.json``, written when a run ends
+FIGURES = ("step", "loss", "val_loss", "adapter_bytes", "tokens_per_second", "steps_since_start")
 
 
 def train(
@@ -82,6 +84,50 @@ def train(
     # with the process, or with the job of a sweep
     began = time.time() if next(_RUNS) else psutil.Process().create_time()
     world, config = check_world(config), resume_if_restarted(config)
+    place = _join(config, world)
+    if not world.is_rank_zero:
+        console = Console(file=io.StringIO())
+    console = console or Console(soft_wrap=True)
+    # of this job, not of the sweep's last one
+    torch.set_num_threads(config.trainer.threads or DEFAULT_THREADS)
+    prepared = raise_on_any_rank(lambda: prepare(config, place, experiment, console))
+    check_equal_on_all_ranks(lambda: _facts_of_all(prepared))
+    run, resumes = raise_on_any_rank(
+        lambda: _open_run(config, prepared, experiment, command, list(overrides))
+    )
+    if resumes:
+        run = run.update(command=command or run.info.get("command"))  # the latest one
+        _share_window_of(run, prepared)
+    with hold(run) if run.writes else contextlib.nullcontext():
+        run = run.update(formats=prepared.datamodule.source.formats)
+        if run.writes and prepared.datamodule.spec.rendering.chat_template:
+            # its file may change, or go
+            run.chat_template.write_text(prepared.tokenizer.chat_template, encoding="utf-8")
+        about = " (about)" if prepared.is_estimate else ""
+        console.print(
+            f"run {run.folder}: {prepared.total_steps:,} steps{about},"
+            f" {place.precision} on {place.accelerator}{_where(world)}"
+        )
+        module, trainer = _build(prepared, run)
+        if throughput := find_callback(trainer, Throughput):
+            throughput.began = began
+        L.seed_everything((config.seed + world.rank) % 2**32, verbose=False)
+        state, first_step = broadcast_object(
+            _clear_for(run, resumes, console) if run.writes else (None, 0)
+        )
+        figures: dict[str, Any] = dict.fromkeys(FIGURES)
+        run = run.update(status="running", total_steps=prepared.total_steps, **figures)
+        notes = _fit(run, trainer, module, prepared, state)
+        result = _finish(run, trainer, module, prepared, first_step)
+        print_result(result, trainer, console, requeues=bool(config.launch.get("requeue")))
+        for note in notes:
+            console.print(note, markup=False)
+        PHASES.enter(FINISHED)
+        return result
+
+
+def _join(config: RunConfig, world: World) -> Place:
+    """Join the processes, and find out what each of them has."""
     accelerator, precision = build.resolve_devices(config.trainer)
     if world.size > 1:
         join(
@@ -92,66 +138,45 @@ def train(
         )
         silence(world)
         check_equal_on_all_ranks(lambda: describe_program() | describe_config(config))
-    console = (
-        (console or Console(soft_wrap=True)) if world.is_rank_zero else Console(file=io.StringIO())
-    )
-    # of this job, not of the sweep's last one
-    torch.set_num_threads(config.trainer.threads or DEFAULT_THREADS)
     memory_bytes = agree_on_memory(config.plan.memory_gb, accelerator, world)
-    place = Place(world, accelerator, precision, memory_bytes)
-    prepared = raise_on_any_rank(lambda: prepare(config, place, experiment, console))
-    check_equal_on_all_ranks(
-        lambda: (
-            {"the rows": prepared.datamodule.fingerprint, "total steps": str(prepared.total_steps)}
-            | {"the strategy": str(prepared.config.strategy.to_dict())}
-            | {f"{key}=auto": str(value) for key, value in prepared.resolved.items()}
-            | describe_base(prepared.config.model)
-        )
-    )
-    run, resumes = raise_on_any_rank(
-        lambda: _open_run(config, prepared, experiment, command, list(overrides))
-    )
-    if resumes:
-        run = run.update(command=command or run.info.get("command"))  # the way it goes on now
-        _share_window_of(run, prepared)
-    lock = hold(run) if world.is_rank_zero else contextlib.nullcontext()
-    run = run.update(formats=prepared.datamodule.source.formats)
-    if (
-        run.writes and prepared.datamodule.spec.rendering.chat_template
-    ):  # the file may change, or go
-        run.chat_template.write_text(prepared.tokenizer.chat_template, encoding="utf-8")
-    console.print(
-        f"run {run.folder}:"
-        f" {prepared.total_steps:,}{' steps (about)' if prepared.is_estimate else ' steps'},"
-        f" {precision} on {accelerator}{_where(world)}"
-    )
-    config = _with_run_folder(prepared.config, run)
+    return Place(world, accelerator, precision, memory_bytes)
+
+
+def _facts_of_all(prepared: PreparedRun) -> dict[str, str]:
+    """What must be the same in all processes before a model is loaded."""
+    return {
+        "the rows": prepared.datamodule.fingerprint,
+        "total steps": str(prepared.total_steps),
+        "the strategy": str(prepared.config.strategy.to_dict()),
+        **{f"{key}=auto": str(value) for key, value in prepared.resolved.items()},
+        **describe_base(prepared.config.model),
+    }
+
+
+def _build(prepared: PreparedRun, run: Run) -> tuple[LoRAModule, L.Trainer]:
+    config, place = _with_run_folder(prepared.config, run), prepared.place
     module = build.build_module(
         config,
         prepared.spec,
         lr=prepared.lr,
         total_steps=prepared.total_steps,
         tokenizer=prepared.tokenizer,
-        precision=precision,
+        precision=place.precision,
     )
     trainer = build.build_trainer(
         config,
         run.folder,
-        precision=precision,
-        accelerator=accelerator,
+        precision=place.precision,
+        accelerator=place.accelerator,
         total_steps=prepared.total_steps,
         has_val=len(prepared.datamodule.val_indices) > 0,
-        world=world,
+        world=place.world,
         retain=prepared.retain,
         tries_longest="data.tokens_per_batch" in prepared.resolved,
     )
     for logger in trainer.loggers:
         logger.log_hyperparams(config.to_dict())
-    if throughput := find_callback(trainer, Throughput):
-        throughput.began = began
-    L.seed_everything((config.seed + world.rank) % 2**32, verbose=False)
-    with lock:
-        return _fit(run, trainer, module, prepared, resumes=resumes, console=console)
+    return module, trainer
 
 
 def _where(world: World) -> str:
@@ -248,35 +273,36 @@ def _fit(
     trainer: L.Trainer,
     module: LoRAModule,
     prepared: PreparedRun,
-    *,
-    resumes: bool,
-    console: Console,
-) -> RunResult:
-    datamodule, total_steps = prepared.datamodule, prepared.total_steps
-    state, began_at = broadcast_object(
-        _clear_for(run, resumes, console) if run.writes else (None, 0)
-    )
-    figures: dict[str, Any] = dict.fromkeys(
-        ("step", "loss", "val_loss", "adapter_bytes", "tokens_per_second", "steps_since_start")
-    )
-    run = run.update(status="running", total_steps=total_steps, **figures)
+    state: Path | None,
+) -> list[str]:
+    """Train from ``state`` on, and return what the loggers say at the end."""
     try:
         trainer.fit(
-            module, datamodule=datamodule, ckpt_path=state, weights_only=True if state else None
+            module,
+            datamodule=prepared.datamodule,
+            ckpt_path=state,
+            weights_only=True if state else None,
         )
-    except BaseException as error:
+    except BaseException as error:  # Ctrl-C, too: the folder says how the run ended
         with contextlib.suppress(OSError):  # a full disk may be what ended the run
             run.update(status="failed", error=f"{type(error).__name__}: {error}"[:500])
         if isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename else ""
             raise CheckpointError(
                 f"{where}{error.strerror or error}; the last good checkpoint in {run.checkpoints}"
-                f" stays in force: mend the cause and go on with: {command_to_continue(run)}"
+                f" is still valid: fix the cause and continue with: {command_to_continue(run)}"
             ) from error
         raise
     finally:
         notes = build.finish_loggers(trainer.loggers)
-    # A run that goes on behind its last step has computed nothing: its figures are those that it
+    return notes
+
+
+def _finish(
+    run: Run, trainer: L.Trainer, module: LoRAModule, prepared: PreparedRun, first_step: int
+) -> RunResult:
+    """Write the adapter, and the figures into ``run.json``."""
+    # A run that continues after its last step has computed nothing: its figures are those that it
     # has written down.
     metrics = {
         name: value for record in History(run.folder).read() for name, value in record.items()
@@ -291,12 +317,13 @@ def _fit(
             )
             if prepared.config.model.add_tokens:
                 prepared.tokenizer.save_pretrained(aside)
+    datamodule = prepared.datamodule
     throughput, pruning = find_callback(trainer, Throughput), find_callback(trainer, Pruning)
     run = run.update(
         status="interrupted" if interrupt else "finished",
         pruned=bool(pruning and pruning.is_pruned),
         step=trainer.global_step,
-        steps_since_start=trainer.global_step - began_at,
+        steps_since_start=trainer.global_step - first_step,
         loss=metrics.get("train/loss"),
         val_loss=metrics.get("val/loss"),
         adapter_bytes=adapter_bytes,
@@ -307,29 +334,18 @@ def _fit(
         cuts=vars(datamodule.train_examples.cuts),
         skipped_rows=datamodule.train_examples.num_skipped + datamodule.source.num_skipped,
     )
-    outcome = RunResult(
+    return RunResult(
         run,
         module,
         datamodule,
         prepared.plan,
-        throughput.seconds if throughput else 0.0,
-        throughput.first_step_seconds if throughput else None,
-        throughput.tokens_per_second if throughput else 0.0,
-        adapter_bytes,
-        interrupt,
-    )
-    print_result(
-        outcome,
-        trainer,
         metrics,
-        began_at,
-        console,
-        requeues=bool(prepared.config.launch.get("requeue")),
+        seconds=throughput.seconds if throughput else 0.0,
+        first_step_seconds=throughput.first_step_seconds if throughput else None,
+        tokens_per_second=throughput.tokens_per_second if throughput else 0.0,
+        adapter_bytes=adapter_bytes,
+        interrupt=interrupt,
     )
-    for note in notes:
-        console.print(note, markup=False)
-    PHASES.enter(FINISHED)
-    return outcome
 
 
 def _clear_for(run: Run, resumes: bool, console: Console) -> tuple[Path | None, int]:

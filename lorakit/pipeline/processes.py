@@ -8,7 +8,6 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,9 +20,6 @@ from lorakit.runs.folder import flatten, installed_packages
 from lorakit.strategy.heartbeat import take_fault
 from lorakit.strategy.world import World, current_world
 from lorakit.training.precision import resolve_accelerator
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("lorakit")
 
@@ -46,10 +42,8 @@ def num_devices(config: RunConfig, *, elsewhere: bool = False) -> int:
         ConfigError: it is no such number, or more than this machine has, unless the run is made
             ``elsewhere``.
     """
-    wanted, accelerator = (
-        config.trainer.devices,
-        resolve_accelerator(config.trainer.accelerator),
-    )
+    wanted = config.trainer.devices
+    accelerator = resolve_accelerator(config.trainer.accelerator)
     num_gpus = torch.cuda.device_count() if accelerator == "cuda" else 1
     if wanted == "auto":
         return num_gpus

@@ -33,6 +33,7 @@ class RunResult:
     module: LoRAModule
     datamodule: LoRADataModule
     plan: LoRAPlan
+    metrics: dict[str, float]  # the last value of each
     seconds: float
     first_step_seconds: float | None
     tokens_per_second: float
@@ -41,82 +42,74 @@ class RunResult:
 
 
 def find_callback(trainer: Any, kind: type[Found]) -> Found | None:
+    """Return the trainer's callback of ``kind``, or None."""
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
 
 
 def print_result(
-    outcome: RunResult,
-    trainer: L.Trainer,
-    metrics: dict[str, float],
-    began_at: int,
-    console: Console,
-    *,
-    requeues: bool,
+    result: RunResult, trainer: L.Trainer, console: Console, *, requeues: bool
 ) -> None:
-    run, module = outcome.run, outcome.module
+    """Print figures, what was skipped, files, and what to type next."""
+    run, metrics, num_steps = result.run, result.metrics, trainer.global_step
     figures = [f"loss {metrics['train/loss']:.4f}"] if "train/loss" in metrics else []
     figures += [f"held out {metrics['val/loss']:.4f}"] if "val/loss" in metrics else []
-    figures += [f"{outcome.tokens_per_second:,.0f} tokens/s"] if outcome.tokens_per_second else []
-    state = (
-        "interrupted after"
-        if outcome.interrupt
-        else "pruned after"
-        if run.info["pruned"]
-        else "finished"
-    )
-    first = (
-        f", the first {outcome.first_step_seconds:.1f} s after the start"
-        if outcome.first_step_seconds
-        else ""
-    )
-    made = trainer.global_step - began_at
-    here = "" if made == trainer.global_step else f", {made:,} of them now,"
+    figures += [f"{result.tokens_per_second:,.0f} tokens/s"] if result.tokens_per_second else []
+    state = "pruned after" if run.info["pruned"] else "finished"
+    state = "interrupted after" if result.interrupt else state
+    seconds = result.first_step_seconds
+    first = f", the first {seconds:.1f} s after the start" if seconds else ""
+    made = run.info["steps_since_start"]
+    here = "" if made == num_steps else f", {made:,} of them now,"
     console.print(
-        f"{state} {trainer.global_step:,} steps{here} in {outcome.seconds:.1f} s{first}:"
-        f" {', '.join(figures)}"
+        f"{state} {num_steps:,} steps{here} in {result.seconds:.1f} s{first}: {', '.join(figures)}"
     )
     _print_time(
         find_callback(trainer, Throughput),
         console,
         samples=find_callback(trainer, Samples) is not None,
     )
-    if module.num_bad_steps or module.num_empty_windows:
-        console.print(
-            f"skipped: {module.num_bad_steps} steps not finite, {module.num_empty_windows} windows"
-            " without a weight"
-        )
-    cuts = vars(outcome.datamodule.train_examples.cuts)
-    if any(cuts.values()):
-        console.print(
-            f"cut while training, over all epochs: {cuts['num_dropped']:,} examples dropped,"
-            f" {cuts['num_truncated']:,} truncated by {cuts['num_tokens_cut']:,} tokens"
-        )
+    _print_skipped(result, console)
     if retain := find_callback(trainer, Retain):
         console.print(
             f"unrelated text {retain.datamodule.spec.rows.title}: loss {retain.base_loss:.4f}"
             f" before, {retain.loss:.4f} after ({retain.loss - retain.base_loss:+.4f})",
             highlight=False,
         )
-    if skipped := outcome.datamodule.train_examples.num_skipped:
-        console.print(f"rows skipped while training, over all epochs: {skipped:,}")
-    fp32_bytes = outcome.plan.num_params * 4
     console.print(
-        f"adapter {run.adapter}: {outcome.adapter_bytes / 1e6:.2f} MB in bf16"
-        f" ({fp32_bytes / 1e6:.2f} MB in checkpoints)"
+        f"adapter {run.adapter}: {result.adapter_bytes / 1e6:.2f} MB in bf16"
+        f" ({result.plan.num_params * 4 / 1e6:.2f} MB in checkpoints)"
     )
     console.print(describe_curve(run.folder), markup=False)
-    name = quote_for_shell(run.name)
-    if outcome.interrupt:
+    if result.interrupt:
         if requeues:
             console.print("a job that SLURM has told to stop queues again by itself; of another:")
         console.print(f"continue with: {command_to_continue(run)}", markup=False)
-    else:
-        prompt = quote_for_shell(prompt_to_try(outcome.datamodule) or "your prompt")
+        return
+    name = quote_for_shell(run.name)
+    prompt = quote_for_shell(prompt_to_try(result.datamodule) or "your prompt")
+    console.print(
+        f"next: lorakit sample {name} -- {prompt}    or: lorakit merge {name}",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _print_skipped(result: RunResult, console: Console) -> None:
+    """Print which steps, tokens and rows were left out."""
+    module, examples = result.module, result.datamodule.train_examples
+    if module.num_bad_steps or module.num_empty_windows:
         console.print(
-            f"next: lorakit sample {name} -- {prompt}    or: lorakit merge {name}",
-            markup=False,
-            highlight=False,
+            f"skipped: {module.num_bad_steps} steps not finite, {module.num_empty_windows} windows"
+            " without a weight"
         )
+    cuts = examples.cuts
+    if any(vars(cuts).values()):
+        console.print(
+            f"cut while training, over all epochs: {cuts.num_dropped:,} examples dropped,"
+            f" {cuts.num_truncated:,} truncated by {cuts.num_tokens_cut:,} tokens"
+        )
+    if examples.num_skipped:
+        console.print(f"rows skipped while training, over all epochs: {examples.num_skipped:,}")
 
 
 def _print_time(throughput: Throughput | None, console: Console, *, samples: bool) -> None:
