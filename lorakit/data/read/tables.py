@@ -53,7 +53,7 @@ class Table:
     ) -> None:
         self.path, self.digest, self._records = Path(name), digest, records
         self.num_rows_seen, self.has_images = len(records), False
-        self.problems: list[tuple[int, str]] = []
+        self.problems: list[str] = []  # each with table and row
         self._own = format if isinstance(format, OwnFormat) else None
         found = self._resolve_own(self._own) if self._own else format or recognise(present, columns)
         if found is None:
@@ -113,7 +113,7 @@ class Table:
             except msgspec.ValidationError as error:
                 problem = explain(error, self._type)
             if problem:
-                self.problems.append((number + 1, problem))
+                self.problems.append(f"{self.path}: row {number + 1}: {problem}")
             else:
                 good.append(number)
         return good
