@@ -201,12 +201,12 @@ def attention_by_document(
     found_THD = []
     layout = _find_layout(attention_mask, length, query_BHLD.device)
     for places, kept in layout.groups:
-        inputs = [
+        query, key, value = (
             t.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
             for t in tokens
-        ]
+        )
         causal = {**kwargs, "is_causal": True}
-        attended, _ = sdpa_attention_forward(module, *inputs, None, **causal)
+        attended, _ = sdpa_attention_forward(module, query, key, value, None, **causal)
         found_THD.append(attended.flatten(0, 1) if kept is None else attended.flatten(0, 1)[kept])
     # padding of the batch belongs to no document
     out = query_BHLD.new_zeros((batch * length, heads, value_BGLD.shape[-1]))
