@@ -92,12 +92,8 @@ class ImageChunk:
         *,
         name: str = "",
     ) -> None:
-        self._data, self.format, self.expected_tokens, self.name = (
-            data,
-            format,
-            expected_tokens,
-            name,
-        )
+        self._data, self.format = data, format
+        self.expected_tokens, self.name = expected_tokens, name
 
     @property
     def data(self) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,9 @@ class Datum:
     targets and weights may have a second dimension of several targets per position. They are
     read-only here; a Datum is never changed after it is made.
 
-    >>> Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7], "weights": [0,
-    1]}).weights.tolist() [0.0, 1.0]
+    >>> datum = Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7], "weights": [0, 1]})
+    >>> datum.weights.tolist()
+    [0.0, 1.0]
     """
 
     __slots__ = ("loss_fn_inputs", "model_input", "origin")
@@ -113,11 +114,7 @@ class Cursor:
     batches_done: int = 0  # batches of that window already given out
 
     def to_dict(self) -> dict[str, int]:
-        return {
-            "epoch": self.epoch,
-            "window_start": self.window_start,
-            "batches_done": self.batches_done,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -257,13 +254,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return this batch on ``device``. What would make a device wait is found out before."""
-        position_ids = None if self.position_ids is None else self.position_ids.to(device)
         moved = replace(
             self,
             input_ids=self.input_ids.to(device),
             targets=self.targets.to(device),
             weights=self.weights.to(device),
-            position_ids=position_ids,
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
             extras={name: tensor.to(device) for name, tensor in self.extras.items()},
             images=None if self.images is None else self.images.to(device),
         )
@@ -286,9 +282,8 @@ class LossOutput:
     loss_sum: torch.Tensor  # scalar, with graph
     # as the targets, float32: log-probability of each; NaN where it was not computed; detached
     logprobs: torch.Tensor
-    metrics: dict[str, Any] = field(
-        default_factory=dict
-    )  # numbers, or scalar tensors: sums, as the loss; the same names in each call
+    # numbers, or scalar tensors: sums, as the loss; the same names in each call
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -316,13 +311,10 @@ class AdamParams:
             "weight_decay": self.weight_decay >= 0,
             "grad_clip_norm": True,
         }
-        bad = [
-            name
-            for name, is_within in limits.items()
-            if not is_within or not math.isfinite(getattr(self, name))
-        ]
+        values = asdict(self)
+        bad = [name for name in values if not (limits[name] and math.isfinite(values[name]))]
         if bad:
-            said = ", ".join(f"{name}={getattr(self, name)}" for name in bad)
+            said = ", ".join(f"{name}={values[name]}" for name in bad)
             raise DataError(
                 f"AdamParams: {said}; betas are from 0 to below 1, eps is above 0, the others are 0"
                 " or more"

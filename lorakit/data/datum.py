@@ -53,11 +53,8 @@ def make_datum(
     """
     # the shift would take its last token away
     if images and images[-1].start + images[-1].chunk.length == len(tokens):
-        tokens, weights, images = (
-            tokens[: images[-1].first],
-            weights[: images[-1].first],
-            images[:-1],
-        )
+        end = images[-1].first
+        tokens, weights, images = tokens[:end], weights[:end], images[:-1]
     chunks: list[Chunk] = []
     end = 0
     for image in images:
@@ -95,11 +92,10 @@ def truncate(
     if policy is OnLong.DROP:
         cuts.num_dropped += 1
         return None
-    kept = (
-        _cut_right(example, max_tokens)
-        if policy is OnLong.TRUNCATE_RIGHT
-        else _cut_prompt(example, excess)
-    )
+    if policy is OnLong.TRUNCATE_RIGHT:
+        kept = _cut_right(example, max_tokens)
+    else:
+        kept = _cut_prompt(example, excess)
     if not any(kept.weights[1:]):
         raise DataError(
             f"no trained token is left of {len(example.tokens):,} within"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from lorakit.data.datum import OnLong, TruncationStats, make_datum, truncate
 from lorakit.data.images import ImageEncoder, images_of
 from lorakit.data.read.rows import Chat, Conversations, Preference, Row, to_chat
-from lorakit.data.read.sources import Source
+from lorakit.data.read.sources import FIX_OR_SKIP, Source
 from lorakit.data.render.renderer import Rendered, Renderer
 from lorakit.errors import DataError, fold, report
 from lorakit.types import Datum, ImageChunk
@@ -70,13 +70,8 @@ class Examples:
             name = f"{image.name} ({self.source.where(index)})"
             count = self.images.num_tokens(*image.read_size())
             self.num_image_bytes += image.num_bytes
-            chunks.append(
-                ImageChunk(
-                    functools.partial(self._read_image, index, number),
-                    expected_tokens=count,
-                    name=name,
-                )
-            )
+            read = functools.partial(self._read_image, index, number)
+            chunks.append(ImageChunk(read, expected_tokens=count, name=name))
         return chunks
 
     def _read_image(self, index: int, number: int) -> bytes:
@@ -123,9 +118,8 @@ class SourceShare:
     @property
     def trained_per_epoch(self) -> float:
         """Trained tokens that an epoch has of it."""
-        return (
-            self.num_trained_tokens / max(self.num_rows_profiled, 1) * self.num_rows * self.weight
-        )
+        per_row = self.num_trained_tokens / max(self.num_rows_profiled, 1)
+        return per_row * self.num_rows * self.weight
 
 
 @dataclass(frozen=True)
@@ -170,9 +164,9 @@ class DatasetReport:
         """Positions of the longest example (a token less than it has), or None where not all
         rows were looked at.
         """
-        return (
-            max(1, int(self.lengths.max()) - 1) if self.num_rows_profiled >= self.num_rows else None
-        )
+        if self.num_rows_profiled < self.num_rows:
+            return None
+        return max(1, int(self.lengths.max()) - 1)
 
     @property
     def trained_share(self) -> float:
@@ -216,13 +210,7 @@ def profile(
     shares = {
         name: SourceShare(source.weights[i], int(counts[i])) for i, name in enumerate(source.names)
     }
-    counted = Examples(
-        examples.source,
-        examples.renderer,
-        examples.max_tokens,
-        examples.on_long,
-        images=examples.images,
-    )
+    counted = replace(examples, cuts=TruncationStats(), num_image_bytes=0)
     num_new_tokens, longest_row = dict.fromkeys(new_tokens, 0), int(chosen[0]) if len(chosen) else 0
     lengths: list[int] = []
     origins_found: list[int] = []
@@ -260,14 +248,9 @@ def profile(
             if empty := _num_empty_answers(example, examples.renderer):
                 num_empty, first_empty = num_empty + empty, first_empty or source.where(int(index))
     if problems and examples.on_error == "raise":
-        remedy = "Fix these rows, or set data.on_error=skip to leave them out (they are counted)."
-        raise DataError(
-            report(
-                f"{len(problems):,} of {len(chosen):,} rows cannot be trained on:",
-                fold((error.where, error.text) for error in problems),
-                remedy=remedy,
-            )
-        )
+        title = f"{len(problems):,} of {len(chosen):,} rows cannot be trained on:"
+        equal = fold((error.where, error.text) for error in problems)
+        raise DataError(report(title, equal, remedy=FIX_OR_SKIP))
     if not lengths:
         raise DataError(
             f"none of the {len(chosen):,} rows looked at gives an example; see data.on_long and"
@@ -276,8 +259,8 @@ def profile(
     return DatasetReport(
         num_rows=len(indices),
         num_rows_profiled=len(chosen),
-        num_rows_skipped=examples.source.num_skipped + len(problems),
-        first_skipped=str(problems[0]) if problems else examples.source.first_skipped,
+        num_rows_skipped=source.num_skipped + len(problems),
+        first_skipped=str(problems[0]) if problems else source.first_skipped,
         num_examples=len(lengths),
         lengths=np.array(lengths),
         num_trained_tokens=num_trained,
@@ -290,9 +273,9 @@ def profile(
         largest_image=largest_image,
         image_share=image_share,
         cuts=counted.cuts,
-        formats=examples.source.formats,
-        unused_columns=examples.source.unused_columns,
-        fingerprint=examples.source.fingerprint,
+        formats=source.formats,
+        unused_columns=source.unused_columns,
+        fingerprint=source.fingerprint,
         longest_row=longest_row,
         num_new_tokens=num_new_tokens,
         shares=shares,
@@ -302,29 +285,22 @@ def profile(
 
 def _first_of_each(indices: np.ndarray, origins: np.ndarray, max_rows: int) -> np.ndarray:
     """The first ``max_rows`` of ``indices``, of several sources as many of each as there are."""
-    if len(indices) <= max_rows or not len(np.unique(origins)[1:]):
+    found = np.unique(origins)
+    if len(indices) <= max_rows or len(found) < 2:
         return indices[:max_rows]
-    each = max(1, max_rows // len(np.unique(origins)))
-    return np.sort(
-        np.concatenate([indices[origins == origin][:each] for origin in np.unique(origins)])
-    )
+    each = max(1, max_rows // len(found))
+    return np.sort(np.concatenate([indices[origins == origin][:each] for origin in found]))
 
 
 def _num_empty_answers(example: Rendered, renderer: Renderer) -> int:
     """Trained parts of ``example`` of which nothing is left without what ends a turn."""
     encoder, count = renderer.encoder, 0
-    for is_trained, part in itertools.groupby(
-        zip(example.tokens, example.weights, strict=True), key=lambda pair: pair[1] > 0
-    ):
-        if not is_trained:
-            continue
+    special, eos = encoder.special_ids, encoder.eos_token_id
+    pairs = zip(example.tokens, example.weights, strict=True)
+    for is_trained, part in itertools.groupby(pairs, key=lambda pair: pair[1] > 0):
         tokens = [token for token, _ in part]
-        if len(tokens) <= EMPTY_TOKENS:
-            said = [
-                token
-                for token in tokens
-                if token not in encoder.special_ids and token != encoder.eos_token_id
-            ]
+        if is_trained and len(tokens) <= EMPTY_TOKENS:
+            said = [token for token in tokens if token not in special and token != eos]
             count += not encoder.decode(said).strip()
     return count
 
@@ -334,6 +310,7 @@ def _ends_with_stop(example: Rendered, renderer: Renderer) -> bool:
     token = example.tokens[last]
     if token == renderer.encoder.eos_token_id or token in renderer.encoder.special_ids:
         return True
-    return bool(renderer.stop) and renderer.encoder.decode(
-        example.tokens[max(0, last - 15) : last + 1]
-    ).endswith(renderer.stop)
+    if not renderer.stop:
+        return False
+    end = renderer.encoder.decode(example.tokens[max(0, last - 15) : last + 1])
+    return end.endswith(renderer.stop)

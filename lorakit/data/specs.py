@@ -78,9 +78,7 @@ class RowSpec:
     @property
     def title(self) -> str:
         """The path, or all paths."""
-        if self.path is not None:
-            return self.path
-        return ", ".join(entry.path for entry in self.mixed or ())
+        return self.path or ", ".join(entry.path for entry in self.mixed or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,13 +268,8 @@ def takes_fields(*kinds: type[Any]) -> Callable[[Function], Function]:
         for kind in kinds:
             hints |= (of_kind := get_type_hints(kind))
             own += [
-                inspect.Parameter(
-                    one.name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=one.default,
-                    annotation=of_kind[one.name],
-                )
-                for one in dataclasses.fields(kind)
+                one.replace(annotation=of_kind[one.name])
+                for one in inspect.signature(kind).parameters.values()
             ]
         decorated: Any = function
         decorated.__signature__ = signature.replace(parameters=own)
@@ -289,9 +282,8 @@ def takes_fields(*kinds: type[Any]) -> Callable[[Function], Function]:
 
 def _check_counts(**counts: int | None) -> None:
     """Raise ConfigError for each of ``counts`` that is given and less than 1."""
-    bad = [
-        f"data.{name}={value}" for name, value in counts.items() if value is not None and value < 1
-    ]
+    given = {name: count for name, count in counts.items() if count is not None}
+    bad = [f"data.{name}={count}" for name, count in given.items() if count < 1]
     if bad:
         raise ConfigError(f"{', '.join(bad)}: must be at least 1")
 

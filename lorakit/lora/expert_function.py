@@ -79,7 +79,6 @@ class ExpertCall:
     num_experts: int
     first: tuple[Part, ...]  # factors on the way in
     second: tuple[Part, ...]  # factors on the way out
-    keeps: bool = True  # whether a backward may follow
     products: str = "auto"  # or: loop, grouped, padded
     adapter_ids: AdapterIds | None = None  # of tokens, where parts are by adapter
 
@@ -124,11 +123,10 @@ def run_experts(
         stack.num_experts,
         tuple(first),
         tuple(second),
-        keeps,
         products,
         adapter_ids,
     )
-    if keeps:
+    if keeps:  # a backward may follow; under no_grad ctx.needs_input_grad would be True too
         out: torch.Tensor = ExpertFunction.apply(x_TH, weights_TK, call, *factors)
         return out
     return run_forward(x_TH, weights_TK, call, factors)[0]
@@ -147,7 +145,7 @@ class ExpertFunction(torch.autograd.Function):
         call: ExpertCall,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
-        keeps = call.keeps and any(ctx.needs_input_grad)
+        keeps = any(ctx.needs_input_grad)
         out_TH, kept = run_forward(x_TH, weights_TK, call, factors, keeps=keeps)
         if keeps:
             ctx.call, ctx.num_factors = call, len(factors)
@@ -205,7 +203,7 @@ class _Layer:
     """The mathematics of one call, block by block of rows."""
 
     def __init__(self, call: ExpertCall, factors: Sequence[torch.Tensor]) -> None:
-        self.call = call
+        self.call, self.parts = call, (*call.first, *call.second)
         self.w1_EHN, self.w2_EIH = call.weights()
         self.b1_EN, self.b2_EH = call.biases()
         self.dtype = self.w1_EHN.dtype
@@ -238,14 +236,11 @@ class _Layer:
             )
         self.originals = factors
         self._masks: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
-        self.factors = [
-            self._prepare(factor, dim=2 if number % 2 else 1)
-            for number, factor in enumerate(factors)
-        ]
+        self.factors = [factor.to(self.dtype) for factor in factors]
+        if self.grouped:
+            self.factors = [pad_rank(f, dim=2 if n % 2 else 1) for n, f in enumerate(self.factors)]
         self._gates = {
-            part.index: self._prepare_gate(part)
-            for part in (*call.first, *call.second)
-            if part.gate_TR is not None
+            part.index: self._prepare_gate(part) for part in self.parts if part.gate_TR is not None
         }
         # Sums over experts are kept in float32 where the products are in 16 bit.
         self.sum_dtype = torch.float32 if self.dtype.itemsize < 4 else self.dtype
@@ -259,10 +254,7 @@ class _Layer:
         num_rows, num_out = weights_S.shape[0], self.w1_EHN.shape[2]
         out_TH = x_TH.new_zeros((x_TH.shape[0], self.w2_EIH.shape[2]), dtype=self.sum_dtype)
         hidden_SN = x_TH.new_empty((num_rows, num_out)) if keeps or self.grouped else None
-        narrow = {
-            part.index: self._narrow(part, x_TH, num_rows)
-            for part in (*self.call.first, *self.call.second)
-        }
+        narrow = {part.index: self._narrow(part, x_TH, num_rows) for part in self.parts}
         for block in self.rows.blocks():
             rows = block.rows
             h = block.times(
@@ -276,13 +268,13 @@ class _Layer:
                 if part.is_shared:
                     u = narrow[part.index][block.tokens]
                 else:
-                    u = own.times(
-                        self._take_dropped(x_TH, part, block.tokens),
-                        a.mT,
-                        out=narrow[part.index][rows],
-                    )
+                    dropped = self._drop_tokens(x_TH, part, block.tokens)
+                    u = own.times(dropped, a.mT, out=narrow[part.index][rows])
                     self._gate_(u, part, block.tokens)
-                self._add_times(own, h, part.columns, u, b.mT, part.scale)
+                if part.columns.step in (None, 1):
+                    own.add_times_(h[:, part.columns], u, b.mT, part.scale)
+                else:  # interleaved gate and up: no product writes there
+                    h[:, part.columns].add_(own.times(u, b.mT), alpha=part.scale)
             act = self.call.activate(h)
             y = block.times(act, self.w2_EIH)
             if self.b2_EH is not None:
@@ -296,18 +288,11 @@ class _Layer:
                     own.add_times_(y, v, b.mT, part.scale)
             block.add_to_tokens_(out_TH, y.mul_(weights_S[rows, None]))
         for part in self.call.second:
-            _, b = self._pair(part)
             if part.is_shared:
-                out_TH.addmm_(
-                    self._sum_narrow(narrow[part.index], weights_S),
-                    b[0].mT.to(self.sum_dtype),
-                    alpha=part.scale,
-                )
-        return (
-            out_TH,
-            hidden_SN,
-            [narrow[part.index] for part in (*self.call.first, *self.call.second)],
-        )
+                v_TR = self._sum_narrow(narrow[part.index], weights_S)
+                b_RH = self._pair(part)[1][0].mT
+                out_TH.addmm_(v_TR, b_RH.to(self.sum_dtype), alpha=part.scale)
+        return out_TH, hidden_SN, list(narrow.values())
 
     def backward(
         self,
@@ -324,9 +309,7 @@ class _Layer:
         factor.
         """
         call = self.call
-        rank_rows = {
-            part.index: rows for part, rows in zip((*call.first, *call.second), narrow, strict=True)
-        }
+        rank_rows = {part.index: rows for part, rows in zip(self.parts, narrow, strict=True)}
         sums = [
             torch.zeros_like(f) if want else None
             for f, want in zip(self.factors, wants, strict=True)
@@ -387,11 +370,10 @@ class _Layer:
         a, b = self._pair(part)
         block = block.by_adapter if part.is_by_adapter else block
         sum_a, sum_b = sums[2 * part.index], sums[2 * part.index + 1]
-        q = (
-            shared[part.index][block.tokens]
-            if part.is_shared
-            else self._gate_(block.times(g, b), part, block.tokens)
-        )
+        if part.is_shared:
+            q = shared[part.index][block.tokens]
+        else:
+            q = self._gate_(block.times(g, b), part, block.tokens)
         dropped = self._drop_rows(act, part, block.rows)
         if part.dropout:
             grad_act.add_(self._drop_rows(block.times(q, a), part, block.rows), alpha=part.scale)
@@ -433,7 +415,7 @@ class _Layer:
             else:
                 block.add_times_(grad_rows, p, a, part.scale)
         if sum_a is not None:
-            block.put_outer_(sum_a, p, self._take_dropped(x_TH, part, block.tokens), part.scale)
+            block.put_outer_(sum_a, p, self._drop_tokens(x_TH, part, block.tokens), part.scale)
 
     def _finish_shared(
         self,
@@ -448,26 +430,19 @@ class _Layer:
         """The way back through factors that all experts share, over tokens."""
         for part in self.call.first:
             if part.is_shared:
-                p_TR, a = (
-                    self._gate_(shared[part.index], part).to(self.dtype),
-                    self._pair(part)[0][0],
-                )
-                if sums[2 * part.index] is not None:
-                    torch.mm(
-                        p_TR.t(), self._drop_tokens(x_TH, part), out=sums[2 * part.index][0]
-                    ).mul_(part.scale)
+                p_TR = self._gate_(shared[part.index], part).to(self.dtype)
+                a_RH, sum_a = self._pair(part)[0][0], sums[2 * part.index]
+                if sum_a is not None:
+                    dropped = self._drop_tokens(x_TH, part)
+                    torch.mm(p_TR.t(), dropped, out=sum_a[0]).mul_(part.scale)
                 if grad_x is not None:
-                    grad_x.add_(self._drop_tokens(p_TR @ a, part), alpha=part.scale)
+                    grad_x.add_(self._drop_tokens(p_TR @ a_RH, part), alpha=part.scale)
         for part in self.call.second:
             if part.is_shared and sums[2 * part.index + 1] is not None:
                 v_TR = self._sum_narrow(narrow[part.index], weights_S).to(self.dtype)
                 torch.mm(grad_TH.t(), v_TR, out=sums[2 * part.index + 1][0]).mul_(part.scale)
 
     # ---- pieces
-
-    def _prepare(self, factor: torch.Tensor, *, dim: int) -> torch.Tensor:
-        factor = factor.to(self.dtype)
-        return pad_rank(factor, dim) if self.grouped else factor
 
     def _prepare_gate(self, part: Part) -> torch.Tensor:
         assert part.gate_TR is not None
@@ -504,21 +479,6 @@ class _Layer:
     def _sum_narrow(self, rows_SR: torch.Tensor, weights_S: torch.Tensor) -> torch.Tensor:
         return self.rows.sum_tokens(rows_SR * weights_S[:, None], self.sum_dtype)
 
-    @staticmethod
-    def _add_times(
-        block: AdjacentExperts | AllExperts,
-        h: torch.Tensor,
-        columns: slice,
-        u: torch.Tensor,
-        b: torch.Tensor,
-        scale: float,
-    ) -> None:
-        target = h[:, columns]
-        if columns.step in (None, 1):
-            block.add_times_(target, u, b, scale)
-        else:  # interleaved gate and up: no product writes there
-            target.add_(block.times(u, b), alpha=scale)
-
     def _activate(
         self, h: torch.Tensor
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
@@ -528,23 +488,17 @@ class _Layer:
             act = self.call.activate(h)
         return act.detach(), lambda grad: torch.autograd.grad(act, h, grad)[0]
 
-    def _drop_tokens(self, x_TH: torch.Tensor, part: Part) -> torch.Tensor:
-        return x_TH * self._mask(part, x_TH.shape, x_TH) if part.dropout else x_TH
-
-    def _take_dropped(self, x_TH: torch.Tensor, part: Part, tokens: torch.Tensor) -> torch.Tensor:
-        return (
-            x_TH[tokens] * self._mask(part, x_TH.shape, x_TH)[tokens]
-            if part.dropout
-            else x_TH[tokens]
-        )
+    def _drop_tokens(
+        self, x_TH: torch.Tensor, part: Part, tokens: torch.Tensor | slice = slice(None)
+    ) -> torch.Tensor:
+        x = x_TH[tokens]
+        return x * self._mask(part, x_TH.shape, x_TH)[tokens] if part.dropout else x
 
     def _drop_rows(self, values_SI: torch.Tensor, part: Part, rows: slice) -> torch.Tensor:
         if not part.dropout:
             return values_SI
-        return (
-            values_SI
-            * self._mask(part, (len(self.rows.order_S), values_SI.shape[1]), values_SI)[rows]
-        )
+        shape = (len(self.rows.order_S), values_SI.shape[1])
+        return values_SI * self._mask(part, shape, values_SI)[rows]
 
     def _mask(self, part: Part, shape: Any, like: torch.Tensor) -> torch.Tensor:
         """0, or 1 / (1 - p): the same whenever it is asked for in one call, so that it need not

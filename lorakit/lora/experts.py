@@ -7,6 +7,7 @@ disable, switch, delete and save work on it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -62,14 +63,12 @@ class ExpertLoraConfig(peft.LoraConfig):
         ]
         plain["target_modules"] = sorted(others) or None
         if layout == PER_EXPERT:
-            plain["target_parameters"] = (
-                sorted({*(plain["target_parameters"] or ()), *parameters}) or None
-            )
+            parameters = sorted({*(plain["target_parameters"] or ()), *parameters})
+            plain["target_parameters"] = parameters or None
         else:
             leaves = {name.rpartition(".")[2] for name in parameters}
-            leaves = leaves - {"gate_up_proj"} | (
-                {"gate_proj", "up_proj"} if "gate_up_proj" in leaves else set()
-            )
+            if "gate_up_proj" in leaves:
+                leaves = leaves - {"gate_up_proj"} | {"gate_proj", "up_proj"}
             plain["target_modules"] = sorted({*(plain["target_modules"] or ()), *leaves})
         return plain
 
@@ -165,22 +164,12 @@ class ExpertLora(nn.Module, LoraLayer):
             nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         )
         weight = stack.weight(stack.second)
-        options: dict[str, Any] = {
-            "device": weight.device,
-            "dtype": weight.dtype if weight.dtype.is_floating_point else torch.float32,
-        }
-        self.lora_A[adapter_name] = nn.ParameterDict(
-            {
-                matrix: nn.Parameter(torch.empty(a, **options))
-                for matrix, (_, a, _) in shapes.items()
-            }
-        )
-        self.lora_B[adapter_name] = nn.ParameterDict(
-            {
-                matrix: nn.Parameter(torch.empty(b, **options))
-                for matrix, (_, _, b) in shapes.items()
-            }
-        )
+        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+        empty = functools.partial(torch.empty, device=weight.device, dtype=dtype)
+        for factors, place in ((self.lora_A, 1), (self.lora_B, 2)):
+            factors[adapter_name] = nn.ParameterDict(
+                {matrix: nn.Parameter(empty(found[place])) for matrix, found in shapes.items()}
+            )
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -188,18 +177,11 @@ class ExpertLora(nn.Module, LoraLayer):
         """Start as PEFT does: A Kaiming-uniform (or Gaussian with deviation 1/r), B zero; both
         random for ``False``.
         """
+        is_gaussian = str(init_lora_weights).lower() == "gaussian"
         for a in self.lora_A[adapter_name].values():
-            is_gaussian = str(init_lora_weights).lower() == "gaussian"
-            _draw_(
-                a, _gaussian(1 / a.shape[1]) if is_gaussian else _uniform(1 / math.sqrt(a.shape[2]))
-            )
+            _draw_(a, _gaussian(1 / a.shape[1]) if is_gaussian else _uniform(a.shape[2]))
         for b in self.lora_B[adapter_name].values():
-            _draw_(
-                b,
-                _uniform(1 / math.sqrt(b.shape[2]))
-                if init_lora_weights is False
-                else nn.init.zeros_,
-            )
+            _draw_(b, _uniform(b.shape[2]) if init_lora_weights is False else nn.init.zeros_)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -251,10 +233,8 @@ class ExpertLora(nn.Module, LoraLayer):
         delta_EOI = torch.zeros(stack.as_EOI(weight).shape, device=weight.device)
         for matrix in self.lora_A[adapter_name]:
             if stack.parameter_of(matrix) == parameter:
-                a, b = (
-                    self.lora_A[adapter_name][matrix].float(),
-                    self.lora_B[adapter_name][matrix].float(),
-                )
+                a = self.lora_A[adapter_name][matrix].float()
+                b = self.lora_B[adapter_name][matrix].float()
                 product = b.expand(len(weight), -1, -1) @ a.expand(len(weight), -1, -1)
                 delta_EOI[:, stack.columns(matrix)] += self.scale_of(adapter_name, matrix) * product
         return stack.as_EOI(delta_EOI)
@@ -279,11 +259,8 @@ class ExpertLora(nn.Module, LoraLayer):
             m for m in self.lora_A[adapter_name] if self.stack.parameter_of(m) == parameter
         )
         scale = self.scale_of(adapter_name, matrix)
-        return (
-            flatten_a(factors["lora_A", parameter]),
-            flatten_b(factors["lora_B", parameter]),
-            scale,
-        )
+        a, b = factors["lora_A", parameter], factors["lora_B", parameter]
+        return flatten_a(a), flatten_b(b), scale
 
     # ---- forward
 
@@ -296,23 +273,11 @@ class ExpertLora(nn.Module, LoraLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = (
-            []
-            if self.disable_adapters or self.merged
-            else [name for name in self.active_adapters if name in self.lora_A]
-        )
-        if not names:
-            return self.base_layer(hidden_states, top_k_index, top_k_weights)
-        parts = self._parts(names)
-        return run_experts(
-            self,
-            self.stack,
-            hidden_states,
-            top_k_index,
-            top_k_weights,
-            *parts,
-            products=self.products,
-        )
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        inputs = (hidden_states, top_k_index, top_k_weights)
+        if self.disable_adapters or self.merged or not names:
+            return self.base_layer(*inputs)
+        return run_experts(self, self.stack, *inputs, *self._parts(names), products=self.products)
 
     def _parts(
         self, names: list[str]
@@ -404,7 +369,8 @@ def _by_pattern(patterns: dict[str, Any], key: str, default: Any) -> Any:
     return patterns.get(get_pattern_key(list(patterns), key), default)
 
 
-def _uniform(bound: float) -> Callable[[torch.Tensor], Any]:
+def _uniform(num_in: int) -> Callable[[torch.Tensor], Any]:
+    bound = 1 / math.sqrt(num_in)
     return lambda tensor: nn.init.uniform_(tensor, -bound, bound)
 
 

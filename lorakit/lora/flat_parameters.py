@@ -15,7 +15,7 @@ import torch
 
 from lorakit.errors import AdapterError, ConfigError, report
 from lorakit.lora.inject import LoRAPlan, plan, to_peft_config
-from lorakit.lora.layouts import from_file_tensors, to_file_tensors
+from lorakit.lora.layouts import Factors, from_file_tensors, to_file_tensors
 from lorakit.lora.spec import SHARED_OUTER, LoRASpec
 from lorakit.model.families import ExpertStack
 
@@ -75,22 +75,20 @@ class FlatParameters:
         self._experts: dict[str, _Experts] = {}
         self._end = 0
         by_module: dict[str, list[str]] = {}
+        rank = planned.spec.rank
         for target in planned.targets:
             if target.parameter is None:
-                rank = planned.spec.rank
-                self._append(
-                    Key(target.module), (rank, target.in_features), (target.out_features, rank)
-                )
+                own = (rank, target.in_features), (target.out_features, rank)
+                self._append(Key(target.module), *own)
             else:
                 by_module.setdefault(target.module, []).append(target.parameter)
+        is_shared = planned.spec.expert_layout == SHARED_OUTER
         for module, parameters in by_module.items():
             stack = ExpertStack(model.get_submodule(module))
             parameters = [name for name in (stack.first, stack.second) if name in parameters]
             self._experts[module] = _Experts(tuple(parameters), stack.num_experts)
-            is_shared = planned.spec.expert_layout == SHARED_OUTER
-            shapes = stack.factor_shapes(
-                dict.fromkeys(parameters, planned.spec.rank), shares_outer=is_shared
-            )
+            ranks = dict.fromkeys(parameters, rank)
+            shapes = stack.factor_shapes(ranks, shares_outer=is_shared)
             for matrix, (_, shape_a, shape_b) in shapes.items():
                 self._append(Key(module, matrix, is_shared), shape_a, shape_b)
 
@@ -128,9 +126,7 @@ class FlatParameters:
         files.
         """
         tensors: dict[str, torch.Tensor] = {}
-        by_module: dict[str, dict[tuple[str, str], torch.Tensor]] = {
-            module: {} for module in self._experts
-        }
+        by_module: dict[str, Factors] = {module: {} for module in self._experts}
         for key, (a, b) in self.views(vector.detach()).items():
             if key.matrix:
                 by_module[key.module] |= {("lora_A", key.matrix): a, ("lora_B", key.matrix): b}
@@ -160,26 +156,15 @@ class FlatParameters:
         found: dict[tuple[Key, int], torch.Tensor] = {}
         for key in self.slots:
             for place, which in enumerate(("lora_A", "lora_B")):
-                if (
-                    not key.matrix
-                    and (tensor := rest.pop(f"{_PREFIX}{key.module}.{which}.weight", None))
-                    is not None
-                ):
-                    found[key, place] = tensor
-        problems = []
+                name = f"{_PREFIX}{key.module}.{which}.weight"
+                if not key.matrix and name in rest:
+                    found[key, place] = rest.pop(name)
+        problems, is_shared = [], self.spec.expert_layout == SHARED_OUTER
         for module, experts in self._experts.items():
-            own = {
-                name: tensor
-                for name, tensor in rest.items()
-                if name.startswith(f"{_PREFIX}{module}.")
-            }
-            paths = {}
-            for name, tensor in own.items():
-                path, _, which = name[len(f"{_PREFIX}{module}.") : -len(".weight")].rpartition(
-                    "lora_"
-                )
-                paths[path, f"lora_{which}"] = tensor
-                del rest[name]
+            prefix, paths = f"{_PREFIX}{module}.", {}
+            for name in [one for one in rest if one.startswith(prefix)]:
+                path, _, which = name[len(prefix) : -len(".weight")].rpartition("lora_")
+                paths[path, f"lora_{which}"] = rest.pop(name)
             try:
                 factors = from_file_tensors(
                     paths, experts.parameters, self.spec.expert_layout, experts.num_experts
@@ -188,23 +173,20 @@ class FlatParameters:
                 problems.append(f"{module}: {error}")
                 continue
             for (which, matrix), tensor in factors.items():
-                found[
-                    Key(module, matrix, self.spec.expert_layout == SHARED_OUTER),
-                    int(which == "lora_B"),
-                ] = tensor
+                found[Key(module, matrix, is_shared), int(which == "lora_B")] = tensor
         problems += [f"not in the plan: {name}" for name in rest]
         for key, pair in views.items():
             for place, view in enumerate(pair):
-                tensor = found.get((key, place))
+                given = found.get((key, place))
                 name = f"{key.module}{'.' if key.matrix else ''}{key.matrix} {'AB'[place]}"
-                if tensor is None:
+                if given is None:
                     problems.append(f"missing: {name}")
-                elif tensor.shape != view.shape:
+                elif given.shape != view.shape:
                     problems.append(
-                        f"{name} has shape {tuple(tensor.shape)}, and the plan {tuple(view.shape)}"
+                        f"{name} has shape {tuple(given.shape)}, and the plan {tuple(view.shape)}"
                     )
                 else:
-                    view.copy_(tensor)
+                    view.copy_(given)
         if problems:
             raise AdapterError(report(f"{source} does not fit:", problems))
         return vector

@@ -97,13 +97,10 @@ class AdapterIds:
         """
         if not pads or not has_values(experts_TK):
             return True
-        counts = _count(_pairs(experts_TK, self), num_experts * self.num).view(
-            num_experts, self.num
-        )
-        num_padded = int(counts.amax(1).sum()) * self.num
-        return num_padded * (base_cost + factor_cost) < experts_TK.numel() * (
-            base_cost + self.num * factor_cost
-        )
+        counts = _count(_pairs(experts_TK, self), num_experts * self.num)
+        num_padded = int(counts.view(num_experts, self.num).amax(1).sum()) * self.num
+        cost_of_all = experts_TK.numel() * (base_cost + self.num * factor_cost)
+        return num_padded * (base_cost + factor_cost) < cost_of_all
 
 
 def _pairs(experts_TK: torch.Tensor, adapter_ids: AdapterIds | None) -> torch.Tensor:
@@ -154,16 +151,14 @@ class SortedRows:
         if grouped:
             return cls(order_S, pairs_S, counts, num_tokens, top_k, None, num_adapters)
         most_E = counts.view(num_experts, num_adapters).amax(1) * num_adapters
-        runs = plan_runs(
-            _read_counts(most_E, experts_TK.numel()), max_rows=max_rows, run_rows=run_rows
-        )
+        num_each = _read_counts(most_E, experts_TK.numel())
+        runs = plan_runs(num_each, max_rows=max_rows, run_rows=run_rows)
         starts = torch.zeros((num_experts, num_adapters), dtype=torch.long)  # of each pair's rows
         end = 0
         for run in runs:
             num_pairs, each = run.num_experts * num_adapters, run.rows_each // num_adapters
-            starts[run.first : run.first + run.num_experts] = (
-                end + each * torch.arange(num_pairs)
-            ).view(-1, num_adapters)
+            first_rows = end + each * torch.arange(num_pairs)
+            starts[run.first : run.first + run.num_experts] = first_rows.view(-1, num_adapters)
             end += num_pairs * each
         shift = starts.flatten().to(counts.device) - (counts.cumsum(0) - counts)
         place_S = torch.arange(len(order_S), device=order_S.device) + shift[pairs_S]
@@ -204,9 +199,8 @@ class SortedRows:
         """
         back = self.order_S.new_empty(self.num_tokens * self.top_k + 1)
         back[self.order_S] = torch.arange(self.order_S.shape[0], device=back.device)
-        return (
-            y_SN[back[:-1]].view(self.num_tokens, self.top_k, y_SN.shape[1]).sum(dim=1, dtype=dtype)
-        )
+        y_TKN = y_SN[back[:-1]].view(self.num_tokens, self.top_k, y_SN.shape[1])
+        return y_TKN.sum(dim=1, dtype=dtype)
 
     def blocks(self) -> Iterator[AdjacentExperts | AllExperts]:
         """Yield blocks of rows that together are all rows: one for all experts, or one for each
@@ -232,13 +226,9 @@ def pad_rows(experts_S: torch.Tensor, num_experts: int) -> torch.Tensor:
     is_expert_SE = experts_S[:, None] == torch.arange(num_experts, device=experts_S.device)
     # from 1, among the expert's rows
     place_S = is_expert_SE.cumsum(0).gather(1, experts_S[:, None])[:, 0]
-    rows_each = int(place_S.max())
-    order = torch.full(
-        (num_experts * rows_each,), experts_S.numel(), dtype=torch.long, device=experts_S.device
-    )
-    order[experts_S * rows_each + place_S - 1] = torch.arange(
-        experts_S.numel(), device=experts_S.device
-    )
+    rows_each, num, device = int(place_S.max()), experts_S.numel(), experts_S.device
+    order = torch.full((num_experts * rows_each,), num, dtype=torch.long, device=device)
+    order[experts_S * rows_each + place_S - 1] = torch.arange(num, device=device)
     return order
 
 
@@ -281,9 +271,8 @@ class AdjacentExperts:
         if emulates_products(w_gKN):
             product = torch.bmm(x_gmK.float(), w_gKN.float()).to(w_gKN.dtype).flatten(0, 1)
             return product if out is None else out.copy_(product)
-        return torch.bmm(x_gmK, w_gKN, out=None if out is None else self._by_expert(out)).flatten(
-            0, 1
-        )
+        out_gmN = None if out is None else self._by_expert(out)
+        return torch.bmm(x_gmK, w_gKN, out=out_gmN).flatten(0, 1)
 
     def add_times_(
         self, y_SN: torch.Tensor, x_SK: torch.Tensor, w_EKN: torch.Tensor, scale: float
@@ -312,9 +301,8 @@ class AdjacentExperts:
 
     def per_row(self, values_EN: torch.Tensor) -> torch.Tensor:
         """Return what each row's expert has, (rows, N)."""
-        return values_EN[self.experts].repeat_interleave(
-            self.tokens.shape[0] // self._shape[0], dim=0
-        )
+        rows_each = self.tokens.shape[0] // self._shape[0]
+        return values_EN[self.experts].repeat_interleave(rows_each, dim=0)
 
     def _by_expert(self, x_SK: torch.Tensor) -> torch.Tensor:
         return x_SK.unflatten(0, self._shape)
@@ -326,9 +314,8 @@ class AllExperts:
     def __init__(self, sorted_rows: SortedRows, *, num_adapters: int = 1) -> None:
         self.rows, self.tokens = slice(None), sorted_rows.tokens_S
         self._sorted, self._num_adapters = sorted_rows, num_adapters
-        self._counts_E = sorted_rows.num_per_pair.view(
-            -1, sorted_rows.num_adapters // num_adapters
-        ).sum(1)
+        num_together = sorted_rows.num_adapters // num_adapters
+        self._counts_E = sorted_rows.num_per_pair.view(-1, num_together).sum(1)
         self._ends_E = self._counts_E.cumsum(0, dtype=torch.int32)
 
     @functools.cached_property
@@ -365,10 +352,8 @@ def _read_counts(num_per_expert_E: torch.Tensor, num_rows: int) -> list[int]:
     """The rows of each expert; where nothing has values, as many for each."""
     if has_values(num_per_expert_E):
         return num_per_expert_E.tolist()
-    num_experts = len(num_per_expert_E)
-    return [
-        num_rows // num_experts + (expert < num_rows % num_experts) for expert in range(num_experts)
-    ]
+    each, rest = divmod(num_rows, len(num_per_expert_E))
+    return [each + (expert < rest) for expert in range(len(num_per_expert_E))]
 
 
 def can_group(num_rows: int, *weights_EKN: torch.Tensor) -> bool:
@@ -378,14 +363,12 @@ def can_group(num_rows: int, *weights_EKN: torch.Tensor) -> bool:
     first = weights_EKN[0]
     if num_rows == 0 or first.dtype == torch.float64 or not hasattr(F, "grouped_mm"):
         return False
-    is_cuda = first.device.type == "cuda"
-    if is_cuda and (
-        first.dtype != torch.bfloat16 or torch.cuda.get_device_capability(first.device) < (8, 0)
-    ):
+    if first.device.type == "cuda" and first.dtype != torch.bfloat16:
         return False
-    return all(
-        size * w.element_size() % ALIGNMENT_BYTES == 0 for w in weights_EKN for size in w.shape[1:]
-    )
+    if first.device.type == "cuda" and torch.cuda.get_device_capability(first.device) < (8, 0):
+        return False
+    widths = [size * w.element_size() for w in weights_EKN for size in w.shape[1:]]
+    return all(width % ALIGNMENT_BYTES == 0 for width in widths)
 
 
 class FewTokens:
@@ -422,9 +405,8 @@ class FewTokens:
     @property
     def decisions(self) -> tuple[bool, ...]:
         """What was decided for the layers of the pass before."""
-        return tuple(
-            found is not None and self.num_tokens >= found for found in self._at_least.values()
-        )
+        at_least = self._at_least.values()
+        return tuple(found is not None and self.num_tokens >= found for found in at_least)
 
 
 _few_tokens: contextvars.ContextVar[FewTokens | None] = contextvars.ContextVar(

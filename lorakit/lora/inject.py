@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import fnmatch
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from lorakit.model.families import (
     find_targets,
     speaks_of_images,
 )
-from lorakit.model.partition import full_shape, whole
+from lorakit.model.partition import full_shape, own_weight, whole
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -101,11 +102,9 @@ class LoRAPlan:
 
     def summary(self) -> str:
         """One line: parameters, share, size."""
-        expanded = ""
-        if self.num_peft_params != self.num_params:
-            expanded = (
-                f"; {self.num_peft_params * 2 / 1e6:.1f} MB (bf16) when expanded to PEFT's layout"
-            )
+        expanded, num = "", self.num_peft_params
+        if num != self.num_params:
+            expanded = f"; {num * 2 / 1e6:.1f} MB (bf16) when expanded to PEFT's layout"
         return (
             f"{self.num_params:,} trainable parameters, {self.trainable_share:.2%} of the model;"
             f" adapter {self.megabytes(4):.1f} MB in checkpoints (float32), {self.megabytes(2):.1f}"
@@ -116,39 +115,25 @@ class LoRAPlan:
         """The plan as a table: one line per family and kind of matrix."""
         from rich.table import Table
 
-        layout = (
-            ", factors on the hidden width shared by all experts"
-            if self.spec.expert_layout == SHARED_OUTER
-            else ""
-        )
-        table = Table(
-            title=f"LoRA plan: rank {self.spec.rank}, scale {self.spec.scale:g}{layout}",
-            title_justify="left",
-        )
+        title = f"LoRA plan: rank {self.spec.rank}, scale {self.spec.scale:g}"
+        if self.spec.expert_layout == SHARED_OUTER:
+            title += ", factors on the hidden width shared by all experts"
+        table = Table(title=title, title_justify="left")
         for column in ("family", "matrix", "count", "experts", "in", "out", "parameters"):
             table.add_column(column, justify="left" if column in ("family", "matrix") else "right")
-        kinds: dict[tuple[Any, ...], int] = {}
+        kinds: Counter[tuple[Any, ...]] = Counter()
         for target in self.targets:
-            leaf = target.parameter or target.module.rsplit(".", 1)[-1]
             size = (target.num_experts, target.in_features, target.out_features)
-            key = (target.family, leaf, *size, self._num_params_of(target))
-            kinds[key] = kinds.get(key, 0) + 1
+            kinds[target.family, target.leaf, *size, self._num_params_of(target)] += 1
         for (family, leaf, experts, in_features, out_features, num_params), count in kinds.items():
-            num = count * num_params
-            cells = (count, experts if experts > 1 else "", in_features, out_features, f"{num:,}")
+            num = f"{count * num_params:,}"
+            cells = (count, experts if experts > 1 else "", in_features, out_features, num)
             table.add_row(family, leaf, *(str(cell) for cell in cells))
         if self.row_modules:
             leaves = ", ".join(name.rsplit(".", 1)[-1] for name in self.row_modules)
-            rows = len(self.spec.token_ids)
-            table.add_row(
-                "new tokens",
-                leaves,
-                str(len(self.row_modules)),
-                "",
-                str(rows),
-                str(self.row_width),
-                f"{self.num_row_params:,}",
-            )
+            num = f"{self.num_row_params:,}"
+            cells = (len(self.row_modules), "", len(self.spec.token_ids), self.row_width, num)
+            table.add_row("new tokens", leaves, *(str(cell) for cell in cells))
         return table
 
 
@@ -180,40 +165,23 @@ def plan(model: Any, spec: LoRASpec) -> LoRAPlan:
             "lora.targets: an adapter on the unembedding does not go with rows of it that are"
             " trained (model.add_tokens)"
         )
-    if experts and spec.dora:
+    refused = "dora=true" if spec.dora else "init=orthogonal" if spec.init == "orthogonal" else ""
+    if experts and refused:
         raise ConfigError(
-            f"lora.dora=true does not work on stacked experts ({experts[0].name}); set"
+            f"lora.{refused} does not work on stacked experts ({experts[0].name}); set"
             " lora.experts=false"
         )
-    if experts and spec.init == "orthogonal":
-        raise ConfigError(
-            f"lora.init={spec.init} does not work on stacked experts ({experts[0].name}); set"
-            " lora.experts=false"
-        )
-    num_base_params = sum(full_shape(parameter).numel() for parameter in model.parameters())
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    linear = [target.name for target in chosen if not target.parameter]
     return LoRAPlan(
         spec,
         tuple(chosen),
-        _shorten(
-            [target.name for target in chosen if not target.parameter],
-            [name for name, _ in model.named_modules()],
-        ),
-        _shorten(
-            [target.name for target in folded],
-            [name for name, _ in model.named_parameters()],
-            depth=3,
-        ),
-        _shorten(
-            [target.name for target in factored],
-            [name for name, _ in model.named_parameters()],
-            depth=3,
-        ),
-        _shorten(
-            [target.module for target in factored],
-            [name for name, _ in model.named_modules()],
-            depth=2,
-        ),
-        num_base_params,
+        target_modules=_shorten(linear, modules),
+        target_parameters=_shorten([target.name for target in folded], parameters, depth=3),
+        expert_parameters=_shorten([target.name for target in factored], parameters, depth=3),
+        expert_modules=_shorten([target.module for target in factored], modules, depth=2),
+        num_base_params=sum(full_shape(parameter).numel() for parameter in model.parameters()),
         is_tied=_is_tied(model),
         note=note,
         **_rows(model, spec),
@@ -227,7 +195,7 @@ def _rows(model: Any, spec: LoRASpec) -> dict[str, Any]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     modules = [embedding] if head is None or _is_tied(model) else [embedding, head]
     names = {module: name for name, module in model.named_modules()}
-    width = full_shape(dict(embedding.named_parameters(recurse=False))["weight"])[1]
+    width = full_shape(own_weight(embedding))[1]
     return {"row_modules": tuple(names[module] for module in modules), "row_width": width}
 
 
@@ -249,10 +217,7 @@ def inject(
     config.register(model)
     # Drawn on the CPU, whatever device Lightning makes the default for a model: the same adapter
     # everywhere.
-    rows = [
-        dict(model.get_submodule(name).named_parameters(recurse=False))["weight"]
-        for name in planned.row_modules
-    ]
+    rows = [own_weight(model.get_submodule(name)) for name in planned.row_modules]
     with (
         torch.device("cpu"),
         torch.random.fork_rng(devices=[]),
@@ -306,14 +271,10 @@ def _row_config(planned: LoRAPlan) -> Any:
     """How PEFT is told which rows are trained: a list for a matrix that is embedding and
     unembedding, else by module.
     """
-    ids = list(planned.spec.token_ids)
-    if len(planned.row_modules) < 2:
-        return (
-            {planned.row_modules[0]: ids}
-            if planned.row_modules and not planned.is_tied
-            else ids or None
-        )
-    return dict.fromkeys(planned.row_modules, ids)
+    ids, modules = list(planned.spec.token_ids), planned.row_modules
+    if len(modules) > 1 or (modules and not planned.is_tied):
+        return dict.fromkeys(modules, ids)
+    return ids or None
 
 
 @contextlib.contextmanager
@@ -344,22 +305,16 @@ def as_expert_config(
     """
     from lorakit.lora.experts import ExpertLoraConfig
 
-    settings = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.init
-    }
+    fields = [field.name for field in dataclasses.fields(config) if field.init]
+    settings = {name: getattr(config, name) for name in fields}
     stacks = [target for target in find_targets(model) if target.outer]
     if matrices:
         wanted = set(matrices)
-        chosen = [
-            t
-            for t in stacks
-            if any(
-                f"{t.module}.{m}" in wanted
-                for m in ExpertStack.matrices_of(str(t.parameter), t.num_matrices)
-            )
-        ]
+        chosen = []
+        for target in stacks:
+            own = ExpertStack.matrices_of(str(target.parameter), target.num_matrices)
+            if any(f"{target.module}.{matrix}" in wanted for matrix in own):
+                chosen.append(target)
         leaves = {name.rpartition(".")[2] for name in matrices}
         modules = set(settings["target_modules"] or ()) - leaves
     else:
@@ -369,9 +324,8 @@ def as_expert_config(
         settings["target_parameters"] = sorted(names - served) or None
         modules = settings["target_modules"] or set()
     if not isinstance(modules, str):
-        settings["target_modules"] = (
-            sorted({*modules, *(target.module for target in chosen)}) or None
-        )
+        modules = {*modules, *(target.module for target in chosen)}
+        settings["target_modules"] = sorted(modules) or None
     parameters = [target.name for target in chosen]
     layout = SHARED_OUTER if matrices else PER_EXPERT
     found = ExpertLoraConfig(**settings, expert_parameters=parameters, expert_layout=layout)
@@ -403,30 +357,21 @@ def _by_family(found: list[Target], spec: LoRASpec) -> list[Target]:
 def _by_pattern(found: list[Target], patterns: Iterable[str]) -> list[Target]:
     chosen: dict[str, Target] = {}
     for pattern in patterns:
-        asked = (
-            found
-            if speaks_of_images(pattern)
-            else [target for target in found if target.family not in OF_IMAGES]
-        )
+        is_glob, leaf = any(char in pattern for char in "*?["), pattern.rsplit(".", 1)[-1]
         matched = [
             target
-            for target in asked
+            for target in found
             if _matches(target.name, pattern) or _matches(target.module, pattern)
+            if target.family not in OF_IMAGES or speaks_of_images(pattern)
+            # a router only where it is written out
+            if target.family != "router"
+            or not is_glob
+            or leaf in (target.module.rsplit(".", 1)[-1], target.parameter)
         ]
-        if any(char in pattern for char in "*?["):  # a router only where it is written out
-            leaf = pattern.rsplit(".", 1)[-1]
-            routers = [
-                t
-                for t in matched
-                if t.family == "router" and leaf not in (t.module.rsplit(".", 1)[-1], t.parameter)
-            ]
-            matched = [target for target in matched if target not in routers]
         if not matched:
-            leaves = sorted(
-                {target.name.removeprefix("model.") for target in found}
-                | {t.name.rsplit(".", 1)[-1] for t in found}
-            )
-            near = difflib.get_close_matches(pattern, leaves, n=3, cutoff=0.3)
+            names = {target.name.removeprefix("model.") for target in found}
+            names |= {target.leaf for target in found}
+            near = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.3)
             raise ConfigError(
                 f"lora.targets: {pattern!r} matches nothing in this model (near:"
                 f" {', '.join(near) or 'nothing'})"
@@ -449,9 +394,9 @@ def _without_misread(model: Any, chosen: list[Target], spec: LoRASpec) -> tuple[
     transformers stacked them, so that an adapter for a shared expert lands on all experts, with
     twice the rank.
     """
-    leaves = {target.module.rsplit(".", 1)[-1] for target in chosen if target.parameter is None}
-    misread = {leaf for leaf in leaves if _is_misread(model, leaf)}
-    lost = [t for t in chosen if t.parameter is None and t.module.rsplit(".", 1)[-1] in misread]
+    linear = [target for target in chosen if target.parameter is None]
+    misread = {leaf for leaf in {t.leaf for t in linear} if _is_misread(model, leaf)}
+    lost = [target for target in linear if target.leaf in misread]
     if not lost:
         return chosen, ""
     what = f"{len(lost)} linear modules ({', '.join(sorted(misread))}) such as {lost[0].name}"

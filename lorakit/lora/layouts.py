@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER
+from lorakit.model.families import gate_and_up
 
 # (lora_A or lora_B, matrix) -> (E or 1, r, in) or (E or 1, out, r)
 Factors = dict[tuple[str, str], torch.Tensor]
@@ -77,12 +78,7 @@ def to_each_expert(
         elif which == "lora_A":
             parts = {"gate_proj": whole, "up_proj": whole}
         else:
-            half = whole.shape[1] // 2
-            gate, up = (
-                (slice(0, half), slice(half, None))
-                if is_concatenated
-                else (slice(0, None, 2), slice(1, None, 2))
-            )
+            gate, up = gate_and_up(whole.shape[1], is_concatenated)
             parts = {"gate_proj": whole[:, gate], "up_proj": whole[:, up]}
         each |= {
             (expert, matrix, which): part[expert]
@@ -148,16 +144,10 @@ def expand_shared_outer(
         gate_EIR, up_EIR = factors["lora_B", "gate_proj"], factors["lora_B", "up_proj"]
         num_out, rank = gate_EIR.shape[1], gate_EIR.shape[2]
         b = gate_EIR.new_zeros((num_experts, 2 * num_out, 2 * rank))
-        gate_rows, up_rows = (
-            (slice(0, num_out), slice(num_out, None))
-            if is_concatenated
-            else (slice(0, None, 2), slice(1, None, 2))
-        )
+        gate_rows, up_rows = gate_and_up(2 * num_out, is_concatenated)
         b[:, gate_rows, :rank], b[:, up_rows, rank:] = gate_EIR, up_EIR
-        expanded["lora_A", "gate_up_proj"], expanded["lora_B", "gate_up_proj"] = (
-            a.expand(num_experts, -1, -1),
-            b,
-        )
+        expanded["lora_A", "gate_up_proj"] = a.expand(num_experts, -1, -1)
+        expanded["lora_B", "gate_up_proj"] = b
     elif ("lora_A", "up_proj") in factors:
         expanded["lora_A", "up_proj"] = factors["lora_A", "up_proj"].expand(num_experts, -1, -1)
         expanded["lora_B", "up_proj"] = factors["lora_B", "up_proj"]

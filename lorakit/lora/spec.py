@@ -74,11 +74,9 @@ class LoRASpec:
         if not 0 <= self.dropout < 1:
             problems.append(f"lora.dropout={self.dropout} must be at least 0 and less than 1")
         if self.init not in INITS:
-            why = (
-                "changes the base, which then is no longer the model's"
-                if self.init in BASE_CHANGING_INITS
-                else "is unknown"
-            )
+            why = "is unknown"
+            if self.init in BASE_CHANGING_INITS:
+                why = "changes the base, which then is no longer the model's"
             problems.append(f"lora.init={self.init} {why}; choose one of {', '.join(INITS)}")
         if self.expert_layout not in LAYOUTS:
             problems.append(
@@ -115,14 +113,10 @@ class LoRASpec:
         if self.any_base and not self.init_from:
             idle.append("lora.any_base=true has no effect without lora.init_from")
         if self.targets:
-            families = [
-                name
-                for name in ("mlp", "experts", "unembedding", "vision", "merger")
-                if getattr(self, name) is True
-            ]
             idle += [
                 f"lora.{name}=true has no effect beside lora.targets, which alone decide"
-                for name in families
+                for name in ("mlp", "experts", "unembedding", "vision", "merger")
+                if getattr(self, name) is True
             ]
         return idle
 

@@ -29,10 +29,8 @@ class TokenRows(TrainableTokensLayer):
         if self.disable_adapters or not active_adapters or self.merged:
             return result
         for name in active_adapters:
-            rows_NH, ids = (
-                self.trainable_tokens_delta[name],
-                torch.tensor(self.token_indices[name], device=x.device),
-            )
+            rows_NH = self.trainable_tokens_delta[name]
+            ids = torch.tensor(self.token_indices[name], device=x.device)
             if isinstance(self.base_layer, nn.Embedding):
                 is_one, place = (x[..., None] == ids).max(dim=-1)
                 scale = self._get_embed_scale()
@@ -40,9 +38,8 @@ class TokenRows(TrainableTokensLayer):
                 result = torch.where(is_one[..., None], rows.to(result.dtype), result)
             else:
                 bias: Any = self.base_layer.bias
-                logits = nn.functional.linear(
-                    x, rows_NH.to(x.dtype), None if bias is None else bias[ids].to(x.dtype)
-                )
+                bias = None if bias is None else bias[ids].to(x.dtype)
+                logits = nn.functional.linear(x, rows_NH.to(x.dtype), bias)
                 result = result.index_copy(-1, ids, logits.to(result.dtype))
         return result
 

@@ -59,11 +59,9 @@ def as_head_adapters(
     if found is None:
         return ()
     a_RH, b_VR, gate = found
-    return (
-        HeadAdapter(a_RH, b_VR, gate)
-        if isinstance(gate, float)
-        else HeadAdapter(a_RH, b_VR, 1.0, gate_NR=gate),
-    )
+    if isinstance(gate, float):
+        return (HeadAdapter(a_RH, b_VR, gate),)
+    return (HeadAdapter(a_RH, b_VR, 1.0, gate_NR=gate),)
 
 
 @dataclass(frozen=True)
@@ -147,17 +145,15 @@ def best_logprobs(
     narrow = _narrow(head, hidden_NH)
     with torch.autocast(hidden_NH.device.type, enabled=False), whole(head.frozen):
         for rows in call.row_blocks(len(hidden_NH)):
-            for first, logits in call.logit_blocks(
-                hidden_NH[rows], [inner[rows] for inner in narrow]
-            ):
+            inners = [inner[rows] for inner in narrow]
+            for first, logits in call.logit_blocks(hidden_NH[rows], inners):
                 lse[rows] = torch.logaddexp(lse[rows], logits.logsumexp(dim=-1, keepdim=True))
                 best = logits.topk(min(num_best, logits.shape[1]))
                 candidates = torch.cat([values[rows], best.values], dim=1)
                 kept = candidates.topk(num_best)
                 values[rows] = kept.values
-                tokens[rows] = torch.cat([tokens[rows], best.indices + first], dim=1).gather(
-                    1, kept.indices
-                )
+                ids = torch.cat([tokens[rows], best.indices + first], dim=1)
+                tokens[rows] = ids.gather(1, kept.indices)
     return values - lse, tokens
 
 
@@ -174,12 +170,8 @@ class _Call:
         """Yield slices over the tokens: few enough for ``logit_blocks`` to be one block with
         ``whole``.
         """
-        size = max(
-            1,
-            min(
-                MAX_TOKENS, self.max_whole_rows if whole else self._num_bytes() // (4 * MIN_LOGITS)
-            ),
-        )
+        room = self.max_whole_rows if whole else self._num_bytes() // (4 * MIN_LOGITS)
+        size = max(1, min(MAX_TOKENS, room))
         for start in range(0, num_tokens, size):
             yield slice(start, start + size)
 
@@ -218,30 +210,21 @@ class _Call:
 
     def slope_(self, logits: torch.Tensor) -> torch.Tensor | float:
         """Return d logits / d product, written over ``logits`` where it is not one number."""
-        constant = self.head.multiplier / self.temperature
-        if not self.head.softcap:
+        constant, softcap = self.head.multiplier / self.temperature, self.head.softcap
+        if not softcap:
             return constant
-        return (
-            logits.mul_(self.temperature / self.head.softcap)
-            .square_()
-            .neg_()
-            .add_(1)
-            .mul_(constant)
-        )
+        return logits.mul_(self.temperature / softcap).square_().neg_().add_(1).mul_(constant)
 
     def matrices(self) -> list[tuple[torch.Tensor, float]]:
         """What the hidden states and each adapter's rows of rank width are multiplied by, (V, H)
         and (V, R), with its scale.
         """
-        return [
-            (self.head.weight_VH, 1.0),
-            *((adapter.B_VR, adapter.scale) for adapter in self.head.adapters),
-        ]
+        adapters = self.head.adapters
+        return [(self.head.weight_VH, 1.0), *((one.B_VR, one.scale) for one in adapters)]
 
     def _num_bytes(self) -> int:
-        return self.block_bytes or BLOCK_BYTES.get(
-            self.head.weight_VH.device.type, BLOCK_BYTES["cuda"]
-        )
+        device = self.head.weight_VH.device.type
+        return self.block_bytes or BLOCK_BYTES.get(device, BLOCK_BYTES["cuda"])
 
 
 class _HeadFunction(torch.autograd.Function):
@@ -309,12 +292,8 @@ class _HeadFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_NK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call, num_inputs = ctx.call, ctx.num_inputs
         targets_NK, weights_NK, pull_NK, lse, *rest = ctx.saved_tensors
-        inputs, means, rest = (
-            rest[:num_inputs],
-            rest[num_inputs : 2 * num_inputs],
-            rest[2 * num_inputs :],
-        )
-        matrices, sums = rest[: num_inputs - 1], rest[num_inputs - 1 :]
+        inputs, means = rest[:num_inputs], rest[num_inputs : 2 * num_inputs]
+        matrices, sums = rest[2 * num_inputs : 3 * num_inputs - 1], rest[3 * num_inputs - 1 :]
         wants = ctx.needs_input_grad[2:]
         with torch.autocast(grad_NK.device.type, enabled=False), whole(call.head.frozen):
             grads = [
@@ -391,9 +370,8 @@ def _scan(
         new_top = torch.maximum(top, logits.amax(dim=-1, keepdim=True))
         shrink = (top - new_top).exp_()
         top = new_top
-        pulling = (
-            (logits - top).exp_() if call.head.softcap and needs_slope else logits.sub_(top).exp_()
-        )
+        makes_slope = call.head.softcap and needs_slope  # of the logits, which must stay for it
+        pulling = (logits - top if makes_slope else logits.sub_(top)).exp_()
         total.mul_(shrink).add_(pulling.sum(dim=-1, keepdim=True))
         if needs_slope:
             pulling.mul_(call.slope_(logits))
@@ -407,9 +385,8 @@ def _scan(
             del narrowed
         last = pulling if whole else None
         del logits, pulling  # before the next block is made
-    return _Scanned(
-        top + total.log(), total, picked, [m if m is None else m.div_(total) for m in means], last
-    )
+    means = [mean if mean is None else mean.div_(total) for mean in means]
+    return _Scanned(top + total.log(), total, picked, means, last)
 
 
 def _pull(
@@ -490,10 +467,8 @@ def _add_gradients_(
     """Add to the gradients of the adapters' B what a block gives, by the gradient of its
     products.
     """
-    grad_vn, tokens = (
-        grad_nv.to(call.head.weight_VH.dtype).mT,
-        slice(first, first + grad_nv.shape[1]),
-    )
+    grad_vn = grad_nv.to(call.head.weight_VH.dtype).mT
+    tokens = slice(first, first + grad_nv.shape[1])
     for total, inner, adapter in zip(sums, narrow, call.head.adapters, strict=True):
         if total is not None:
             _add_product_(total[tokens], grad_vn, inner, adapter.scale)

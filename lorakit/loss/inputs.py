@@ -70,21 +70,14 @@ def check_knobs(
     """Return the numbers for ``loss``, with its defaults. Raises DataError for one that it does
     not know.
     """
-    knobs = knobs_of(loss)
-    problems = [f"{key}: unknown" for key in given or {} if key not in knobs]
-    problems += [
-        f"{key}={value!r} is not a finite number"
-        for key, value in (given or {}).items()
-        if key in knobs and not _is_number(value)
-    ]
-    used = {
-        **knobs,
-        **{
-            key: float(value)
-            for key, value in (given or {}).items()
-            if key in knobs and _is_number(value)
-        },
-    }
+    knobs, given = knobs_of(loss), given or {}
+    problems = [f"{key}: unknown" for key in given if key not in knobs]
+    used = dict(knobs)
+    for key in (key for key in given if key in knobs):
+        if _is_number(given[key]):
+            used[key] = float(given[key])
+        else:
+            problems.append(f"{key}={given[key]!r} is not a finite number")
     if used.get("clip_low_threshold", 0.0) > used.get("clip_high_threshold", math.inf):
         problems.append("clip_low_threshold is above clip_high_threshold")
     if problems:
@@ -137,9 +130,7 @@ def prepare(
                 remedy=f"{name} takes: {taken}.",
             )
         )
-    fillings: dict[str, float] = {}
-    if "weights" not in needs.required:
-        fillings["weights"] = 1.0
+    fillings = {} if "weights" in needs.required else {"weights": 1.0}
     for extra in needs.optional:
         if any(extra in datum.loss_fn_inputs for datum in data):
             fillings[extra] = {**knobs_of(loss), **(knobs or {})}[extra]
@@ -158,11 +149,10 @@ def _problems(
     datum: Datum, loss: Callable[..., Any], vocab_size: int, max_tokens: int | None
 ) -> list[str]:
     """What is wrong with one Datum, each beginning with the field."""
-    problems = []
     inputs = inputs_of(loss)
     given, required = datum.loss_fn_inputs, ("target_tokens", *inputs.required)
     known = {*required, *inputs.optional}
-    problems += [f".loss_fn_inputs[{name!r}] is missing" for name in required if name not in given]
+    problems = [f".loss_fn_inputs[{name!r}] is missing" for name in required if name not in given]
     problems += [f".loss_fn_inputs[{name!r}] is unknown" for name in given if name not in known]
     if not len(datum):
         return [*problems, ".model_input is empty"]
@@ -173,20 +163,14 @@ def _problems(
     if tokens := datum.model_input.text_tokens():  # as they are: one may be beyond 64 bit
         problems += _outside(".model_input", np.asarray(tokens), vocab_size)
     if "target_tokens" in given:
-        problems += _outside(".loss_fn_inputs['target_tokens']", given["target_tokens"], vocab_size)
-        several = given["target_tokens"].ndim > 1
-        if several and not inputs.is_weighted_sum:
-            problems.append(
-                f".loss_fn_inputs['target_tokens'] has shape {given['target_tokens'].shape}; one"
-                " per position, please"
-            )
-        elif several and not given["target_tokens"].shape[1]:
-            problems.append(
-                f".loss_fn_inputs['target_tokens'] has shape {given['target_tokens'].shape}: no"
-                " target at all"
-            )
-        elif "weights" in given and given["weights"].shape != given["target_tokens"].shape:
-            shapes = f"{given['weights'].shape}, target_tokens {given['target_tokens'].shape}"
+        targets, field = given["target_tokens"], ".loss_fn_inputs['target_tokens']"
+        problems += _outside(field, targets, vocab_size)
+        if targets.ndim > 1 and not inputs.is_weighted_sum:
+            problems.append(f"{field} has shape {targets.shape}; one per position, please")
+        elif targets.ndim > 1 and not targets.shape[1]:
+            problems.append(f"{field} has shape {targets.shape}: no target at all")
+        elif "weights" in given and given["weights"].shape != targets.shape:
+            shapes = f"{given['weights'].shape}, target_tokens {targets.shape}"
             problems.append(f".loss_fn_inputs['weights'] has shape {shapes}")
     mask = given.get("sequence_ratio_mask")
     if mask is not None and not mask.any() and np.any(given.get("advantages", 0)):

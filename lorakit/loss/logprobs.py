@@ -18,7 +18,7 @@ from lorakit.errors import ConfigError
 from lorakit.loss.head import Head, HeadAdapter, head_logprobs
 from lorakit.loss.vocabulary import VocabularyLoss, vocabulary_loss
 from lorakit.model.attention import packed_documents
-from lorakit.model.partition import full_shape, is_partitioned
+from lorakit.model.partition import full_shape, is_partitioned, own_weight
 from lorakit.model.vision import with_blank_image
 from lorakit.types import Batch, LossOutput
 
@@ -39,9 +39,8 @@ def target_logprobs(
     with graph.
 
     Where the weight is 0 it is 0 and costs nothing behind the last layer, unless ``all_positions``.
-    No attention mask and no cache
-    are given, and position ids only for packed rows: this is what isolates packed documents from
-    one another in transformers.
+    No attention mask and no cache are given, and position ids only for packed rows: this is what
+    isolates packed documents from one another in transformers.
 
     Args:
         is_weighted_sum: the loss will sum them by the batch's weights, which spares a trained
@@ -54,22 +53,17 @@ def target_logprobs(
     hidden_BLH, head = hidden_states(model, lambda: _run(model, batch))
     logits_BLV = _run(model, batch).logits if hidden_BLH is None else None
     num_positions = batch.input_ids.numel()
-    places_N = (
-        torch.arange(num_positions, device=batch.weights.device)
-        if all_positions
-        else batch.trained_positions
-    )
+    if all_positions:
+        places_N = torch.arange(num_positions, device=batch.weights.device)
+    else:
+        places_N = batch.trained_positions
     targets_NK = batch.targets.reshape(num_positions, -1)[places_N]
     if hidden_BLH is not None and head is not None:
         weights_NK = batch.weights.reshape(num_positions, -1)[places_N] if is_weighted_sum else None
         hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, places_N)
-        gated = tuple(
-            (
-                adapter
-                if adapter.gate_NR is None
-                else adapter._replace(gate_NR=adapter.gate_NR[places_N])
-            )
-            for adapter in head_adapters
+        gated = (
+            one if one.gate_NR is None else one._replace(gate_NR=one.gate_NR[places_N])
+            for one in head_adapters
         )
         head = replace(head, adapters=(*head.adapters, *gated))
         logprobs_NK = head_logprobs(hidden_NH, head, targets_NK, weights_NK=weights_NK)
@@ -83,11 +77,8 @@ def target_logprobs(
         logits_NV = logits_BLV.flatten(0, 1).index_select(0, places_N).float()
         logprobs_NK = logits_NV.log_softmax(dim=-1).gather(1, targets_NK)
     logprobs = logprobs_NK.new_zeros((num_positions, targets_NK.shape[1]))
-    return (
-        logprobs.index_copy(0, places_N, logprobs_NK)
-        .view(batch.targets.shape)[:, :length]
-        .reshape(shape)
-    )
+    logprobs = logprobs.index_copy(0, places_N, logprobs_NK).view(batch.targets.shape)
+    return logprobs[:, :length].reshape(shape)
 
 
 def whole_distributions(
@@ -179,12 +170,9 @@ def describe_head(model: Any, unembedding: Any) -> Head | None:
     base = unembedding
     if hasattr(unembedding, "lora_A"):
         base = unembedding.get_base_layer()
-        names = (
-            []
-            if unembedding.disable_adapters or unembedding.merged
-            else unembedding.active_adapters
-        )
-        names = [name for name in names if name in unembedding.lora_A]
+        is_off = unembedding.disable_adapters or unembedding.merged
+        active = [] if is_off else unembedding.active_adapters
+        names = [name for name in active if name in unembedding.lora_A]
         if any(
             name in unembedding.lora_variant or unembedding.lora_B[name].bias is not None
             for name in names
@@ -202,27 +190,17 @@ def describe_head(model: Any, unembedding: Any) -> Head | None:
     elif hasattr(unembedding, "token_adapter"):
         base = unembedding.token_adapter.base_layer
         adapters = _as_adapters(unembedding.token_adapter)
-    # Not by attribute: DeepSpeed would take the weight for one that the whole model needs, and keep
-    # it gathered.
-    own = dict(base.named_parameters(recurse=False))
-    if type(base) is not nn.Linear or any(
-        parameter.requires_grad for parameter in base.parameters()
-    ):
+    own = dict(base.named_parameters(recurse=False))  # not by attribute, see own_weight
+    if type(base) is not nn.Linear or any(p.requires_grad for p in own.values()):
         return None
     # its factors' gradients would come when they are in parts again
     if adapters and is_partitioned(own["weight"]):
         return None
     config = model.config.get_text_config()
-    multiplier = float(getattr(config, "logit_scale", None) or 1.0) / float(
-        getattr(config, "logits_scaling", None) or 1.0
-    )
-    return Head(
-        own["weight"],
-        own.get("bias"),
-        adapters,
-        multiplier,
-        getattr(config, "final_logit_softcapping", None),
-    )
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    multiplier = scale / float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(own["weight"], own.get("bias"), adapters, multiplier, softcap)
 
 
 def _as_adapters(layer: Any) -> tuple[HeadAdapter, ...]:
@@ -231,24 +209,23 @@ def _as_adapters(layer: Any) -> tuple[HeadAdapter, ...]:
     """
     if layer.disable_adapters or layer.merged:
         return ()
-    num_tokens, found = full_shape(dict(layer.base_layer.named_parameters())["weight"])[0], []
+    num_tokens, found = full_shape(own_weight(layer.base_layer))[0], []
     for name in (name for name in layer.active_adapters if name in layer.token_indices):
         rows_RH, own_RH = layer.trainable_tokens_delta[name], layer.trainable_tokens_original[name]
-        places = torch.tensor(layer.token_indices[name]), torch.arange(len(own_RH))
+        ids, columns = torch.tensor(layer.token_indices[name]), torch.arange(len(own_RH))
+        places = (ids.to(own_RH.device), columns.to(own_RH.device))
         b_VR = own_RH.new_zeros((num_tokens, len(own_RH)))
-        b_VR = b_VR.index_put(
-            tuple(place.to(own_RH.device) for place in places), own_RH.new_ones(())
-        )
+        b_VR = b_VR.index_put(places, own_RH.new_ones(()))
         found.append(HeadAdapter(rows_RH - own_RH.to(rows_RH.dtype), b_VR, 1.0))
     return tuple(found)
 
 
 def _run(model: Any, batch: Batch) -> Any:
+    if batch.position_ids is None:
+        return model(input_ids=batch.input_ids, use_cache=False)
     seen = {}
     if batch.images is not None:
         seen = {"pixel_values": batch.images.patches_PD, "image_grid_thw": batch.images.grids_N3}
-    if batch.position_ids is None:
-        return model(input_ids=batch.input_ids, use_cache=False)
     with packed_documents(batch.spans, in_parts=batch.part is not None):
         return model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **seen

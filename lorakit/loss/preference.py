@@ -39,20 +39,15 @@ def dpo_pairs(
             " below 0.5"
         )
     distances = logprobs.new_zeros(2 * batch.num_pairs + 1)  # the last one is the padding's
-    terms = (
-        batch.weights * (logprobs - batch.extras[REFERENCE])
-        if batch.num_pairs
-        else batch.weights * logprobs
-    )
-    spans = (
-        batch.span_ids.flatten() if batch.num_pairs else torch.zeros_like(batch.input_ids).flatten()
-    )
-    distances = distances.index_add(0, spans, terms.flatten())[:-1]
+    if batch.num_pairs:
+        terms, spans = batch.weights * (logprobs - batch.extras[REFERENCE]), batch.span_ids
+    else:
+        terms, spans = batch.weights * logprobs, torch.zeros_like(batch.input_ids)
+    distances = distances.index_add(0, spans.flatten(), terms.flatten())[:-1]
     chosen, rejected = beta * distances[0::2], beta * distances[1::2]
     margins = chosen - rejected
-    losses = -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(
-        -margins
-    )
+    right, wrong = F.logsigmoid(margins), F.logsigmoid(-margins)
+    losses = -(1 - label_smoothing) * right - label_smoothing * wrong
     metrics = {
         "rewards/chosen": chosen.detach().sum(),
         "rewards/rejected": rejected.detach().sum(),
@@ -98,9 +93,8 @@ def dpo(reference_logprobs: Sequence[Any], *, beta: float = 0.1) -> CustomLoss:
                     f"data[{number}].loss_fn_inputs['weights'] is missing, which dpo sums by"
                 )
             weights = datum.loss_fn_inputs["weights"].to_torch().to(ours)
-            reference = torch.as_tensor(
-                theirs.tolist() if hasattr(theirs, "tolist") else theirs
-            ).to(ours)
+            theirs = theirs.tolist() if hasattr(theirs, "tolist") else theirs
+            reference = torch.as_tensor(theirs).to(ours)
             if not weights.shape == reference.shape == ours.shape:
                 raise DataError(
                     f"reference_logprobs[{number}] has shape {tuple(reference.shape)},"

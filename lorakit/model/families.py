@@ -48,6 +48,11 @@ class Target:
     def name(self) -> str:
         return f"{self.module}.{self.parameter}" if self.parameter else self.module
 
+    @property
+    def leaf(self) -> str:
+        """The last part of its name."""
+        return self.name.rpartition(".")[2]
+
     def num_adapter_params(self, rank: int) -> int:
         """Parameters of A (rank x in) and B (out x rank), for each expert."""
         return self.num_experts * rank * (self.in_features + self.out_features)
@@ -58,11 +63,9 @@ class Target:
         """
         if self.outer is None:
             return self.num_adapter_params(rank)
-        outer, inner = (
-            (self.in_features, self.out_features)
-            if self.outer == "in"
-            else (self.out_features, self.in_features)
-        )
+        outer, inner = self.in_features, self.out_features
+        if self.outer == "out":
+            outer, inner = inner, outer
         return rank * (self.num_matrices * outer + self.num_experts * inner)
 
     def num_expanded_params(self, rank: int) -> int:
@@ -177,15 +180,13 @@ class ExpertStack:
         """Both biases, (E, out), or None."""
         if not self.module.has_bias:
             return None, None
-        return getattr(self.module, f"{self.first}_bias"), getattr(
-            self.module, f"{self.second}_bias"
-        )
+        first, second = (f"{name}_bias" for name in (self.first, self.second))
+        return getattr(self.module, first), getattr(self.module, second)
 
     def activate(self, hidden: torch.Tensor) -> torch.Tensor:
         """What stands between the two products."""
-        return (
-            self.module._apply_gate(hidden) if self.module.has_gate else self.module.act_fn(hidden)
-        )
+        activate = self.module._apply_gate if self.module.has_gate else self.module.act_fn
+        return activate(hidden)
 
     def parameter_of(self, matrix: str) -> str:
         """The stack that holds a matrix: gate_proj and up_proj share one where there is a gate."""
@@ -200,10 +201,8 @@ class ExpertStack:
         """Where the outputs of a matrix lie among those of its stack."""
         if not self.module.has_gate or matrix not in ("gate_proj", "up_proj"):
             return slice(None)
-        if not self.module.is_concatenated:  # gate0, up0, gate1, up1, …
-            return slice(int(matrix == "up_proj"), None, 2)
-        width = self.out_features(self.first) // 2
-        return slice(0, width) if matrix == "gate_proj" else slice(width, None)
+        gate, up = gate_and_up(self.out_features(self.first), self.module.is_concatenated)
+        return gate if matrix == "gate_proj" else up
 
     def out_features(self, parameter: str) -> int:
         return self._shapes[parameter][2 if self.module.is_transposed else 1]
@@ -219,23 +218,25 @@ class ExpertStack:
         shapes: dict[str, tuple[str, Shape, Shape]] = {}
         for parameter, rank in ranks.items():
             num_in, num_out = self.in_features(parameter), self.out_features(parameter)
-            if not shares_outer:
-                shapes[parameter] = (
+            shares_a = shares_outer and parameter == self.first
+            shares_b = shares_outer and parameter == self.second
+            num_matrices = 2 if shares_a and self.module.has_gate else 1
+            for matrix in self.matrices_of(parameter, num_matrices):
+                shapes[matrix] = (
                     parameter,
-                    (num_experts, rank, num_in),
-                    (num_experts, num_out, rank),
+                    (1 if shares_a else num_experts, rank, num_in),
+                    (1 if shares_b else num_experts, num_out // num_matrices, rank),
                 )
-            elif parameter == self.second:
-                shapes[parameter] = (parameter, (num_experts, rank, num_in), (1, num_out, rank))
-            else:
-                matrices = ("gate_proj", "up_proj") if self.module.has_gate else ("up_proj",)
-                for matrix in matrices:
-                    shapes[matrix] = (
-                        parameter,
-                        (1, rank, num_in),
-                        (num_experts, num_out // len(matrices), rank),
-                    )
         return shapes
+
+
+def gate_and_up(num_out: int, is_concatenated: bool) -> tuple[slice, slice]:
+    """Where the outputs of gate and up lie in a stack of both, ``num_out`` wide: one behind the
+    other, or gate0, up0, gate1, up1, …
+    """
+    if is_concatenated:
+        return slice(0, num_out // 2), slice(num_out // 2, None)
+    return slice(0, None, 2), slice(1, None, 2)
 
 
 def packing_is_doubtful(config: Any) -> str | None:
@@ -245,15 +246,15 @@ def packing_is_doubtful(config: Any) -> str | None:
     attention do not.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    kinds = set(getattr(text, "layer_types", None) or ())
+    kinds, name = set(getattr(text, "layer_types", None) or ()), str(text.model_type).lower()
     strange = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
     if strange:
         return f"{text.model_type} has layers of type {', '.join(sorted(strange))}"
-    if any(word in str(text.model_type).lower() for word in ("bloom", "mpt", "opt", "gpt_oss")):
+    if any(word in name for word in ("bloom", "mpt", "opt", "gpt_oss")):
         # measured: leaks of 0.93 to 1.0
         return f"{text.model_type} does not isolate documents by their positions"
     recurrent = ("mamba", "rwkv", "recurrent", "ssm", "xlstm", "jamba", "zamba", "bamba")
-    if any(word in str(text.model_type).lower() for word in recurrent):
+    if any(word in name for word in recurrent):
         return f"{text.model_type} is recurrent"
     return None
 
@@ -274,9 +275,7 @@ def row_sharing_problem(config: Any, parts: int, max_tokens: int | None = None) 
         return f"its rotary positions ({', '.join(moving)}) change with the length of a row"
     if getattr(text, "attn_temperature_tuning", False):
         return "its attention is scaled by the place in a row"
-    window = (
-        getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    )
+    window = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
     window = window or getattr(text, "attention_chunk_size", None)
     if window and (max_tokens is None or window < max_tokens):
         return f"its attention has a window of {window} positions, and rows are longer"
@@ -347,9 +346,7 @@ def _family_of(name: str) -> str:
         return "vision"
     if any(word in part for part in parents for word in _ATTENTION_NAMES):
         return "attention"
-    if leaf in ("gate", "router") or "router" in parents:
-        return "router"
-    if leaf == "shared_expert_gate":
+    if leaf in ("gate", "router", "shared_expert_gate") or "router" in parents:
         return "router"
     if "experts" in parents:
         return "experts"

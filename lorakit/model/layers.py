@@ -14,8 +14,8 @@ def enable_checkpointing(model: Any) -> None:
     transformers has for it.
 
     transformers and PEFT then ask for gradients of the embeddings, which only re-entrant
-    checkpointing needs, and with which every
-    layer below the first adapter would make a graph: that is taken back.
+    checkpointing needs, and with which every layer below the first adapter would make a graph: that
+    is taken back.
     """
     base = model.get_base_model()
     enable = (

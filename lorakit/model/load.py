@@ -39,18 +39,15 @@ def resolve_model_path(path: str, revision: str | None = None) -> str:
         return str(BUNDLED[path])
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if (
-            not (folder / "config.json").is_file()
-            and not (folder / "adapter_config.json").is_file()
-        ):
-            raise ConfigError(
-                f"model.path={path}: this folder holds no config.json, so it is not a model in the"
-                " hub's layout"
-            )
         if (folder / "adapter_config.json").is_file():
             raise ConfigError(
                 f"model.path={path}: this folder holds an adapter; give its base, and the adapter"
                 " as lora.init_from"
+            )
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"model.path={path}: this folder holds no config.json, so it is not a model in the"
+                " hub's layout"
             )
         return str(folder)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
@@ -60,9 +57,8 @@ def resolve_model_path(path: str, revision: str | None = None) -> str:
     if (problem := find_hub_problem()) is None:
         return path
     if (cached := cached_model(path, revision)) is None:
-        at, option = (
-            (f" (revision {revision})", f" --revision {revision}") if revision else ("", "")
-        )
+        at = f" (revision {revision})" if revision else ""
+        option = f" --revision {revision}" if revision else ""
         raise ConfigError(
             f"model.path={path}: no such folder (bundled models: {', '.join(BUNDLED)}), and not in"
             f" the hub's cache{at}; {problem}. Give the folder of a model, or download it where"
@@ -75,11 +71,19 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
     """Return the model's transformers config."""
     from transformers import AutoConfig
 
+    return _read(AutoConfig, path, revision, trust_remote_code)
+
+
+def _read(
+    build: Any, path: str, revision: str | None, trust_remote_code: bool, **options: Any
+) -> Any:
+    """What ``build``, an auto class of transformers, makes of the files of a model."""
     with _explained(path):
-        return AutoConfig.from_pretrained(
+        return build.from_pretrained(
             resolve_model_path(path, revision),
             revision=revision,
             trust_remote_code=trust_remote_code,
+            **options,
         )
 
 
@@ -117,10 +121,7 @@ def _load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) ->
             f"model.path={path}: no tokenizer in this folder ({', '.join(_TOKENIZER_FILES)}); copy"
             " the model's there"
         )
-    with _explained(path):
-        return AutoTokenizer.from_pretrained(
-            str(folder), revision=revision, trust_remote_code=trust_remote_code
-        )
+    return _read(AutoTokenizer, path, revision, trust_remote_code)
 
 
 def load_image_processor(
@@ -134,22 +135,10 @@ def load_image_processor(
     """
     from transformers import AutoImageProcessor
 
-    if (
-        getattr(
-            load_config(path, revision=revision, trust_remote_code=trust_remote_code),
-            "vision_config",
-            None,
-        )
-        is None
-    ):
+    config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    if getattr(config, "vision_config", None) is None:
         return None
-    with _explained(path):
-        return AutoImageProcessor.from_pretrained(
-            resolve_model_path(path, revision),
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            backend="pil",
-        )
+    return _read(AutoImageProcessor, path, revision, trust_remote_code, backend="pil")
 
 
 def load_model(
@@ -177,14 +166,14 @@ def load_model(
     config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
     if is_partitioned:
         check_experts_as_on_the_hub(path, config, Path(resolve_model_path(path, revision)))
-    with _explained(path), quiet_transformers():
-        build = model_class(config)
-        model, info = build.from_pretrained(
-            resolve_model_path(path, revision),
-            revision=revision,
+    with quiet_transformers():
+        model, info = _read(
+            model_class(config),
+            path,
+            revision,
+            trust_remote_code,
             dtype=getattr(torch, dtype),
             attn_implementation=None if attention == "auto" else attention,
-            trust_remote_code=trust_remote_code,
             # DeepSpeed itself puts the parts where they belong
             device_map=None if is_partitioned else device,
             output_loading_info=True,
@@ -274,12 +263,9 @@ def model_class(config: Any) -> Any:
     """The auto class that builds a model with a language model's head from ``config``."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    is_causal = type(config) in AutoModelForCausalLM._model_mapping
-    return (
-        AutoModelForCausalLM
-        if is_causal or hasattr(config, "auto_map")
-        else AutoModelForImageTextToText
-    )
+    if type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map"):
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
 
 
 def load_skeleton(
@@ -315,21 +301,14 @@ def base_name(path: str) -> str:
     """What adapters and reports call the model: the bundled name, the hub name, or the absolute
     folder.
     """
-    return (
-        str(Path(path).expanduser().resolve())
-        if Path(path).expanduser().is_dir() and path not in BUNDLED
-        else path
-    )
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if folder.is_dir() and path not in BUNDLED else path
 
 
 def needed_files(path: str, revision: str | None = None) -> dict[str, int]:
     """Bytes of each weight file of a model on disk; empty for one of the hub that is not here."""
     folder = Path(resolve_model_path(path, revision))
-    return (
-        {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
-        if folder.is_dir()
-        else {}
-    )
+    return {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
 
 
 @contextlib.contextmanager
@@ -358,15 +337,13 @@ def _explained(path: str) -> Iterator[None]:
             raise ConfigError(f"model.path={meaning}") from error
         reason = " ".join(str(error).split())[:400]
         remedy = ""
-        if not Path(path).expanduser().is_dir() and path not in BUNDLED:
-            offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+        is_here = Path(path).expanduser().is_dir() or path in BUNDLED
+        if not is_here and os.environ.get("HF_HUB_OFFLINE") == "1":
+            remedy = "\nHF_HUB_OFFLINE=1 is set, so nothing is downloaded."
+        elif not is_here:
             remedy = (
-                "\nHF_HUB_OFFLINE=1 is set, so nothing is downloaded."
-                if offline
-                else (
-                    "\nCheck the name and the network; for a gated model log in with `hf auth"
-                    f" login`, then `hf download {path}`."
-                )
+                "\nCheck the name and the network; for a gated model log in with `hf auth"
+                f" login`, then `hf download {path}`."
             )
         elif "trust_remote_code" in str(error):
             remedy = (

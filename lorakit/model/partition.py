@@ -25,6 +25,13 @@ def full_shape(parameter: torch.Tensor) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def own_weight(module: torch.nn.Module) -> torch.Tensor:
+    """The weight of ``module``. Not by attribute: DeepSpeed would take it for one that the whole
+    model needs, and keep it gathered.
+    """
+    return dict(module.named_parameters(recurse=False))["weight"]
+
+
 @contextlib.contextmanager
 def whole(parameters: Iterable[torch.Tensor], *, changes: bool = False) -> Iterator[bool]:
     """Hold ``parameters`` whole inside the block; yield whether they are gathered for it, and gone

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lorakit.errors import ConfigError, report
-from lorakit.model.partition import full_shape, whole
+from lorakit.model.partition import full_shape, own_weight, whole
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> dict[int, list[int]]:
@@ -52,18 +52,11 @@ def make_rows(model: Any, pieces: Mapping[int, Sequence[int]]) -> None:
     nearly what it did, the same on every machine. Matrices grow where they have no rows to spare.
     """
     num_rows = max(pieces) + 1
-    if (
-        full_shape(dict(model.get_input_embeddings().named_parameters(recurse=False))["weight"])[0]
-        < num_rows
-    ):
+    if full_shape(own_weight(model.get_input_embeddings()))[0] < num_rows:
         model.resize_token_embeddings(num_rows, mean_resizing=False)
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    weights = {
-        id(w): w
-        for module in modules
-        if module is not None
-        for w in [dict(module.named_parameters(recurse=False))["weight"]]
-    }
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = [own_weight(module) for module in modules if module is not None]
+    weights = {id(weight): weight for weight in found}
     with whole(weights.values(), changes=True):
         for weight in weights.values():
             if weight.is_meta:

@@ -39,8 +39,8 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class LineFile:
-    """Rows of one ``.jsonl`` or ``.txt`` file. ``problems`` holds what its first pass found, as
-    ``(line, text)``.
+    """Rows of one ``.jsonl`` or ``.txt`` file. ``problems`` holds what its first pass found, each
+    with file and line.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class LineFile:
         self.path, self._columns = path, columns
         self._own = format if isinstance(format, OwnFormat) else None
         self.num_rows_seen, self.has_images = 0, False
-        self.problems: list[tuple[int, str]] = []
+        self.problems: list[tuple[str, str]] = []
         self._offsets, self._lines = array("q"), array("I")
         self.format = self._resolve_own(self._own) if self._own else self._resolve_format(format)
         self._type = row_type(self.format, columns)
@@ -182,7 +182,7 @@ class LineFile:
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     problem = explain(error, self._type)
                 if problem:
-                    self.problems.append((number, problem))
+                    self.problems.append((f"{self.path}:{number}", problem))
                 else:
                     add_offset(start)
                     add_line(number)

@@ -33,20 +33,18 @@ from lorakit.extras import find_problem
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
 TABLES = (".csv", ".parquet")  # that the package `datasets` reads
 BUNDLED = Path(__file__).parents[2] / "examples"
+FIX_OR_SKIP = "Fix these rows, or set data.on_error=skip to leave them out (they are counted)."
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+|[\w-]+")
 _SHOW_PROGRESS_BYTES = 20 << 20
 
 
 def _format_of(part: LineFile | Table) -> str:
     """The format of a part's rows; of pairs it is said where they are conversations."""
-    if part.format != "preference" or not len(part):
-        return part.format
-    first = part.row(0)
-    return (
-        CHAT_PAIRS
-        if isinstance(first, Preference) and not isinstance(first.chosen, str)
-        else part.format
-    )
+    if part.format == "preference" and len(part):
+        first = part.row(0)
+        if isinstance(first, Preference) and not isinstance(first.chosen, str):
+            return CHAT_PAIRS
+    return part.format
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,7 @@ class Source:
     origins: tuple[int, ...] = ()  # of each part, which source it is from
 
     def __post_init__(self) -> None:
-        self._ends: list[int] = []
-        for part in self.parts:
-            self._ends.append((self._ends[-1] if self._ends else 0) + len(part))
+        self._ends = list(itertools.accumulate(map(len, self.parts)))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -125,10 +121,9 @@ class Source:
     @property
     def fingerprint(self) -> str:
         """A digest of the bytes of all files, independent of where they lie."""
-        mixed = [f"{self.origins} {self.weights}"] if self.names else []
-        return hashlib.sha256(
-            " ".join([*(part.digest for part in self.parts), *mixed]).encode()
-        ).hexdigest()[:16]
+        digests = [part.digest for part in self.parts]
+        digests += [f"{self.origins} {self.weights}"] if self.names else []
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
 
     def _locate(self, index: int) -> tuple[LineFile | Table, int]:
         number = bisect_right(self._ends, index)
@@ -167,9 +162,7 @@ def open_sources(
     return Source(
         [part for source in found for part in source.parts],
         num_skipped=sum(source.num_skipped for source in found),
-        first_skipped=next(
-            (source.first_skipped for source in found if source.first_skipped), None
-        ),
+        first_skipped=next(filter(None, (source.first_skipped for source in found)), None),
         names=tuple(name_sources(mixed)),
         weights=tuple(float(entry.weight) for entry in mixed),
         origins=tuple(number for number, source in enumerate(found) for _ in source.parts),
@@ -181,7 +174,7 @@ def read_mixed(entries: Sequence[SourceSpec | Mapping[str, Any] | str]) -> list[
     ConfigError with all problems.
     """
     mixed, problems = [], []
-    fields = {field.name: field for field in dataclasses.fields(SourceSpec)}
+    fields = [field.name for field in dataclasses.fields(SourceSpec)]
     for number, entry in enumerate(entries):
         key = f"data.sources[{number}]"
         if isinstance(entry, SourceSpec | str):
@@ -190,18 +183,13 @@ def read_mixed(entries: Sequence[SourceSpec | Mapping[str, Any] | str]) -> list[
         if not isinstance(entry, Mapping) or "path" not in entry:
             problems.append(f"{key}={entry}: write a path, or {{path: …, weight: …}}")
             continue
-        for name in entry.keys() - fields.keys():
+        for name in entry.keys() - fields:
             near = difflib.get_close_matches(name, fields, n=1)
-            problems.append(
-                f"unknown key {key}.{name}; "
-                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}")
-            )
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}"
+            problems.append(f"unknown key {key}.{name}; {hint}")
         try:
-            mixed.append(
-                msgspec.convert(
-                    {name: value for name, value in entry.items() if name in fields}, SourceSpec
-                )
-            )
+            known = {name: entry[name] for name in fields if name in entry}
+            mixed.append(msgspec.convert(known, SourceSpec))
         except msgspec.ValidationError as error:
             problems.append(f"{key}: {str(error).lower().replace('`', '')}")
     problems += [
@@ -220,12 +208,8 @@ def name_sources(mixed: Sequence[SourceSpec]) -> list[str]:
     for entry in mixed:
         path = Path(entry.path)
         name = entry.name or (path.stem if path.suffix in SUFFIXES else path.name) or entry.path
-        number = next(
-            number
-            for number in itertools.count(1)
-            if (name if number == 1 else f"{name}-{number}") not in names
-        )
-        names.append(name if number == 1 else f"{name}-{number}")
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        names.append(next(one for one in itertools.chain([name], numbered) if one not in names))
     return names
 
 
@@ -338,11 +322,7 @@ def _find_reader_problem(path: str, files: list[Path] | None) -> str | None:
 
 def _suggest_file(path: Path) -> str:
     """The nearest name in the folder, or the first ones there."""
-    there = (
-        sorted(file.name for file in path.parent.glob("*") if file.suffix in SUFFIXES)
-        if path.parent.is_dir()
-        else []
-    )
+    there = sorted(file.name for file in path.parent.glob("*") if file.suffix in SUFFIXES)
     if near := difflib.get_close_matches(path.name, there, n=1, cutoff=0.7):
         return f"; did you mean {path.with_name(near[0])}?"
     return f" (the folder has: {', '.join(there[:5])})" if there else ""
@@ -356,12 +336,9 @@ def _is_data_file(path: Path) -> bool:
     """Whether a file of a folder holds rows: by its ending, not hidden, and no README or
     LICENSE.
     """
-    is_hidden = any(part.startswith(".") for part in path.parts)
-    return (
-        path.suffix in SUFFIXES
-        and not is_hidden
-        and not path.name.upper().startswith(("README", "LICENSE"))
-    )
+    if any(part.startswith(".") for part in path.parts):
+        return False
+    return path.suffix in SUFFIXES and not path.name.upper().startswith(("README", "LICENSE"))
 
 
 def _open_file(
@@ -384,24 +361,11 @@ def _is_json_lines(path: Path) -> bool:
 
 
 def _settle(path: str, parts: list[LineFile | Table], on_error: str) -> Source:
-    problems = [
-        (
-            f"{part.path}:{number}" if isinstance(part, LineFile) else f"{part.path}: row {number}",
-            text,
-        )
-        for part in parts
-        for number, text in part.problems
-    ]
+    problems = [problem for part in parts for problem in part.problems]
     num_rows = sum(part.num_rows_seen for part in parts)
     if problems and on_error == "raise":
-        remedy = "Fix these rows, or set data.on_error=skip to leave them out (they are counted)."
-        raise DataError(
-            report(
-                f"{path}: {len(problems):,} of {num_rows:,} rows cannot be used:",
-                fold(problems),
-                remedy=remedy,
-            )
-        )
+        title = f"{path}: {len(problems):,} of {num_rows:,} rows cannot be used:"
+        raise DataError(report(title, fold(problems), remedy=FIX_OR_SKIP))
     source = Source(
         parts, num_skipped=len(problems), first_skipped=": ".join(problems[0]) if problems else None
     )

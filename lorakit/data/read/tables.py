@@ -53,7 +53,7 @@ class Table:
     ) -> None:
         self.path, self.digest, self._records = Path(name), digest, records
         self.num_rows_seen, self.has_images = len(records), False
-        self.problems: list[tuple[int, str]] = []
+        self.problems: list[tuple[str, str]] = []  # table and row, and what is wrong
         self._own = format if isinstance(format, OwnFormat) else None
         found = self._resolve_own(self._own) if self._own else format or recognise(present, columns)
         if found is None:
@@ -116,7 +116,7 @@ class Table:
             except msgspec.ValidationError as error:
                 problem = explain(error, self._type)
             if problem:
-                self.problems.append((number + 1, problem))
+                self.problems.append((f"{self.path}: row {number + 1}", problem))
             else:
                 good.append(number)
         return good
@@ -177,9 +177,8 @@ def _load_json(path: Path, digest: str, options: dict[str, Any]) -> Table:
     try:
         records = msgspec.json.decode(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: cannot be read as a data set: {explain(error, FORMATS['text'])}"
-        ) from error
+        reason = explain(error, FORMATS["text"])
+        raise DataError(f"{path}: cannot be read as a data set: {reason}") from error
     if not isinstance(records, list):
         raise DataError(f"{path}: a .json file holds an array of rows, or one row per line")
     present = dict.fromkeys(
@@ -228,10 +227,9 @@ def _check_csv(path: Path) -> tuple[dict[int, str], list[str]]:
             num_rows += bool(row)
     if not num_rows:
         raise DataError(f"{path}: no row behind the header")
-    if len(header) == 1 and (
-        separator := next((mark for mark in ";\t|" if mark in header[0]), None)
-    ):
-        raise DataError(f"{path}: its cells are separated by {separator!r}; save it with commas")
+    for mark in ";\t|":
+        if len(header) == 1 and mark in header[0]:
+            raise DataError(f"{path}: its cells are separated by {mark!r}; save it with commas")
     return bad, header
 
 

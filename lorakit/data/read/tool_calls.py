@@ -36,11 +36,9 @@ def find_arguments_problem(call: dict[str, Any]) -> str | None:
             arguments = json.loads(arguments)
         except ValueError as error:
             return f"the arguments of {function['name']} are a text that is not JSON: {error}"
-    return (
-        None
-        if isinstance(arguments, dict | None) or arguments == ""
-        else f"the arguments of {function['name']} are no object"
-    )
+    if isinstance(arguments, dict | None) or arguments == "":
+        return None
+    return f"the arguments of {function['name']} are no object"
 
 
 def read_tools(tools: Any) -> list[dict[str, Any]] | None:
@@ -71,17 +69,16 @@ def is_written_by_python(text: str, without_calls: str, messages: list[Message])
     ``without_calls`` is the same conversation without its calls, whose messages may well quote such
     a dict.
     """
-    arguments = [
-        _function_of(call).get("arguments")
-        for message in messages
-        for call in message.get("tool_calls") or ()
-    ]
-    printed = [
-        repr(found)
-        for found in arguments
-        if found and repr(found) != json.dumps(found, ensure_ascii=False)
-    ]
-    return any(text.count(found) > without_calls.count(found) for found in printed)
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    for arguments in (_function_of(call).get("arguments") for call in calls):
+        printed = repr(arguments)
+        if (
+            arguments
+            and printed != json.dumps(arguments, ensure_ascii=False)
+            and text.count(printed) > without_calls.count(printed)
+        ):
+            return True
+    return False
 
 
 def _function_of(call: dict[str, Any]) -> Any:
@@ -90,12 +87,10 @@ def _function_of(call: dict[str, Any]) -> Any:
 
 def _with_arguments(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
     function = _function_of(call)
-    given = function.get("arguments") or {}
-    as_object = (json.loads(given) if isinstance(given, str) else given) or {}
-    arguments = (
-        (given if isinstance(given, str) else json.dumps(given, ensure_ascii=False))
-        if as_text
-        else as_object
-    )
+    arguments = function.get("arguments") or {}
+    if as_text and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    elif not as_text and isinstance(arguments, str):
+        arguments = json.loads(arguments) or {}
     changed = {**function, "arguments": arguments}
     return {**call, "function": changed} if "function" in call else changed

@@ -230,12 +230,9 @@ class Renderer:
         eos = self.encoder.eos_token_id
         if eos is not None and self._wants_eos(completion, completion_ids):
             completion_ids = [*completion_ids, eos]
-        prompt_weights = [
-            1.0 if trains_all and i >= prefix else 0.0 for i in range(len(prompt_ids))
-        ]
-        return Rendered(
-            prompt_ids + completion_ids, prompt_weights + [1.0] * len(completion_ids), prefix
-        )
+        tokens, num_silent = prompt_ids + completion_ids, prefix if trains_all else len(prompt_ids)
+        weights = [0.0] * num_silent + [1.0] * (len(tokens) - num_silent)
+        return Rendered(tokens, weights, prefix)
 
     def _wants_eos(self, text: str, ids: list[int]) -> bool:
         eos = self.encoder.eos_token_id
@@ -268,31 +265,25 @@ class Renderer:
 
     def _check_placeholders(self, text: str, messages: list[dict]) -> None:
         """Raise DataError where the rendered text has not one placeholder for each image."""
-        counts = [
-            (
-                sum(part["type"] == "image" for part in m["content"])
-                if isinstance(m["content"], list)
-                else 0
-            )
-            for m in messages
-        ]
-        written = text.count(self._image_token) if self._image_token else 0
-        if written == sum(counts):
-            return
+        num_images, with_token = 0, None
         for number, message in enumerate(messages):
             said = message["content"]
-            texts = (
-                [said]
-                if isinstance(said, str)
-                else [part["text"] for part in said if part["type"] == "text"]
+            parts = [{"type": "text", "text": said}] if isinstance(said, str) else said
+            num_images += sum(part["type"] == "image" for part in parts)
+            if with_token is None and any(
+                self._image_token in part.get("text", ()) for part in parts
+            ):
+                with_token = number
+        written = text.count(self._image_token) if self._image_token else 0
+        if written == num_images:
+            return
+        if with_token is not None:
+            raise DataError(
+                f"message {with_token} has the text {self._image_token}, which stands for an image;"
+                " write a part of type image"
             )
-            if any(self._image_token in one for one in texts):
-                raise DataError(
-                    f"message {number} has the text {self._image_token}, which stands for an image;"
-                    " write a part of type image"
-                )
         raise DataError(
-            f"the row has {sum(counts)} images, but the model's chat template writes {written}"
+            f"the row has {num_images} images, but the model's chat template writes {written}"
             " placeholders"
         )
 
@@ -327,18 +318,15 @@ class Renderer:
         )
         weights = []
         for index, message in enumerate(messages):
-            if self.train_on is TrainOnWhat.WEIGHTS_GIVEN:
-                weights.append(message.weight or 0.0)
-                continue
-            chosen = (
-                self.train_on in (TrainOnWhat.ALL_MESSAGES, TrainOnWhat.ALL_TOKENS)
-                or (
-                    self.train_on is TrainOnWhat.ALL_ASSISTANT_MESSAGES
-                    and message.role == "assistant"
-                )
-                or (self.train_on is TrainOnWhat.LAST_ASSISTANT_MESSAGE and index == last)
-            )
-            weights.append((1.0 if message.weight is None else message.weight) if chosen else 0.0)
+            is_chosen = {
+                TrainOnWhat.LAST_ASSISTANT_MESSAGE: index == last,
+                TrainOnWhat.ALL_ASSISTANT_MESSAGES: message.role == "assistant",
+                TrainOnWhat.ALL_MESSAGES: True,
+                TrainOnWhat.ALL_TOKENS: True,
+                TrainOnWhat.WEIGHTS_GIVEN: message.weight is not None,
+            }[self.train_on]
+            weight = 1.0 if message.weight is None else message.weight
+            weights.append(weight if is_chosen else 0.0)
         return weights
 
     def _find_span(
@@ -349,13 +337,9 @@ class Renderer:
         """
         before = self.conversation.header(messages, tools, index)
         after = self.conversation.template(messages[: index + 1], tools, turn=index)
-        if (
-            not text.startswith(before)
-            or not text.startswith(after)
-            or not after.startswith(before)
-        ):
-            return None
-        return _Span(len(before), len(after), weight)
+        if text.startswith(after) and after.startswith(before):
+            return _Span(len(before), len(after), weight)
+        return None
 
     def _render_turn(self, messages: list[dict], tools: Any, index: int, weight: float) -> Rendered:
         """Message ``index`` as an example of its own: the conversation as the model saw it when
@@ -395,23 +379,17 @@ class Renderer:
         return Rendered(tokens, weights, num_prefix=int(bos is not None and tokens[:1] == [bos]))
 
     def _encode_piece(self, text: str, *, is_start: bool) -> list[int]:
-        return (
-            self.encoder.encode_rendered(text)
-            if is_start
-            else self.encoder.encode_continuation(text)
-        )
+        if is_start:
+            return self.encoder.encode_rendered(text)
+        return self.encoder.encode_continuation(text)
 
     def _untrain_tail(self, tokens: list[int], weights: list[float]) -> None:
         """White space behind the end-of-turn token belongs to nobody: generation has stopped
         before it.
         """
-        special = self.encoder.special_ids
-        end = len(tokens)
-        while (
-            end
-            and tokens[end - 1] not in special
-            and not self.encoder.decode([tokens[end - 1]]).strip()
-        ):
-            end -= 1
-        if end and tokens[end - 1] in special:
-            weights[end:] = [0.0] * (len(weights) - end)
+        for end in range(len(tokens), 0, -1):
+            if tokens[end - 1] in self.encoder.special_ids:
+                weights[end:] = [0.0] * (len(weights) - end)
+                return
+            if self.encoder.decode([tokens[end - 1]]).strip():
+                return

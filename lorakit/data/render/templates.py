@@ -22,12 +22,9 @@ def read_template(name: str) -> str:
     path, bundled = Path(name).expanduser(), BUNDLED / f"{name}.jinja"
     if not path.is_file() and not bundled.is_file():
         names = sorted(file.stem for file in BUNDLED.glob("*.jinja"))
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = (
-            f"did you mean {near[0]}?"
-            if near
-            else f"give a file with a Jinja template, or one of {', '.join(names)}"
-        )
+        hint = f"give a file with a Jinja template, or one of {', '.join(names)}"
+        if near := difflib.get_close_matches(name, names, n=1):
+            hint = f"did you mean {near[0]}?"
         raise ConfigError(f"data.chat_template={name}: no such file; {hint}")
     try:
         return (path if path.is_file() else bundled).read_text(encoding="utf-8")
@@ -42,19 +39,19 @@ def use_template(tokenizer: Any, name: str) -> None:
     import jinja2
 
     text = read_template(name)
+    # transformers' own tag says which parts the assistant writes; plain Jinja does not know it
+    plain = re.sub(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}", "", text)
     try:
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
-            _without_generation_marks(text)
-        )
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(
             f"data.chat_template={name}: line {error.lineno}: {error.message}"
         ) from error
-    end = "<|im_end|>" if name == "chatml" else None
-    if end and tokenizer.convert_tokens_to_ids(end) in (None, tokenizer.unk_token_id):
+    unknown = (None, tokenizer.unk_token_id)
+    if name == "chatml" and tokenizer.convert_tokens_to_ids("<|im_end|>") in unknown:
         raise ConfigError(
-            f"data.chat_template=chatml: the tokenizer has no token {end}, so answers would have no"
-            " end; use plain"
+            "data.chat_template=chatml: the tokenizer has no token <|im_end|>, so answers would"
+            " have no end; use plain"
         )
     if name == "plain" and not tokenizer.eos_token:
         raise ConfigError(
@@ -62,8 +59,3 @@ def use_template(tokenizer: Any, name: str) -> None:
             " end; give a file"
         )
     tokenizer.chat_template = text
-
-
-def _without_generation_marks(text: str) -> str:
-    """transformers' own tag says which parts the assistant writes; plain Jinja does not know it."""
-    return re.sub(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}", "", text)

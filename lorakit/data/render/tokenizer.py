@@ -29,12 +29,12 @@ class Encoder:
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
-        bare = self._ids("a")
+        bare = self.encode_rendered("a")
         full = list(tokenizer("a", add_special_tokens=True)["input_ids"])
         self.prefix: list[int] = full[: _find(full, bare)]
         # Tokenizers in SentencePiece's manner put a space before any text; in the middle of a text
         # that is one too many.
-        self._has_dummy_prefix = self._ids("\na") != self._ids("\n") + bare
+        self._has_dummy_prefix = self.encode_rendered("\na") != self.encode_rendered("\n") + bare
         self.eos_token_id: int | None = tokenizer.eos_token_id
         added = getattr(tokenizer, "added_tokens_decoder", {})
         # A template's end of turn may be special without having one of the names that
@@ -48,7 +48,7 @@ class Encoder:
         """Token ids of ``text`` with special tokens in front, and never a second BOS where the
         text brings its own.
         """
-        ids = self._ids(text)
+        ids = self.encode_rendered(text)
         return ids if self.prefix and ids[: len(self.prefix)] == self.prefix else self.prefix + ids
 
     def encode_continuation(self, text: str) -> list[int]:
@@ -58,18 +58,20 @@ class Encoder:
         if not text:
             return []
         if not self._has_dummy_prefix:
-            return self._ids(text)
+            return self.encode_rendered(text)
         for anchor in _ANCHORS:
-            before, anchored = self._ids(anchor), self._ids(anchor + text)
+            before, anchored = self.encode_rendered(anchor), self.encode_rendered(anchor + text)
             if anchored[: len(before)] == before:
                 return anchored[len(before) :]
-        return self._ids(text)
+        return self.encode_rendered(text)
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of the beginning of a text that a chat template wrote, special tokens and
         all.
         """
-        return self._ids(text)
+        if self._backend is not None:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation by the model's template, up to where the assistant begins to
@@ -95,11 +97,6 @@ class Encoder:
                 tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
         )
-
-    def _ids(self, text: str) -> list[int]:
-        if self._backend is not None:
-            return self._backend.encode(text, add_special_tokens=False).ids
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _find(full: list[int], bare: list[int]) -> int:
