@@ -212,16 +212,14 @@ class ModelRunner:
         if not total.requires_grad:
             return
         flat = [leaf for own in leaves.values() for leaf in own]
-        gradients = iter(torch.autograd.grad(total, flat, allow_unused=True))
+        gradients = iter(
+            torch.autograd.grad(total, flat, allow_unused=True, materialize_grads=True)
+        )
         self.base.release()
         for w, own in leaves.items():
             mine = [next(gradients) for _ in own]
             if w >= 0:
-                zeros = [
-                    torch.zeros_like(leaf) if g is None else g
-                    for leaf, g in zip(own, mine, strict=True)
-                ]
-                found[w].add_gradients(zeros)
+                found[w].add_gradients(mine)
 
 
 def _adapter_batch_of(
