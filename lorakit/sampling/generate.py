@@ -95,16 +95,14 @@ def _generate_padded(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], params: SamplingParams
 ) -> list[Sample]:
     """By transformers, for models whose attention or layers are of another kind."""
-    samples: list[Sample | None] = [None] * len(prompts)
+    samples: dict[int, Sample] = {}
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(prompts), MAX_BATCH):
         indices = by_length[start : start + MAX_BATCH]
-        batch = _generate_batch(
-            model, tokenizer, [list(prompts[index]) for index in indices], params
-        )
-        for index, sample in zip(indices, batch, strict=True):
-            samples[index] = sample
-    return [sample for sample in samples if sample is not None]
+        given = [list(prompts[index]) for index in indices]
+        batch = _generate_batch(model, tokenizer, given, params)
+        samples.update(zip(indices, batch, strict=True))
+    return [samples[index] for index in range(len(prompts))]
 
 
 def _uncompiled(model: Any) -> contextlib.AbstractContextManager[Any]:

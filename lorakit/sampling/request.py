@@ -108,11 +108,8 @@ class Request:
     @property
     def is_of_prompt(self) -> bool:
         """Whether log-probabilities of the prompt are asked for."""
-        return (
-            self.scores_prompt
-            or bool(self.num_best_of_prompt or self.num_alternatives)
-            or self.prompt_targets is not None
-        )
+        asked = self.scores_prompt or self.num_best_of_prompt or self.num_alternatives
+        return bool(asked) or self.prompt_targets is not None
 
     def check(self, *, vocab_size: int, max_tokens: int) -> None:
         """Raise DataError with everything that the model cannot take."""

@@ -15,9 +15,9 @@ class StopCondition:
     def __init__(self, params: SamplingParams, tokenizer: Any, end_ids: list[int]) -> None:
         self.tokenizer = tokenizer
         self.strings = stop_strings(params)
-        given: list[Any] = [] if isinstance(params.stop, str) else list(params.stop or ())
-        tokens = [stop for stop in given if not isinstance(stop, str)]
-        is_open_ended = params.stop is not None and not isinstance(params.stop, str) and not given
+        given: Any = [params.stop] if isinstance(params.stop, str) else params.stop
+        tokens = [stop for stop in given or () if not isinstance(stop, str)]
+        is_open_ended = given is not None and len(given) == 0
         self.tokens: frozenset[int] = frozenset(() if is_open_ended else tokens or end_ids)
         self._num_tail = max((len(text.encode()) for text in self.strings), default=0) + 4
 
@@ -35,9 +35,8 @@ class StopCondition:
     def text(self, tokens: list[int], *, is_stopped: bool) -> str:
         """The text of ``tokens``, without what ended it."""
         ends = is_stopped and tokens and tokens[-1] in self.tokens
-        text = str(
-            self.tokenizer.decode(tokens[:-1] if ends else tokens, skip_special_tokens=False)
-        )
+        kept = tokens[:-1] if ends else tokens
+        text = str(self.tokenizer.decode(kept, skip_special_tokens=False))
         return before_stop(text, self.strings)
 
 
@@ -59,11 +58,8 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    return list(
-        dict.fromkeys(
-            i for i in (tokenizer.eos_token_id, *ids, end_of_turn(tokenizer)) if i is not None
-        )
-    )
+    found = (tokenizer.eos_token_id, *ids, end_of_turn(tokenizer))
+    return list(dict.fromkeys(token for token in found if token is not None))
 
 
 def end_of_turn(tokenizer: Any) -> int | None:

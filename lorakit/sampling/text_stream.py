@@ -32,11 +32,5 @@ class TextStream:
 
     def _overlap(self, stop: str) -> int:
         """How many of the last held characters may be the beginning of ``stop``."""
-        return next(
-            (
-                n
-                for n in range(min(len(stop), len(self._held)), 0, -1)
-                if self._held.endswith(stop[:n])
-            ),
-            0,
-        )
+        longest = min(len(stop), len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)

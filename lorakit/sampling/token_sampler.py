@@ -38,11 +38,9 @@ class TokenSampler:
     ) -> None:
         self.keys, self.num_best = np.asarray(keys, np.uint64), num_best
         temperatures = [p.temperature if p.temperature > 0 else 1.0 for p in params]
-        self.temperature_B1 = (
-            torch.tensor(temperatures, device=device)[:, None]
-            if set(temperatures) != {1.0}
-            else None
-        )
+        self.temperature_B1: torch.Tensor | None = None
+        if set(temperatures) != {1.0}:
+            self.temperature_B1 = torch.tensor(temperatures, device=device)[:, None]
         greedy = [p.temperature <= 0 for p in params]
         self.is_greedy_B = torch.tensor(greedy, device=device) if any(greedy) else None
         self.all_greedy = all(greedy)
@@ -50,12 +48,10 @@ class TokenSampler:
             i for i, p in enumerate(params) if p.temperature > 0 and (p.top_p < 1 or p.top_k > 0)
         ]
         self.cut = torch.tensor(cut, device=device) if cut else None
-        self.top_p = torch.tensor(
-            [params[i].top_p for i in cut], device=device, dtype=torch.float64
-        )[:, None]
-        self.top_k = torch.tensor(
-            [params[i].top_k if params[i].top_k > 0 else 1 << 30 for i in cut], device=device
-        )[:, None]
+        top_p = [params[i].top_p for i in cut]
+        top_k = [params[i].top_k if params[i].top_k > 0 else 1 << 30 for i in cut]
+        self.top_p = torch.tensor(top_p, device=device, dtype=torch.float64)[:, None]
+        self.top_k = torch.tensor(top_k, device=device)[:, None]
 
     @torch.no_grad()
     def pick(self, logits_BV: torch.Tensor, places: Sequence[int]) -> SampledTokens:

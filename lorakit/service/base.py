@@ -32,6 +32,14 @@ from lorakit.weights.adapter import AdapterFiles
 
 log = logging.getLogger("lorakit")
 
+# what PEFT's configs may ask for, and adapters here do not have
+NOT_LOADED = (
+    "rank_pattern",
+    "alpha_pattern",
+    "use_dora",
+    "modules_to_save",
+    "trainable_token_indices",
+)
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 
 
@@ -170,8 +178,9 @@ class Base:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The number format that products run in, as in a run of the same precision."""
-        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
-        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+        if self.precision == "bf16-mixed":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
 
     def layout(self, spec: LoRASpec) -> FlatParameters:
         """Return where everything of an adapter of ``spec`` lies. Raises ConfigError where it
@@ -221,35 +230,19 @@ def _resolve_strategy(strategy: str) -> str:
 def _spec_of(files: AdapterFiles, model: Any) -> LoRASpec:
     """What an adapter's config and tensors say of it."""
     config = files.config
-    refused = [
-        name
-        for name in (
-            "rank_pattern",
-            "alpha_pattern",
-            "use_dora",
-            "modules_to_save",
-            "trainable_token_indices",
-        )
-        if config.get(name)
-    ]
     if problem := files.find_init_problem():
         raise AdapterError(f"{files.folder}: {problem}")
-    if refused:
+    if refused := [name for name in NOT_LOADED if config.get(name)]:
         raise AdapterError(f"{files.folder} has {', '.join(refused)}, which cannot be loaded here")
     names = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in files.tensors()}
-    stacked = {name.removesuffix(".base_layer") for name in names}
     modules, targets = dict(model.named_modules()), []
-    for name in sorted(names - set(files.expert_matrices())):
+    shared = files.expert_matrices()
+    for name in sorted(names - set(shared)):
         module = name.removesuffix(".base_layer")
         parameters = config.get("target_parameters") or ()
-        own = (
-            [p for p in parameters if f"{module}.".find(f"{p.rpartition('.')[0]}.") >= 0]
-            if module in stacked
-            else []
-        )
+        own = [p for p in parameters if f"{p.rpartition('.')[0]}." in f"{module}."]
         is_stack = any(hasattr(modules.get(module), p.rpartition(".")[2]) for p in own)
         targets += [f"{module}.{p.rpartition('.')[2]}" for p in own] if is_stack else [name]
-    shared = files.expert_matrices()
     targets += [_stack_of(name, modules) for name in shared]
     return LoRASpec(
         rank=int(config["r"]),

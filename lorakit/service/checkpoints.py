@@ -118,11 +118,8 @@ class CheckpointRegistry:
             self.find(path, owner)
             return self._database.run(parse_path(path)[0], owner).base_model
         state = open_trained_state(_local_folder(path, owner))
-        return str(
-            state.facts.get("base_model")
-            or state.adapter.config.get("base_model_name_or_path")
-            or ""
-        )
+        facts, config = state.facts, state.adapter.config
+        return str(facts.get("base_model") or config.get("base_model_name_or_path") or "")
 
     def find(self, path: str, owner: str) -> Checkpoint:
         """Return what is known of a checkpoint. Raises CheckpointError where there is none."""
@@ -173,14 +170,9 @@ class CheckpointRegistry:
 
     def _remove(self, checkpoint: Checkpoint) -> None:
         with self._database.session() as session:
-            session.execute(
-                sa.delete(Checkpoint).filter_by(
-                    run_id=checkpoint.run_id, kind=checkpoint.kind, name=checkpoint.name
-                )
-            )
-        shutil.rmtree(
-            self._folder(checkpoint.run_id, checkpoint.kind, checkpoint.name), ignore_errors=True
-        )
+            session.delete(checkpoint)
+        folder = self._folder(checkpoint.run_id, checkpoint.kind, checkpoint.name)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _folder(self, run_id: str, kind: str, name: str) -> Path:
         check_name(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from lorakit.errors import DataError
 from lorakit.loss import Loss
 from lorakit.loss.preference import CustomLoss
 from lorakit.types import Batch, Datum, LossOutput, TensorData
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 
 def as_loss(function: CustomLoss, data: Sequence[Datum]) -> Loss:
@@ -21,20 +24,21 @@ def as_loss(function: CustomLoss, data: Sequence[Datum]) -> Loss:
     def loss(logprobs: torch.Tensor, batch: Batch) -> LossOutput:
         own = []
         for (row, start, end), datum in zip(batch.spans, data, strict=True):
-            found = logprobs[row, start:end]
-            targets = datum.loss_fn_inputs["target_tokens"]
-            found = (
-                found[:, : targets.shape[1]]
-                if targets.ndim > 1
-                else found
-                if found.ndim == 1
-                else found[:, 0]
-            )
+            found = as_targets(logprobs[row, start:end], datum.targets.shape)
             own.append(found.cpu())  # where the caller's own numbers are
         value, metrics = _call(function, data, own)
         return LossOutput(value.sum().float().to(logprobs.device), logprobs.detach(), metrics)
 
     return loss
+
+
+def as_targets(logprobs: Array, shape: tuple[int, ...]) -> Array:
+    """Return a Datum's log-probabilities, (positions,) or (positions, K) with K of the whole
+    batch, in the ``shape`` of its own targets.
+    """
+    if len(shape) > 1:
+        return logprobs[:, : shape[1]]
+    return logprobs if logprobs.ndim == 1 else logprobs[:, 0]
 
 
 def pull_back(

@@ -141,21 +141,15 @@ class Database:
     def runs(self, owner: str, *, limit: int, offset: int = 0) -> tuple[list[Run], int]:
         """Return the runs of ``owner``, last first, and how many there are."""
         with self.session() as session:
-            wanted = sa.select(Run).where(Run.owner == owner)
-            total = session.scalar(sa.select(sa.func.count()).select_from(wanted.subquery())) or 0
-            found = session.scalars(
-                wanted.order_by(Run.last_request.desc()).limit(limit).offset(offset)
-            )
-            return list(found), total
+            total = session.scalar(sa.select(sa.func.count()).where(Run.owner == owner)) or 0
+            wanted = sa.select(Run).where(Run.owner == owner).order_by(Run.last_request.desc())
+            return list(session.scalars(wanted.limit(limit).offset(offset))), total
 
     def charge(self, run_id: str, *, tokens: int, seconds: float) -> None:
         """Set what a run has cost so far."""
         with self.session() as session:
-            session.execute(
-                sa.update(Run)
-                .where(Run.id == run_id)
-                .values(tokens=tokens, seconds=seconds, last_request=now())
-            )
+            spent = {"tokens": tokens, "seconds": seconds, "last_request": now()}
+            session.execute(sa.update(Run).where(Run.id == run_id).values(spent))
 
     # ---- what the server keeps
 

@@ -86,9 +86,8 @@ class Engine:
         self._queues: dict[str, collections.deque[_Task]] = {}
         self._asked: collections.deque[_Asked] = collections.deque()
         self._cancelled: collections.deque[int] = collections.deque()
-        self.dropped: collections.deque[str] = (
-            collections.deque()
-        )  # snapshots that nobody holds; appended by finalisers, anywhere
+        # snapshots that nobody holds; appended by finalisers, anywhere
+        self.dropped: collections.deque[str] = collections.deque()
         self._sampling: dict[int, Future[Any]] = {}
         self._last_call: dict[str, float] = {}
         self._numbers = itertools.count()
@@ -157,8 +156,8 @@ class Engine:
         future: Future[Any] = Future()
         number = next(self._numbers)
         with self._changed:
-            if (ended := self._ended()) is not None:
-                future.set_exception(ended)
+            if self._is_over:
+                future.set_exception(self._ended())
                 return future
             self._asked.append(
                 _Asked(number, lambda: SampleOrder(number, snapshot_id, make()), future, each)
@@ -180,8 +179,8 @@ class Engine:
 
     def _put(self, task: _Task) -> Future[Any]:
         with self._changed:
-            if (ended := self._ended()) is not None:
-                task.future.set_exception(ended)
+            if self._is_over:
+                task.future.set_exception(self._ended())
                 return task.future
             self._queues.setdefault(task.model_id, collections.deque()).append(task)
             if task.prepare is not None:
@@ -189,9 +188,11 @@ class Engine:
             self._changed.notify_all()
         return task.future
 
-    def _ended(self) -> EngineEnded | None:
-        if not self._is_closed and self._problem is None:
-            return None
+    @property
+    def _is_over(self) -> bool:
+        return self._is_closed or self._problem is not None
+
+    def _ended(self) -> EngineEnded:
         return EngineEnded(f"the engine has ended{f': {self._problem}' if self._problem else ''}")
 
     # ---- doing, in the engine's own thread
@@ -219,16 +220,12 @@ class Engine:
             log.exception("the engine has ended")
         with self._changed:
             self._is_closed = True
-            left = [task for queue in self._queues.values() for task in queue]
+            left = [task.future for queue in self._queues.values() for task in queue]
+            left += [one.future for one in self._asked]
             self._queues.clear()
-            asked, self._asked = list(self._asked), collections.deque()
-        ended = self._ended() or EngineEnded("the engine has ended")
-        for future in (
-            *(task.future for task in left),
-            *(one.future for one in asked),
-            *self._sampling.values(),
-        ):
-            _fail(future, ended)
+            self._asked.clear()
+        for future in (*left, *self._sampling.values()):
+            _fail(future, self._ended())
         self._sampling.clear()
 
     def _end_by(self, problem: BaseException) -> None:
@@ -252,13 +249,10 @@ class Engine:
                 finished = self._step_samples(orders, cancelled)
             except Exception as error:
                 log.exception("sampling failed")
-                failed = (
-                    error
-                    if isinstance(error, LorakitError)
-                    else TrainingError(f"sampling failed: {error}")
-                )
-                self.worker.fail_samples(failed)
-                finished = [(number, failed) for number in self._sampling]
+                if not isinstance(error, LorakitError):
+                    error = TrainingError(f"sampling failed: {error}")
+                self.worker.fail_samples(error)
+                finished = [(number, error) for number in self._sampling]
             for number, outcome in finished:
                 if (future := self._sampling.pop(number, None)) is not None:
                     _settle(future, outcome)
@@ -374,12 +368,8 @@ class Engine:
         groups: list[list[_Task]] = []
         for task in tasks:
             last = groups[-1] if groups else []
-            models = {t.model_id for t in (*last, task)}
-            ranks = [
-                self.worker.training_states[m].layout.spec.rank
-                for m in models
-                if m in self.worker.training_states
-            ]
+            models = {t.model_id for t in (*last, task)} & self.worker.training_states.keys()
+            ranks = [self.worker.training_states[model].layout.spec.rank for model in models]
             is_alone = any(t.request is not None and t.request.is_alone for t in (*last, task))
             if not last or is_alone or sum(ranks) > MAX_RANK_TOGETHER:
                 groups.append([])
@@ -397,12 +387,11 @@ class Engine:
             usage.calls += 1
             usage.seconds += seconds * (own / sum(tokens) if sum(tokens) else 1 / len(tasks))
         if log.isEnabledFor(logging.INFO):
-            models = len({task.model_id for task in tasks})
             log.info(
                 "%s: %d calls of %d models, %s tokens, %d base forwards, %.4f s, %.0f MB",
                 tasks[0].name,
                 len(tasks),
-                models,
+                len({task.model_id for task in tasks}),
                 f"{sum(tokens):,}",
                 num_passes,
                 seconds,

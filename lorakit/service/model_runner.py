@@ -23,6 +23,7 @@ from lorakit.loss.head import as_head_adapters
 from lorakit.loss.logprobs import whole_distributions
 from lorakit.model.vision import with_blank_image
 from lorakit.service.base import Base
+from lorakit.service.custom import as_targets
 from lorakit.service.forward_request import ForwardRequest
 from lorakit.service.training_state import TrainingState
 from lorakit.strategy.world import World, all_gather_object
@@ -112,8 +113,7 @@ class ModelRunner:
             for others in all_gather_object(
                 [(result.logprobs, result.metrics) for result in found]
             ):
-                if others is not None:
-                    _merge(found, others)
+                _merge(found, others)
         return found
 
     def _cut(self, requests: Sequence[ForwardRequest]) -> list[list[Entry]]:
@@ -123,11 +123,9 @@ class ModelRunner:
             return [entries]
         entries.sort(key=lambda entry: len(requests[entry[0]].data[entry[1]]))
         lengths = [len(requests[w].data[d]) for w, d in entries]
-        most = (
-            min(self.max_tokens, -(-sum(lengths) // self.world.size))
-            if self.world.size > 1
-            else self.max_tokens
-        )
+        most = self.max_tokens
+        if self.world.size > 1:
+            most = min(most, -(-sum(lengths) // self.world.size))
         plan = assign_batches(
             lengths, batch_size=None, batch_tokens=most, row_tokens=None, rng=None
         )
@@ -154,7 +152,7 @@ class ModelRunner:
             ]
         else:  # a process without a pass takes part in that of the others
             micro_batches = [MicroBatch(idle_batch(pad), LOSSES["cross_entropy"])]
-        adapter_ids = [
+        state_of_row = [
             states[requests[w].model_id] for w, datums in by_work.items() for _ in datums
         ] or [states[requests[0].model_id]]
         joined = with_blank_image(
@@ -165,7 +163,7 @@ class ModelRunner:
             MicroBatch(micro_batch.batch.to(base.device), micro_batch.loss)
             for micro_batch in micro_batches
         ]
-        adapter_batch = _adapter_batch_of(adapter_ids, joined.input_ids.shape[1], base.device)
+        adapter_batch = _adapter_batch_of(state_of_row, joined.input_ids.shape[1], base.device)
         self.num_passes += bool(by_work)
 
         def compute() -> tuple[torch.Tensor, Any]:
@@ -190,7 +188,7 @@ class ModelRunner:
             ):
                 _keep(found[w], requests[w], datums, output, micro_batch)
             if needs_gradient:
-                self._pull(requests, states, by_work, total, found, adapter_ids[0])
+                self._pull(requests, states, by_work, total, found, state_of_row[0])
 
     def _pull(
         self,
@@ -214,38 +212,26 @@ class ModelRunner:
         if not total.requires_grad:
             return
         flat = [leaf for own in leaves.values() for leaf in own]
-        gradients = iter(torch.autograd.grad(total, flat, allow_unused=True))
+        gradients = iter(
+            torch.autograd.grad(total, flat, allow_unused=True, materialize_grads=True)
+        )
         self.base.release()
         for w, own in leaves.items():
             mine = [next(gradients) for _ in own]
             if w >= 0:
-                zeros = [
-                    torch.zeros_like(leaf) if g is None else g
-                    for leaf, g in zip(own, mine, strict=True)
-                ]
-                found[w].add_gradients(zeros)
+                found[w].add_gradients(mine)
 
 
 def _adapter_batch_of(
-    adapter_ids: Sequence[TrainingState], row_length: int, device: torch.device
+    state_of_row: Sequence[TrainingState], row_length: int, device: torch.device
 ) -> AdapterBatch:
     """The adapters of a pass, by the training state of each row."""
-    training_states = list(
-        {id(training_state): training_state for training_state in adapter_ids}.values()
-    )
-    if len(training_states) == 1:
-        return AdapterBatch([training_states[0].adapter], None)
-    number_of = {
-        id(training_state): number for number, training_state in enumerate(training_states)
-    }
-    rows = torch.tensor(
-        [number_of[id(training_state)] for training_state in adapter_ids], device=device
-    )
-    return AdapterBatch(
-        [training_state.adapter for training_state in training_states],
-        rows.repeat_interleave(row_length),
-        is_sorted=True,
-    )
+    distinct = list(dict.fromkeys(state_of_row))
+    adapters = [state.adapter for state in distinct]
+    if len(distinct) == 1:
+        return AdapterBatch(adapters, None)
+    rows = torch.tensor([distinct.index(state) for state in state_of_row], device=device)
+    return AdapterBatch(adapters, rows.repeat_interleave(row_length), is_sorted=True)
 
 
 def _keep(
@@ -257,11 +243,8 @@ def _keep(
 ) -> None:
     logprobs = output.logprobs.float().cpu().numpy()
     for (row, start, end), number in zip(micro_batch.batch.spans, datums, strict=True):
-        own = logprobs[row, start:end]
-        shape = request.data[number].targets.shape
-        found.logprobs[number] = TensorData(
-            own[:, : shape[1]] if len(shape) > 1 else own if own.ndim == 1 else own[:, 0]
-        )
+        own = as_targets(logprobs[row, start:end], request.data[number].targets.shape)
+        found.logprobs[number] = TensorData(own)
     found.metrics["loss:sum"] = found.metrics.get("loss:sum", 0.0) + float(output.loss_sum.detach())
     found.metrics |= output.metrics  # of a custom loss, which has one pass
 

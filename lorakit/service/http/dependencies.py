@@ -99,8 +99,9 @@ async def read_body(request: Request, limit: int, keep: int = 4096) -> bytes:
     return body
 
 
-async def read_json(request: Request, limit: int) -> dict[str, Any]:
+async def read_json(request: Request, state: State) -> dict[str, Any]:
     """Return a JSON object. 400 where the body is none."""
+    limit = state.max_body_bytes
     try:
         body = json.loads(await read_body(request, limit))
     except TooLarge as error:
@@ -112,6 +113,9 @@ async def read_json(request: Request, limit: int) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise HTTPException(400, "the body is not a JSON object")
     return body
+
+
+JsonBody = Annotated[dict[str, Any], Depends(read_json)]
 
 
 def _ids_in_head(head: bytes) -> dict[str, Any] | None:

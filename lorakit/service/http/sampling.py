@@ -6,14 +6,14 @@ import secrets
 from concurrent.futures import Future
 from typing import Any
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, HTTPException
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from lorakit.errors import DataError, LorakitError
 from lorakit.service.database import SamplerRow
 from lorakit.service.http import codec
-from lorakit.service.http.dependencies import State, User, parsed, read_json, refuse_huge
+from lorakit.service.http.dependencies import JsonBody, State, User, parsed, refuse_huge
 from lorakit.service.http.pending import encode_sample
 from lorakit.service.http.state import EPHEMERAL, ServerState, as_future, chained
 from lorakit.service.model import Weights
@@ -47,11 +47,11 @@ class Sample(BaseModel):
 
 
 @router.post("/create_sampling_session")
-async def create_sampling_session(request: Request, state: State, user: User) -> JSONResponse:
+async def create_sampling_session(given: JsonBody, state: State, user: User) -> JSONResponse:
     """Name what will be sampled from. A checkpoint that cannot be read is an error of the
     samples.
     """
-    body = parsed(CreateSamplingSession, await read_json(request, state.max_body_bytes))
+    body = parsed(CreateSamplingSession, given)
     if isinstance(body, str):
         raise HTTPException(400, body)
     if (session := state.session(body.session_id, user)) is None:
@@ -84,9 +84,8 @@ async def get_sampler(sampler_id: str, state: State, user: User) -> dict[str, An
 
 
 @router.post("/asample")
-async def asample(request: Request, state: State, user: User) -> JSONResponse:
+async def asample(given: JsonBody, state: State, user: User) -> JSONResponse:
     """Generate completions of a prompt."""
-    given = await read_json(request, state.max_body_bytes)
     state.refuse_too_many()
     body = parsed(Sample, given)
     session_id, seq_id = given.get("sampling_session_id"), given.get("seq_id")

@@ -18,6 +18,7 @@ from lorakit.service.database import Checkpoint
 from lorakit.service.futures import finished
 from lorakit.service.http import codec
 from lorakit.service.http.dependencies import (
+    JsonBody,
     State,
     TooLarge,
     User,
@@ -113,9 +114,9 @@ class GetInfo(BaseModel):
 
 
 @router.post("/create_model")
-async def create_model(request: Request, state: State, user: User) -> JSONResponse:
+async def create_model(given: JsonBody, state: State, user: User) -> JSONResponse:
     """Make a new adapter. Its id is ``{session_id}:train:{model_seq_id}``."""
-    body = parsed(CreateModel, await read_json(request, state.max_body_bytes))
+    body = parsed(CreateModel, given)
     if isinstance(body, str):
         raise HTTPException(400, body)
 
@@ -214,7 +215,7 @@ async def _forward_backward(
     request: Request, state: ServerState, user: str, *, forward_only: bool
 ) -> JSONResponse:
     if "json" in request.headers.get("content-type", "json"):
-        body = await read_json(request, state.max_body_bytes)
+        body = await read_json(request, state)
         _require_ids(body)
         if body.get("_too_large"):
             return accept(state, user, body["model_id"], body["seq_id"], _over(state), encode_json)
@@ -245,37 +246,32 @@ async def _forward_backward(
 
 
 @router.post("/optim_step")
-async def optim_step(request: Request, state: State, user: User) -> JSONResponse:
+async def optim_step(given: JsonBody, state: State, user: User) -> JSONResponse:
     """Make one step of AdamW."""
 
     def start(body: OptimStep, model: Model) -> Future[Any]:
         return state.service.optim_step(model, body.adam_params or AdamParams())
 
-    return await _model_call(
-        request, state, user, OptimStep, start, lambda found: {"metrics": found}
-    )
+    return _model_call(state, user, given, OptimStep, start, lambda found: {"metrics": found})
 
 
 @router.post("/save_weights")
-async def save_weights(request: Request, state: State, user: User) -> JSONResponse:
+async def save_weights(given: JsonBody, state: State, user: User) -> JSONResponse:
     """Save weights and optimiser."""
-    return await _save(request, state, user, "weights", "save_weights")
+    return _save(state, user, given, "weights", "save_weights")
 
 
 @router.post("/save_weights_external")
-async def save_weights_external(request: Request, state: State, user: User) -> JSONResponse:
+async def save_weights_external(given: JsonBody, state: State, user: User) -> JSONResponse:
     """Save weights as a PEFT folder to download."""
-    return await _save(request, state, user, "external_weights", "save_weights_external")
+    return _save(state, user, given, "external_weights", "save_weights_external")
 
 
 @router.post("/save_weights_for_sampler")
-async def save_weights_for_sampler(request: Request, state: State, user: User) -> JSONResponse:
+async def save_weights_for_sampler(given: JsonBody, state: State, user: User) -> JSONResponse:
     """Save weights to sample from, by name; or hold them in memory for a sampling session."""
-    body = await read_json(request, state.max_body_bytes)
-    if body.get("path") is not None:
-        return await _save(
-            request, state, user, "sampler_weights", "save_weights_for_sampler", body
-        )
+    if given.get("path") is not None:
+        return _save(state, user, given, "sampler_weights", "save_weights_for_sampler")
 
     def start(call: SaveWeights, model: Model) -> Future[Any]:
         call.refuse_what_is_not_offered()
@@ -292,16 +288,11 @@ async def save_weights_for_sampler(request: Request, state: State, user: User) -
     def answer(sampler_id: str) -> dict[str, Any]:
         return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
 
-    return await _model_call(request, state, user, SaveWeights, start, answer, body)
+    return _model_call(state, user, given, SaveWeights, start, answer)
 
 
-async def _save(
-    request: Request,
-    state: ServerState,
-    user: str,
-    kind: str,
-    route: str,
-    body: dict[str, Any] | None = None,
+def _save(
+    state: ServerState, user: str, given: dict[str, Any], kind: str, route: str
 ) -> JSONResponse:
     def start(call: SaveWeights, model: Model) -> Future[Any]:
         call.refuse_what_is_not_offered()
@@ -316,15 +307,14 @@ async def _save(
     def answer(saved: Checkpoint) -> dict[str, Any]:
         return {"path": saved.path, "size_bytes": saved.size_bytes, "type": route}
 
-    return await _model_call(request, state, user, SaveWeights, start, answer, body)
+    return _model_call(state, user, given, SaveWeights, start, answer)
 
 
 @router.post("/load_weights")
-async def load_weights(request: Request, state: State, user: User) -> JSONResponse:
+async def load_weights(given: JsonBody, state: State, user: User) -> JSONResponse:
     """Make a model that starts from a checkpoint (``session_id``), or let one go on from it
     (``model_id``).
     """
-    given = await read_json(request, state.max_body_bytes)
     body = parsed(LoadWeights, given)
     if isinstance(body, str) and not ("model_id" in given and "seq_id" in given):
         raise HTTPException(400, body)
@@ -337,7 +327,7 @@ async def load_weights(request: Request, state: State, user: User) -> JSONRespon
         def answer(path: str) -> dict[str, Any]:
             return {"path": path, "type": "load_weights"}
 
-        return await _model_call(request, state, user, LoadWeights, start, answer, given)
+        return _model_call(state, user, given, LoadWeights, start, answer)
     if body.session_id is None or body.model_seq_id is None:
         raise HTTPException(
             400, "load_weights wants session_id and model_seq_id, or model_id and seq_id"
@@ -374,19 +364,17 @@ def _refuse_optimizer(config: dict[str, Any] | None) -> None:
         raise DataError(f"optimizer_config {kind!r} is not offered; adamw is")
 
 
-async def _model_call(
-    request: Request,
+def _model_call(
     state: ServerState,
     user: str,
-    kind: Any,
+    given: dict[str, Any],
+    kind: type[pydantic.BaseModel],
     start: Callable[[Any, Model], Future[Any]],
     answer: Callable[[Any], dict[str, Any]],
-    body: dict[str, Any] | None = None,
 ) -> JSONResponse:
     """A JSON call that names a model and its place in the model's order; ``answer`` is what is
     told of its result.
     """
-    given = await read_json(request, state.max_body_bytes) if body is None else body
     _require_ids(given)
     call = _over(state) if given.get("_too_large") else parsed(kind, given)
     begin = call if isinstance(call, str) else functools.partial(start, call)
