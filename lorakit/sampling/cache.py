@@ -130,11 +130,8 @@ class KVCache:
         """What is the same in all passes of one token for each row that a recording stands for;
         None where there is none for it.
         """
-        if (
-            not self.keys
-            or len(self._masks) != len(self._runs) * len(self._windows)
-            or self._fill is not None
-        ):
+        has_masks = len(self._masks) == len(self._runs) * len(self._windows)
+        if not self.keys or not has_masks or self._fill is not None:
             return None
         return (len(self._runs), *self.keys, *self._windows, next(iter(self.keys.values())).dtype)
 
@@ -211,9 +208,7 @@ class KVCache:
         return out.reshape(batch, 1, heads, values.shape[3])
 
     def _mask(self, run: _Run, window: int | None, like: torch.Tensor) -> torch.Tensor:
-        """(rows, 1, 1, longest + 1): what stands at or before each row's new token, and within
-        the window.
-        """
+        """(rows, 1, 1, longest + 1): what is at or before each row's new token, in the window."""
         if (run, window) not in self._masks:
             assert self._lengths_B is not None
             places = torch.arange(run.longest + 1, device=like.device)
@@ -271,8 +266,5 @@ def plan_runs(lengths: Sequence[int], run_cost: int) -> list[_Run]:
 def wasted_tokens(lengths: Sequence[int], run_cost: int) -> int:
     """How many tokens are read in vain, runs included."""
     runs = plan_runs(lengths, run_cost)
-    return (
-        sum((run.end - run.first) * run.longest for run in runs)
-        - sum(lengths)
-        + run_cost * (len(runs) - 1)
-    )
+    num_read = sum((run.end - run.first) * run.longest for run in runs)
+    return num_read - sum(lengths) + run_cost * (len(runs) - 1)

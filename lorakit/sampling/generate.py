@@ -186,9 +186,7 @@ def _without_own_settings(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(seed: int | None, model: Any) -> Iterator[None]:
-    """Draw from a random state of our own, so that sampling while training does not move the
-    training's.
-    """
+    """Draw from a random state of our own: sampling leaves that of the training as it is."""
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed if seed is not None else secrets.randbits(63))

@@ -50,9 +50,7 @@ def _score_by_token(hidden_NH: torch.Tensor, head: Head, targets_N1: torch.Tenso
 def _draw_alternatives(
     request: Request, hidden_NH: torch.Tensor, head: Head
 ) -> tuple[TensorData, TensorData]:
-    """Draw tokens at each place, by numbers of the place alone; (N, K) tokens and their
-    log-probabilities.
-    """
+    """Draw tokens by numbers of the place alone: (N, K) tokens and their log-probabilities."""
     tokens = np.zeros((len(hidden_NH), request.num_alternatives), np.int64)
     logprobs = np.zeros(tokens.shape, np.float32)
     for first in range(0, len(hidden_NH), 64):

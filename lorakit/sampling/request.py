@@ -123,9 +123,7 @@ class Request:
             f"prompt[{place}] is token {token}, and the vocabulary has {vocab_size:,}"
             for place, token in wrong[:1]
         ]
-        if len(self.prompt) > max_tokens or (
-            len(self.prompt) == max_tokens and params.max_tokens != 0
-        ):
+        if len(self.prompt) + (params.max_tokens != 0) > max_tokens:
             problems.append(
                 f"prompt has {len(self.prompt):,} tokens, and the model takes {max_tokens:,} with"
                 " those that follow"
@@ -248,12 +246,8 @@ class SampledSequence:
     @classmethod
     def of(cls, running: RunningRequest, number: int) -> SampledSequence:
         request = running.request
-        return cls(
-            running,
-            number,
-            sample_key(request.params.seed or 0, request.first_number + number),
-            len(request.prompt),
-        )
+        key = sample_key(request.params.seed or 0, request.first_number + number)
+        return cls(running, number, key, len(request.prompt))
 
     def add(self, token: int, logprob: float, best: list[tuple[int, float]] | None) -> bool:
         """Take a token; return whether it was the last."""

@@ -75,9 +75,8 @@ def answer_all(
         samples = generate(model, tokenizer, [prompt for prompt, _ in part], params, images)
         for (prompt, expected), sample in zip(part, samples, strict=True):
             tokens = images.tokens(prompt) if images else prompt.to_ints()
-            answers.append(
-                Answer(tokenizer.decode(tokens), _cut(tokenizer, expected, stop), sample)
-            )
+            wanted = _cut(tokenizer, expected, stop)
+            answers.append(Answer(tokenizer.decode(tokens), wanted, sample))
         if progress:
             progress(len(part))
     return answers

@@ -63,17 +63,15 @@ class TokenSampler:
         if self.all_greedy:
             tokens = logprobs_BV.argmax(dim=-1)
         else:
-            drawn = torch.from_numpy(uniform(self.keys, np.asarray(places, np.uint64))).to(
-                logits_BV.device
-            )[:, None]
+            numbers = uniform(self.keys, np.asarray(places, np.uint64))
+            drawn = torch.from_numpy(numbers).to(logits_BV.device)[:, None]
             tokens = _invert(logprobs_BV.double().exp_(), drawn)
             if self.cut is not None:
                 tokens[self.cut] = self._pick_cut(logprobs_BV[self.cut], drawn[self.cut])
             if self.is_greedy_B is not None:
                 tokens = torch.where(self.is_greedy_B, logprobs_BV.argmax(dim=-1), tokens)
         best = logprobs_BV.topk(min(self.num_best, logprobs_BV.shape[1])) if self.num_best else None
-        found = None if best is None else (best.values, best.indices)
-        return SampledTokens(tokens, logprobs_BV.gather(1, tokens[:, None])[:, 0], found)
+        return SampledTokens(tokens, logprobs_BV.gather(1, tokens[:, None])[:, 0], best)
 
     def _pick_cut(self, logprobs_bV: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
         """Among the best ``top_k`` tokens, and of these the fewest that hold ``top_p`` of their

@@ -61,16 +61,12 @@ class _Recording:
 
 
 class TracedStep:
-    """Runs a model's passes of one token for each row: as they are, until a kind of pass has
-    come often.
-    """
+    """Runs a model's passes of one token for each row: as they are, until a kind has come often."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.num_replayed = model, 0
-        # passes at all
-        self.records = model.device.type == "cpu" and not any(
-            map(is_partitioned, model.parameters())
-        )
+        is_whole = not any(map(is_partitioned, model.parameters()))
+        self.records = model.device.type == "cpu" and is_whole  # passes at all
         self._seen: collections.Counter[Hashable] = collections.Counter()
         self._recordings: dict[Hashable, _Recording | None] = {}
 
@@ -101,10 +97,8 @@ class TracedStep:
             self._recordings[kind] = _compared(recording, found, hidden)
             return hidden
         self._seen[kind] += 1
-        if (
-            self._seen[kind] == RECORD_AFTER
-            and sum(r is not None for r in self._recordings.values()) < MAX_RECORDINGS
-        ):
+        num_recordings = sum(one is not None for one in self._recordings.values())
+        if self._seen[kind] == RECORD_AFTER and num_recordings < MAX_RECORDINGS:
             with _frozen(self.model):
                 self._recordings[kind] = _record(
                     compute, tokens, positions, cache, adapter_batch, inputs

@@ -4,12 +4,12 @@ replaced or removed while it is read.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import datetime
 import re
 import shutil
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +47,7 @@ class CheckpointRegistry:
         self._database = database
         # Of a run, under which its folders, and their rows, change: a large one of another run
         # keeps nobody waiting.
-        self._locks: collections.defaultdict[str, threading.RLock] = collections.defaultdict(
-            threading.RLock
-        )
+        self._locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
 
     def save(
         self,

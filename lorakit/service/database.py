@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from lorakit.errors import CheckpointError
 
@@ -114,12 +112,8 @@ class Database:
         self._engine = sa.create_engine(f"sqlite:///{(self.folder / 'lorakit.db').absolute()}")
         sa.event.listen(self._engine, "connect", _set_pragmas)
         _Table.metadata.create_all(self._engine)
-
-    @contextmanager
-    def session(self) -> Iterator[Session]:
-        """A transaction: committed where the block ends well."""
-        with Session(self._engine, expire_on_commit=False) as session, session.begin():
-            yield session
+        # a transaction: committed where the block ends well
+        self.session = sessionmaker(self._engine, expire_on_commit=False).begin
 
     def close(self) -> None:
         self._engine.dispose()

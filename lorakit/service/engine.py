@@ -246,7 +246,10 @@ class Engine:
             if not orders and not cancelled and not self._sampling:
                 return
             try:
-                finished = self._step_samples(orders, cancelled)
+                if self.base.is_partitioned:  # each process has a part, so all sample
+                    finished = self.do("sample", orders, cancelled)
+                else:
+                    finished = self.worker.sample(orders, cancelled)
             except Exception as error:
                 log.exception("sampling failed")
                 if not isinstance(error, LorakitError):
@@ -258,17 +261,6 @@ class Engine:
                     _settle(future, outcome)
             if (self._queues and time.perf_counter() > end) or self._is_closed:
                 return
-
-    def _step_samples(
-        self, orders: list[SampleOrder], cancelled: list[int]
-    ) -> list[tuple[int, Any]]:
-        """Sampling takes every process where each has a part of the base; where each has all of
-        it, this one does it alone.
-        """
-        if self.base.is_partitioned:
-            found: list[tuple[int, Any]] = self.do("sample", orders, cancelled)
-            return found
-        return self.worker.sample(orders, cancelled)
 
     def _admit(self) -> list[SampleOrder]:
         with self._changed:
@@ -362,9 +354,7 @@ class Engine:
                 _settle(task.future, outcome)
 
     def _groups(self, tasks: list[_Task]) -> list[list[_Task]]:
-        """Which orders go through the base together: as many as the limits allow, in their
-        order.
-        """
+        """Which calls go through the base together: as many as the limits allow, in order."""
         groups: list[list[_Task]] = []
         for task in tasks:
             last = groups[-1] if groups else []

@@ -252,9 +252,7 @@ def _keep(
 def _merge(
     found: list[_Found], others: list[tuple[dict[int, TensorData], dict[str, float]]]
 ) -> None:
-    """Add what another process has found; of this one's own, which comes back too, everything is
-    there.
-    """
+    """Add what another process has found; this one's own, which comes back too, is there."""
     for result, (logprobs, metrics) in zip(found, others, strict=True):
         if logprobs and not logprobs.keys() <= result.logprobs.keys():
             result.logprobs |= logprobs

@@ -4,7 +4,6 @@ the same to it, in the same order.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -179,14 +178,11 @@ class Worker:
         request = replace(
             order.request,
             adapter=adapter,
-            done=functools.partial(self._finish, order.number),
+            done=lambda outcome: self._finished.append((order.number, outcome)),
             each=self.listeners.get(order.number),
         )
         self.sampler.add(request)
         self._requests[order.number] = request
-
-    def _finish(self, number: int, outcome: Any) -> None:
-        self._finished.append((number, outcome))
 
     def fail_samples(self, error: BaseException) -> None:
         """End everything that is being sampled."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -20,7 +19,6 @@ from lorakit.service.http import listing as catalogue
 from lorakit.service.http.dependencies import NO_KEY, USER, name_problems, status_of
 from lorakit.service.http.state import ServerState
 
-log = logging.getLogger("lorakit")
 METHODS = ["GET", "POST", "PUT", "DELETE"]
 # What the SDK can ask for and is answered 404: 501 it would try for a minute and more.
 NOT_OFFERED = {

@@ -152,9 +152,8 @@ def _datum(message: Any) -> Datum:
     for number, chunk in enumerate(message.model_input):
         kind = chunk.WhichOneof("kind")
         if kind == "encoded_text":
-            chunks.append(
-                EncodedTextChunk(tuple(np.frombuffer(chunk.encoded_text.tokens, np.int32).tolist()))
-            )
+            tokens = np.frombuffer(chunk.encoded_text.tokens, np.int32)
+            chunks.append(EncodedTextChunk(tuple(tokens.tolist())))
         elif kind == "image":
             count = chunk.image.expected_tokens if chunk.image.HasField("expected_tokens") else None
             chunks.append(_image(number, chunk.image.data, chunk.image.format, count))
@@ -218,9 +217,8 @@ def model_input_from_json(message: Mapping[str, Any]) -> ModelInput:
             chunks.append(EncodedTextChunk(tuple(chunk["tokens"])))
         elif kind == "image":
             data = base64.b64decode(chunk["data"], validate=True)
-            chunks.append(
-                _image(number, data, chunk.get("format", "png"), chunk.get("expected_tokens"))
-            )
+            format, count = chunk.get("format", "png"), chunk.get("expected_tokens")
+            chunks.append(_image(number, data, format, count))
         else:
             raise DataError(f"chunks[{number}] is {kind}; there are encoded_text and image")
     return ModelInput(tuple(chunks))
@@ -232,10 +230,8 @@ def tensor_from_json(message: Mapping[str, Any]) -> np.ndarray:
     values = np.asarray(message["data"], dtype)
     shape = message.get("shape")
     if message.get("sparse_crow_indices") is not None:
-        crow, col = (
-            np.asarray(message[name], np.int64)
-            for name in ("sparse_crow_indices", "sparse_col_indices")
-        )
+        crow = np.asarray(message["sparse_crow_indices"], np.int64)
+        col = np.asarray(message["sparse_col_indices"], np.int64)
         return _dense(values, crow, col, shape or ())
     return values.reshape(tuple(shape)) if shape is not None else values
 
@@ -257,9 +253,7 @@ def sampling_params_from_json(message: Mapping[str, Any]) -> SamplingParams:
 
 
 def write_forward_backward(output: ForwardBackwardOutput) -> bytes:
-    """As protobuf. Datums whose arrays differ in trailing shape go into records of their own, in
-    order.
-    """
+    """As protobuf: one record for each run of Datums whose arrays have the same trailing shapes."""
     message = schema.ForwardBackwardOutput(loss_fn_output_type=output.loss_fn_output_type)
     for name, value in output.metrics.items():
         message.metrics[name] = value

@@ -114,9 +114,8 @@ async def retrieve_future(
     if answer is None:
         waiting = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}
         return JSONResponse(waiting, status_code=408)
-    media_type, payload = answer.body(
-        accepts_protobuf="application/x-protobuf" in request.headers.get("accept", "")
-    )
+    accepts_protobuf = "application/x-protobuf" in request.headers.get("accept", "")
+    media_type, payload = answer.body(accepts_protobuf=accepts_protobuf)
     return Response(payload, media_type=media_type)
 
 

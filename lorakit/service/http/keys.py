@@ -21,9 +21,7 @@ class ApiKeyStore:
         self._known: list[ApiKey] = []
 
     def make(self, user: str) -> str:
-        """Return a new key of ``user``, which is nowhere else. Raises ConfigError where the user
-        has one.
-        """
+        """Return a new key of ``user``, kept nowhere. Raises ConfigError where the user has one."""
         if not user or user == LOCAL_OWNER:
             raise ConfigError(f"{user!r} cannot be a user's name")
         if self._database.get(ApiKey, user) is not None:

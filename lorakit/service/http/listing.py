@@ -265,7 +265,8 @@ def _place(saved: Checkpoint) -> dict[str, str]:
 
 
 def _run(state: ServerState, run: Run, saved: list[Checkpoint]) -> dict[str, Any]:
-    own = [one for one in saved if one.run_id == run.id]
+    # by kind; what was saved last stands first
+    last = {one.kind: _checkpoint(one) for one in reversed(saved) if one.run_id == run.id}
     model = state.service.trained.get(run.id)
     usage = state.service.usage(model) if model else None
     return {
@@ -276,10 +277,8 @@ def _run(state: ServerState, run: Run, saved: list[Checkpoint]) -> dict[str, Any
         "corrupted": False,
         "lora_rank": run.lora.get("rank"),
         "last_request_time": _time(run.last_request),
-        "last_checkpoint": next((_checkpoint(one) for one in own if one.kind == "weights"), None),
-        "last_sampler_checkpoint": next(
-            (_checkpoint(one) for one in own if one.kind == "sampler_weights"), None
-        ),
+        "last_checkpoint": last.get("weights"),
+        "last_sampler_checkpoint": last.get("sampler_weights"),
         "user_metadata": _texts(run.user_metadata),
         "tokens": usage.tokens if usage else run.tokens,
         "seconds": usage.seconds if usage else run.seconds,
@@ -322,8 +321,6 @@ def _check_signature(
 
 
 def _sign(saved: Checkpoint, file: str, expires: int) -> str:
-    """A signature of a file of this save: files of two saves under one name are not handed out
-    as one.
-    """
+    """Signs a file of this save: that of another save of the same name is not handed out for it."""
     text = "\n".join((saved.path, saved.created.isoformat(), file, str(expires)))
     return hmac.new(_URL_SECRET, text.encode(), hashlib.sha256).hexdigest()

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import secrets
 import time
@@ -35,9 +36,7 @@ MAX_KNOWN = 32  # adapters that are held for it
 
 
 class _Token(NamedTuple):
-    """One token of a stream with its log-probabilities, and where in the text of all tokens it
-    begins.
-    """
+    """A token of a stream, its log-probabilities, and where in the text of all tokens it begins."""
 
     sample: Sample
     offset: int
@@ -207,9 +206,8 @@ async def _weights(state: ServerState, user: str, model: str) -> Weights:
     # one that was written over is another
     made = state.service.checkpoints.find(model, user).created if is_path else ""
     name = f"openai:{user}:{model}:{made}"
-    if name not in state.samplers or (
-        state.samplers[name][1].done() and state.samplers[name][1].exception()
-    ):
+    _, read = state.samplers.get(name, (user, None))
+    if read is None or (read.done() and read.exception()):
         if model not in state.service.models and not is_path:
             raise HTTPException(
                 404, f"there is no model {model!r}; there are: {', '.join(state.service.models)}"
@@ -218,9 +216,9 @@ async def _weights(state: ServerState, user: str, model: str) -> Weights:
         known = [key for key in state.samplers if key.startswith("openai:")]
         for old in known[: max(0, len(known) + 1 - MAX_KNOWN)]:
             del state.samplers[old]
-        future = as_future(lambda: state.service.weights(owner=user, **options))
-        state.samplers[name] = (user, future)
-    weights = await asyncio.wrap_future(state.samplers[name][1])
+        read = as_future(lambda: state.service.weights(owner=user, **options))
+        state.samplers[name] = (user, read)
+    weights = await asyncio.wrap_future(read)
     assert isinstance(weights, Weights)
     return weights
 
@@ -285,9 +283,7 @@ async def _all(request: Request, futures: list[Future[Any]]) -> list[SampleRespo
 def _start(
     state: ServerState, job: _Job, each: Callable[[_Choice, SampledSequence], None] | None
 ) -> list[tuple[list[_Choice], Future[Any]]]:
-    """Ask for each prompt's completions; ``each`` is told of every token, in the engine's
-    thread.
-    """
+    """Ask for each prompt's completions; ``each`` is told every token, in the engine's thread."""
     stop, found = stop_strings(job.params), []
     for number, prompt in enumerate(job.prompts):
         choices = [
@@ -383,12 +379,9 @@ def _named_logprobs(
     """Tokens as text, with their log-probabilities, and where in the text they begin."""
     tokens = [*(token for token, _ in before), *sample.tokens]
     logprobs = [*(logprob for _, logprob in before), *(sample.logprobs or ())]
-    best: list[Any] = [None] * len(tokens)
-    best[len(before) : len(before) + len(sample.topk_logprobs or ())] = sample.topk_logprobs or ()
+    best: list[Any] = [None] * len(before)
+    best += sample.topk_logprobs or [None] * len(sample.tokens)
     texts = [job.tokenizer.decode([token]) for token in tokens]
-    offsets = [offset]
-    for text in texts[:-1]:
-        offsets.append(offsets[-1] + len(text))
     named = [
         None if row is None else {job.tokenizer.decode([token]): value for token, value in row}
         for row in best
@@ -397,7 +390,7 @@ def _named_logprobs(
         "tokens": texts,
         "token_logprobs": logprobs,
         "top_logprobs": named if has_best else None,
-        "text_offset": offsets,
+        "text_offset": list(itertools.accumulate(map(len, texts[:-1]), initial=offset)),
     }
 
 

@@ -87,9 +87,7 @@ class PendingRequests:
         self._writer.join(10)
 
     def open(self, request_id: str, owner: str) -> tuple[PendingRequest, bool]:
-        """Return the pending request, and whether it is new: a request that comes again has
-        the same.
-        """
+        """Return the request, and whether it is new: one that comes again is the same."""
         if (owner, request_id) in self._pending:
             return self._pending[owner, request_id], False
         found = self.database.result(request_id, owner)

@@ -58,10 +58,9 @@ async def create_sampling_session(given: JsonBody, state: State, user: User) -> 
         raise HTTPException(404, f"there is no session {body.session_id}; make a new ServiceClient")
     sampler_id = f"{session.id}:sample:{body.sampling_session_seq_id}"
     if sampler_id not in state.samplers:
+        base_of = state.service.checkpoints.base_of
         try:
-            base_model = body.base_model or state.service.checkpoints.base_of(
-                body.model_path or "", user
-            )
+            base_model = body.base_model or base_of(body.model_path or "", user)
         except LorakitError as error:
             raise HTTPException(404, str(error)) from error
         future = state.in_background(
@@ -123,10 +122,9 @@ def _sample(state: ServerState, user: str, body: Sample) -> Future[Any]:
         raise DataError(f"the request cannot be read: {error}") from error
     if body.record_stability_info:
         raise DataError("record_stability_info is not offered: its loss is not public")
-    num_of_text = len(prompt.text_tokens()) + sum(
-        image.expected_tokens or 0 for image in prompt.images
-    )
-    num_of_prompt = num_of_text * (1 + body.topk_prompt_logprobs + body.prompt_alt_tokens_k)
+    num_positions = len(prompt.text_tokens())
+    num_positions += sum(image.expected_tokens or 0 for image in prompt.images)
+    num_of_prompt = num_positions * (1 + body.topk_prompt_logprobs + body.prompt_alt_tokens_k)
 
     def start(loaded: Weights) -> Future[Any]:
         refuse_huge(

@@ -28,9 +28,7 @@ MAX_READ = 16  # of a session, read from checkpoints: one that had to go is read
 
 @dataclass
 class SequenceBuffer:
-    """One model's calls, which may come in any order and twice, given out by their seq_id, from
-    1.
-    """
+    """One model's calls, which come in any order and twice, given out by their seq_id, from 1."""
 
     next_seq_id: int = 1
     held: dict[int, Callable[[], None]] = field(default_factory=dict)
@@ -129,9 +127,7 @@ class ServerState:
         return session
 
     def session(self, session_id: str, owner: str) -> Session | None:
-        """Return a session of ``owner`` that goes on, be it from before a restart; None where
-        there is none.
-        """
+        """Return a session of ``owner`` that goes on, also from before a restart, or None."""
         if (session := self.sessions.get(session_id)) is not None:
             if session.owner != owner:
                 return None
@@ -212,9 +208,7 @@ class ServerState:
         return chained(self.pool.submit(as_future, start), lambda future: future)
 
     def weights(self, sampler_id: str, owner: str) -> Future[Any]:
-        """Return the future of a sampler's Weights. Raises CheckpointError where there is no
-        such sampler.
-        """
+        """Return the future of a sampler's Weights. Raises CheckpointError where there is none."""
         if (found := self.samplers.get(sampler_id)) is not None and found[0] == owner:
             session = self.sessions.get(sampler_id.partition(":")[0])
             if session is not None and sampler_id in session.holding:
@@ -315,9 +309,7 @@ def chained(first: Future[Any], then: Callable[[Any], Future[Any]]) -> Future[An
 
 
 def as_future(start: Callable[[], Future[Any]]) -> Future[Any]:
-    """Return ``start()``, or a future of what it raises: a pending request that was made must be
-    settled.
-    """
+    """Return ``start()``, or a future of what it raises: pending requests must be settled."""
     try:
         return start()
     except Exception as error:
