@@ -139,7 +139,7 @@ class Batch:
     (attention mask and cache must be absent). With images it is (4, B, L): the place in the
     document, then time, height and width (M-RoPE).
 
-    Where several processes share each row, L is the length of this one's ``part``, and
+    Where several processes share each row, L is the length of this one's ``position_range``, and
     ``position_ids`` are given.
     """
 
@@ -153,7 +153,7 @@ class Batch:
     window_weight: float = 0.0
     cursor: Cursor | None = None  # the stream's state after this batch
     # first position of each row that is here, and one past the last; None: all are
-    part: tuple[int, int] | None = None
+    position_range: tuple[int, int] | None = None
     extras: dict[str, torch.Tensor] = field(default_factory=dict)  # further loss inputs, (B, L)
     images: Images | None = None
     # per span, how many of them are its own; empty where there is none
@@ -195,7 +195,7 @@ class Batch:
     def _by_span(self, values: Sequence[int], padding: int) -> torch.Tensor:
         import torch
 
-        first, last = self.part or (0, self.input_ids.shape[1])
+        first, last = self.position_range or (0, self.input_ids.shape[1])
         ids = np.full(self.input_ids.shape, padding, np.int64)
         for (row, start, end), value in zip(self.spans, values, strict=True):
             ids[row, max(start, first) - first : max(min(end, last) - first, 0)] = value
@@ -216,7 +216,7 @@ class Batch:
         """``spans`` as far as this process holds them, counted from the first position that it
         holds.
         """
-        first, last = self.part or (0, self.input_ids.shape[1])
+        first, last = self.position_range or (0, self.input_ids.shape[1])
         clipped = (
             (row, max(start, first) - first, min(end, last) - first)
             for row, start, end in self.spans

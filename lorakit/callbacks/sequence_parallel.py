@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 
+from lorakit.data.specs import DataSpec
 from lorakit.model.load import base_of
 from lorakit.strategy.sequence import share_rows
 
@@ -16,7 +17,8 @@ class SequenceParallel(L.Callback):
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        parts = getattr(trainer.strategy, "sequence_parallel", 1)
-        if parts > 1:
-            datamodule = getattr(trainer, "datamodule", None)
-            share_rows(base_of(pl_module.model), parts, getattr(datamodule, "max_tokens", None))
+        sp_size = getattr(trainer.strategy, "sequence_parallel", 1)
+        if sp_size > 1:
+            spec = getattr(getattr(trainer, "datamodule", None), "spec", None)
+            max_tokens = spec.rendering.max_tokens if isinstance(spec, DataSpec) else None
+            share_rows(base_of(pl_module.model), sp_size, max_tokens)

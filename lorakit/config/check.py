@@ -67,9 +67,9 @@ def check_settings(config: dict[str, Any]) -> None:
         problems += find_argument_problems(config[group], group)
     if not problems:
         problems += _find_range_problems(config)
-    parts = config["strategy"].get("sequence_parallel", 1)
-    if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
-        problems.append(f"strategy.sequence_parallel={parts} must be a whole number, at least 1")
+    sp_size = config["strategy"].get("sequence_parallel", 1)
+    if isinstance(sp_size, bool) or not isinstance(sp_size, int) or sp_size < 1:
+        problems.append(f"strategy.sequence_parallel={sp_size} must be a whole number, at least 1")
     if config["strategy"]["_target_"] != "auto":
         problems += find_argument_problems(config["strategy"], "strategy")
     seed = config["seed"]

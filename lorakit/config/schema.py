@@ -189,8 +189,8 @@ class RunConfig:
     @property
     def sequence_parallel(self) -> int:
         """How many processes share each row of tokens."""
-        parts: int = self.strategy.get("sequence_parallel", 1)
-        return parts
+        size: int = self.strategy.get("sequence_parallel", 1)
+        return size
 
     @cached_property
     def is_of_pairs(self) -> bool:

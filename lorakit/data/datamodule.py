@@ -409,10 +409,10 @@ class LoRADataModule(L.LightningDataModule):
         """
         if not self.trainer:
             return {}
-        parts = getattr(getattr(self.trainer, "strategy", None), "sequence_parallel", 1)
-        rank, part = divmod(self.trainer.global_rank, parts)
-        world_size = self.trainer.world_size // parts
-        return {"rank": rank, "world_size": world_size, "part": part, "parts": parts}
+        sp_size = getattr(getattr(self.trainer, "strategy", None), "sequence_parallel", 1)
+        rank, sp_rank = divmod(self.trainer.global_rank, sp_size)
+        world_size = self.trainer.world_size // sp_size
+        return {"rank": rank, "world_size": world_size, "sp_rank": sp_rank, "sp_size": sp_size}
 
     @property
     def _num_set_aside(self) -> int:

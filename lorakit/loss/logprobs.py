@@ -226,7 +226,7 @@ def _run(model: Any, batch: Batch) -> Any:
     seen = {}
     if batch.images is not None:
         seen = {"pixel_values": batch.images.patches_PD, "image_grid_thw": batch.images.grids_N3}
-    with packed_documents(batch.spans, in_parts=batch.part is not None):
+    with packed_documents(batch.spans, is_shared=batch.position_range is not None):
         return model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **seen
         )

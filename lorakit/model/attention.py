@@ -29,11 +29,11 @@ from lorakit.errors import ConfigError
 
 NAME = "sdpa_by_document"
 # what attends by document: the latter is of strategy/sequence.py
-BY_DOCUMENT = (NAME, "sdpa_in_parts")
+BY_DOCUMENT = (NAME, "sdpa_shared_rows")
 MAX_PADDING = 0.2  # share of a group of documents
 Span = tuple[int, int, int]  # row, first position, one past the last
 
-IN_PARTS: Span = (-1, -1, -1)  # stands before the documents of rows that several processes share
+SHARED_ROWS: Span = (-1, -1, -1)  # stands before the documents of rows that several processes share
 _documents: contextvars.ContextVar[Sequence[Span] | None] = contextvars.ContextVar(
     "documents", default=None
 )
@@ -92,27 +92,26 @@ def find_difference(ours: torch.Tensor, expected: torch.Tensor, *, is_exact: boo
 
 
 @torch.no_grad()
-def packed_logits(model: Any, part: int = 0, parts: int = 1) -> torch.Tensor:
+def packed_logits(model: Any, sp_rank: int = 0, sp_size: int = 1) -> torch.Tensor:
     """The logits of two rows of 32 positions: documents of 20, 7 and 3, of 32; and 2 positions of
     padding, which are left out.
 
-    With several ``parts`` each row is shared by as many processes, and the logits are those of this
-    one's.
+    ``sp_size`` processes share each row; the logits are those of number ``sp_rank``.
     """
     spans = ((0, 0, 20), (0, 20, 27), (0, 27, 30), (1, 0, 32))
     positions = torch.zeros((2, 32), dtype=torch.long)
     for row, start, end in (*spans, (0, 30, 32)):
         positions[row, start:end] = torch.arange(end - start)
-    vocab_size, padded = model.config.get_text_config().vocab_size, -(-32 // parts) * parts
+    vocab_size, padded = model.config.get_text_config().vocab_size, -(-32 // sp_size) * sp_size
     tokens = torch.randint(0, vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     tokens, positions = (
         torch.nn.functional.pad(tensor, (0, padded - 32)) for tensor in (tokens, positions)
     )
     was_training = model.training
     model.eval()
-    here = slice(part * padded // parts, (part + 1) * padded // parts)
+    here = slice(sp_rank * padded // sp_size, (sp_rank + 1) * padded // sp_size)
     try:
-        with packed_documents(spans, in_parts=parts > 1):
+        with packed_documents(spans, is_shared=sp_size > 1):
             logits = model(
                 input_ids=tokens[:, here].to(model.device),
                 position_ids=positions[:, here].to(model.device),
@@ -125,14 +124,14 @@ def packed_logits(model: Any, part: int = 0, parts: int = 1) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def packed_documents(spans: Sequence[Span] | None, *, in_parts: bool = False) -> Iterator[None]:
+def packed_documents(spans: Sequence[Span] | None, *, is_shared: bool = False) -> Iterator[None]:
     """Within it, models with this attention see each of ``spans`` alone; None leaves masks as
     transformers makes them.
 
-    ``in_parts``: several processes share the rows, and ``spans`` are those of whole rows;
+    ``is_shared``: several processes share the rows, and ``spans`` are those of whole rows;
     ``strategy/sequence.py`` attends so.
     """
-    token = _documents.set((IN_PARTS, *(spans or ())) if in_parts else spans)
+    token = _documents.set((SHARED_ROWS, *(spans or ())) if is_shared else spans)
     try:
         yield
     finally:
@@ -163,7 +162,7 @@ def document_mask(*, local_size: int | None = None, **kwargs: Any) -> torch.Tens
         local_size is not None and max(end - start for _, start, end in spans) > local_size
     ):
         # model/families.py:row_sharing_problem looks for it before
-        if spans and spans[0] == IN_PARTS:
+        if spans and spans[0] == SHARED_ROWS:
             raise ConfigError(
                 f"the model's attention has a window of {local_size} positions; set"
                 " strategy.sequence_parallel=1"

@@ -259,15 +259,14 @@ def packing_is_doubtful(config: Any) -> str | None:
     return None
 
 
-def row_sharing_problem(config: Any, parts: int, max_tokens: int | None = None) -> str | None:
-    """Return why ``parts`` processes cannot share rows of this model, of at most ``max_tokens``, or
-    None.
+def row_sharing_problem(config: Any, sp_size: int, max_tokens: int | None = None) -> str | None:
+    """Return why ``sp_size`` processes cannot share rows of this model, of at most ``max_tokens``,
+    or None.
 
-    What depends on the length of what is here, and not on positions, would be computed from the
-    length of a part.
+    What depends on the number of positions in a process, and not on which they are, would be wrong.
     """
     text = config.get_text_config()
-    if text.num_attention_heads % parts:
+    if text.num_attention_heads % sp_size:
         return f"its {text.num_attention_heads} attention heads cannot be divided so"
     if (reason := packing_is_doubtful(config)) is not None:
         return reason

@@ -25,7 +25,7 @@ def with_blank_image(model: Any, batch: Batch) -> Batch:
     together: so the blank image goes the way of any other. It stands behind every token, which
     therefore does not see it; the loss is the same, and gradients are there and zero.
     """
-    if batch.images is not None or batch.part is not None or not is_tower_needed(model):
+    if batch.images is not None or batch.position_range is not None or not is_tower_needed(model):
         return batch
     config, device = base_of(model).config, batch.input_ids.device
     num_rows, length = batch.input_ids.shape

@@ -15,7 +15,7 @@ from lorakit.errors import ConfigError
 from lorakit.model.families import row_sharing_problem
 from lorakit.pipeline.processes import Place
 from lorakit.planner.step_plan import StepPlan
-from lorakit.strategy.sequence import check_parts
+from lorakit.strategy.sequence import check_group_size
 
 # of a process's memory that a whole base may take where no plan can be made: activations need the
 # rest
@@ -28,17 +28,17 @@ def choose_strategy(step: StepPlan, place: Place, say: Callable[[str], Any]) -> 
     Raises:
         ConfigError: strategy, adapter and optimiser do not go together.
     """
-    strategy, planned, parts = step.config.strategy, step.planned, step.config.sequence_parallel
-    check_parts(parts, place.world.size)
-    if parts > 1:
-        _check_row_sharing(step.config, step.skeleton, parts)
+    strategy, planned, sp_size = step.config.strategy, step.planned, step.config.sequence_parallel
+    check_group_size(sp_size, place.world.size)
+    if sp_size > 1:
+        _check_row_sharing(step.config, step.skeleton, sp_size)
     if strategy.target == "auto":
         name, reason = _choose(step, place)
         strategy = Component.from_dict(
             yaml.safe_load((conf_dir() / "strategy" / f"{name}.yaml").read_text(encoding="utf-8"))
         )
         if name != "single":
-            strategy = strategy.with_arguments(sequence_parallel=parts)
+            strategy = strategy.with_arguments(sequence_parallel=sp_size)
         if place.world.size > 1:
             say(f"strategy=auto: {name} ({reason})")
     if strategy.get("stage") == 3 and planned.target_parameters:
@@ -50,15 +50,15 @@ def choose_strategy(step: StepPlan, place: Place, say: Callable[[str], Any]) -> 
     return strategy
 
 
-def _check_row_sharing(config: RunConfig, skeleton: Any, parts: int) -> None:
+def _check_row_sharing(config: RunConfig, skeleton: Any, sp_size: int) -> None:
     attention = config.model.attention
     attention = skeleton.config._attn_implementation if attention == "auto" else attention
     problem = f"it needs model.attention=sdpa, not {attention}" if attention != "sdpa" else None
     if problem := problem or row_sharing_problem(
-        skeleton.config, parts, config.data.rendering.max_tokens
+        skeleton.config, sp_size, config.data.rendering.max_tokens
     ):
         raise ConfigError(
-            f"strategy.sequence_parallel={parts} does not work for this model: {problem}; set it"
+            f"strategy.sequence_parallel={sp_size} does not work for this model: {problem}; set it"
             " to 1"
         )
 

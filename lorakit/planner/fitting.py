@@ -81,11 +81,11 @@ def counts_to_plan(config: RunConfig) -> list[int]:
     """The numbers of processes in ``plan.gpus`` that there can be. Raises ConfigError where
     there is none.
     """
-    parts = config.sequence_parallel
-    if not (counts := [count for count in config.plan.gpus if count % parts == 0]):
+    sp_size = config.sequence_parallel
+    if not (counts := [count for count in config.plan.gpus if count % sp_size == 0]):
         raise ConfigError(
-            f"plan.gpus={config.plan.gpus}: strategy.sequence_parallel={parts} wants"
-            f" multiples of {parts}"
+            f"plan.gpus={config.plan.gpus}: strategy.sequence_parallel={sp_size} wants"
+            f" multiples of {sp_size}"
         )
     return counts
 

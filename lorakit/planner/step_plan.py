@@ -200,7 +200,7 @@ def step_shape(
     config: RunConfig, *, accelerator: str, precision: str, rows: SampleShapes | None = None
 ) -> StepShape:
     """The largest micro-batch that a run of ``config`` will see."""
-    batches, rows, parts = config.data.batches, rows or SampleShapes(), config.sequence_parallel
+    batches, rows, sp_size = config.data.batches, rows or SampleShapes(), config.sequence_parallel
     max_tokens = config.data.rendering.max_tokens
     num_positions = config.row_tokens or min(max_tokens, rows.longest or 1 << 62)
     num_rows = config.rows_per_example * (batches.batch_size or DEFAULT_BATCH_SIZE)
@@ -210,14 +210,14 @@ def step_shape(
         num_rows = max(1, batches.tokens_per_batch // num_positions)
     return StepShape(
         num_rows=num_rows,
-        num_positions=-(-num_positions // parts),
-        parts=parts,
+        num_positions=-(-num_positions // sp_size),
+        sp_size=sp_size,
         dtype=base_dtype(config.model.dtype, precision),
         precision=precision,
         device=accelerator,
         checkpointing=config.trainer.activation_checkpointing,
         attention=config.model.attention,
-        image_tokens=rows.images_in(num_rows, num_positions) if parts == 1 else (),
+        image_tokens=rows.images_in(num_rows, num_positions) if sp_size == 1 else (),
     )
 
 
@@ -250,25 +250,25 @@ def passes_without_gradients(
     num_prompts = min(asked, MAX_BATCH)
     kept = num_prompts * (num_positions + samples.get("max_tokens", 0))
     shared = _without_gradients(
-        training, rows, num_rows, -(-num_positions // training.parts), training.parts
+        training, rows, num_rows, -(-num_positions // training.sp_size), training.sp_size
     )
     # each process samples whole rows
-    sampled = _without_gradients(training, rows, num_prompts, num_positions, parts=1)
+    sampled = _without_gradients(training, rows, num_prompts, num_positions, sp_size=1)
     in_step = training.num_rows * training.num_positions
     found = ((Pass(shared), num_rows * shared.num_positions), (Pass(sampled, kept), kept))
     return [one for one, num_positions in found if num_positions > in_step]
 
 
 def _without_gradients(
-    training: StepShape, rows: SampleShapes, num_rows: int, num_positions: int, parts: int
+    training: StepShape, rows: SampleShapes, num_rows: int, num_positions: int, sp_size: int
 ) -> StepShape:
     return dataclasses.replace(
         training,
         checkpointing=False,
         num_rows=num_rows,
         num_positions=num_positions,
-        parts=parts,
-        image_tokens=rows.images_in(num_rows, num_positions) if training.parts == 1 else (),
+        sp_size=sp_size,
+        image_tokens=rows.images_in(num_rows, num_positions) if training.sp_size == 1 else (),
     )
 
 

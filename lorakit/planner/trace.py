@@ -90,7 +90,7 @@ class StepShape:
     checkpointing: bool = False
     attention: str = "auto"
     # processes that share each row: each attends over whole rows, with so many heads less
-    parts: int = 1
+    sp_size: int = 1
     image_tokens: tuple[int, ...] = ()  # positions of each image, of all rows
 
 
@@ -145,7 +145,7 @@ def _tracing(
     _materialize(model, mode, getattr(torch, dtype))
     if not shape.image_tokens and is_tower_needed(model):
         shape = replace(shape, image_tokens=(1,))  # the blank image of `with_blank_image`
-    ledger = _Ledger(shape.parts, sum(shape.image_tokens))
+    ledger = _Ledger(shape.sp_size, sum(shape.image_tokens))
     for parameter in model.parameters():
         ledger.add(parameter, ADAPTER if parameter.requires_grad else WEIGHTS)
     for buffer in model.buffers():
@@ -189,7 +189,7 @@ def _has_no_kernel(model: Any, shape: StepShape) -> bool:
     heads = getattr(config, "num_attention_heads", 1)
     has_groups = (getattr(config, "num_key_value_heads", None) or heads) < heads
     is_float32_on_gpu = shape.device == "cuda" and shape.precision == "32-true"
-    return is_float32_on_gpu and has_groups and shape.parts == 1
+    return is_float32_on_gpu and has_groups and shape.sp_size == 1
 
 
 def keeps_scores(model: Any, shape: StepShape) -> bool:
@@ -252,9 +252,9 @@ class _Ledger(TorchDispatchMode):
     their peak.
     """
 
-    def __init__(self, parts: int = 1, num_image_positions: int = 0) -> None:
+    def __init__(self, sp_size: int = 1, num_image_positions: int = 0) -> None:
         super().__init__()
-        self.parts, self.num_image_positions = parts, num_image_positions
+        self.sp_size, self.num_image_positions = sp_size, num_image_positions
         self.live: dict[str, int] = {}
         # storage -> what it is counted as
         self._tags: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
@@ -298,7 +298,7 @@ class _Ledger(TorchDispatchMode):
         if (count := _FLOPS.get(func.overloadpacket)) is not None:
             is_attention = "scaled_dot_product" in str(func.overloadpacket)
             self.num_flops += count(*args, **kwargs, out_val=out) * (
-                self.parts if is_attention else 1
+                self.sp_size if is_attention else 1
             )
         for value in tree_iter(out):
             if isinstance(value, torch.Tensor) and value.untyped_storage() not in self._tags:

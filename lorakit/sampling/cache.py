@@ -40,8 +40,10 @@ class KVCache:
         self._fill: tuple[torch.Tensor, torch.Tensor] | None = None
         self._rows_B: torch.Tensor | None = None
         self._lengths_B: torch.Tensor | None = None
-        self._runs: list[_Run] = []
-        self._masks: dict[tuple[_Run, int | None], torch.Tensor] = {}  # by run and window
+        self._blocks: list[_Block] = []
+        self._masks: dict[
+            tuple[_Block, int | None], torch.Tensor
+        ] = {}  # by block and sliding window
         self._windows: dict[int | None, None] = {}  # that layers have; a dict for its order
 
     @property
@@ -49,7 +51,7 @@ class KVCache:
         return sum(t.nbytes for tensors in (self.keys, self.values) for t in tensors.values())
 
     @property
-    def run_cost(self) -> int:
+    def block_cost(self) -> int:
         """What one more call costs, in tokens of one layer."""
         bytes_each = max((t[0, :, 0].nbytes for t in self.keys.values()), default=1024)
         return RUN_COST_BYTES // (2 * bytes_each)
@@ -105,10 +107,10 @@ class KVCache:
         self._fill = None
         self._lengths_B = torch.tensor(lengths, device=device)
         self._rows_B = torch.arange(len(lengths), device=device)
-        self._runs, self._masks = plan_runs(lengths, self.run_cost), {}
+        self._blocks, self._masks = cut_blocks(lengths, self.block_cost), {}
         for like in itertools.islice(self.keys.values(), 1):
-            for run, window in itertools.product(self._runs, self._windows):
-                self._mask(run, window, like)
+            for block, sliding_window in itertools.product(self._blocks, self._windows):
+                self._mask(block, sliding_window, like)
         return self._lengths_B
 
     def permute(self, order: Sequence[int]) -> None:
@@ -130,10 +132,15 @@ class KVCache:
         """What is the same in all passes of one token for each row that a recording stands for;
         None where there is none for it.
         """
-        has_masks = len(self._masks) == len(self._runs) * len(self._windows)
+        has_masks = len(self._masks) == len(self._blocks) * len(self._windows)
         if not self.keys or not has_masks or self._fill is not None:
             return None
-        return (len(self._runs), *self.keys, *self._windows, next(iter(self.keys.values())).dtype)
+        return (
+            len(self._blocks),
+            *self.keys,
+            *self._windows,
+            next(iter(self.keys.values())).dtype,
+        )
 
     def step_tensors(self) -> list[torch.Tensor]:
         """What such a pass reads and writes."""
@@ -196,8 +203,8 @@ class KVCache:
         attended: list[torch.Tensor] = []
         self._windows.setdefault(sliding_window)
         first = 0
-        for run in self._runs:
-            mask = self._mask(run, sliding_window, query)
+        for block in self._blocks:
+            mask = self._mask(block, sliding_window, query)
             # of the mask: recordings follow it
             rows, places = slice(first, first + mask.shape[0]), slice(0, mask.shape[3])
             attended.append(
@@ -207,20 +214,20 @@ class KVCache:
         out = attended[0] if len(attended) == 1 else torch.cat(attended)
         return out.reshape(batch, 1, heads, values.shape[3])
 
-    def _mask(self, run: _Run, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    def _mask(self, block: _Block, sliding_window: int | None, like: torch.Tensor) -> torch.Tensor:
         """(rows, 1, 1, longest + 1): what is at or before each row's new token, in the window."""
-        if (run, window) not in self._masks:
+        if (block, sliding_window) not in self._masks:
             assert self._lengths_B is not None
-            places = torch.arange(run.longest + 1, device=like.device)
-            last = self._lengths_B[run.first : run.end, None]
+            places = torch.arange(block.longest + 1, device=like.device)
+            last = self._lengths_B[block.first : block.end, None]
             seen = places <= last
-            if window is not None:
-                seen &= places > last - window
+            if sliding_window is not None:
+                seen &= places > last - sliding_window
             bias = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
                 ~seen, float("-inf")
             )
-            self._masks[run, window] = bias[:, None, None]
-        return self._masks[run, window]
+            self._masks[block, sliding_window] = bias[:, None, None]
+        return self._masks[block, sliding_window]
 
 
 def _attend(
@@ -239,7 +246,7 @@ def _attend(
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Block:
     """Adjacent rows that attend together, over as many places as the longest needs."""
 
     first: int
@@ -247,24 +254,24 @@ class _Run:
     longest: int
 
 
-def plan_runs(lengths: Sequence[int], run_cost: int) -> list[_Run]:
-    """Cut rows into runs of like length: what is read beyond a row's own tokens costs as much as
+def cut_blocks(lengths: Sequence[int], block_cost: int) -> list[_Block]:
+    """Cut rows into blocks of like length: what is read beyond a row's own tokens costs as much as
     if it were its own.
     """
-    runs: list[_Run] = []
+    blocks: list[_Block] = []
     first = longest = held = 0
     for row, length in enumerate(lengths):
         widest = max(longest, length)
-        if row > first and (row + 1 - first) * widest - held - length > run_cost:
-            runs.append(_Run(first, row, longest))
+        if row > first and (row + 1 - first) * widest - held - length > block_cost:
+            blocks.append(_Block(first, row, longest))
             first, longest, held = row, length, length
             continue
         longest, held = widest, held + length
-    return [*runs, _Run(first, len(lengths), longest)]
+    return [*blocks, _Block(first, len(lengths), longest)]
 
 
-def wasted_tokens(lengths: Sequence[int], run_cost: int) -> int:
-    """How many tokens are read in vain, runs included."""
-    runs = plan_runs(lengths, run_cost)
-    num_read = sum((run.end - run.first) * run.longest for run in runs)
-    return num_read - sum(lengths) + run_cost * (len(runs) - 1)
+def wasted_tokens(lengths: Sequence[int], block_cost: int) -> int:
+    """How many tokens are read in vain, blocks included."""
+    blocks = cut_blocks(lengths, block_cost)
+    num_read = sum((block.end - block.first) * block.longest for block in blocks)
+    return num_read - sum(lengths) + block_cost * (len(blocks) - 1)

@@ -173,15 +173,15 @@ def _without_own_settings(model: Any) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    owners = [model] if not hasattr(model, "get_base_model") else [model, model.get_base_model()]
-    before = [owner.generation_config for owner in owners]
-    for owner in owners:
-        owner.generation_config = GenerationConfig()
+    models = [model] if not hasattr(model, "get_base_model") else [model, model.get_base_model()]
+    before = [one.generation_config for one in models]
+    for one in models:
+        one.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        for owner, config in zip(owners, before, strict=True):
-            owner.generation_config = config
+        for one, config in zip(models, before, strict=True):
+            one.generation_config = config
 
 
 @contextlib.contextmanager

@@ -342,8 +342,8 @@ class Sampler:
         """Lay rows of like length beside one another, where that saves more than it costs."""
         lengths = [row.length for row in self._rows]
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-        saved = wasted_tokens(lengths, self.cache.run_cost) - wasted_tokens(
-            [lengths[row] for row in order], self.cache.run_cost
+        saved = wasted_tokens(lengths, self.cache.block_cost) - wasted_tokens(
+            [lengths[row] for row in order], self.cache.block_cost
         )
         if saved * SORT_PAYS_AFTER > 2 * sum(lengths):
             self.cache.permute(order)

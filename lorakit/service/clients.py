@@ -15,7 +15,7 @@ from typing import Any, Self
 from lorakit.service.base import Base
 from lorakit.service.checkpoints import LOCAL_OWNER
 from lorakit.service.core import Service
-from lorakit.service.database import Checkpoint, Run
+from lorakit.service.database import Checkpoint, TrainingRun
 from lorakit.service.futures import APIFuture, AsFuture, finished
 from lorakit.service.sampling_client import SamplingClient
 from lorakit.service.training_client import TrainingClient
@@ -189,14 +189,14 @@ class RestClient(AsFuture):
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    def list_training_runs(self, limit: int = 20, offset: int = 0) -> APIFuture[list[Run]]:
+    def list_training_runs(self, limit: int = 20, offset: int = 0) -> APIFuture[list[TrainingRun]]:
         """The runs, those that were asked something last first, with the tokens and seconds that
         they have cost.
         """
         runs, _ = self._service.database.runs(LOCAL_OWNER, limit=limit, offset=offset)
         return APIFuture(finished(runs))
 
-    def get_training_run(self, training_run_id: str) -> APIFuture[Run]:
+    def get_training_run(self, training_run_id: str) -> APIFuture[TrainingRun]:
         return APIFuture(finished(self._service.database.run(training_run_id, LOCAL_OWNER)))
 
     def list_checkpoints(self, training_run_id: str) -> APIFuture[list[Checkpoint]]:

@@ -21,7 +21,7 @@ from lorakit.loss.vocabulary import VocabularyLoss
 from lorakit.sampling.request import Request, SampledSequence, read_prompt
 from lorakit.service.base import Base
 from lorakit.service.checkpoints import LOCAL_OWNER, CheckpointRegistry, SaveOptions
-from lorakit.service.database import Checkpoint, Database, Run, now
+from lorakit.service.database import Checkpoint, Database, TrainingRun, now
 from lorakit.service.engine import Engine, Usage
 from lorakit.service.executor import Executor, leave
 from lorakit.service.forward import (
@@ -189,7 +189,7 @@ class Service:
             make()
             time = now()
             self.database.add_run(
-                Run(
+                TrainingRun(
                     id=model.id,
                     session_id=model.id.partition(":")[0],
                     owner=model.owner,

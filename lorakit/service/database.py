@@ -18,7 +18,7 @@ class _Table(DeclarativeBase):
     type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: sa.JSON}
 
 
-class Run(_Table):
+class TrainingRun(_Table):
     """One adapter that was trained: ``session:train:number``."""
 
     __tablename__ = "runs"
@@ -120,30 +120,31 @@ class Database:
 
     # ---- runs
 
-    def add_run(self, run: Run) -> None:
+    def add_run(self, run: TrainingRun) -> None:
         with self.session() as session:
             session.add(run)
 
-    def run(self, run_id: str, owner: str) -> Run:
+    def run(self, run_id: str, owner: str) -> TrainingRun:
         """Return a run of ``owner``. Raises CheckpointError where there is none of that name."""
         with self.session() as session:
-            run = session.get(Run, run_id)
+            run = session.get(TrainingRun, run_id)
         if run is None or run.owner != owner:
             raise CheckpointError(f"there is no run {run_id}")
         return run
 
-    def runs(self, owner: str, *, limit: int, offset: int = 0) -> tuple[list[Run], int]:
+    def runs(self, owner: str, *, limit: int, offset: int = 0) -> tuple[list[TrainingRun], int]:
         """Return the runs of ``owner``, last first, and how many there are."""
         with self.session() as session:
-            total = session.scalar(sa.select(sa.func.count()).where(Run.owner == owner)) or 0
-            wanted = sa.select(Run).where(Run.owner == owner).order_by(Run.last_request.desc())
+            own = sa.select(TrainingRun).where(TrainingRun.owner == owner)
+            total = session.scalar(sa.select(sa.func.count()).select_from(own.subquery())) or 0
+            wanted = own.order_by(TrainingRun.last_request.desc())
             return list(session.scalars(wanted.limit(limit).offset(offset))), total
 
     def charge(self, run_id: str, *, tokens: int, seconds: float) -> None:
         """Set what a run has cost so far."""
         with self.session() as session:
             spent = {"tokens": tokens, "seconds": seconds, "last_request": now()}
-            session.execute(sa.update(Run).where(Run.id == run_id).values(spent))
+            session.execute(sa.update(TrainingRun).where(TrainingRun.id == run_id).values(spent))
 
     # ---- what the server keeps
 

@@ -1,9 +1,9 @@
 """Sequence parallelism as DeepSpeed's Ulysses has it: several processes share each row of tokens.
 
-Each holds a part of the positions, and computes everything for them but attention. Around attention
-two exchanges turn parts of all heads into whole rows of some heads, and back (Jacobs et al. 2023,
-"DeepSpeed Ulysses", section 3): each process sends 1/N of what it holds to each of the N, so that
-the traffic of a process falls with N. The loss of a part is a sum over its own targets.
+Each holds some of the positions, and computes everything for them but attention. Around attention
+two exchanges turn some positions of all heads into whole rows of some heads, and back (Jacobs et
+al. 2023, "DeepSpeed Ulysses", section 3): each process sends 1/N of what it holds to each of the N,
+so that the traffic of a process falls with N. Its loss is a sum over its own targets.
 """
 
 from __future__ import annotations
@@ -17,62 +17,62 @@ import torch.distributed as dist
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from lorakit.errors import ConfigError
+from lorakit.model.attention import NAME as BY_DOCUMENT
 from lorakit.model.attention import (
-    IN_PARTS,
+    SHARED_ROWS,
     attention_by_document,
     document_mask,
     find_difference,
     packed_logits,
 )
-from lorakit.model.attention import NAME as BY_DOCUMENT
 from lorakit.model.families import row_sharing_problem
 from lorakit.strategy.world import all_gather_object, lift_limits
 
-NAME = "sdpa_in_parts"
+NAME = "sdpa_shared_rows"
 
 
 @functools.cache
-def sequence_group(parts: int) -> dist.ProcessGroup:
-    """The processes that share rows with this one: ``parts`` neighbours. All processes call
+def sequence_group(sp_size: int) -> dist.ProcessGroup:
+    """The processes that share rows with this one: ``sp_size`` neighbours. All processes call
     together, once.
 
     Raises:
         ConfigError: the processes cannot be divided so.
     """
-    check_parts(parts, dist.get_world_size())
+    check_group_size(sp_size, dist.get_world_size())
     groups = [
-        dist.new_group(list(range(first, first + parts)))
-        for first in range(0, dist.get_world_size(), parts)
+        dist.new_group(list(range(first, first + sp_size)))
+        for first in range(0, dist.get_world_size(), sp_size)
     ]
     lift_limits()
-    return groups[dist.get_rank() // parts]
+    return groups[dist.get_rank() // sp_size]
 
 
-def check_parts(parts: int, num_processes: int) -> None:
-    """Raise ConfigError where ``num_processes`` cannot share rows in groups of ``parts``."""
-    if parts < 1 or num_processes % parts:
+def check_group_size(sp_size: int, num_processes: int) -> None:
+    """Raise ConfigError where ``num_processes`` cannot share rows in groups of ``sp_size``."""
+    if sp_size < 1 or num_processes % sp_size:
         fitting = ", ".join(
             str(count) for count in range(1, num_processes + 1) if num_processes % count == 0
         )
         raise ConfigError(
-            f"strategy.sequence_parallel={parts}: so many processes share each row, and there are"
+            f"strategy.sequence_parallel={sp_size}: so many processes share each row, and there are"
             f" {num_processes}; choose {fitting}"
         )
 
 
-def share_rows(model: Any, parts: int, max_tokens: int | None = None) -> None:
-    """Let ``model`` attend over rows, with examples of ``max_tokens``, that ``parts`` processes
+def share_rows(model: Any, sp_size: int, max_tokens: int | None = None) -> None:
+    """Let ``model`` attend over rows, with examples of ``max_tokens``, that ``sp_size`` processes
     share. All call together.
 
     Raises:
         ConfigError: the model's heads cannot be divided so, or its logits are not those of whole
             rows.
     """
-    group = sequence_group(parts)
-    problem = row_sharing_problem(model.config, parts, max_tokens) or _compare(model, group)
+    group = sequence_group(sp_size)
+    problem = row_sharing_problem(model.config, sp_size, max_tokens) or _compare(model, group)
     if found := [problem for problem in all_gather_object(problem) if problem]:
         error = ConfigError(
-            f"strategy.sequence_parallel={parts} does not work for {type(model).__name__}:"
+            f"strategy.sequence_parallel={sp_size} does not work for {type(model).__name__}:"
             f" {found[0]}; set it to 1"
         )
         error.is_of_all = True
@@ -84,24 +84,24 @@ def _compare(model: Any, group: dist.ProcessGroup) -> str | None:
     implementation = getattr(model.config, "_attn_implementation", None)
     if implementation not in ("sdpa", BY_DOCUMENT):
         return f"its attention is {implementation}, not sdpa"
-    part, parts, whole = dist.get_rank(group), dist.get_world_size(group), packed_logits(model)
-    length = -(-32 // parts)  # of a part
+    sp_rank, sp_size, whole = dist.get_rank(group), dist.get_world_size(group), packed_logits(model)
+    length = -(-32 // sp_size)  # of a process
     # 30 and 32 tokens
     expected = torch.cat(
-        [row[part * length : (part + 1) * length] for row in (whole[:30], whole[30:])]
+        [row[sp_rank * length : (sp_rank + 1) * length] for row in (whole[:30], whole[30:])]
     )
-    AttentionInterface.register(NAME, functools.partial(attention_in_parts, group))
+    AttentionInterface.register(NAME, functools.partial(attention_over_shared_rows, group))
     AttentionMaskInterface.register(NAME, document_mask)
     try:
         model.set_attn_implementation(NAME)
         return find_difference(
-            packed_logits(model, part, parts), expected, is_exact=model.dtype == torch.float32
+            packed_logits(model, sp_rank, sp_size), expected, is_exact=model.dtype == torch.float32
         )
     except Exception as error:  # whatever a model does with a mask that it does not know
         return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
 
 
-def attention_in_parts(
+def attention_over_shared_rows(
     group: dist.ProcessGroup,
     module: torch.nn.Module,
     query_BHLD: torch.Tensor,
@@ -110,23 +110,23 @@ def attention_in_parts(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As ``attention_by_document``, for parts of rows too, which the processes of ``group``
-    share; L is then a part's length.
+    """As ``attention_by_document``, for shared rows too: the processes of ``group`` each
+    hold L of their positions.
     """
     if attention_mask is None or attention_mask.dtype != torch.long or attention_mask.dim() != 2:
         return attention_by_document(
             module, query_BHLD, key_BGLD, value_BGLD, attention_mask, **kwargs
         )
-    if not len(attention_mask) or tuple(attention_mask[0].tolist()) != IN_PARTS:
+    if not len(attention_mask) or tuple(attention_mask[0].tolist()) != SHARED_ROWS:
         return attention_by_document(
             module, query_BHLD, key_BGLD, value_BGLD, attention_mask, **kwargs
         )
-    heads, kv_heads, parts = query_BHLD.shape[1], key_BGLD.shape[1], dist.get_world_size(group)
+    heads, kv_heads, sp_size = query_BHLD.shape[1], key_BGLD.shape[1], dist.get_world_size(group)
     copies = (
         1
-        if kv_heads % parts == 0
-        else parts // kv_heads
-        if parts % kv_heads == 0
+        if kv_heads % sp_size == 0
+        else sp_size // kv_heads
+        if sp_size % kv_heads == 0
         else heads // kv_heads
     )
     whole = [
@@ -144,30 +144,30 @@ def attention_in_parts(
     if not len(documents):
         documents = torch.tensor([[0, 0, whole[0].shape[2]]])
     attended, _ = attention_by_document(bare, whole[0], key, value, documents, **kwargs)
-    return _to_parts(attended, group), None
+    return _to_own_positions(attended, group), None
 
 
 def _to_whole_rows(x_BHlD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """(B, H, L / N, D) in each of N processes to (B, H / N, L, D)."""
-    parts = dist.get_world_size(group)
+    sp_size = dist.get_world_size(group)
     batch, heads, length, width = x_BHlD.shape
-    sent = x_BHlD.reshape(batch, parts, heads // parts, length, width).transpose(0, 1)
+    sent = x_BHlD.reshape(batch, sp_size, heads // sp_size, length, width).transpose(0, 1)
     return (
         _Exchange.apply(sent, group)
         .permute(1, 2, 0, 3, 4)
-        .reshape(batch, heads // parts, parts * length, width)
+        .reshape(batch, heads // sp_size, sp_size * length, width)
     )
 
 
-def _to_parts(x_BLhD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def _to_own_positions(x_BLhD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """(B, L, H / N, D) in each of N processes to (B, L / N, H, D)."""
-    parts = dist.get_world_size(group)
+    sp_size = dist.get_world_size(group)
     batch, length, heads, width = x_BLhD.shape
-    sent = x_BLhD.reshape(batch, parts, length // parts, heads, width).transpose(0, 1)
+    sent = x_BLhD.reshape(batch, sp_size, length // sp_size, heads, width).transpose(0, 1)
     return (
         _Exchange.apply(sent, group)
         .permute(1, 2, 0, 3, 4)
-        .reshape(batch, length // parts, parts * heads, width)
+        .reshape(batch, length // sp_size, sp_size * heads, width)
     )
 
 

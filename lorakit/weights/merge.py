@@ -65,13 +65,11 @@ def merge_into(model: Any, report: MergeReport) -> Any:
     planned = list(_plan(model))
     if not planned:
         raise AdapterError("the adapter changes no tensor of this base")
-    for name, owner, parameter_name, delta, reference in planned:
-        weight = getattr(owner, parameter_name)
-        if (
-            name.endswith("lm_head.weight")
-            or owner is model.get_base_model().get_output_embeddings()
-        ):
-            weight = _untie(model, owner, report)
+    for name, module, parameter_name, delta, reference in planned:
+        weight = getattr(module, parameter_name)
+        head = model.get_base_model().get_output_embeddings()
+        if name.endswith("lm_head.weight") or module is head:
+            weight = _untie(model, module, report)
         change = delta()
         if change.shape != weight.shape:
             raise AdapterError(
@@ -311,12 +309,12 @@ def _plan(model: Any) -> Iterator[tuple[str, nn.Module, str, Any, Any]]:
                 None,
             )
         elif isinstance(layer, ParamWrapper):
-            owner = layer.get_base_layer()
+            module = layer.get_base_layer()
             yield (
                 f"{clean}.{layer.parameter_name}",
-                owner,
+                module,
                 layer.parameter_name,
-                _param_delta(layer, adapter, owner),
+                _param_delta(layer, adapter, module),
                 reference,
             )
         else:
@@ -390,9 +388,9 @@ def _dora_delta(layer: Any, name: str) -> Any:
     return delta
 
 
-def _param_delta(layer: Any, adapter: str, owner: nn.Module) -> Any:
+def _param_delta(layer: Any, adapter: str, module: nn.Module) -> Any:
     def delta() -> torch.Tensor:
-        weight = getattr(owner, layer.parameter_name)
+        weight = getattr(module, layer.parameter_name)
         a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
         if weight.ndim == 2:
             return layer.scaling[adapter] * (b @ a)
@@ -401,7 +399,7 @@ def _param_delta(layer: Any, adapter: str, owner: nn.Module) -> Any:
             split_b(b, num_experts), split_a(a, num_experts)
         )
         # By what the family says, never by shape: a square stack would be left the wrong way round.
-        return product.transpose(1, 2) if getattr(owner, "is_transposed", False) else product
+        return product.transpose(1, 2) if getattr(module, "is_transposed", False) else product
 
     return delta
 

@@ -207,7 +207,7 @@ def test_evaluation_and_sampling_have_the_rows_that_there_are_and_are_shared_as_
     ]
     # Of four processes that share rows each evaluates a quarter of them, and samples whole ones.
     shared = planning.passes_without_gradients(
-        config, dataclasses.replace(step, num_positions=64, parts=4), rows=SampleShapes(100)
+        config, dataclasses.replace(step, num_positions=64, sp_size=4), rows=SampleShapes(100)
     )
     assert [(one.shape.num_rows, one.shape.num_positions) for one in shared] == [(16, 25), (4, 100)]
     small = step_plan(

@@ -338,7 +338,7 @@ def test_processes_that_share_rows_compute_as_much_for_a_token_and_hold_their_sh
     skeleton, spec = skeleton_of(make_model("llama")), LoRASpec(rank=4)
     whole, part = (
         trace_step(skeleton, spec, shape_of(1, 128), adamw),
-        trace_step(skeleton, spec, shape_of(1, 64, parts=2), adamw),
+        trace_step(skeleton, spec, shape_of(1, 64, sp_size=2), adamw),
     )
     assert part.num_flops / part.num_tokens == pytest.approx(whole.num_flops / whole.num_tokens)
     assert part.activations == pytest.approx(whole.activations / 2, rel=0.05)

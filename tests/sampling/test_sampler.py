@@ -23,7 +23,7 @@ from lorakit.lora.spec import LoRASpec
 from lorakit.lora.state import load_adapter_state
 from lorakit.model.attention import attend_by_document
 from lorakit.model.load import load_model, load_tokenizer
-from lorakit.sampling.cache import ROOM, plan_runs
+from lorakit.sampling.cache import ROOM, cut_blocks
 from lorakit.sampling.check import decoding_problem
 from lorakit.sampling.generate import generate
 from lorakit.sampling.request import Request
@@ -518,10 +518,15 @@ def test_models_of_another_kind_are_sampled_by_transformers(family: str) -> None
     assert samples[0].tokens == tokens[3:]
 
 
-def test_runs_cut_rows_where_reading_in_vain_costs_more_than_a_call() -> None:
-    assert [(run.first, run.end) for run in plan_runs([500, 490, 10, 9], 100)] == [(0, 2), (2, 4)]
-    assert [(run.first, run.end) for run in plan_runs([500, 490, 10, 9], 10_000)] == [(0, 4)]
+def test_rows_are_cut_into_blocks_where_reading_in_vain_costs_more_than_a_call() -> None:
+    assert [(block.first, block.end) for block in cut_blocks([500, 490, 10, 9], 100)] == [
+        (0, 2),
+        (2, 4),
+    ]
+    assert [(block.first, block.end) for block in cut_blocks([500, 490, 10, 9], 10_000)] == [(0, 4)]
     for lengths in ([5], [1, 2, 3, 1000, 2], [7] * 9):
-        runs = plan_runs(lengths, 50)
-        assert [n for run in runs for n in range(run.first, run.end)] == list(range(len(lengths)))
-        assert all(run.longest == max(lengths[run.first : run.end]) for run in runs)
+        blocks = cut_blocks(lengths, 50)
+        rows = [row for block in blocks for row in range(block.first, block.end)]
+        assert rows == list(range(len(lengths)))
+        for block in blocks:
+            assert block.longest == max(lengths[block.first : block.end])

@@ -13,7 +13,7 @@ from lorakit.errors import CheckpointError
 from lorakit.lora.flat_parameters import FlatParameters, plan_layout
 from lorakit.lora.spec import LoRASpec
 from lorakit.service.checkpoints import LOCAL_OWNER, CheckpointRegistry, SaveOptions
-from lorakit.service.database import Database, Run, now
+from lorakit.service.database import Database, TrainingRun, now
 
 RUN, PATH = "run:train:0", "tinker://run:train:0/weights/a"
 
@@ -27,7 +27,7 @@ def layout() -> FlatParameters:
 def saved(tmp_path: Path) -> CheckpointRegistry:
     database, time = Database(tmp_path), now()
     database.add_run(
-        Run(
+        TrainingRun(
             id=RUN,
             session_id="run",
             owner=LOCAL_OWNER,

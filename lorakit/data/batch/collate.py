@@ -183,9 +183,9 @@ def idle_batch(pad_token_id: int) -> Batch:
     return replace(collate([[no_token]], pad_token_id), spans=())
 
 
-def take_part(batch: Batch, part: int, parts: int, pad_token_id: int) -> Batch:
-    """Return the part of every row that process ``part`` of ``parts`` holds; rows are padded so
-    that parts are equally long.
+def take_positions(batch: Batch, sp_rank: int, sp_size: int, pad_token_id: int) -> Batch:
+    """Return the positions of every row that process ``sp_rank`` of ``sp_size`` holds; rows are
+    padded so that all hold as many.
 
     Raises:
         ConfigError: the batch has images, which go to whole rows.
@@ -198,9 +198,9 @@ def take_part(batch: Batch, part: int, parts: int, pad_token_id: int) -> Batch:
             " strategy.sequence_parallel=1"
         )
 
-    length = -(-batch.input_ids.shape[1] // parts)
-    missing = length * parts - batch.input_ids.shape[1]
-    here = slice(part * length, (part + 1) * length)
+    length = -(-batch.input_ids.shape[1] // sp_size)
+    missing = length * sp_size - batch.input_ids.shape[1]
+    here = slice(sp_rank * length, (sp_rank + 1) * length)
     positions = batch.position_ids
     if positions is None:
         positions = torch.arange(batch.input_ids.shape[1]).expand(batch.input_ids.shape)
@@ -215,5 +215,5 @@ def take_part(batch: Batch, part: int, parts: int, pad_token_id: int) -> Batch:
         weights=cut(batch.weights),
         position_ids=cut(positions),
         extras={name: cut(tensor) for name, tensor in batch.extras.items()},
-        part=(here.start, here.stop),
+        position_range=(here.start, here.stop),
     )

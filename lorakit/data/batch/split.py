@@ -22,7 +22,7 @@ def halve_batch(batch: Batch) -> list[Batch]:
     and sources go along, so that the halves' losses add up to the whole's.
     """
     units = _units(batch)
-    if len(units) < 2 or batch.part is not None:
+    if len(units) < 2 or batch.position_range is not None:
         return [batch]
     rows = sorted({spans[0][0] for spans in units})
     if len(rows) > 1:

@@ -12,7 +12,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 
 import numpy as np
 
-from lorakit.data.batch.collate import collate, idle_batch, take_part
+from lorakit.data.batch.collate import collate, idle_batch, take_positions
 from lorakit.data.batch.mixture import Mixture
 from lorakit.data.batch.packing import plan_batches
 from lorakit.data.batch.prefetch import prefetch
@@ -42,7 +42,7 @@ class BatchStream:
         accumulate: batches of an accumulation window in each process.
         rank, world_size: which process this is, of how many; where several share each row, which
             group of them.
-        part, parts: which process of its group this is, of how many.
+        sp_rank, sp_size: which of the processes that share each row this is, of how many.
         batch_size, batch_tokens: rows, or positions, of a batch; one of them.
         row_tokens: positions of a packed row; None pads each Datum in a row of its own.
         num_epochs: None goes on for ever.
@@ -60,8 +60,8 @@ class BatchStream:
     accumulate: int = 1
     rank: int = 0
     world_size: int = 1
-    part: int = 0
-    parts: int = 1
+    sp_rank: int = 0
+    sp_size: int = 1
     num_epochs: int | None = 1
     shuffle: bool = True
     seed: int = 0
@@ -97,9 +97,10 @@ class BatchStream:
                 for rows, cursor in window[self.rank :: self.world_size]
             ]
             mine += [idle_batch(self.pad_token_id)] * (self.accumulate - len(mine))
-            if self.parts > 1:
+            if self.sp_size > 1:
                 mine = [
-                    take_part(batch, self.part, self.parts, self.pad_token_id) for batch in mine
+                    take_positions(batch, self.sp_rank, self.sp_size, self.pad_token_id)
+                    for batch in mine
                 ]
             mine[-1] = replace(mine[-1], cursor=last_cursor)
             yield [replace(batch, window_weight=weight) for batch in mine]

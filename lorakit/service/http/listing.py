@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field
 from starlette.datastructures import URL
 
 from lorakit.errors import CheckpointError
-from lorakit.service.database import Checkpoint, ClientSession, Run, SamplerRow
+from lorakit.service.database import Checkpoint, ClientSession, SamplerRow, TrainingRun
 from lorakit.service.http.dependencies import State, User
 from lorakit.service.http.state import ServerState
 
@@ -42,7 +42,7 @@ def _or_404() -> Iterator[None]:
         raise HTTPException(404, str(error)) from error
 
 
-async def _own_run(run_id: str, state: State, user: User) -> Run:
+async def _own_run(run_id: str, state: State, user: User) -> TrainingRun:
     with _or_404():
         return state.database.run(run_id, user)
 
@@ -55,7 +55,7 @@ async def _own_checkpoint(
 
 
 # what a path names, of this user
-OwnRun = Annotated[Run, Depends(_own_run)]
+OwnRun = Annotated[TrainingRun, Depends(_own_run)]
 OwnCheckpoint = Annotated[Checkpoint, Depends(_own_checkpoint)]
 
 
@@ -247,7 +247,9 @@ async def get_session(session_id: str, state: State, user: User) -> dict[str, An
     if row is None or row.owner != user:
         raise HTTPException(404, f"there is no session {session_id}")
     return {
-        "training_run_ids": [run.id for run in state.database.select(Run, session_id=session_id)],
+        "training_run_ids": [
+            run.id for run in state.database.select(TrainingRun, session_id=session_id)
+        ],
         "sampler_ids": [
             sampler.id for sampler in state.database.select(SamplerRow, session_id=session_id)
         ],
@@ -264,7 +266,7 @@ def _place(saved: Checkpoint) -> dict[str, str]:
     return {"run_id": saved.run_id, "kind": saved.kind, "name": saved.name}
 
 
-def _run(state: ServerState, run: Run, saved: list[Checkpoint]) -> dict[str, Any]:
+def _run(state: ServerState, run: TrainingRun, saved: list[Checkpoint]) -> dict[str, Any]:
     # by kind; what was saved last stands first
     last = {one.kind: _checkpoint(one) for one in reversed(saved) if one.run_id == run.id}
     model = state.service.trained.get(run.id)

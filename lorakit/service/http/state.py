@@ -16,7 +16,7 @@ from fastapi import HTTPException
 
 from lorakit.errors import CheckpointError
 from lorakit.service.core import Service
-from lorakit.service.database import ClientSession, Run, SamplerRow, now
+from lorakit.service.database import ClientSession, SamplerRow, TrainingRun, now
 from lorakit.service.http.keys import ApiKeyStore
 from lorakit.service.http.pending import PendingRequests
 
@@ -183,7 +183,7 @@ class ServerState:
         """Whether a model is known, and another user's."""
         if (model := self.service.trained.get(model_id)) is not None:
             return model.owner != owner
-        run = self.database.get(Run, model_id)
+        run = self.database.get(TrainingRun, model_id)
         return run is not None and run.owner != owner
 
     def drop_model(self, model_id: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data.batch.collate import collate, idle_batch, take_part
+from lorakit.data.batch.collate import collate, idle_batch, take_positions
 from lorakit.data.datum import make_datum
 from lorakit.types import Datum, ModelInput
 
@@ -41,7 +41,7 @@ def test_parts_of_rows_by_hand() -> None:
         make_datum([6, 7], [0, 2]),
     )
     first, second = (
-        take_part(collate([[a, b], [c]], pad_token_id=9), part, 2, 9) for part in (0, 1)
+        take_positions(collate([[a, b], [c]], pad_token_id=9), part, 2, 9) for part in (0, 1)
     )
     assert (first.input_ids.tolist(), second.input_ids.tolist()) == (
         [[1, 2], [6, 9]],
@@ -52,7 +52,7 @@ def test_parts_of_rows_by_hand() -> None:
         [[-1, 0], [0, 0]],
     )
     assert first.position_ids is not None and first.position_ids.tolist() == [[0, 1], [0, 0]]
-    assert (first.part, second.part) == ((0, 2), (2, 4))
+    assert (first.position_range, second.position_range) == ((0, 2), (2, 4))
     # of whole rows: attention sees them
     assert first.spans == second.spans == ((0, 0, 2), (0, 2, 3), (1, 0, 1))
     assert (first.spans_here, second.spans_here) == ([(0, 0, 2), (1, 0, 1)], [(0, 0, 1)])
@@ -64,7 +64,7 @@ def test_parts_of_rows_by_hand() -> None:
 
 def test_parts_of_a_row_have_its_positions_and_an_idle_batch_has_one_position_in_each() -> None:
     parts = [
-        take_part(collate([[make_datum([1, 2, 3, 4, 5, 6], [1] * 6)]], 0), part, 4, 0)
+        take_positions(collate([[make_datum([1, 2, 3, 4, 5, 6], [1] * 6)]], 0), part, 4, 0)
         for part in range(4)
     ]
     assert [part.position_ids.tolist() for part in parts if part.position_ids is not None] == [
@@ -74,7 +74,7 @@ def test_parts_of_a_row_have_its_positions_and_an_idle_batch_has_one_position_in
         [[0, 0]],
     ]
     assert [part.num_tokens for part in parts] == [2, 2, 1, 0]
-    idle = take_part(idle_batch(7), 1, 2, 7)
+    idle = take_positions(idle_batch(7), 1, 2, 7)
     assert idle.input_ids.tolist() == [[7]] and idle.weight == idle.num_tokens == 0
 
 
@@ -88,7 +88,7 @@ def test_all_parts_together_are_the_batch(lengths: list[list[int]], parts: int) 
         for row in lengths
     ]
     whole = collate(rows, 0)
-    cut = [take_part(whole, part, parts, 0) for part in range(parts)]
+    cut = [take_positions(whole, part, parts, 0) for part in range(parts)]
     width = whole.input_ids.shape[1]
     for name in ("input_ids", "targets", "weights"):
         assert torch.equal(

@@ -187,10 +187,11 @@ def test_processes_that_share_rows_have_the_same_windows_cursors_and_weights(
     options = {"row_tokens": row_tokens, "accumulate": 2, "num_epochs": 1}
     for rank in (0, 1):
         whole = list(make(rank=rank, world_size=2, **options))
-        parts = [
-            list(make(rank=rank, world_size=2, part=part, parts=2, **options)) for part in (0, 1)
+        pieces = [
+            list(make(rank=rank, world_size=2, sp_rank=sp_rank, sp_size=2, **options))
+            for sp_rank in (0, 1)
         ]
-        for batch, *cut in zip(whole, *parts, strict=True):
+        for batch, *cut in zip(whole, *pieces, strict=True):
             assert {piece.window_weight for piece in cut} == {batch.window_weight}
             assert all(piece.cursor == batch.cursor and piece.spans == batch.spans for piece in cut)
             assert sum(piece.weight for piece in cut) == batch.weight
