@@ -220,14 +220,14 @@ MUTATIONS = (
     # data
     Mutation(
         "data/read/lines.py",
-        "self.problems.append((number, problem))",
-        "self.problems.append((number + 1, problem))",
+        'self.problems.append((f"{self.path}:{number}", problem))',
+        'self.problems.append((f"{self.path}:{number + 1}", problem))',
         ("tests/data/read/test_lines.py::test_a_malformed_line_is_named_by_file_and_line",),
     ),
     Mutation(
         "data/read/sources.py",
-        "*(part.digest for part in self.parts), *mixed",
-        "*mixed",
+        "digests = [part.digest for part in self.parts]",
+        "digests = [str(part.path) for part in self.parts]",
         (
             "tests/data/read/test_sources.py::"
             "test_the_fingerprint_follows_the_bytes_and_not_the_place",
@@ -247,8 +247,8 @@ MUTATIONS = (
     ),
     Mutation(
         "data/render/renderer.py",
-        "1.0 if trains_all and i >= prefix else 0.0",
-        "1.0 if i >= prefix else 0.0",
+        "prefix if trains_all else len(prompt_ids)",
+        "prefix",
         ("tests/data/render/test_render_plain.py::test_the_prompt_weighs_0_and_the_completion_1",),
     ),
     Mutation(
@@ -262,8 +262,8 @@ MUTATIONS = (
     ),
     Mutation(
         "data/batch/collate.py",
-        "positions[number, start:end] = _count_up(",
-        "positions[number, start:end] = start + _count_up(",
+        "positions[number, start:end] = np.arange(",
+        "positions[number, start:end] = start + np.arange(",
         ("tests/data/batch/test_collate.py::test_a_packed_batch_by_hand",),
     ),
     Mutation(
@@ -442,8 +442,8 @@ MUTATIONS = (
     ),
     Mutation(
         "model/families.py",
-        'slice(0, width) if matrix == "gate_proj"',
-        'slice(0, width) if matrix == "up_proj"',
+        'gate if matrix == "gate_proj" else up',
+        'up if matrix == "gate_proj" else gate',
         (
             "tests/lora/test_experts.py::"
             "test_a_shared_outer_adapter_is_saved_compact_and_expands_exactly",

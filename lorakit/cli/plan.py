@@ -47,7 +47,7 @@ def plan_run(config: DictConfig) -> None:
 
     from lorakit.config.resolve import to_plain
     from lorakit.config.schema import RunConfig
-    from lorakit.lora.inject import plan
+    from lorakit.lora.plan import plan_lora
     from lorakit.pipeline.autoconfig import RunFacts, choose
     from lorakit.pipeline.build import build_step_plan
     from lorakit.pipeline.processes import Place
@@ -71,7 +71,7 @@ def plan_run(config: DictConfig) -> None:
     # chosen for one device, kept for several
     facts = RunFacts(skeleton, *reports, Place(World(), accelerator, precision, memory_bytes), 1)
     run_config, _ = choose(run_config, facts, lambda text: console.print(text, highlight=False))
-    planned = plan(skeleton, run_config.lora_with_tokens)
+    planned = plan_lora(skeleton, run_config.lora_with_tokens)
     step = build_step_plan(
         run_config,
         skeleton,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lorakit.lora.adapter_batch import AdapterBatch
-from lorakit.lora.expert_function import Part, run_experts
+from lorakit.lora.expert_function import FactorPair, run_experts
 from lorakit.lora.flat_parameters import Key
 from lorakit.lora.grouped import AdapterIds, can_group, few_tokens, is_plain_product
 from lorakit.model.families import OF_IMAGES, ExpertStack, find_targets
@@ -97,8 +97,8 @@ class AdapterBank:
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        first: list[Part] = []
-        second: list[Part] = []
+        first: list[FactorPair] = []
+        second: list[FactorPair] = []
         factors: list[torch.Tensor] = []
         adapter_ids = (
             None
@@ -108,19 +108,19 @@ class AdapterBank:
         for key, is_second in _expert_keys(name, stack):
             if self._adapter_batch is None:
                 break
-            parts, index, columns = (
+            pairs, index, columns = (
                 (second if is_second else first),
                 len(factors) // 2,
                 stack.columns(key.matrix),
             )
             if adapter_ids is not None and not key.is_shared:
                 if (by_adapter := self._adapter_batch.by_adapter(key)) is not None:
-                    parts.append(Part(index, columns, 1.0, is_by_adapter=True))
+                    pairs.append(FactorPair(index, columns, 1.0, is_by_adapter=True))
                     factors += by_adapter
             elif (found := self._adapter_batch.pair(key, torch.float32)) is not None:
                 a, b, gate = found
                 scale, gate_TR = (gate, None) if isinstance(gate, float) else (1.0, gate)
-                parts.append(Part(index, columns, scale, key.is_shared, gate_TR=gate_TR))
+                pairs.append(FactorPair(index, columns, scale, key.is_shared, gate_TR=gate_TR))
                 factors += [a, b]
         if self._adapter_batch is None or (not factors and not _beats_plain(stack, top_k_index)):
             return plain(hidden_states, top_k_index, top_k_weights)

@@ -32,8 +32,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lorakit.lora.grouped import (
-    MAX_RUN_BYTES,
-    RUN_OPERATIONS,
+    MAX_RANGE_BYTES,
+    RANGE_OPERATIONS,
     AdapterIds,
     AdjacentExperts,
     AllExperts,
@@ -47,7 +47,7 @@ from lorakit.model.families import ExpertStack
 
 
 @dataclass(frozen=True)
-class Part:
+class FactorPair:
     """One pair of factors: A (E, r, in) and B (E, out, r), at ``2 * index`` and ``2 * index + 1``
     of all factors.
 
@@ -77,10 +77,10 @@ class ExpertCall:
     activate: Callable[[torch.Tensor], torch.Tensor]  # (S, N) -> (S, I)
     experts_TK: torch.Tensor  # the router's choices
     num_experts: int
-    first: tuple[Part, ...]  # factors on the way in
-    second: tuple[Part, ...]  # factors on the way out
+    first: tuple[FactorPair, ...]  # factors on the way in
+    second: tuple[FactorPair, ...]  # factors on the way out
     products: str = "auto"  # or: loop, grouped, padded
-    adapter_ids: AdapterIds | None = None  # of tokens, where parts are by adapter
+    adapter_ids: AdapterIds | None = None  # of tokens, where pairs are by adapter
 
     @property
     def prefers_groups(self) -> bool:
@@ -98,14 +98,14 @@ def run_experts(
     x_TH: torch.Tensor,
     experts_TK: torch.Tensor,
     weights_TK: torch.Tensor,
-    first: Sequence[Part],
-    second: Sequence[Part],
+    first: Sequence[FactorPair],
+    second: Sequence[FactorPair],
     factors: Sequence[torch.Tensor],
     *,
     products: str = "auto",
     adapter_ids: AdapterIds | None = None,
 ) -> torch.Tensor:
-    """Return what ``layer``, which holds ``stack``, makes of tokens, with the parts of adapters;
+    """Return what ``layer``, which holds ``stack``, makes of tokens, with the pairs of adapters;
     with graph where gradients are on.
     """
     keeps = torch.is_grad_enabled()
@@ -203,7 +203,7 @@ class _Layer:
     """The mathematics of one call, block by block of rows."""
 
     def __init__(self, call: ExpertCall, factors: Sequence[torch.Tensor]) -> None:
-        self.call, self.parts = call, (*call.first, *call.second)
+        self.call, self.pairs = call, (*call.first, *call.second)
         self.w1_EHN, self.w2_EIH = call.weights()
         self.b1_EN, self.b2_EH = call.biases()
         self.dtype = self.w1_EHN.dtype
@@ -215,23 +215,25 @@ class _Layer:
                 f"grouped products do not take {self.dtype} stacks of {tuple(self.w1_EHN.shape)}"
                 " here"
             )
-        # No run where experts are given in float32, one at a time, nor in float16, in which padding
-        # (a token at an expert that was not chosen for it) may overflow, and infinity times a
-        # weight of 0 is not 0.
+        # A range is one expert where experts are given in float32, one at a time, and in float16,
+        # in which padding (a token at an expert that was not chosen for it) may overflow, and
+        # infinity times a weight of 0 is not 0.
         is_single = emulates_products(self.w1_EHN) or self.dtype == torch.float16
         max_rows = (
-            0 if is_single else MAX_RUN_BYTES // (self.w1_EHN.shape[2] * self.w1_EHN.element_size())
+            0
+            if is_single
+            else MAX_RANGE_BYTES // (self.w1_EHN.shape[2] * self.w1_EHN.element_size())
         )
         if call.products == "padded":
             self.rows = SortedRows.pad(call.experts_TK, call.num_experts)
         else:
-            run_rows = RUN_OPERATIONS / (2 * (self.w1_EHN[0].numel() + self.w2_EIH[0].numel()))
+            range_rows = RANGE_OPERATIONS / (2 * (self.w1_EHN[0].numel() + self.w2_EIH[0].numel()))
             self.rows = SortedRows.sort(
                 call.experts_TK,
                 call.num_experts,
                 grouped=self.grouped,
                 max_rows=max_rows,
-                run_rows=run_rows,
+                range_rows=range_rows,
                 adapter_ids=call.adapter_ids,
             )
         self.originals = factors
@@ -240,7 +242,7 @@ class _Layer:
         if self.grouped:
             self.factors = [pad_rank(f, dim=2 if n % 2 else 1) for n, f in enumerate(self.factors)]
         self._gates = {
-            part.index: self._prepare_gate(part) for part in self.parts if part.gate_TR is not None
+            pair.index: self._prepare_gate(pair) for pair in self.pairs if pair.gate_TR is not None
         }
         # Sums over experts are kept in float32 where the products are in 16 bit.
         self.sum_dtype = torch.float32 if self.dtype.itemsize < 4 else self.dtype
@@ -248,13 +250,13 @@ class _Layer:
     def forward(
         self, x_TH: torch.Tensor, weights_S: torch.Tensor, *, keeps: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
-        """Return out (T, H), h (S, N) and the rows of rank width of each part; the latter two
+        """Return out (T, H), h (S, N) and the rows of rank width of each pair; the latter two
         only where ``keeps``.
         """
         num_rows, num_out = weights_S.shape[0], self.w1_EHN.shape[2]
         out_TH = x_TH.new_zeros((x_TH.shape[0], self.w2_EIH.shape[2]), dtype=self.sum_dtype)
         hidden_SN = x_TH.new_empty((num_rows, num_out)) if keeps or self.grouped else None
-        narrow = {part.index: self._narrow(part, x_TH, num_rows) for part in self.parts}
+        narrow = {pair.index: self._narrow(pair, x_TH, num_rows) for pair in self.pairs}
         for block in self.rows.blocks():
             rows = block.rows
             h = block.times(
@@ -262,36 +264,36 @@ class _Layer:
             )
             if self.b1_EN is not None:
                 h.add_(block.per_row(self.b1_EN))
-            for part in self.call.first:
-                a, b = self._pair(part)
-                own = block.by_adapter if part.is_by_adapter else block
-                if part.is_shared:
-                    u = narrow[part.index][block.tokens]
+            for pair in self.call.first:
+                a, b = self._factors(pair)
+                own = block.by_adapter if pair.is_by_adapter else block
+                if pair.is_shared:
+                    u = narrow[pair.index][block.tokens]
                 else:
-                    dropped = self._drop_tokens(x_TH, part, block.tokens)
-                    u = own.times(dropped, a.mT, out=narrow[part.index][rows])
-                    self._gate_(u, part, block.tokens)
-                if part.columns.step in (None, 1):
-                    own.add_times_(h[:, part.columns], u, b.mT, part.scale)
+                    dropped = self._drop_tokens(x_TH, pair, block.tokens)
+                    u = own.times(dropped, a.mT, out=narrow[pair.index][rows])
+                    self._gate_(u, pair, block.tokens)
+                if pair.columns.step in (None, 1):
+                    own.add_times_(h[:, pair.columns], u, b.mT, pair.scale)
                 else:  # interleaved gate and up: no product writes there
-                    h[:, part.columns].add_(own.times(u, b.mT), alpha=part.scale)
+                    h[:, pair.columns].add_(own.times(u, b.mT), alpha=pair.scale)
             act = self.call.activate(h)
             y = block.times(act, self.w2_EIH)
             if self.b2_EH is not None:
                 y.add_(block.per_row(self.b2_EH))
-            for part in self.call.second:
-                a, b = self._pair(part)
-                own = block.by_adapter if part.is_by_adapter else block
-                v = own.times(self._drop_rows(act, part, rows), a.mT, out=narrow[part.index][rows])
-                self._gate_(v, part, block.tokens)
-                if not part.is_shared:
-                    own.add_times_(y, v, b.mT, part.scale)
+            for pair in self.call.second:
+                a, b = self._factors(pair)
+                own = block.by_adapter if pair.is_by_adapter else block
+                v = own.times(self._drop_rows(act, pair, rows), a.mT, out=narrow[pair.index][rows])
+                self._gate_(v, pair, block.tokens)
+                if not pair.is_shared:
+                    own.add_times_(y, v, b.mT, pair.scale)
             block.add_to_tokens_(out_TH, y.mul_(weights_S[rows, None]))
-        for part in self.call.second:
-            if part.is_shared:
-                v_TR = self._sum_narrow(narrow[part.index], weights_S)
-                b_RH = self._pair(part)[1][0].mT
-                out_TH.addmm_(v_TR, b_RH.to(self.sum_dtype), alpha=part.scale)
+        for pair in self.call.second:
+            if pair.is_shared:
+                v_TR = self._sum_narrow(narrow[pair.index], weights_S)
+                b_RH = self._factors(pair)[1][0].mT
+                out_TH.addmm_(v_TR, b_RH.to(self.sum_dtype), alpha=pair.scale)
         return out_TH, hidden_SN, list(narrow.values())
 
     def backward(
@@ -309,7 +311,7 @@ class _Layer:
         factor.
         """
         call = self.call
-        rank_rows = {part.index: rows for part, rows in zip(self.parts, narrow, strict=True)}
+        rank_rows = {pair.index: rows for pair, rows in zip(self.pairs, narrow, strict=True)}
         sums = [
             torch.zeros_like(f) if want else None
             for f, want in zip(self.factors, wants, strict=True)
@@ -323,20 +325,20 @@ class _Layer:
             if p.is_shared
         }
         shared |= {
-            p.index: self._gate_(grad_TH @ self._pair(p)[1][0], p)
+            p.index: self._gate_(grad_TH @ self._factors(p)[1][0], p)
             for p in call.second
             if p.is_shared
         }
         wants_hidden = wants_x or any(
-            wants[2 * part.index] or wants[2 * part.index + 1] for part in call.first
+            wants[2 * pair.index] or wants[2 * pair.index + 1] for pair in call.first
         )
         for block in self.rows.blocks():
             rows, tokens = block.rows, block.tokens
             g, weights = grad_TH[tokens], weights_S[rows, None]
             act, pull = self._activate(hidden_SN[rows])
             grad_act = block.times(g, self.w2_EIH.mT)
-            for part in call.second:
-                self._second_part(block, part, act, g, weights, grad_act, rank_rows, shared, sums)
+            for pair in call.second:
+                self._second_pair(block, pair, act, g, weights, grad_act, rank_rows, shared, sums)
             grad_weights = torch.linalg.vecdot(grad_act, act)
             if self.b2_EH is not None:
                 grad_weights = grad_weights + torch.linalg.vecdot(
@@ -347,17 +349,17 @@ class _Layer:
                 continue
             grad_h = pull(grad_act.mul_(weights))
             grad_rows = block.times(grad_h, self.w1_EHN.mT) if wants_x else None
-            for part in call.first:
-                self._first_part(block, part, x_TH, grad_h, grad_rows, rank_rows, shared, sums)
+            for pair in call.first:
+                self._first_pair(block, pair, x_TH, grad_h, grad_rows, rank_rows, shared, sums)
             if grad_x is not None and grad_rows is not None:
                 block.add_to_tokens_(grad_x, grad_rows)
         self._finish_shared(grad_TH, x_TH, weights_S, grad_x, rank_rows, shared, sums)
         return grad_x, grad_weights_S, [self._restore(number, s) for number, s in enumerate(sums)]
 
-    def _second_part(
+    def _second_pair(
         self,
         block: AdjacentExperts | AllExperts,
-        part: Part,
+        pair: FactorPair,
         act: torch.Tensor,
         g: torch.Tensor,
         weights: torch.Tensor,
@@ -366,28 +368,28 @@ class _Layer:
         shared: dict[int, torch.Tensor],
         sums: list[Any],
     ) -> None:
-        """Add the part's way back to ``grad_act`` and the sums of its factors' gradients."""
-        a, b = self._pair(part)
-        block = block.by_adapter if part.is_by_adapter else block
-        sum_a, sum_b = sums[2 * part.index], sums[2 * part.index + 1]
-        if part.is_shared:
-            q = shared[part.index][block.tokens]
+        """Add the pair's way back to ``grad_act`` and the sums of its factors' gradients."""
+        a, b = self._factors(pair)
+        block = block.by_adapter if pair.is_by_adapter else block
+        sum_a, sum_b = sums[2 * pair.index], sums[2 * pair.index + 1]
+        if pair.is_shared:
+            q = shared[pair.index][block.tokens]
         else:
-            q = self._gate_(block.times(g, b), part, block.tokens)
-        dropped = self._drop_rows(act, part, block.rows)
-        if part.dropout:
-            grad_act.add_(self._drop_rows(block.times(q, a), part, block.rows), alpha=part.scale)
+            q = self._gate_(block.times(g, b), pair, block.tokens)
+        dropped = self._drop_rows(act, pair, block.rows)
+        if pair.dropout:
+            grad_act.add_(self._drop_rows(block.times(q, a), pair, block.rows), alpha=pair.scale)
         else:
-            block.add_times_(grad_act, q, a, part.scale)
+            block.add_times_(grad_act, q, a, pair.scale)
         if sum_a is not None:
-            block.put_outer_(sum_a, q * weights, dropped, part.scale)
-        if sum_b is not None and not part.is_shared:
-            block.put_outer_(sum_b, g, narrow[part.index][block.rows] * weights, part.scale)
+            block.put_outer_(sum_a, q * weights, dropped, pair.scale)
+        if sum_b is not None and not pair.is_shared:
+            block.put_outer_(sum_b, g, narrow[pair.index][block.rows] * weights, pair.scale)
 
-    def _first_part(
+    def _first_pair(
         self,
         block: AdjacentExperts | AllExperts,
-        part: Part,
+        pair: FactorPair,
         x_TH: torch.Tensor,
         grad_h: torch.Tensor,
         grad_rows: torch.Tensor | None,
@@ -395,27 +397,27 @@ class _Layer:
         shared: dict[int, torch.Tensor],
         sums: list[Any],
     ) -> None:
-        """Add the part's way back to ``grad_rows`` and the sums of its factors' gradients."""
-        a, b = self._pair(part)
-        block = block.by_adapter if part.is_by_adapter else block
-        sum_a, sum_b = sums[2 * part.index], sums[2 * part.index + 1]
-        grad_part = grad_h[:, part.columns]
-        p = block.times(grad_part, b)
-        u = narrow[part.index][block.tokens if part.is_shared else block.rows]
+        """Add the pair's way back to ``grad_rows`` and the sums of its factors' gradients."""
+        a, b = self._factors(pair)
+        block = block.by_adapter if pair.is_by_adapter else block
+        sum_a, sum_b = sums[2 * pair.index], sums[2 * pair.index + 1]
+        grad_pair = grad_h[:, pair.columns]
+        p = block.times(grad_pair, b)
+        u = narrow[pair.index][block.tokens if pair.is_shared else block.rows]
         if sum_b is not None:
-            block.put_outer_(sum_b, grad_part, u, part.scale)
-        if part.is_shared:
-            block.add_to_tokens_(shared[part.index], p)
+            block.put_outer_(sum_b, grad_pair, u, pair.scale)
+        if pair.is_shared:
+            block.add_to_tokens_(shared[pair.index], p)
             return
-        self._gate_(p, part, block.tokens)
+        self._gate_(p, pair, block.tokens)
         if grad_rows is not None:
-            if part.dropout:
-                mask = self._mask(part, x_TH.shape, x_TH)[block.tokens]
-                grad_rows.add_(block.times(p, a).mul_(mask), alpha=part.scale)
+            if pair.dropout:
+                mask = self._mask(pair, x_TH.shape, x_TH)[block.tokens]
+                grad_rows.add_(block.times(p, a).mul_(mask), alpha=pair.scale)
             else:
-                block.add_times_(grad_rows, p, a, part.scale)
+                block.add_times_(grad_rows, p, a, pair.scale)
         if sum_a is not None:
-            block.put_outer_(sum_a, p, self._drop_tokens(x_TH, part, block.tokens), part.scale)
+            block.put_outer_(sum_a, p, self._drop_tokens(x_TH, pair, block.tokens), pair.scale)
 
     def _finish_shared(
         self,
@@ -428,32 +430,32 @@ class _Layer:
         sums: list[Any],
     ) -> None:
         """The way back through factors that all experts share, over tokens."""
-        for part in self.call.first:
-            if part.is_shared:
-                p_TR = self._gate_(shared[part.index], part).to(self.dtype)
-                a_RH, sum_a = self._pair(part)[0][0], sums[2 * part.index]
+        for pair in self.call.first:
+            if pair.is_shared:
+                p_TR = self._gate_(shared[pair.index], pair).to(self.dtype)
+                a_RH, sum_a = self._factors(pair)[0][0], sums[2 * pair.index]
                 if sum_a is not None:
-                    dropped = self._drop_tokens(x_TH, part)
-                    torch.mm(p_TR.t(), dropped, out=sum_a[0]).mul_(part.scale)
+                    dropped = self._drop_tokens(x_TH, pair)
+                    torch.mm(p_TR.t(), dropped, out=sum_a[0]).mul_(pair.scale)
                 if grad_x is not None:
-                    grad_x.add_(self._drop_tokens(p_TR @ a_RH, part), alpha=part.scale)
-        for part in self.call.second:
-            if part.is_shared and sums[2 * part.index + 1] is not None:
-                v_TR = self._sum_narrow(narrow[part.index], weights_S).to(self.dtype)
-                torch.mm(grad_TH.t(), v_TR, out=sums[2 * part.index + 1][0]).mul_(part.scale)
+                    grad_x.add_(self._drop_tokens(p_TR @ a_RH, pair), alpha=pair.scale)
+        for pair in self.call.second:
+            if pair.is_shared and sums[2 * pair.index + 1] is not None:
+                v_TR = self._sum_narrow(narrow[pair.index], weights_S).to(self.dtype)
+                torch.mm(grad_TH.t(), v_TR, out=sums[2 * pair.index + 1][0]).mul_(pair.scale)
 
     # ---- pieces
 
-    def _prepare_gate(self, part: Part) -> torch.Tensor:
-        assert part.gate_TR is not None
-        gate = part.gate_TR.to(self.dtype)
-        return torch.nn.functional.pad(gate, (0, self._rank(part) - gate.shape[1]))
+    def _prepare_gate(self, pair: FactorPair) -> torch.Tensor:
+        assert pair.gate_TR is not None
+        gate = pair.gate_TR.to(self.dtype)
+        return torch.nn.functional.pad(gate, (0, self._rank(pair) - gate.shape[1]))
 
     def _gate_(
-        self, narrow: torch.Tensor, part: Part, tokens: torch.Tensor | None = None
+        self, narrow: torch.Tensor, pair: FactorPair, tokens: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Multiply rows of rank width by the gate of their tokens, in place."""
-        if (gate := self._gates.get(part.index)) is None:
+        if (gate := self._gates.get(pair.index)) is None:
             return narrow
         return narrow.mul_(gate if tokens is None else gate[tokens])
 
@@ -464,17 +466,17 @@ class _Layer:
         rank_dim = 2 if number % 2 else 1
         return gradient.narrow(rank_dim, 0, original.shape[rank_dim]).to(original.dtype)
 
-    def _pair(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.factors[2 * part.index], self.factors[2 * part.index + 1]
+    def _factors(self, pair: FactorPair) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.factors[2 * pair.index], self.factors[2 * pair.index + 1]
 
-    def _rank(self, part: Part) -> int:
-        return self._pair(part)[0].shape[1]
+    def _rank(self, pair: FactorPair) -> int:
+        return self._factors(pair)[0].shape[1]
 
-    def _narrow(self, part: Part, x_TH: torch.Tensor, num_rows: int) -> torch.Tensor:
+    def _narrow(self, pair: FactorPair, x_TH: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Room for the rows of rank width, (S, r); of a shared A the values themselves, (T, r)."""
-        if part.is_shared and part in self.call.first:
-            return self._gate_(self._drop_tokens(x_TH, part) @ self._pair(part)[0][0].mT, part)
-        return x_TH.new_empty((num_rows, self._rank(part)))
+        if pair.is_shared and pair in self.call.first:
+            return self._gate_(self._drop_tokens(x_TH, pair) @ self._factors(pair)[0][0].mT, pair)
+        return x_TH.new_empty((num_rows, self._rank(pair)))
 
     def _sum_narrow(self, rows_SR: torch.Tensor, weights_S: torch.Tensor) -> torch.Tensor:
         return self.rows.sum_tokens(rows_SR * weights_S[:, None], self.sum_dtype)
@@ -489,24 +491,24 @@ class _Layer:
         return act.detach(), lambda grad: torch.autograd.grad(act, h, grad)[0]
 
     def _drop_tokens(
-        self, x_TH: torch.Tensor, part: Part, tokens: torch.Tensor | slice = slice(None)
+        self, x_TH: torch.Tensor, pair: FactorPair, tokens: torch.Tensor | slice = slice(None)
     ) -> torch.Tensor:
         x = x_TH[tokens]
-        return x * self._mask(part, x_TH.shape, x_TH)[tokens] if part.dropout else x
+        return x * self._mask(pair, x_TH.shape, x_TH)[tokens] if pair.dropout else x
 
-    def _drop_rows(self, values_SI: torch.Tensor, part: Part, rows: slice) -> torch.Tensor:
-        if not part.dropout:
+    def _drop_rows(self, values_SI: torch.Tensor, pair: FactorPair, rows: slice) -> torch.Tensor:
+        if not pair.dropout:
             return values_SI
         shape = (len(self.rows.order_S), values_SI.shape[1])
-        return values_SI * self._mask(part, shape, values_SI)[rows]
+        return values_SI * self._mask(pair, shape, values_SI)[rows]
 
-    def _mask(self, part: Part, shape: Any, like: torch.Tensor) -> torch.Tensor:
+    def _mask(self, pair: FactorPair, shape: Any, like: torch.Tensor) -> torch.Tensor:
         """0, or 1 / (1 - p): the same whenever it is asked for in one call, so that it need not
         be kept.
         """
-        key = (part.index, tuple(shape))
+        key = (pair.index, tuple(shape))
         if key not in self._masks:
-            generator = torch.Generator(like.device).manual_seed(part.seed)
-            keep = torch.rand(shape, generator=generator, device=like.device) >= part.dropout
-            self._masks[key] = keep.to(like.dtype).div_(1 - part.dropout)
+            generator = torch.Generator(like.device).manual_seed(pair.seed)
+            keep = torch.rand(shape, generator=generator, device=like.device) >= pair.dropout
+            self._masks[key] = keep.to(like.dtype).div_(1 - pair.dropout)
         return self._masks[key]

@@ -19,7 +19,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from lorakit.lora.expert_function import Part, run_experts
+from lorakit.lora.expert_function import FactorPair, run_experts
 from lorakit.lora.layouts import (
     expand_shared_outer,
     flatten_a,
@@ -277,21 +277,21 @@ class ExpertLora(nn.Module, LoraLayer):
         inputs = (hidden_states, top_k_index, top_k_weights)
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(*inputs)
-        return run_experts(self, self.stack, *inputs, *self._parts(names), products=self.products)
+        return run_experts(self, self.stack, *inputs, *self._pairs(names), products=self.products)
 
-    def _parts(
+    def _pairs(
         self, names: list[str]
-    ) -> tuple[tuple[Part, ...], tuple[Part, ...], list[torch.Tensor]]:
+    ) -> tuple[tuple[FactorPair, ...], tuple[FactorPair, ...], list[torch.Tensor]]:
         stack = self.stack
-        first: list[Part] = []
-        second: list[Part] = []
+        first: list[FactorPair] = []
+        second: list[FactorPair] = []
         factors: list[torch.Tensor] = []
         for name in names:
             dropout = self.lora_dropout[name]
             probability = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0
             for matrix in self.lora_A[name]:
                 seed = _draw_seed() if probability else 0
-                part = Part(
+                pair = FactorPair(
                     len(factors) // 2,
                     stack.columns(matrix),
                     self.scale_of(name, matrix),
@@ -299,7 +299,7 @@ class ExpertLora(nn.Module, LoraLayer):
                     probability,
                     seed,
                 )
-                (second if stack.parameter_of(matrix) == stack.second else first).append(part)
+                (second if stack.parameter_of(matrix) == stack.second else first).append(pair)
                 factors += [self.lora_A[name][matrix], self.lora_B[name][matrix]]
         return tuple(first), tuple(second), factors
 

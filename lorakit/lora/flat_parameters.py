@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lorakit.errors import AdapterError, ConfigError, report
-from lorakit.lora.inject import LoRAPlan, plan, to_peft_config
+from lorakit.lora.inject import to_peft_config
 from lorakit.lora.layouts import Factors, from_file_tensors, to_file_tensors
+from lorakit.lora.plan import LoRAPlan, plan_lora
 from lorakit.lora.spec import SHARED_OUTER, LoRASpec
 from lorakit.model.families import ExpertStack
 
@@ -196,4 +197,4 @@ def plan_layout(model: Any, spec: LoRASpec, *, base_name: str | None = None) -> 
     """Return the layout of ``spec`` on ``model``. Raises ConfigError where it matches nothing or
     cannot be served.
     """
-    return FlatParameters(model, plan(model, spec), base_name=base_name)
+    return FlatParameters(model, plan_lora(model, spec), base_name=base_name)

@@ -28,15 +28,17 @@ from lorakit.model.partition import has_values
 ALIGNMENT_BYTES = 16  # of a row, for grouped products
 # Measured on two cores: with 128 experts of 64 rows, a batch of products takes 0.7 of the time of
 # as many single products.
-MAX_RUN_BYTES = 4 << 20  # of what a run's first products make: it still fits the processor's cache
-MAX_PADDING = 1.3  # cost of a run with padding, as a multiple of that without
+MAX_RANGE_BYTES = (
+    4 << 20
+)  # of what a range's first products make: it still fits the processor's cache
+MAX_PADDING = 1.3  # cost of a range with padding, as a multiple of that without
 READ_ROWS = 16  # reading an expert's matrices costs as much as so many rows
-# multiplications and additions, as long as which one more run takes beside its products
-RUN_OPERATIONS = 4e6
+# multiplications and additions, as long as which one more range takes beside its products
+RANGE_OPERATIONS = 4e6
 
 
 @dataclass(frozen=True)
-class Run:
+class ExpertRange:
     """Adjacent experts whose rows are padded to one number."""
 
     first: int
@@ -44,15 +46,17 @@ class Run:
     rows_each: int  # -1: as many as the rows are, for each
 
 
-def plan_runs(num_per_expert: list[int], *, max_rows: int, run_rows: float = 0.0) -> list[Run]:
-    """Cut the experts into runs, which end where padding would cost more than it saves; experts
+def cut_ranges(
+    num_per_expert: list[int], *, max_rows: int, range_rows: float = 0.0
+) -> list[ExpertRange]:
+    """Cut the experts into ranges, which end where padding would cost more than it saves; experts
     without a row need none.
 
     Args:
-        max_rows: of a run.
-        run_rows: one more run costs as much as so many rows.
+        max_rows: of a range.
+        range_rows: one more range costs as much as so many rows.
     """
-    runs: list[Run] = []
+    ranges: list[ExpertRange] = []
     first = num = rows_each = cost = 0
     for expert, count in enumerate(num_per_expert):
         if not count:
@@ -60,15 +64,15 @@ def plan_runs(num_per_expert: list[int], *, max_rows: int, run_rows: float = 0.0
         grown, widest = expert - first + 1, max(rows_each, count)
         is_cheap = (
             grown * (widest + READ_ROWS)
-            <= MAX_PADDING * (cost + count + READ_ROWS) + (grown - 1) * run_rows
+            <= MAX_PADDING * (cost + count + READ_ROWS) + (grown - 1) * range_rows
         )
         if num and is_cheap and grown * widest <= max_rows:
             num, rows_each, cost = grown, widest, cost + count + READ_ROWS
             continue
         if num:
-            runs.append(Run(first, num, rows_each))
+            ranges.append(ExpertRange(first, num, rows_each))
         first, num, rows_each, cost = expert, 1, count, count + READ_ROWS
-    return [*runs, Run(first, num, rows_each)] if num else runs
+    return [*ranges, ExpertRange(first, num, rows_each)] if num else ranges
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def _count(pairs_S: torch.Tensor, num_pairs: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class SortedRows:
-    """The pairs of token and expert, in the order of the experts, with padding where runs of
+    """The pairs of token and expert, in the order of the experts, with padding where ranges of
     experts have it.
     """
 
@@ -127,7 +131,7 @@ class SortedRows:
     num_per_pair: torch.Tensor
     num_tokens: int
     top_k: int
-    runs: list[Run] | None  # None: all experts in one grouped product, without padding
+    ranges: list[ExpertRange] | None  # None: all experts in one grouped product, without padding
     num_adapters: int = 1
 
     @classmethod
@@ -138,10 +142,10 @@ class SortedRows:
         *,
         grouped: bool,
         max_rows: int = 0,
-        run_rows: float = 0.0,
+        range_rows: float = 0.0,
         adapter_ids: AdapterIds | None = None,
     ) -> SortedRows:
-        """Sort the router's choices, (T, top_k): for one grouped product, or in runs of at most
+        """Sort the router's choices, (T, top_k): for one grouped product, or in ranges of at most
         ``max_rows`` rows or one expert.
         """
         num_tokens, top_k = experts_TK.shape
@@ -152,30 +156,40 @@ class SortedRows:
             return cls(order_S, pairs_S, counts, num_tokens, top_k, None, num_adapters)
         most_E = counts.view(num_experts, num_adapters).amax(1) * num_adapters
         num_each = _read_counts(most_E, experts_TK.numel())
-        runs = plan_runs(num_each, max_rows=max_rows, run_rows=run_rows)
+        ranges = cut_ranges(num_each, max_rows=max_rows, range_rows=range_rows)
         starts = torch.zeros((num_experts, num_adapters), dtype=torch.long)  # of each pair's rows
         end = 0
-        for run in runs:
-            num_pairs, each = run.num_experts * num_adapters, run.rows_each // num_adapters
+        for expert_range in ranges:
+            num_pairs, each = (
+                expert_range.num_experts * num_adapters,
+                expert_range.rows_each // num_adapters,
+            )
             first_rows = end + each * torch.arange(num_pairs)
-            starts[run.first : run.first + run.num_experts] = first_rows.view(-1, num_adapters)
+            starts[expert_range.first : expert_range.first + expert_range.num_experts] = (
+                first_rows.view(-1, num_adapters)
+            )
             end += num_pairs * each
         shift = starts.flatten().to(counts.device) - (counts.cumsum(0) - counts)
         place_S = torch.arange(len(order_S), device=order_S.device) + shift[pairs_S]
         padded_S = order_S.new_full((end,), num_tokens * top_k)
         padded_S[place_S] = order_S
-        return cls(padded_S, pairs_S, counts, num_tokens, top_k, runs, num_adapters)
+        return cls(padded_S, pairs_S, counts, num_tokens, top_k, ranges, num_adapters)
 
     @classmethod
     def pad(cls, experts_TK: torch.Tensor, num_experts: int) -> SortedRows:
-        """Give every expert as many rows as the busiest has: one run, by fewer calls than a sort
+        """Give every expert as many rows as the busiest has: one range, by fewer calls than a sort
         and a plan, and none to be recorded wrongly (`sampling/traced_step.py`).
         """
         num_tokens, top_k = experts_TK.shape
         experts_S = experts_TK.reshape(-1)
         order_S = (_scripted_pad() if torch.jit.is_tracing() else pad_rows)(experts_S, num_experts)
         return cls(
-            order_S, experts_S, experts_S.new_empty(0), num_tokens, top_k, [Run(0, num_experts, -1)]
+            order_S,
+            experts_S,
+            experts_S.new_empty(0),
+            num_tokens,
+            top_k,
+            [ExpertRange(0, num_experts, -1)],
         )
 
     @functools.cached_property
@@ -204,18 +218,18 @@ class SortedRows:
 
     def blocks(self) -> Iterator[AdjacentExperts | AllExperts]:
         """Yield blocks of rows that together are all rows: one for all experts, or one for each
-        run.
+        range.
         """
-        if self.runs is None:
+        if self.ranges is None:
             yield AllExperts(self)
             return
-        if [run.rows_each for run in self.runs] == [-1]:
-            yield AdjacentExperts(self, self.runs[0], slice(None))
+        if [expert_range.rows_each for expert_range in self.ranges] == [-1]:
+            yield AdjacentExperts(self, self.ranges[0], slice(None))
             return
         start = 0
-        for run in self.runs:
-            end = start + run.num_experts * run.rows_each
-            yield AdjacentExperts(self, run, slice(start, end))
+        for expert_range in self.ranges:
+            end = start + expert_range.num_experts * expert_range.rows_each
+            yield AdjacentExperts(self, expert_range, slice(start, end))
             start = end
 
 
@@ -241,7 +255,7 @@ def _scripted_pad() -> Any:
 
 
 class AdjacentExperts:
-    """The rows of a run of experts: a batch of plain products, whatever the number format. What
+    """The rows of a range of experts: a batch of plain products, whatever the number format. What
     they make fits the processor's cache.
 
     A processor that multiplies 16-bit numbers only by emulation, tens of times slower, is given the
@@ -249,19 +263,29 @@ class AdjacentExperts:
     """
 
     def __init__(
-        self, sorted_rows: SortedRows, run: Run, rows: slice, *, num_adapters: int = 1
+        self,
+        sorted_rows: SortedRows,
+        expert_range: ExpertRange,
+        rows: slice,
+        *,
+        num_adapters: int = 1,
     ) -> None:
-        first, num = run.first * num_adapters, run.num_experts * num_adapters
-        self.experts, self._shape = slice(first, first + num), (num, run.rows_each // num_adapters)
+        first, num = expert_range.first * num_adapters, expert_range.num_experts * num_adapters
+        self.experts, self._shape = (
+            slice(first, first + num),
+            (num, expert_range.rows_each // num_adapters),
+        )
         self.rows = rows
         self.tokens = sorted_rows.tokens_S[self.rows]
-        self._made_of = sorted_rows, run
+        self._made_of = sorted_rows, expert_range
 
     @functools.cached_property
     def by_adapter(self) -> AdjacentExperts:
         """The same rows by pair of expert and adapter."""
-        sorted_rows, run = self._made_of
-        return AdjacentExperts(sorted_rows, run, self.rows, num_adapters=sorted_rows.num_adapters)
+        sorted_rows, expert_range = self._made_of
+        return AdjacentExperts(
+            sorted_rows, expert_range, self.rows, num_adapters=sorted_rows.num_adapters
+        )
 
     def times(
         self, x_SK: torch.Tensor, w_EKN: torch.Tensor, out: torch.Tensor | None = None
@@ -396,7 +420,7 @@ class FewTokens:
         """
         if id(layer) not in self._at_least:
             first = weights_EKN[0]
-            is_small = sum(w.nbytes for w in weights_EKN) <= MAX_RUN_BYTES
+            is_small = sum(w.nbytes for w in weights_EKN) <= MAX_RANGE_BYTES
             at_least = 0 if is_small else -(-first.shape[0] // experts_TK.shape[1])
             self._at_least[id(layer)] = at_least if is_plain_product(first) else None
         found = self._at_least[id(layer)]

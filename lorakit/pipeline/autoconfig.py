@@ -17,8 +17,7 @@ from lorakit.config.schema import RunConfig
 from lorakit.data.examples import DatasetReport
 from lorakit.data.specs import DEFAULT_BATCH_SIZE
 from lorakit.errors import ConfigError
-from lorakit.lora.inject import LoRAPlan
-from lorakit.lora.inject import plan as plan_lora
+from lorakit.lora.plan import LoRAPlan, plan_lora
 from lorakit.lora.spec import PER_EXPERT, SHARED_OUTER
 from lorakit.pipeline.build import build_step_plan
 from lorakit.pipeline.processes import Place

@@ -34,7 +34,7 @@ from lorakit.data.datum import OnLong
 from lorakit.data.images import ImageEncoder
 from lorakit.data.specs import BatchSpec, RowSpec
 from lorakit.errors import ConfigError
-from lorakit.lora.inject import LoRAPlan
+from lorakit.lora.plan import LoRAPlan
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.spec import ModelSpec
 from lorakit.pipeline.processes import num_streams

@@ -19,7 +19,7 @@ from lorakit.config.optimization import build_optimization
 from lorakit.config.schema import RunConfig
 from lorakit.data.datamodule import LoRADataModule
 from lorakit.errors import ConfigError
-from lorakit.lora.inject import LoRAPlan, plan
+from lorakit.lora.plan import LoRAPlan, plan_lora
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.families import packing_is_doubtful
 from lorakit.pipeline import build
@@ -156,7 +156,7 @@ def plan_adapter(run: PreparedRun) -> None:
     run.spec = run.config.lora_with_tokens
     if run.spec.init_from:
         open_init(run.spec, base=run.config.model.name)
-    run.plan = plan(run.skeleton, run.spec)
+    run.plan = plan_lora(run.skeleton, run.spec)
     run.console.print(run.plan.table())
     if run.plan.note:
         run.say(run.plan.note)

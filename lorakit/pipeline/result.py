@@ -14,7 +14,7 @@ from lorakit.callbacks.retain import Retain
 from lorakit.callbacks.samples import Samples
 from lorakit.callbacks.throughput import Throughput
 from lorakit.data.datamodule import LoRADataModule
-from lorakit.lora.inject import LoRAPlan
+from lorakit.lora.plan import LoRAPlan
 from lorakit.pipeline.printing import prompt_to_try
 from lorakit.pipeline.resume import command_to_continue
 from lorakit.quoting import quote_for_shell

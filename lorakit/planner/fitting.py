@@ -9,8 +9,7 @@ from typing import Any
 
 from lorakit.config.schema import RunConfig
 from lorakit.errors import ConfigError
-from lorakit.lora.inject import LoRAPlan
-from lorakit.lora.inject import plan as plan_lora
+from lorakit.lora.plan import LoRAPlan, plan_lora
 from lorakit.planner.memory import REFUSE_SHARE, WARN_SHARE, Memory
 from lorakit.planner.step_plan import StepPlan, describe
 

@@ -19,7 +19,7 @@ from lorakit.config.schema import RunConfig
 from lorakit.config.settings import Component
 from lorakit.data.examples import DatasetReport
 from lorakit.data.specs import DEFAULT_BATCH_SIZE
-from lorakit.lora.inject import LoRAPlan
+from lorakit.lora.plan import LoRAPlan
 from lorakit.model.vision import find_tower
 from lorakit.planner.fake_images import SampleShapes
 from lorakit.planner.memory import (

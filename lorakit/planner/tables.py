@@ -6,7 +6,7 @@ import dataclasses
 
 from rich.table import Table
 
-from lorakit.lora.inject import plan as plan_lora
+from lorakit.lora.plan import plan_lora
 from lorakit.lora.spec import LAYOUTS
 from lorakit.planner.cost import Prices
 from lorakit.planner.fitting import counts_to_plan, suggest

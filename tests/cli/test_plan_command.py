@@ -19,7 +19,7 @@ from lorakit.config.resolve import to_plain
 from lorakit.config.schema import RunConfig
 from lorakit.config.settings import Component
 from lorakit.errors import ConfigError
-from lorakit.lora.inject import plan
+from lorakit.lora.plan import plan_lora
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.load import load_skeleton
 from lorakit.pipeline import allocator, strategy_choice
@@ -131,7 +131,7 @@ def config_of(**changes: Any) -> RunConfig:
 
 def step_plan(num_longest: int | None = None, accelerator: str = "cpu", **changes: Any) -> StepPlan:
     skeleton = load_skeleton("tiny")
-    planned = plan(skeleton, LoRASpec(rank=8))
+    planned = plan_lora(skeleton, LoRASpec(rank=8))
     config = config_of(**changes).with_values({"lora.rank": 8})
     return build_step_plan(
         config,

@@ -11,7 +11,7 @@ import torch
 import transformers
 from tiny_models import LargestTensor, relative_l2
 
-from lorakit.lora.expert_function import ExpertCall, ExpertFunction, Part
+from lorakit.lora.expert_function import ExpertCall, ExpertFunction, FactorPair
 from lorakit.model.families import ExpertStack
 
 HIDDEN, WIDTH, EXPERTS, TOP_K, TOKENS = 32, 24, 6, 2, 20
@@ -130,7 +130,7 @@ def factored(
     x, experts, weights = inputs
     matrices = list(dict.fromkeys(name[:-2] for name in factors))
     parts = [
-        (stack.parameter_of(m), Part(i, stack.columns(m), SCALE, shares_outer))
+        (stack.parameter_of(m), FactorPair(i, stack.columns(m), SCALE, shares_outer))
         for i, m in enumerate(matrices)
     ]
     call = ExpertCall(
@@ -390,7 +390,9 @@ def test_what_is_kept_for_the_backward_is_x_one_product_and_the_rows_of_rank_wid
     num_rows = next(size for size in kept if size % (2 * WIDTH) == 0 and size > num_factors) // (
         2 * WIDTH
     )
-    assert TOKENS * TOP_K <= num_rows < 1.5 * TOKENS * TOP_K  # with the padding of runs of experts
+    assert (
+        TOKENS * TOP_K <= num_rows < 1.5 * TOKENS * TOP_K
+    )  # with the padding of ranges of experts
     assert (
         sum(kept)
         == TOKENS * HIDDEN + num_rows * (2 * WIDTH + 2 * rank) + TOKENS * TOP_K + num_factors

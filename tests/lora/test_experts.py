@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import gradients, make_model, randomise, relative_l2, trainable
 
 from lorakit.lora.experts import ExpertLora
-from lorakit.lora.inject import inject, plan, to_peft_config
+from lorakit.lora.inject import inject, to_peft_config
+from lorakit.lora.plan import plan_lora
 from lorakit.lora.spec import LoRASpec
 from lorakit.weights.adapter import AdapterFiles, save_adapter, start_from
 from lorakit.weights.export import write_peft
@@ -86,7 +87,7 @@ def test_adapters_on_one_base_differ_in_rank_targets_and_layout() -> None:
     }
     model = inject(make_model(), specs["one"], adapter_name="one")
     for name in ("two", "three"):
-        model.add_adapter(name, to_peft_config(plan(make_model(), specs[name])))
+        model.add_adapter(name, to_peft_config(plan_lora(make_model(), specs[name])))
     for name in specs:
         model.set_adapter(name)
         randomise(model, seed=len(name))
@@ -95,7 +96,7 @@ def test_adapters_on_one_base_differ_in_rank_targets_and_layout() -> None:
         assert close(logits(model), alone[name])
         assert (
             sum(p.numel() for p in model.parameters() if p.requires_grad)
-            == plan(make_model(), spec).num_params
+            == plan_lora(make_model(), spec).num_params
         )
     model.base_model.set_adapter(["one", "two"])
     both = logits(model)
@@ -138,7 +139,7 @@ def test_peft_loads_a_second_adapter_into_our_layers(tmp_path: Path) -> None:
         randomise(inject(make_model(), SPEC), seed=2),
     )
     second.save_pretrained(tmp_path)
-    first.add_adapter("second", to_peft_config(plan(make_model(), SPEC)))
+    first.add_adapter("second", to_peft_config(plan_lora(make_model(), SPEC)))
     peft.set_peft_model_state_dict(
         first, load_file(tmp_path / "adapter_model.safetensors"), adapter_name="second"
     )
@@ -176,7 +177,7 @@ def test_gradients_are_those_of_plain_peft(spec: LoRASpec) -> None:
 def _plain_config(spec: LoRASpec) -> peft.LoraConfig:
     """The same adapter for PEFT's own layers."""
     names = ("r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "task_type")
-    settings = to_peft_config(plan(make_model(), spec)).to_dict()
+    settings = to_peft_config(plan_lora(make_model(), spec)).to_dict()
     return peft.LoraConfig(**{name: settings[name] for name in names})
 
 
@@ -204,11 +205,12 @@ def test_a_shared_outer_adapter_is_saved_compact_and_expands_exactly(
         "down_proj.lora_A.weight": (4, 3, 24),
         "down_proj.lora_B.weight": (1, 32, 3),
     }
-    assert sum(t.numel() for t in tensors.values()) == plan(make_model(), SHARED).num_params
+    planned = plan_lora(make_model(), SHARED)
+    assert sum(t.numel() for t in tensors.values()) == planned.num_params
     assert close(logits(attach(make_model(), tmp_path / "compact")), logits(model))
     write_peft(AdapterFiles.open(tmp_path / "compact"), make_model(), tmp_path / "peft")
     expanded = load_file(tmp_path / "peft/adapter_model.safetensors")
-    assert sum(t.numel() for t in expanded.values()) == plan(make_model(), SHARED).num_peft_params
+    assert sum(t.numel() for t in expanded.values()) == planned.num_peft_params
     loaded = peft.PeftModel.from_pretrained(make_model(), tmp_path / "peft")
     assert close(logits(loaded), logits(model)) and not close(logits(model), logits(make_model()))
     # rank_pattern in our own layer too
@@ -277,14 +279,14 @@ def test_a_file_of_sglangs_contract_written_by_hand_means_what_it_says(tmp_path:
 def test_trained_tensors_and_optimiser_state_exist_once() -> None:
     model = randomise(inject(make_model(), SHARED))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in parameters) == plan(make_model(), SHARED).num_params
+    assert sum(p.numel() for p in parameters) == plan_lora(make_model(), SHARED).num_params
     optimizer = torch.optim.AdamW(parameters)
     model.train()(input_ids=INPUT_IDS, use_cache=False).logits.square().sum().backward()
     optimizer.step()
     moments = sum(
         state["exp_avg"].numel() + state["exp_avg_sq"].numel() for state in optimizer.state.values()
     )
-    assert moments == 2 * plan(make_model(), SHARED).num_params
+    assert moments == 2 * plan_lora(make_model(), SHARED).num_params
 
 
 @pytest.mark.parametrize("spec", [SPEC, SHARED])
@@ -366,7 +368,7 @@ def test_two_adapters_at_once_have_the_gradients_of_their_sum() -> None:
     _, inputs = _alone(SPEC)
     model = inject(make_model(), replace(SPEC, targets=["experts"]), adapter_name="one")
     model.add_adapter(
-        "two", to_peft_config(plan(make_model(), replace(SHARED, rank=5, targets=["experts"])))
+        "two", to_peft_config(plan_lora(make_model(), replace(SHARED, rank=5, targets=["experts"])))
     )
     for name in ("one", "two"):
         model.set_adapter(name)

@@ -11,45 +11,64 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit.lora.grouped import MAX_PADDING, READ_ROWS, AdapterIds, Run, SortedRows, plan_runs
+from lorakit.lora.grouped import (
+    MAX_PADDING,
+    READ_ROWS,
+    AdapterIds,
+    ExpertRange,
+    SortedRows,
+    cut_ranges,
+)
 
 
 def test_experts_of_about_equal_load_go_together_up_to_the_largest_run() -> None:
-    assert plan_runs([60, 64, 62, 64], max_rows=1024) == [Run(0, 4, 64)]
-    assert plan_runs([60, 64, 62, 64], max_rows=130) == [Run(0, 2, 64), Run(2, 2, 64)]
-    assert plan_runs([60, 64], max_rows=0) == [Run(0, 1, 60), Run(1, 1, 64)]
-    assert plan_runs([4, 40, 5], max_rows=1024) == [Run(0, 1, 4), Run(1, 1, 40), Run(2, 1, 5)]
-    # small matrices: a run is dear
-    assert plan_runs([4, 40, 5], max_rows=1024, run_rows=50.0) == [Run(0, 3, 40)]
+    assert cut_ranges([60, 64, 62, 64], max_rows=1024) == [ExpertRange(0, 4, 64)]
+    assert cut_ranges([60, 64, 62, 64], max_rows=130) == [
+        ExpertRange(0, 2, 64),
+        ExpertRange(2, 2, 64),
+    ]
+    assert cut_ranges([60, 64], max_rows=0) == [ExpertRange(0, 1, 60), ExpertRange(1, 1, 64)]
+    assert cut_ranges([4, 40, 5], max_rows=1024) == [
+        ExpertRange(0, 1, 4),
+        ExpertRange(1, 1, 40),
+        ExpertRange(2, 1, 5),
+    ]
+    # small matrices: a range is dear
+    assert cut_ranges([4, 40, 5], max_rows=1024, range_rows=50.0) == [ExpertRange(0, 3, 40)]
 
 
 def test_an_expert_that_gets_most_rows_goes_alone_and_one_that_gets_none_is_left_out() -> None:
-    assert plan_runs([0, 10, 900, 10, 10, 0], max_rows=1024) == [
-        Run(1, 1, 10),
-        Run(2, 1, 900),
-        Run(3, 2, 10),
+    assert cut_ranges([0, 10, 900, 10, 10, 0], max_rows=1024) == [
+        ExpertRange(1, 1, 10),
+        ExpertRange(2, 1, 900),
+        ExpertRange(3, 2, 10),
     ]
-    assert plan_runs([0, 0], max_rows=9) == [] == plan_runs([], max_rows=9)
+    assert cut_ranges([0, 0], max_rows=9) == [] == cut_ranges([], max_rows=9)
 
 
 @given(st.lists(st.integers(0, 300), max_size=40), st.sampled_from([0, 100, 1024]))
 @settings(deadline=None)
 def test_runs_hold_every_row_and_little_else(counts: list[int], max_rows: int) -> None:
-    runs = plan_runs(counts, max_rows=max_rows)
+    ranges = cut_ranges(counts, max_rows=max_rows)
     assert all(
-        any(_holds(run, expert) for run in runs) for expert, count in enumerate(counts) if count
+        any(_holds(expert_range, expert) for expert_range in ranges)
+        for expert, count in enumerate(counts)
+        if count
     )
     assert all(
-        one.first + one.num_experts <= other.first for one, other in itertools.pairwise(runs)
+        one.first + one.num_experts <= other.first for one, other in itertools.pairwise(ranges)
     )
-    for run in runs:
-        loads = counts[run.first : run.first + run.num_experts]
-        assert run.rows_each == max(loads) > 0
-        assert run.num_experts == 1 or run.num_experts * run.rows_each <= max_rows
+    for expert_range in ranges:
+        loads = counts[expert_range.first : expert_range.first + expert_range.num_experts]
+        assert expert_range.rows_each == max(loads) > 0
+        assert (
+            expert_range.num_experts == 1
+            or expert_range.num_experts * expert_range.rows_each <= max_rows
+        )
         cost = sum(load + READ_ROWS for load in loads if load)
         assert (
-            run.num_experts * (run.rows_each + READ_ROWS) <= MAX_PADDING * cost
-            or run.num_experts == 1
+            expert_range.num_experts * (expert_range.rows_each + READ_ROWS) <= MAX_PADDING * cost
+            or expert_range.num_experts == 1
         )
 
 
@@ -81,8 +100,8 @@ def test_values_by_choice_come_back_from_padded_rows() -> None:
             assert place == 150 or int(experts_TK.flatten()[place]) == expert
 
 
-def _holds(run: Run, expert: int) -> bool:
-    return run.first <= expert < run.first + run.num_experts
+def _holds(expert_range: ExpertRange, expert: int) -> bool:
+    return expert_range.first <= expert < expert_range.first + expert_range.num_experts
 
 
 def test_rows_by_owner_pay_where_they_are_even_and_not_where_most_would_be_padding() -> None:

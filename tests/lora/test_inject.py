@@ -11,7 +11,8 @@ import pytest
 import torch
 from tiny_models import make_model, plain_peft_config, randomise, relative_l2, trainable
 
-from lorakit.lora.inject import inject, plan
+from lorakit.lora.inject import inject
+from lorakit.lora.plan import plan_lora
 from lorakit.lora.spec import LoRASpec
 from lorakit.lora.state import adapter_state
 from lorakit.model.load import load_model
@@ -46,7 +47,7 @@ def test_only_lora_is_trainable_in_float32_and_the_logits_are_the_bases(
     assert {parameter.dtype for parameter in own.values()} == {torch.float32}
     assert (
         sum(parameter.numel() for parameter in own.values())
-        == plan(make_model(family), LoRASpec(rank=4, unembedding=True)).num_params
+        == plan_lora(make_model(family), LoRASpec(rank=4, unembedding=True)).num_params
     )
     assert (
         max(parameter.abs().max().item() for name, parameter in own.items() if "lora_B" in name)
@@ -120,7 +121,7 @@ def test_a_pattern_over_one_layer_wraps_that_layer_alone() -> None:
 
 def test_lora_on_a_tied_unembedding_adapts_the_output_alone() -> None:
     base = make_model("qwen3")
-    assert plan(base, LoRASpec()).is_tied
+    assert plan_lora(base, LoRASpec()).is_tied
     embedded, before = base.get_input_embeddings()(INPUT_IDS).clone(), logits(base)
     hidden = base.model(input_ids=INPUT_IDS).last_hidden_state
     model = randomise(inject(base, LoRASpec(rank=4, alpha=4, targets=["lm_head"])))

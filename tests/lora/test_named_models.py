@@ -18,7 +18,8 @@ import yaml
 from lorakit.config.paths import conf_dir
 from lorakit.config.resolve import to_plain
 from lorakit.config.schema import RunConfig
-from lorakit.lora.inject import plan, to_peft_config
+from lorakit.lora.inject import to_peft_config
+from lorakit.lora.plan import plan_lora
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.load import model_class, skeleton_of
 from lorakit.pipeline.build import build_step_plan
@@ -83,18 +84,18 @@ def test_the_preset_adapts_the_language_model_and_counts_as_by_hand(name: str) -
     with torch.device("meta"):
         model = model_class(config).from_config(config)
     spec = _spec(name)
-    planned = plan(model, spec)
+    planned = plan_lora(model, spec)
     assert SHARED_EXPERTS_PER_RANK == 48 * (2 * (2048 + 128 * 768) + (2048 + 128 * 768))
     assert planned.num_params == 8 * (SHARED_EXPERTS_PER_RANK + ATTENTION_PER_RANK)
     assert planned.megabytes(2) == pytest.approx(244.6, abs=0.1)
     fused = 48 * 128 * (2 * (2048 + 1536) + (768 + 2048))  # gate and up as one pair of rank 2r
     assert planned.num_peft_params == 8 * (fused + ATTENTION_PER_RANK)
-    assert [plan(model, replace(spec, rank=rank)).megabytes(2) <= 300 for rank in (9, 10)] == [
+    assert [plan_lora(model, replace(spec, rank=rank)).megabytes(2) <= 300 for rank in (9, 10)] == [
         True,
         False,
     ]
     per_expert = [
-        plan(model, replace(spec, rank=rank, expert_layout="per_expert")) for rank in (3, 4)
+        plan_lora(model, replace(spec, rank=rank, expert_layout="per_expert")) for rank in (3, 4)
     ]
     assert [found.num_params for found in per_expert] == [
         rank * (EXPERTS_PER_RANK + ATTENTION_PER_RANK) for rank in (3, 4)
@@ -123,19 +124,19 @@ def test_images_of_the_named_model_have_their_own_switches_and_ranks_that_keep_t
     assert not spec.vision and not spec.merger
     alone = {"attention": False, "experts": False, "expert_layout": "per_expert"}
     for name, per_rank in (("vision", VISION_PER_RANK), ("merger", MERGER_PER_RANK)):
-        planned = plan(model, replace(spec, **{name: True}, **alone))
+        planned = plan_lora(model, replace(spec, **{name: True}, **alone))
         assert planned.num_params == 8 * per_rank and {
             target.family for target in planned.targets
         } == {name}
-    both = plan(model, replace(spec, vision=True, merger=True))
-    text_only = plan(model, spec)
+    both = plan_lora(model, replace(spec, vision=True, merger=True))
+    text_only = plan_lora(model, spec)
     assert both.num_params == text_only.num_params + 8 * (VISION_PER_RANK + MERGER_PER_RANK)
     assert text_only.num_params == 122_290_176 and text_only.megabytes(2) == pytest.approx(
         244.6, abs=0.1
     )
 
     def fits(rank: int, **changes: Any) -> bool:  # what the preset says of ranks
-        return 10 <= plan(model, replace(spec, rank=rank, **changes)).megabytes(2) <= 300
+        return 10 <= plan_lora(model, replace(spec, rank=rank, **changes)).megabytes(2) <= 300
 
     without = {"experts": False, "expert_layout": "per_expert"}
     ranges = {
@@ -172,7 +173,7 @@ def _step_plan() -> StepPlan:
         )
     config = RunConfig.from_dict(to_plain(composed))
     skeleton = skeleton_of(preset_config(config.model.path))
-    planned = plan(skeleton, config.lora)
+    planned = plan_lora(skeleton, config.lora)
     rows = row_sizes_without_data(config, skeleton)
     return build_step_plan(
         config, skeleton, planned, accelerator="cuda", precision="bf16-mixed", rows=rows

@@ -9,7 +9,7 @@ from rich.console import Console
 from tiny_models import make_model
 
 from lorakit.errors import ConfigError
-from lorakit.lora.inject import plan
+from lorakit.lora.plan import plan_lora
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.load import load_config, load_model, load_skeleton
 
@@ -33,7 +33,7 @@ ATTENTION, MLP, EXPERTS, UNEMBEDDING = 64 + 48 + 48 + 64, 3 * 80, 4 * (80 + 56),
 )
 def test_families_are_switched_on_and_off(family: str, switches: dict, expected: int) -> None:
     unembedding = UNEMBEDDING if switches.get("unembedding") else 0
-    planned = plan(make_model(family), LoRASpec(rank=3, **switches))
+    planned = plan_lora(make_model(family), LoRASpec(rank=3, **switches))
     assert planned.num_params == 3 * (2 * expected + unembedding)
 
 
@@ -49,15 +49,15 @@ def test_the_bundled_model_is_counted_by_hand_and_alike_on_the_meta_device() -> 
     experts = config.num_experts * (2 * hidden + 3 * config.moe_intermediate_size)
     skeleton, model = load_skeleton("tiny"), load_model("tiny")
     assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
-    planned = plan(skeleton, LoRASpec(rank=8))
+    planned = plan_lora(skeleton, LoRASpec(rank=8))
     assert planned.num_params == 8 * config.num_hidden_layers * (attention + experts)
-    assert planned == plan(model, LoRASpec(rank=8))
+    assert planned == plan_lora(model, LoRASpec(rank=8))
     assert planned.num_base_params == sum(parameter.numel() for parameter in model.parameters())
     assert planned.is_tied is config.tie_word_embeddings
 
 
 def test_share_and_megabytes_are_those_of_the_adapter() -> None:
-    planned = plan(make_model("qwen3"), LoRASpec(rank=2))
+    planned = plan_lora(make_model("qwen3"), LoRASpec(rank=2))
     num = 2 * 2 * (ATTENTION + MLP)
     assert planned.megabytes(4) == pytest.approx(num * 4 / 1e6)
     assert planned.trainable_share == pytest.approx(num / (num + planned.num_base_params))
@@ -65,7 +65,7 @@ def test_share_and_megabytes_are_those_of_the_adapter() -> None:
 
 def test_the_table_shows_each_kind_of_matrix_with_its_count() -> None:
     out = io.StringIO()
-    Console(file=out, width=160).print(plan(make_model("qwen3_moe"), LoRASpec(rank=2)).table())
+    Console(file=out, width=160).print(plan_lora(make_model("qwen3_moe"), LoRASpec(rank=2)).table())
     rows = [line for line in out.getvalue().splitlines() if "gate_up_proj" in line]
     assert list(rows[0].replace("│", " ").split()) == [
         "experts",
@@ -85,12 +85,12 @@ def test_a_family_that_matches_nothing_is_an_error_that_says_what_there_is(
     family: str, missing: str
 ) -> None:
     with pytest.raises(ConfigError, match=rf"lora\.{missing}=true.*attention.*unembedding"):
-        plan(make_model(family), LoRASpec(**{missing: True}))
+        plan_lora(make_model(family), LoRASpec(**{missing: True}))
 
 
 def test_nothing_switched_on_is_an_error() -> None:
     with pytest.raises(ConfigError, match="adapt nothing"):
-        plan(make_model("qwen3"), LoRASpec(attention=False, mlp=False))
+        plan_lora(make_model("qwen3"), LoRASpec(attention=False, mlp=False))
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,14 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_near_names(
     pattern: str, near: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"{pattern}.*matches nothing.*{near}"):
-        plan(make_model("qwen3_moe"), LoRASpec(targets=["k_proj", pattern]))
+        plan_lora(make_model("qwen3_moe"), LoRASpec(targets=["k_proj", pattern]))
 
 
 def test_names_suffixes_and_patterns_choose_alone() -> None:
     model = make_model("qwen3_moe")
 
     def names(*targets: str) -> list[str]:
-        return [target.name for target in plan(model, LoRASpec(targets=targets)).targets]
+        return [target.name for target in plan_lora(model, LoRASpec(targets=targets)).targets]
 
     assert names("q_proj") == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
     assert names("model.layers.1.self_attn.v_proj") == ["model.layers.1.self_attn.v_proj"]
@@ -122,7 +122,7 @@ def test_names_suffixes_and_patterns_choose_alone() -> None:
     "switches", [{}, {"experts": True, "unembedding": True}, {"attention": False}]
 )
 def test_no_family_takes_the_router(switches: dict) -> None:
-    planned = plan(make_model("qwen3_moe"), LoRASpec(**switches))
+    planned = plan_lora(make_model("qwen3_moe"), LoRASpec(**switches))
     assert "router" not in planned.by_family()
     assert not any(
         ".gate" in target.name and "gate_up" not in target.name for target in planned.targets
@@ -131,7 +131,7 @@ def test_no_family_takes_the_router(switches: dict) -> None:
 
 @pytest.mark.parametrize("name", ["mlp.gate", "gate", "mlp.gate.weight"])
 def test_a_router_that_is_named_is_planned(name: str) -> None:
-    targets = plan(make_model("qwen3_moe"), LoRASpec(targets=[name])).targets
+    targets = plan_lora(make_model("qwen3_moe"), LoRASpec(targets=[name])).targets
     assert [(target.family, target.in_features, target.out_features) for target in targets] == [
         ("router", 32, 4)
     ] * 2
@@ -140,8 +140,8 @@ def test_a_router_that_is_named_is_planned(name: str) -> None:
 @pytest.mark.parametrize("change", [{"dora": True}, {"init": "orthogonal"}])
 def test_what_stacked_experts_have_not_is_refused(change: dict) -> None:
     with pytest.raises(ConfigError, match=r"stacked experts.*lora\.experts=false"):
-        plan(make_model("qwen3_moe"), LoRASpec(**change))
-    plan(make_model("qwen3_moe"), LoRASpec(**change, experts=False))
+        plan_lora(make_model("qwen3_moe"), LoRASpec(**change))
+    plan_lora(make_model("qwen3_moe"), LoRASpec(**change, experts=False))
 
 
 def test_all_problems_of_a_spec_come_in_one_report() -> None:

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorakit.data.batch.collate import collate
 from lorakit.data.datum import make_datum
 from lorakit.errors import AdapterError, ConfigError
-from lorakit.lora.inject import inject, plan
+from lorakit.lora.inject import inject
+from lorakit.lora.plan import plan_lora
 from lorakit.lora.spec import LoRASpec
 from lorakit.lora.state import adapters_off
 from lorakit.loss.cross_entropy import cross_entropy
@@ -156,7 +157,7 @@ def test_gradients_are_those_of_all_logits_and_of_no_other_row(family: str, tmp_
 
 
 def plan_of(model: Any, spec: LoRASpec) -> Any:
-    return plan(copy.deepcopy(model).unload(), spec)
+    return plan_lora(copy.deepcopy(model).unload(), spec)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma, tied"])
@@ -177,7 +178,7 @@ def test_rows_begin_as_the_mean_of_their_pieces_and_nothing_else_moves(
             assert torch.allclose(new[token], old[parts].mean(dim=0), atol=1e-7)
     assert after.config.vocab_size == 296
     spec = LoRASpec(rank=4, token_ids=tuple(pieces))
-    planned = plan(load_skeleton(base, add_tokens=MANY), spec)
+    planned = plan_lora(load_skeleton(base, add_tokens=MANY), spec)
     model = inject(after, spec)
     num_matrices = 1 if "tied" in family else 2
     assert planned.num_row_params == 20 * 32 * num_matrices
@@ -202,7 +203,7 @@ def test_what_is_no_new_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"lora\.targets: an adapter on the unembedding does not go"
     ):
-        plan(
+        plan_lora(
             load_model(base, add_tokens=FEW),
             LoRASpec(targets=["q_proj", "lm_head"], token_ids=spec.token_ids),
         )

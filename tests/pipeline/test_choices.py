@@ -19,7 +19,7 @@ from chat_models import config_of, shapes
 from lorakit.callbacks import memory_probe
 from lorakit.data.datum import TruncationStats
 from lorakit.data.examples import DatasetReport
-from lorakit.lora.inject import plan
+from lorakit.lora.plan import plan_lora
 from lorakit.pipeline.autoconfig import FILE_BYTES, RANKS, RunFacts, choose
 from lorakit.pipeline.build import build_step_plan
 from lorakit.pipeline.processes import Place
@@ -108,7 +108,7 @@ def test_the_choice_fits_and_is_the_fastest_that_does(
     config, chosen = choose(config_of(), known, said.append)
     assert set(KEYS) <= set(chosen) and expected.items() <= chosen.items(), chosen
     assert all("auto: " in line and line.endswith(")") for line in said) and len(said) == 4
-    planned = plan(skeleton, config.lora_with_tokens)
+    planned = plan_lora(skeleton, config.lora_with_tokens)
     assert planned.num_params * 2 <= FILE_BYTES and planned.spec.rank in RANKS
     taken = (
         build_step_plan(config, skeleton, planned, accelerator="cuda", precision="bf16-mixed")

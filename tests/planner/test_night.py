@@ -11,7 +11,7 @@ import pytest
 from chat_models import config_of, shapes
 from program import REPOSITORY
 
-from lorakit.lora.inject import plan
+from lorakit.lora.plan import plan_lora
 from lorakit.pipeline.build import build_step_plan
 
 NIGHT_SECONDS = 8 * 3600
@@ -100,7 +100,7 @@ def test_memory_and_operations_are_what_the_planner_says(entry: Entry) -> None:
     step = build_step_plan(
         config,
         skeleton,
-        plan(skeleton, config.lora),
+        plan_lora(skeleton, config.lora),
         accelerator=accelerator,
         precision="bf16-mixed",
     )

@@ -72,7 +72,7 @@ def _only_padding_that_large_matrices_have(monkeypatch: pytest.MonkeyPatch) -> N
     """Rows of small ones are padded by what the router chose, to save calls; which no plan
     knows.
     """
-    monkeypatch.setattr("lorakit.lora.expert_function.RUN_OPERATIONS", 0.0)
+    monkeypatch.setattr("lorakit.lora.expert_function.RANGE_OPERATIONS", 0.0)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

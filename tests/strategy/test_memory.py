@@ -16,7 +16,7 @@ import pytest
 from tiny_models import make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lorakit.lora.inject import plan
+from lorakit.lora.plan import plan_lora
 from lorakit.lora.spec import LoRASpec
 from lorakit.model.load import load_skeleton
 from lorakit.planner.memory import Settings, memory_of
@@ -155,7 +155,7 @@ def _plan(base: Path) -> Any:
     import torch
 
     skeleton = load_skeleton(str(base / "model"))
-    spec = plan(skeleton, LoRASpec(rank=8)).spec
+    spec = plan_lora(skeleton, LoRASpec(rank=8)).spec
     shape = StepShape(
         num_rows=1, num_positions=POSITIONS, dtype="float32", precision="32-true", device="cpu"
     )
