@@ -1,5 +1,5 @@
-"""What lorakit raises when a user can mend it. Each message says what is wrong, where, and how
-to put it right.
+"""What lorakit raises when a user can fix it. Each message says what is wrong, where, and how to
+fix it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ class LorakitError(Exception):
     """Base of all errors that a user can cause; the command line prints it without a traceback and
     exits with 2.
 
-    Of several processes the first says what ``is_of_all``.
+    Where several processes raise it, only the first prints one that ``is_of_all``.
     """
 
     is_of_all = False
@@ -47,7 +47,7 @@ class CheckpointError(LorakitError, ValueError):
 
 
 class TrainingError(LorakitError, RuntimeError):
-    """Training cannot go on, for instance because losses are no longer finite."""
+    """Training cannot continue, for instance because losses are no longer finite."""
 
 
 MAX_SHOWN = 20

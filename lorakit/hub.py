@@ -104,7 +104,7 @@ def open_repository(name: str, *, is_public: bool) -> None:
             )
         if not is_public and not api.model_info(name).private:
             raise ConfigError(
-                f"push={name} is there and public: --public says that whoever wants may see what is"
+                f"push={name} is there and public: --public says that anybody may see what is"
                 " uploaded"
             )
 

@@ -138,7 +138,7 @@ class ModelInput:
         return cls()
 
     def append(self, chunk: Chunk) -> ModelInput:
-        """Return this input with ``chunk`` behind it."""
+        """Return this input with ``chunk`` after it."""
         return ModelInput((*self.chunks, chunk))
 
     def append_int(self, token: int) -> ModelInput:
@@ -168,7 +168,7 @@ class ModelInput:
         ]
 
     def first(self, num_positions: int) -> ModelInput:
-        """Return the first so many positions. Raises ValueError where they end within an image."""
+        """Return the first positions. Raises ValueError where they end within an image."""
         chunks: list[Chunk] = []
         for chunk in self.chunks:
             if num_positions <= 0:

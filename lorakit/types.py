@@ -107,7 +107,7 @@ class Datum:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a stream of batches stands: enough to go on from exactly there."""
+    """Where a stream of batches stands: enough to continue from exactly there."""
 
     epoch: int = 0
     window_start: int = 0  # rows of the epoch's order that lie before the current window

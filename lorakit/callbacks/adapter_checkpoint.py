@@ -44,7 +44,7 @@ class AdapterCheckpoint(L.Callback):
     ) -> None:
         self.folder = Path(folder)
         self.every_steps, self.keep_last, self.keep_best = every_steps, keep_last, keep_best
-        # the signal that ended the fit; one behind the last step ends nothing
+        # the signal that ended the fit; one after the last step ends nothing
         self.interrupt: int | None = None
         self._signal: int | None = None  # the first that has come
         self._saved_step = -1
@@ -53,7 +53,7 @@ class AdapterCheckpoint(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_step = trainer.global_step
-        # A run that was killed behind its last checkpoint had decided to stop, which EarlyStopping
+        # A run that was killed after its last checkpoint had decided to stop, which EarlyStopping
         # itself does not remember.
         trainer.should_stop |= any(
             stopper.wait_count >= stopper.patience for stopper in trainer.early_stopping_callbacks
@@ -63,7 +63,7 @@ class AdapterCheckpoint(L.Callback):
                 number: signal.signal(number, self._on_interrupt)
                 for number in (signal.SIGINT, signal.SIGTERM)
             }
-        except ValueError:  # not in the main thread: whoever runs us there handles signals
+        except ValueError:  # not in the main thread: the caller handles signals there
             self._old_handlers = {}
 
     def on_train_batch_start(
@@ -119,7 +119,7 @@ class AdapterCheckpoint(L.Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        """Take up this process's; another number of processes goes on with the states they were
+        """Take up this process's; another number of processes continues with the states they were
         started with.
         """
         states = checkpoint.get("lorakit_random", [])
@@ -173,7 +173,7 @@ class AdapterCheckpoint(L.Callback):
             if isinstance(error, RuntimeError) and not _is_write_failure(error):
                 raise
             steps = [checkpoint.step for checkpoint in list_checkpoints(self.folder)]
-            in_force = f"step {steps[-1]} stays in force" if steps else "there is none yet"
+            in_force = f"step {steps[-1]} is still valid" if steps else "there is none yet"
             rank_zero_warn(
                 f"checkpoint of step {step} could not be written ({error}); the last good one:"
                 f" {in_force}"
@@ -197,7 +197,7 @@ class AdapterCheckpoint(L.Callback):
 def _will_validate(trainer: L.Trainer) -> bool:
     """Whether an evaluation follows this step; the checkpoint then waits for its loss.
 
-    One behind the last step, written before, would be the end of a run that is killed then: it
+    One after the last step, written before, would be the end of a run that is killed then: it
     would never be evaluated.
     """
     if not trainer.enable_validation:

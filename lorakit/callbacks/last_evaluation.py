@@ -10,10 +10,10 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 
 class LastEvaluation(L.Callback):
     """Runs the evaluation at the end of training, while the strategy still holds the model; not
-    behind an interruption.
+    after an interruption.
 
     Checkpoints tell which step was evaluated last, so that a run which ended in between is
-    evaluated when it goes on.
+    evaluated when it continues.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class LastEvaluation(L.Callback):
 
 
 class _LoopWithAnEnd(_FitLoop):
-    """Lightning's loop, which calls no hook where a run goes on behind its last step; here those
+    """Lightning's loop, which calls no hook where a run continues after its last step; here those
     of the end are called.
     """
 

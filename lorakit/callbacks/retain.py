@@ -22,7 +22,7 @@ class Retain(L.Callback):
 
     Args:
         datamodule: of the rows, with a tokenizer, in batches of one row and in their order.
-        num_rows: at most so many of them.
+        num_rows: of these, at most.
     """
 
     def __init__(self, datamodule: LoRADataModule, num_rows: int) -> None:

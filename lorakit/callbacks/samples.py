@@ -47,7 +47,7 @@ class Samples(L.Callback):
         self._rows: list[list[Any]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Forget what lies behind the step from which a run is resumed."""
+        """Remove what is after the step from which a run is resumed."""
         if trainer.is_global_zero:
             self.history.cut_behind(trainer.global_step)
 

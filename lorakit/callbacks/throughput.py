@@ -27,7 +27,7 @@ class Throughput(L.Callback):
         self.num_evaluations = 0
         self.num_tokens = self.num_trained_tokens = self.num_positions = 0
         self.all_seconds = self.all_tokens = 0.0  # of all processes, as of the last step
-        self.began = time.time()  # when the run did; whoever knows better may set it
+        self.began = time.time()  # when the run did, as far as is known here
         self.first_step_seconds: float | None = None  # from then to the end of the first step
         self._window: tuple[float, ...] = (0.0, 0, 0, 0)
         self._started = self._making_batches = 0.0

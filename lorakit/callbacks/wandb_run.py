@@ -70,7 +70,7 @@ class WandbRun(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log what the files of this run do not hold yet.
 
-        A run that goes on goes through its last steps again; and of what W&B was given before a
+        A run that continues repeats its last steps; and of what W&B was given before a
         kill, some may never have been written.
         """
         if step is not None and self._logged is None:
@@ -192,7 +192,7 @@ def read_records(data: bytes) -> Iterator[bytes]:
 
 
 def _run_id(folder: Path) -> str | None:
-    """An id that the run folder has for ever, or None where ``folder`` is none."""
+    """The id of the run folder, which never changes, or None where ``folder`` is none."""
     try:
         run = open_run(folder)
     except CheckpointError:

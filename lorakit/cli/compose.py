@@ -107,7 +107,7 @@ def run_hydra(task: Callable[[Any], Any], arguments: list[str], *, config_name: 
         try:
             return task(config)
         except Exception as error:
-            # kept from Hydra, which would print it its own way; a sweep goes on with its next job
+            # kept from Hydra, which would print it its own way; a sweep continues with its next job
             jobs[-1].take(error, is_sweep=is_sweep)
             return None
 

@@ -32,7 +32,7 @@ class Demo:
     asks: str  # held-out rows, in words
     max_tokens: int
     stop: str | None
-    try_it: str  # behind ``lorakit sample NAME``
+    try_it: str  # after ``lorakit sample NAME``
 
 
 DEMOS = {
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
         f"seed={options.seed}",
         f"paths.runs={options.runs}",
     ]
-    command = shlex.join(["lorakit", "train", *overrides])  # the same run, for who goes on with it
+    command = shlex.join(["lorakit", "train", *overrides])  # continues the same run
     run_hydra(
         functools.partial(demo, chosen=chosen, command=command), overrides, config_name="train"
     )

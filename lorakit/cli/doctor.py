@@ -87,9 +87,9 @@ def as_text(findings: list[Finding]) -> str:
     fine = (
         f"nothing keeps a run from working; notes, of what is restricted: {notes}"
         if notes
-        else "nothing to mend"
+        else "nothing to fix"
     )
-    return "\n".join([*lines, "", f"{bad} to mend" if bad else fine])
+    return "\n".join([*lines, "", f"{bad} to fix" if bad else fine])
 
 
 def _python() -> Iterator[Finding]:
@@ -190,7 +190,7 @@ def _formats() -> Iterator[Finding]:
     remedy = (
         ""
         if is_best
-        else "nothing to mend: it is slower, or takes more memory, than bf16 on a newer device"
+        else "nothing to fix: it is slower, or takes more memory, than bf16 on a newer device"
     )
     yield Finding(
         "precision",

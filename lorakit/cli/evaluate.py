@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--data", help="rows to evaluate on; default: the rows that the run held out"
     )
-    parser.add_argument("--limit", type=int, help="at most so many rows")
+    parser.add_argument("--limit", type=int, help="rows at most")
     parser.add_argument("--max-tokens", type=int, default=256, help="of each sample (default: 256)")
     parser.add_argument("--no-samples", action="store_true", help="loss only")
     parser.add_argument("--base", action="store_true", help="the base alone, without the adapter")
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
         "--tasks",
         type=_as_list,
         help=(
-            "of lm-evaluation-harness, in the place of rows or, with --data, beside them:"
+            "of lm-evaluation-harness, instead of rows or, with --data, beside them:"
             " arc_easy,hellaswag"
         ),
     )

@@ -17,7 +17,7 @@ from lorakit.quoting import quote_for_shell
 
 FORMATS = {
     "peft": "PEFT's own layout, in bf16: read again by plain PEFT",
-    "merged": "base and adapter as one model for transformers and whoever reads its files",
+    "merged": "base and adapter as one model for transformers and other readers of its files",
     "vllm": "the adapter as vLLM names its matrices, in bf16",
 }
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--public",
         action="store_true",
-        help="whoever wants may see it there; default: nobody else may",
+        help="anybody may see it there; default: only you",
     )
     parser.add_argument(
         "--base-name",

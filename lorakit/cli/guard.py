@@ -1,4 +1,4 @@
-"""One clear message and exit code 2 for what a user can mend; LORAKIT_DEBUG=1 shows the
+"""One clear message and exit code 2 for what a user can fix; LORAKIT_DEBUG=1 shows the
 traceback.
 """
 
@@ -37,7 +37,7 @@ def run_command(main: Callable[[list[str]], Any]) -> None:
 
 
 def explain(error: Exception) -> str | None:
-    """The message for what a user can mend, or None where it is a defect of ours."""
+    """The message for what a user can fix, or None where it is a defect of ours."""
     if isinstance(error, LorakitError):
         return str(error)
     return explain_os_error(error) if isinstance(error, OSError) else _explain_foreign(error)

@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
     if theirs := [
         key for key in keys if key.split(".")[0] not in ours and key.split(".")[0] in groups
     ]:
-        raise ConfigError(f"{theirs[0]}=… is a setting of the run: put it behind `train`")
+        raise ConfigError(f"{theirs[0]}=… is a setting of the run: put it after `train`")
     prefixed = [text if text.startswith("launch.") else f"launch.{text}" for text in settings]
     if is_slurm:
         train.main([*behind, "launch=slurm", *prefixed])

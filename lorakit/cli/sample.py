@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> None:
-    """Sample as ``arguments`` say: from text behind ``--``, a file, standard input, or in
+    """Sample as ``arguments`` say: from text after ``--``, a file, standard input, or in
     conversation.
     """
     options, text = parse(arguments)
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     except CheckpointError as error:
         if options.run and text is None:
             raise CheckpointError(
-                f"{error}\nA text to go on from stands behind --: lorakit sample -- {options.run!r}"
+                f"{error}\nWrite a text to continue after --: lorakit sample -- {options.run!r}"
             ) from error
         raise
     if prompts is None and not sys.stdin.isatty():
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, str | None]:
-    """Return (options, text behind ``--`` or None)."""
+    """Return (options, text after ``--`` or None)."""
     text = None
     if "--" in arguments:
         place = arguments.index("--")
@@ -146,7 +146,7 @@ def read_prompts(options: argparse.Namespace, text: str | None) -> list[str] | N
     conversation.
     """
     if text is not None and options.prompt_file is not None:
-        raise ConfigError("give TEXT behind -- or --prompt-file, not both")
+        raise ConfigError("give TEXT after -- or --prompt-file, not both")
     if options.prompt_file is not None:
         try:
             return [_without_last_line_end(options.prompt_file.read_text(encoding="utf-8"))]
@@ -160,8 +160,8 @@ def read_prompts(options: argparse.Namespace, text: str | None) -> list[str] | N
 
 
 def _without_last_line_end(text: str) -> str:
-    """``text`` as it was meant: an editor, or echo, ends it with a line's end, behind which a
-    model goes on with something else.
+    """``text`` as it was meant: an editor, or echo, ends it with a line's end, after which a
+    model continues with something else.
     """
     return text.removesuffix("\n").removesuffix("\r")
 
@@ -220,7 +220,7 @@ class Speaker:
         self.shown: list[ImageChunk] = []  # of all messages
 
     def answer(self, text: str) -> str:
-        """Return what the model writes behind ``text`` (all samples, each on lines of its own)."""
+        """Return what the model writes after ``text`` (all samples, each on lines of its own)."""
         from lorakit.sampling.generate import generate
         from lorakit.types import ModelInput
 

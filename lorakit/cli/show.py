@@ -97,7 +97,7 @@ def _take_options(arguments: list[str]) -> tuple[int, Path | None, list[str]]:
 
 
 def _take(arguments: list[str], option: str, default: str, wanted: str) -> tuple[str, list[str]]:
-    """Return what stands behind ``option``, and the other arguments."""
+    """Return what follows ``option``, and the other arguments."""
     if option not in arguments:
         return default, arguments
     place = arguments.index(option)

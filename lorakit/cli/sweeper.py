@@ -116,7 +116,7 @@ def folder_of(sweeper: OptunaSweeper | WandbSweeper) -> Path:
 
 
 def to_space(override: Override) -> Choice | Range:
-    """What is behind the = of a swept setting. Raises ConfigError."""
+    """What is after the = of a swept setting. Raises ConfigError."""
     key, value = override.get_key_element(), override.value()
     if isinstance(value, IntervalSweep | RangeSweep):
         is_whole, is_log, step = isinstance(value.start, int), "log" in value.tags, None

@@ -30,7 +30,7 @@ usage: lorakit train [key=value …] [--config-dir DIR] [-m] [--cfg job]
   lorakit train                                          the pig latin demo
   lorakit train model.path=… data.path=… lora.rank=32    your model, your rows
   lorakit train experiment=chat_sft model.path=… data.path=…
-  lorakit train … resume=true                            go on with the newest unfinished run
+  lorakit train … resume=true                            continue the newest unfinished run
   lorakit train … -m optim.lr=1e-4,3e-4 lora.rank=8,32   a sweep: every combination
   lorakit train … sweep=optuna 'optim.lr=tag(log,interval(1e-5,1e-3))'   trials chosen by Optuna
   lorakit train … sweep=wandb …                          write a sweep's file for W&B
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
 
         print(f"{HELP}\n\n{as_help(read_choices())}")
         return
-    # started by whoever typed that
+    # started by that command
     program = "torchrun … -m lorakit" if "TORCHELASTIC_RUN_ID" in os.environ else "lorakit"
     command = f"{program} train {shlex.join(arguments)}".rstrip()
     if is_demo(arguments) and "RANK" not in os.environ:
@@ -85,13 +85,13 @@ def _value_of(key: str, arguments: list[str]) -> str:
 
 
 def _name_of_sweep(arguments: list[str]) -> str:
-    """That of its runs where they have one; that of the last sweep where one is to go on."""
+    """That of its runs where they have one; that of the last sweep where one is continued."""
     if named := re.sub(r"[^\w.-]", "_", _value_of("run", arguments)):
         return named
     goes_on = _value_of("resume", arguments) in ("true", "auto")
     if goes_on and _value_of("sweep", arguments) != "optuna":
         raise ConfigError(
-            "a sweep goes on by its name: add group=NAME (runs/NAME-0 is its first run)"
+            "a sweep is continued by its name: add group=NAME (runs/NAME-0 is its first run)"
         )
     if goes_on:
         root = Path(_value_of("paths.runs", arguments) or "runs").expanduser() / ".sweep"
@@ -102,7 +102,7 @@ def _name_of_sweep(arguments: list[str]) -> str:
 
 
 def train(config: DictConfig, *, command: str = "") -> None:
-    """Hydra's task: one run. Raises KeyboardInterrupt or SystemExit behind a run that a signal
+    """Hydra's task: one run. Raises KeyboardInterrupt or SystemExit after a run that a signal
     ended, so that a sweep ends too.
     """
     from hydra.core.hydra_config import HydraConfig
@@ -161,8 +161,8 @@ def announce(plain: dict[str, Any]) -> None:
 
 
 def _check_paths(plain: dict[str, Any]) -> None:
-    """Tell of misspelt rows within a second, not behind the imports. What is wrong with the
-    settings themselves is told later.
+    """Report misspelt rows within a second, before the imports. What is wrong with the
+    settings themselves is reported later.
     """
     from lorakit.data.read.sources import check_paths, read_mixed
 

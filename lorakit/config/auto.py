@@ -35,5 +35,5 @@ def with_values(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any
 
 
 def without_auto(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with something in the place of each ``auto``."""
+    """``config`` with something instead of each ``auto``."""
     return with_values(config, {key: STAND_INS[key] for key in auto_keys(config)})

@@ -59,7 +59,7 @@ def read_choices() -> list[Choice]:
 
 
 def read_choice(path: Path, group: str, *, is_default: bool) -> Choice:
-    """The settings of one file, with the comments that stand behind them."""
+    """The settings of one file, with the comments after them."""
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     heading = [
@@ -102,7 +102,7 @@ def _settings_of(node: Any, lines: list[str], prefix: str) -> Iterator[Setting]:
 
 
 def as_help(choices: list[Choice]) -> str:
-    """All keys as text: ``key=default  meaning``, and behind each group what else can be chosen
+    """All keys as text: ``key=default  meaning``, and after each group what else can be chosen
     for it.
     """
     lines = ["settings, as key=default:"]

@@ -236,11 +236,11 @@ class LoRADataModule(L.LightningDataModule):
         return batch.to(device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor behind the last batch that was trained."""
+        """The cursor after the last batch that was trained."""
         return {"cursor": self._cursor.to_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on behind that batch."""
+        """Continue after that batch."""
         self._cursor = Cursor(**state_dict["cursor"])
 
     # ---- facts
@@ -404,7 +404,7 @@ class LoRADataModule(L.LightningDataModule):
 
     @property
     def _share(self) -> dict[str, Any]:
-        """Which of the processes this one is; so many as ``sequence_parallel`` says share each
+        """Which of the processes this one is; ``sequence_parallel`` of them share each
         row.
         """
         if not self.trainer:

@@ -44,7 +44,7 @@ def make_datum(
 ) -> Datum:
     """Shift once: position i reads token i and is to predict token i+1 with that token's weight.
 
-    Each of ``images`` becomes a chunk in the place of its placeholders. ``origin`` is which of
+    Each of ``images`` becomes a chunk instead of its placeholders. ``origin`` is which of
     several sources it is from.
 
     >>> datum = make_datum([5, 6, 7], [0, 0, 1])

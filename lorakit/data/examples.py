@@ -85,7 +85,7 @@ class Examples:
         """
         try:
             examples = self.rendered(index)
-            # else what is broken behind its header would come too late
+            # else an image that is broken after its header would be found too late
             if self.on_error == "skip" and self.images is not None:
                 self.images.encode(
                     [image.chunk for example in examples for image in example.images]

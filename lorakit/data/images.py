@@ -290,7 +290,7 @@ class ImageEncoder:
         )
 
     def num_tokens(self, height: int, width: int) -> int:
-        """Return how many positions an image of so many pixels takes. Raises DataError for one
+        """Return how many positions an image of this size in pixels takes. Raises DataError for one
         that is too narrow.
         """
         try:
@@ -324,7 +324,7 @@ class ImageEncoder:
         return self.encode(named)
 
     def tokens(self, model_input: ModelInput) -> list[int]:
-        """Return the token ids of ``model_input``, images as so many placeholders."""
+        """Return the token ids of ``model_input``, images as placeholders."""
         found: list[int] = []
         for chunk in model_input.chunks:
             found += (
@@ -388,7 +388,7 @@ class ImageEncoder:
         2409.12191, section 2.1).
 
         Text counts up in all three. An image's positions have the time at which it begins, and its
-        rows and columns from there on; what follows goes on behind the larger of both.
+        rows and columns from there on; what follows continues after the larger of both.
         """
         rest, start = iter(images), 0
         parts: list[np.ndarray] = []

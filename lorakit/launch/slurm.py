@@ -79,7 +79,7 @@ class SlurmJob(Launch):
             and seconds <= self.stop_seconds + EARLY_SECONDS
         ):
             raise ConfigError(
-                f"launch.time={self.time} leaves no time to train: the run is told to stop"
+                f"launch.time={self.time} leaves no time to train: the run is asked to stop"
                 f" launch.stop_seconds={self.stop_seconds} before the end, and SLURM may do so"
                 f" {EARLY_SECONDS} s too early"
             )
@@ -255,7 +255,7 @@ def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_fo
     if launch.requeue:
         lines += [
             (
-                "# A run that was interrupted has written a checkpoint, and goes on from it; one"
+                "# A run that was interrupted has written a checkpoint, and continues from it; one"
                 " that failed before it went on has not."
             ),
             (
@@ -269,7 +269,7 @@ def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_fo
             ),
             "  else",
             (
-                '    echo "lorakit: job $SLURM_JOB_ID queues again, and goes on from its checkpoint'
+                '    echo "lorakit: job $SLURM_JOB_ID queues again, and resumes from its checkpoint'
                 ' (SLURM waits two minutes or so)" >&2'
             ),
             '    scontrol requeue "$SLURM_JOB_ID"',

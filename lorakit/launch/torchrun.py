@@ -23,7 +23,7 @@ from lorakit.errors import LorakitError
 from lorakit.strategy.heartbeat import FAULT_FILE, take_fault
 
 SHUTDOWN_TIMEOUT = (
-    # environment: so long does torchrun wait for processes that it has told to stop
+    # environment: how long torchrun waits for processes that it has asked to stop
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 )
 # torch's own 30 are less than a step of a large model and its checkpoint; who hangs, the watchers
@@ -147,7 +147,7 @@ def ends_as_its_processes() -> Iterator[None]:
     except ChildFailedError as error:
         if reason := take_fault():
             raise LorakitError(
-                f"{reason}. All processes were ended; go on with resume=true"
+                f"{reason}. All processes were ended; continue with resume=true"
             ) from error
         _explain(error)
 

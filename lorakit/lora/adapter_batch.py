@@ -160,7 +160,7 @@ class AdapterBatch:
 
     @contextlib.contextmanager
     def static_inputs(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Within it these stand in the place of ``tensors()``."""
+        """Within it these are used instead of ``tensors()``."""
         rest, before = iter(tensors), (self._pairs, self._gates)
         pairs: _Pairs = {}
         gates: dict[tuple[Any, ...], torch.Tensor] = {}

@@ -36,7 +36,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the factors of a matrix lie: A from ``start``, B right behind it."""
+    """Where the factors of a matrix lie: A from ``start``, B right after it."""
 
     start: int
     shape_a: tuple[int, ...]  # (R, in) or (E or 1, R, in)

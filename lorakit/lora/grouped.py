@@ -32,7 +32,7 @@ MAX_RANGE_BYTES = (
     4 << 20
 )  # of what a range's first products make: it still fits the processor's cache
 MAX_PADDING = 1.3  # cost of a range with padding, as a multiple of that without
-READ_ROWS = 16  # reading an expert's matrices costs as much as so many rows
+READ_ROWS = 16  # reading an expert's matrices costs as much as this many rows
 # multiplications and additions, as long as which one more range takes beside its products
 RANGE_OPERATIONS = 4e6
 
@@ -54,7 +54,7 @@ def cut_ranges(
 
     Args:
         max_rows: of a range.
-        range_rows: one more range costs as much as so many rows.
+        range_rows: what one more range costs, in rows.
     """
     ranges: list[ExpertRange] = []
     first = num = rows_each = cost = 0
@@ -471,7 +471,7 @@ def _has_native(dtype: torch.dtype) -> bool:
 
 
 def pad_rank(factor: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return ``factor`` with zeros behind its rank dimension, up to what grouped products want;
+    """Return ``factor`` with zeros after its rank dimension, up to what grouped products want;
     they change no result.
     """
     multiple = ALIGNMENT_BYTES // factor.element_size()

@@ -104,8 +104,8 @@ def flatten_b(b_EOR: torch.Tensor) -> torch.Tensor:
 
 
 def split_a(a: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """(E * R, in) -> (E, R, in). Raises ValueError where the rows are not so many for each
-    expert.
+    """(E * R, in) -> (E, R, in). Raises ValueError where experts would have different
+    numbers of rows.
     """
     if len(a) % num_experts:
         raise ValueError(f"lora_A has {len(a)} rows, which is no multiple of {num_experts} experts")
@@ -113,8 +113,8 @@ def split_a(a: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 
 def split_b(b: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """(out, R * E) -> (E, out, R). Raises ValueError where the columns are not so many for each
-    expert.
+    """(out, R * E) -> (E, out, R). Raises ValueError where experts would have different
+    numbers of columns.
     """
     if b.shape[1] % num_experts:
         raise ValueError(

@@ -22,7 +22,7 @@ class TokenRows(TrainableTokensLayer):
     def forward_adapters(
         self, x: torch.Tensor, active_adapters: Any, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """PEFT's hook: the base's output, with what the trained rows give in the place of what
+        """PEFT's hook: the base's output, with what the trained rows give instead of what
         theirs did.
         """
         result = self.base_layer(x, *args, **kwargs)

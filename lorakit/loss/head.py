@@ -7,7 +7,7 @@ With z the logits of a token, p their softmax and t a target, log p_t = z_t - lo
 
 The sum over the vocabulary is gathered block by block beside the logsumexp, both rescaled when a
 larger logit comes: the online softmax of FlashAttention (arXiv 2205.14135, section 3.1) with the
-unembedding in the place of the values. So the logits are computed once, for whatever loss, and the
+unembedding instead of the values. So the logits are computed once, for whatever loss, and the
 backward only scales. Of one target, 1 - p of its row is taken less the sum over all others: the
 same, and no small difference of two large vectors.
 

@@ -38,7 +38,7 @@ def target_logprobs(
     """Return log p(target | what stands before it) for each target, shaped as the targets, float32,
     with graph.
 
-    Where the weight is 0 it is 0 and costs nothing behind the last layer, unless ``all_positions``.
+    Where the weight is 0 it is 0 and costs nothing after the last layer, unless ``all_positions``.
     No attention mask and no cache are given, and position ids only for packed rows: this is what
     isolates packed documents from one another in transformers.
 
@@ -204,7 +204,7 @@ def describe_head(model: Any, unembedding: Any) -> Head | None:
 
 
 def _as_adapters(layer: Any) -> tuple[HeadAdapter, ...]:
-    """Rows that are trained in the place of the unembedding's own, as adapters: A is what they
+    """Rows that are trained instead of the unembedding's own, as adapters: A is what they
     differ by, B puts it where they are.
     """
     if layer.disable_adapters or layer.merged:

@@ -41,7 +41,7 @@ _cache: contextvars.ContextVar[Any] = contextvars.ContextVar("cache", default=No
 
 
 def attend_by_document(model: Any) -> str | None:
-    """Give ``model`` this attention in the place of sdpa, where its logits stay the same; return
+    """Give ``model`` this attention instead of sdpa, where its logits stay the same; return
     why not, or None.
 
     The logits are compared on a small packed batch with documents of several lengths and padding.

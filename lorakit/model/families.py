@@ -39,7 +39,7 @@ class Target:
     num_experts: int
     in_features: int
     out_features: int
-    # Of a stack behind the experts interface: which side is the model's hidden width, and how many
+    # Of a stack with the experts interface: which side is the model's hidden width, and how many
     # matrices share it.
     outer: Literal["in", "out"] | None = None
     num_matrices: int = 1
@@ -120,7 +120,7 @@ def _outer_side(module: nn.Module, parameter: str) -> tuple[Literal["in", "out"]
 
 
 class ExpertStack:
-    """The facts of a module that holds stacked experts behind transformers' experts interface.
+    """The facts of a module that holds stacked experts with transformers' experts interface.
 
     What differs between families (orientation, interleaving, gate, biases, activation) that
     interface declares on the class itself
@@ -135,7 +135,7 @@ class ExpertStack:
 
     @staticmethod
     def supports(module: nn.Module) -> bool:
-        """Whether ``module`` has that interface, and nothing behind the second product that
+        """Whether ``module`` has that interface, and nothing after the second product that
         would need its result.
         """
         declared = all(
@@ -231,7 +231,7 @@ class ExpertStack:
 
 
 def gate_and_up(num_out: int, is_concatenated: bool) -> tuple[slice, slice]:
-    """Where the outputs of gate and up lie in a stack of both, ``num_out`` wide: one behind the
+    """Where the outputs of gate and up lie in a stack of both, ``num_out`` wide: one after the
     other, or gate0, up0, gate1, up1, …
     """
     if is_concatenated:

@@ -38,7 +38,7 @@ def whole(parameters: Iterable[torch.Tensor], *, changes: bool = False) -> Itera
     behind it.
 
     All processes must enter together. ``changes``: what the first process has written into them is
-    in force behind the block.
+    in force after the block.
     """
     parts: list[Any] = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not parts:

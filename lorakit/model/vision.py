@@ -22,7 +22,7 @@ def with_blank_image(model: Any, batch: Batch) -> Batch:
 
     A process that did not run the tower would leave the others waiting, for a part of it or for its
     gradients. And gradients must come in one order everywhere, for ZeRO adds up those that come
-    together: so the blank image goes the way of any other. It stands behind every token, which
+    together: so the blank image goes the way of any other. It comes after every token, which
     therefore does not see it; the loss is the same, and gradients are there and zero.
     """
     if batch.images is not None or batch.position_range is not None or not is_tower_needed(model):

@@ -186,7 +186,7 @@ def _where(world: World) -> str:
     hosts = list(dict.fromkeys(all_gather_object(socket.gethostname())))
     if len(hosts) > 1 and world.local_rank == 0 and not world.is_rank_zero:
         print(
-            f"lorakit: {world.describe()} follows rank 0 on {hosts[0]}, which tells what is done",
+            f"lorakit: {world.describe()} follows rank 0 on {hosts[0]}, which prints the progress",
             file=sys.stderr,
             flush=True,
         )
@@ -254,7 +254,7 @@ def _share_window_of(run: Run, prepared: PreparedRun) -> None:
         fitting = [str(size * parts) for size in range(1, wanted + 1) if wanted % size == 0]
         raise ConfigError(
             f"{run.folder} has {wanted} micro-batches in a step, which {world.size} processes"
-            f" cannot share evenly; go on with {', '.join(fitting)}"
+            f" cannot share evenly; continue with {', '.join(fitting)}"
         )
     if wanted == accumulate * streams:
         return
@@ -349,8 +349,8 @@ def _finish(
 
 
 def _clear_for(run: Run, resumes: bool, console: Console) -> tuple[Path | None, int]:
-    """Return the training state to go on from, or None, and its step; remove what an
-    interruption has left behind it.
+    """Return the training state to continue from, or None, and its step; remove what an
+    interruption has left after it.
     """
     checkpoint = (
         newest_whole(run.checkpoints, lambda text: console.print(text)) if resumes else None

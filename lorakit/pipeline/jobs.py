@@ -21,7 +21,7 @@ FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".jinja")
 
 
 def was_finished(plain: dict[str, Any]) -> bool:
-    """Whether a sweep that goes on has done this job already. Raises CheckpointError where it
+    """Whether a sweep that continues has done this job already. Raises CheckpointError where it
     has done another under that name.
     """
     folder = _folder(plain)

@@ -84,7 +84,7 @@ def prepare(config: RunConfig, place: Place, experiment: str, console: Console) 
 
 
 def check_runs_folder(run: PreparedRun) -> None:
-    """Runs can be written, and the name is free: told before anything is read."""
+    """Runs can be written, and the name is free: checked before anything is read."""
     if problem := find_write_problem(run.config.runs_folder / "a run"):
         raise ConfigError(f"paths.runs={run.config.paths.runs} cannot be used: {problem}")
     find_run_to_resume(run.config, run.experiment)

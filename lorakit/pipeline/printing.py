@@ -127,7 +127,7 @@ def warn_of_idle_settings(config: RunConfig, datamodule: LoRADataModule, total_s
     if max_steps > total_steps:
         log.warning(
             "trainer.max_steps=%d will not be reached: data.epochs=%s ends after about %d steps;"
-            " data.epochs=null goes on until then",
+            " data.epochs=null continues until then",
             max_steps,
             config.data.batches.epochs,
             total_steps,

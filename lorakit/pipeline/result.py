@@ -1,4 +1,4 @@
-"""What a run leaves behind, and the lines that say it when it ends."""
+"""What a run returns, and the lines that it prints when it ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Found = TypeVar("Found", bound=L.Callback)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves behind."""
+    """What a run returns."""
 
     run: Run
     module: LoRAModule
@@ -82,7 +82,7 @@ def print_result(
     console.print(describe_curve(run.folder), markup=False)
     if result.interrupt:
         if requeues:
-            console.print("a job that SLURM has told to stop queues again by itself; of another:")
+            console.print("SLURM queues an interrupted job again by itself; to do it by hand:")
         console.print(f"continue with: {command_to_continue(run)}", markup=False)
         return
     name = quote_for_shell(run.name)

@@ -1,4 +1,4 @@
-"""Which run folder a training writes to: a new one, or one to go on with."""
+"""Which run folder a training writes to: a new one, or one to continue."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ ADDED_KEYS: dict[str, Any] = {}
 
 
 def find_run_to_resume(config: RunConfig, experiment: str) -> Run | None:
-    """Return the run that goes on, or None for a new one; called before anything is read, too.
+    """Return the run that continues, or None for a new one; called before anything is read, too.
 
     Raises:
         ConfigError: ``run`` or ``resume`` cannot be used.
@@ -179,13 +179,13 @@ def fill_run_folder(node: Any, folder: Path) -> Any:
 
 
 def command_to_continue(run: Run) -> str:
-    """The line to type so that ``run`` goes on: its own command, naming it; that of the whole
+    """The line that continues ``run``: its own command, naming it; that of the whole
     sweep where it is of one.
     """
     typed = shlex.split(run.info.get("command") or "lorakit train …")
     kept = [word for word in typed if not re.match(r"\+{0,2}resume=", word)]
     script = run.folder.parent / JOBS_FOLDER / f"{run.name}.sh"
-    # its config says already that it goes on
+    # its config says already that it continues
     if {"launch=slurm", "slurm"} & set(kept) and script.is_file():
         return shlex.join(["sbatch", str(script)])
     settings = kept[kept.index("train") + 1 :] if "train" in kept else []
@@ -201,7 +201,7 @@ def command_to_continue(run: Run) -> str:
 
 
 def _others_to_continue(root: Path) -> str:
-    """What could go on instead, for who named something else; that it can be started where there
+    """What could be continued instead; that a run can be started where there
     is nothing.
     """
     unfinished = [
@@ -213,7 +213,7 @@ def _others_to_continue(root: Path) -> str:
         if (state := run.state) != "running"
     ]
     return "; resume=auto would start one" + (
-        "; these could go on:\n" + "\n".join(lines[-3:]) if lines else ""
+        "; these could be continued:\n" + "\n".join(lines[-3:]) if lines else ""
     )
 
 
@@ -236,7 +236,7 @@ def _find_unfinished(root: Path, name: str | None, experiment: str) -> Run | Non
     ]
     trained = [
         run for run in unfinished if History(run.folder).path.exists()
-    ]  # what never made a step has nothing to go on with
+    ]  # what never made a step has nothing to continue from
     return next(reversed(trained or unfinished), None)
 
 
@@ -272,7 +272,7 @@ def _check_same(
         )
     if problems:
         as_then = (
-            f"It goes on with: {command_to_continue(run)}"
+            f"Continue it with: {command_to_continue(run)}"
             if problems == changed
             else "Set these as they were."
         )

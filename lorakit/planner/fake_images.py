@@ -50,7 +50,7 @@ _NO_CHECK = "TRANSFORMERS_DISABLE_TORCH_CHECK"  # of the number of placeholders,
 
 
 def images_without_values(vision_config: Any, image_tokens: tuple[int, ...]) -> Images:
-    """Return images of so many tokens, strips one token high; call it where tensors have no
+    """Return images of these sizes in tokens, strips one token high; call it where tensors have no
     values.
     """
     merge = vision_config.spatial_merge_size

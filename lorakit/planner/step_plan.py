@@ -40,8 +40,7 @@ from lorakit.training.precision import base_dtype
 log = logging.getLogger("lorakit")
 
 
-# What was traced of a model without weights: whoever chooses settings, and then plans the run, asks
-# twice.
+# What was traced of a model without weights: settings are chosen by it, then the run is planned.
 _TRACES: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 Traced = TypeVar("Traced")
 

@@ -89,7 +89,7 @@ class StepShape:
     device: str  # cpu or cuda
     checkpointing: bool = False
     attention: str = "auto"
-    # processes that share each row: each attends over whole rows, with so many heads less
+    # processes that share each row: each attends over whole rows, with as many times fewer heads
     sp_size: int = 1
     image_tokens: tuple[int, ...] = ()  # positions of each image, of all rows
 

@@ -16,7 +16,7 @@ _FIGURES = ("first", "best", "at step", "steps", "tokens/s")
 
 def as_page(comparison: Comparison, *, is_sweep: bool = True) -> str:
     """The page, as HTML that needs no other file. Runs that are no sweep have all their figures,
-    settings and samples on it. Where matplotlib is missing, it says so in the place of plots.
+    settings and samples on it. Where matplotlib is missing, it says so instead of plots.
     """
     rows, no_plots = comparison.rows, find_problem("matplotlib")
     kind = "sweep" if is_sweep else "run" if len(rows) == 1 else "runs"

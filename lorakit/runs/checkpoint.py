@@ -134,7 +134,7 @@ def best(root: Path) -> Checkpoint | None:
 
 
 def remove_behind(root: Path, step: int) -> None:
-    """Remove the checkpoints behind ``step``, from which a run goes on: they are damaged, or
+    """Remove the checkpoints after ``step``, from which a run continues: they are damaged, or
     soon written anew.
     """
     for checkpoint in list_checkpoints(root):

@@ -227,7 +227,7 @@ def find_run(root: Path, wanted: str | None) -> Run:
 
 
 def free_name(root: Path, stem: str, *, queue: Path | None = None) -> str:
-    """Return ``stem-1122-1934``, with a number behind it where that is taken, by a run that
+    """Return ``stem-1122-1934``, with a number after it where that is taken, by a run that
     still waits in ``queue`` too.
     """
     stem = stem.replace("/", "-")
@@ -289,7 +289,7 @@ class History:
         )
 
     def cut_behind(self, step: int) -> None:
-        """Remove what lies behind ``step``: a resumed run goes through it again."""
+        """Remove what is after ``step``: a resumed run repeats it."""
         if not self.path.exists():
             return
         kept = [record for record in self.read() if record.get("step", 0) <= step]

@@ -25,7 +25,7 @@ RUN_COST_BYTES = 4 << 20  # one more call costs as much as reading so much
 
 
 def rounded(num_tokens: int) -> int:
-    """Return the room that is made for so many tokens."""
+    """Return the room that is made for ``length`` tokens."""
     return -(-num_tokens // ROOM) * ROOM
 
 
@@ -155,7 +155,7 @@ class KVCache:
 
     @contextlib.contextmanager
     def static_inputs(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Within it these stand in the place of ``step_tensors``."""
+        """Within it these are used instead of ``step_tensors``."""
         before = self._rows_B, self._lengths_B, self._masks, self.keys, self.values
         rest = iter(tensors)
         self._rows_B, self._lengths_B = next(rest), next(rest)
@@ -198,7 +198,7 @@ class KVCache:
             return None
         batch, heads, _, width = query_BHLD.shape
         keys, values = self.keys[layer], self.values[layer]
-        # The heads that share keys stand in the place of positions: no key is copied for them.
+        # The heads that share keys take the dimension of positions: no key is copied for them.
         query = query_BHLD.reshape(batch, keys.shape[1], heads // keys.shape[1], width)
         attended: list[torch.Tensor] = []
         self._windows.setdefault(sliding_window)

@@ -126,7 +126,7 @@ def _generate_batch(
     if pad is None:
         pad = end_ids[0] if end_ids else 0
     # Generation continues at the right end, so here, and only here, padding stands on the left,
-    # behind a mask.
+    # under a mask.
     input_ids = torch.tensor(
         [[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device
     )
@@ -159,7 +159,7 @@ def _generate_batch(
 
 
 def _finish(stop: StopCondition, tokens: list[int]) -> Sample:
-    """Cut a row at what ends it; what generation padded behind it goes."""
+    """Cut a row at what ends it; what generation padded after it goes."""
     for length in range(1, len(tokens) + 1):
         if stop.is_reached(tokens[:length]):
             return Sample(tokens[:length], stop.text(tokens[:length], is_stopped=True), "stop")

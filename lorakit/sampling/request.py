@@ -41,7 +41,7 @@ class Shown:
 
     @functools.cached_property
     def shift(self) -> int:
-        """What is added to the places of tokens behind the prompt for their time, height and
+        """What is added to the places of tokens after the prompt for their time, height and
         width: images take few of these.
         """
         return int(self.grid_positions_3L.max()) + 1 - self.grid_positions_3L.shape[1]
@@ -98,8 +98,8 @@ class Request:
     # prompt's log-probabilities for so many of its last tokens alone; None for all
     last_n: int | None = None
     done: Callable[[SampleResponse | BaseException], Any] | None = None
-    each: Callable[[SampledSequence], Any] | None = None  # is told of each new token
-    is_cancelled: bool = False  # whoever asked does not wait any more; may be set from any thread
+    each: Callable[[SampledSequence], Any] | None = None  # is called with each new token
+    is_cancelled: bool = False  # nobody waits for it any more; may be set from any thread
 
     def __post_init__(self) -> None:
         if self.params.seed is None:
@@ -225,7 +225,7 @@ class RunningRequest:
         return [None] * num_left_out + values[num_left_out:]
 
     def answer(self, outcome: SampleResponse | BaseException) -> None:
-        """Tell whoever asked."""
+        """Give the answer."""
         if self.request.done is not None:
             self.request.done(outcome)
 

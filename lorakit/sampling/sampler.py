@@ -27,7 +27,7 @@ from lorakit.sampling.request import Request, RunningRequest, SampledSequence, S
 from lorakit.sampling.stop_condition import StopCondition, end_token_ids
 from lorakit.sampling.token_sampler import SampledTokens, TokenSampler
 
-# who joins are a 16th of the rows at work or more, or have waited for so many steps
+# requests join when they are a 16th of the rows or more, or have waited for so many steps
 JOIN_SHARE, MAX_STEPS_WAITED = 16, 8
 SORT_PAYS_AFTER = 8  # steps: rows mostly stay for longer
 MAX_PREFILL_TOKENS = 8192  # of prompts at a time; a longer one comes alone
@@ -231,7 +231,7 @@ class Sampler:
             key: (0, end - length, end)
             for key, end, length in zip(prompts, ends, lengths, strict=True)
         }
-        # A prompt that is only scored is laid into the row behind the last, which is free.
+        # A prompt that is only scored is laid into the row after the last, which is free.
         self.cache.reserve(
             row + any(not places for places in prompts.values()),
             max(

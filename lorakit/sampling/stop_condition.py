@@ -63,7 +63,7 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes behind an assistant turn, which chat
+    """The special token that the chat template writes after an assistant turn, which chat
     training trains; None without one.
     """
     if not getattr(tokenizer, "chat_template", None):

@@ -56,7 +56,7 @@ class _Recording:
         return hidden
 
     def is_trusted(self, num_rows: int) -> bool:
-        """Whether it need not be compared for so many rows."""
+        """Whether it need not be compared for this many rows."""
         return self.num_checks >= CHECKS and self.made_with in (None, num_rows)
 
 
@@ -92,7 +92,7 @@ class TracedStep:
             if found is not None and recording.is_trusted(len(tokens)):
                 self.num_replayed += 1
                 return found
-            # behind it: what it has written into the cache is written over
+            # after it: what it has written into the cache is written over
             hidden = compute(tokens, positions)
             self._recordings[kind] = _compared(recording, found, hidden)
             return hidden
@@ -103,7 +103,7 @@ class TracedStep:
                 self._recordings[kind] = _record(
                     compute, tokens, positions, cache, adapter_batch, inputs
                 )
-        return compute(tokens, positions)  # behind the recorder, which has run it too
+        return compute(tokens, positions)  # after the recorder, which has run it too
 
     def _kind(
         self, cache: KVCache, adapter_batch: AdapterBatch | None, way: Hashable

@@ -150,7 +150,7 @@ class Base:
             return self._partitioned.run(compute) if self._partitioned else compute()
 
     def release(self) -> None:
-        """To be called behind each backward pass."""
+        """To be called after each backward pass."""
         if self._partitioned:
             self._partitioned.release()
 

@@ -128,8 +128,8 @@ class CheckpointRegistry:
         return found
 
     def set_ttl(self, path: str, owner: str, seconds: int | None) -> Checkpoint:
-        """Let a checkpoint be removed after so many seconds, or never. Raises CheckpointError
-        where there is none.
+        """Remove a checkpoint after ``seconds``, or never. Raises CheckpointError where there is
+        none.
         """
         with self._locks[parse_path(path)[0]]:
             found = self.find(path, owner)
@@ -152,7 +152,7 @@ class CheckpointRegistry:
                         self._remove(checkpoint)
 
     def get(self, run_id: str, kind: str, name: str) -> Checkpoint | None:
-        """Return what is known of a checkpoint, whoever owns it, or None."""
+        """Return what is known of a checkpoint, whatever user owns it, or None."""
         with self._database.session() as session:
             return session.get(Checkpoint, (run_id, kind, name))
 

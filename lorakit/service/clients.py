@@ -102,7 +102,7 @@ class ServiceClient(AsFuture):
         base_model: str | None = None,
         user_metadata: Mapping[str, str] | None = None,
     ) -> TrainingClient:
-        """Return a client that goes on from saved weights: a path of ``save_state``, or a folder
+        """Return a client that continues from saved weights: a path of ``save_state``, or a folder
         of a PEFT adapter.
         """
         return self._from_state(path, base_model, user_metadata, with_optimizer=False)

@@ -206,7 +206,7 @@ class Service:
         return model.engine.submit(model.id, "create_model", run)
 
     def drop_model(self, model_id: str) -> None:
-        """Free an adapter and its optimiser, behind what it was asked before."""
+        """Free an adapter and its optimiser, after what it was asked before."""
         if (model := self.trained.pop(model_id, None)) is not None:
 
             def free() -> None:
@@ -314,7 +314,7 @@ class Service:
         return model.engine.submit(model.id, f"save {wanted.kind}", run)
 
     def load_state(self, model: Model, path: str, *, with_optimizer: bool) -> Future[Any]:
-        """Let a model go on from a checkpoint of the same shape."""
+        """Let a model continue from a checkpoint of the same shape."""
 
         def run() -> str:
             training_state = model.made()
@@ -391,7 +391,7 @@ class Service:
         """The future gives a SampleResponse; until then it keeps the weights.
 
         Args:
-            each: is told of every token, in the engine's thread.
+            each: is called with every token, in the engine's thread.
             asked: further fields of ``sampling/request.py:Request``.
         """
 

@@ -2,7 +2,7 @@
 together where they can be.
 
 One thread owns the base. Calls come from any thread and return futures; an error arrives in the
-call's own future, and what was queued behind it goes on.
+call's own future, and what was queued after it continues.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Engine:
     # ---- asking, from any thread
 
     def submit(self, model_id: str, name: str, run: Callable[[], Any]) -> Future[Any]:
-        """Queue ``run`` behind what ``model_id`` has asked before; its result, or error, arrives
+        """Queue ``run`` after what ``model_id`` has asked before; its result, or error, arrives
         in the future.
         """
         return self._put(_Task(model_id, name, next(self._numbers), None, run))
@@ -151,7 +151,7 @@ class Engine:
 
         Args:
             make: makes the request; called by the engine, so that its errors arrive in the future.
-            each: is told of every token, in the engine's thread.
+            each: is called with every token, in the engine's thread.
         """
         future: Future[Any] = Future()
         number = next(self._numbers)

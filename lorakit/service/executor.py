@@ -58,7 +58,7 @@ class Executor:
         """Execute a method of replica ``key`` in every process, and return what it returned here.
 
         Raises:
-            LorakitError: what the method raised, in every process; the team goes on.
+            LorakitError: what the method raised, in every process; they continue.
             TrainingError: another process is gone; the team has ended.
         """
         with self._lock:

@@ -21,7 +21,7 @@ class ForwardRequest:
     Args:
         data: as ``loss/inputs.py:prepare`` returns it.
         knobs: numbers of the loss.
-        custom: the caller's own function and its rows, in the place of ``loss_fn``; in one process
+        custom: the caller's own function and its rows, instead of ``loss_fn``; in one process
             only.
         vocabulary: the same, of whole distributions.
     """

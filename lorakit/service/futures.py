@@ -37,7 +37,7 @@ class APIFuture(Generic[Result]):
         return await self
 
     def future(self) -> Future[Any]:
-        """The ``concurrent.futures.Future`` behind it."""
+        """The ``concurrent.futures.Future`` that it wraps."""
         return self._future
 
     def done(self) -> bool:

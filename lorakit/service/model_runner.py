@@ -2,7 +2,7 @@
 again.
 
 Of several processes each runs every so-manieth pass. Gradients stay where they were found until the
-step adds them up; everything else is told to all.
+step adds them up; everything else is sent to all.
 """
 
 from __future__ import annotations

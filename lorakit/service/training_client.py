@@ -47,7 +47,7 @@ class ModelInfo:
 
 class TrainingClient(AsFuture):
     """Trains one adapter. Calls run in their order; an error arrives in its call's future, and
-    later calls go on.
+    later calls still run.
     """
 
     def __init__(self, service: Service, model: Model) -> None:
@@ -154,7 +154,7 @@ class TrainingClient(AsFuture):
         )
 
     def save_weights_and_get_sampling_client(self, name: str | None = None) -> SamplingClient:
-        """Return a client that samples from the weights as they are behind what was called
+        """Return a client that samples from the weights as they are after what was called
         before; nothing is written.
         """
         return SamplingClient(self._service, self._service.snapshot(self._model).result())

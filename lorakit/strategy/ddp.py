@@ -17,7 +17,7 @@ class AdapterDDP(DDPStrategy):
 
     Args:
         timeout_seconds: how long a process waits for the others.
-        sequence_parallel: so many processes share each row of tokens (``strategy/sequence.py``).
+        sequence_parallel: how many processes share each row of tokens (``strategy/sequence.py``).
     """
 
     def __init__(

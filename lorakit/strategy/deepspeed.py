@@ -30,7 +30,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     the base as well, which is gathered layer by layer.
 
     Checkpoints are not DeepSpeed's: optimiser state and adapter are gathered into what a run in one
-    process writes, so that any stage, and any number of processes, goes on from any other's
+    process writes, so that any stage, and any number of processes, continues from any other's
     checkpoint.
 
     Args:
@@ -39,12 +39,12 @@ class ZeroStrategy(DeepSpeedStrategy):
         precision: as Lightning names it; adapters and their optimiser stay in float32.
         timeout_seconds: how long a process waits for the others.
         bucket_elements: elements that are reduced, or gathered, at a time.
-        persist_elements: at stage 3, tensors of at most so many elements stay whole.
+        persist_elements: at stage 3, larger tensors are partitioned, others stay whole.
         live_elements: at stage 3, layers are gathered ahead, and stay for the backward pass, up to
             so many elements.
         leaf_modules: names of further classes of modules whose parameters are gathered all at once
             at stage 3.
-        sequence_parallel: so many processes share each row of tokens (``strategy/sequence.py``).
+        sequence_parallel: how many processes share each row of tokens (``strategy/sequence.py``).
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         return False  # Lightning calls the optimiser at the end of a window only
 
     def block_backward_sync(self) -> Any:
-        return contextlib.nullcontext()  # DeepSpeed is told where windows end
+        return contextlib.nullcontext()  # DeepSpeed gets the ends of windows from us
 
     def _format_config(self) -> None:
         """Keep the config as it is: precision is ours, and so are windows."""
@@ -174,7 +174,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             self._initialize_deepspeed_train(self.model)
 
     def _fit_bucket(self, num_trained: int) -> None:
-        """DeepSpeed makes the bucket as large as it is told, and an adapter may be much smaller."""
+        """Make the bucket no larger than the adapter: DeepSpeed allocates what the config says."""
         assert isinstance(self.config, dict)
         zero = self.config["zero_optimization"]
         zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], num_trained)
@@ -271,7 +271,7 @@ class ZeroPrecision(DeepSpeedPrecision):
     def backward(
         self, tensor: torch.Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """DeepSpeed divides by the window's length once more unless it is told not to."""
+        """DeepSpeed divides by the window's length once more unless it is prevented."""
         engine = model.trainer.strategy.deepspeed_engine
         engine.set_gradient_accumulation_boundary(not model.trainer.fit_loop._should_accumulate())
         engine.backward(tensor, *args, scale_wrt_gas=False, **kwargs)

@@ -34,7 +34,7 @@ STALLED_S = 10.0  # so long may a process be stopped
 SILENT_S = 20.0  # so long may nothing be heard of a watcher: its machine or the network is gone
 # so long may a process outlive one that has ended: it has an error of its own to tell
 GRACE_S = 10.0
-FINISHED = "finished"  # the phase behind which a process may end
+FINISHED = "finished"  # the phase after which a process may end
 # environment: where a watcher writes what it has found, for who started the processes
 FAULT_FILE = "LORAKIT_FAULT_FILE"
 _PAGE = 4096

@@ -1,7 +1,7 @@
 """ZeRO-3 for a frozen base alone: its parameters lie in parts over the processes, and are gathered
 layer by layer in every pass.
 
-Adapters are not DeepSpeed's here: whoever trains them reduces their gradients. So nothing of the
+Adapters are not DeepSpeed's here: their own training reduces their gradients. So nothing of the
 base has a gradient or a state.
 """
 
@@ -64,7 +64,7 @@ class PartitionedBase:
         return self._root(compute), self._root.found
 
     def release(self) -> None:
-        """Part again what a backward pass has left whole; behind each."""
+        """Part again what a backward pass has left whole; after each."""
         with torch.no_grad():
             self._hooks.partition_all_parameters()
 

@@ -49,7 +49,7 @@ class Pruning(L.Callback):
         self._trial: optuna.Trial | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        # resumed: it may have been killed behind the evaluation that would have ended it
+        # resumed: it may have been killed after the evaluation that would have ended it
         if trainer.global_step:
             self._stop(
                 trainer,
@@ -94,7 +94,8 @@ class Pruning(L.Callback):
                 )
             if value is not None:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # a trial that goes on reports some steps again
+                    # a trial that continues reports some steps again
+                    warnings.simplefilter("ignore")
                     self._trial.report(value, step)
             return self._trial.should_prune()
         except (optuna.exceptions.OptunaError, OSError) as error:

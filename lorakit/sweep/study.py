@@ -200,8 +200,8 @@ def open_study(
     """Open or begin the study in ``folder``.
 
     Args:
-        settings: what must be the same whenever it goes on, by key.
-        resume: True goes on, False begins, ``auto`` does either.
+        settings: what must be the same whenever it continues, by key.
+        resume: True continues, False begins, ``auto`` does either.
 
     Raises:
         CheckpointError: it is there and shall not, or is not there and shall, or was begun with
@@ -211,7 +211,7 @@ def open_study(
     files = [file for file in (SQLITE_FILE, JOURNAL_FILE) if (folder / file).exists()]
     if files and resume is False:
         raise CheckpointError(
-            f"{folder} holds a sweep already; go on with it by resume=true, or choose another"
+            f"{folder} holds a sweep already; continue it with resume=true, or choose another"
             " group=NAME"
         )
     if not files and resume is True:

@@ -59,7 +59,7 @@ def resolve_accelerator(accelerator: str) -> str:
     if accelerator == "auto":
         if problem := find_gpu_problem():
             raise ConfigError(
-                f"{problem.said}: {problem.remedy}. To go on without it, set"
+                f"{problem.said}: {problem.remedy}. To continue without it, set"
                 " trainer.accelerator=cpu (in a program, accelerator='cpu')"
             )
         if torch.cuda.is_available():

@@ -53,7 +53,7 @@ def model_card(
             machine.
         form: ``peft``, ``vllm`` or ``merged``.
         step: of the run, at which the adapter was as it is; None is its end.
-        max_rank: what vLLM must be told.
+        max_rank: what vLLM must be given.
     """
     from huggingface_hub import ModelCardData
 

@@ -111,7 +111,7 @@ def is_stacked_in_vllm(model: Any) -> bool:
 
 
 def largest_rank(config: dict[str, Any]) -> int:
-    """The largest rank in an adapter's ``config``, which vLLM must be told."""
+    """The largest rank in an adapter's ``config``, which vLLM must be given."""
     return max(
         int(config["r"]), *(int(rank) for rank in (config.get("rank_pattern") or {}).values()), 1
     )

@@ -1,5 +1,5 @@
 """A saved state of the service: a PEFT adapter folder in float32, with the optimiser's tensors
-beside it where training can go on.
+beside it where training can continue.
 """
 
 from __future__ import annotations

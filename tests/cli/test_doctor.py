@@ -81,7 +81,7 @@ def test_a_gpu_that_torch_cannot_use_is_bad_and_stops_a_run(
     workplace: Path, lorakit: Call, unusable_gpu: None
 ) -> None:
     code, out, _ = lorakit("doctor")
-    assert code == 1 and "570.86.15" in out and "1 to mend" in out
+    assert code == 1 and "570.86.15" in out and "1 to fix" in out
     (line,) = [line for line in out.splitlines() if "bad" in line]
     assert "1 GPU is here (NVIDIA H100 80GB HBM3)" in line
     if torch.version.cuda is None:

@@ -226,7 +226,7 @@ def slurm(lorakit: Call, *settings: str, train: tuple[str, ...] = ()) -> tuple[i
             ("options=[--mem=0, --exclusive]",),
             "launch.options=[--mem=0, --exclusive] cannot be read",
         ),
-        (("run=two",), "run=… is a setting of the run: put it behind `train`"),
+        (("run=two",), "run=… is a setting of the run: put it after `train`"),
         (("model.path=tiny",), "model.path=… is a setting of the run"),
     ],
 )

@@ -75,7 +75,7 @@ def test_trials_are_chosen_from_what_came_before_and_pruned(workplace: Path, lor
     assert "lorakit report sweep=hunt" in out
 
     code, _, err = lorakit(*OPTUNA, *EXACT, *pruner, "group=hunt")
-    assert code == 2 and "holds a sweep already; go on with it by resume=true" in err
+    assert code == 2 and "holds a sweep already; continue it with resume=true" in err
     code, _, err = lorakit(*OPTUNA, *EXACT, *pruner, "group=hunt", "resume=true", "lora.rank=8")
     assert code == 2 and "begun with other settings:\n  lora.rank: 4 then, 8 now" in err
     code, out, _ = lorakit(*OPTUNA, *EXACT, *pruner, "resume=true")  # the last sweep

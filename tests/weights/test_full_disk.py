@@ -69,7 +69,7 @@ def test_training_goes_on_and_the_last_good_checkpoint_is_in_force(
     assert len(said) >= 4
     assert "step 3" in said[0]
     assert "No space left" in said[0]
-    assert "step 2 stays in force" in said[0]
+    assert "step 2 is still valid" in said[0]
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "checkpoints")] == [1, 2]
     assert newest_whole(tmp_path / "checkpoints", said.append).step == 2
     assert not list((tmp_path / "checkpoints").glob(".writing-*"))
@@ -122,7 +122,7 @@ def test_training_goes_on_where_the_kernel_refuses_the_bytes(torn: str, tmp_path
     ]
     assert trainer.global_step == 6
     assert len(said) >= 4
-    assert "step 3" in said[0] and "step 2 stays in force" in said[0]
+    assert "step 3" in said[0] and "step 2 is still valid" in said[0]
     assert ("adapter_model" in said[0]) == (torn == "adapter_model.safetensors"), said[0]
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "checkpoints")] == [1, 2]
     assert not list((tmp_path / "checkpoints").glob(".writing-*"))

@@ -1,4 +1,4 @@
-"""What the batches of training will be, told from the rows that were looked at before it."""
+"""What the batches of training will be, estimated from the rows that were looked at before it."""
 
 from __future__ import annotations
 

@@ -81,8 +81,8 @@ def assign_batches(
         batch_size: rows of a batch; or else
         batch_tokens: positions of a batch, padding included. A row that is longer has a batch of
             its own.
-        row_tokens: rows are packed to so many positions; without, each holds one and rows of like
-            length go together.
+        row_tokens: positions of a packed row at most; without it, each row holds one example, and
+            rows of similar length go together.
         rng: shuffles the batches; None keeps the order and groups nothing, for evaluation.
     """
     if row_tokens is not None:

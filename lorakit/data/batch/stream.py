@@ -1,4 +1,4 @@
-"""The order of training: epochs, windows, batches, accumulation windows; a stream that can go on
+"""The order of training: epochs, windows, batches, accumulation windows; a stream that can continue
 from any batch.
 """
 
@@ -30,7 +30,7 @@ class BatchStream:
 
     Rows are shuffled over the whole epoch; packing and length grouping work within windows of
     ``window_rows`` of that order. Each batch knows the weight of its accumulation window (so that
-    the loss can be divided by it at once) and the cursor with which a new stream goes on behind it.
+    the loss can be divided by it at once) and the cursor from which a new stream continues.
     Cursors are exact at the end of accumulation windows, where optimiser steps are.
 
     Of several processes each has a stream of its own: all plan the same windows of ``accumulate *
@@ -45,7 +45,7 @@ class BatchStream:
         sp_rank, sp_size: which of the processes that share each row this is, of how many.
         batch_size, batch_tokens: rows, or positions, of a batch; one of them.
         row_tokens: positions of a packed row; None pads each Datum in a row of its own.
-        num_epochs: None goes on for ever.
+        num_epochs: None never ends.
         are_pairs: each row gives two Datums, which stay together; ``batch_size`` counts pairs.
         shuffle: False keeps the source's order and groups nothing.
     """
@@ -106,7 +106,7 @@ class BatchStream:
             yield [replace(batch, window_weight=weight) for batch in mine]
 
     def _planned(self, cursor: Cursor) -> Iterator[tuple[Rows, Cursor]]:
-        """Yield the rows of each batch of the fit, of all processes, and the cursor behind it."""
+        """Yield the rows of each batch of the fit, of all processes, and the cursor after it."""
         for epoch in itertools.count(cursor.epoch):
             if self.num_epochs is not None and epoch >= self.num_epochs:
                 return

@@ -32,7 +32,7 @@ from lorakit.data.read.custom_format import OwnFormat, OwnFormatError, format_of
 from lorakit.data.read.rows import Message, Role, Row, Text, find_problem, has_images
 from lorakit.errors import DataError, fold, report
 
-Progress = Callable[[int], None]  # is told how many more bytes were read
+Progress = Callable[[int], None]  # takes the number of further bytes read
 _PROGRESS_BYTES = 4 << 20
 _NUM_SAMPLED = 200
 _BOM = b"\xef\xbb\xbf"

@@ -198,7 +198,7 @@ def _images_beside(row: Conversations) -> list[Any]:
 
 
 def _split_at_images(text: str) -> str | list[dict[str, Any]]:
-    """A turn's text as parts, an image in the place of each mark."""
+    """A turn's text as parts, an image instead of each mark."""
     if IMAGE_MARK not in text:
         return text
     first, *rest = text.split(IMAGE_MARK)
@@ -279,7 +279,7 @@ def _find_preference_problem(row: Preference) -> str | None:
                 return f"`{name}` is empty"
             continue
         if not any(message.role == "assistant" for message in answer):
-            return f"`{name}` has no message of the assistant behind the prompt"
+            return f"`{name}` has no message of the assistant after the prompt"
         if problem := _find_message_problem([*prompt, *answer]):
             return f"`{name}`: {problem}"
     return None

@@ -226,7 +226,7 @@ def _check_csv(path: Path) -> tuple[dict[int, str], list[str]]:
                 )
             num_rows += bool(row)
     if not num_rows:
-        raise DataError(f"{path}: no row behind the header")
+        raise DataError(f"{path}: no row after the header")
     for mark in ";\t|":
         if len(header) == 1 and mark in header[0]:
             raise DataError(f"{path}: its cells are separated by {mark!r}; save it with commas")

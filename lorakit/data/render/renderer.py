@@ -172,7 +172,7 @@ class Renderer:
         return examples
 
     def _render_pair(self, row: Preference) -> list[Rendered]:
-        """Return the better answer and the worse one, each behind the prompt; the answers alone
+        """Return the better answer and the worse one, each after the prompt; the answers alone
         have a weight.
         """
         prompt, *answers = split_preference(row)
@@ -384,7 +384,7 @@ class Renderer:
         return self.encoder.encode_continuation(text)
 
     def _untrain_tail(self, tokens: list[int], weights: list[float]) -> None:
-        """White space behind the end-of-turn token belongs to nobody: generation has stopped
+        """White space after the end-of-turn token belongs to nobody: generation has stopped
         before it.
         """
         for end in range(len(tokens), 0, -1):

@@ -16,8 +16,8 @@ class Encoder:
     """Wraps a tokenizer. ``encode_prompt(a) + encode_continuation(b)`` are the tokens of ``a``
     followed by ``b``.
 
-    A special token that the tokenizer would put behind a prompt (some append EOS) is left away: the
-    text goes on there.
+    A special token that the tokenizer would put after a prompt (some append EOS) is left away: the
+    text continues there.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -52,7 +52,7 @@ class Encoder:
         return ids if self.prefix and ids[: len(self.prefix)] == self.prefix else self.prefix + ids
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of ``text`` as it reads behind other text: no special tokens, no leading
+        """Token ids of ``text`` as it reads after other text: no special tokens, no leading
         space that is not there.
         """
         if not text:

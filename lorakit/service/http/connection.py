@@ -1,4 +1,4 @@
-"""Routes by which a program connects, and is told what its requests came to."""
+"""Routes by which a program connects, and gets the results of its requests."""
 
 from __future__ import annotations
 

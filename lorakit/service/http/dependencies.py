@@ -177,7 +177,7 @@ def accept(
         state.pending.fail(
             pending,
             f"there is no model {model_id} (any more): its session ended, or the server was"
-            " started anew; go on from its last save_state with"
+            " started anew; continue from its last save_state with"
             " create_training_client_from_state_with_optimizer",
         )
         return answer

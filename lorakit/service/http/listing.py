@@ -117,8 +117,8 @@ async def delete_checkpoint(saved: OwnCheckpoint, state: State, user: User) -> R
 async def set_checkpoint_ttl(
     run_id: str, kind: str, name: str, body: Ttl, state: State, user: User
 ) -> dict[str, Any]:
-    """Let a checkpoint be removed after so many seconds, or, without a number, never."""
-    # no dependency: a wrong body is told first
+    """Set after how many seconds a checkpoint is removed; without a number it stays."""
+    # no dependency: a wrong body is reported first
     saved = await _own_checkpoint(run_id, kind, name, state, user)
     set_ttl = state.service.checkpoints.set_ttl
     return _checkpoint(await asyncio.to_thread(set_ttl, saved.path, user, body.ttl_seconds))

@@ -258,8 +258,8 @@ async def _answer(
 
 
 async def _all(request: Request, futures: list[Future[Any]]) -> list[SampleResponse]:
-    """Wait for all, or for the first error; whoever goes away ends the generation, as an error
-    does.
+    """Wait for all, or for the first error; a client that disconnects ends the generation, as
+    an error does.
     """
     waiting = {asyncio.ensure_future(asyncio.wrap_future(future)) for future in futures}
     try:
@@ -283,7 +283,7 @@ async def _all(request: Request, futures: list[Future[Any]]) -> list[SampleRespo
 def _start(
     state: ServerState, job: _Job, each: Callable[[_Choice, SampledSequence], None] | None
 ) -> list[tuple[list[_Choice], Future[Any]]]:
-    """Ask for each prompt's completions; ``each`` is told every token, in the engine's thread."""
+    """Ask for each prompt's completions; ``each`` gets every token, in the engine's thread."""
     stop, found = stop_strings(job.params), []
     for number, prompt in enumerate(job.prompts):
         choices = [
@@ -307,7 +307,7 @@ def _start(
 async def _events(
     state: ServerState, job: _Job, head: dict[str, Any], piece: _Piece, *, include_usage: bool
 ) -> AsyncIterator[str]:
-    """Server-sent events, a piece of text each; whoever goes away ends the generation."""
+    """Server-sent events, a piece of text each; a client that disconnects ends the generation."""
     loop = asyncio.get_running_loop()
     queue = asyncio.Queue[tuple[str, Any, str | None, _Token | None]]()
     num_generated = 0
@@ -331,7 +331,7 @@ async def _events(
     futures = [future for _, future in started]
     for future in futures:
         future.add_done_callback(on_done)
-    if job.params.max_tokens == 0:  # no token will be told of
+    if job.params.max_tokens == 0:  # there will be no token
         left = 0
         for choice in (choice for choices, _ in started for choice in choices):
             yield _event({**head, "choices": [piece(choice, "", "length", None)]})

@@ -1,4 +1,4 @@
-"""Results by request: finished ones are in the database before anyone is told, so that a killed
+"""Results by request: finished ones are in the database before they are sent, so that a killed
 server still has them.
 """
 

@@ -101,7 +101,7 @@ class ServerState:
         return self.pending.num_open + len(self.completions)
 
     def refuse_too_many(self, num_more: int = 1) -> None:
-        """Raise 429 where so many more were too many."""
+        """Raise 429 where this many more would be too many."""
         if self.num_waiting + num_more > self.max_waiting:
             raise HTTPException(
                 429, f"{self.max_waiting:,} requests wait already; send it again later"
@@ -127,7 +127,7 @@ class ServerState:
         return session
 
     def session(self, session_id: str, owner: str) -> Session | None:
-        """Return a session of ``owner`` that goes on, also from before a restart, or None."""
+        """Return an open session of ``owner``, also from before a restart, or None."""
         if (session := self.sessions.get(session_id)) is not None:
             if session.owner != owner:
                 return None
@@ -144,7 +144,7 @@ class ServerState:
         changed.
         """
         row = self.database.get(ClientSession, session.id)
-        if row is not None:  # before held calls are given out: they would find it to go on
+        if row is not None:  # before held calls are dispatched: they would find it open
             row.ended = now()
             self.database.add(row)
         self.sessions.pop(session.id, None)
@@ -187,7 +187,7 @@ class ServerState:
         return run is not None and run.owner != owner
 
     def drop_model(self, model_id: str) -> None:
-        """Free a model behind what it was asked; what waits for calls that never came is told
+        """Free a model after what it was asked; what waits for calls that never came fails with
         that it is gone.
         """
         self.service.drop_model(model_id)
@@ -269,7 +269,7 @@ class ServerState:
             self.samplers.pop(name, None)
 
 
-EPHEMERAL = "memory"  # in the place of a sampler's path
+EPHEMERAL = "memory"  # instead of a sampler's path
 
 
 def chained(first: Future[Any], then: Callable[[Any], Future[Any]]) -> Future[Any]:

@@ -277,7 +277,7 @@ async def save_weights_for_sampler(given: JsonBody, state: State, user: User) ->
         call.refuse_what_is_not_offered()
         session = state.session(model.id.partition(":")[0], user)
         if session is None or call.sampling_session_seq_id is None:
-            raise DataError("give a path, or a sampling_session_seq_id of a session that goes on")
+            raise DataError("give a path, or a sampling_session_seq_id of a session that is open")
         sampler_id = f"{session.id}:sample:{call.sampling_session_seq_id}"
         future = state.service.snapshot(model)
         state.add_sampler(
@@ -312,7 +312,7 @@ def _save(
 
 @router.post("/load_weights")
 async def load_weights(given: JsonBody, state: State, user: User) -> JSONResponse:
-    """Make a model that starts from a checkpoint (``session_id``), or let one go on from it
+    """Make a model that starts from a checkpoint (``session_id``), or let one continue from it
     (``model_id``).
     """
     body = parsed(LoadWeights, given)
@@ -373,7 +373,7 @@ def _model_call(
     answer: Callable[[Any], dict[str, Any]],
 ) -> JSONResponse:
     """A JSON call that names a model and its place in the model's order; ``answer`` is what is
-    told of its result.
+    given its result.
     """
     _require_ids(given)
     call = _over(state) if given.get("_too_large") else parsed(kind, given)
