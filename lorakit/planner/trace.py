@@ -248,8 +248,8 @@ def _run(
 
 
 class _Ledger(TorchDispatchMode):
-    """Counts the bytes of all storages that live, by what they were made for; remembers them at
-    their peak.
+    """Counts operations, and the bytes of all storages that live, by what they were made for;
+    remembers them at their peak. (torch's FlopCounterMode keeps alive what a backward computes.)
     """
 
     def __init__(self, sp_size: int = 1, num_image_positions: int = 0) -> None:

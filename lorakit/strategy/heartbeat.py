@@ -168,6 +168,7 @@ class _Watcher:
         self.beats: dict[int, Heartbeat] = {}
 
     def run(self) -> None:
+        # a store's operation never returns where the network is cut, whatever its timeout
         threading.Thread(target=self.talk, daemon=True).start()
         looked = time.monotonic()
         while self.is_needed():

@@ -147,6 +147,7 @@ class LoRAModule(L.LightningModule):
         output = self._compute(part, "train", self.window)
         loss = output.loss_sum / (part.window_weight or 1.0)
         self.window.loss = self.window.loss + loss.detach()
+        # Lightning divides by both
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def uncounted_loss(self, part: Batch) -> torch.Tensor:

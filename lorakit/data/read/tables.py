@@ -192,6 +192,7 @@ def _load_csv(path: Path, digest: str, options: dict[str, Any]) -> Table:
     try:
         bad_rows, header = _check_csv(path)
         features = datasets.Features({name: datasets.Value("string") for name in header if name})
+        # not from_csv: it globs the name, caches by path and time, and guesses types
         records = datasets.Dataset.from_generator(
             _csv_records,
             features=features,
