@@ -1,6 +1,4 @@
-"""What lorakit raises when a user can fix it. Each message says what is wrong, where, and how to
-fix it.
-"""
+"""What lorakit raises when a user can fix it: what is wrong, where, and what to do."""
 
 from __future__ import annotations
 

@@ -36,9 +36,7 @@ def find_hub_problem() -> str | None:
 
 
 def stay_offline() -> None:
-    """Keep the hub's libraries from asking a hub that cannot be reached: what they need is in
-    the cache.
-    """
+    """Keep the hub's libraries from asking the hub: what they need is in the cache."""
     import datasets
     from huggingface_hub import constants
 
@@ -110,9 +108,7 @@ def open_repository(name: str, *, is_public: bool) -> None:
 
 
 def upload(folder: Path, name: str, *, message: str) -> str:
-    """Upload ``folder`` to the repository ``name`` in one commit and return its address. Raises
-    ConfigError.
-    """
+    """Upload ``folder`` to the repository ``name``; return its address. Raises ConfigError."""
     from huggingface_hub import HfApi
 
     with _push_explained(name, remedy=f"; {folder} is whole: `hf upload {name} {folder}`"):
@@ -121,9 +117,7 @@ def upload(folder: Path, name: str, *, message: str) -> str:
 
 
 def _http_error() -> type[Exception]:
-    """What the hub's HTTP library raises where a connection fails: another library in some
-    versions.
-    """
+    """What the hub's HTTP library raises where a connection fails; versions differ."""
     from huggingface_hub import errors
 
     kind: Any = errors.HfHubHTTPError.__mro__[1]
@@ -146,9 +140,7 @@ def _push_explained(name: str, remedy: str = "") -> Iterator[None]:
 
 
 def explain_hub_error(name: str, error: BaseException | None) -> str | None:
-    """What the hub's refusal of ``name`` means and what to do, or None where it was not the hub
-    that refused.
-    """
+    """What the hub's refusal of ``name`` means and what to do; None for other errors."""
     from huggingface_hub import errors
 
     from_hub = error

@@ -180,16 +180,12 @@ class Batch:
 
     @cached_property
     def origin_ids(self) -> torch.Tensor:
-        """Which of several sources of data each position is from, (B, L) int64; 0 in the
-        padding.
-        """
+        """Which source of data each position is from, (B, L) int64; 0 in the padding."""
         return self._by_span(self.origins, 0)
 
     @cached_property
     def span_ids(self) -> torch.Tensor:
-        """The number of each position's span, (B, L) int64; that of the last and one more in the
-        padding.
-        """
+        """The number of each position's span, (B, L) int64; in the padding, the number of spans."""
         return self._by_span(range(len(self.spans)), len(self.spans))
 
     def _by_span(self, values: Sequence[int], padding: int) -> torch.Tensor:
@@ -202,9 +198,7 @@ class Batch:
         return torch.from_numpy(ids)
 
     def with_extra(self, name: str, values: torch.Tensor) -> Batch:
-        """This batch with one more loss input, (B, L); what was found out of it before stays
-        known.
-        """
+        """This batch with one more loss input, (B, L); what was found out of it is kept."""
         wider = replace(self, extras={**self.extras, name: values})
         wider.__dict__.update(
             {key: value for key, value in vars(self).items() if key not in wider.__dict__}
@@ -213,9 +207,7 @@ class Batch:
 
     @property
     def spans_here(self) -> list[tuple[int, int, int]]:
-        """``spans`` as far as this process holds them, counted from the first position that it
-        holds.
-        """
+        """``spans`` within this process's positions, counted from the first of these."""
         first, last = self.position_range or (0, self.input_ids.shape[1])
         clipped = (
             (row, max(start, first) - first, min(end, last) - first)
@@ -385,8 +377,6 @@ class OptimStepResponse:
 
 @dataclass(frozen=True)
 class SavedPath:
-    """Where something was saved: ``tinker://run/weights/name`` or
-    ``tinker://run/sampler_weights/name``.
-    """
+    """Where something was saved: ``tinker://RUN/weights/NAME`` or ``…/sampler_weights/NAME``."""
 
     path: str

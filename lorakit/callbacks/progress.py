@@ -92,9 +92,7 @@ class StepProgress(ProgressBar):
         print(f"step {trainer.global_step:,}{total}  {text}", file=sys.stderr, flush=True)
 
     def _left(self, trainer: Any) -> str:
-        """The time that the other steps take at the pace of those that were made, evaluations
-        included.
-        """
+        """The time of the remaining steps at the pace so far, evaluations included."""
         if not self._total:
             return ""
         each = (time.monotonic() - self._began) / (trainer.global_step - self._first_step)

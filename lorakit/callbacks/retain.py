@@ -1,6 +1,4 @@
-"""What training makes the model forget: the loss on unrelated text, of the base and of the
-adapted model.
-"""
+"""What training makes the model forget: loss on unrelated text, of base and adapted model."""
 
 from __future__ import annotations
 

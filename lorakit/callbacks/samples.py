@@ -1,6 +1,4 @@
-"""What the model writes, at every evaluation: the fixed prompts, in the run folder and as a
-table in W&B.
-"""
+"""Samples of fixed prompts at every evaluation, in the run folder and as a table in W&B."""
 
 from __future__ import annotations
 

@@ -12,9 +12,7 @@ from lorakit.strategy.sequence import share_rows
 
 
 class SequenceParallel(L.Callback):
-    """Prepares the loaded model before the first step. The data module gives each process its
-    part of every row.
-    """
+    """Prepares the loaded model. The data module gives each process its positions."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         sp_size = getattr(trainer.strategy, "sequence_parallel", 1)

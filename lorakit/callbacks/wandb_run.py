@@ -1,6 +1,4 @@
-"""One W&B run for one run folder: a resume, a requeue or a restart continues it, and writes no
-step twice.
-"""
+"""One W&B run for one run folder: a resume continues it, and writes no step twice."""
 
 from __future__ import annotations
 
@@ -111,15 +109,13 @@ def resolve_mode(mode: str) -> str:
             " WANDB_API_KEY"
         )
     asked = os.environ.get("WANDB_MODE", "")
-    return (
-        mode
-        if mode != "auto"
-        else asked
-        if asked in ("offline", "disabled")
-        else "online"
-        if has_key()
-        else "offline"
-    )
+    if mode != "auto":
+        return mode
+    if asked in ("offline", "disabled"):
+        return asked
+    if has_key():
+        return "online"
+    return "offline"
 
 
 def has_key() -> bool:
@@ -147,9 +143,7 @@ def last_steps(folder: Path) -> dict[str, int]:
 
 
 def read_history(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the history of the W&B files below the run folder ``folder``, in the order of their
-    start.
-    """
+    """Yield the history of the W&B files below the run's ``folder``, by their start."""
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 

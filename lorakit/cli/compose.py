@@ -1,6 +1,4 @@
-"""Command-line overrides to a resolved config: Hydra, with paths taken verbatim and misspelt
-keys explained.
-"""
+"""Overrides to a resolved config: Hydra, with verbatim paths and misspelt keys explained."""
 
 from __future__ import annotations
 

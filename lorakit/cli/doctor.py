@@ -246,9 +246,7 @@ def _compiler() -> Iterator[Finding]:
 
 
 def _slurm() -> Iterator[Finding]:
-    """Where there is a SLURM: its partitions, whose nodes are what a job gets, and not this
-    machine.
-    """
+    """SLURM's partitions, where there are some: a job gets their nodes, not this machine."""
     if not shutil.which("sinfo"):
         return
     command = ["sinfo", "--noheader", "--format", "%P %D x %c cores %G"]

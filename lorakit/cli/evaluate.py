@@ -113,9 +113,7 @@ def _as_column(text: str) -> tuple[str, str]:
 
 
 def evaluate(trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the figures of ``trained`` on the rows that ``options`` name, and those of its base
-    beside them.
-    """
+    """Return the figures of ``trained`` on the rows of ``options``, beside its base's."""
     from lorakit.config.optimization import build_loss
     from lorakit.config.settings import Component
     from lorakit.evaluation.held_out import score_pairs, score_rows

@@ -74,10 +74,8 @@ def main(arguments: list[str]) -> None:
     if options.format == "merged":
         from lorakit.cli.merge import merge
 
-        as_others_see, finish = (
-            Path(name).name if name.startswith("/") else name,
-            functools.partial(write_card, trained, "merged", name),
-        )
+        as_others_see = Path(name).name if name.startswith("/") else name
+        finish = functools.partial(write_card, trained, "merged", name)
         merge(trained, out, options.dtype, base_name=as_others_see, finish=finish)
     else:
         write_adapter(trained, out, options.format, name)

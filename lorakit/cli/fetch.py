@@ -1,6 +1,4 @@
-"""``lorakit fetch …``: bring a run's model and data into the hub's cache, for a machine without
-a network.
-"""
+"""``lorakit fetch …``: bring a run's model and data into the hub's cache."""
 
 from __future__ import annotations
 

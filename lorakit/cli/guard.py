@@ -1,6 +1,4 @@
-"""One clear message and exit code 2 for what a user can fix; LORAKIT_DEBUG=1 shows the
-traceback.
-"""
+"""One message and exit code 2 for what a user can fix; LORAKIT_DEBUG=1 shows the traceback."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ from lorakit.runs.files import ASIDE
 
 
 def run_command(main: Callable[[list[str]], Any]) -> None:
-    """Call ``main`` with the command's arguments and turn its exceptions into messages and exit
-    codes.
-    """
+    """Call ``main`` with the command's arguments; exceptions become messages and exit codes."""
     quiet_libraries()
     try:
         main(sys.argv[1:])
@@ -44,9 +40,7 @@ def explain(error: Exception) -> str | None:
 
 
 def explain_os_error(error: OSError) -> str:
-    """What the system refused, and of which file; one that is being written aside bears its
-    final name.
-    """
+    """What the system refused, and of which file, by its final name."""
     name = str(error.filename or "input/output").replace(ASIDE, "")
     return f"{name}: {error.strerror or error}"
 

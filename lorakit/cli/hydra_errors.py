@@ -76,11 +76,9 @@ def suggest(key: str, known: list[str]) -> str:
     ):
         if near := difflib.get_close_matches(wanted, names, n=1, cutoff=cutoff):
             return f"; did you mean {names[near[0]]}?"
-    return (
-        f"; there are: {', '.join(beside)}"
-        if beside and group
-        else "; `lorakit train --cfg job` prints all keys"
-    )
+    if beside and group:
+        return f"; there are: {', '.join(beside)}"
+    return "; `lorakit train --cfg job` prints all keys"
 
 
 def all_keys(

@@ -121,9 +121,7 @@ def _print_costs(step: StepPlan, num_tokens: int | None, console: Console) -> No
 
 
 def _skeleton(model: ModelSpec) -> Any:
-    """The model without weights: of its folder or the hub's cache, or of a config that lorakit
-    brings.
-    """
+    """The model without weights: of its folder, the hub's cache, or a bundled config."""
     from lorakit.errors import ConfigError
     from lorakit.model.load import skeleton_of
     from lorakit.planner.presets import preset_config

@@ -1,6 +1,4 @@
-"""``lorakit report [RUN … | sweep=NAME]``: runs beside one another, in the terminal, as CSV, and
-as a page.
-"""
+"""``lorakit report [RUN … | sweep=NAME]``: runs in the terminal, as CSV, and as a page."""
 
 from __future__ import annotations
 
@@ -77,10 +75,8 @@ def _choose(root: Path, options: argparse.Namespace) -> tuple[Comparison, bool]:
     """The runs that are asked for, and whether they are those of a sweep."""
     from lorakit.reports.comparison import compare, compare_runs, sweeps_in
 
-    names, wanted = (
-        list(options.names),
-        {"metric": options.metric, "is_maximized": options.maximize},
-    )
+    names = list(options.names)
+    wanted = {"metric": options.metric, "is_maximized": options.maximize}
     known = sweeps_in(root)
     for name in names:
         if "=" in name and (len(names) > 1 or not name.startswith("sweep=")):

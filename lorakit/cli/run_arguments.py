@@ -132,9 +132,7 @@ def _pairs(text: str) -> list[str]:
 
 
 def output_path(text: str) -> Path:
-    """An argument that names what will be written. Refused at once where that cannot be, not
-    after the work.
-    """
+    """An argument that names what will be written; refused before the work if it cannot be."""
     path = Path(text).expanduser()
     if problem := find_write_problem(path):
         raise argparse.ArgumentTypeError(f"{text} cannot be written: {problem}")

@@ -62,9 +62,7 @@ def _row(run: Run) -> tuple[str, ...]:
 
 
 def _overrides(run: Run) -> set[str]:
-    """What was typed for ``run``; that which all runs have in common tells them from one another
-    no better.
-    """
+    """What was typed for ``run``, without what all runs have in common."""
     return {
         text
         for text in run.info.get("overrides", ())

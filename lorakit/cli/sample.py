@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> None:
-    """Sample as ``arguments`` say: from text after ``--``, a file, standard input, or in
-    conversation.
-    """
+    """Sample from text after ``--``, a file, standard input, or in conversation."""
     options, text = parse(arguments)
     prompts = read_prompts(options, text)
     try:
@@ -142,9 +140,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, str | None]:
 
 
 def read_prompts(options: argparse.Namespace, text: str | None) -> list[str] | None:
-    """Return the prompts of the command line, or None where they come from standard input or a
-    conversation.
-    """
+    """Return the command line's prompts; None for standard input or a conversation."""
     if text is not None and options.prompt_file is not None:
         raise ConfigError("give TEXT after -- or --prompt-file, not both")
     if options.prompt_file is not None:
@@ -194,11 +190,9 @@ class Speaker:
         from lorakit.types import SamplingParams
 
         self.model, self.tokenizer, self.is_chat = model, tokenizer, is_chat
-        self.encoder, self.num_samples, self.images = (
-            Encoder(tokenizer),
-            options.num_samples,
-            images,
-        )
+        self.encoder = Encoder(tokenizer)
+        self.num_samples = options.num_samples
+        self.images = images
         self.named: list[Path] = options.image
         self.system: str | None = options.system
         self.clear()

@@ -182,9 +182,7 @@ def build_state(options: argparse.Namespace, models: dict[str, str], folder: Pat
 
 
 def print_key(state: Any, folder: Path) -> None:
-    """At the first start make a key, print it once, and write it to a file that only its owner
-    can read.
-    """
+    """At the first start make a key, print it, and write it to a file of mode 600."""
     path = folder / KEY_FILE
     try:
         key = state.keys.make(FIRST_USER)

@@ -70,9 +70,7 @@ def write_wandb_sweep(sweeper: WandbSweeper, arguments: list[str]) -> None:
 def prepare(
     sweeper: OptunaSweeper | WandbSweeper, arguments: list[str], schema: type[Any]
 ) -> tuple[dict[str, Any], Space, list[Override]]:
-    """Return (the config without what is chosen, the space, the other overrides). Raises
-    ConfigError.
-    """
+    """Return (config without what is chosen, space, other overrides). Raises ConfigError."""
     plain: Any = OmegaConf.to_container(sweeper.config, resolve=False)
     if problems := check_group("sweep", plain["sweep"], schema):
         raise ConfigError(report("these settings cannot be used:", problems))

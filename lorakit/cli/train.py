@@ -73,9 +73,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _value_of(key: str, arguments: list[str]) -> str:
-    """What ``arguments`` set ``key`` to, the last one as Hydra takes it; nothing where they do
-    not.
-    """
+    """What ``arguments`` set ``key`` to, the last one as in Hydra; else nothing."""
     found = [
         text.partition("=")[2]
         for text in arguments

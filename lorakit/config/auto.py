@@ -1,6 +1,4 @@
-"""Settings that may be ``auto``: chosen from model, data and memory (``choices.py``) once these
-are known.
-"""
+"""Settings that may be ``auto``; `pipeline/autoconfig.py` chooses their values."""
 
 from __future__ import annotations
 

@@ -102,9 +102,7 @@ def _settings_of(node: Any, lines: list[str], prefix: str) -> Iterator[Setting]:
 
 
 def as_help(choices: list[Choice]) -> str:
-    """All keys as text: ``key=default  meaning``, and after each group what else can be chosen
-    for it.
-    """
+    """All keys as text: ``key=default  meaning``, and after each group its other choices."""
     lines = ["settings, as key=default:"]
     shown: set[Setting] = set()
     for choice in choices:

@@ -13,9 +13,7 @@ from lorakit.errors import ConfigError
 
 
 def build_loss(loss: Component) -> Callable[..., Any]:
-    """The loss: a function with its numbers, or what a class of that name makes. Raises
-    ConfigError.
-    """
+    """The loss: a function with its numbers, or an instance. Raises ConfigError."""
     is_class = isinstance(loss.imported("loss"), type)
     built: Callable[..., Any] = Component(loss.target, loss.arguments, not is_class).build("loss")
     return built

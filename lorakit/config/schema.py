@@ -204,9 +204,7 @@ class RunConfig:
 
     @property
     def rows_per_example(self) -> int:
-        """Rows of a batch for each row of the data: two where it is a pair and nothing is
-        packed.
-        """
+        """Rows of a batch for each row of the data: two for a pair that is not packed."""
         return 2 if self.is_of_pairs and not self.data.batches.packing else 1
 
     @property

@@ -228,9 +228,7 @@ class LoRADataModule(L.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
-        """Lightning's hook, called for a batch when its step begins; remembers how far training
-        has come.
-        """
+        """Lightning's hook, called when a batch's step begins; remembers how far training is."""
         if self.trainer and self.trainer.training and batch.cursor is not None:
             self._cursor = batch.cursor
         return batch.to(device)
@@ -404,9 +402,7 @@ class LoRADataModule(L.LightningDataModule):
 
     @property
     def _share(self) -> dict[str, Any]:
-        """Which of the processes this one is; ``sequence_parallel`` of them share each
-        row.
-        """
+        """Which process this is; ``sequence_parallel`` of them share each row."""
         if not self.trainer:
             return {}
         sp_size = getattr(getattr(self.trainer, "strategy", None), "sequence_parallel", 1)

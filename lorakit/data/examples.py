@@ -124,9 +124,7 @@ class SourceShare:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """The figures of a data set, from the rows that were looked at (all of them in a set that is
-    not large).
-    """
+    """The figures of a data set, from the rows that were looked at (all, in a small set)."""
 
     num_rows: int
     num_rows_profiled: int

@@ -229,9 +229,7 @@ class DataSpec:
             )
 
     def check_pairs_fit(self) -> None:
-        """Raise ConfigError where both answers of a pair may not fit into one packed row, or one
-        batch.
-        """
+        """Raise ConfigError where a pair may not fit into one packed row, or one batch."""
         both, batches = 2 * self.rendering.max_tokens, self.batches
         sizes = {"pack_tokens": self.row_tokens(are_pairs=True)}
         sizes["tokens_per_batch"] = batches.tokens_per_batch

@@ -1,6 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on a run's model, where it is installed: ``lorakit evaluate
-tasks=…``.
-"""
+"""EleutherAI's lm-evaluation-harness on a run's model: ``lorakit evaluate tasks=…``."""
 
 from __future__ import annotations
 
@@ -102,9 +100,7 @@ def _find_tasks(tasks: tuple[str, ...], folder: Path | None) -> Any:
 
 @contextlib.contextmanager
 def _tied_as_it_is(model: Any) -> Any:
-    """Keep the harness from tying weights anew, which PEFT's layer around trained rows does not
-    survive.
-    """
+    """Keep the harness from tying weights anew: PEFT's layer around trained rows breaks."""
     model.tie_weights = lambda *args, **options: None
     try:
         yield

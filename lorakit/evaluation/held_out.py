@@ -62,9 +62,7 @@ def score_rows(
 
 @torch.no_grad()
 def score_pairs(model: Any, datamodule: LoRADataModule, loss: Loss) -> dict[str, float]:
-    """Return the mean of ``loss``, which is one of pairs, and of its metrics, over the
-    evaluation rows.
-    """
+    """Return the mean of ``loss``, one of pairs, and of its metrics, over the evaluation rows."""
     sums: dict[str, float] = {"loss": 0.0}
     num_pairs = 0
     model.eval()

@@ -196,9 +196,7 @@ def _state_of(number: str) -> str:
 
 
 def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_folder: Path) -> str:
-    """The script for sbatch. Raises ConfigError where a name holds what SLURM would read as a
-    pattern.
-    """
+    """The script for sbatch. Raises ConfigError where SLURM would read a name as a pattern."""
     if "%" in str(run_folder):
         raise ConfigError(
             f"{run_folder}: SLURM reads % in a file's name as a pattern; set paths.runs or run"

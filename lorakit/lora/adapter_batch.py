@@ -88,9 +88,7 @@ class AdapterBatch:
         self._gates: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def with_adapter_ids(self, adapter_ids_T: torch.Tensor | None) -> AdapterBatch:
-        """Return the same adapters for other tokens; what was laid side by side is not laid
-        again.
-        """
+        """Return the same adapters, laid side by side already, for other tokens."""
         other = AdapterBatch(self.adapters, adapter_ids_T)
         other._pairs = self._pairs
         return other
@@ -227,9 +225,7 @@ def _scaled(adapter: Adapter, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
 def _one_over_the_other(
     adapters: Sequence[Adapter | None], key: Key, dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and s B of all ``adapters`` along a new dimension, filled up with zeros to the largest
-    rank.
-    """
+    """A and s B of all ``adapters`` along a new dimension, zero-padded to the largest rank."""
     pairs = [_scaled(x, key) if x is not None and key in x.factors else None for x in adapters]
     a, b = max((pair for pair in pairs if pair is not None), key=lambda pair: pair[0].shape[-2])
     widest = a.shape[-2]

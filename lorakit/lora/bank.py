@@ -108,11 +108,9 @@ class AdapterBank:
         for key, is_second in _expert_keys(name, stack):
             if self._adapter_batch is None:
                 break
-            pairs, index, columns = (
-                (second if is_second else first),
-                len(factors) // 2,
-                stack.columns(key.matrix),
-            )
+            pairs = second if is_second else first
+            index = len(factors) // 2
+            columns = stack.columns(key.matrix)
             if adapter_ids is not None and not key.is_shared:
                 if (by_adapter := self._adapter_batch.by_adapter(key)) is not None:
                     pairs.append(FactorPair(index, columns, 1.0, is_by_adapter=True))
@@ -140,9 +138,7 @@ class AdapterBank:
 def _adapter_ids_of_rows(
     adapter_batch: AdapterBatch, name: str, stack: ExpertStack, experts_TK: torch.Tensor
 ) -> AdapterIds | None:
-    """The adapters of tokens where sorting rows by them pays, else None: then gates tell adapters
-    apart.
-    """
+    """The adapters of tokens where sorting rows by them pays, else None: then gates are used."""
     # rows to fill up: padding may overflow in it
     if adapter_batch.adapter_ids is None or stack.weight(stack.first).dtype == torch.float16:
         return None
@@ -194,7 +190,5 @@ def _keys_of(name: str, first: str, has_gate: bool) -> tuple[tuple[Key, bool], .
 
 
 def _expert_keys(name: str, stack: ExpertStack) -> tuple[tuple[Key, bool], ...]:
-    """Everything that an adapter may have on a module of experts, and whether it is on the way
-    out.
-    """
+    """All keys of an adapter on a module of experts, and whether each is on the way out."""
     return _keys_of(name, stack.first, bool(stack.module.has_gate))

@@ -307,9 +307,7 @@ class _Layer:
         wants_x: bool,
         wants: list[bool],
     ) -> tuple[torch.Tensor | None, torch.Tensor, list[torch.Tensor | None]]:
-        """Return the gradients of x (T, H), of the sorted router weights (S,), and of each
-        factor.
-        """
+        """Return the gradients of x (T, H), sorted router weights (S,), and each factor."""
         call = self.call
         rank_rows = {pair.index: rows for pair, rows in zip(self.pairs, narrow, strict=True)}
         sums = [
@@ -503,9 +501,7 @@ class _Layer:
         return values_SI * self._mask(pair, shape, values_SI)[rows]
 
     def _mask(self, pair: FactorPair, shape: Any, like: torch.Tensor) -> torch.Tensor:
-        """0, or 1 / (1 - p): the same whenever it is asked for in one call, so that it need not
-        be kept.
-        """
+        """0, or 1 / (1 - p): drawn again alike within one call, so that it need not be kept."""
         key = (pair.index, tuple(shape))
         if key not in self._masks:
             generator = torch.Generator(like.device).manual_seed(pair.seed)

@@ -47,9 +47,7 @@ class ExpertLoraConfig(peft.LoraConfig):
     expert_layout: str = PER_EXPERT
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain data, as it is written: what a plain LoraConfig says of the same
-        adapter.
-        """
+        """The config as it is written: what a plain LoraConfig says of the same adapter."""
         plain = super().to_dict()
         parameters, layout = plain.pop("expert_parameters"), plain.pop("expert_layout")
         if parameters:
@@ -243,9 +241,7 @@ class ExpertLora(nn.Module, LoraLayer):
     def peft_factors(
         self, adapter_name: str, parameter: str
     ) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Return (A, B, scale) of a stack in float32, flat as PEFT holds them; shared factors
-        expanded.
-        """
+        """Return (A, B, scale) of a stack in float32, in PEFT's layout, expanded."""
         factors = {
             (which, m): f.float()
             for which in ("lora_A", "lora_B")
@@ -268,9 +264,7 @@ class ExpertLora(nn.Module, LoraLayer):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Return the experts' output for (T, H) tokens, their (T, top_k) experts and the
-        router's weights.
-        """
+        """Return the output (T, H) for tokens (T, H), their experts and weights (T, top_k)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = [name for name in self.active_adapters if name in self.lora_A]

@@ -123,9 +123,7 @@ class FlatParameters:
         return vector
 
     def file_tensors(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the adapter's tensors by the names, and in the shapes, that they have in PEFT's
-        files.
-        """
+        """Return the adapter's tensors with the names and shapes of PEFT's files."""
         tensors: dict[str, torch.Tensor] = {}
         by_module: dict[str, Factors] = {module: {} for module in self._experts}
         for key, (a, b) in self.views(vector.detach()).items():

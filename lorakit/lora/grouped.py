@@ -160,10 +160,8 @@ class SortedRows:
         starts = torch.zeros((num_experts, num_adapters), dtype=torch.long)  # of each pair's rows
         end = 0
         for expert_range in ranges:
-            num_pairs, each = (
-                expert_range.num_experts * num_adapters,
-                expert_range.rows_each // num_adapters,
-            )
+            num_pairs = expert_range.num_experts * num_adapters
+            each = expert_range.rows_each // num_adapters
             first_rows = end + each * torch.arange(num_pairs)
             starts[expert_range.first : expert_range.first + expert_range.num_experts] = (
                 first_rows.view(-1, num_adapters)
@@ -217,9 +215,7 @@ class SortedRows:
         return y_TKN.sum(dim=1, dtype=dtype)
 
     def blocks(self) -> Iterator[AdjacentExperts | AllExperts]:
-        """Yield blocks of rows that together are all rows: one for all experts, or one for each
-        range.
-        """
+        """Yield blocks that together are all rows: one for all experts, or one for each range."""
         if self.ranges is None:
             yield AllExperts(self)
             return
@@ -271,10 +267,8 @@ class AdjacentExperts:
         num_adapters: int = 1,
     ) -> None:
         first, num = expert_range.first * num_adapters, expert_range.num_experts * num_adapters
-        self.experts, self._shape = (
-            slice(first, first + num),
-            (num, expert_range.rows_each // num_adapters),
-        )
+        self.experts = slice(first, first + num)
+        self._shape = (num, expert_range.rows_each // num_adapters)
         self.rows = rows
         self.tokens = sorted_rows.tokens_S[self.rows]
         self._made_of = sorted_rows, expert_range
@@ -310,9 +304,7 @@ class AdjacentExperts:
     def put_outer_(
         self, sum_EMN: torch.Tensor, a_SM: torch.Tensor, b_SN: torch.Tensor, scale: float
     ) -> None:
-        """Write ``scale`` times the sum over rows of a times b, (M, N), to the place of each
-        row's expert.
-        """
+        """Write ``scale`` times the sum over rows of a times b, (M, N), for each expert."""
         a_gMm, b_gmN = self._by_expert(a_SM).mT, self._by_expert(b_SN)
         if emulates_products(a_SM):
             sum_EMN[self.experts] = torch.bmm(a_gMm.float(), b_gmN.float()).mul_(scale)

@@ -103,9 +103,7 @@ def _row_config(planned: LoRAPlan) -> Any:
 
 @contextlib.contextmanager
 def _rows_are_here(rows: list[torch.Tensor]) -> Iterator[None]:
-    """Keep PEFT from gathering ``rows`` under ZeRO-3, which it can on a GPU only: they have been
-    gathered.
-    """
+    """Keep PEFT from gathering ``rows``, which are whole: it can on a GPU only."""
     from peft.tuners.trainable_tokens import layer
 
     found = layer.check_deepspeed_zero3_enabled

@@ -104,9 +104,7 @@ def flatten_b(b_EOR: torch.Tensor) -> torch.Tensor:
 
 
 def split_a(a: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """(E * R, in) -> (E, R, in). Raises ValueError where experts would have different
-    numbers of rows.
-    """
+    """(E * R, in) -> (E, R, in). Raises ValueError where E does not divide the rows."""
     if len(a) % num_experts:
         raise ValueError(f"lora_A has {len(a)} rows, which is no multiple of {num_experts} experts")
     return a.reshape(num_experts, -1, a.shape[1])

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoRAPlan:
-    """Which matrices get an adapter. Made from a model that may lie on the meta device; nothing
-    is changed.
-    """
+    """Which matrices get an adapter, made from a model that may be on the meta device."""
 
     spec: LoRASpec
     targets: tuple[Target, ...]

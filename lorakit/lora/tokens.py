@@ -22,9 +22,7 @@ class TokenRows(TrainableTokensLayer):
     def forward_adapters(
         self, x: torch.Tensor, active_adapters: Any, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """PEFT's hook: the base's output, with what the trained rows give instead of what
-        theirs did.
-        """
+        """PEFT's hook: the base's output, with the trained rows' instead of the frozen ones'."""
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or not active_adapters or self.merged:
             return result

@@ -167,9 +167,7 @@ class _Call:
     weights_NK: torch.Tensor | None = None
 
     def row_blocks(self, num_tokens: int, *, whole: bool = False) -> Iterator[slice]:
-        """Yield slices over the tokens: few enough for ``logit_blocks`` to be one block with
-        ``whole``.
-        """
+        """Yield slices of the tokens; with ``whole``, ``logit_blocks`` makes one block of each."""
         room = self.max_whole_rows if whole else self._num_bytes() // (4 * MIN_LOGITS)
         size = max(1, min(MAX_TOKENS, room))
         for start in range(0, num_tokens, size):
@@ -397,9 +395,7 @@ def _pull(
     grad_NK: torch.Tensor,
     grad_products_NK: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the gradient of an input: what its targets pull it to, less what the vocabulary
-    does.
-    """
+    """Return the gradient of an input: the pull of its targets less that of the vocabulary."""
     grad_NX = mean_NX * -grad_NK.sum(dim=1, keepdim=True).to(mean_NX.dtype)
     for choice in range(targets_NK.shape[1]):
         rows = matrix_VX[targets_NK[:, choice]].to(mean_NX.dtype)
@@ -464,9 +460,7 @@ def _add_gradients_(
     first: int,
     grad_nv: torch.Tensor,
 ) -> None:
-    """Add to the gradients of the adapters' B what a block gives, by the gradient of its
-    products.
-    """
+    """Add a block's gradients of the adapters' B, by the gradient of its products."""
     grad_vn = grad_nv.to(call.head.weight_VH.dtype).mT
     tokens = slice(first, first + grad_nv.shape[1])
     for total, inner, adapter in zip(sums, narrow, call.head.adapters, strict=True):

@@ -67,9 +67,7 @@ def knobs_of(loss: Callable[..., Any]) -> dict[str, float]:
 def check_knobs(
     name: str, loss: Callable[..., Any], given: Mapping[str, Any] | None
 ) -> dict[str, float]:
-    """Return the numbers for ``loss``, with its defaults. Raises DataError for one that it does
-    not know.
-    """
+    """Return the numbers for ``loss``, with its defaults. Raises DataError for others."""
     knobs, given = knobs_of(loss), given or {}
     problems = [f"{key}: unknown" for key in given if key not in knobs]
     used = dict(knobs)

@@ -146,9 +146,7 @@ def hidden_states(model: Any, run: Callable[[], Any]) -> tuple[torch.Tensor | No
 
 
 def trust_head(model: Any) -> None:
-    """Take ``describe_head`` at its word for ``model``, which has no values that could be
-    compared.
-    """
+    """Trust ``describe_head`` for ``model``, which has no values to compare."""
     if (unembedding := model.get_output_embeddings()) is not None:
         _CHECKED[unembedding] = True
 

@@ -31,9 +31,7 @@ def ppo(
     clip_low_threshold: float = 0.8,
     clip_high_threshold: float = 1.2,
 ) -> LossOutput:
-    """Return ``-sum(min(r * A, clamp(r, low, high) * A))`` (Schulman et al. 2017, arXiv
-    1707.06347, equation 7).
-    """
+    """Return ``-sum(min(r * A, clamp(r, low, high) * A))`` (arXiv 1707.06347, equation 7)."""
     distance = (logprobs - batch.extras["logprobs"]).masked_fill(batch.weights == 0, 0.0)
     return _clipped(distance, logprobs, batch, clip_low_threshold, clip_high_threshold)
 

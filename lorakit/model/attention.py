@@ -179,9 +179,7 @@ def attention_by_document(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers' sdpa, (B, L, H, D) and None, where ``attention_mask`` may be a list of
-    documents.
-    """
+    """As transformers' sdpa; ``attention_mask`` may be a list of documents."""
     cache = _cache.get()
     # a vision tower's layers have no number, and no cache
     if cache is not None and hasattr(module, "layer_idx"):
@@ -232,9 +230,7 @@ def _find_layout(documents: torch.Tensor, row_length: int, device: torch.device)
 
 @functools.lru_cache(maxsize=4)
 def _layout(spans: tuple[Span, ...], row_length: int, device: torch.device) -> _Layout:
-    """Made once for all layers of a step: each copy to a GPU would wait until that has done all
-    it was given.
-    """
+    """Made once for all layers of a step: each copy to a GPU waits for the GPU."""
     groups, place_T = [], []
     # what an evaluation makes must do for a training step on the same documents
     with torch.inference_mode(False):

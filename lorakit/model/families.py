@@ -69,9 +69,7 @@ class Target:
         return rank * (self.num_matrices * outer + self.num_experts * inner)
 
     def num_expanded_params(self, rank: int) -> int:
-        """Parameters of a shared-outer adapter written as one pair per expert: the matrices'
-        ranks add up.
-        """
+        """Parameters of a shared-outer adapter written as one pair per expert: ranks add up."""
         return self.num_matrices * self.num_adapter_params(rank)
 
 
@@ -326,9 +324,7 @@ def _features(module: nn.Module) -> tuple[int, int]:
 
 
 def _holds_experts(name: str, module: nn.Module) -> bool:
-    """Whether a module's own 3-D parameters are stacks of experts, and not a convolution's
-    kernel, say.
-    """
+    """Whether a module's own 3-D parameters are stacks of experts."""
     return "experts" in name.rsplit(".", 1)[-1] or "expert" in type(module).__name__.lower()
 
 

@@ -298,9 +298,7 @@ def skeleton_of(config: Any, *, trust_remote_code: bool = False) -> Any:
 
 
 def base_name(path: str) -> str:
-    """What adapters and reports call the model: the bundled name, the hub name, or the absolute
-    folder.
-    """
+    """The model's name in adapters and reports: bundled, of the hub, or an absolute folder."""
     folder = Path(path).expanduser()
     return str(folder.resolve()) if folder.is_dir() and path not in BUNDLED else path
 

@@ -300,9 +300,7 @@ def _sizes(config: RunConfig, facts: RunFacts) -> list[Values]:
 
 
 def _positions_seen(config: RunConfig, facts: RunFacts) -> int | None:
-    """Tokens of all epochs; None where nobody knows. A limit by ``trainer.max_steps`` makes no
-    step smaller.
-    """
+    """Tokens of all epochs; None where nobody knows."""
     report, epochs = facts.report, config.data.batches.epochs
     if report is None or epochs is None:
         return None

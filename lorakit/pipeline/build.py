@@ -78,9 +78,7 @@ def make_tokens(datamodule: LoRADataModule, model: ModelSpec) -> Any:
 
 
 def check_new_tokens(datamodule: LoRADataModule, tokenizer: Any) -> None:
-    """Raise ConfigError where no row has a token that was added; where not all rows were looked
-    at, warn.
-    """
+    """Raise ConfigError where no row has an added token; warn where only some were read."""
     report = datamodule.report
     assert report is not None
     if lost := [
@@ -203,9 +201,7 @@ def build_trainer(
     retain: Retain | None = None,
     tries_longest: bool = False,
 ) -> L.Trainer:
-    """Lightning's Trainer, with the callbacks and loggers of the config and those that every run
-    has.
-    """
+    """Lightning's Trainer, with the callbacks and loggers of the config and of every run."""
     settings, accumulate = config.trainer, config.trainer.accumulate_grad_batches
     eval_every = settings.eval_every_steps or max(1, math.ceil(total_steps / 10))
     # first: a step has ended before other callbacks write or wait after it

@@ -202,9 +202,7 @@ def _open_run(
     command: str,
     overrides: list[str],
 ) -> tuple[Run, bool]:
-    """The run, which the first process chooses for all, and whether it continues. Raises
-    LorakitError.
-    """
+    """The run, chosen by rank 0 for all, and whether it continues. Raises LorakitError."""
     world, found, problem = current_world(), None, None
     if world.is_rank_zero:
         try:

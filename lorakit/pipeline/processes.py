@@ -106,9 +106,7 @@ def resume_if_restarted(config: RunConfig) -> RunConfig:
 
 
 def num_streams(config: RunConfig, world: World) -> int:
-    """Processes, or groups of processes that share their rows, of which each has micro-batches
-    of its own.
-    """
+    """Processes, or groups that share their rows, each with micro-batches of its own."""
     return world.size // config.sequence_parallel
 
 
@@ -138,9 +136,7 @@ def describe_config(config: RunConfig) -> dict[str, str]:
 
 
 def describe_base(model: ModelSpec) -> dict[str, str]:
-    """The base: its config, its commit where it is of the hub, the sizes of its files where it
-    is a folder.
-    """
+    """The base: its config, and the commit of the hub or the sizes of its files."""
     config = model.load_config()
     files = sorted(needed_files(model.path, model.revision).items())
     described = hashlib.sha256(repr((config.to_json_string(), files)).encode()).hexdigest()[:12]

@@ -134,18 +134,14 @@ def choose_run(
 
 
 def config_text(config: dict[str, Any], folder: Path) -> str:
-    """The config of the run in ``folder`` as its file holds it: it means the same from any
-    folder.
-    """
+    """The config file of the run in ``folder``: it means the same from any folder."""
     settings = fill_run_folder(_with_absolute_paths(config), folder)
     text: str = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     return text
 
 
 def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """The config as it means the same from any folder: names of files and folders that are
-    there, made absolute.
-    """
+    """The config with absolute names of files and folders: it means the same anywhere."""
     config = copy.deepcopy(config)
     places: list[tuple[Any, Any]] = [
         *((config["model"], key) for key in ("path",)),
@@ -201,9 +197,7 @@ def command_to_continue(run: Run) -> str:
 
 
 def _others_to_continue(root: Path) -> str:
-    """What could be continued instead; that a run can be started where there
-    is nothing.
-    """
+    """What could be continued instead, or that a new run can be started."""
     unfinished = [
         run for run in list_runs(root) if not run.is_finished and "data_fingerprint" in run.info
     ]
@@ -242,10 +236,8 @@ def _find_unfinished(root: Path, name: str | None, experiment: str) -> Run | Non
 
 def find_changes(run: Run, config: dict[str, Any]) -> list[str]:
     """The settings in which ``config`` would not continue ``run``, each with its values."""
-    then, now = (
-        flatten(yaml.safe_load(run.config_text())),
-        flatten(fill_run_folder(_with_absolute_paths(config), run.folder)),
-    )
+    then = flatten(yaml.safe_load(run.config_text()))
+    now = flatten(fill_run_folder(_with_absolute_paths(config), run.folder))
     then = {**{key: value for key, value in ADDED_KEYS.items() if key in now}, **then}
     return [
         f"{key}: {then.get(key, 'not set')!r} then, {now.get(key, 'not set')!r} now"

@@ -43,15 +43,11 @@ class Trained:
 
     @property
     def step(self) -> int | None:
-        """After how many optimiser steps the adapter was as it is; None where nobody wrote it
-        down.
-        """
+        """The adapter's optimiser step; None where nobody wrote it down."""
         name = self.adapter.name
-        return (
-            int(name.removeprefix("step-"))
-            if name.startswith("step-")
-            else self.run.info.get("step")
-        )
+        if name.startswith("step-"):
+            return int(name.removeprefix("step-"))
+        return self.run.info.get("step")
 
     @property
     def pixel_bounds(self) -> tuple[int | None, int | None]:

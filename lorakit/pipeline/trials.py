@@ -123,9 +123,7 @@ def _open(plain: dict[str, Any], space: Space, folder: Path) -> Study:
 
 
 def _try_sampler(build_sampler: Callable[[int], Any], space: Space) -> None:
-    """Raise ConfigError where the sampler cannot choose from ``space``, for want of a library,
-    say.
-    """
+    """Raise ConfigError where the sampler cannot choose from ``space``."""
     import optuna
 
     try:

@@ -34,9 +34,7 @@ class SampleShapes:
     count: int | None = None  # of examples, where that is known
 
     def images_in(self, num_rows: int, num_positions: int) -> tuple[int, ...]:
-        """Return the positions of each image of a micro-batch that has as much to see as there
-        can be.
-        """
+        """Return the positions of each image of the micro-batch that is fullest of images."""
         if not self.largest_image:
             return ()
         each = min(self.largest_image, num_positions)
@@ -50,9 +48,7 @@ _NO_CHECK = "TRANSFORMERS_DISABLE_TORCH_CHECK"  # of the number of placeholders,
 
 
 def images_without_values(vision_config: Any, image_tokens: tuple[int, ...]) -> Images:
-    """Return images of these sizes in tokens, strips one token high; call it where tensors have no
-    values.
-    """
+    """Return images of these sizes in tokens, one token high, where tensors have no values."""
     merge = vision_config.spatial_merge_size
     channels = getattr(vision_config, "in_channels", None) or vision_config.in_chans
     width = channels * vision_config.temporal_patch_size * vision_config.patch_size**2

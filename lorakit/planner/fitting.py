@@ -77,9 +77,7 @@ def suggest(plan: StepPlan, num_processes: int, num_bytes: int) -> str:
 
 
 def counts_to_plan(config: RunConfig) -> list[int]:
-    """The numbers of processes in ``plan.gpus`` that there can be. Raises ConfigError where
-    there is none.
-    """
+    """The possible numbers of processes in ``plan.gpus``. Raises ConfigError for none."""
     sp_size = config.sequence_parallel
     if not (counts := [count for count in config.plan.gpus if count % sp_size == 0]):
         raise ConfigError(

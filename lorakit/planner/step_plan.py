@@ -187,9 +187,7 @@ class StepPlan:
 
 
 def _at_work() -> contextlib.AbstractContextManager[Any]:
-    """A sign of life on a terminal: tracing a model of 30 billion parameters takes some twenty
-    seconds.
-    """
+    """A sign of life on a terminal: tracing 30 billion parameters takes twenty seconds."""
     if not current_world().is_rank_zero:
         return contextlib.nullcontext()
     return Console(stderr=True).status("planning memory: going through a step without weights …")
@@ -222,9 +220,7 @@ def step_shape(
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """A pass without gradients: its shape, and the tokens whose keys and values are kept beside
-    it.
-    """
+    """A pass without gradients: its shape, and the tokens whose keys and values are kept."""
 
     shape: StepShape
     num_kept: int = 0
@@ -292,9 +288,7 @@ def row_sizes_without_data(config: RunConfig, skeleton: Any) -> SampleShapes:
 
 
 def cache_bytes(model_config: Any, dtype: str) -> int:
-    """Bytes of keys and values that sampling keeps for a token, where every layer attends to all
-    tokens.
-    """
+    """Bytes of keys and values of a token, where every layer attends to all tokens."""
     config = model_config.get_text_config()
     all_heads = getattr(config, "num_attention_heads", None) or 0
     if not all_heads:

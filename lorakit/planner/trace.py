@@ -78,9 +78,7 @@ class StepTrace:
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """What a step is made of, apart from the model: micro-batch, number formats, what is
-    computed again.
-    """
+    """A step apart from its model: micro-batch, number formats, what is computed again."""
 
     num_rows: int
     num_positions: int  # in each process
@@ -262,12 +260,10 @@ class _Ledger(TorchDispatchMode):
 
     def restart(self, tag: str) -> None:
         """Forget the peak; what is made from now on is of ``tag``."""
-        self.tag, self.peak, self.at_peak, self.num_flops = (
-            tag,
-            sum(self.live.values()),
-            dict(self.live),
-            0,
-        )
+        self.tag = tag
+        self.peak = sum(self.live.values())
+        self.at_peak = dict(self.live)
+        self.num_flops = 0
 
     def add(self, tensor: torch.Tensor, tag: str) -> None:
         """Count ``tensor``'s storage under ``tag``, whatever it was counted as."""

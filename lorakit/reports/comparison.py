@@ -62,9 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs, best first; what has no figure comes last. Runs that were named one by one stay in
-    that order.
-    """
+    """Runs, best first, those without a figure last; runs that were named, in that order."""
 
     name: str
     metric: str
@@ -115,10 +113,8 @@ class Comparison:
             ]
         )
         for row in self.rows:
-            first, best = (
-                row.points[0][1] if row.points else None,
-                self.best_point(row) or (None, None),
-            )
+            first = row.points[0][1] if row.points else None
+            best = self.best_point(row) or (None, None)
             writer.writerow(
                 [
                     row.run.name,
@@ -233,9 +229,7 @@ def _beside(
 
 
 def _speed(run: Run, history: list[dict[str, Any]]) -> float | None:
-    """Tokens/s as the run said at its end, of the time since it went on; or the median of what
-    was logged.
-    """
+    """Tokens/s of the run's last session, or the median of what was logged."""
     logged = [
         record["speed/tokens_per_second"]
         for record in history

@@ -1,6 +1,4 @@
-"""A data set as one page: its figures, and examples with every token in the colour of its
-weight.
-"""
+"""A data set as a page: figures, and examples with every token in the colour of its weight."""
 
 from __future__ import annotations
 
@@ -50,9 +48,7 @@ def as_page(
 
 
 def _figures(datamodule: LoRADataModule, report: DatasetReport) -> list[tuple[str, str]]:
-    """The figures of the whole set: how much there is, how long, what is cut, how full batches
-    are.
-    """
+    """The figures of the whole set: number, lengths, what is cut, how full batches are."""
     looked = f" of {report.num_rows:,}" if report.num_rows_profiled < report.num_rows else ""
     how = "packed rows" if datamodule.is_packed else "batches"
     longest = f"longest; data.max_tokens is {datamodule.spec.rendering.max_tokens:,}"

@@ -38,9 +38,7 @@ FEW = 6  # values of a setting that stand side by side
 
 
 def colors_of(comparison: Comparison) -> list[str]:
-    """A colour for each row: dark for the best, light for the worst, grey for what has no
-    figure.
-    """
+    """A colour for each row: dark for the best, light for the worst, grey without a figure."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 

@@ -1,6 +1,4 @@
-"""Checkpoints of a run: a PEFT adapter folder beside Lightning's training state, whole or not
-there.
-"""
+"""Checkpoints of a run: a PEFT folder beside Lightning's training state, whole or not there."""
 
 from __future__ import annotations
 

@@ -49,9 +49,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def recover(parent: Path) -> None:
-    """Give replaced folders in ``parent`` their names back where a crash came before the new
-    ones had them.
-    """
+    """Undo replacements of folders in ``parent`` that a crash has interrupted."""
     for old in parent.glob(f"{OLD}*"):
         folder = old.with_name(old.name.removeprefix(OLD))
         if not folder.exists():
@@ -94,9 +92,7 @@ def lock_file(path: Path, *, wait: bool = False, shared: bool = False) -> IO[str
 
 
 def find_write_problem(path: Path) -> str | None:
-    """Return why ``path`` cannot be made, as far as the nearest folder that is there tells, or
-    None.
-    """
+    """Return why ``path`` cannot be made, by the nearest folder that exists, or None."""
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir():
         return f"{parent} is not a folder"

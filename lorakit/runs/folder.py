@@ -21,12 +21,10 @@ from lorakit.runs.files import ASIDE, lock_file, write_json, write_whole
 
 FORMAT_VERSION = 1
 LOCK_FILE = ".lock"
-RUN_FILE, CONFIG_FILE, HISTORY_FILE, ADAPTER_FOLDER = (
-    "run.json",
-    "config.yaml",
-    "history.jsonl",
-    "adapter",
-)
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+HISTORY_FILE = "history.jsonl"
+ADAPTER_FOLDER = "adapter"
 # stands for ``${paths.run}`` in a config until the run has its folder
 RUN_FOLDER = "{the run's folder}"
 PACKAGES = (
@@ -79,9 +77,7 @@ class Run:
 
     @property
     def last_step(self) -> tuple[int, float | None]:
-        """Return (steps made, loss of the last one), from the history where the run did not end
-        itself.
-        """
+        """Return (steps made, last loss), from the history where the run did not end itself."""
         if (step := self.info.get("step")) is not None:
             return step, self.info.get("loss")
         records = [record for record in History(self.folder).read() if "train/loss" in record]
@@ -192,9 +188,7 @@ def is_held(run: Run) -> bool:
 
 
 def list_runs(root: Path) -> list[Run]:
-    """Return the runs in ``root``, oldest first; what cannot be read is named on standard error
-    and left out.
-    """
+    """Return the runs in ``root``, oldest first; those that cannot be read are reported."""
     runs = []
     for path in root.glob(f"*/{RUN_FILE}"):
         try:
@@ -282,11 +276,9 @@ class History:
 
     def read(self) -> list[dict[str, Any]]:
         """Return all whole lines; one that a crash tore is left out."""
-        return (
-            list(_parse(self.path.read_text(encoding="utf-8").split("\n")))
-            if self.path.exists()
-            else []
-        )
+        if self.path.exists():
+            return list(_parse(self.path.read_text(encoding="utf-8").split("\n")))
+        return []
 
     def cut_behind(self, step: int) -> None:
         """Remove what is after ``step``: a resumed run repeats it."""

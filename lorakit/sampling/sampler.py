@@ -78,19 +78,15 @@ class Sampler:
         self._rows: list[SampledSequence] = []
         self._end_ids = end_token_ids(model, tokenizer)
         config = model.config.get_text_config()
-        self._vocab_size, self._limit = (
-            config.vocab_size,
-            getattr(config, "max_position_embeddings", None) or 1 << 30,
-        )
+        self._vocab_size = config.vocab_size
+        self._limit = getattr(config, "max_position_embeddings", None) or 1 << 30
         if (steady := steady_positions(config)) is not None:
             self._limit = min(self._limit, steady)
         # what depends on which sequence has which row
         self._settled: tuple[TokenSampler, AdapterBatch | None] | None = None
 
     def add(self, request: Request) -> None:
-        """Let ``request`` join at the next step. Raises DataError where the model cannot take
-        it.
-        """
+        """Let ``request`` join at the next step. Raises DataError if the model cannot take it."""
         limit = min(self._limit, self.max_cache_tokens)
         request.check(vocab_size=self._vocab_size, max_tokens=limit)
         if request.shown is not None and (self.batch_invariant or not self.passes.has_grid):
@@ -168,11 +164,9 @@ class Sampler:
         worth a pass, or have waited for long.
         """
         joining: list[WaitingSequence] = []
-        num_rows, num_tokens, room = (
-            len(self._rows),
-            0,
-            max((_room_of(row.running) for row in self._rows), default=0),
-        )
+        num_rows = len(self._rows)
+        num_tokens = 0
+        room = max((_room_of(row.running) for row in self._rows), default=0)
         num_spare = 0  # rows that prompts are laid into which are only scored
         # then there is one row
         while self._waiting and not (self.batch_invariant and (self._rows or joining)):
@@ -181,10 +175,8 @@ class Sampler:
                 self._waiting.popleft()
                 continue
             num_tokens += len(first.running.request.prompt)
-            num_rows, num_spare = (
-                num_rows + len(first.numbers),
-                max(num_spare, int(not first.numbers)),
-            )
+            num_rows = num_rows + len(first.numbers)
+            num_spare = max(num_spare, int(not first.numbers))
             room = max(room, _room_of(first.running))
             fits = (
                 num_rows <= self.max_rows and (num_rows + num_spare) * room <= self.max_cache_tokens
@@ -369,9 +361,7 @@ class Sampler:
         logits_BV: torch.Tensor,
         first: int,
     ) -> None:
-        """Pick a token for each of ``rows``, which begin with row ``first``, and let go those
-        that end.
-        """
+        """Pick a token for each of ``rows``, from row ``first`` on; remove those that end."""
         picked: SampledTokens = token_sampler.pick(logits_BV, [len(row.tokens) for row in rows])
         tokens, logprobs = picked.tokens.tolist(), picked.logprobs.tolist()
         best = best_of_row(picked, [row.running.request.num_best for row in rows])

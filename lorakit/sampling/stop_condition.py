@@ -22,9 +22,7 @@ class StopCondition:
         self._num_tail = max((len(text.encode()) for text in self.strings), default=0) + 4
 
     def is_reached(self, tokens: list[int]) -> bool:
-        """Whether the last of ``tokens`` ends them. Only the tail is decoded: a stop string is
-        short.
-        """
+        """Whether the last of ``tokens`` ends them. Only the tail is decoded."""
         if tokens[-1] in self.tokens:
             return True
         if not self.strings:

@@ -101,9 +101,7 @@ def sample_key(seed: int, number: int) -> int:
 
 
 def uniform(keys: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Return a number in [0, 1) for each key and place, the same wherever and with whatever it
-    is drawn.
-    """
+    """Return a number in [0, 1) for each key and place, the same in any company."""
     return (_mix(_mix(keys) + places * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)) * 2.0**-53
 
 

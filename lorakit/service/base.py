@@ -143,9 +143,7 @@ class Base:
         return self.strategy.startswith("zero")
 
     def run_pass(self, compute: Callable[[], tuple[torch.Tensor, Any]]) -> tuple[torch.Tensor, Any]:
-        """Return what ``compute`` returns, in the base's number format, with its parameters
-        where it needs them.
-        """
+        """Run ``compute`` in the base's number format, with its parameters whole."""
         with self.autocast():
             return self._partitioned.run(compute) if self._partitioned else compute()
 

@@ -109,9 +109,7 @@ class CheckpointRegistry:
             yield folder
 
     def base_of(self, path: str, owner: str) -> str:
-        """Return the name of the base that ``path`` was made for. Raises CheckpointError,
-        AdapterError.
-        """
+        """Return the base's name of ``path``. Raises CheckpointError, AdapterError."""
         if path.startswith("tinker://"):
             self.find(path, owner)
             return self._database.run(parse_path(path)[0], owner).base_model
@@ -128,9 +126,7 @@ class CheckpointRegistry:
         return found
 
     def set_ttl(self, path: str, owner: str, seconds: int | None) -> Checkpoint:
-        """Remove a checkpoint after ``seconds``, or never. Raises CheckpointError where there is
-        none.
-        """
+        """Remove a checkpoint after ``seconds``, or never. Raises CheckpointError."""
         with self._locks[parse_path(path)[0]]:
             found = self.find(path, owner)
             found.expires = _after(seconds)

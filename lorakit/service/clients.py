@@ -190,9 +190,7 @@ class RestClient(AsFuture):
         self._service = service
 
     def list_training_runs(self, limit: int = 20, offset: int = 0) -> APIFuture[list[TrainingRun]]:
-        """The runs, those that were asked something last first, with the tokens and seconds that
-        they have cost.
-        """
+        """The runs, the last asked first, with the tokens and seconds that they have cost."""
         runs, _ = self._service.database.runs(LOCAL_OWNER, limit=limit, offset=offset)
         return APIFuture(finished(runs))
 

@@ -56,9 +56,7 @@ def vocabulary_request(
 def run_in_two_passes(
     model: Model, data: Sequence[Datum], loss: CustomLoss
 ) -> ForwardBackwardOutput:
-    """Compute log-probabilities, the caller's ``loss`` of them, then the gradient; in the engine's
-    thread.
-    """
+    """Compute log-probabilities, the caller's ``loss``, then the gradient."""
     bare = _bare(model, data)
     found = _run(model, ForwardRequest(model.id, bare, needs_gradient=False))
     logprobs = [output["logprobs"] for output in found.loss_fn_outputs]

@@ -57,9 +57,7 @@ class SamplingClient(AsFuture):
         )
 
     def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
-        """The log-probability of each token of ``prompt`` after those before it; None for the
-        first.
-        """
+        """The log-probability of each token of ``prompt``; None for the first."""
         future = self._service.sample(
             self._weights, prompt, SamplingParams(max_tokens=0), scores_prompt=True
         )

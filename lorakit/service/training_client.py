@@ -102,9 +102,7 @@ class TrainingClient(AsFuture):
     def optim_step(
         self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
     ) -> APIFuture[OptimStepResponse]:
-        """Make one step of AdamW, and start a new gradient. Its norm before clipping is in the
-        figures.
-        """
+        """Make one step of AdamW, and start a new gradient. Figures: its norm before clipping."""
         params = optim_params or adam_params
         if not isinstance(params, AdamParams):
             raise ConfigError(f"optim_step takes types.AdamParams, not {type(params).__name__}")

@@ -96,9 +96,7 @@ class TrainingState:
         return Adapter(self.layout, self.vector.clone())
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """The optimiser's tensors by name, whole; empty before the first step. All processes ask
-        together.
-        """
+        """The optimiser's tensors by name, whole; empty before the first step. Collective."""
         found = {}
         for name, tensor in self._optimizer.state.get(self._parameter, {}).items():
             tensor = tensor.detach()

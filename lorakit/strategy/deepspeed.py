@@ -73,11 +73,9 @@ class ZeroStrategy(DeepSpeedStrategy):
             precision_plugin=ZeroPrecision(precision),
             timeout=datetime.timedelta(seconds=timeout_seconds),
         )
-        self.stage, self.leaf_modules, self.sequence_parallel = (
-            stage,
-            tuple(leaf_modules),
-            sequence_parallel,
-        )
+        self.stage = stage
+        self.leaf_modules = tuple(leaf_modules)
+        self.sequence_parallel = sequence_parallel
         self._timeout_seconds = timeout_seconds
         self._norm = torch.tensor(0.0)
         self._trained: list[list[torch.nn.Parameter]] = []  # by the optimiser's groups
@@ -139,10 +137,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             self._mark_leaves(model)
         self._fit_bucket(sum(parameter.numel() for group in self._trained for parameter in group))
         # It would send the whole frozen base to every process, which has read it already.
-        send, DeepSpeedEngine._broadcast_model = (
-            DeepSpeedEngine._broadcast_model,
-            lambda engine: None,
-        )
+        send = DeepSpeedEngine._broadcast_model
+        DeepSpeedEngine._broadcast_model = lambda engine: None
         index = self.root_device.index
         try:
             engine, zero, _, _ = deepspeed.initialize(
@@ -158,10 +154,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._take_over_norm(zero)
         if cast(ZeroPrecision, self.precision_plugin).precision == "bf16-mixed":
             # On a GPU the engine switches off any autocast around it that is not its own.
-            engine.torch_autocast_enabled, engine.torch_autocast_dtype = (
-                (lambda: True),
-                (lambda: torch.bfloat16),
-            )
+            engine.torch_autocast_enabled = lambda: True
+            engine.torch_autocast_dtype = lambda: torch.bfloat16
         lift_limits()  # of the groups that it has made
         return engine, zero
 

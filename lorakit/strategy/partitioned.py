@@ -45,10 +45,8 @@ class PartitionedBase:
         del known
         self._root = _Root(self.model)
         # It would send the whole base to every process, which has read it already.
-        send, DeepSpeedEngine._broadcast_model = (
-            DeepSpeedEngine._broadcast_model,
-            lambda engine: None,
-        )
+        send = DeepSpeedEngine._broadcast_model
+        DeepSpeedEngine._broadcast_model = lambda engine: None
         try:
             self._engine, self._hooks, _, _ = deepspeed.initialize(
                 model=self._root, config=config, dist_init_required=False
@@ -70,9 +68,7 @@ class PartitionedBase:
 
 
 class _Root(torch.nn.Module):
-    """What a pass begins and ends with: DeepSpeed's hooks want a module that the loss comes out
-    of.
-    """
+    """What a pass begins and ends with: DeepSpeed's hooks need a module that returns the loss."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

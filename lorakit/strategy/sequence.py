@@ -55,7 +55,7 @@ def check_group_size(sp_size: int, num_processes: int) -> None:
             str(count) for count in range(1, num_processes + 1) if num_processes % count == 0
         )
         raise ConfigError(
-            f"strategy.sequence_parallel={sp_size}: as many processes share each row, and there are"
+            f"strategy.sequence_parallel={sp_size}: it must divide the number of processes,"
             f" {num_processes}; choose {fitting}"
         )
 

@@ -93,11 +93,9 @@ def _fragment(zero: Any, parameter: Any, stage: int) -> _Fragment | None:
         part = parameter.ds_tensor.ds_numel
         start = part * dist.get_rank(parameter.ds_process_group)
         length = min(part, parameter.ds_numel - start)
-        return (
-            _Fragment(zero.fp32_partitioned_groups_flat[group], flat_start, start, length)
-            if length > 0
-            else None
-        )
+        if length > 0:
+            return _Fragment(zero.fp32_partitioned_groups_flat[group], flat_start, start, length)
+        return None
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
@@ -143,9 +141,7 @@ def _gather(
 
 
 def _plain_groups(zero: Any, groups: Groups) -> list[dict[str, Any]]:
-    """The optimiser's groups with their settings; the numbers of their parameters run on, as
-    torch counts them.
-    """
+    """The optimiser's groups, with parameters numbered through as torch does."""
     plain, first = [], 0
     for group, members in zip(zero.optimizer.param_groups, groups, strict=True):
         settings = {name: value for name, value in group.items() if name != "params"}

@@ -38,13 +38,11 @@ class Pruning(L.Callback):
         metric: str,
         pruner: optuna.pruners.BasePruner | None = None,
     ) -> None:
-        self.folder, self.storage, self.number, self.metric, self.pruner = (
-            Path(folder).expanduser(),
-            storage,
-            trial,
-            metric,
-            pruner,
-        )
+        self.folder = Path(folder).expanduser()
+        self.storage = storage
+        self.number = trial
+        self.metric = metric
+        self.pruner = pruner
         self.is_pruned = self._has_ended = False
         self._trial: optuna.Trial | None = None
 

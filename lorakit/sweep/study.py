@@ -30,9 +30,7 @@ log = logging.getLogger("lorakit")
 
 
 def open_storage(folder: Path, kind: str) -> optuna.storages.BaseStorage:
-    """The study's file in ``folder``: ``sqlite`` for one worker, Optuna's ``journal`` for
-    several.
-    """
+    """The study's file in ``folder``: ``sqlite`` for one worker, else Optuna's ``journal``."""
     optuna = require("optuna")
     from optuna.storages.journal import JournalFileBackend
 

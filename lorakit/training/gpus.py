@@ -116,11 +116,9 @@ def _ask_nvidia(*arguments: str) -> tuple[str, ...]:
         )
     except (OSError, subprocess.TimeoutExpired):
         return ()
-    return (
-        tuple(line.strip() for line in said.stdout.splitlines() if line.strip())
-        if said.returncode == 0
-        else ()
-    )
+    if said.returncode == 0:
+        return tuple(line.strip() for line in said.stdout.splitlines() if line.strip())
+    return ()
 
 
 def _find_amd() -> tuple[str, ...]:

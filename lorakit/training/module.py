@@ -249,9 +249,7 @@ class LoRAModule(L.LightningModule):
         return output
 
     def _log_metrics(self, stage: str, sums: Sums, denominator: float) -> None:
-        """Log what the loss returned beside itself: sums over all processes, divided as the loss
-        is.
-        """
+        """Log what the loss returned beside itself: sums over all processes, divided alike."""
         if not sums.metrics:
             return
         values = torch.stack(
@@ -266,9 +264,7 @@ class LoRAModule(L.LightningModule):
             self.log(f"{stage}/{name}", value / (denominator or float("nan")))
 
     def _log_by_source(self, stage: str, sums: Sums, *, shares: bool = False) -> None:
-        """Log the loss of each source of data, NaN where it has no token, and its share of the
-        weight.
-        """
+        """Log each source's loss, NaN where it has no token, and its share of the weight."""
         if not (names := self.source_names.get(stage)):
             return
         by_source = torch.as_tensor(sums.by_source, dtype=torch.float32, device=self.device)
@@ -310,9 +306,7 @@ class LoRAModule(L.LightningModule):
 
     # torch overloads it for a destination, which nobody gives
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trainable tensors by their names in this module, whole. All processes must ask
-        together.
-        """
+        """The trainable tensors, whole, by their names in this module. All processes call it."""
         trained = {
             name: parameter
             for name, parameter in self.named_parameters()

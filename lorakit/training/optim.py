@@ -62,9 +62,7 @@ def linear(
     warmup_steps: float = 0,
     final_ratio: float = 0.0,
 ) -> LambdaLR:
-    """The learning rate rises over ``warmup_steps``, then falls on a line to ``final_ratio`` of
-    its peak.
-    """
+    """Rises over ``warmup_steps``, then falls on a line to ``final_ratio`` of its peak."""
     warmup = resolve_warmup(warmup_steps, total_steps)
     return LambdaLR(
         optimizer,
@@ -81,9 +79,7 @@ def cosine(
     warmup_steps: float = 0,
     final_ratio: float = 0.0,
 ) -> LambdaLR:
-    """The learning rate rises over ``warmup_steps``, then falls on half a cosine to
-    ``final_ratio`` of its peak.
-    """
+    """Rises over ``warmup_steps``, then falls on half a cosine to ``final_ratio`` of its peak."""
     warmup = resolve_warmup(warmup_steps, total_steps)
 
     def factor(step: int) -> float:

@@ -93,7 +93,5 @@ def _is_right(device: str) -> bool:
 
 
 def base_dtype(dtype: str, precision: str) -> str:
-    """Return the dtype of the frozen base: ``auto`` follows the precision, so that no product
-    casts it.
-    """
+    """Return the dtype of the frozen base: ``auto`` follows the precision."""
     return _BASE_DTYPES[precision] if dtype == "auto" else dtype

@@ -56,11 +56,9 @@ def sums_by_origin(output: LossOutput, batch: Batch, num_origins: int) -> torch.
     if per_position.ndim > 3:
         per_position = per_position.sum(-1)
     sums = per_position.new_zeros(2, num_origins)
-    return (
-        sums.index_add_(1, batch.origin_ids.flatten(), per_position.flatten(1))
-        if batch.origins
-        else sums
-    )
+    if batch.origins:
+        return sums.index_add_(1, batch.origin_ids.flatten(), per_position.flatten(1))
+    return sums
 
 
 @dataclass(frozen=True)

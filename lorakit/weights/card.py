@@ -1,6 +1,4 @@
-"""The model card of an exported adapter or merged model: what it was made of, on what, and how
-well it did.
-"""
+"""The model card of an export: its base, its data, its settings, its figures."""
 
 from __future__ import annotations
 
@@ -166,9 +164,7 @@ def _metrics(run: Run, step: int | None) -> dict[str, float]:
 
 
 def _settings(config: dict[str, Any], run: Run) -> dict[str, Any]:
-    """What decides the result, without what concerns the machine alone; paths only by their last
-    part.
-    """
+    """What decides the result, without settings of the machine; paths by their last part."""
     kept = copy.deepcopy({name: config[name] for name in _GROUPS if name in config})
     kept["data"] = {
         name: config["data"][name] for name in _OF_DATA if config["data"].get(name) is not None

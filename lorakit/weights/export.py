@@ -169,9 +169,7 @@ def _take_factors(
 
 
 def _only_stack(tensors: dict[tuple[str, str], torch.Tensor], stack: ExpertStack) -> str:
-    """Which of the two stacks has the one pair of flat factors in ``tensors``, by the width of
-    A's input.
-    """
+    """Which of the two stacks the flat factors in ``tensors`` belong to, by A's input width."""
     widths = {which: tensor.shape[-1] for (_, which), tensor in tensors.items()}
     return stack.first if widths.get("lora_A") == stack.in_features(stack.first) else stack.second
 

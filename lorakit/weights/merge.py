@@ -1,6 +1,4 @@
-"""Merge an adapter into its base: plan, then apply; all or nothing; checked before and after
-rounding.
-"""
+"""Merge an adapter into its base, all or nothing, checked before and after rounding."""
 
 from __future__ import annotations
 
@@ -147,10 +145,8 @@ def merge_adapter(
         round_parameters(merged, dtype)
         rounded_logits = _logits(merged, probe)
         per_position = (rounded_logits - adapter_logits).abs().amax(dim=-1)
-        report.rounded_difference, report.rounded_median_difference = (
-            float(per_position.max()),
-            float(per_position.median()),
-        )
+        report.rounded_difference = float(per_position.max())
+        report.rounded_median_difference = float(per_position.median())
         report.base_rounding_difference = _difference(
             _logits(round_parameters(load("float32"), dtype), probe), base_logits
         )
@@ -335,10 +331,8 @@ def _peft_delta(layer: Any, adapter: str, parameter: str) -> Any:
     def delta() -> torch.Tensor:
         a, b, scale = layer.peft_factors(adapter, parameter)
         num_experts = layer.stack.num_experts
-        b_ORE, a_ERI = (
-            b.reshape(b.shape[0], -1, num_experts),
-            a.reshape(num_experts, -1, a.shape[1]),
-        )
+        b_ORE = b.reshape(b.shape[0], -1, num_experts)
+        a_ERI = a.reshape(num_experts, -1, a.shape[1])
         return layer.stack.as_EOI(torch.einsum("ore,eri->eoi", b_ORE, a_ERI) * scale)
 
     return delta
@@ -367,9 +361,7 @@ def _linear_delta(layer: Any, adapter: str) -> Any:
 
 
 def _dora_delta(layer: Any, name: str) -> Any:
-    """DoRA rescales rows of W + s B A, so the change is PEFT's own merge of a copy, less the
-    weight.
-    """
+    """DoRA rescales rows of W + s B A: the change is PEFT's merge of a copy less the weight."""
 
     def delta() -> torch.Tensor:
         weight = layer.get_base_layer().weight

@@ -69,9 +69,7 @@ def save_trained_state(
 
 
 def open_trained_state(folder: Path) -> SavedState:
-    """Read what lies in ``folder``, which may be any PEFT adapter. Raises AdapterError,
-    CheckpointError.
-    """
+    """Read ``folder``, which may be any PEFT adapter. Raises AdapterError, CheckpointError."""
     adapter, path = AdapterFiles.open(folder), folder / STATE_FILE
     try:
         facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -137,7 +137,7 @@ def test_two_processes_share_rows_and_one_goes_on(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=120)
     assert (
         process.returncode == 2
-        and "so many processes share each row, and there are 2; choose 1, 2" in errors
+        and "it must divide the number of processes, 2; choose 1, 2" in errors
     )
     assert not (tmp_path / "runs" / "no").exists()
 

@@ -83,9 +83,7 @@ class BatchEstimate:
         return lengths[np.concatenate(chosen)], float(in_epoch.sum())
 
     def _plan(self, lengths: np.ndarray, *, batch_size: int | None) -> list[list[list[int]]]:
-        """Which units of ``lengths`` share a row, and which rows a batch, as the stream would
-        have it.
-        """
+        """Which units of ``lengths`` share a row, and which rows a batch, as in the stream."""
         tokens = self.batch_tokens and self.batch_tokens // (
             1 if self.row_tokens else lengths.shape[1]
         )

@@ -1,6 +1,4 @@
-"""Items made ahead in a thread, while the step computes: a device does not wait for the
-tokenizer.
-"""
+"""Items made ahead in a thread, so that a device does not wait for the tokenizer."""
 
 from __future__ import annotations
 

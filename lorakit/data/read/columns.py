@@ -1,6 +1,4 @@
-"""What the columns of a file mean: which format they belong to, and our columns under names of
-the user's.
-"""
+"""What the columns of a file mean: their format, and our columns under other names."""
 
 from __future__ import annotations
 
@@ -120,9 +118,7 @@ def recognise(present: Iterable[str], columns: Columns = ()) -> str | None:
 
 
 def find_column_problem(columns: Columns, format: str, present: Iterable[str]) -> str | None:
-    """Why ``columns`` would do nothing for rows of ``format`` that have the columns ``present``,
-    or None.
-    """
+    """Why ``columns`` would do nothing for rows of ``format`` with ``present``, or None."""
     ours, there = columns_of(FORMATS[format]), list(present)
     if strange := [name for name, _ in columns if name not in ours]:
         return (

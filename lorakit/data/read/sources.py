@@ -253,9 +253,7 @@ def open_source(
 
 
 def find_files(path: str) -> list[Path] | None:
-    """Return the files that ``path`` names, in order; None where it can only be a name of the
-    hub.
-    """
+    """Return the files that ``path`` names, in order; None for a name of the hub."""
     if not path:
         raise ConfigError("data.path is empty; give a file, a folder, a glob or a name")
     here, bundled = Path(path).expanduser(), BUNDLED / f"{path}.jsonl"
@@ -333,9 +331,7 @@ def _bundled_names() -> list[str]:
 
 
 def _is_data_file(path: Path) -> bool:
-    """Whether a file of a folder holds rows: by its ending, not hidden, and no README or
-    LICENSE.
-    """
+    """Whether a file holds rows: by its ending, not hidden, and no README or LICENSE."""
     if any(part.startswith(".") for part in path.parts):
         return False
     return path.suffix in SUFFIXES and not path.name.upper().startswith(("README", "LICENSE"))

@@ -272,9 +272,7 @@ def _cache(digest: str) -> str:
 
 
 def _undecoded(features: Any) -> Any:
-    """``features`` with images as bytes and path: which of them are read, and when, is for
-    others to say.
-    """
+    """``features`` with images as bytes and path: nothing is decoded yet."""
     import datasets
 
     if isinstance(features, datasets.Image):

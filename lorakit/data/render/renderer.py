@@ -384,9 +384,7 @@ class Renderer:
         return self.encoder.encode_continuation(text)
 
     def _untrain_tail(self, tokens: list[int], weights: list[float]) -> None:
-        """White space after the end-of-turn token belongs to nobody: generation has stopped
-        before it.
-        """
+        """White space after the end-of-turn token is not trained: generation stops before it."""
         for end in range(len(tokens), 0, -1):
             if tokens[end - 1] in self.encoder.special_ids:
                 weights[end:] = [0.0] * (len(weights) - end)

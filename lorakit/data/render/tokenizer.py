@@ -66,9 +66,7 @@ class Encoder:
         return self.encode_rendered(text)
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Token ids of the beginning of a text that a chat template wrote, special tokens and
-        all.
-        """
+        """Token ids of the beginning of a chat template's text, with special tokens."""
         if self._backend is not None:
             return self._backend.encode(text, add_special_tokens=False).ids
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,6 +1,4 @@
-"""lorakit's types from and to what travels over HTTP: protobuf as the SDK speaks it now, JSON as
-older ones did.
-"""
+"""lorakit's types to and from HTTP: the SDK's protobuf, and the JSON of older ones."""
 
 from __future__ import annotations
 

@@ -102,9 +102,7 @@ async def telemetry(user: User) -> dict[str, Any]:
 async def retrieve_future(
     body: RetrieveFuture, request: Request, state: State, user: User
 ) -> Response:
-    """Return what a request came to. 408 where it takes longer: ask again. 410 where it is not
-    known (any more).
-    """
+    """Return a request's result. 408: not yet, ask again. 410: not known (any more)."""
     pending = state.pending.find(body.request_id, user)
     if pending is None:
         raise HTTPException(

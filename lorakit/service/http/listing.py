@@ -158,9 +158,7 @@ async def external_weights_urls(
 
 @router.get("/training_runs/{run_id}/checkpoints/{kind}/{name}/archive")
 async def archive(saved: OwnCheckpoint, request: Request) -> RedirectResponse:
-    """A checkpoint's folder as one file, as older SDKs fetch it: leads to an address that needs
-    no key.
-    """
+    """A checkpoint as one file, for older SDKs: redirects to an address that needs no key."""
     expires = int(time.time()) + _URL_SECONDS
     url = request.url_for("download_archive", **_place(saved))
     return RedirectResponse(_signed(url, saved, "archive", expires), status_code=302)

@@ -48,9 +48,7 @@ class Sample(BaseModel):
 
 @router.post("/create_sampling_session")
 async def create_sampling_session(given: JsonBody, state: State, user: User) -> JSONResponse:
-    """Name what will be sampled from. A checkpoint that cannot be read is an error of the
-    samples.
-    """
+    """Name what is sampled from. A checkpoint that cannot be read fails the samples."""
     body = parsed(CreateSamplingSession, given)
     if isinstance(body, str):
         raise HTTPException(400, body)

@@ -140,9 +140,7 @@ class ServerState:
         return session
 
     def end_session(self, session: Session) -> None:
-        """Free what the session trains and samples. Where that cannot be written, nothing has
-        changed.
-        """
+        """Free what the session trains and samples, or nothing where that cannot be written."""
         row = self.database.get(ClientSession, session.id)
         if row is not None:  # before held calls are dispatched: they would find it open
             row.ended = now()

@@ -199,9 +199,7 @@ async def get_info(body: GetInfo, state: State, user: User) -> dict[str, Any]:
 
 @router.post("/forward_backward")
 async def forward_backward(request: Request, state: State, user: User) -> JSONResponse:
-    """Add a loss's gradient; with ``forward_only`` only compute it. Protobuf, or the JSON of
-    older SDKs.
-    """
+    """Add a loss's gradient, or only compute it. Protobuf, or the JSON of older SDKs."""
     return await _forward_backward(request, state, user, forward_only=False)
 
 
