@@ -226,8 +226,8 @@ MUTATIONS = (
     ),
     Mutation(
         "data/read/sources.py",
-        "digests = [part.digest for part in self.parts]",
-        "digests = [str(part.path) for part in self.parts]",
+        "digests = [file.digest for file in self.files]",
+        "digests = [str(file.path) for file in self.files]",
         (
             "tests/data/read/test_sources.py::"
             "test_the_fingerprint_follows_the_bytes_and_not_the_place",

@@ -18,7 +18,7 @@ from lorakit.config.documentation import as_page, read_choices
 from lorakit.config.instantiate import find_argument_problems, import_target, instantiate
 from lorakit.config.paths import conf_dir
 from lorakit.config.schema import RunConfig
-from lorakit.data.specs import PARTS
+from lorakit.data.specs import SPECS
 from lorakit.runs.folder import flatten
 
 CONF = conf_dir()
@@ -61,7 +61,7 @@ def test_every_target_takes_what_its_file_says(path: Path) -> None:
 def test_every_argument_of_ours_is_a_key(group: str) -> None:
     settings = _compose("experiment=pig_latin")[group]
     parameters = set(inspect.signature(import_target(settings["_target_"], group)).parameters)
-    parameters -= RUNTIME | PARTS.keys()  # a group is flat
+    parameters -= RUNTIME | SPECS.keys()  # a group is flat
     assert parameters == settings.keys() - {"_target_"}
 
 

@@ -50,16 +50,16 @@ class MemoryProbe(L.Callback):
 
 
 def run_once(trainer: L.Trainer, module: Any, batch: Batch) -> int | None:
-    """Forward and backward of the largest part that there is room for; return its positions, or
+    """Forward and backward of the largest piece that there is room for; return its positions, or
     None where the memory ended.
     """
-    part = max(module.retry.splitter.split(batch), key=lambda one: one.input_ids.numel())
+    piece = max(module.retry.splitter.split(batch), key=lambda one: one.input_ids.numel())
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     devices = [module.device] if module.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), trainer.precision_plugin.train_step_context():
-            torch.autograd.grad(module.uncounted_loss(part), parameters, allow_unused=True)
-        return part.input_ids.numel()
+            torch.autograd.grad(module.uncounted_loss(piece), parameters, allow_unused=True)
+        return piece.input_ids.numel()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 from lorakit.config.auto import without_auto
 from lorakit.config.instantiate import find_argument_problems, find_type_problem, import_target
 from lorakit.config.settings import CheckpointSettings, EvalSettings, PlanSettings, TrainerSettings
-from lorakit.data.specs import PARTS
+from lorakit.data.specs import SPECS
 from lorakit.errors import ConfigError
 from lorakit.extras import find_problem
 from lorakit.loss.inputs import inputs_of
@@ -61,7 +61,7 @@ def check_settings(config: dict[str, Any]) -> None:
         problems += check_group(group, config[group], schema)
     problems += [
         f"unknown key data.{name}; the keys of data are flat"
-        for name in PARTS.keys() & config["data"].keys()
+        for name in SPECS.keys() & config["data"].keys()
     ]
     for group in ("data", "lora", "launch", "loss"):
         problems += find_argument_problems(config[group], group)

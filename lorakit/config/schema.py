@@ -23,7 +23,7 @@ from lorakit.config.settings import (
     PlanSettings,
     TrainerSettings,
 )
-from lorakit.data.specs import PARTS, DataSpec, field_names
+from lorakit.data.specs import SPECS, DataSpec, field_names
 from lorakit.errors import ConfigError
 from lorakit.lora.spec import LoRASpec
 from lorakit.loss.inputs import inputs_of
@@ -101,7 +101,7 @@ class RunConfig:
         plain, auto = without_auto(plain), frozenset(auto_keys(plain))
         data, data_target = dict(plain["data"]), plain["data"]["_target_"]
         del data["_target_"]
-        known = {name for kind in PARTS.values() for name in field_names(kind)}
+        known = {name for kind in SPECS.values() for name in field_names(kind)}
         optim = dict(plain["optim"])
         clip_norm = optim.pop("clip_norm")
         components = {name: plain[name] for name in _COMPONENTS} | {"optim": optim}
@@ -167,9 +167,9 @@ class RunConfig:
         node: Any = getattr(self, group)
         changed: Any
         if isinstance(node, DataSpec):
-            part = next(part for part, kind in PARTS.items() if name in field_names(kind))
-            spec = dataclasses.replace(getattr(node, part), **{name: value})
-            changed = dataclasses.replace(node, **{part: spec})
+            home = next(home for home, kind in SPECS.items() if name in field_names(kind))
+            spec = dataclasses.replace(getattr(node, home), **{name: value})
+            changed = dataclasses.replace(node, **{home: spec})
         elif isinstance(node, Component):
             changed = node.with_arguments(**{name: value})
         elif group in _NAMED_COMPONENTS:

@@ -26,7 +26,7 @@ from lorakit.data.read.sources import Source, open_source, open_sources
 from lorakit.data.render.renderer import Renderer
 from lorakit.data.render.templates import read_template, use_template
 from lorakit.data.specs import (
-    PARTS,
+    SPECS,
     BatchSpec,
     DataSpec,
     ImageSpec,
@@ -54,7 +54,7 @@ class LoRADataModule(L.LightningDataModule):
         ConfigError: a setting cannot be used, or two contradict each other.
     """
 
-    @takes_fields(*PARTS.values())
+    @takes_fields(*SPECS.values())
     def __init__(
         self,
         *,

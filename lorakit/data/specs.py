@@ -184,7 +184,7 @@ class DataSpec:
             TypeError: no spec takes such a keyword, or the one that does is given.
         """
         left, problems = dict(keywords), []
-        for name, kind in PARTS.items():
+        for name, kind in SPECS.items():
             if name in given:
                 continue
             try:
@@ -204,7 +204,7 @@ class DataSpec:
         """The flat keywords of all four, as they were given."""
         return {
             key: getattr(getattr(self, name), key)
-            for name, kind in PARTS.items()
+            for name, kind in SPECS.items()
             for key in field_names(kind)
         }
 
@@ -241,7 +241,7 @@ class DataSpec:
                 )
 
 
-PARTS: dict[str, type[Any]] = {
+SPECS: dict[str, type[Any]] = {
     "rows": RowSpec,
     "rendering": RenderingSpec,
     "batches": BatchSpec,

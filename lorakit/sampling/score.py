@@ -71,14 +71,14 @@ def answer_all(
     stop = stop_strings(params)
     answers: list[Answer] = []
     for start in range(0, len(pairs), 100):
-        part = pairs[start : start + 100]
-        samples = generate(model, tokenizer, [prompt for prompt, _ in part], params, images)
-        for (prompt, expected), sample in zip(part, samples, strict=True):
+        chunk = pairs[start : start + 100]
+        samples = generate(model, tokenizer, [prompt for prompt, _ in chunk], params, images)
+        for (prompt, expected), sample in zip(chunk, samples, strict=True):
             tokens = images.tokens(prompt) if images else prompt.to_ints()
             wanted = _cut(tokenizer, expected, stop)
             answers.append(Answer(tokenizer.decode(tokens), wanted, sample))
         if progress:
-            progress(len(part))
+            progress(len(chunk))
     return answers
 
 

@@ -102,11 +102,11 @@ class ModelRunner:
 
     def _run_together(self, requests: Sequence[ForwardRequest], states: States) -> list[_Found]:
         found = [_Found() for _ in requests]
-        parts, world = self._cut(requests), self.world
+        passes, world = self._cut(requests), self.world
         # the same everywhere: a backward pass is of all
         needs_gradient = any(request.needs_gradient for request in requests)
-        for first in range(0, len(parts), world.size):
-            mine = parts[first + world.rank] if first + world.rank < len(parts) else []
+        for first in range(0, len(passes), world.size):
+            mine = passes[first + world.rank] if first + world.rank < len(passes) else []
             if mine or self.base.is_partitioned:
                 self._run_pass(requests, states, mine, found, needs_gradient)
         if world.size > 1:
@@ -135,12 +135,12 @@ class ModelRunner:
         self,
         requests: Sequence[ForwardRequest],
         states: States,
-        part: Sequence[Entry],
+        entries: Sequence[Entry],
         found: list[_Found],
         needs_gradient: bool,
     ) -> None:
         by_work: dict[int, list[int]] = {}
-        for w, d in part:
+        for w, d in entries:
             by_work.setdefault(w, []).append(d)
         base, pad = self.base, self.base.pad_token_id
         if by_work:

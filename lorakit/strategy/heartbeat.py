@@ -50,7 +50,7 @@ class Heartbeat:
     seconds: float  # in this phase
 
     def describe(self, rank: int) -> str:
-        return f"{name_of(rank, self.host)} in {self.phase} for {self.seconds:.0f} s"
+        return f"{describe_rank(rank, self.host)} in {self.phase} for {self.seconds:.0f} s"
 
 
 class Phases:
@@ -135,7 +135,7 @@ def start(rank: int, size: int, *, step_limit_s: float) -> Callable[[str, int], 
     return tell
 
 
-def name_of(rank: int, host: str | None = None) -> str:
+def describe_rank(rank: int, host: str | None = None) -> str:
     """Return ``rank 3 (host n2)``; of this machine where no host is given."""
     return f"rank {rank} (host {host or socket.gethostname()})"
 
@@ -220,8 +220,8 @@ class _Watcher:
             ):
                 os._exit(0)
             time.sleep(BEAT_S)
-        where = name_of(0, first.host) if first else "rank 0"
-        own = name_of(self.rank)
+        where = describe_rank(0, first.host) if first else "rank 0"
+        own = describe_rank(self.rank)
         self.end(
             f"{own} cannot reach {where}: its machine or the network is gone ({reason})",
             tells=False,
@@ -239,7 +239,7 @@ class _Watcher:
             self.stopped_since = None
         self.stopped_since = (self.stopped_since or now) if _is_stopped(self.parent) else None
         if self.stopped_since and now - self.stopped_since > STALLED_S:
-            own = name_of(self.rank)
+            own = describe_rank(self.rank)
             self.end(f"{own} is stalled: it has been stopped for {STALLED_S:.0f} s, in {phase}")
         if phase.startswith("step") and seconds > self.step_limit_s:
             where = "; ".join(beat.describe(rank) for rank, beat in sorted(self.beats.items()))
@@ -268,7 +268,7 @@ class _Watcher:
             if self.store.check([f"gone/{rank}"]):
                 phase = self.store.get(f"gone/{rank}").decode()
                 if phase != FINISHED and silence > GRACE_S:
-                    self.end(f"{name_of(rank, beat.host)} has ended, in {phase}")
+                    self.end(f"{describe_rank(rank, beat.host)} has ended, in {phase}")
             elif silence > SILENT_S:
                 self.end(
                     f"{beat.describe(rank)} has not been heard of for {SILENT_S:.0f} s: its machine"

@@ -43,7 +43,7 @@ class World:
 
     def describe(self) -> str:
         """Return ``rank 3 (host n2)``."""
-        return watch.name_of(self.rank)
+        return watch.describe_rank(self.rank)
 
 
 def current_world() -> World:

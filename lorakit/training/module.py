@@ -142,20 +142,20 @@ class LoRAModule(L.LightningModule):
         self.window.batches.append(batch)
         return self.retry.forward(self, batch)
 
-    def part_loss(self, part: Batch) -> torch.Tensor:
-        """Run a part of a micro-batch and count it; see ``training_step``."""
-        output = self._compute(part, "train", self.window)
-        loss = output.loss_sum / (part.window_weight or 1.0)
+    def piece_loss(self, piece: Batch) -> torch.Tensor:
+        """Run a piece of a micro-batch and count it; see ``training_step``."""
+        output = self._compute(piece, "train", self.window)
+        loss = output.loss_sum / (piece.window_weight or 1.0)
         self.window.loss = self.window.loss + loss.detach()
         # Lightning divides by both
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def uncounted_loss(self, part: Batch) -> torch.Tensor:
-        """The loss of ``part`` with its graph, nothing counted or logged."""
-        return compute_loss(self.model, part, self.loss).loss_sum
+    def uncounted_loss(self, piece: Batch) -> torch.Tensor:
+        """The loss of ``piece`` with its graph, nothing counted or logged."""
+        return compute_loss(self.model, piece, self.loss).loss_sum
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """Lightning's hook: the backward pass of a micro-batch, then those of its parts that wait
+        """Lightning's hook: the backward pass of a micro-batch, then those of its pieces that wait
         where the memory was not enough for all of it.
         """
         super().backward(loss, *args, **kwargs)
@@ -283,11 +283,11 @@ class LoRAModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add this batch to the loss over all evaluation tokens."""
         sums = self._evaluation
-        for output, part in self.retry.evaluate(
-            self, batch, lambda part: self._compute(part, "val", sums)
+        for output, piece in self.retry.evaluate(
+            self, batch, lambda piece: self._compute(piece, "val", sums)
         ):
             sums.loss_sum += float(output.loss_sum)
-            sums.denominator += part.denominator
+            sums.denominator += piece.denominator
 
     def on_validation_epoch_end(self) -> None:
         sums = self._evaluation

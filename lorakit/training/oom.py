@@ -27,7 +27,7 @@ class MicroBatchSplitter:
         self.max_positions: int | None = None
 
     def split(self, batch: Batch) -> list[Batch]:
-        """Return ``batch`` in parts for which there is memory."""
+        """Return ``batch`` in pieces for which there is memory."""
         return split_batch(batch, self.max_positions)
 
     def shrink(self, batch: Batch) -> None:
@@ -36,7 +36,7 @@ class MicroBatchSplitter:
         Raises:
             TrainingError: one document is too much already.
         """
-        largest = max(self.split(batch), key=lambda part: part.input_ids.numel())
+        largest = max(self.split(batch), key=lambda piece: piece.input_ids.numel())
         positions, halves = largest.input_ids.numel(), halve_batch(largest)
         free_memory()
         if len(halves) == 1:
@@ -57,24 +57,24 @@ class MicroBatchSplitter:
 
 
 class OutOfMemoryRetry:
-    """Forward and backward of a ``LoRAModule``'s micro-batches, in parts where the memory runs out.
+    """Forward and backward of a ``LoRAModule``'s micro-batches, in pieces where memory runs out.
 
-    It asks the module for ``part_loss``, ``window``, ``can_repeat`` and its trainer.
+    It asks the module for ``piece_loss``, ``window``, ``can_repeat`` and its trainer.
     """
 
     def __init__(self) -> None:
         self.splitter = MicroBatchSplitter()
-        self._waiting: list[Batch] = []  # parts of the micro-batch whose first has gone forward
+        self._waiting: list[Batch] = []  # pieces of the micro-batch whose first has gone forward
         # its loss, in whose place Lightning is given another leaf
         self._graph: torch.Tensor | None = None
         self._given = torch.zeros(())
 
     def forward(self, module: Any, batch: Batch) -> torch.Tensor:
-        """Return the loss of the first part of ``batch``; the others wait for ``backward``."""
+        """Return the loss of the first piece of ``batch``; the others wait for ``backward``."""
         while True:
             try:
                 self._waiting = self.splitter.split(batch)
-                loss: torch.Tensor = module.part_loss(self._waiting.pop(0))
+                loss: torch.Tensor = module.piece_loss(self._waiting.pop(0))
                 break
             except RuntimeError as error:
                 _refuse_unless_possible(module, error)
@@ -87,7 +87,7 @@ class OutOfMemoryRetry:
         return self._given
 
     def backward(self, module: Any) -> None:
-        """Run the backward pass of ``forward``'s loss, and both passes of the parts that wait.
+        """Run the backward pass of ``forward``'s loss, and both passes of the pieces that wait.
 
         Where the memory is not enough, the window's gradient is made anew, from batches of half the
         size.
@@ -97,7 +97,7 @@ class OutOfMemoryRetry:
         try:
             self._take_graph().backward(self._given.grad)
             while self._waiting:
-                self._run_part(module, self._waiting.pop(0))
+                self._run_piece(module, self._waiting.pop(0))
             return
         except RuntimeError as error:
             _refuse_unless_possible(module, error)
@@ -112,7 +112,7 @@ class OutOfMemoryRetry:
     def evaluate(
         self, module: Any, batch: Batch, compute: Callable[[Batch], LossOutput]
     ) -> list[tuple[LossOutput, Batch]]:
-        """Return the outputs of ``batch``'s parts, with the parts."""
+        """Return the outputs of ``batch``'s pieces, with the pieces."""
         waiting, found = self.splitter.split(batch), list[tuple[LossOutput, Batch]]()
         while waiting:
             try:
@@ -122,7 +122,7 @@ class OutOfMemoryRetry:
             except RuntimeError as error:
                 _refuse_unless_possible(module, error)
             self.splitter.shrink(waiting[0])
-            waiting = [part for one in waiting for part in self.splitter.split(one)]
+            waiting = [piece for one in waiting for piece in self.splitter.split(one)]
         return found
 
     def _take_graph(self) -> torch.Tensor:
@@ -131,11 +131,11 @@ class OutOfMemoryRetry:
         assert graph is not None
         return graph
 
-    def _run_part(self, module: Any, part: Batch) -> None:
-        """Forward and backward of a part, scaled as Lightning scales the loss of a step."""
+    def _run_piece(self, module: Any, piece: Batch) -> None:
+        """Forward and backward of a piece, scaled as Lightning scales the loss of a step."""
         trainer = module.trainer
         with trainer.precision_plugin.train_step_context():
-            loss = module.part_loss(part) / trainer.accumulate_grad_batches
+            loss = module.piece_loss(piece) / trainer.accumulate_grad_batches
         trainer.precision_plugin.pre_backward(loss, module).backward()
 
     def _repeat_window(self, module: Any) -> None:
@@ -144,8 +144,8 @@ class OutOfMemoryRetry:
             parameter.grad = None
         module.window.restart()
         for batch in module.window.batches:
-            for part in self.splitter.split(batch):
-                self._run_part(module, part)
+            for piece in self.splitter.split(batch):
+                self._run_piece(module, piece)
 
 
 def _refuse_unless_possible(module: Any, error: RuntimeError) -> None:

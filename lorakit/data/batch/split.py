@@ -35,14 +35,14 @@ def halve_batch(batch: Batch) -> list[Batch]:
 
 
 def split_batch(batch: Batch, max_positions: int | None) -> list[Batch]:
-    """Return ``batch`` halved until each part has at most ``max_positions``, or is one document."""
+    """Return ``batch`` halved until each piece has ``max_positions`` at most, or one document."""
     if (
         max_positions is None
         or batch.input_ids.numel() <= max_positions
         or len(halves := halve_batch(batch)) == 1
     ):
         return [batch]
-    return [part for half in halves for part in split_batch(half, max_positions)]
+    return [piece for half in halves for piece in split_batch(half, max_positions)]
 
 
 def _units(batch: Batch) -> list[tuple[tuple[int, int, int], ...]]:

@@ -38,13 +38,13 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+|[\w-]+")
 _SHOW_PROGRESS_BYTES = 20 << 20
 
 
-def _format_of(part: LineFile | Table) -> str:
-    """The format of a part's rows; of pairs it is said where they are conversations."""
-    if part.format == "preference" and len(part):
-        first = part.row(0)
+def _format_of(file: LineFile | Table) -> str:
+    """The format of a file's rows; of pairs it is said where they are conversations."""
+    if file.format == "preference" and len(file):
+        first = file.row(0)
         if isinstance(first, Preference) and not isinstance(first.chosen, str):
             return CHAT_PAIRS
-    return part.format
+    return file.format
 
 
 @dataclass(frozen=True)
@@ -70,64 +70,64 @@ class SourceSpec:
 class Source:
     """All rows of a data set that passed the first check, addressed by one running index."""
 
-    parts: list[LineFile | Table]
+    files: list[LineFile | Table]
     num_skipped: int = 0
     first_skipped: str | None = None  # where, and why
     names: tuple[str, ...] = ()  # of several sources that are mixed; empty where there is one
     weights: tuple[float, ...] = ()  # of each, how often its rows are seen in an epoch
-    origins: tuple[int, ...] = ()  # of each part, which source it is from
+    origins: tuple[int, ...] = ()  # of each file, which source it is from
 
     def __post_init__(self) -> None:
-        self._ends = list(itertools.accumulate(map(len, self.parts)))
+        self._ends = list(itertools.accumulate(map(len, self.files)))
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def row(self, index: int) -> Row:
         """Return row ``index``."""
-        part, local = self._locate(index)
-        return part.row(local)
+        file, local = self._locate(index)
+        return file.row(local)
 
     def where(self, index: int) -> str:
         """Name row ``index`` for a person: file and line."""
-        part, local = self._locate(index)
-        return part.where(local)
+        file, local = self._locate(index)
+        return file.where(local)
 
     def folder(self, index: int) -> Path | None:
         """The folder of the file that row ``index`` is in; None where it is in none."""
-        part, _ = self._locate(index)
-        return part.path.parent if part.path.is_file() else None
+        file, _ = self._locate(index)
+        return file.path.parent if file.path.is_file() else None
 
     def origins_of(self, indices: np.ndarray) -> np.ndarray:
         """Which of several sources each row of ``indices`` is from."""
-        parts = np.searchsorted(self._ends, indices, side="right")
-        return np.array(self.origins)[parts] if self.origins else np.zeros(len(indices), int)
+        files = np.searchsorted(self._ends, indices, side="right")
+        return np.array(self.origins)[files] if self.origins else np.zeros(len(indices), int)
 
     @property
     def has_images(self) -> bool:
         """Whether any row has an image."""
-        return any(part.has_images for part in self.parts)
+        return any(file.has_images for file in self.files)
 
     @property
     def formats(self) -> list[str]:
         """The formats of the rows, without repeats."""
-        return list(dict.fromkeys(_format_of(part) for part in self.parts))
+        return list(dict.fromkeys(_format_of(file) for file in self.files))
 
     @property
     def unused_columns(self) -> dict[str, str]:
         """Columns that are not used, each with the format of its rows."""
-        return {column: part.format for part in self.parts for column in part.unused_columns}
+        return {column: file.format for file in self.files for column in file.unused_columns}
 
     @property
     def fingerprint(self) -> str:
         """A digest of the bytes of all files, independent of where they lie."""
-        digests = [part.digest for part in self.parts]
+        digests = [file.digest for file in self.files]
         digests += [f"{self.origins} {self.weights}"] if self.names else []
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
 
     def _locate(self, index: int) -> tuple[LineFile | Table, int]:
         number = bisect_right(self._ends, index)
-        return self.parts[number], index - (self._ends[number - 1] if number else 0)
+        return self.files[number], index - (self._ends[number - 1] if number else 0)
 
 
 def open_sources(
@@ -160,12 +160,12 @@ def open_sources(
     if problems:
         raise DataError("\n".join(problems))
     return Source(
-        [part for source in found for part in source.parts],
+        [file for source in found for file in source.files],
         num_skipped=sum(source.num_skipped for source in found),
         first_skipped=next(filter(None, (source.first_skipped for source in found)), None),
         names=tuple(name_sources(mixed)),
         weights=tuple(float(entry.weight) for entry in mixed),
-        origins=tuple(number for number, source in enumerate(found) for _ in source.parts),
+        origins=tuple(number for number, source in enumerate(found) for _ in source.files),
     )
 
 
@@ -238,18 +238,18 @@ def open_source(
     files = find_files(path)
     if problem := _find_reader_problem(path, files):
         raise ConfigError(problem)
-    parts: list[LineFile | Table]
+    opened: list[LineFile | Table]
     if files is not None and split != "train":
         raise ConfigError(
             f"data.split={split} has no effect: {path} is not a data set of the hub; name the file"
             " of that split"
         )
     if files is None:
-        parts = [load_hub_table(path, split, format=chosen, columns=renamed)]
+        opened = [load_hub_table(path, split, format=chosen, columns=renamed)]
     else:
         with _progress_of(files) as progress:
-            parts = [_open_file(file, chosen, renamed, progress) for file in files]
-    return _settle(path, parts, on_error)
+            opened = [_open_file(file, chosen, renamed, progress) for file in files]
+    return _settle(path, opened, on_error)
 
 
 def find_files(path: str) -> list[Path] | None:
@@ -332,7 +332,7 @@ def _bundled_names() -> list[str]:
 
 def _is_data_file(path: Path) -> bool:
     """Whether a file holds rows: by its ending, not hidden, and no README or LICENSE."""
-    if any(part.startswith(".") for part in path.parts):
+    if any(name.startswith(".") for name in path.parts):
         return False
     return path.suffix in SUFFIXES and not path.name.upper().startswith(("README", "LICENSE"))
 
@@ -356,14 +356,14 @@ def _is_json_lines(path: Path) -> bool:
         return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
 
 
-def _settle(path: str, parts: list[LineFile | Table], on_error: str) -> Source:
-    problems = [problem for part in parts for problem in part.problems]
-    num_rows = sum(part.num_rows_seen for part in parts)
+def _settle(path: str, files: list[LineFile | Table], on_error: str) -> Source:
+    problems = [problem for file in files for problem in file.problems]
+    num_rows = sum(file.num_rows_seen for file in files)
     if problems and on_error == "raise":
         title = f"{path}: {len(problems):,} of {num_rows:,} rows cannot be used:"
         raise DataError(report(title, fold(problems), remedy=FIX_OR_SKIP))
     source = Source(
-        parts, num_skipped=len(problems), first_skipped=": ".join(problems[0]) if problems else None
+        files, num_skipped=len(problems), first_skipped=": ".join(problems[0]) if problems else None
     )
     if len(source) == 0:
         why = f"{num_rows:,} rows read, all of them bad" if num_rows else "it is empty"

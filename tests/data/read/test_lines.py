@@ -44,7 +44,7 @@ def test_line_numbers_count_blank_lines_whatever_ends_them(
     source = open_bytes(tmp_path, bom + text.encode(), on_error="skip")
     assert [source.row(i).prompt for i in range(len(source))] == ["é0", "é1", "é2"]
     assert [source.where(i).rsplit(":", 1)[1] for i in range(3)] == ["1", "4", "7"]
-    assert [where.split(":")[1] for where, _ in source.parts[0].problems] == ["5"]
+    assert [where.split(":")[1] for where, _ in source.files[0].problems] == ["5"]
     assert source.num_skipped == 1
 
 
