@@ -186,6 +186,42 @@ class DatasetReport:
         return [(int(edges[i]), int(edges[i + 1]), int(count)) for i, count in enumerate(counts)]
 
 
+@dataclass
+class _Figures:
+    """What ``profile`` counts, by the names of ``DatasetReport``."""
+
+    num_new_tokens: dict[int, int]
+    longest_row: int = 0
+    lengths: list[int] = field(default_factory=list)
+    origins: list[int] = field(default_factory=list)
+    num_trained_tokens: int = 0
+    num_without_stop: int = 0
+    num_empty_answers: int = 0
+    first_empty_answer: str | None = None
+    num_images: int = 0
+    num_image_tokens: int = 0
+    largest_image: int = 0
+    image_share: float = 0.0
+
+    def add(self, example: Rendered, renderer: Renderer, where: str) -> int:
+        """Count an example of the row ``where``; return how many of its tokens are trained."""
+        self.lengths.append(len(example.tokens))
+        num_trained = sum(1 for weight in example.weights[1:] if weight)  # nothing predicts [0]
+        self.num_trained_tokens += num_trained
+        for token in self.num_new_tokens:
+            self.num_new_tokens[token] += example.tokens.count(token)
+        sizes = [image.chunk.length for image in example.images]
+        self.num_images += len(sizes)
+        self.num_image_tokens += sum(sizes)
+        self.largest_image = max(self.largest_image, *sizes, 0)
+        self.image_share = max(self.image_share, sum(sizes) / len(example.tokens))
+        self.num_without_stop += not _ends_with_stop(example, renderer)
+        if empty := _num_empty_answers(example, renderer):
+            self.num_empty_answers += empty
+            self.first_empty_answer = self.first_empty_answer or where
+        return num_trained
+
+
 def profile(
     examples: Examples,
     indices: Sequence[int] | np.ndarray,
@@ -209,75 +245,45 @@ def profile(
         name: SourceShare(source.weights[i], int(counts[i])) for i, name in enumerate(source.names)
     }
     counted = replace(examples, cuts=TruncationStats(), num_image_bytes=0)
-    num_new_tokens, longest_row = dict.fromkeys(new_tokens, 0), int(chosen[0]) if len(chosen) else 0
-    lengths: list[int] = []
-    origins_found: list[int] = []
+    figures = _Figures(dict.fromkeys(new_tokens, 0))
     problems: list[DataError] = []
-    first_empty: str | None = None
-    num_trained = num_without_stop = num_empty = num_images = num_image_tokens = largest_image = (
-        longest
-    ) = 0
-    image_share = 0.0
-    for index, origin in zip(chosen, source.origins_of(chosen), strict=True):
+    longest = 0
+    for row, origin in zip(map(int, chosen), source.origins_of(chosen), strict=True):
         share = shares[source.names[origin]] if shares else SourceShare(1.0, 0)
         share.num_rows_profiled += 1
         try:
-            rendered = counted.rendered(int(index))
+            rendered = counted.rendered(row)
         except DataError as error:
             problems.append(error)
             continue
         for example in rendered:
             if len(example.tokens) > longest:
-                longest, longest_row = len(example.tokens), int(index)
-            lengths.append(len(example.tokens))
-            origins_found.append(int(origin))
-            # nothing predicts the first
-            trained = sum(1 for weight in example.weights[1:] if weight)
-            num_trained += trained
-            share.num_trained_tokens += trained
-            for token in num_new_tokens:
-                num_new_tokens[token] += example.tokens.count(token)
-            sizes = [image.chunk.length for image in example.images]
-            num_images += len(sizes)
-            num_image_tokens += sum(sizes)
-            largest_image = max(largest_image, *sizes, 0)
-            image_share = max(image_share, sum(sizes) / len(example.tokens))
-            num_without_stop += not _ends_with_stop(example, examples.renderer)
-            if empty := _num_empty_answers(example, examples.renderer):
-                num_empty, first_empty = num_empty + empty, first_empty or source.where(int(index))
+                longest, figures.longest_row = len(example.tokens), row
+            figures.origins.append(int(origin))
+            share.num_trained_tokens += figures.add(example, examples.renderer, source.where(row))
     if problems and examples.on_error == "raise":
         title = f"{len(problems):,} of {len(chosen):,} rows cannot be trained on:"
         equal = fold((error.where, error.text) for error in problems)
         raise DataError(report(title, equal, remedy=FIX_OR_SKIP))
-    if not lengths:
+    if not figures.lengths:
         raise DataError(
             f"none of the {len(chosen):,} rows looked at gives an example; see data.on_long and"
             " data.train_on"
         )
+    arrays = {"lengths": np.array(figures.lengths), "origins": np.array(figures.origins)}
     return DatasetReport(
         num_rows=len(indices),
         num_rows_profiled=len(chosen),
         num_rows_skipped=source.num_skipped + len(problems),
         first_skipped=str(problems[0]) if problems else source.first_skipped,
-        num_examples=len(lengths),
-        lengths=np.array(lengths),
-        num_trained_tokens=num_trained,
-        num_without_stop=num_without_stop,
-        num_empty_answers=num_empty,
-        first_empty_answer=first_empty,
-        num_images=num_images,
-        num_image_tokens=num_image_tokens,
+        num_examples=len(figures.lengths),
         num_image_bytes=counted.num_image_bytes,
-        largest_image=largest_image,
-        image_share=image_share,
         cuts=counted.cuts,
         formats=source.formats,
         unused_columns=source.unused_columns,
         fingerprint=source.fingerprint,
-        longest_row=longest_row,
-        num_new_tokens=num_new_tokens,
         shares=shares,
-        origins=np.array(origins_found),
+        **vars(figures) | arrays,
     )
 
 

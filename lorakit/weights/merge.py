@@ -125,35 +125,13 @@ def merge_adapter(
     loaded = str(stored or dtype).removeprefix("torch.")
     model = attach(load("float32" if can_compare else loaded), adapter_folder)
     probe, rounded_logits = make_probe(model), None
-    if not can_compare:
+    if can_compare:
+        merged, rounded_logits = _merge_and_compare(model, probe, load, dtype, report)
+    else:
         merged = _cast(merge_into(model, report), dtype)
         report.check = (
             "both forms do not fit into memory: each tensor was checked against W + s B A by PEFT's"
             " own code instead"
-        )
-    else:
-        adapter_logits, base_logits = _logits(model, probe), _base_logits(model, probe)
-        merged = merge_into(model, report)
-        report.largest_logit = float(adapter_logits.abs().max())
-        report.float32_difference = _difference(_logits(merged, probe), adapter_logits)
-        if not report.float32_difference <= TOLERANCE * report.largest_logit:
-            raise AdapterError(
-                f"merged and adapter form differ by {report.float32_difference:.2e} in float32,"
-                f" more than {TOLERANCE:g} of the largest logit ({report.largest_logit:.2f});"
-                " nothing was written"
-            )
-        round_parameters(merged, dtype)
-        rounded_logits = _logits(merged, probe)
-        per_position = (rounded_logits - adapter_logits).abs().amax(dim=-1)
-        report.rounded_difference = float(per_position.max())
-        report.rounded_median_difference = float(per_position.median())
-        report.base_rounding_difference = _difference(
-            _logits(round_parameters(load("float32"), dtype), probe), base_logits
-        )
-        _cast(merged, dtype)  # exact: it was rounded already
-        report.check = (
-            "logits of merged and adapter form compared in float32, and those of the files, read"
-            " again, with what was written"
         )
     bad = [tensor.name for tensor in report.tensors if not tensor.largest_error < 1e-4]
     if bad:
@@ -176,6 +154,41 @@ def merge_adapter(
         if finish:
             finish(aside)
     return report
+
+
+def _merge_and_compare(
+    model: Any,
+    probe: torch.Tensor,
+    load: Any,
+    dtype: torch.dtype,
+    report: MergeReport,
+) -> tuple[Any, torch.Tensor]:
+    """Merge in float32, compare logits of both forms, and round; return the model, and its logits
+    as it will be written. Raises AdapterError where the forms differ.
+    """
+    adapter_logits, base_logits = _logits(model, probe), _base_logits(model, probe)
+    merged = merge_into(model, report)
+    report.largest_logit = float(adapter_logits.abs().max())
+    report.float32_difference = _difference(_logits(merged, probe), adapter_logits)
+    if not report.float32_difference <= TOLERANCE * report.largest_logit:
+        raise AdapterError(
+            f"merged and adapter form differ by {report.float32_difference:.2e} in float32,"
+            f" more than {TOLERANCE:g} of the largest logit ({report.largest_logit:.2f});"
+            " nothing was written"
+        )
+    round_parameters(merged, dtype)
+    rounded_logits = _logits(merged, probe)
+    per_position = (rounded_logits - adapter_logits).abs().amax(dim=-1)
+    report.rounded_difference = float(per_position.max())
+    report.rounded_median_difference = float(per_position.median())
+    rounded_base = round_parameters(load("float32"), dtype)
+    report.base_rounding_difference = _difference(_logits(rounded_base, probe), base_logits)
+    del rounded_base
+    report.check = (
+        "logits of merged and adapter form compared in float32, and those of the files, read"
+        " again, with what was written"
+    )
+    return _cast(merged, dtype), rounded_logits  # an exact cast: it was rounded already
 
 
 def _check_reloaded(
