@@ -27,9 +27,9 @@ _HOMES = {
     "ModelSpec": "lorakit.model.spec",
     "RunConfig": "lorakit.config.schema",
     "RestClient": "lorakit.service.clients",
-    "SamplingClient": "lorakit.service.clients",
+    "SamplingClient": "lorakit.service.sampling_client",
     "ServiceClient": "lorakit.service.clients",
-    "TrainingClient": "lorakit.service.clients",
+    "TrainingClient": "lorakit.service.training_client",
     "train": "lorakit.pipeline.fit",
     "types": "lorakit.types",
 }
