@@ -9,8 +9,7 @@ from pathlib import Path
 
 from fastapi.routing import APIRoute
 
-from lorakit.service.http import connection, openai, sampling, training
-from lorakit.service.http import listing as catalogue
+from lorakit.service.http import connection, listing, openai, sampling, training
 from lorakit.service.http.app import NOT_OFFERED
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "routes.md"
@@ -29,7 +28,7 @@ def page() -> str:
         "| route | state | what it does |",
         "| --- | --- | --- |",
     ]
-    for module in (connection, training, sampling, catalogue, openai):
+    for module in (connection, training, sampling, listing, openai):
         for route in module.router.routes:
             assert isinstance(route, APIRoute)
             method = min(route.methods)

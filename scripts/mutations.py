@@ -755,7 +755,9 @@ MUTATIONS = (
         "runs/files.py",
         "if old.exists():",
         "if not old.exists():",
-        ("tests/weights/test_mended.py::test_a_replaced_folder_survives_a_failing_rename",),
+        (
+            "tests/weights/test_checkpoint_safety.py::test_a_replaced_folder_survives_a_failing_rename",
+        ),
     ),
     # the top level
     Mutation(

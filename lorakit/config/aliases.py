@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Of axolotl, LLaMA-Factory, TRL, transformers and PEFT.
-KNOWN_AS = {
+ALIASES = {
     "model.path": (
         "base_model",
         "model",
@@ -83,8 +83,8 @@ _QLORA = (
     "qlora",
 )
 ABSENT = dict.fromkeys(_QLORA, _NO_QLORA)
-_GROUPS = {key.partition(".")[0] for key in KNOWN_AS} - {"logger"}
-_OURS = {name: key for key, names in KNOWN_AS.items() for name in names}
+_GROUPS = {key.partition(".")[0] for key in ALIASES} - {"logger"}
+_OURS = {name: key for key, names in ALIASES.items() for name in names}
 
 
 def explain_other_name(key: str) -> str | None:

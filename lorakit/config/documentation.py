@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lorakit.config.aliases import KNOWN_AS
+from lorakit.config.aliases import ALIASES
 from lorakit.config.paths import conf_dir
 
 _NOT_KEYS = ("defaults", "_target_", "_partial_", "hydra")
@@ -158,7 +158,7 @@ def as_page(choices: list[Choice]) -> str:
     lines += ["| here | there |", "| --- | --- |"]
     lines += [
         f"| `{key}` | {', '.join(f'`{name}`' for name in names)} |"
-        for key, names in KNOWN_AS.items()
+        for key, names in ALIASES.items()
     ]
     presets = [choice for choice in choices if choice.group == "experiment"]
     lines += ["", "## Presets", "", "| preset | what it is |", "| --- | --- |"]

@@ -350,7 +350,7 @@ class LoRADataModule(L.LightningDataModule):
         return [report.num_image_bytes for report in reports if report and report.num_image_bytes]
 
     def estimate_num_batches(self) -> int | None:
-        """Micro-batches of all epochs, from the rows surveyed; None where epochs do not end, see
+        """Micro-batches of all epochs, from the rows profiled; None where epochs do not end, see
         ``BatchEstimate``.
         """
         epochs = self.spec.batches.epochs

@@ -154,7 +154,7 @@ class DatasetReport:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the rows surveyed."""
+        """Tokens of the rows that were looked at."""
         return int(self.lengths.sum())
 
     @property

@@ -76,7 +76,7 @@ class _Asked:
 
 
 class Engine:
-    """Runs one base of a team, and everything that is trained and sampled on it. Only the team's
+    """Runs one base, and everything that is trained and sampled on it. Only the executor's
     first process has engines.
     """
 
@@ -119,7 +119,7 @@ class Engine:
         return None if self._problem is None else str(self._problem) or type(self._problem).__name__
 
     def do(self, method: str, *args: Any) -> Any:
-        """Execute a method of the replica in every process; in the engine's own thread, that is
+        """Execute a method of the worker in every process; in the engine's own thread, that is
         inside of a call.
         """
         return self.executor.do(self.key, method, *args)

@@ -1,7 +1,7 @@
 """The processes that run a service together: the first takes requests, the others do what it does.
 
-Everything that changes a replica is a command, a method's name and its arguments, which all
-processes execute in the same order. One process is a team of one, which sends nothing.
+Everything that changes a worker is a command, a method's name and its arguments, which all
+processes execute in the same order. One process alone sends nothing.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Executor:
         self._lock = threading.RLock()  # commands of several engines come one after the other
         self._ended = threading.Event()
         if self.world.size > 1 and self.world.is_rank_zero:
-            threading.Thread(target=self._keep_alive, name="lorakit-team", daemon=True).start()
+            threading.Thread(target=self._keep_alive, name="lorakit-executor", daemon=True).start()
 
     @property
     def size(self) -> int:
         return self.world.size
 
     def open(self, key: str) -> Any:
-        """Return this process's replica ``key``, which every process makes at the first time."""
+        """Return this process's worker ``key``, which every process makes at the first time."""
         with self._lock:
             if key not in self._replicas:
                 self._send(("open", key, "", ()))
@@ -55,11 +55,11 @@ class Executor:
             return self._replicas[key]
 
     def do(self, key: str, method: str, *args: Any) -> Any:
-        """Execute a method of replica ``key`` in every process, and return what it returned here.
+        """Execute a method of worker ``key`` in every process, and return what it returned here.
 
         Raises:
             LorakitError: what the method raised, in every process; they continue.
-            TrainingError: another process is gone; the team has ended.
+            TrainingError: another process is gone, and so all end.
         """
         with self._lock:
             self._send(("do", key, method, args))
@@ -74,7 +74,7 @@ class Executor:
 
     def follow(self) -> None:
         """Execute what the first process says until it ends. What goes wrong here ends this
-        process, and so the team.
+        process, and so all of them.
         """
         while True:
             command: Any = broadcast_object(None)

@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.distributed.rendezvous import rendezvous
 
 from lorakit.errors import ConfigError, LorakitError, report
-from lorakit.strategy import heartbeat as watch
+from lorakit.strategy import heartbeat
 
 Found = TypeVar("Found")
 _is_watched = False
@@ -43,7 +43,7 @@ class World:
 
     def describe(self) -> str:
         """Return ``rank 3 (host n2)``."""
-        return watch.describe_rank(self.rank)
+        return heartbeat.describe_rank(self.rank)
 
 
 def current_world() -> World:
@@ -78,7 +78,7 @@ def join(
         return
     # Before anything starts threads: the watcher is a fork.
     tell = (
-        watch.start(world.rank, world.size, step_limit_s=timeout_seconds)
+        heartbeat.start(world.rank, world.size, step_limit_s=timeout_seconds)
         if watched and world.size > 1
         else None
     )
@@ -96,7 +96,7 @@ def join(
             backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
         )
     if tell is not None:
-        tell(os.environ["MASTER_ADDR"], broadcast_object(watch.free_port()))
+        tell(os.environ["MASTER_ADDR"], broadcast_object(heartbeat.free_port()))
         global _is_watched
         _is_watched = True
         lift_limits()

@@ -305,20 +305,20 @@ def test_what_other_trainers_call_it_is_understood(
 
 
 def test_every_key_that_others_call_otherwise_is_one_of_ours(workplace: Path) -> None:
-    from lorakit.config.aliases import KNOWN_AS, explain_other_name
+    from lorakit.config.aliases import ALIASES, explain_other_name
     from lorakit.config.documentation import read_choices
 
     choices = read_choices()
     ours = {setting.key for choice in choices for setting in choice.settings} | {
         choice.group for choice in choices
     }
-    assert not KNOWN_AS.keys() - ours
+    assert not ALIASES.keys() - ours
     assert (
         explain_other_name("optim.weight_decay") is None
         and explain_other_name("eval.batch_size") is None
     )  # ours, or another
-    assert len({name for names in KNOWN_AS.values() for name in names}) == sum(
-        map(len, KNOWN_AS.values())
+    assert len({name for names in ALIASES.values() for name in names}) == sum(
+        map(len, ALIASES.values())
     )
 
 

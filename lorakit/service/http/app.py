@@ -14,8 +14,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from lorakit import __version__
 from lorakit.errors import LorakitError
-from lorakit.service.http import connection, openai, sampling, training
-from lorakit.service.http import listing as catalogue
+from lorakit.service.http import connection, listing, openai, sampling, training
 from lorakit.service.http.dependencies import NO_KEY, USER, name_problems, status_of
 from lorakit.service.http.state import ServerState
 
@@ -56,7 +55,7 @@ def create_app(state: ServerState) -> FastAPI:
         app.add_api_route(
             f"/api/v1/{pattern}", _refuse(pattern, reason), methods=METHODS, include_in_schema=False
         )
-    for module in (connection, training, sampling, catalogue, openai):
+    for module in (connection, training, sampling, listing, openai):
         app.include_router(module.router)
     app.add_exception_handler(RequestValidationError, _on_bad_body)
     app.add_exception_handler(LorakitError, _on_error)

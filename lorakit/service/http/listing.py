@@ -25,7 +25,7 @@ from lorakit.service.database import Checkpoint, ClientSession, SamplerRow, Trai
 from lorakit.service.http.dependencies import State, User
 from lorakit.service.http.state import ServerState
 
-router = APIRouter(prefix="/api/v1", tags=["catalogue"])
+router = APIRouter(prefix="/api/v1", tags=["listing"])
 _TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 _URL_SECONDS = 3600
 _URL_SECRET = secrets.token_bytes(32)  # of this process: URLs end with it

@@ -1,4 +1,4 @@
-"""Defects of the folders on disk that were found once and mended."""
+"""Folders on disk: what is damaged, replaced or torn is never taken for whole."""
 
 from __future__ import annotations
 
