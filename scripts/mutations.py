@@ -674,8 +674,8 @@ MUTATIONS = (
     # training
     Mutation(
         "training/module.py",
-        "output.loss_sum / (part.window_weight or 1.0)",
-        "output.loss_sum / (part.weight or 1.0)",
+        "output.loss_sum / (piece.window_weight or 1.0)",
+        "output.loss_sum / (piece.weight or 1.0)",
         ("tests/training/test_module_steps.py::test_the_logged_loss_is_the_whole_windows",),
     ),
     Mutation(
