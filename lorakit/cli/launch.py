@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> None:
         return
     if {"-m", "--multirun"} & set(behind):
         raise ConfigError(
-            "a sweep has many runs, and each wants lines of its own; `lorakit launch slurm` makes a"
+            "a sweep has many runs, and each needs lines of its own; `lorakit launch slurm` makes a"
             " job of each"
         )
     run_hydra(

@@ -59,7 +59,7 @@ def write_wandb_sweep(sweeper: WandbSweeper, arguments: list[str]) -> None:
     ]
     path = write_sweep_file(folder_of(sweeper), plain, space, fixed)
     project = resolve_project(((plain["logger"] or {}).get("wandb") or {}).get("project"))
-    print(f"written {path}; W&B's server chooses, so it wants a key:")
+    print(f"written {path}; W&B's server chooses, so it needs a key:")
     print(f"  wandb sweep --project {quote_for_shell(project)} {quote_for_shell(str(path))}")
     print(
         "  wandb agent …      # the line that it prints, on each machine that shall work at it,"

@@ -98,7 +98,7 @@ def check_settings(config: dict[str, Any]) -> None:
 
 
 def _find_loss_problems(settings: dict[str, Any]) -> list[str]:
-    """Of the losses that lorakit brings, those for policies take what rows of data have not."""
+    """The losses of policies take what rows of data do not have."""
     loss = import_target(settings["_target_"], "loss")
     missing = [name for name in inputs_of(loss).required if name != "weights"]
     if not missing:

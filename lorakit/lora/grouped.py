@@ -463,7 +463,7 @@ def _has_native(dtype: torch.dtype) -> bool:
 
 
 def pad_rank(factor: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return ``factor`` with zeros after its rank dimension, up to what grouped products want;
+    """Return ``factor`` with zeros after its rank dimension, up to what grouped products need;
     they change no result.
     """
     multiple = ALIGNMENT_BYTES // factor.element_size()

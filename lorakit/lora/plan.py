@@ -265,7 +265,7 @@ def _is_misread(model: Any, leaf: str) -> bool:
     config = peft.LoraConfig(target_modules=[leaf])
     try:
         convert_peft_config_for_transformers(config, model, None)
-    except ValueError:  # it wants the other half of a fused pair
+    except ValueError:  # it needs the other half of a fused pair
         return True
     return set(config.target_modules or ()) != {leaf}
 

@@ -100,7 +100,7 @@ def prepare(
     max_tokens: int | None = None,
     knobs: Mapping[str, float] | None = None,
 ) -> list[Datum]:
-    """Return ``data`` as ``collate`` wants it: every Datum with weights, and with each optional
+    """Return ``data`` as ``collate`` needs it: every Datum with weights, and with each optional
     input that any of them has.
 
     Where a loss takes no weights, each position of a Datum has weight 1, so that padding can be

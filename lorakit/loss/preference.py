@@ -81,7 +81,7 @@ def dpo(reference_logprobs: Sequence[Any], *, beta: float = 0.1) -> CustomLoss:
     ) -> tuple[torch.Tensor, dict[str, float]]:
         if not data or len(data) % 2 or len(data) != len(reference_logprobs):
             raise DataError(
-                f"dpo wants pairs of chosen and rejected: {len(data)} Datums,"
+                f"dpo needs pairs of chosen and rejected: {len(data)} Datums,"
                 f" {len(reference_logprobs)} reference_logprobs"
             )
         distances = []

@@ -21,7 +21,7 @@ from lorakit.quoting import quote_for_shell
 from lorakit.runs.folder import Run
 from lorakit.training.module import LoRAModule
 
-LONG_SECONDS = 60.0  # a wait that one may want to have shorter
+LONG_SECONDS = 60.0  # a wait that is worth a hint
 Found = TypeVar("Found", bound=L.Callback)
 
 

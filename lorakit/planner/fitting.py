@@ -81,7 +81,7 @@ def counts_to_plan(config: RunConfig) -> list[int]:
     sp_size = config.sequence_parallel
     if not (counts := [count for count in config.plan.gpus if count % sp_size == 0]):
         raise ConfigError(
-            f"plan.gpus={config.plan.gpus}: strategy.sequence_parallel={sp_size} wants"
+            f"plan.gpus={config.plan.gpus}: strategy.sequence_parallel={sp_size} needs"
             f" multiples of {sp_size}"
         )
     return counts

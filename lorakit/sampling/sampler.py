@@ -35,7 +35,7 @@ MAX_PREFILL_TOKENS = 8192  # of prompts at a time; a longer one comes alone
 
 @dataclass(frozen=True)
 class WaitingSequence:
-    """Samples of a request that want rows; none where only the prompt is to be scored."""
+    """Samples of a request that wait for rows; none where only the prompt is to be scored."""
 
     running: RunningRequest
     numbers: range

@@ -69,7 +69,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
     try:
         messages = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # a template that wants more than two messages says nothing about its end
+    except Exception:  # a template that needs more than two messages says nothing about its end
         return None
     encoder = Encoder(tokenizer)
     tail = encoder.encode_rendered(text[text.rfind("B") + 1 :])

@@ -83,7 +83,7 @@ class Base:
         device = resolve_accelerator(accelerator)
         if precision == "16-mixed":
             raise ConfigError(
-                "precision=16-mixed is not offered here: its gradients want a scaled loss; choose"
+                "precision=16-mixed is not offered here: its gradients need a scaled loss; choose"
                 " bf16-mixed or 32-true"
             )
         resolved = (

@@ -89,7 +89,7 @@ class ModelRunner:
         if found is None or (
             len({request.model_id for request in requests}) > 1 and not self._are_finite(found)
         ):
-            # Of one adapter what is not finite must not reach another's gradient, where a gate's 0
+            # What is not finite in one adapter must not reach another's gradient, where a gate's 0
             # times it is not 0.
             return [outcome for request in requests for outcome in self.run([request], states)]
         for request, result in zip(requests, found, strict=True):
@@ -199,7 +199,7 @@ class ModelRunner:
         found: list[_Found],
         idle: TrainingState,
     ) -> None:
-        """The way back. Of several Works of one adapter the first is given the gradient of all,
+        """The way back. The first of several requests of one adapter gets the gradient of all,
         which are added or dropped together.
         """
         first_of: dict[str, int] = {}

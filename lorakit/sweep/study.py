@@ -137,7 +137,7 @@ class Study:
         try:
             self.study.tell(trial.trial, value if state == "COMPLETE" else None, TrialState[state])
         except RuntimeError as error:
-            # a sampler that knows that nothing is left says so by a method that wants Optuna's loop
+            # a sampler that knows that nothing is left says so by a method that needs Optuna's loop
             if "Study.stop" not in str(error):
                 raise
             self.is_exhausted = True

@@ -33,7 +33,7 @@ def write_sweep_file(
         open_keys := [key for key, entry in space.items() if is_open(entry)]
     ):
         raise ConfigError(
-            f"sweep.method=grid wants values, not a range, for {', '.join(open_keys)}; or set"
+            f"sweep.method=grid needs values, not a range, for {', '.join(open_keys)}; or set"
             " sweep.method=bayes"
         )
     if strange := [text for text in fixed if text.startswith("${") and text.endswith("}")]:

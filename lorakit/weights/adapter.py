@@ -68,7 +68,7 @@ class AdapterFiles:
             ) from error
 
     def expert_matrices(self) -> list[str]:
-        """Of a shared-outer adapter, the names of its expert matrices
+        """The names of a shared-outer adapter's expert matrices
         (``…mlp.experts.gate_proj``); else nothing.
         """
         ending = ".lora_A.weight"

@@ -24,7 +24,7 @@ from lorakit.weights.adapter import CONFIG_FILE, TENSOR_FILE, TINKER_LEAVES, Ada
 
 PREFIX = "base_model.model."
 # Families whose experts vLLM takes stacked, as PEFT writes them (their classes say
-# `is_3d_moe_weight`); of others it wants each expert.
+# `is_3d_moe_weight`); of others it needs each expert.
 _STACKED_IN_VLLM = ("gpt_oss", "qwen3_vl_moe", "qwen3_5_moe")
 # Families whose experts it takes one by one: what it calls the module that holds them, and their
 # matrices.
@@ -85,7 +85,7 @@ def write_vllm(
         )
         if lost := set(names) - {matrix for _, matrix, _ in each}:
             raise AdapterError(
-                f"{module}: vLLM wants an adapter on each matrix of the experts, and"
+                f"{module}: vLLM needs an adapter on each matrix of the experts, and"
                 f" {', '.join(sorted(lost))} has none; take format=merged"
             )
         if model.config.model_type not in _NAMES_IN_VLLM:

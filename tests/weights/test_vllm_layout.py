@@ -26,7 +26,7 @@ from lorakit.weights.reload import check_layout
 
 OF_EACH = ["gate_proj", "up_proj", "down_proj"]
 # family, what stands behind a layer's name for the experts, and the matrices of each; or the stacks
-# that vLLM wants whole
+# that vLLM needs whole
 EACH = [
     ("qwen 3 moe", "mlp.experts", OF_EACH),
     ("olmoe", "mlp.experts", OF_EACH),
@@ -104,6 +104,6 @@ def test_families_that_vllm_holds_stacked_are_as_peft_writes_them(
 def test_an_adapter_on_some_matrices_of_the_experts_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         AdapterError,
-        match="vLLM wants an adapter on each matrix of the experts, and down_proj has none",
+        match="vLLM needs an adapter on each matrix of the experts, and down_proj has none",
     ):
         exported(tmp_path, "qwen 3 moe", "per_expert", targets=["q_proj", "gate_up_proj"])

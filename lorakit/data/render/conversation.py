@@ -22,7 +22,7 @@ class ConversationWriter:
         self.tokenizer = tokenizer
 
     def write(self, given: Sequence[Message], tools: Any) -> tuple[list[dict], str]:
-        """Return the messages, with calls in the form that the template wants, and the whole
+        """Return the messages, with calls in the form that the template needs, and the whole
         conversation as it writes it.
 
         Some templates write a call's arguments as JSON themselves, and would quote a text a second

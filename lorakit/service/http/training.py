@@ -328,7 +328,7 @@ async def load_weights(given: JsonBody, state: State, user: User) -> JSONRespons
         return _model_call(state, user, given, LoadWeights, start, answer)
     if body.session_id is None or body.model_seq_id is None:
         raise HTTPException(
-            400, "load_weights wants session_id and model_seq_id, or model_id and seq_id"
+            400, "load_weights needs session_id and model_seq_id, or model_id and seq_id"
         )
 
     def make(model_id: str) -> Future[Any]:
