@@ -1,14 +1,15 @@
 """lorakit's sweepers, as Hydra finds them: ``hydra.sweeper._target_`` in conf/sweep names them.
 
 Hydra imports every plug-in in every Hydra program of an environment. So this module imports hydra
-alone, and lorakit only when one of its sweeps begins.
+alone, and lorakit only when one of its sweeps begins. Hydra also reads the modules of its own
+plug-ins a second time, so that their classes are others than those an import gives: a sweeper
+derives from ``hydra.plugins.sweeper.Sweeper``, never from one of them.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-# hydra alone: Hydra imports this module in every program, and a second time under another name
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction

@@ -270,6 +270,7 @@ class ExpertLora(nn.Module, LoraLayer):
         names = [name for name in self.active_adapters if name in self.lora_A]
         inputs = (hidden_states, top_k_index, top_k_weights)
         if self.disable_adapters or self.merged or not names:
+            # here alone transformers' `experts_implementation` matters
             return self.base_layer(*inputs)
         return run_experts(self, self.stack, *inputs, *self._pairs(names), products=self.products)
 

@@ -33,5 +33,6 @@ class Weights:
     def __init__(self, base_model: str, engine: Engine, snapshot_id: str | None = None) -> None:
         self.base_model, self.engine, self.snapshot_id = base_model, engine, snapshot_id
         if snapshot_id is not None:
-            # runs wherever garbage is collected
+            # Runs in whatever thread collects garbage, the engine's own in the middle of its queue
+            # included: it may take no lock, only append.
             weakref.finalize(self, engine.dropped.append, snapshot_id)

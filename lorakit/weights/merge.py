@@ -270,7 +270,7 @@ def _refuse_what_no_matrix_holds(model: Any) -> None:
 
 def round_parameters(model: Any, dtype: torch.dtype) -> Any:
     """Round each parameter of a float32 model to what ``dtype`` can hold; it stays float32, and
-    so do rotary tables.
+    so do rotary tables, which ``model.to`` would round.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 def run_program(folder: Path, strategy: str, processes: int) -> dict[str, Any]:
     folder.mkdir()
-    program = [str(HERE / "team_program.py"), str(folder), strategy]
+    program = [str(HERE / "executor_program.py"), str(folder), strategy]
     if processes > 1:
         ran = preloaded.run_ranks(program, processes, timeout=180, cwd=HERE)
     else:

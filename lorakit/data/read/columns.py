@@ -53,7 +53,7 @@ def row_type(format: str, columns: Columns = ()) -> type[Row]:
     """
     kind, theirs = FORMATS[format], dict(columns)
     taken = set(theirs.values())  # a field of that name has another one's column, or none
-    renamed = []
+    renamed = []  # all fields: msgspec's own `rename` does not reach inherited ones
     for field in msgspec.structs.fields(kind):
         ours = field.encode_name
         is_lost = ours in taken and ours not in theirs

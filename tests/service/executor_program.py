@@ -1,5 +1,5 @@
 """One program for any number of processes: its losses, a sample and a resumed run, as JSON.
-Started by test_team.py.
+Started by test_executor.py.
 """
 
 from __future__ import annotations
