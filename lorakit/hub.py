@@ -60,14 +60,9 @@ def fetch_model(name: str, revision: str | None, *, with_code: bool = False) -> 
     """
     from huggingface_hub import snapshot_download
 
-    patterns = [
-        "*.json",
-        "*.jinja",
-        "*.model",
-        "*.txt",
-        "*.safetensors",
-        *(["*.py"] if with_code else []),
-    ]
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
+    if with_code:
+        patterns.append("*.py")
     return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
@@ -146,9 +141,8 @@ def explain_hub_error(name: str, error: BaseException | None) -> str | None:
     from_hub = error
     while from_hub is not None:
         is_of_datasets = type(from_hub).__name__ == "DatasetNotFoundError"
-        if isinstance(from_hub, errors.GatedRepoError) or (
-            is_of_datasets and "gated" in str(from_hub)
-        ):
+        is_gated = is_of_datasets and "gated" in str(from_hub)
+        if is_gated or isinstance(from_hub, errors.GatedRepoError):
             return (
                 f"{name} is gated: accept its terms on its page of the hub, then `hf auth login`"
                 f" and `hf download {name}`"

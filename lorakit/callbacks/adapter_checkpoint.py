@@ -140,11 +140,9 @@ class AdapterCheckpoint(L.Callback):
         tensors = adapter_state(pl_module.model)
         # optimiser and loops too
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        is_saved = (
-            self._write(trainer, pl_module, step, tensors, state, val_loss)
-            if trainer.is_global_zero
-            else False
-        )
+        is_saved = False
+        if trainer.is_global_zero:
+            is_saved = self._write(trainer, pl_module, step, tensors, state, val_loss)
         if trainer.strategy.broadcast(is_saved):
             self._saved_step = step
 
@@ -184,9 +182,8 @@ class AdapterCheckpoint(L.Callback):
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
         self._signal = self._signal or signum
-        signal.signal(
-            signal.SIGINT, self._old_handlers[signal.SIGINT]
-        )  # batch systems may send SIGTERM twice; a person means it
+        # batch systems may send SIGTERM twice; a person means it
+        signal.signal(signal.SIGINT, self._old_handlers[signal.SIGINT])
 
     def _restore_handlers(self) -> None:
         for number, handler in self._old_handlers.items():

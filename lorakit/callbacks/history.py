@@ -107,9 +107,8 @@ def draw_losses(records: list[dict[str, Any]], path: Path) -> None:
     values = [record["train/loss"] for record in records if record.get("train/loss", 0) > 0]
     if values and max(values) / min(values) > 20:
         axes.set_yscale("log")
-    axes.set(
-        xlabel="optimiser step", ylabel="loss per trained token (nats)", title=f"{path.parent.name}"
-    )
+    axes.set(xlabel="optimiser step", ylabel="loss per trained token (nats)")
+    axes.set_title(path.parent.name)
     axes.grid(alpha=0.3, which="both")
     if axes.lines:
         axes.legend(frameon=False)

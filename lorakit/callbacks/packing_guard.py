@@ -34,11 +34,9 @@ class PackingGuard(L.Callback):
                     "attention of packed rows makes a mask over all pairs of positions: %s", problem
                 )
             leak = measure_leak(pl_module.model)
-            reason = (
-                f"changing one document moved its neighbour's logits by {leak:.1%} of a full leak"
-                if leak > 0.05
-                else None
-            )
+            if leak > 0.05:
+                moved = "changing one document moved its neighbour's logits"
+                reason = f"{moved} by {leak:.1%} of a full leak"
         if reason:
             log.warning("data.packing is off, rows are padded instead: %s", reason)
             datamodule.pad_rows()
@@ -62,11 +60,8 @@ def measure_leak(model: Any, length: int = 12) -> float:
         input_ids = torch.cat((start, second))[None]
         spans = ((0, 0, length), (0, length, 2 * length)) if positions is packed else None
         with packed_documents(spans):  # as in training
-            return (
-                model(input_ids=input_ids, position_ids=positions, use_cache=False)
-                .logits[0, length:]
-                .float()
-            )
+            found = model(input_ids=input_ids, position_ids=positions, use_cache=False)
+        return found.logits[0, length:].float()
 
     leak = (logits(first, packed) - logits(other, packed)).abs().max()
     full = (logits(first, joined) - logits(other, joined)).abs().max()

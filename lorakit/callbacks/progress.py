@@ -59,21 +59,16 @@ class StepProgress(ProgressBar):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._progress:
-            self._progress.update(
-                self._task,
-                completed=trainer.global_step,
-                figures=_figures(trainer.callback_metrics),
-            )
-        elif (
-            trainer.global_step > self._first_step and self._is_due()
-        ):  # figures are read from the device
+            figures = _figures(trainer.callback_metrics)
+            self._progress.update(self._task, completed=trainer.global_step, figures=figures)
+        elif trainer.global_step > self._first_step and self._is_due():
+            # figures are read from the device
             self._write(trainer, f"{_figures(trainer.callback_metrics)}{self._left(trainer)}")
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if self._progress:
-            self._progress.update(
-                self._task, figures=f"{_figures(trainer.callback_metrics)}  evaluating …"
-            )
+            figures = f"{_figures(trainer.callback_metrics)}  evaluating …"
+            self._progress.update(self._task, figures=figures)
         elif self._began and self._is_due():
             self._write(trainer, "evaluating …")
 

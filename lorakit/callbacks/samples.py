@@ -85,17 +85,13 @@ class Samples(L.Callback):
         datamodule: Any = getattr(trainer, "datamodule", None)
         if self.prompts is not None:
             encoder = Encoder(tokenizer)
-            is_chat = (
-                are_chats(datamodule.source.formats) if hasattr(datamodule, "source") else False
-            )
+            is_chat = hasattr(datamodule, "source") and are_chats(datamodule.source.formats)
             if is_chat and tokenizer.chat_template:
-                said = [
-                    encoder.encode_chat([{"role": "user", "content": text}])
-                    for text in self.prompts
-                ]
+                chats = [[{"role": "user", "content": text}] for text in self.prompts]
+                said = [encoder.encode_chat(chat) for chat in chats]
             else:
                 said = [encoder.encode_prompt(text) for text in self.prompts]
             return [ModelInput.from_ints(tokens) for tokens in said]
-        return (
-            datamodule.val_prompts(self.num_prompts) if hasattr(datamodule, "val_prompts") else []
-        )
+        if not hasattr(datamodule, "val_prompts"):
+            return []
+        return datamodule.val_prompts(self.num_prompts)

@@ -42,9 +42,8 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         self._started = time.perf_counter()
-        self._end_evaluation(
-            getattr(trainer.train_dataloader, "seconds", 0.0) - self._making_batches
-        )
+        making_batches = getattr(trainer.train_dataloader, "seconds", 0.0)
+        self._end_evaluation(making_batches - self._making_batches)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -71,11 +70,9 @@ class Throughput(L.Callback):
         if not trainer.fit_loop._should_accumulate():
             if self.first_step_seconds is None:
                 self.first_step_seconds = time.time() - self.began
+                figures = {"speed/first_step_seconds": self.first_step_seconds}
                 for logger in trainer.loggers:
-                    logger.log_metrics(
-                        {"speed/first_step_seconds": self.first_step_seconds},
-                        step=trainer.global_step - 1,
-                    )
+                    logger.log_metrics(figures, step=trainer.global_step - 1)
             self._log(trainer, pl_module)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

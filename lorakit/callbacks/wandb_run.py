@@ -50,17 +50,20 @@ class WandbRun(WandbLogger):
     ) -> None:
         self.folder = Path(save_dir).absolute()  # W&B's own process may have started elsewhere
         options.setdefault("id", _run_id(self.folder))
+        mode = resolve_mode(mode)
+        if "offline" in options:
+            raise ConfigError("logger.wandb.offline is gone; set logger.wandb.mode=offline")
         super().__init__(
             save_dir=str(self.folder),
             project=resolve_project(project),
             name=name,
             group=group,
-            offline=resolve_mode(mode) == "offline",
+            offline=mode == "offline",
             resume="allow",
             entity=entity,
             tags=tags,
-            mode=resolve_mode(mode),
-            **_without_former(options),
+            mode=mode,
+            **options,
         )
         self._logged: dict[str, int] | None = None
 
@@ -108,14 +111,11 @@ def resolve_mode(mode: str) -> str:
             "logger.wandb.mode=online, but there is no API key: run `wandb login`, or set"
             " WANDB_API_KEY"
         )
-    asked = os.environ.get("WANDB_MODE", "")
     if mode != "auto":
         return mode
-    if asked in ("offline", "disabled"):
+    if (asked := os.environ.get("WANDB_MODE", "")) in ("offline", "disabled"):
         return asked
-    if has_key():
-        return "online"
-    return "offline"
+    return "online" if has_key() else "offline"
 
 
 def has_key() -> bool:
@@ -124,12 +124,6 @@ def has_key() -> bool:
         return True
     netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
-
-
-def _without_former(options: dict[str, Any]) -> dict[str, Any]:
-    if "offline" in options:
-        raise ConfigError("logger.wandb.offline is gone; set logger.wandb.mode=offline")
-    return options
 
 
 def last_steps(folder: Path) -> dict[str, int]:
@@ -148,9 +142,8 @@ def read_history(folder: Path) -> Iterator[dict[str, Any]]:
     from wandb.proto import wandb_internal_pb2
 
     messages: Any = wandb_internal_pb2  # made at import time: no type checker sees what is in it
-    for path in sorted(
-        folder.glob("wandb/*run-*/*.wandb"), key=lambda path: path.parent.name.split("run-")[-1]
-    ):
+    files = folder.glob("wandb/*run-*/*.wandb")
+    for path in sorted(files, key=lambda path: path.parent.name.split("run-")[-1]):
         for data in read_records(path.read_bytes()):
             record = messages.Record()
             try:

@@ -22,20 +22,9 @@ _GROUPS: dict[str, type[Any]] = {
     "eval": EvalSettings,
 }
 _TOP_LEVEL = (
-    *(
-        "model",
-        "data",
-        "lora",
-        "loss",
-        "optim",
-        "schedule",
-        "trainer",
-        "callbacks",
-        "logger",
-        "paths",
-        "checkpoint",
-    ),
-    *("strategy", "launch", "plan", "sweep", "run", "group", "resume", "seed", "vars", "eval"),
+    *("model", "data", "lora", "loss", "optim", "schedule", "trainer", "callbacks", "logger"),
+    *("paths", "checkpoint", "strategy", "launch", "plan", "sweep", "eval"),
+    *("run", "group", "resume", "seed", "vars"),
 )
 _AT_LEAST_ONE = (
     "trainer.accumulate_grad_batches",
@@ -77,9 +66,8 @@ def check_settings(config: dict[str, Any]) -> None:
         problems.append(f"seed={seed} must be a whole number from 0 to 4294967295")
     problems += _find_optim_problems(config["optim"])
     for group in ("optim", "schedule"):
-        problems += find_argument_problems(
-            {key: value for key, value in config[group].items() if key != "clip_norm"}, group
-        )
+        taken = {key: value for key, value in config[group].items() if key != "clip_norm"}
+        problems += find_argument_problems(taken, group)
     for group in ("callbacks", "logger"):
         for name, entry in (config[group] or {}).items():
             if entry is not None:
@@ -89,12 +77,10 @@ def check_settings(config: dict[str, Any]) -> None:
                 ):
                     problems.append(missing)
     problems += _find_loss_problems(config["loss"])
+    if len(problems) > 1:
+        problems.insert(0, "these settings cannot be used:")
     if problems:
-        raise ConfigError(
-            "\n  ".join(["these settings cannot be used:", *problems])
-            if len(problems) > 1
-            else problems[0]
-        )
+        raise ConfigError("\n  ".join(problems))
 
 
 def _find_loss_problems(settings: dict[str, Any]) -> list[str]:
@@ -118,11 +104,9 @@ def _find_unknown_keys(config: dict[str, Any]) -> list[str]:
     ):
         for name in node.keys() - set(known):
             near = difflib.get_close_matches(name, set(known) - {"run"} if prefix else known, n=1)
-            hint = (
-                f"did you mean {prefix}{near[0]}?"
-                if near
-                else "values of your own, for ${vars.…}, go below `vars`"
-            )
+            hint = "values of your own, for ${vars.…}, go below `vars`"
+            if near:
+                hint = f"did you mean {prefix}{near[0]}?"
             if name == "experiment":
                 hint = "the first line of an experiment's file is `# @package _global_`"
             problems.append(f"unknown key {prefix}{name}; {hint}")
@@ -130,11 +114,8 @@ def _find_unknown_keys(config: dict[str, Any]) -> list[str]:
 
 
 def _find_range_problems(config: dict[str, Any]) -> list[str]:
-    flat = {
-        f"{group}.{key}": value
-        for group in (*_GROUPS, "launch")
-        for key, value in config[group].items()
-    }
+    groups = (*_GROUPS, "launch")
+    flat = {f"{group}.{key}": value for group in groups for key, value in config[group].items()}
     problems = [f"{key}={flat[key]} must be at least 1" for key in _AT_LEAST_ONE if flat[key] < 1]
     problems += [f"{key}={flat[key]} must be at least 0" for key in _AT_LEAST_ZERO if flat[key] < 0]
     if isinstance(rank := config["lora"].get("rank"), int) and rank < 1:
@@ -175,10 +156,8 @@ def check_group(group: str, settings: dict[str, Any], schema: type[Any]) -> list
     for name, value in settings.items():
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1)
-            problems.append(
-                f"unknown key {group}.{name}"
-                + (f"; did you mean {group}.{near[0]}?" if near else "")
-            )
+            hint = f"; did you mean {group}.{near[0]}?" if near else ""
+            problems.append(f"unknown key {group}.{name}{hint}")
         elif problem := find_type_problem(value, hints[name]):
             problems.append(f"{group}.{name}={value}: {problem}")
     return problems

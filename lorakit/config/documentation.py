@@ -1,6 +1,4 @@
-"""Every key of ``lorakit train`` with its default and its meaning, read from the config files
-and their comments.
-"""
+"""Every key of ``lorakit train``: default and meaning, from the config files and their comments."""
 
 from __future__ import annotations
 
@@ -43,12 +41,8 @@ def read_choices() -> list[Choice]:
     """
     root = conf_dir()
     top = yaml.safe_load((root / "train.yaml").read_text(encoding="utf-8"))
-    chosen = {
-        group: name
-        for entry in top["defaults"]
-        if isinstance(entry, dict)
-        for group, name in entry.items()
-    }
+    entries = [entry for entry in top["defaults"] if isinstance(entry, dict)]
+    chosen = {group: name for entry in entries for group, name in entry.items()}
     found = [read_choice(root / "train.yaml", "", is_default=True)]
     for group in (group for group in chosen if (root / group).is_dir()):
         files = sorted(
@@ -67,11 +61,9 @@ def read_choice(path: Path, group: str, *, is_default: bool) -> Choice:
     ]
     is_global = any("@package _global_" in line for line in lines[:1])
     node = yaml.compose(text)
-    settings = (
-        []
-        if group == "experiment"
-        else list(_settings_of(node, lines, "" if is_global or not group else f"{group}."))
-    )
+    settings: list[Setting] = []
+    if group != "experiment":
+        settings += _settings_of(node, lines, "" if is_global or not group else f"{group}.")
     return Choice(group, path.stem, is_default, heading[0] if heading else "", settings)
 
 
@@ -95,10 +87,8 @@ def _settings_of(node: Any, lines: list[str], prefix: str) -> Iterator[Setting]:
                 yield Setting(f"{prefix}{name}", "", meaning)
             yield from _settings_of(value_node, lines, f"{prefix}{name}.")
         else:
-            value = lines[value_node.start_mark.line][
-                value_node.start_mark.column : value_node.end_mark.column
-            ]
-            yield Setting(f"{prefix}{name}", value, meaning)
+            start = value_node.start_mark
+            yield Setting(f"{prefix}{name}", lines[start.line][start.column : end.column], meaning)
 
 
 def as_help(choices: list[Choice]) -> str:

@@ -115,9 +115,6 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     hints = {}
     for name, parameter in inspect.signature(function).parameters.items():
         with contextlib.suppress(Exception):
-            hints[name] = (
-                eval(parameter.annotation, known)
-                if isinstance(parameter.annotation, str)
-                else parameter.annotation
-            )
+            hint = parameter.annotation
+            hints[name] = eval(hint, known) if isinstance(hint, str) else hint
     return {name: hint for name, hint in hints.items() if hint is not inspect.Parameter.empty}

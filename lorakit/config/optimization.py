@@ -22,9 +22,7 @@ def build_loss(loss: Component) -> Callable[..., Any]:
 def build_optimization(
     config: RunConfig, *, lr: float, total_steps: int, precision: str
 ) -> tuple[Any, Any]:
-    """What makes the optimiser and its schedule, tried on one number. Raises ConfigError where a
-    value is refused.
-    """
+    """Return what makes optimiser and schedule, tried on a number. Raises ConfigError."""
     optim = config.optim.with_arguments(lr=lr)
     if precision == "16-mixed" and optim.get("fused"):
         # a fused step unscales gradients itself, too late to clip them

@@ -16,9 +16,7 @@ _MEANT = {
 
 
 def to_plain(config: DictConfig) -> dict[str, Any]:
-    """The config as plain values, interpolations resolved. Raises ConfigError for a key that is
-    still ``???``.
-    """
+    """The config as plain values, interpolations resolved. Raises ConfigError for each ``???``."""
     from omegaconf import OmegaConf
 
     from lorakit.runs.folder import RUN_FOLDER

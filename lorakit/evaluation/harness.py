@@ -75,12 +75,11 @@ def run_harness(
         ) from error
     found: dict[str, dict[str, float]] = {}
     for task, figures in (results["results"] | results.get("groups", {})).items():
-        numbers = {
+        found[task] = {
             name.removesuffix(",none"): value
             for name, value in figures.items()
-            if isinstance(value, float)
+            if isinstance(value, float) and "_stderr" not in name
         }
-        found[task] = {name: value for name, value in numbers.items() if "_stderr" not in name}
     return found
 
 

@@ -36,11 +36,8 @@ def score_rows(
     Raises:
         ConfigError: no row is left.
     """
-    datums = [
-        datum
-        for index in datamodule.val_indices
-        for datum in datamodule.val_examples.datums(int(index))
-    ]
+    examples, indices = datamodule.val_examples, datamodule.val_indices
+    datums = [datum for index in indices for datum in examples.datums(int(index))]
     if not datums:
         raise ConfigError("no row to evaluate on is left; see data.on_long and data.on_error")
     subject = f"{len(datums):,} examples, {whose}"
@@ -52,9 +49,8 @@ def score_rows(
     if max_tokens is None:
         return figures, []
     say(f"answers to {subject}, of at most {max_tokens} tokens (--no-samples: the loss alone)")
-    params = SamplingParams(
-        max_tokens=max_tokens, temperature=0.0, stop=datamodule.spec.rendering.stop
-    )
+    stop = datamodule.spec.rendering.stop
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=stop)
     answers = answer_all(model, tokenizer, datums, params, images=datamodule.images)
     exact_match = sum(answer.is_exact for answer in answers) / len(answers)
     return figures | {"exact_match": exact_match}, answers

@@ -15,7 +15,7 @@ from typing import Any
 from lorakit.errors import ConfigError, LorakitError
 from lorakit.launch.torchrun import SHUTDOWN_TIMEOUT, Launch, torchrun_arguments
 from lorakit.quoting import quote_for_shell
-from lorakit.runs.files import write_whole
+from lorakit.runs.files import write_text
 
 FOLDER = ".slurm"  # below paths.runs: scripts, what they run, what the jobs print
 # so much earlier than asked for may SLURM send a signal (sbatch's manual, --signal)
@@ -73,19 +73,15 @@ class SlurmJob(Launch):
                 f"launch.time={self.time} is a number: write it as SLURM does, D-HH:MM:SS, and in a"
                 " file in quotes"
             )
-        if (
-            self.time
-            and (seconds := seconds_of(self.time)) is not None
-            and seconds <= self.stop_seconds + EARLY_SECONDS
-        ):
+        seconds = seconds_of(self.time) if self.time else None
+        if seconds is not None and seconds <= self.stop_seconds + EARLY_SECONDS:
             raise ConfigError(
                 f"launch.time={self.time} leaves no time to train: the run is asked to stop"
                 f" launch.stop_seconds={self.stop_seconds} before the end, and SLURM may do so"
                 f" {EARLY_SECONDS} s too early"
             )
-        if secret := next(
-            (name for name in self.environment or {} if _SECRET.search(str(name))), None
-        ):
+        secrets = (name for name in self.environment or {} if _SECRET.search(str(name)))
+        if secret := next(secrets, None):
             raise ConfigError(
                 f"launch.environment: {secret} would be written into the job's files and the run's"
                 f" config; leave it out and export {secret} before you submit: SLURM passes your"
@@ -100,10 +96,8 @@ class SlurmJob(Launch):
             ConfigError: the GPUs of the job are no multiple of its nodes.
         """
         options = [str(option) for option in self.options]
-        for text in (
-            self.gres or "",
-            *(found[1] for option in options if (found := _GRES_OPTION.fullmatch(option))),
-        ):
+        resources = [found[1] for text in options if (found := _GRES_OPTION.fullmatch(text))]
+        for text in (self.gres or "", *resources):
             if found := _GRES.search(text):
                 return int(found[1] or 1)
         for text in options:
@@ -150,21 +144,14 @@ def submit(launch: SlurmJob, job: dict[str, Any], *, num_processes: int, run_fol
     folder, name = run_folder.parent / FOLDER, run_folder.name
     folder.mkdir(parents=True, exist_ok=True)
     described, script = folder / f"{name}.json", folder / f"{name}.sh"
-    write_whole(
-        described, lambda path: path.write_text(json.dumps(job, indent=1), encoding="utf-8")
-    )
+    write_text(described, json.dumps(job, indent=1))
     text = script_text(launch, described, num_processes=num_processes, run_folder=run_folder)
-    write_whole(script, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(script, text)
     if not launch.submit:
         return f"written {script}; submit it with: sbatch {quote_for_shell(str(script))}"
     try:
-        done = subprocess.run(
-            ["sbatch", "--parsable", str(script)],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        )
+        command = ["sbatch", "--parsable", str(script)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except FileNotFoundError as error:
         raise LorakitError(
             f"there is no sbatch on this machine; {script} is written: submit it where there is"
@@ -187,12 +174,10 @@ def _state_of(number: str) -> str:
     """
     command = ["squeue", "--noheader", "--jobs", number, "--format", "%T (%r)"]
     try:
-        said = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return said.replace(" (None)", "").lower()
+    return done.stdout.strip().replace(" (None)", "").lower()
 
 
 def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_folder: Path) -> str:
@@ -206,21 +191,13 @@ def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_fo
     python = ["python" if launch.container else sys.executable, "-m", "lorakit.cli.agent"]
     # The variables are the shell's; what is quoted is what the user has named.
     arguments = torchrun_arguments(
-        launch,
-        num_processes,
-        node_rank="$SLURM_NODEID",
-        address="$address",
-        port="$port",
-        program=[],
+        launch, num_processes, node_rank="$SLURM_NODEID", address="$address", port="$port"
     )
-    run = " ".join(
-        [shlex.join(python), *arguments, shlex.join(["-m", "lorakit.cli.worker", str(described)])]
-    )
-    step = [
-        "srun",
-        "--kill-on-bad-exit=1",
-        *([f"--cpus-per-task={launch.cpus}"] if launch.cpus else []),
-    ]
+    program = shlex.join(["-m", "lorakit.cli.worker", str(described)])
+    run = " ".join([shlex.join(python), *arguments, program])
+    step = ["srun", "--kill-on-bad-exit=1"]
+    if launch.cpus:
+        step.append(f"--cpus-per-task={launch.cpus}")
     if launch.container:
         named = (
             path if ":" in path else str(Path(path).expanduser().absolute())
@@ -228,10 +205,8 @@ def script_text(launch: SlurmJob, described: Path, *, num_processes: int, run_fo
         )
         mounts = dict.fromkeys([str(Path.cwd()), str(folder.parent), *named])
         step += [f"--container-image={launch.container}", f"--container-workdir={Path.cwd()}"]
-        step += [
-            "--container-mounts="
-            + ",".join(path if ":" in path else f"{path}:{path}" for path in mounts)
-        ]
+        pairs = ",".join(path if ":" in path else f"{path}:{path}" for path in mounts)
+        step.append(f"--container-mounts={pairs}")
     said = quote_for_shell(str(run_folder / "run.json"))
     lines = [
         "#!/bin/bash",

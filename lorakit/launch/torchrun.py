@@ -1,6 +1,4 @@
-"""Several processes through torchrun: its agent on this machine, its command line on each of
-several machines.
-"""
+"""Processes through torchrun: its agent on this machine, its command line on each of several."""
 
 from __future__ import annotations
 
@@ -52,35 +50,20 @@ class Launch:
 
 def torchrun_lines(launch: Launch, num_processes: int, program: Sequence[str]) -> list[str]:
     """The command for each machine, in the order of their numbers."""
-    address = launch.address or socket.gethostname()
-    return [
-        shlex.join(
-            [
-                "torchrun",
-                *torchrun_arguments(
-                    launch,
-                    num_processes,
-                    node_rank=str(node),
-                    address=address,
-                    port=str(launch.port),
-                    program=program,
-                ),
-            ]
+    address, port = launch.address or socket.gethostname(), str(launch.port)
+    lines = []
+    for node in range(launch.nodes):
+        arguments = torchrun_arguments(
+            launch, num_processes, node_rank=str(node), address=address, port=port
         )
-        for node in range(launch.nodes)
-    ]
+        lines.append(shlex.join(["torchrun", *arguments, *program]))
+    return lines
 
 
 def torchrun_arguments(
-    launch: Launch,
-    num_processes: int,
-    *,
-    node_rank: str,
-    address: str,
-    port: str,
-    program: Sequence[str],
+    launch: Launch, num_processes: int, *, node_rank: str, address: str, port: str
 ) -> list[str]:
-    """torchrun's arguments on one machine."""
+    """torchrun's own arguments on one machine."""
     return [
         f"--nnodes={launch.nodes}",
         f"--node-rank={node_rank}",
@@ -88,7 +71,6 @@ def torchrun_arguments(
         f"--master-addr={address}",
         f"--master-port={port}",
         *([f"--max-restarts={launch.max_restarts}"] if launch.max_restarts else []),
-        *program,
     ]
 
 
@@ -146,14 +128,12 @@ def ends_as_its_processes() -> Iterator[None]:
         raise SystemExit(128 + error.sigval) from error
     except ChildFailedError as error:
         if reason := take_fault():
-            raise LorakitError(
-                f"{reason}. All processes were ended; continue with resume=true"
-            ) from error
+            said = f"{reason}. All processes were ended; continue with resume=true"
+            raise LorakitError(said) from error
         _explain(error)
 
 
 def _explain(error: Any) -> None:
-
     # What a signal has ended comes first: the others fail because of it, or are ended with SIGTERM.
     def order(entry: tuple[int, Any]) -> tuple[bool, int]:
         code = entry[1].exitcode

@@ -48,16 +48,12 @@ def check_memory(
 
 
 def suggest(plan: StepPlan, num_processes: int, num_bytes: int) -> str:
-    """What to type so that the run fits into ``num_bytes``: changes are added, the cheapest
-    first, until it does.
-    """
+    """What to type so that the run fits ``num_bytes``: cheapest changes first, until it does."""
     found = None
     for made, changed in _changed_plans(plan, num_processes):
         if name := changed.first_that_fits(num_processes, num_bytes, offloads=False):
-            found = (
-                [*([f"strategy={name}"] if num_processes > 1 else []), *made],
-                changed.memory(name, num_processes).total,
-            )
+            typed = [f"strategy={name}", *made] if num_processes > 1 else made
+            found = typed, changed.memory(name, num_processes).total
             break
     if found is None and (name := plan.first_that_fits(num_processes, num_bytes)):
         found = [f"strategy={name}"], plan.memory(name, num_processes).total
@@ -65,15 +61,12 @@ def suggest(plan: StepPlan, num_processes: int, num_bytes: int) -> str:
     if plan.accelerator == "cuda":
         for count in (count for count in counts_to_plan(plan.config) if count > num_processes):
             if name := plan.first_that_fits(count, num_bytes, offloads=False):
-                lines.append(
-                    f"it fits as it is on {count} GPUs with strategy={name}  "
-                    f" ({plan.memory(name, count).total / 1e9:.2f} GB)"
-                )
+                needs = f"({plan.memory(name, count).total / 1e9:.2f} GB)"
+                lines.append(f"it fits as it is on {count} GPUs with strategy={name}   {needs}")
                 break
-    return (
-        "\n".join(lines)
-        or "no setting makes it fit; take more or larger devices, or a smaller model"
-    )
+    if not lines:
+        return "no setting makes it fit; take more or larger devices, or a smaller model"
+    return "\n".join(lines)
 
 
 def counts_to_plan(config: RunConfig) -> list[int]:
@@ -137,9 +130,8 @@ def _changes(config: RunConfig, planned: LoRAPlan, accelerator: str) -> list[tup
         changes.append(("data.tokens_per_batch", positions))
     if accelerator == "cuda" and config.model.dtype == "float32":
         changes.append(("model.dtype", "bfloat16"))
-    if planned.spec.expert_layout == "per_expert" and any(
-        target.outer for target in planned.targets
-    ):
+    has_experts = any(target.outer for target in planned.targets)
+    if has_experts and planned.spec.expert_layout == "per_expert":
         changes.append(("lora.expert_layout", "shared_outer"))
     if data.batches.pack_tokens:  # not less than max_tokens, which it is when it is not set
         changes.append(("data.pack_tokens", "null"))

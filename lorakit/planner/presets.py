@@ -18,10 +18,8 @@ def preset_config(path: str) -> Any | None:
     """
     from transformers import AutoConfig
 
-    name = next(
-        (file for stem, file in _NAMES.items() if path == stem or path.startswith(f"{stem}-")), None
-    )
-    if name is None:
-        return None
-    settings = json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    for stem, file in _NAMES.items():
+        if path == stem or path.startswith(f"{stem}-"):
+            settings = json.loads((_FOLDER / f"{file}.json").read_text(encoding="utf-8"))
+            return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return None

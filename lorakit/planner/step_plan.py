@@ -78,11 +78,8 @@ class StepPlan:
     @property
     def trace(self) -> StepTrace:
         """Raises ConfigError for a model whose step depends on values."""
-
-        def trace() -> StepTrace:
-            return trace_step(self.skeleton, self.planned.spec, self.shape, self.optimizer)
-
-        return self._once((self.shape, self.optimizer), trace)
+        arguments = (self.skeleton, self.planned.spec, self.shape, self.optimizer)
+        return self._once((self.shape, self.optimizer), partial(trace_step, *arguments))
 
     def _once(self, key: tuple[Any, ...], trace: Callable[[], Traced]) -> Traced:
         """What ``trace`` returns, of this model and these adapters, the first time it is asked."""
@@ -144,23 +141,19 @@ class StepPlan:
         shapes = [self.shape, *(one.shape for one in self.passes)]
         kept = max((self._kept_bytes(one) for one in self.passes), default=0)
         kept += ONEDNN_BYTES if self._keeps_products else 0
-        # of a position
-        patches = (
-            getattr(getattr(self.skeleton.config, "vision_config", None), "spatial_merge_size", 1)
-            ** 2
-        )
+        vision = getattr(self.skeleton.config, "vision_config", None)
+        patches = getattr(vision, "spatial_merge_size", 1) ** 2  # of a position
+        num_tokens = num_positions = 0
+        for shape in shapes:
+            of_images = [patches * count for count in shape.image_tokens]
+            num_tokens = max(num_tokens, shape.num_rows * shape.num_positions + sum(of_images))
+            num_positions = max(num_positions, shape.num_positions, *of_images)
         bound = rough_bound(
             self.skeleton,
             self.planned.num_params,
             bytes_each=4 if self.shape.dtype == "float32" else 2,
-            num_tokens=max(
-                shape.num_rows * shape.num_positions + patches * sum(shape.image_tokens)
-                for shape in shapes
-            ),
-            num_positions=max(
-                max((shape.num_positions, *(patches * size for size in shape.image_tokens)))
-                for shape in shapes
-            ),
+            num_tokens=num_tokens,
+            num_positions=num_positions,
             checkpointing=self.shape.checkpointing,
             keeps_scores=keeps_scores(self.skeleton, self.shape),
         )
@@ -170,20 +163,14 @@ class StepPlan:
         self, num_processes: int, num_bytes: int, *, offloads: bool = True
     ) -> str | None:
         """The strategy that costs least time among those that fit into ``num_bytes``, or None."""
-        first = (
-            ("single",)
-            if num_processes == 1
-            else STRATEGIES[2:-1]
-            if self.accelerator == "cuda"
-            else STRATEGIES[1:-1]
-        )
-        last = (STRATEGIES[-1],) if offloads and self.accelerator == "cuda" else ()
-        fits = (
-            name
-            for name in (*first, *last)
-            if self.memory(name, num_processes).total <= WARN_SHARE * num_bytes
-        )
-        return next(fits, None)
+        is_cuda = self.accelerator == "cuda"
+        names = STRATEGIES[:1] if num_processes == 1 else STRATEGIES[2 if is_cuda else 1 : -1]
+        if offloads and is_cuda:
+            names += STRATEGIES[-1:]
+        for name in names:
+            if self.memory(name, num_processes).total <= WARN_SHARE * num_bytes:
+                return name
+        return None
 
 
 def _at_work() -> contextlib.AbstractContextManager[Any]:
@@ -282,9 +269,8 @@ def row_sizes_without_data(config: RunConfig, skeleton: Any) -> SampleShapes:
     most, vision = config.data.images.max_pixels, getattr(skeleton.config, "vision_config", None)
     if not most or vision is None or find_tower(skeleton) is None:
         return SampleShapes()
-    return SampleShapes(
-        largest_image=max(1, most // (vision.patch_size * vision.spatial_merge_size) ** 2)
-    )
+    side = vision.patch_size * vision.spatial_merge_size
+    return SampleShapes(largest_image=max(1, most // side**2))
 
 
 def cache_bytes(model_config: Any, dtype: str) -> int:
@@ -324,9 +310,8 @@ def _zero_settings(strategy: str, chosen: Component) -> dict[str, Any]:
     """The sizes that the config sets for ``strategy``, of another one what its file says."""
     if not strategy.startswith("zero"):
         return {}
-    found = yaml.safe_load(
-        (conf_dir() / "strategy" / f"{strategy}.yaml").read_text(encoding="utf-8")
-    )
+    file = conf_dir() / "strategy" / f"{strategy}.yaml"
+    found = yaml.safe_load(file.read_text(encoding="utf-8"))
     stage = {"stage", "offload"}
     if {k: chosen.get(k) for k in stage} == {k: found.get(k) for k in stage}:
         found = {**found, **chosen.arguments}

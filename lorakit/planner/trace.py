@@ -282,20 +282,17 @@ class _Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        out = None
         if func is aten._grouped_mm.default:
             out = _grouped(*args, **kwargs)
-        elif (
-            self.num_image_positions
-            and (picked := pick_of_images(func, args, self.num_image_positions)) is not None
-        ):
-            out = picked
-        else:
+        elif self.num_image_positions:
+            out = pick_of_images(func, args, self.num_image_positions)
+        if out is None:
             out = func(*args, **kwargs)
         if (count := _FLOPS.get(func.overloadpacket)) is not None:
             is_attention = "scaled_dot_product" in str(func.overloadpacket)
-            self.num_flops += count(*args, **kwargs, out_val=out) * (
-                self.sp_size if is_attention else 1
-            )
+            sp_size = self.sp_size if is_attention else 1
+            self.num_flops += sp_size * count(*args, **kwargs, out_val=out)
         for value in tree_iter(out):
             if isinstance(value, torch.Tensor) and value.untyped_storage() not in self._tags:
                 self.add(value, self.tag)
@@ -385,10 +382,9 @@ def _materialize(model: torch.nn.Module, mode: FakeTensorMode, dtype: torch.dtyp
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in made:
                 is_frozen = not parameter.requires_grad and parameter.is_floating_point()
+                own = dtype if is_frozen else parameter.dtype
                 with mode:
-                    empty = torch.empty(
-                        parameter.shape, dtype=dtype if is_frozen else parameter.dtype
-                    )
+                    empty = torch.empty(parameter.shape, dtype=own)
                 made[id(parameter)] = torch.nn.Parameter(empty, parameter.requires_grad)
             module._parameters[name] = made.get(id(parameter))
         for name, buffer in module._buffers.items():
@@ -427,9 +423,9 @@ def _batch(shape: StepShape, model: Any) -> Batch:
 
 
 def _autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
-    # either has two bytes
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.bfloat16}.get(precision)
-    return torch.autocast("cpu", dtype=dtype) if dtype else contextlib.nullcontext()
+    if precision in ("bf16-mixed", "16-mixed"):  # either has two bytes
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def _largest_layer(model: torch.nn.Module) -> int:

@@ -8,7 +8,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,15 +73,7 @@ class Comparison:
     @property
     def figures(self) -> list[str]:
         """All that any of the runs has logged, by name."""
-        return list(
-            dict.fromkeys(
-                key
-                for row in self.rows
-                for record in row.history
-                for key in record
-                if key not in ("step", "epoch")
-            )
-        )
+        return list(_figures(row.history for row in self.rows))
 
     def best_point(self, row: Row) -> tuple[int, float] | None:
         """(step, figure) where ``row`` was best, or None."""
@@ -95,35 +87,21 @@ class Comparison:
         writer = csv.writer(text, lineterminator="\n")
         figures = [
             self.metric,
-            f"{self.metric} first",
-            f"{self.metric} best",
-            f"{self.metric} best at step",
+            *(f"{self.metric} {at}" for at in ("first", "best", "best at step")),
         ]
-        writer.writerow(
-            [
-                "run",
-                "state",
-                *self.keys,
-                *figures,
-                "train/loss",
-                "steps",
-                "tokens_per_second",
-                "adapter_bytes",
-                "error",
-            ]
-        )
+        facts = ["train/loss", "steps", "tokens_per_second", "adapter_bytes", "error"]
+        writer.writerow(["run", "state", *self.keys, *figures, *facts])
         for row in self.rows:
-            first = row.points[0][1] if row.points else None
-            best = self.best_point(row) or (None, None)
+            step, best = self.best_point(row) or (None, None)
             writer.writerow(
                 [
                     row.run.name,
                     row.run.state,
                     *(row.settings.get(key) for key in self.keys),
                     row.last,
-                    first,
-                    best[1],
-                    best[0],
+                    row.points[0][1] if row.points else None,
+                    best,
+                    step,
                     row.losses[-1][1] if row.losses else None,
                     row.run.last_step[0],
                     row.tokens_per_second,
@@ -164,11 +142,8 @@ def compare(
 
 def sweeps_in(root: Path) -> list[str]:
     """The names of the sweeps that have runs in ``root``, the last one first."""
-    return list(
-        dict.fromkeys(
-            str(group) for run in list_runs(root)[::-1] if (group := _config_of(run).get("group"))
-        )
-    )
+    groups = (_config_of(run).get("group") for run in list_runs(root)[::-1])
+    return list(dict.fromkeys(str(group) for group in groups if group))
 
 
 def compare_runs(
@@ -180,12 +155,8 @@ def compare_runs(
         CheckpointError: there is no such run, or none has the figure.
     """
     runs = [find_run(root, name) for name in names] or [find_run(root, None)]
-    return _beside(
-        ", ".join(run.name for run in runs),
-        [(run, _config_of(run)) for run in runs],
-        metric,
-        is_maximized,
-    )
+    chosen = [(run, _config_of(run)) for run in runs]
+    return _beside(", ".join(run.name for run in runs), chosen, metric, is_maximized)
 
 
 def _beside(
@@ -202,15 +173,8 @@ def _beside(
         or next((known for known in DEFAULT_METRICS if _has(histories, known)), "val/loss")
     )
     if metric and not _has(histories, metric):
-        known = ", ".join(
-            sorted(
-                {key for history in histories for record in history for key in record}
-                - {"step", "epoch"}
-            )
-        )
-        raise CheckpointError(
-            f"no run of {name} has a figure {metric}; there are: {known or 'none'}"
-        )
+        known = ", ".join(sorted(_figures(histories))) or "none"
+        raise CheckpointError(f"no run of {name} has a figure {metric}; there are: {known}")
     settings = [_settings(run, config) for run, config in chosen]
     keys = _differing(chosen, settings)
     rows = [
@@ -229,12 +193,11 @@ def _beside(
 
 
 def _speed(run: Run, history: list[dict[str, Any]]) -> float | None:
-    """Tokens/s of the run's last session, or the median of what was logged."""
-    logged = [
-        record["speed/tokens_per_second"]
-        for record in history
-        if "speed/tokens_per_second" in record
-    ]
+    """Tokens/s as the run said at its end, of the time since it went on; or the median of what
+    was logged.
+    """
+    figure = "speed/tokens_per_second"
+    logged = [record[figure] for record in history if figure in record]
     return run.info.get("tokens_per_second") or (statistics.median(logged) if logged else None)
 
 
@@ -258,10 +221,8 @@ def sparkline(points: Points, width: int = 12) -> str:
     values = [value for _, value in points if math.isfinite(value)]
     if len(values) < 2:
         return ""
-    values = [
-        values[round(at * (len(values) - 1) / (min(width, len(values)) - 1))]
-        for at in range(min(width, len(values)))
-    ]
+    width = min(width, len(values))
+    values = [values[round(at * (len(values) - 1) / (width - 1))] for at in range(width)]
     low, high = min(values), max(values)
     return "".join(
         _BARS[round((value - low) / ((high - low) or 1) * (len(_BARS) - 1))] for value in values
@@ -297,9 +258,8 @@ def _config_of(run: Run) -> dict[str, Any]:
 
 def _settings(run: Run, config: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what is computed; those that say ``auto`` as what they came to."""
-    typed = {text.lstrip("+").partition("=")[0] for text in run.info.get("overrides", ())} - set(
-        _NAMES
-    )
+    typed = {text.lstrip("+").partition("=")[0] for text in run.info.get("overrides", ())}
+    typed -= set(_NAMES)
     flat = {
         key: value
         for key, value in flatten(config).items()
@@ -314,6 +274,12 @@ def points_of(history: Sequence[dict[str, Any]], figure: str) -> Points:
         for record in history
         if figure in record and "step" in record
     ]
+
+
+def _figures(histories: Iterable[Sequence[dict[str, Any]]]) -> dict[str, None]:
+    """What was logged, by name, in its order."""
+    names = (key for history in histories for record in history for key in record)
+    return dict.fromkeys(name for name in names if name not in ("step", "epoch"))
 
 
 def _has(histories: Sequence[Sequence[dict[str, Any]]], figure: str) -> bool:

@@ -80,17 +80,11 @@ def _bars(bins: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
 def _sources(report: DatasetReport) -> list[tuple[str, tuple[str, str, str]]]:
     """What each of several sources gives to training."""
     total = sum(share.trained_per_epoch for share in report.shares.values()) or 1.0
-    return [
-        (
-            name,
-            (
-                f"{share.num_rows:,}",
-                f"{share.weight:g}",
-                f"{share.trained_per_epoch / total:.1%}",
-            ),
-        )
-        for name, share in report.shares.items()
-    ]
+    sources = []
+    for name, share in report.shares.items():
+        trained = f"{share.trained_per_epoch / total:.1%}"
+        sources.append((name, (f"{share.num_rows:,}", f"{share.weight:g}", trained)))
+    return sources
 
 
 def _example(

@@ -117,15 +117,8 @@ def draw_settings(comparison: Comparison) -> str:
         axes = figure.add_subplot(lines, COLUMNS, place + 1)
         xs = _place(axes, [row.settings.get(key) for _, row in ranked])
         for (number, _), x, y in zip(ranked, xs, ys, strict=True):
-            axes.plot(
-                [x],
-                [y],
-                "o",
-                color=colors[number],
-                markersize=7,
-                alpha=0.9,
-                gid=f"run{number}-panel{place}",
-            )
+            gid = f"run{number}-panel{place}"
+            axes.plot([x], [y], "o", color=colors[number], markersize=7, alpha=0.9, gid=gid)
         axes.set(xlabel=key, ylabel=comparison.metric)
         _finish(axes, ys)
     return _as_svg(figure, comparison)

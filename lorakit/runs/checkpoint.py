@@ -115,10 +115,8 @@ def prune(root: Path, *, keep_last: int, keep_best: int) -> None:
     loss, and what was never finished.
     """
     checkpoints = list_checkpoints(root)
-    scored = _by_loss(checkpoints)
-    kept = {c.folder for c in checkpoints[-max(keep_last, 1) :]} | {
-        c.folder for c in scored[:keep_best]
-    }
+    newest, scored = checkpoints[-max(keep_last, 1) :], _by_loss(checkpoints)
+    kept = {checkpoint.folder for checkpoint in (*newest, *scored[:keep_best])}
     for checkpoint in checkpoints:
         if checkpoint.folder not in kept:
             _remove(checkpoint)

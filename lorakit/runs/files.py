@@ -80,9 +80,8 @@ def lock_file(path: Path, *, wait: bool = False, shared: bool = False) -> IO[str
     try:
         import fcntl
 
-        fcntl.flock(
-            file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-        )
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
     except ImportError:  # not on this system
         pass
     except BlockingIOError:
@@ -99,10 +98,14 @@ def find_write_problem(path: Path) -> str | None:
     return None if os.access(parent, os.W_OK) else f"no permission to write in {parent}"
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` in UTF-8, whole or not at all."""
+    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
-    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def _sync(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import IO, Any
 
 from lorakit import __version__
 from lorakit.errors import CheckpointError
-from lorakit.runs.files import ASIDE, lock_file, write_json, write_whole
+from lorakit.runs.files import ASIDE, lock_file, write_json, write_text
 
 FORMAT_VERSION = 1
 LOCK_FILE = ".lock"
@@ -110,7 +109,7 @@ def create_run(root: Path, name: str, *, config_text: str, info: dict[str, Any])
         raise CheckpointError(
             f"{folder} cannot be made: {error.strerror}; set paths.runs to a folder you can write"
         ) from error
-    write_whole(folder / CONFIG_FILE, lambda path: path.write_text(config_text, encoding="utf-8"))
+    write_text(folder / CONFIG_FILE, config_text)
     run = Run(folder, {"format_version": FORMAT_VERSION, "name": name, "status": "running", **info})
     return run.update()
 
@@ -129,16 +128,12 @@ def _holds_nothing(folder: Path) -> bool:
     """Whether ``folder`` is what a run left that failed or was killed before its first step: no
     result would be lost.
     """
-    if not folder.is_dir() or any(
-        (folder / name).exists() for name in (HISTORY_FILE, ADAPTER_FOLDER, "checkpoints")
-    ):
+    results = (HISTORY_FILE, ADAPTER_FOLDER, "checkpoints")
+    if not folder.is_dir() or any((folder / name).exists() for name in results):
         return False
     if not (folder / RUN_FILE).exists():
-        return {path.name.removeprefix(ASIDE) for path in folder.iterdir()} <= {
-            CONFIG_FILE,
-            RUN_FILE,
-            LOCK_FILE,
-        }
+        names = {path.name.removeprefix(ASIDE) for path in folder.iterdir()}
+        return names <= {CONFIG_FILE, RUN_FILE, LOCK_FILE}
     with contextlib.suppress(CheckpointError):
         run = open_run(folder)
         hold(run).close()  # refuses where a process trains it
@@ -199,9 +194,7 @@ def list_runs(root: Path) -> list[Run]:
 
 
 def find_run(root: Path, wanted: str | None) -> Run:
-    """Return the run called ``wanted`` (a name below ``root`` or a folder), or the last run that
-    has an adapter.
-    """
+    """Return run ``wanted`` (a name below ``root``, a folder), or the last with an adapter."""
     if wanted:
         for folder in (root / wanted, Path(wanted).expanduser()):
             if (folder / RUN_FILE).is_file():
@@ -285,8 +278,8 @@ class History:
         if not self.path.exists():
             return
         kept = [record for record in self.read() if record.get("step", 0) <= step]
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        write_whole(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        write_text(self.path, "".join(lines))
 
 
 def _parse(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
@@ -308,14 +301,9 @@ def _version(package: str) -> str | None:
 
 def _git_state() -> dict[str, Any] | None:
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ("git", *arguments),
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=5,
-            cwd=os.getcwd(),
-        ).stdout
+        command = ("git", *arguments)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+        return done.stdout
 
     try:
         return {

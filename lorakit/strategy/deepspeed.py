@@ -130,17 +130,13 @@ class ZeroStrategy(DeepSpeedStrategy):
         self, model: Any, optimizer: Any, lr_scheduler: Any = None
     ) -> tuple[Any, Any]:
         import deepspeed
-        from deepspeed.runtime.engine import DeepSpeedEngine
 
         self._trained = [list(group["params"]) for group in optimizer.param_groups]
         if self.stage == 3:
             self._mark_leaves(model)
         self._fit_bucket(sum(parameter.numel() for group in self._trained for parameter in group))
-        # It would send the whole frozen base to every process, which has read it already.
-        send = DeepSpeedEngine._broadcast_model
-        DeepSpeedEngine._broadcast_model = lambda engine: None
         index = self.root_device.index
-        try:
+        with nothing_is_sent():
             engine, zero, _, _ = deepspeed.initialize(
                 args=None if index is None else argparse.Namespace(device_rank=index),
                 config=self.config,
@@ -149,8 +145,6 @@ class ZeroStrategy(DeepSpeedStrategy):
                 lr_scheduler=lr_scheduler,
                 dist_init_required=False,
             )
-        finally:
-            DeepSpeedEngine._broadcast_model = send
         self._take_over_norm(zero)
         if cast(ZeroPrecision, self.precision_plugin).precision == "bf16-mixed":
             # On a GPU the engine switches off any autocast around it that is not its own.
@@ -160,11 +154,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         return engine, zero
 
     def init_deepspeed(self) -> None:
-        if (
-            self.model is not None
-            and self.lightning_module is not None
-            and self.lightning_module.trainer.training
-        ):
+        module = self.lightning_module
+        if self.model is not None and module is not None and module.trainer.training:
             self._initialize_deepspeed_train(self.model)
 
     def _fit_bucket(self, num_trained: int) -> None:
@@ -179,9 +170,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         """
         from deepspeed.utils import set_z3_leaf_modules
 
-        kinds = {type(module) for module in model.modules() if _chooses_among_children(module)}
-        kinds |= {
-            type(module) for module in model.modules() if type(module).__name__ in self.leaf_modules
+        kinds = {
+            type(module)
+            for module in model.modules()
+            if _chooses_among_children(module) or type(module).__name__ in self.leaf_modules
         }
         if kinds:
             set_z3_leaf_modules(model, sorted(kinds, key=lambda kind: kind.__name__))
@@ -290,9 +282,7 @@ def zero_config(
         zero |= {
             "stage3_prefetch_bucket_size": bucket_elements,
             "stage3_param_persistence_threshold": persist_elements,
-        }
-        # DeepSpeed's own 10^9 would hold a base of that size whole in every process.
-        zero |= {
+            # DeepSpeed's own 10^9 would hold a base of that size whole in every process.
             "stage3_max_live_parameters": live_elements,
             "stage3_max_reuse_distance": live_elements,
         }
@@ -327,6 +317,18 @@ def prepare_deepspeed() -> None:
     # On a CPU it would compile an operation for shared memory at the first use: 40 s, or an error
     # without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextlib.contextmanager
+def nothing_is_sent() -> Iterator[None]:
+    """Keep DeepSpeed from sending the whole base to every process, which has read it already."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    send, DeepSpeedEngine._broadcast_model = DeepSpeedEngine._broadcast_model, lambda engine: None
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model = send
 
 
 def _chooses_among_children(module: torch.nn.Module) -> bool:

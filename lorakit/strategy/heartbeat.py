@@ -3,10 +3,10 @@ and ends its own.
 
 torchrun's agent sees only that a process of its own has ended. A process that is stopped, or a
 machine that is gone, leaves the others waiting in a collective operation, until a timeout that
-names nobody. So each process forks a watcher, which needs neither its
-interpreter nor its network: the watchers tell one another twice a second, through a store of their
-own, that they and their processes live. A process that is busy for minutes, loading or writing, is
-alive; only a step has a limit.
+names nobody. So each process forks a watcher, which needs neither its interpreter nor its network:
+the watchers tell one another twice a second, through a store of their own, that they and their
+processes live. A process that is busy for minutes, loading or writing, is alive; only a step has a
+limit.
 """
 
 from __future__ import annotations
@@ -191,10 +191,8 @@ class _Watcher:
             try:
                 self.beat()
                 self.listen()
-            except (
-                RuntimeError,
-                OSError,
-            ) as error:  # the store is gone, and with it the first process or the way to it
+            except (RuntimeError, OSError) as error:
+                # the store is gone, and with it the first process or the way to it
                 self.lose(str(error))
             self.answered = time.monotonic()
             time.sleep(BEAT_S)
@@ -213,27 +211,20 @@ class _Watcher:
         first = self.beats.get(0)
         end = time.monotonic() + GRACE_S
         while time.monotonic() < end:
-            if (
-                not self.is_needed()
-                or PHASES.read()[0] == FINISHED
-                or (first and first.phase == FINISHED)
-            ):
+            has_finished = FINISHED in (PHASES.read()[0], first and first.phase)
+            if has_finished or not self.is_needed():
                 os._exit(0)
             time.sleep(BEAT_S)
         where = describe_rank(0, first.host) if first else "rank 0"
-        own = describe_rank(self.rank)
-        self.end(
-            f"{own} cannot reach {where}: its machine or the network is gone ({reason})",
-            tells=False,
-        )
+        own, cause = describe_rank(self.rank), "its machine or the network is gone"
+        self.end(f"{own} cannot reach {where}: {cause} ({reason})", tells=False)
 
     def beat(self) -> None:
         """Tell the others; end the process where it is stopped, or its step takes too long."""
         phase, seconds = PHASES.read()
         self.number += 1
-        self.store.set(
-            f"beat/{self.rank}", json.dumps([self.number, socket.gethostname(), phase, seconds])
-        )
+        beat = [self.number, socket.gethostname(), phase, seconds]
+        self.store.set(f"beat/{self.rank}", json.dumps(beat))
         now = time.monotonic()
         if now - self.listened > SILENT_S / 4:
             self.stopped_since = None
@@ -242,7 +233,7 @@ class _Watcher:
             own = describe_rank(self.rank)
             self.end(f"{own} is stalled: it has been stopped for {STALLED_S:.0f} s, in {phase}")
         if phase.startswith("step") and seconds > self.step_limit_s:
-            where = "; ".join(beat.describe(rank) for rank, beat in sorted(self.beats.items()))
+            where = "; ".join(one.describe(rank) for rank, one in sorted(self.beats.items()))
             self.end(
                 f"a step has not ended in launch.collective_timeout_seconds={self.step_limit_s:g}:"
                 f" {where}"

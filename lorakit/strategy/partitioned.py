@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lorakit.strategy.deepspeed import prepare_deepspeed, zero_config
+from lorakit.strategy.deepspeed import nothing_is_sent, prepare_deepspeed, zero_config
 from lorakit.strategy.world import current_world, lift_limits
 
 Pass = Callable[[], tuple[torch.Tensor, Any]]
@@ -32,7 +32,6 @@ class PartitionedBase:
     def __init__(self, build: Callable[[], Any], *, offload: bool = False) -> None:
         prepare_deepspeed()
         import deepspeed
-        from deepspeed.runtime.engine import DeepSpeedEngine
         from transformers.integrations import HfDeepSpeedConfig
 
         os.environ.setdefault("LOCAL_RANK", str(current_world().local_rank))
@@ -44,15 +43,10 @@ class PartitionedBase:
         self.model = build()
         del known
         self._root = _Root(self.model)
-        # It would send the whole base to every process, which has read it already.
-        send = DeepSpeedEngine._broadcast_model
-        DeepSpeedEngine._broadcast_model = lambda engine: None
-        try:
+        with nothing_is_sent():
             self._engine, self._hooks, _, _ = deepspeed.initialize(
                 model=self._root, config=config, dist_init_required=False
             )
-        finally:
-            DeepSpeedEngine._broadcast_model = send
         lift_limits()
 
     def run(self, compute: Pass) -> tuple[torch.Tensor, Any]:

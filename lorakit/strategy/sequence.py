@@ -40,10 +40,8 @@ def sequence_group(sp_size: int) -> dist.ProcessGroup:
         ConfigError: the processes cannot be divided so.
     """
     check_group_size(sp_size, dist.get_world_size())
-    groups = [
-        dist.new_group(list(range(first, first + sp_size)))
-        for first in range(0, dist.get_world_size(), sp_size)
-    ]
+    firsts = range(0, dist.get_world_size(), sp_size)
+    groups = [dist.new_group(list(range(first, first + sp_size))) for first in firsts]
     lift_limits()
     return groups[dist.get_rank() // sp_size]
 
@@ -51,9 +49,8 @@ def sequence_group(sp_size: int) -> dist.ProcessGroup:
 def check_group_size(sp_size: int, num_processes: int) -> None:
     """Raise ConfigError where ``num_processes`` cannot share rows in groups of ``sp_size``."""
     if sp_size < 1 or num_processes % sp_size:
-        fitting = ", ".join(
-            str(count) for count in range(1, num_processes + 1) if num_processes % count == 0
-        )
+        counts = range(1, num_processes + 1)
+        fitting = ", ".join(str(count) for count in counts if num_processes % count == 0)
         raise ConfigError(
             f"strategy.sequence_parallel={sp_size}: it must divide the number of processes,"
             f" {num_processes}; choose {fitting}"
@@ -122,13 +119,12 @@ def attention_over_shared_rows(
             module, query_BHLD, key_BGLD, value_BGLD, attention_mask, **kwargs
         )
     heads, kv_heads, sp_size = query_BHLD.shape[1], key_BGLD.shape[1], dist.get_world_size(group)
-    copies = (
-        1
-        if kv_heads % sp_size == 0
-        else sp_size // kv_heads
-        if sp_size % kv_heads == 0
-        else heads // kv_heads
-    )
+    if kv_heads % sp_size == 0:
+        copies = 1
+    elif sp_size % kv_heads == 0:
+        copies = sp_size // kv_heads
+    else:
+        copies = heads // kv_heads
     whole = [
         _to_whole_rows(tensor.repeat_interleave(count, dim=1) if count > 1 else tensor, group)
         for tensor, count in ((query_BHLD, 1), (key_BGLD, copies), (value_BGLD, copies))
@@ -152,11 +148,8 @@ def _to_whole_rows(x_BHlD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tens
     sp_size = dist.get_world_size(group)
     batch, heads, length, width = x_BHlD.shape
     sent = x_BHlD.reshape(batch, sp_size, heads // sp_size, length, width).transpose(0, 1)
-    return (
-        _Exchange.apply(sent, group)
-        .permute(1, 2, 0, 3, 4)
-        .reshape(batch, heads // sp_size, sp_size * length, width)
-    )
+    received = _Exchange.apply(sent, group).permute(1, 2, 0, 3, 4)
+    return received.reshape(batch, heads // sp_size, sp_size * length, width)
 
 
 def _to_own_positions(x_BLhD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -164,11 +157,8 @@ def _to_own_positions(x_BLhD: torch.Tensor, group: dist.ProcessGroup) -> torch.T
     sp_size = dist.get_world_size(group)
     batch, length, heads, width = x_BLhD.shape
     sent = x_BLhD.reshape(batch, sp_size, length // sp_size, heads, width).transpose(0, 1)
-    return (
-        _Exchange.apply(sent, group)
-        .permute(1, 2, 0, 3, 4)
-        .reshape(batch, length // sp_size, sp_size * heads, width)
-    )
+    received = _Exchange.apply(sent, group).permute(1, 2, 0, 3, 4)
+    return received.reshape(batch, length // sp_size, sp_size * heads, width)
 
 
 class _Exchange(torch.autograd.Function):

@@ -77,11 +77,9 @@ def join(
     if dist.is_initialized():
         return
     # Before anything starts threads: the watcher is a fork.
-    tell = (
-        heartbeat.start(world.rank, world.size, step_limit_s=timeout_seconds)
-        if watched and world.size > 1
-        else None
-    )
+    tell = None
+    if watched and world.size > 1:
+        tell = heartbeat.start(world.rank, world.size, step_limit_s=timeout_seconds)
     timeout = datetime.timedelta(seconds=timeout_seconds + 60)
     if world.size == 1:
         dist.init_process_group(
@@ -163,14 +161,12 @@ def raise_on_any_rank(step: Callable[[], Found]) -> Found:
     raised = [entry for entry in problems if entry]
     if not raised:
         return found[0]
-    texts = dict.fromkeys(text for _, text in raised)
-    if len(texts) > 1 or len(raised) < len(problems) or problem is None:
-        problem = LorakitError(
-            "\n".join(
-                f"{', '.join(who for who, what in raised if what == text)}: {text}"
-                for text in texts
-            )
-        )
+    whose: dict[str, list[str]] = {}
+    for who, text in raised:
+        whose.setdefault(text, []).append(who)
+    if len(whose) > 1 or len(raised) < len(problems) or problem is None:
+        lines = [f"{', '.join(names)}: {text}" for text, names in whose.items()]
+        problem = LorakitError("\n".join(lines))
     problem.is_of_all = True
     raise problem
 
@@ -192,18 +188,11 @@ def check_equal_on_all_ranks(find_facts: Callable[[], Mapping[str, str]]) -> Non
         for who, theirs in everyone:
             holders.setdefault(theirs.get(name, "not there"), []).append(who)
         if len(holders) > 1:
-            problems.append(
-                f"{name}: "
-                + "; ".join(f"{value} on {_some(whose)}" for value, whose in holders.items())
-            )
+            values = [f"{value} on {_some(whose)}" for value, whose in holders.items()]
+            problems.append(f"{name}: {'; '.join(values)}")
     if problems:
-        error = ConfigError(
-            report(
-                "the processes of this run differ:",
-                problems,
-                remedy="Make them equal on all machines.",
-            )
-        )
+        remedy = "Make them equal on all machines."
+        error = ConfigError(report("the processes of this run differ:", problems, remedy=remedy))
         error.is_of_all = True
         raise error
 

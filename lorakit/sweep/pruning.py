@@ -49,20 +49,15 @@ class Pruning(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         # resumed: it may have been killed after the evaluation that would have ended it
         if trainer.global_step:
-            self._stop(
-                trainer,
-                self._report(trainer.global_step, None) if self._reports(trainer) else False,
-            )
+            self._stop(trainer, self._reports(trainer) and self._report(trainer.global_step, None))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         value = trainer.callback_metrics.get(self.metric)
-        said = (
-            self._report(trainer.global_step, float(value))
-            if self._reports(trainer) and value is not None
-            else False
-        )
+        said = False
+        if self._reports(trainer) and value is not None:
+            said = self._report(trainer.global_step, float(value))
         is_last = self._has_ended or trainer.global_step >= (pl_module.total_steps or math.inf)
         self._stop(trainer, said and not is_last)
 
@@ -87,9 +82,8 @@ class Pruning(L.Callback):
                     storage=open_storage(self.folder, self.storage),
                     pruner=self.pruner,
                 )
-                self._trial = optuna.Trial(
-                    study, study.get_trials(deepcopy=False)[self.number or 0]._trial_id
-                )
+                known = study.get_trials(deepcopy=False)[self.number or 0]
+                self._trial = optuna.Trial(study, known._trial_id)
             if value is not None:
                 with warnings.catch_warnings():
                     # a trial that continues reports some steps again

@@ -37,9 +37,8 @@ def open_storage(folder: Path, kind: str) -> optuna.storages.BaseStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if kind == "sqlite":
         return optuna.storages.RDBStorage(f"sqlite:///{(folder / SQLITE_FILE).absolute()}")
-    return optuna.storages.JournalStorage(
-        JournalFileBackend(str((folder / JOURNAL_FILE).absolute()))
-    )
+    backend = JournalFileBackend(str((folder / JOURNAL_FILE).absolute()))
+    return optuna.storages.JournalStorage(backend)
 
 
 @dataclass
@@ -119,11 +118,10 @@ class Study:
         text = "failed"
         if run and run.is_finished:
             value = last_value(run, self.metric)
-            if value is None or not math.isfinite(value):
-                text = (
-                    f"failed: {self.metric} is"
-                    f" {'not among its figures' if value is None else value}"
-                )
+            if value is None:
+                text = f"failed: {self.metric} is not among its figures"
+            elif not math.isfinite(value):
+                text = f"failed: {self.metric} is {value}"
             else:
                 state = "PRUNED" if run.info.get("pruned") else "COMPLETE"
                 text = f"{'pruned, ' if state == 'PRUNED' else ''}{self.metric} {value:.4f}"

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from lorakit.errors import ConfigError
-from lorakit.runs.files import write_whole
+from lorakit.runs.files import write_text
 from lorakit.sweep.space import Choice, Range, Space
 
 METHODS = ("bayes", "random", "grid")
@@ -51,12 +51,7 @@ def write_sweep_file(
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "wandb.yaml"
-    write_whole(
-        path,
-        lambda aside: aside.write_text(
-            yaml.safe_dump(described, sort_keys=False, allow_unicode=True), "utf-8"
-        ),
-    )
+    write_text(path, yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
     return path
 
 

@@ -39,9 +39,8 @@ def build_adapted_model(
     """
     if model.add_tokens:
         lora = dataclasses.replace(lora, token_ids=model.added_token_ids())
-    base = model.load(
-        base_dtype(model.dtype, precision), device=device if device != "cpu" else None
-    )
+    dtype = base_dtype(model.dtype, precision)
+    base = model.load(dtype, device=None if device == "cpu" else device)
     adapted = inject(base, lora, base_name=model.name)
     if activation_checkpointing:
         enable_checkpointing(adapted)
@@ -49,9 +48,8 @@ def build_adapted_model(
         compile_layers(adapted)
     if lora.init_from:
         start_from(adapted, lora, base=model.name)
-    check_equal_on_all_ranks(
-        lambda: {"the adapter at the start": fingerprint(adapter_state(adapted))}
-    )
+    name = "the adapter at the start"
+    check_equal_on_all_ranks(lambda: {name: fingerprint(adapter_state(adapted))})
     return adapted
 
 

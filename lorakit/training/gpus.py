@@ -58,9 +58,7 @@ def _is_cpu_build() -> bool:
     if spec is None or spec.origin is None:
         return False
     text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
-    return bool(
-        re.search(r"^cuda\b.*= None$", text, re.M) and re.search(r"^hip\b.*= None$", text, re.M)
-    )
+    return all(re.search(rf"^{kind}\b.*= None$", text, re.M) for kind in ("cuda", "hip"))
 
 
 def find_driver() -> str | None:
@@ -123,19 +121,16 @@ def _ask_nvidia(*arguments: str) -> tuple[str, ...]:
 
 def _find_amd() -> tuple[str, ...]:
     """AMD's GPUs by the kernel's list, in which processors stand too, without SIMD units."""
-    if any(
-        os.environ.get(name, "0").strip() in ("", "-1")
-        for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-    ):
+    names = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    if any(os.environ.get(name, "0").strip() in ("", "-1") for name in names):
         return ()
     found = []
     for file in sorted(_AMD_NODES.glob("*/properties")):
         try:
-            facts = dict(
-                line.split(maxsplit=1) for line in file.read_text().splitlines() if " " in line
-            )
+            lines = file.read_text().splitlines()
         except OSError:
             continue
+        facts = dict(line.split(maxsplit=1) for line in lines if " " in line)
         # A GPU inside of a processor has no memory of its own, and few of them are any that ROCm
         # knows.
         if int(facts.get("simd_count", "0")) > 0 and int(facts.get("local_mem_size", "0")) > 0:

@@ -44,9 +44,8 @@ class LoRAModule(L.LightningModule):
             finite.
 
     The loss is ``sum(loss) / sum(|weight|)`` (of pairs: divided by their number) over the whole
-    accumulation window of all
-    processes: how the window is cut into micro-batches and shared out does not change the gradient.
-    Whether a step is skipped is decided by all processes together.
+    accumulation window of all processes: how the window is cut into micro-batches and shared out
+    does not change the gradient. Whether a step is skipped is decided by all processes together.
     """
 
     def __init__(
@@ -188,11 +187,10 @@ class LoRAModule(L.LightningModule):
         # Here a step waits for the device; apart from an adapter on the unembedding, nowhere else.
         is_bad = not bool(torch.isfinite(norm) & torch.isfinite(loss))
         if is_empty or is_bad:
-            (
+            if hasattr(strategy, "skip_step"):
                 strategy.skip_step()
-                if hasattr(strategy, "skip_step")
-                else optimizer.zero_grad(set_to_none=True)
-            )
+            else:
+                optimizer.zero_grad(set_to_none=True)
         if is_empty:
             self.num_empty_windows += 1
             self.log("train/empty_windows", float(self.num_empty_windows))
@@ -222,12 +220,8 @@ class LoRAModule(L.LightningModule):
         )
 
     def _stop_for_bad_steps(self, window: AccumulationWindow) -> None:
-        name = (
-            "bad_batches.pt"
-            if self.trainer.world_size == 1
-            else f"bad_batches_rank{self.trainer.global_rank}.pt"
-        )
-        path = Path(self.trainer.default_root_dir) / name
+        whose = f"_rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        path = Path(self.trainer.default_root_dir) / f"bad_batches{whose}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(window.tensors(), path)
         error = TrainingError(
@@ -252,14 +246,10 @@ class LoRAModule(L.LightningModule):
         """Log what the loss returned beside itself: sums over all processes, divided alike."""
         if not sums.metrics:
             return
-        values = torch.stack(
-            [
-                torch.as_tensor(value, dtype=torch.float32, device=self.device)
-                for value in sums.metrics.values()
-            ]
-        )
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
+        values = [torch.as_tensor(value, **kind) for value in sums.metrics.values()]
         strategy: Any = self.trainer.strategy
-        reduced = strategy.reduce(values, reduce_op="sum")
+        reduced = strategy.reduce(torch.stack(values), reduce_op="sum")
         for name, value in zip(sums.metrics, reduced, strict=True):
             self.log(f"{stage}/{name}", value / (denominator or float("nan")))
 
@@ -293,25 +283,22 @@ class LoRAModule(L.LightningModule):
         sums = self._evaluation
         loss_sum, weight = sums.loss_sum, sums.denominator
         if self.trainer.world_size > 1:
-            loss_sum, weight = self.trainer.strategy.reduce(
-                torch.tensor([loss_sum, weight], device=self.device), reduce_op="sum"
-            ).tolist()
-        self.log(
-            "val/loss", loss_sum / weight if weight else float("nan"), prog_bar=True, sync_dist=True
-        )
+            own = torch.tensor([loss_sum, weight], device=self.device)
+            loss_sum, weight = self.trainer.strategy.reduce(own, reduce_op="sum").tolist()
+        mean = loss_sum / weight if weight else float("nan")
+        self.log("val/loss", mean, prog_bar=True, sync_dist=True)
         self._log_metrics("val", sums, weight)
         self._log_by_source("val", sums)
 
     # ---- state: the adapter and nothing else
 
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: tensor for name, tensor in self.named_parameters() if tensor.requires_grad}
+
     # torch overloads it for a destination, which nobody gives
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trainable tensors, whole, by their names in this module. All processes call it."""
-        trained = {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if parameter.requires_grad
-        }
+        """The trainable tensors by name in this module, whole. All processes must ask together."""
+        trained = self._trained()
         with whole(trained.values()) as is_copy:
             return {
                 name: parameter.detach().clone() if is_copy else parameter.detach()
@@ -322,11 +309,7 @@ class LoRAModule(L.LightningModule):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Load exactly the trainable tensors. Raises CheckpointError where names differ."""
-        trained = {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if parameter.requires_grad
-        }
+        trained = self._trained()
         if trained.keys() != state_dict.keys():
             differing = sorted(trained.keys() ^ state_dict.keys())
             raise CheckpointError(

@@ -155,8 +155,8 @@ def _refuse_unless_possible(module: Any, error: RuntimeError) -> None:
     if not module.can_repeat:
         raise TrainingError(
             f"out of memory in process {module.trainer.global_rank} with"
-            f" {module.window.positions:,} positions"
-            " at a time, and neither joined processes nor DeepSpeed can repeat a step: halve"
+            f" {module.window.positions:,} positions at a time, and neither joined processes nor"
+            " DeepSpeed can repeat a step: halve"
             " data.tokens_per_batch or data.batch_size, or set"
             " trainer.activation_checkpointing=true"
         ) from error

@@ -64,12 +64,12 @@ def linear(
 ) -> LambdaLR:
     """Rises over ``warmup_steps``, then falls on a line to ``final_ratio`` of its peak."""
     warmup = resolve_warmup(warmup_steps, total_steps)
-    return LambdaLR(
-        optimizer,
-        lambda step: (
-            _warm(step, warmup) * (1 - (1 - final_ratio) * _progress(step, warmup, total_steps))
-        ),
-    )
+
+    def factor(step: int) -> float:
+        fall = 1 - (1 - final_ratio) * _progress(step, warmup, total_steps)
+        return _warm(step, warmup) * fall
+
+    return LambdaLR(optimizer, factor)
 
 
 def cosine(

@@ -31,15 +31,12 @@ def find_parity_problem(device: str) -> str | None:
         expected_loss, expected = loss_and_gradient("cpu", batch)
         try:
             loss, gradient = loss_and_gradient(device, batch)
-        except (
-            RuntimeError,
-            TypeError,
-        ) as error:  # an operation that the device lacks, or a number format (TypeError)
+        except (RuntimeError, TypeError) as error:
+            # an operation that the device lacks, or a number format (TypeError)
             return f"{device} cannot compute {name} rows: {' '.join(str(error).split())[:200]}"
         distance = float((gradient - expected).norm() / expected.norm())
-        if not (
-            abs(loss - expected_loss) <= TOLERANCE * abs(expected_loss) and distance <= TOLERANCE
-        ):
+        is_same_loss = abs(loss - expected_loss) <= TOLERANCE * abs(expected_loss)
+        if not (is_same_loss and distance <= TOLERANCE):
             return (
                 f"{device} computes another loss of {name} rows ({loss:.5f}, the CPU"
                 f" {expected_loss:.5f}), or another gradient (off by {distance:.1e})"
@@ -61,9 +58,8 @@ def loss_and_gradient(device: str, batch: Batch) -> tuple[float, torch.Tensor]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     output = compute_loss(model, batch.to(device), cross_entropy)
     gradients = torch.autograd.grad(output.loss_sum, trained)
-    return float(output.loss_sum), torch.cat(
-        [gradient.cpu().double().flatten() for gradient in gradients]
-    )
+    parts = [gradient.cpu().double().flatten() for gradient in gradients]
+    return float(output.loss_sum), torch.cat(parts)
 
 
 def _batches() -> dict[str, Batch]:

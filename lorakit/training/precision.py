@@ -32,9 +32,8 @@ def resolve_precision(precision: str, accelerator: str) -> str:
             )
         return precision
     if accelerator == "cuda":
-        return (
-            "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-        )
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16-mixed" if is_native else "16-mixed"
     if accelerator == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return "bf16-mixed"
     return "32-true"

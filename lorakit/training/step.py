@@ -57,7 +57,7 @@ def sums_by_origin(output: LossOutput, batch: Batch, num_origins: int) -> torch.
         per_position = per_position.sum(-1)
     sums = per_position.new_zeros(2, num_origins)
     if batch.origins:
-        return sums.index_add_(1, batch.origin_ids.flatten(), per_position.flatten(1))
+        sums.index_add_(1, batch.origin_ids.flatten(), per_position.flatten(1))
     return sums
 
 
@@ -86,9 +86,7 @@ def compute_losses(
         model,
         joined,
         all_positions=True,
-        is_weighted_sum=all(
-            inputs_of(micro_batch.loss).is_weighted_sum for micro_batch in micro_batches
-        ),
+        is_weighted_sum=all(inputs_of(one.loss).is_weighted_sum for one in micro_batches),
         head_adapters=head_adapters,
     )
     outputs, first = [], 0

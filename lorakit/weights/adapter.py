@@ -129,9 +129,6 @@ def write_adapter(
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(f"{folder / TENSOR_FILE}: {error}") from error
     config = peft_config.to_dict() | {"inference_mode": True}
-    config = {
-        key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
-    }
     text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     return (folder / TENSOR_FILE).stat().st_size

@@ -68,9 +68,8 @@ def model_card(
         tags=["lora", "lorakit", *(["vllm"] if form == "vllm" else [])],
     )
     use = _use(form, base, takes_images, max_rank)
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(
-        [*_body(run, config, base, form, names, step, use), ""]
-    )
+    body = "\n".join(_body(run, config, base, form, names, step, use))
+    return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 
 
 def _body(
@@ -150,12 +149,10 @@ def _use(form: str, base: str, takes_images: bool, max_rank: int) -> list[str]:
 
 def _metrics(run: Run, step: int | None) -> dict[str, float]:
     """The last figures up to ``step``."""
-    records = [
-        record
-        for record in History(run.folder).read()
-        if step is None or record.get("step", 0) <= step
-    ]
-    last = {name: value for record in records for name, value in record.items()}
+    last: dict[str, Any] = {}
+    for record in History(run.folder).read():
+        if step is None or record.get("step", 0) <= step:
+            last |= record
     return {
         label: last[name]
         for name, label in _METRICS.items()
@@ -182,10 +179,8 @@ def _settings(config: dict[str, Any], run: Run) -> dict[str, Any]:
 
 def _sources(config: dict[str, Any]) -> list[dict[str, Any]]:
     data = config["data"]
-    return [
-        s if isinstance(s, dict) else {"path": s}
-        for s in data.get("sources") or [{"path": data.get("path")}]
-    ]
+    sources = data.get("sources") or [data.get("path")]
+    return [source if isinstance(source, dict) else {"path": source} for source in sources]
 
 
 def _is_of_hub(name: str) -> bool:

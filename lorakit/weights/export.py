@@ -155,14 +155,12 @@ def _take_factors(
 ) -> Factors:
     """Remove from ``tensors`` what belongs to the experts ``module`` and return it as factors."""
     begin = f"{PREFIX}{module}."
-    found = {name: tensors.pop(name) for name in list(tensors) if name.startswith(begin)}
-    if not found:
+    of_files = {}
+    for name in [name for name in tensors if name.startswith(begin)]:
+        path, _, which = name.removeprefix(begin).removesuffix(".weight").rpartition("lora_")
+        of_files[path, f"lora_{which}"] = tensors.pop(name)
+    if not of_files:
         return {}
-    parts = {
-        tuple(name.removeprefix(begin).removesuffix(".weight").rpartition("lora_")[::2]): tensor
-        for name, tensor in found.items()
-    }
-    of_files = {(path, f"lora_{which}"): tensor for (path, which), tensor in parts.items()}
     has_both = any(path.startswith("base_layer.") for path, _ in of_files)
     parameters = [stack.first, stack.second] if has_both else [_only_stack(of_files, stack)]
     return from_file_tensors(of_files, parameters, layout, stack.num_experts)

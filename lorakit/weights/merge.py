@@ -1,4 +1,4 @@
-"""Merge an adapter into its base, all or nothing, checked before and after rounding."""
+"""Merge an adapter into its base, all or nothing: plan, apply, check before and after rounding."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def merge_into(model: Any, report: MergeReport) -> Any:
     planned = list(_plan(model))
     if not planned:
         raise AdapterError("the adapter changes no tensor of this base")
+    head = model.get_base_model().get_output_embeddings()
     for name, module, parameter_name, delta, reference in planned:
         weight = getattr(module, parameter_name)
-        head = model.get_base_model().get_output_embeddings()
         if name.endswith("lm_head.weight") or module is head:
             weight = _untie(model, module, report)
         change = delta()
@@ -157,19 +157,17 @@ def merge_adapter(
 
 
 def _merge_and_compare(
-    model: Any,
-    probe: torch.Tensor,
-    load: Any,
-    dtype: torch.dtype,
-    report: MergeReport,
+    model: Any, probe: torch.Tensor, load: Any, dtype: torch.dtype, report: MergeReport
 ) -> tuple[Any, torch.Tensor]:
     """Merge in float32, compare logits of both forms, and round; return the model, and its logits
     as it will be written. Raises AdapterError where the forms differ.
     """
-    adapter_logits, base_logits = _logits(model, probe), _base_logits(model, probe)
+    adapter_logits = compute_logits(model, probe)
+    with model.disable_adapter():
+        base_logits = compute_logits(model, probe)
     merged = merge_into(model, report)
     report.largest_logit = float(adapter_logits.abs().max())
-    report.float32_difference = _difference(_logits(merged, probe), adapter_logits)
+    report.float32_difference = _difference(compute_logits(merged, probe), adapter_logits)
     if not report.float32_difference <= TOLERANCE * report.largest_logit:
         raise AdapterError(
             f"merged and adapter form differ by {report.float32_difference:.2e} in float32,"
@@ -177,13 +175,13 @@ def _merge_and_compare(
             " nothing was written"
         )
     round_parameters(merged, dtype)
-    rounded_logits = _logits(merged, probe)
+    rounded_logits = compute_logits(merged, probe)
     per_position = (rounded_logits - adapter_logits).abs().amax(dim=-1)
     report.rounded_difference = float(per_position.max())
     report.rounded_median_difference = float(per_position.median())
-    rounded_base = round_parameters(load("float32"), dtype)
-    report.base_rounding_difference = _difference(_logits(rounded_base, probe), base_logits)
-    del rounded_base
+    report.base_rounding_difference = _difference(
+        compute_logits(round_parameters(load("float32"), dtype), probe), base_logits
+    )
     report.check = (
         "logits of merged and adapter form compared in float32, and those of the files, read"
         " again, with what was written"
@@ -195,7 +193,7 @@ def _check_reloaded(
     reloaded: Any, probe: torch.Tensor, expected: torch.Tensor, report: MergeReport
 ) -> None:
     """Raise AdapterError where transformers makes of the files other logits than were written."""
-    report.reloaded_difference = _difference(_logits(reloaded, probe), expected)
+    report.reloaded_difference = _difference(compute_logits(reloaded, probe), expected)
     if not report.reloaded_difference <= TOLERANCE * float(expected.abs().max()):
         raise AdapterError(
             "the merged files, read again, give logits that differ by"
@@ -230,18 +228,16 @@ def attach(base: Any, adapter_folder: Path) -> Any:
             parameter.data = parameter.data.float()
     use_token_rows(model)
     load_adapter_state(model, files.tensors(), source=str(adapter_folder))
-    model.peft_config["default"].base_model_name_or_path = files.config.get(
-        "base_model_name_or_path"
-    )
+    base_name = files.config.get("base_model_name_or_path")
+    model.peft_config["default"].base_model_name_or_path = base_name
     return model.requires_grad_(False).eval()
 
 
 def make_probe(model: Any, num_rows: int = 2, length: int = 48) -> torch.Tensor:
     """Token ids to compare logits on, (2, 48), always the same."""
     vocab_size = model.config.get_text_config().vocab_size
-    return torch.randint(
-        0, vocab_size, (num_rows, length), generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab_size, (num_rows, length), generator=generator)
 
 
 def _cast(model: Any, dtype: torch.dtype) -> Any:
@@ -289,124 +285,84 @@ def _plan(model: Any) -> Iterator[tuple[str, nn.Module, str, Any, Any]]:
     base = model.get_base_model()
     adapter = model.active_adapter
     for name, rows in token_layers(base):
-        yield f"{name}.weight", rows.base_layer, "weight", _row_delta(rows, adapter), None
+        delta = functools.partial(_row_delta, rows, adapter)
+        yield f"{name}.weight", rows.base_layer, "weight", delta, None
     layers: list[tuple[str, Any]] = [
         (name, layer) for name, layer in base.named_modules() if isinstance(layer, LoraLayer)
     ]
+    reference: Any
     for name, layer in layers:
         if adapter not in layer.lora_A:
             continue
-        clean = name.replace(".base_layer", "")
+        clean, module = name.replace(".base_layer", ""), layer.get_base_layer()
         if isinstance(layer, ExpertLora):
             for parameter in layer.adapted_parameters(adapter):
                 delta = functools.partial(layer.delta_weight, adapter, parameter)
-                yield (
-                    f"{clean}.{parameter}",
-                    layer.get_base_layer(),
-                    parameter,
-                    delta,
-                    _peft_delta(layer, adapter, parameter),
-                )
+                reference = functools.partial(_peft_delta, layer, adapter, parameter)
+                yield f"{clean}.{parameter}", module, parameter, delta, reference
             continue
+        parameter = "weight"
         reference = functools.partial(layer.get_delta_weight, adapter)
         if getattr(layer, "use_dora", {}).get(adapter):
-            yield (
-                f"{clean}.weight",
-                layer.get_base_layer(),
-                "weight",
-                _dora_delta(layer, clean),
-                None,
-            )
+            delta, reference = functools.partial(_dora_delta, layer, clean), None
         elif isinstance(layer, ParamWrapper):
-            module = layer.get_base_layer()
-            yield (
-                f"{clean}.{layer.parameter_name}",
-                module,
-                layer.parameter_name,
-                _param_delta(layer, adapter, module),
-                reference,
-            )
+            parameter = layer.parameter_name
+            delta = functools.partial(_param_delta, layer, adapter, module)
         else:
-            yield (
-                f"{clean}.weight",
-                layer.get_base_layer(),
-                "weight",
-                _linear_delta(layer, adapter),
-                reference,
-            )
+            delta = functools.partial(_linear_delta, layer, adapter)
+        yield f"{clean}.{parameter}", module, parameter, delta, reference
 
 
-def _peft_delta(layer: Any, adapter: str, parameter: str) -> Any:
+def _peft_delta(layer: Any, adapter: str, parameter: str) -> torch.Tensor:
     """s B A of a stack from the flat form that PEFT reads, by PEFT's own formula
     (`ParamWrapper.get_delta_weight`).
     """
-
-    def delta() -> torch.Tensor:
-        a, b, scale = layer.peft_factors(adapter, parameter)
-        num_experts = layer.stack.num_experts
-        b_ORE = b.reshape(b.shape[0], -1, num_experts)
-        a_ERI = a.reshape(num_experts, -1, a.shape[1])
-        return layer.stack.as_EOI(torch.einsum("ore,eri->eoi", b_ORE, a_ERI) * scale)
-
-    return delta
+    a, b, scale = layer.peft_factors(adapter, parameter)
+    num_experts = layer.stack.num_experts
+    b_ORE = b.reshape(b.shape[0], -1, num_experts)
+    a_ERI = a.reshape(num_experts, -1, a.shape[1])
+    return layer.stack.as_EOI(torch.einsum("ore,eri->eoi", b_ORE, a_ERI) * scale)
 
 
-def _row_delta(layer: Any, adapter: str) -> Any:
+def _row_delta(layer: Any, adapter: str) -> torch.Tensor:
     """Trained rows less those in their place."""
-
-    def delta() -> torch.Tensor:
-        weight, ids = layer.base_layer.weight, torch.tensor(layer.token_indices[adapter])
-        change = torch.zeros_like(weight, dtype=torch.float32)
-        change[ids] = layer.trainable_tokens_delta[adapter].float() - weight[ids].float()
-        return change
-
-    return delta
+    weight, ids = layer.base_layer.weight, torch.tensor(layer.token_indices[adapter])
+    change = torch.zeros_like(weight, dtype=torch.float32)
+    change[ids] = layer.trainable_tokens_delta[adapter].float() - weight[ids].float()
+    return change
 
 
-def _linear_delta(layer: Any, adapter: str) -> Any:
-    def delta() -> torch.Tensor:
-        product = layer.scaling[adapter] * (
-            layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()
-        )
-        return product.T if layer.fan_in_fan_out else product
-
-    return delta
+def _linear_delta(layer: Any, adapter: str) -> torch.Tensor:
+    product = layer.scaling[adapter] * (
+        layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()
+    )
+    return product.T if layer.fan_in_fan_out else product
 
 
-def _dora_delta(layer: Any, name: str) -> Any:
+def _dora_delta(layer: Any, name: str) -> torch.Tensor:
     """DoRA rescales rows of W + s B A: the change is PEFT's merge of a copy less the weight."""
-
-    def delta() -> torch.Tensor:
-        weight = layer.get_base_layer().weight
-        if weight.dtype != torch.float32:
-            raise AdapterError(
-                f"{name} is a DoRA layer, which is merged in float32 only; this base does not fit"
-                " in it"
-            )
-        before = weight.clone()
-        layer.merge()
-        merged = weight.clone()
-        weight.copy_(before)
-        layer.merged_adapters.clear()
-        return merged - before
-
-    return delta
-
-
-def _param_delta(layer: Any, adapter: str, module: nn.Module) -> Any:
-    def delta() -> torch.Tensor:
-        weight = getattr(module, layer.parameter_name)
-        a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
-        if weight.ndim == 2:
-            return layer.scaling[adapter] * (b @ a)
-        num_experts = weight.shape[0]
-        product = layer.scaling[adapter] * torch.bmm(
-            split_b(b, num_experts), split_a(a, num_experts)
+    weight = layer.get_base_layer().weight
+    if weight.dtype != torch.float32:
+        raise AdapterError(
+            f"{name} is a DoRA layer, which is merged in float32 only; this base does not fit in it"
         )
-        # By what the family says, never by shape: a square stack would be left the wrong way round.
-        return product.transpose(1, 2) if getattr(module, "is_transposed", False) else product
+    before = weight.clone()
+    layer.merge()
+    merged = weight.clone()
+    weight.copy_(before)
+    layer.merged_adapters.clear()
+    return merged - before
 
-    return delta
+
+def _param_delta(layer: Any, adapter: str, module: nn.Module) -> torch.Tensor:
+    weight = getattr(module, layer.parameter_name)
+    a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
+    if weight.ndim == 2:
+        return layer.scaling[adapter] * (b @ a)
+    num_experts = weight.shape[0]
+    product = layer.scaling[adapter] * torch.bmm(split_b(b, num_experts), split_a(a, num_experts))
+    # By what the family says, never by shape: a square stack would be left the wrong way round.
+    return product.transpose(1, 2) if getattr(module, "is_transposed", False) else product
 
 
 def _untie(model: Any, head: Any, report: MergeReport) -> torch.Tensor:
@@ -432,13 +388,9 @@ def _describe(
 
 
 @torch.no_grad()
-def _logits(model: Any, probe: torch.Tensor) -> torch.Tensor:
+def compute_logits(model: Any, probe: torch.Tensor) -> torch.Tensor:
+    """The logits of ``probe``, (B, L, V) float32."""
     return model(input_ids=probe.to(model.device), use_cache=False).logits.float()
-
-
-def _base_logits(model: Any, probe: torch.Tensor) -> torch.Tensor:
-    with model.disable_adapter():
-        return _logits(model, probe)
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -16,7 +16,7 @@ from lorakit.errors import AdapterError, report
 from lorakit.model.families import Shape, find_targets
 from lorakit.weights.adapter import TENSOR_FILE, TINKER_LEAVES
 from lorakit.weights.export import PREFIX, expert_stacks
-from lorakit.weights.merge import TOLERANCE, attach, make_probe
+from lorakit.weights.merge import TOLERANCE, attach, compute_logits, make_probe
 
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<which>lora_A|lora_B)\.weight")
 _EXPERT = re.compile(r"(?P<module>.+\.experts)\.\d+\.(?P<matrix>\w+)")
@@ -44,10 +44,10 @@ def reload_in_peft(
     for name, parameter in ours.named_parameters():
         if "lora_" in name or "trainable_tokens" in name:
             parameter.data = parameter.data.to(dtype).float()
-    expected = _logits(ours, probe)
+    expected = compute_logits(ours, probe)
     plain = ours.unload()
     try:
-        found = _logits(peft.PeftModel.from_pretrained(plain, str(exported)).eval(), probe)
+        found = compute_logits(peft.PeftModel.from_pretrained(plain, str(exported)).eval(), probe)
     except (ValueError, RuntimeError, KeyError) as error:
         raise AdapterError(f"plain PEFT cannot read what was written: {error}") from error
     difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
@@ -97,9 +97,7 @@ def check_layout(folder: Path, model: Any) -> int:
 
 
 def _matrices(model: Any) -> dict[str, tuple[int, int, int]]:
-    """(out, in, how many share the factors' rank) of each matrix by the names that a file may
-    have for it.
-    """
+    """(out, in, how many share the factors' rank) of each matrix by its names in files."""
     found = {}
     for target in find_targets(model):
         module = model.get_submodule(target.module)
@@ -137,7 +135,3 @@ def _find_missing_experts(pairs: dict[str, dict[str, Shape]], model: Any) -> lis
         for (module, matrix), count in seen.items()
         if count != num_experts
     ]
-
-
-def _logits(model: Any, probe: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=probe.to(model.device), use_cache=False).logits.float()

@@ -79,9 +79,7 @@ def open_trained_state(folder: Path) -> SavedState:
 
 
 def read_optimizer(state: SavedState, layout: FlatParameters) -> dict[str, torch.Tensor]:
-    """Return the optimiser's state as it was saved. Raises CheckpointError where there is none,
-    or it is torn.
-    """
+    """Return the optimiser's state as saved. Raises CheckpointError if missing or torn."""
     path = state.adapter.folder / OPTIMIZER_FILE
     if not state.has_optimizer:
         raise CheckpointError(

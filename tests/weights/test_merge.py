@@ -156,9 +156,7 @@ def test_a_merge_that_is_not_exact_writes_nothing(
 ) -> None:
     _adapter(tmp_path / "adapter", "llama")
     right = merge._linear_delta
-    monkeypatch.setattr(
-        merge, "_linear_delta", lambda layer, adapter: lambda: 0.9 * right(layer, adapter)()
-    )
+    monkeypatch.setattr(merge, "_linear_delta", lambda layer, adapter: 0.9 * right(layer, adapter))
     with pytest.raises(AdapterError, match="nothing was written"):
         _merge(tmp_path, "llama")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
