@@ -479,7 +479,7 @@ def test_wandbs_agent_runs_what_the_sweep_file_says(
         (("sweep=optuna", "lora.rank=2,4", "group=nosuch", "resume=true"), "there is no sweep in"),
         (
             ("sweep=wandb", "optim.lr=interval(1,2)", "sweep.method=grid"),
-            "wants values, not a range, for optim.lr",
+            "needs values, not a range, for optim.lr",
         ),
         (("sweep=wandb", "lora.rank=2,4", "sweep.method=best"), "bayes, random, grid"),
         (("lora.rank=2,4",), "several values make a sweep, so add -m"),
