@@ -12,9 +12,9 @@ from typing import Any
 __version__ = "0.2.0"
 
 # OpenMP (GNU's, torch's on Linux) reads this when torch is loaded. By default a thread that has
-# done its part of a product waits awake for 3 ms, which takes the time of whatever else runs on the
-# machine (the client of a server, another process of a run); not to wait awake at all costs small
-# products more than they take. So many turns are some 50 µs.
+# done its part of a product spins for 3 ms, which takes the time of whatever else runs on the
+# machine (the client of a server, another process of a run); not to spin at all costs small
+# products more than they take. This many turns take some 50 µs.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 

@@ -116,8 +116,8 @@ _NO_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host, has refused memory: by its type, or by the words of those
-    who have none for it.
+    """Whether a device, or the host, has refused memory: by its type, or by its words where a
+    library has no type for it.
     """
     is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return is_named or (

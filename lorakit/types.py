@@ -110,7 +110,7 @@ class Cursor:
     """Where a stream of batches stands: enough to continue from exactly there."""
 
     epoch: int = 0
-    window_start: int = 0  # rows of the epoch's order that lie before the current window
+    window_start: int = 0  # rows of the epoch's order that come before the current window
     batches_done: int = 0  # batches of that window already given out
 
     def to_dict(self) -> dict[str, int]:

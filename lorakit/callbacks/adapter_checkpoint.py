@@ -30,8 +30,8 @@ class AdapterCheckpoint(L.Callback):
     announce the end of a job's time), the step is finished, a checkpoint written and the fit ended;
     at a second Ctrl-C it stops at once.
 
-    Of several processes the first writes, and all know whether it could; a signal to any of them
-    ends the fit of all at the same step.
+    With several processes the first writes, and all learn whether it could; a signal to any of
+    them ends the fit of all at the same step.
 
     Args:
         folder: where ``step-000100`` and so on are written.

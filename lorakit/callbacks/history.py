@@ -76,7 +76,7 @@ def append_or_warn(history: History, record: dict[str, Any]) -> None:
 
 
 def _is_absent(name: str, value: float) -> bool:
-    """Whether it is the loss of one of several sources of data, of which this step had nothing."""
+    """Whether it is the loss of a source of data of which this step had nothing."""
     return name.count("/") == 2 and math.isnan(value)
 
 

@@ -85,7 +85,7 @@ def as_text(findings: list[Finding]) -> str:
     bad = sum(found.state == BAD for found in findings)
     notes = sum(found.state == NOTE for found in findings)
     fine = (
-        f"nothing keeps a run from working; notes, of what is restricted: {notes}"
+        f"nothing keeps a run from working; notes on restrictions: {notes}"
         if notes
         else "nothing to fix"
     )

@@ -90,8 +90,8 @@ def main(arguments: list[str]) -> None:
 
 
 def name_for_others(trained: Trained, given: str | None) -> str:
-    """What the base is called: as ``given``, else its name on the hub, the bundled one's, or the
-    folder where it lies.
+    """What the base is called: as ``given``, else its name on the hub, the bundled one's, or its
+    folder.
     """
     from lorakit.model.load import base_name
 

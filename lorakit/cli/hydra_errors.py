@@ -64,7 +64,7 @@ def _unreadable(arguments: Sequence[str]) -> str:
 def suggest(key: str, known: list[str]) -> str:
     """Return ``; did you mean …?`` for the nearest of ``known``, or nothing where none is near."""
     if key in known:
-        return ": it lies below a key that is null here, or belongs to another choice of its group"
+        return ": it is below a key that is null here, or belongs to another choice of its group"
     group, _, leaf = key.rpartition(".")
     beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
     same_depth = {name: name for name in known if name.count(".") == key.count(".")}

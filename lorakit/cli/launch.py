@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     is_slurm = before[:1] == ["slurm"]
     settings = before[is_slurm:]
     if wrong := next((text for text in settings if "=" not in text), None):
-        raise ConfigError(f"{wrong}: what stands before `train` is slurm, or a setting key=value")
+        raise ConfigError(f"{wrong}: only slurm and settings key=value can come before `train`")
     ours = {
         key
         for name in ("default", "slurm")

@@ -10,7 +10,7 @@ import sys
 COMMANDS = {
     "demo": "teach a bundled tiny model pig latin, or to read digits, and show what it learnt",
     "train": "fine-tune: lorakit train model.path=… data.path=… lora.rank=32",
-    "launch": "print what to type on each of several machines, or submit a job of SLURM",
+    "launch": "print what to type on each of several machines, or submit a SLURM job",
     "plan": "memory, time and cost of a run, from its config alone",
     "fetch": "bring a run's model and data here, for a machine without a network",
     "doctor": "what of this machine a run would use, with remedies for the rest",

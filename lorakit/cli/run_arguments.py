@@ -49,7 +49,7 @@ def open_trained(options: argparse.Namespace) -> Trained:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """What ``arguments`` say, in which an option may stand as settings do elsewhere:
+    """What ``arguments`` say, in which an option may be written as settings are:
     ``format=vllm`` for ``--format vllm``.
 
     ``run=NAME`` is the run, and what training calls data.path and paths.runs is understood.

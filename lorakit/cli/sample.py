@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
         images = load_images(trained.model).within(*trained.pixel_bounds)
     if is_chat and prompts is not None:
         print(
-            "as a user message, in the chat template (--raw: as it stands)",
+            "as a user message, in the chat template (--raw: as it is)",
             file=sys.stderr,
             flush=True,
         )

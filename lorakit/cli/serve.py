@@ -92,7 +92,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--strategy",
         default="auto",
-        help="of several processes, under torchrun: auto, ddp, zero1, zero2 or zero3",
+        help="for several processes, under torchrun: auto, ddp, zero1, zero2 or zero3",
     )
     parser.add_argument(
         "--lora-alpha",

@@ -25,7 +25,7 @@ usage: lorakit show [-n N] [--html FILE] [key=value …]
   lorakit show --html rows.html data.path=…       as a page: every token, and images beside them
 
 Green tokens are trained (weight 1), grey ones are read only (weight 0), yellow have another
-positive weight, red a negative one. Where the output has no colour, trained text stands in ⟦ ⟧,
+positive weight, red a negative one. Where the output has no colour, trained text is in ⟦ ⟧,
 with the weight in front where that is not 1."""
 
 

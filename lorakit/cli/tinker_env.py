@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
 
 
 def seed_cache(home: Path, models: dict[str, str]) -> Path:
-    """Make ``home`` a cache of the hub in which each served model lies under the name that programs
+    """Make ``home`` a cache of the hub in which each served model has the name that programs
     use, by links.
 
     The SDK loads tokenizers by the model's name, wherever the program runs. What the user's own

@@ -146,7 +146,7 @@ def train(config: DictConfig, *, command: str = "") -> None:
 
 def announce(plain: dict[str, Any]) -> None:
     """Say what is about to be trained, and where, before the imports that take seconds."""
-    if "RANK" in os.environ:  # of several processes, the one that started them has said it
+    if "RANK" in os.environ:  # the process that started this one has said it
         return
     from lorakit.training.gpus import guess_device
 

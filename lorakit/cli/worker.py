@@ -1,4 +1,4 @@
-"""One process of several: the run that the job file describes. ``lorakit train`` starts it;
+"""One of several processes: the run that the job file describes. ``lorakit train`` starts it;
 torchrun gives it its rank.
 """
 

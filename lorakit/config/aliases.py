@@ -1,4 +1,4 @@
-"""What other trainers call lorakit's keys: for who types these, and for the page of settings."""
+"""What other trainers call lorakit's keys: for users who type these, and for the settings page."""
 
 from __future__ import annotations
 

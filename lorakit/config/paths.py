@@ -1,4 +1,4 @@
-"""Where the config files lie."""
+"""Where the config files are."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class RunConfig:
 
     ``from_dict`` makes one of plain values, ``lorakit.train`` trains as it says. A setting that
     says auto and waits for model, data and memory is listed in ``auto``; until it is chosen its
-    field holds what stands for it.
+    field holds a stand-in.
 
     Args:
         data_target, lora_target: the classes to which ``data`` and ``lora`` are passed.

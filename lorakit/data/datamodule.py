@@ -104,7 +104,7 @@ class LoRADataModule(L.LightningDataModule):
         """Use ``tokenizer``, and ``images`` where rows have some, for everything that follows.
 
         Args:
-            image_token_id: what stands for an image, and so may not stand in a text, where the
+            image_token_id: what stands for an image, and so may not occur in a text, where the
                 model takes images and ``images`` does not say it.
             new_tokens: that were added to it, and are counted.
         """
@@ -297,7 +297,7 @@ class LoRADataModule(L.LightningDataModule):
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """The names of several sources; empty where there is one."""
+        """The names of the sources; empty where there is only one."""
         return self.source.names
 
     @property
@@ -345,7 +345,7 @@ class LoRADataModule(L.LightningDataModule):
         return hashlib.sha256(json.dumps(settings, default=list).encode()).hexdigest()[:16]
 
     def _image_bytes(self) -> list[int]:
-        """How large all images are that the reports looked at: rows say only where they lie."""
+        """How large all images are that the reports looked at: rows say only where they are."""
         reports = (self.report, self.val_report)
         return [report.num_image_bytes for report in reports if report and report.num_image_bytes]
 

@@ -107,7 +107,7 @@ def truncate(
 
 
 def _cut_right(example: Rendered, end: int) -> Rendered:
-    """Keep what stands before ``end``, and no part of an image."""
+    """Keep what comes before ``end``, and no part of an image."""
     end = next((image.first for image in example.images if image.first < end < image.end), end)
     images = tuple(image for image in example.images if image.end <= end)
     return Rendered(example.tokens[:end], example.weights[:end], example.num_prefix, images)

@@ -30,8 +30,8 @@ def decode(tokenizer: Any, tokens: list[int]) -> str:
 def first_examples(
     datamodule: LoRADataModule, num_rows: int
 ) -> Iterator[tuple[str, Rendered | str]]:
-    """Yield where each example of the first rows stands, of each source in turn, and the
-    example, or why there is none.
+    """Yield where each example of the first rows is, source by source, and the example, or why
+    there is none.
     """
     examples, indices = datamodule.train_examples, datamodule.train_indices
     origins = examples.source.origins_of(indices)

@@ -108,7 +108,7 @@ def _as_chat(row: Row) -> Row:
 
 @dataclass
 class SourceShare:
-    """What one of several sources gives, of the rows that were looked at."""
+    """What one source gives, of the rows that were looked at."""
 
     weight: float  # how often its rows are seen in an epoch
     num_rows: int  # all of them
@@ -146,7 +146,7 @@ class DatasetReport:
     num_empty_answers: int = 0  # trained parts in which nothing is said
     first_empty_answer: str | None = None  # where
     longest_row: int = 0  # the row of the longest example
-    # how often each of the tokens that were added stands in them
+    # how often each of the added tokens occurs in them
     num_new_tokens: dict[int, int] = field(default_factory=dict)
     shares: dict[str, SourceShare] = field(default_factory=dict)  # of several sources, by name
     # of each example, which of them it is from
@@ -288,7 +288,7 @@ def profile(
 
 
 def _first_of_each(indices: np.ndarray, origins: np.ndarray, max_rows: int) -> np.ndarray:
-    """The first ``max_rows`` of ``indices``, of several sources as many of each as there are."""
+    """The first ``max_rows`` of ``indices``, the same number from each source that has them."""
     found = np.unique(origins)
     if len(indices) <= max_rows or len(found) < 2:
         return indices[:max_rows]

@@ -98,7 +98,7 @@ def find_text_problem(part: dict[str, Any]) -> str | None:
 
 
 def find_stored_problem(given: Any) -> str | None:
-    """The same for what stands in a part, or in the column ``images``."""
+    """The same for what is in a part, or in the column ``images``."""
     try:
         locate(given, None)
     except DataError as error:
@@ -247,7 +247,7 @@ class ImageEncoder:
 
     Args:
         config: of the model: which token stands for an image, how positions are counted.
-        min_pixels, max_pixels: images are scaled to lie between, at the same ratio; None: as the
+        min_pixels, max_pixels: images are scaled to between these, at the same ratio; None: as the
             processor has it.
 
     Raises:

@@ -154,9 +154,7 @@ class BatchSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """Between how many pixels images are scaled to lie, at the same ratio; None: as the model's
-    processor has it.
-    """
+    """Bounds on pixels, to which images are scaled at the same ratio; None: the processor's."""
 
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -209,7 +207,7 @@ class DataSpec:
         }
 
     def row_tokens(self, *, are_pairs: bool = False) -> int | None:
-        """Positions of a packed row, in which both answers of a pair lie; None without packing."""
+        """Positions of a packed row, which holds both answers of a pair; None without packing."""
         if not self.batches.packing:
             return None
         return self.batches.pack_tokens or self.rendering.max_tokens * (2 if are_pairs else 1)

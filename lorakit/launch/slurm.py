@@ -43,7 +43,7 @@ class SlurmJob(Launch):
         setup: lines of shell before the run; one that fails ends the job.
         environment: variables of the job.
         options: further options of sbatch.
-        stop_seconds: so long before ``time`` ends do the processes get SIGTERM, and write a
+        stop_seconds: how long before ``time`` ends the processes get SIGTERM, and write a
             checkpoint.
         requeue: whether an interrupted run queues again.
         submit: whether sbatch is called.

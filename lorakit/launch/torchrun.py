@@ -24,8 +24,8 @@ SHUTDOWN_TIMEOUT = (
     # environment: how long torchrun waits for processes that it has asked to stop
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 )
-# torch's own 30 are less than a step of a large model and its checkpoint; who hangs, the watchers
-# end
+# torch's own 30 are less than a step of a large model and its checkpoint; the watchers end what
+# hangs
 SHUTDOWN_SECONDS = 300
 
 
@@ -37,8 +37,8 @@ class Launch:
         nodes: machines.
         address: of the first machine; None is this one's name.
         port: of the first machine.
-        collective_timeout_seconds: so long may one step take.
-        max_restarts: so often are a machine's processes started again when one of them dies.
+        collective_timeout_seconds: how long one step may take.
+        max_restarts: how often a machine's processes are started again when one of them dies.
     """
 
     nodes: int = 1
@@ -149,5 +149,5 @@ def _explain(error: Any) -> None:
         " (out of memory, most likely: the system kills with SIGKILL)" if name == "SIGKILL" else ""
     )
     raise LorakitError(
-        f"rank {rank} was killed by {name}{hint}; the others were ended. Go on with resume=true"
+        f"rank {rank} was killed by {name}{hint}; the others were ended. Continue with resume=true"
     ) from error

@@ -1,6 +1,6 @@
 """The factors of several adapters side by side, for rows of each in one pass.
 
-The factors stand as one adapter of the summed rank, and a gate lets each token have the columns of
+The factors form one adapter of the summed rank, and a gate lets each token have the columns of
 its own:
 
     y = x W + ((x [A_1; A_2; …]') * gate) [s_1 B_1, s_2 B_2, …]'

@@ -10,7 +10,7 @@ arXiv 2106.09685, section 4.1):
 A factor with one entry for all experts is applied to tokens instead of rows. Where adapters are
 mixed, there are two ways. Rows are sorted by adapter within each expert, and a factor has an entry
 for each pair of expert and adapter; or the factors are those of all adapters side by side, and a
-gate lets each token have its own adapter's columns of the rank. s stands in B then.
+gate lets each token have its own adapter's columns of the rank. s is part of B then.
 
 Kept for the backward are x, h and the rows of rank width; everything else is computed again,
 because it costs a gather or an activation, and h makes a of it. The gradient of the router's weight

@@ -108,7 +108,7 @@ class ExpertLora(nn.Module, LoraLayer):
         self.scales: dict[str, dict[str, float]] = {}
         self.layouts: dict[str, str] = {}
         self._active_adapter = adapter_name
-        # PEFT saves what lies below a layer's children. These, empty, stand for the names that
+        # PEFT saves what is below a layer's children. These, empty, stand for the names that
         # files have and the layer has not.
         self._modules |= {name: nn.Module() for name in _FILE_ONLY_NAMES}
         self.register_state_dict_post_hook(_to_file_names)

@@ -1,4 +1,4 @@
-"""An adapter as one vector: where each factor lies in it, what it scales, and what files call it.
+"""An adapter as one vector: where each factor is in it, what it scales, and what files call it.
 
 One vector makes of an optimiser step a few operations, of a snapshot one copy, and of a share of
 the optimiser's state a slice.
@@ -61,7 +61,7 @@ class _Experts:
 
 
 class FlatParameters:
-    """Where everything of an adapter lies, under one plan. Many adapters share a layout."""
+    """Where everything of an adapter is, under one plan. Many adapters share a layout."""
 
     def __init__(self, model: Any, planned: LoRAPlan, *, base_name: str | None = None) -> None:
         folded = [target for target in planned.targets if target.parameter and not target.outer]

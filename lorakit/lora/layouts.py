@@ -5,7 +5,7 @@ Nothing else in lorakit knows how these files lay experts and ranks out.
 
 - PEFT: one pair per stack. ``lora_A`` is (E * R, in) with rows (expert, rank), ``lora_B`` (out, R *
   E) with columns (rank, expert): the expert is the slower index there and the faster one here. Two
-  stacks of a module are nested: the last one's tensors lie under ``experts.lora_A``, the one's
+  stacks of a module are nested: the last one's tensors are under ``experts.lora_A``, the one's
   before it under ``experts.base_layer.lora_A``.
 - shared-outer: one pair per matrix, ``experts.gate_proj.lora_A``, three-dimensional; what touches
   the hidden dimension has one entry for all experts (github.com/sgl-project/sglang/pull/21466;

@@ -404,7 +404,7 @@ def _pull(
 
 
 def _find(targets_nK: torch.Tensor, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which targets lie in a block, and where in it (for others, somewhere)."""
+    """Return which targets are in a block, and where in it (for others, somewhere)."""
     inside = (targets_nK >= tokens.start) & (targets_nK < tokens.stop)
     return inside, (targets_nK - tokens.start).clamp(0, tokens.stop - tokens.start - 1)
 

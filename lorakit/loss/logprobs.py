@@ -35,7 +35,7 @@ def target_logprobs(
     is_weighted_sum: bool = False,
     head_adapters: Sequence[HeadAdapter] = (),
 ) -> torch.Tensor:
-    """Return log p(target | what stands before it) for each target, shaped as the targets, float32,
+    """Return log p(target | what comes before it) for each target, shaped as the targets, float32,
     with graph.
 
     Where the weight is 0 it is 0 and costs nothing after the last layer, unless ``all_positions``.

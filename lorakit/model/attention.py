@@ -213,7 +213,7 @@ def attention_by_document(
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where documents lie among all tokens, on the device that attends: for each group
+    """Where documents are among all tokens, on the device that attends: for each group
     (documents, longest), and what is kept of it.
     """
 
@@ -258,7 +258,7 @@ def group_by_length(spans: Sequence[Span]) -> list[list[Span]]:
 
 
 def _places(group: Sequence[Span], row_length: int) -> torch.Tensor:
-    """Where the tokens of ``group`` lie among all tokens, (documents, longest); padding repeats
+    """Where the tokens of ``group`` are among all tokens, (documents, longest); padding repeats
     a document's last token.
     """
     longest = max(end - start for _, start, end in group)

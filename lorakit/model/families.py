@@ -182,7 +182,7 @@ class ExpertStack:
         return getattr(self.module, first), getattr(self.module, second)
 
     def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What stands between the two products."""
+        """What comes between the two products."""
         activate = self.module._apply_gate if self.module.has_gate else self.module.act_fn
         return activate(hidden)
 
@@ -196,7 +196,7 @@ class ExpertStack:
         return ("gate_proj", "up_proj") if num_matrices == 2 else (parameter,)
 
     def columns(self, matrix: str) -> slice:
-        """Where the outputs of a matrix lie among those of its stack."""
+        """Where the outputs of a matrix are among those of its stack."""
         if not self.module.has_gate or matrix not in ("gate_proj", "up_proj"):
             return slice(None)
         gate, up = gate_and_up(self.out_features(self.first), self.module.is_concatenated)

@@ -195,8 +195,8 @@ def load_model(
 
 
 def _prepare_partitions(dtype: str) -> bool:
-    """Whether ZeRO-3 partitions what is loaded. It makes every tensor in the number format of
-    its own config, which is told it here.
+    """Whether ZeRO-3 partitions what is loaded. It makes every tensor in the dtype of its own
+    config, which is set here.
     """
     from transformers.integrations import deepspeed
 

@@ -21,7 +21,7 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape of ``parameter`` as the model defines it, wherever its parts lie."""
+    """The shape of ``parameter`` as the model defines it, wherever its parts are."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -35,7 +35,7 @@ def own_weight(module: torch.nn.Module) -> torch.Tensor:
 @contextlib.contextmanager
 def whole(parameters: Iterable[torch.Tensor], *, changes: bool = False) -> Iterator[bool]:
     """Hold ``parameters`` whole inside the block; yield whether they are gathered for it, and gone
-    behind it.
+    after it.
 
     All processes must enter together. ``changes``: what the first process has written into them is
     in force after the block.

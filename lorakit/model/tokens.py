@@ -15,10 +15,10 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> dict[int, list[int]]:
     """Add ``tokens`` to ``tokenizer`` and return, by the id of each, the tokens that its text was
     made of before.
 
-    They are found wherever their text stands, and are no special tokens: decoding shows them.
+    They are found wherever their text occurs, and are no special tokens: decoding shows them.
 
     Raises:
-        ConfigError: one is no text, stands there twice, or is a token already.
+        ConfigError: one is no text, is given twice, or is a token already.
     """
     from transformers import AddedToken
 
@@ -28,7 +28,7 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> dict[int, list[int]]:
         if not isinstance(token, str) or not token.strip()
     ]
     problems += [
-        f"{token!r} stands there twice"
+        f"{token!r} is given twice"
         for number, token in enumerate(tokens)
         if token in tokens[:number]
     ]

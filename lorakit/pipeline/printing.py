@@ -73,7 +73,7 @@ def _print_one(label: str, where: str, report: DatasetReport, console: Console) 
 
 
 def _print_shares(report: DatasetReport, console: Console) -> None:
-    """What each of several sources gives to training."""
+    """What each source gives to training."""
     total = sum(share.trained_per_epoch for share in report.shares.values()) or 1.0
     for name, share in report.shares.items():
         console.print(
@@ -105,8 +105,8 @@ def warnings_of(report: DatasetReport, datamodule: LoRADataModule) -> list[str]:
 
 
 def prompt_to_try(datamodule: LoRADataModule) -> str | None:
-    """What stands in front of the first answer to evaluate, or to train, as one types it; None
-    where that is long or no text.
+    """What comes before the first answer to evaluate, or to train, as one types it; None where
+    that is long or not text.
     """
     has_val = len(datamodule.val_indices) > 0
     source, indices = (

@@ -82,7 +82,7 @@ class Trained:
         return tokenizer
 
     def save_tokenizer(self, folder: Path) -> None:
-        """Write the tokenizer to ``folder`` where it is not the base's as it stands."""
+        """Write the tokenizer to ``folder`` where it differs from the base's."""
         if self.chat_template or self.model.add_tokens:
             self.load_tokenizer().save_pretrained(folder)
 

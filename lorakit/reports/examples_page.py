@@ -23,7 +23,7 @@ def as_page(
 
     Args:
         datamodule: of the rows, its tokens checked.
-        examples: where each stands, and its tokens, or why it was skipped.
+        examples: where each is, and its tokens, or why it was skipped.
 
     Raises:
         DataError: an image cannot be read.
@@ -78,7 +78,7 @@ def _bars(bins: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
 
 
 def _sources(report: DatasetReport) -> list[tuple[str, tuple[str, str, str]]]:
-    """What each of several sources gives to training."""
+    """What each source gives to training."""
     total = sum(share.trained_per_epoch for share in report.shares.values()) or 1.0
     sources = []
     for name, share in report.shares.items():

@@ -34,7 +34,7 @@ SHOWN_BESIDE = (
     "train/bad_steps",
     "train/empty_windows",
 )
-FEW = 6  # values of a setting that stand side by side
+FEW = 6  # values of a setting that are shown side by side
 
 
 def colors_of(comparison: Comparison) -> list[str]:
@@ -86,7 +86,7 @@ def _draw_panels(
     colors = colors_of(comparison)
     for place, (name, curves) in enumerate(panels):
         axes = figure.add_subplot(lines, min(columns, len(panels)), place + 1)
-        for number, points in reversed(list(enumerate(curves))):  # the best lies on top
+        for number, points in reversed(list(enumerate(curves))):  # the best is on top
             if points:
                 xs, ys = zip(*points, strict=True)
                 (line,) = axes.plot(

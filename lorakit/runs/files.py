@@ -20,8 +20,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     removed when it does not.
 
     An existing ``folder`` is replaced. After a crash at any moment either the old or the new one is
-    in force, or, between two renames, both lie aside; the next call, and ``recover``, then give the
-    old one its name back.
+    in force, or, between two renames, both are set aside; the next call, and ``recover``, then
+    give the old one its name back.
     """
     recover(folder.parent)
     aside = folder.with_name(f"{ASIDE}{folder.name}")

@@ -1,4 +1,4 @@
-"""A run's folder: what was asked, with what, how far it came, and where its results lie."""
+"""A run's folder: what was asked, with what, how far it came, and where its results are."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PACKAGES = (
 class Run:
     """A run folder. ``info`` is what ``run.json`` said when it was read.
 
-    Of several processes that train a run one ``writes``.
+    Where several processes train a run, one ``writes``.
     """
 
     folder: Path

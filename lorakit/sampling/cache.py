@@ -1,10 +1,9 @@
 """Keys and values of the sequences that are being generated, row by row in one tensor per layer.
 
 transformers' caches append to a tensor at each token, which copies all of it; here each row has
-room ahead. Rows stand close
-together: the last takes the place of one that ends. It is no cache of transformers' kind but sits
-in the attention (`model/attention.py:cached_attention`), so a model needs no other interface for
-it.
+room ahead. Rows are contiguous: the last takes the place of one that ends. It is no cache of
+transformers' kind but sits in the attention (`model/attention.py:cached_attention`), so a model
+needs no other interface for it.
 
 Shapes: R rows, G heads of keys, C tokens of room, D width of a head; B rows at work, H heads.
 """
@@ -64,7 +63,7 @@ class KVCache:
         num_used: int = 0,
         max_cache_tokens: int | None = None,
     ) -> None:
-        """Make room for so many rows, and so many tokens in each.
+        """Make room for that many rows, and that many tokens in each.
 
         Args:
             num_used: of the first rows, whose tokens, at most ``num_tokens`` each, stay.

@@ -155,7 +155,7 @@ class ModelPasses:
         ]:
             self._last_adapter_batch = last.with_adapter_ids(
                 adapter_ids_T
-            )  # what lies side by side is not laid again
+            )  # factors already side by side are not laid out again
         else:
             self._last_adapter_batch = AdapterBatch(distinct, adapter_ids_T, like=last)
         return self._last_adapter_batch

@@ -95,7 +95,7 @@ class Request:
     prompt_targets: TensorData | None = None  # (prompt - 1, K) int64, -1 to skip
     # to draw at each place of the prompt after the first, at the request's temperature
     num_alternatives: int = 0
-    # prompt's log-probabilities for so many of its last tokens alone; None for all
+    # prompt's log-probabilities for only this many of its last tokens; None for all
     last_n: int | None = None
     done: Callable[[SampleResponse | BaseException], Any] | None = None
     each: Callable[[SampledSequence], Any] | None = None  # is called with each new token

@@ -73,7 +73,7 @@ class Sampler:
         self.cache = KVCache()
         self.passes = ModelPasses(model, self.cache, bank, run_pass)
         self.num_generated = 0
-        self._steps_waited = 0  # by those who could join
+        self._steps_waited = 0  # by those that could join
         self._waiting: collections.deque[WaitingSequence] = collections.deque()
         self._rows: list[SampledSequence] = []
         self._end_ids = end_token_ids(model, tokenizer)

@@ -64,7 +64,7 @@ def answer_all(
     progress: Callable[[int], Any] | None = None,
     images: ImageEncoder | None = None,
 ) -> list[Answer]:
-    """Generate from each Datum's prompt (what stands before its first trained token) and pair it
+    """Generate from each Datum's prompt (what comes before its first trained token) and pair it
     with its first trained span.
     """
     pairs = [_split(datum) for datum in datums]

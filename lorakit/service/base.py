@@ -68,7 +68,7 @@ class Base:
         attention: str = "auto",
         strategy: str = "auto",
     ) -> Base:
-        """Read the model at ``path``; of several processes all call together.
+        """Read the model at ``path``; several processes all call this together.
 
         Args:
             precision: ``auto`` is bf16 on a GPU that has it, else float32.
@@ -154,7 +154,7 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        # parts may lie in the host's memory
+        # parts may be in the host's memory
         if self._partitioned is not None and torch.cuda.is_available():
             return torch.device("cuda", current_world().local_rank)
         return self.model.device
@@ -171,7 +171,7 @@ class Base:
 
     @property
     def pad_token_id(self) -> int:
-        """Any token: padding stands to the right of what it could change."""
+        """Any token: padding is to the right of what it could change."""
         return int(self.tokenizer.pad_token_id or 0)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -181,7 +181,7 @@ class Base:
         return contextlib.nullcontext()
 
     def layout(self, spec: LoRASpec) -> FlatParameters:
-        """Return where everything of an adapter of ``spec`` lies. Raises ConfigError where it
+        """Return where everything of an adapter of ``spec`` is. Raises ConfigError where it
         matches nothing.
         """
         if spec not in self._layouts:

@@ -84,7 +84,7 @@ class CheckpointRegistry:
 
     @contextlib.contextmanager
     def opened(self, path: str, owner: str) -> Iterator[SavedState]:
-        """Yield what lies at ``path``, which stays as it is inside the block. Raises
+        """Yield what is at ``path``, which stays as it is inside the block. Raises
         CheckpointError, AdapterError.
 
         Args:

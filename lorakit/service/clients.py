@@ -35,7 +35,7 @@ class ServiceClient(AsFuture):
         max_pass_tokens: positions of a forward pass, padding included.
         batch_invariant: log-probabilities of sampled tokens and those that ``compute_logprobs``
             finds are equal to the bit; slow.
-        strategy: of several processes (`torchrun program.py`): auto, ddp, zero1, zero2, zero3 or
+        strategy: for several processes (`torchrun program.py`): auto, ddp, zero1, zero2, zero3 or
             zero3_offload. The first runs the program; the others do here what it asks for, and end
             with it.
     """

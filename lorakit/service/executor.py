@@ -87,7 +87,7 @@ class Executor:
                 try:
                     getattr(self._replicas[key], method)(*args)
                 except LorakitError as error:
-                    # the first process has it too, and tells who asked
+                    # the first process has it too, and tells the caller
                     log.debug("%s: %s", method, error)
 
     def end(self) -> None:

@@ -140,13 +140,13 @@ class TrainingClient(AsFuture):
         )
 
     def load_state(self, path: str) -> APIFuture[SavedPath]:
-        """Take up saved weights; the optimiser starts anew."""
+        """Load saved weights; the optimiser starts anew."""
         return APIFuture(
             self._service.load_state(self._model, path, with_optimizer=False), SavedPath
         )
 
     def load_state_with_optimizer(self, path: str) -> APIFuture[SavedPath]:
-        """Take up saved weights and the optimiser's state."""
+        """Load saved weights and the optimiser's state."""
         return APIFuture(
             self._service.load_state(self._model, path, with_optimizer=True), SavedPath
         )

@@ -18,7 +18,7 @@ class TrainingState:
     """Everything that grows with one more adapter: four vectors, of which the optimiser's two are
     made at its first step.
 
-    Of several processes each accumulates the gradient of what it computed; a step adds them up.
+    Each of several processes accumulates the gradient of what it computed; a step adds them up.
 
     Args:
         shards: each process holds the optimiser's state for its share of the vector alone.
@@ -114,7 +114,7 @@ class TrainingState:
         optimizer_state: Mapping[str, torch.Tensor] | None,
         num_steps: int = 0,
     ) -> None:
-        """Take up saved numbers; without ``optimizer_state`` the optimiser starts anew. The
+        """Load saved numbers; without ``optimizer_state`` the optimiser starts anew. The
         gradient starts at zero.
         """
         if vector.shape != self.vector.shape:

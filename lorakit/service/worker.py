@@ -64,7 +64,7 @@ class Worker:
         )
         self.training_states: dict[str, TrainingState] = {}
         self.snapshots: dict[str, Adapter] = {}
-        # who reads a sample along, by number of its order; here alone
+        # callbacks that follow a sample as it grows, by number of its order; only here
         self.listeners: dict[int, Callable[[SampledSequence], None]] = {}
         self._requests: dict[int, Request] = {}
         self._finished: list[tuple[int, Any]] = []

@@ -41,7 +41,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         bucket_elements: elements that are reduced, or gathered, at a time.
         persist_elements: at stage 3, larger tensors are partitioned, others stay whole.
         live_elements: at stage 3, layers are gathered ahead, and stay for the backward pass, up to
-            so many elements.
+            this many elements.
         leaf_modules: names of further classes of modules whose parameters are gathered all at once
             at stage 3.
         sequence_parallel: how many processes share each row of tokens (``strategy/sequence.py``).

@@ -30,9 +30,9 @@ import lightning as L
 import torch.distributed as dist
 
 BEAT_S = 0.5
-STALLED_S = 10.0  # so long may a process be stopped
-SILENT_S = 20.0  # so long may nothing be heard of a watcher: its machine or the network is gone
-# so long may a process outlive one that has ended: it has an error of its own to tell
+STALLED_S = 10.0  # how long a process may be stopped
+SILENT_S = 20.0  # of a watcher, after which its machine or the network counts as gone
+# how long a process may outlive one that has ended: it has its own error to report
 GRACE_S = 10.0
 FINISHED = "finished"  # the phase after which a process may end
 # environment: where a watcher writes what it has found, for who started the processes
@@ -279,7 +279,7 @@ class _Watcher:
 
 
 def take_fault() -> str | None:
-    """Return, and remove, what a watcher has written for who started the processes."""
+    """Return, and remove, what a watcher has written for the process that started the others."""
     path = Path(os.environ.get(FAULT_FILE) or "/")
     if not path.is_file():
         return None
@@ -289,8 +289,8 @@ def take_fault() -> str | None:
 
 
 def _report(reason: str) -> None:
-    """Say ``reason`` once for this machine: in the file that who started the processes reads,
-    else on standard error.
+    """Say ``reason`` once for this machine: in the file that the starting process reads, else on
+    standard error.
     """
     path = os.environ.get(FAULT_FILE)
     if path is None:

@@ -1,4 +1,4 @@
-"""ZeRO-3 for a frozen base alone: its parameters lie in parts over the processes, and are gathered
+"""ZeRO-3 for a frozen base alone: its parameters are partitioned over the processes, and gathered
 layer by layer in every pass.
 
 Adapters are not DeepSpeed's here: their own training reduces their gradients. So nothing of the
@@ -22,7 +22,7 @@ Pass = Callable[[], tuple[torch.Tensor, Any]]
 
 
 class PartitionedBase:
-    """A model whose parameters lie in parts. All processes make it, and run it, together.
+    """A model whose parameters are partitioned. All processes make it, and run it, together.
 
     Args:
         build: loads the model by transformers.

@@ -15,7 +15,7 @@ from lorakit.strategy.world import all_gather_object
 
 
 class _Fragment(NamedTuple):
-    """This process's part of a parameter: where it lies in a flat partition, and where in the
+    """This process's part of a parameter: where it is in a flat partition, and where in the
     flattened parameter.
     """
 

@@ -177,7 +177,7 @@ def check_equal_on_all_ranks(find_facts: Callable[[], Mapping[str, str]]) -> Non
 
     Raises:
         ConfigError: they differ; the message, the same in all, names each that does, with its
-            values and who has them.
+            values and their ranks.
     """
     if not is_distributed():
         return

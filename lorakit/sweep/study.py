@@ -200,8 +200,8 @@ def open_study(
         resume: True continues, False begins, ``auto`` does either.
 
     Raises:
-        CheckpointError: it is there and shall not, or is not there and shall, or was begun with
-            other settings.
+        CheckpointError: it exists and must not, or must and does not, or was begun with other
+            settings.
     """
     optuna = require("optuna")
     files = [file for file in (SQLITE_FILE, JOURNAL_FILE) if (folder / file).exists()]
@@ -216,7 +216,7 @@ def open_study(
         )
     if files and files != [SQLITE_FILE if storage == "sqlite" else JOURNAL_FILE]:
         raise CheckpointError(
-            f"{folder} was begun with another sweep.storage than {storage}: it has {files[0]}"
+            f"{folder} was begun with a sweep.storage other than {storage}: it has {files[0]}"
         )
     found = (path.parent for path in runs.glob(f"{glob.escape(folder.name)}-*/{RUN_FILE}"))
     if not files and (

@@ -1,4 +1,4 @@
-"""One step's mathematics: model, Batch and loss to a LossOutput. Whoever trains, calls this."""
+"""One step's mathematics: model, Batch and loss to a LossOutput. All training calls this."""
 
 from __future__ import annotations
 

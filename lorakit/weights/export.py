@@ -44,7 +44,7 @@ def write_peft(
     the bytes of the tensors.
 
     The function of the adapter does not change: see ``expand_shared_outer``. ``model`` is the base,
-    which may lie on the meta device; ``dtype`` None keeps the adapter's own.
+    which may be on the meta device; ``dtype`` None keeps the adapter's own.
     """
     tensors, config = adapter.tensors(), dict(adapter.config)
     if matrices := adapter.expert_matrices():

@@ -65,7 +65,7 @@ def check_layout(folder: Path, model: Any) -> int:
     of its matrix in ``model``.
 
     Args:
-        model: the base, which may lie on the meta device.
+        model: the base, which may be on the meta device.
 
     Raises:
         AdapterError: a factor of no matrix, without its partner, in another shape, or of some

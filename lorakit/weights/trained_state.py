@@ -24,7 +24,7 @@ OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "lorakit_state.json"
 
 @dataclass(frozen=True)
 class SavedState:
-    """What lies in a folder."""
+    """What is in a folder."""
 
     adapter: AdapterFiles
     facts: dict[str, Any]

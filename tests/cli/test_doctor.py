@@ -72,7 +72,7 @@ def test_the_doctor_reports_each_thing_that_a_run_would_use(
     assert all(entry["remedy"] for entry in found.values() if entry["state"] != "ok")
     assert (
         code == 0
-        and "nothing keeps a run from working; notes, of what is restricted: " in out
+        and "nothing keeps a run from working; notes on restrictions: " in out
         and "→ wandb login" in out
     )
 

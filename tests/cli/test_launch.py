@@ -128,7 +128,7 @@ def test_the_number_of_gpus_is_that_of_gres(gres: str | None, number: int | None
         (("nodes=2", "train", "-m", "lora.rank=1,2"), "a sweep has many runs"),
         (("slurm", "partitoin=x", "train"), "launch.partitoin"),
         (("nodes=2", "train", "lora.rank=x"), "lora.rank=x"),
-        (("nodes=2", "slurm", "train"), "what stands before `train`"),
+        (("nodes=2", "slurm", "train"), "only slurm and settings key=value"),
     ],
 )
 def test_what_cannot_be_launched_is_one_message(

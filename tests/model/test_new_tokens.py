@@ -195,7 +195,7 @@ def test_what_is_no_new_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as found:
         add_tokens(load_tokenizer("tiny"), ["<a>", " ", "<a>", "e", 3])
     said = str(found.value)
-    assert "'<a>' stands there twice" in said and "'e' is a token of this model already" in said
+    assert "'<a>' is given twice" in said and "'e' is a token of this model already" in said
     assert "' ' is no text" in said and "3 is no text" in said
     with pytest.raises(ConfigError, match="does not go with rows of the unembedding"):
         LoRASpec(unembedding=True, token_ids=(3,))

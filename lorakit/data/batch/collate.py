@@ -32,7 +32,7 @@ def collate(
     Args:
         are_pairs: each two Datums are a pair, the better answer first.
 
-    Padding has weight 0 and can change nothing: attention is causal, so no token sees what stands
+    Padding has weight 0 and can change nothing: attention is causal, so no token sees what is
     to its right. Rows with several Datums get ``position_ids`` that restart with each; the padding
     counts as a document of its own.
     """

@@ -33,7 +33,7 @@ class BatchStream:
     the loss can be divided by it at once) and the cursor from which a new stream continues.
     Cursors are exact at the end of accumulation windows, where optimiser steps are.
 
-    Of several processes each has a stream of its own: all plan the same windows of ``accumulate *
+    With several processes each has its own stream: all plan the same windows of ``accumulate *
     world_size`` batches, and each collates its share. Batches of like size are run side by side;
     where the last window is short, idle batches fill it, so that every process makes the same
     number of steps.

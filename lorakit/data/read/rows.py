@@ -21,7 +21,7 @@ from lorakit.data.images import (
 from lorakit.data.read.tool_calls import find_arguments_problem, find_tools_problem, read_tools
 from lorakit.errors import ConfigError
 
-# in the text of a ShareGPT turn, where the row has images: LLaVA's way to say where they stand
+# in the text of a ShareGPT turn, where the row has images: LLaVA's way to say where they go
 IMAGE_MARK = "<image>"
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]

@@ -73,7 +73,7 @@ class Source:
     files: list[LineFile | Table]
     num_skipped: int = 0
     first_skipped: str | None = None  # where, and why
-    names: tuple[str, ...] = ()  # of several sources that are mixed; empty where there is one
+    names: tuple[str, ...] = ()  # of the sources that are mixed; empty where there is only one
     weights: tuple[float, ...] = ()  # of each, how often its rows are seen in an epoch
     origins: tuple[int, ...] = ()  # of each file, which source it is from
 

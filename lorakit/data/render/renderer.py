@@ -332,7 +332,7 @@ class Renderer:
     def _find_span(
         self, text: str, messages: list[dict], tools: Any, index: int, weight: float
     ) -> _Span | None:
-        """Where message ``index`` stands in ``text``, or None where a rendered prefix is not a
+        """Where message ``index`` is in ``text``, or None where a rendered prefix is not a
         prefix of the whole.
         """
         before = self.conversation.header(messages, tools, index)
@@ -350,8 +350,8 @@ class Renderer:
         if not after.startswith(before):
             raise DataError(
                 f"message {index} ({messages[index]['role']}): the chat template writes the"
-                " conversation before this turn differently once the turn is there, so what to"
-                " train cannot be told exactly"
+                " conversation before this turn differently once the turn is there, so which"
+                " tokens to train cannot be determined"
             )
         return self._encode_spans(after, [_Span(len(before), len(after), weight)])
 

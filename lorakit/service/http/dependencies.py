@@ -63,7 +63,7 @@ async def state_of(request: Request) -> ServerState:  # async, for else a thread
 
 async def user_of(request: Request) -> str:
     """Whose key the request bears. 401 where it is nobody's."""
-    user: str | None = request.scope.get(USER)  # of the gate, who lets nobody in without
+    user: str | None = request.scope.get(USER)  # of AuthMiddleware, which lets nobody in without
     if user is None:
         raise HTTPException(401, NO_KEY)
     return user

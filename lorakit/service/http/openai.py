@@ -97,7 +97,7 @@ async def get_model(model: str, state: State, user: User) -> dict[str, Any]:
 async def completions(
     body: Completion, request: Request, state: State, user: User
 ) -> JSONResponse | StreamingResponse:
-    """Go on from text or tokens."""
+    """Continue text or tokens."""
     body.check()
     if body.stream and body.echo:
         raise DataError("not offered here: echo of a stream")
