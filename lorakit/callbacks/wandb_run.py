@@ -137,7 +137,9 @@ def last_steps(folder: Path) -> dict[str, int]:
 
 
 def read_history(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the history of the W&B files below the run's ``folder``, by their start."""
+    """Yield the history of the W&B files below the run's ``folder``, by their start.
+    (wandb 0.31 has no reader for its own files.)
+    """
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 

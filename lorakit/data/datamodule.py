@@ -229,6 +229,7 @@ class LoRADataModule(L.LightningDataModule):
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
         """Lightning's hook, called when a batch's step begins; remembers how far training is."""
+        # not when it is drawn: Lightning prefetches one batch
         if self.trainer and self.trainer.training and batch.cursor is not None:
             self._cursor = batch.cursor
         return batch.to(device)
