@@ -119,7 +119,7 @@ class AdapterCheckpoint(L.Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        """Take up this process's; another number of processes continues with the states they were
+        """Restore this process's; another number of processes continues with the states they were
         started with.
         """
         states = checkpoint.get("lorakit_random", [])

@@ -229,7 +229,7 @@ class ExpertStack:
 
 
 def gate_and_up(num_out: int, is_concatenated: bool) -> tuple[slice, slice]:
-    """Where the outputs of gate and up lie in a stack of both, ``num_out`` wide: one after the
+    """Where the outputs of gate and up are in a stack of both, ``num_out`` wide: one after the
     other, or gate0, up0, gate1, up1, …
     """
     if is_concatenated:

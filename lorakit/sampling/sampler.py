@@ -27,7 +27,7 @@ from lorakit.sampling.request import Request, RunningRequest, SampledSequence, S
 from lorakit.sampling.stop_condition import StopCondition, end_token_ids
 from lorakit.sampling.token_sampler import SampledTokens, TokenSampler
 
-# requests join when they are a 16th of the rows or more, or have waited for so many steps
+# requests join when they are a 16th of the rows or more, or have waited for this many steps
 JOIN_SHARE, MAX_STEPS_WAITED = 16, 8
 SORT_PAYS_AFTER = 8  # steps: rows mostly stay for longer
 MAX_PREFILL_TOKENS = 8192  # of prompts at a time; a longer one comes alone

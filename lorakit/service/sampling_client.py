@@ -38,8 +38,8 @@ class SamplingClient(AsFuture):
         Log-probabilities of generated tokens are those of the distribution that the temperature
         makes; those of the prompt have temperature 1. ``topk_*`` is how many of the best
         candidates for each token, as many as the vocabulary has if need be; ``prompt_alt_tokens_k``
-        draws so many other tokens for each place of the prompt; ``prompt_logprobs_last_n`` scores
-        so many of its last tokens alone.
+        draws that number of other tokens for each place of the prompt; ``prompt_logprobs_last_n``
+        scores that number of its last tokens alone.
         """
         return APIFuture(
             self._service.sample(
